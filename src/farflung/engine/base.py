@@ -1,0 +1,63 @@
+"""What every engine takes and gives: requests, completions and replays. No torch, so that any role may name them.
+
+An engine holds one policy and does two things with it: it *generates* completions with seeded noise, and it
+*replays* somebody's completion in one prefill to say, position by position, what the same policy would have picked.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample to generate: the prompt, its seed, and how far it may go."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    """64-bit seed of the sample; the noise is a pure function of (seed, position, token)."""
+    temperature: float
+    """0 is greedy: no noise at all."""
+    budget: int
+    """Most tokens to generate, the end-of-sequence token included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a policy said: ids end with an end-of-sequence token, or number exactly `budget`."""
+
+    ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    """Log-probability of each token at the sampling temperature; a metric, believed by nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What the verifier saw at each generated position of one rollout. Arrays are float32 of shape (tokens,)."""
+
+    gap: np.ndarray
+    """Distance between the two best scores `logits / T + noise` (the logits themselves when greedy), >= 0."""
+    margin: np.ndarray
+    """Best score minus the score of the token that was sent, >= 0; 0 where they agree."""
+
+
+class Engine(Protocol):
+    """One policy in memory."""
+
+    eos_ids: frozenset[int]
+
+    def load(self, tensors: Iterable[tuple[str, Any]]) -> None:
+        """Replace the weights by (name, tensor) pairs; every parameter must be given exactly once."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Generate every request, in order; results do not depend on how requests are batched but for rounding."""
+        ...
+
+    def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:
+        """Prefill each (request, completion ids) once and compare each token with the seeded pick."""
+        ...
+
+
