@@ -4,7 +4,7 @@ An engine holds one policy and does two things with it: it *generates* completio
 *replays* somebody's completion in one prefill to say, position by position, what the same policy would have picked.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,15 +49,22 @@ class Engine(Protocol):
     eos_ids: frozenset[int]
 
     def load(self, tensors: Iterable[tuple[str, Any]]) -> None:
-        """Replace the weights by (name, tensor) pairs; every parameter must be given exactly once."""
+        """Replace the weights by (name, tensor) pairs; every parameter must be given exactly once.
+
+        Raises WeightsError, after which the engine refuses to work until a complete load succeeds.
+        """
         ...
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Generate every request, in order; results do not depend on how requests are batched but for rounding."""
+    def generate(
+        self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None
+    ) -> list[Completion | None]:
+        """Generate every request, in order; results do not depend on how requests are batched but for rounding.
+
+        `should_stop` is asked between tokens, so it may also beat a heart; once it returns True, generation ends
+        and requests that are not complete are None. Without it no answer is None.
+        """
         ...
 
     def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:
         """Prefill each (request, completion ids) once and compare each token with the seeded pick."""
         ...
-
-

@@ -1,0 +1,5 @@
+"""python -m farflung"""
+
+from farflung.cli import main
+
+main()

@@ -1,0 +1,232 @@
+"""The command line. Each command is a few lines: read the configuration, start the role, say what went wrong."""
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from farflung.config import Config, WorkerSection, load
+from farflung.protocol.errors import ConfigError, FarflungError
+
+app = App(name="farflung", help="Reinforcement learning on far-flung machines that nobody has to trust.")
+
+Flags = Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings as --section.key value.")]
+
+
+def main() -> None:
+    """Run one command; whatever the user can mend is one sentence and exit code 2."""
+    try:
+        app()
+    except FarflungError as error:
+        sys.exit(_complain(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(error: FarflungError) -> int:
+    sys.stderr.write(f"farflung: {error}\n")
+    return 2
+
+
+def start_logging(json: bool = False) -> None:
+    """One line per change of state on standard error, as text or as JSON."""
+    text = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    machine = '{"at": "%(asctime)s", "level": "%(levelname)s", "logger": "%(name)s", "message": "%(message)s"}'
+    logging.basicConfig(level=logging.INFO, format=machine if json else text)
+    for noisy in ("httpx2", "httpcore2", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@app.command
+def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, plain: bool = False) -> None:
+    """Run a whole experiment on this machine: coordinator, trainer, validators, scorers and workers.
+
+    Parameters
+    ----------
+    config
+        A TOML file, such as examples/demo.toml.
+    resume
+        Go on with the run in its folder.
+    fresh
+        Throw away an older run of the same name.
+    plain
+        Print lines instead of the live view, as it does anyway where there is no terminal.
+    """
+    from farflung.ops.swarm import Swarm, prepare
+
+    settings = load(config, flags)
+    prepare(settings, resume=resume, fresh=fresh)
+    sys.exit(asyncio.run(Swarm(settings, is_plain=plain or not sys.stdout.isatty()).run()))
+
+
+@app.command
+def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
+    """Admit nodes, hand out leases, take rollouts in, keep records and ledger."""
+    from farflung.coordinator import serve
+
+    start_logging(json)
+    asyncio.run(serve(load(config, flags)))
+
+
+@app.command
+def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> None:
+    """Claim batches, take steps, publish weights."""
+    from farflung.protocol.identity import Key
+    from farflung.trainer import Trainer
+
+    start_logging(json)
+    settings = load(config, flags)
+    key = Key.load_or_make(settings.folder / "keys" / "trainer")
+    asyncio.run(Trainer(_url(url, settings), key, settings).run())
+
+
+@app.command
+def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator-1", json: bool = False) -> None:
+    """Replay drawn rollouts and sign what was seen."""
+    from farflung.protocol.identity import Key
+    from farflung.validator import Validator
+
+    start_logging(json)
+    settings = load(config, flags)
+    key = Key.load_or_make(settings.folder / "keys" / name)
+    folder = settings.folder / "nodes" / name
+    asyncio.run(Validator(_url(url, settings), key, folder, settings.validator, run=settings.run.name, name=name).run())
+
+
+@app.command
+def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", json: bool = False) -> None:
+    """Judge transcripts in child processes."""
+    from farflung.protocol.identity import Key
+    from farflung.scorer import Scorer
+
+    start_logging(json)
+    settings = load(config, flags)
+    key = Key.load_or_make(settings.folder / "keys" / name)
+    asyncio.run(Scorer(_url(url, settings), key, settings, name=name).run())
+
+
+@app.command
+def worker(
+    url: str,
+    *,
+    folder: Path = Path("farflung-worker"),
+    name: str = "",
+    run: str = "",
+    root: str = "",
+    slots: int = 64,
+    threads: int = 1,
+    json: bool = False,
+) -> None:
+    """Generate rollouts for a coordinator.
+
+    Parameters
+    ----------
+    url
+        The coordinator's address.
+    folder
+        Where this node keeps its key and the weights it fetched.
+    name
+        What people see.
+    run
+        Which run to work for, if there are several.
+    root
+        Public root key in hex that must vouch for the run; empty to believe the first one met.
+    slots
+        Rollouts generated at once.
+    threads
+        Torch threads.
+    """
+    from farflung.protocol.identity import Key
+    from farflung.worker import Worker
+
+    start_logging(json)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = Key.load_or_make(folder / "key")
+    pinned = bytes.fromhex(root) if root else None
+    settings = WorkerSection(slots=slots, threads=threads)
+    asyncio.run(Worker(url, key, folder, settings, run=run, root=pinned, name=name).run())
+
+
+@app.command
+def status(url: str, *, run: str = "") -> None:
+    """Show a run at a glance.
+
+    Parameters
+    ----------
+    url
+        The coordinator's address.
+    run
+        Which run, if the coordinator has several.
+    """
+    from farflung.ops.look import show_status
+
+    asyncio.run(show_status(url, run))
+
+
+@app.command
+def story(id: str, *, url: str) -> None:
+    """Tell everything that happened to one id: a node, lease, rollout, group, step or audit.
+
+    Parameters
+    ----------
+    id
+        The id, as the dashboard, the logs or another story show it.
+    url
+        The coordinator's address.
+    """
+    from farflung.ops.look import tell_story
+
+    asyncio.run(tell_story(url, id))
+
+
+@app.command
+def summary(folder: Path) -> None:
+    """Recompute a run's summary.json from its database and metrics.jsonl, and print it.
+
+    Parameters
+    ----------
+    folder
+        The run's folder, such as runs/demo.
+    """
+    import json as json_module
+
+    from farflung.ops.summary import summarise
+
+    sys.stdout.write(json_module.dumps(summarise(folder), indent=2) + "\n")
+
+
+@app.command
+def calibrate(model: str, *, profile: str = "torch-cpu-fp32", out: Path, prompts: Path | None = None) -> None:
+    """Measure how honest nodes of a numerics profile differ from a validator, and write the profile.
+
+    Parameters
+    ----------
+    model
+        Folder of a Hugging Face causal LM.
+    profile
+        Name of the profile; it names the arithmetic.
+    out
+        JSON file to write.
+    prompts
+        Text file with one prompt a line; without it, the demo's sums.
+    """
+    from farflung.ops.calibrate import write_profile
+
+    write_profile(model, profile, out, prompts)
+
+
+def _url(url: str, config: Config) -> str:
+    """The coordinator's address: given, or as the coordinator of the same folder wrote it."""
+    if url:
+        return url
+    path = config.folder / "coordinator.url"
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: start the coordinator first, or say --url http://host:port")
+    return path.read_text().strip()
+
+
+if __name__ == "__main__":
+    main()

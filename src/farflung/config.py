@@ -1,0 +1,284 @@
+"""One frozen tree of settings: defaults < TOML file < environment < `--section.key value`.
+
+Environment variables are FARFLUNG_SECTION__KEY. Every field says what it does; docs/config.md lists them all.
+"""
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from farflung.protocol.errors import ConfigError
+
+Role = Literal["trainer", "validator", "scorer"]
+PREFIX = "FARFLUNG_"
+
+
+class Section(BaseModel):
+    """Base of every section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def setting(default: Any, doc: str, **bounds: Any) -> Any:
+    """A field with its default, its documentation and its bounds."""
+    return Field(default=default, description=doc, **bounds)
+
+
+class RunSection(Section):
+    name: str = setting(
+        "run", "Name of the run; its files are under `dir`/`name`.", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$"
+    )
+    dir: Path = setting(Path("runs"), "Folder of all runs, relative to where the command is given.")
+    steps: int = setting(100, "Training steps, then the run ends.", ge=1)
+    seed: int = setting(0, "Seed of task order and training.")
+    reproducible: bool = setting(
+        False,
+        "Derive the secret from the seed. Tests and demos only: whoever knows the seed knows the noise.",
+    )
+
+
+class ModelSection(Section):
+    path: str = setting("", "Folder of a Hugging Face causal LM, or its hub id.")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "Arithmetic of generation and replay.")
+    profile: str = setting("torch-cpu-fp32", "Numerics profile that nodes must run and audits are judged by.")
+
+
+class EnvSection(Section):
+    name: str = setting("sums", "`sums`, `reasoning_gym:TASK`, `path/to/file.py:Class` or `path/to/questions.jsonl`.")
+    args: dict[str, Any] = setting({}, "Keyword arguments of the environment.")
+    train_tasks: int = setting(4096, "Training tasks taken from the environment.", ge=1, le=1_000_000)
+    eval_tasks: int = setting(512, "Held-out tasks taken from the environment.", ge=0, le=100_000)
+    python: str = setting("", "Interpreter for the environment, when it needs packages of its own; empty for this one.")
+
+
+class GenerateSection(Section):
+    samples: int = setting(16, "Samples per group (G).", ge=2, le=4096)
+    temperature: float = setting(1.0, "Sampling temperature.", gt=0, le=10)
+    budget: int = setting(256, "Most new tokens per rollout, the end token included.", ge=1, le=131_072)
+
+
+class LearnSection(Section):
+    groups: int = setting(16, "Groups with variance in reward that make a step.", ge=1)
+    oversample: float = setting(2.0, "A step also closes at this multiple of `groups` complete ones.", ge=1)
+    max_staleness: int = setting(2, "Most steps between the policy that generated and the one trained.", ge=0)
+    lr: float = setting(1e-6, "Learning rate of AdamW.", gt=0)
+    warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.", ge=0)
+    minibatches: int = setting(1, "Optimizer steps per training step.", ge=1)
+    epsilon: float = setting(0.2, "Clip range of the ratio.", gt=0, lt=1)
+    delta: float = setting(4.0, "Upper bound of the ratio where the advantage is negative.", gt=1)
+    normalise: Literal["token", "sequence", "constant"] = setting("token", "How token losses are averaged.")
+    divide_by_std: bool = setting(True, "Divide advantages by the group's standard deviation.")
+    max_grad_norm: float = setting(1.0, "Gradient clipping.", gt=0)
+    weight_decay: float = setting(0.0, "AdamW weight decay.", ge=0)
+    microbatch_tokens: int = setting(8192, "Padded tokens per forward pass.", ge=1)
+    autocast: bool = setting(False, "Train in bfloat16 with float32 master weights.")
+    checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    checkpoint_every: int = setting(1, "Steps between checkpoints; those between are replayed after a crash.", ge=1)
+    keep_checkpoints: int = setting(2, "Checkpoints kept.", ge=1)
+    threads: int = setting(1, "Torch threads of the trainer.", ge=1)
+
+
+class LeaseSection(Section):
+    rollouts: int = setting(16, "Rollouts per lease.", ge=1, le=4096)
+    lease_s: float = setting(300.0, "Seconds until a lease expires.", gt=0)
+    heartbeat_s: float = setting(5.0, "Seconds between heartbeats.", gt=0)
+    lost_s: float = setting(20.0, "Seconds without a heartbeat until a node's leases go to others.", gt=0)
+    max_lag: int = setting(1, "Steps that a node may work behind the latest while it fetches.", ge=0)
+    ahead: float = setting(
+        2.0, "Groups open or waiting, as a multiple of what a step takes, before work is held.", gt=0
+    )
+
+
+class TrustSection(Section):
+    false_ejection_probability: float = setting(1e-6, "Bound on ever ejecting an honest node (alpha).", gt=0, lt=1)
+    arbitrary_share: float = setting(1e-3, "Share of honest rollouts allowed to be arbitrarily bad (eta).", ge=0, lt=1)
+    cap: float = setting(100.0, "Most that one rollout may count against a node.", gt=1)
+    probation_rollouts: int = setting(48, "Clean audited rollouts before a node is trusted.", ge=1)
+    probation_audits: int = setting(4, "Rollouts audited of every submission on probation.", ge=1)
+    audit_scale: float = setting(1.0, "A trusted node is audited with this over its clean rollouts.", ge=0)
+    audit_floor: float = setting(0.02, "Share of a trusted node's rollouts that is audited for ever.", ge=0, le=1)
+
+
+class EvalSection(Section):
+    tasks: int = setting(512, "Held-out tasks per evaluation; 0 for none.", ge=0)
+    every: int = setting(0, "Steps between evaluations; 0 for the first and last policy only.", ge=0)
+    rollouts: int = setting(128, "Rollouts per eval lease.", ge=1, le=4096)
+
+
+class CoordinatorSection(Section):
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(0, "Port to listen on; 0 for any free one.", ge=0, le=65_535)
+    database: str = setting("", "SQLAlchemy URL; empty for SQLite in the run's folder.")
+    blobs: str = setting("", "Blob store URL; empty for a folder in the run's folder.")
+    grants: dict[str, Role] = setting({}, "Public key in hex → `trainer`, `validator` or `scorer`; others are workers.")
+    minimum_version: int = setting(1, "Oldest protocol version that may join.", ge=0)
+    claim_s: float = setting(30.0, "Seconds that a scorer or validator may keep what it claimed.", gt=0)
+    mature_steps: int = setting(2, "Steps until credit leaves escrow.", ge=0)
+
+
+class WorkerSection(Section):
+    slots: int = setting(64, "Rollouts generated at once.", ge=1, le=4096)
+    threads: int = setting(1, "Torch threads.", ge=1)
+    keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1)
+
+
+class ValidatorSection(Section):
+    threads: int = setting(1, "Torch threads.", ge=1)
+    claim: int = setting(8, "Audits claimed at once.", ge=1, le=1024)
+    slots: int = setting(128, "Rollouts generated at once when evaluating.", ge=1, le=4096)
+
+
+class ScorerSection(Section):
+    children: int = setting(2, "Processes that score.", ge=1, le=64)
+    claim: int = setting(64, "Transcripts claimed at once.", ge=1, le=1024)
+    timeout_s: float = setting(5.0, "Seconds for one score.", gt=0)
+    faults: int = setting(3, "Faults until a rollout is given up as unscorable.", ge=1)
+
+
+class Cheat(Section):
+    name: str = setting("mallory", "Name of the node.")
+    attack: str = setting("unseeded", "Which adversary of the gallery it is.")
+
+
+class SwarmSection(Section):
+    workers: int = setting(4, "Honest workers.", ge=0, le=64)
+    cheats: tuple[Cheat, ...] = setting((), "Dishonest workers.")
+    kill: int = setting(0, "Further workers that are killed (-9) while they hold a lease.", ge=0, le=16)
+    validators: int = setting(1, "Validators.", ge=0, le=8)
+
+
+class PricesSection(Section):
+    worker_usd_per_hour: float = setting(0.22, "One worker: a consumer card as rented in 2026.", ge=0)
+    trainer_usd_per_hour: float = setting(2.0, "The trainer: one data-centre accelerator as rented in 2026.", ge=0)
+    validator_usd_per_hour: float = setting(0.22, "One validator.", ge=0)
+    coordinator_usd_per_hour: float = setting(0.05, "The coordinator with its scorer: a small virtual machine.", ge=0)
+
+
+class Config(Section):
+    """Everything that can be set."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    env: EnvSection = EnvSection()
+    generate: GenerateSection = GenerateSection()
+    learn: LearnSection = LearnSection()
+    lease: LeaseSection = LeaseSection()
+    trust: TrustSection = TrustSection()
+    eval: EvalSection = EvalSection()
+    coordinator: CoordinatorSection = CoordinatorSection()
+    worker: WorkerSection = WorkerSection()
+    validator: ValidatorSection = ValidatorSection()
+    scorer: ScorerSection = ScorerSection()
+    swarm: SwarmSection = SwarmSection()
+    prices: PricesSection = PricesSection()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps its files."""
+        return self.run.dir / self.run.name
+
+    @property
+    def database_url(self) -> str:
+        """The database, embedded by default."""
+        return self.coordinator.database or f"sqlite:///{self.folder.resolve() / 'farflung.db'}"
+
+    @property
+    def blobs_url(self) -> str:
+        """The blob store, embedded by default."""
+        return self.coordinator.blobs or f"file://{self.folder.resolve() / 'blobs'}"
+
+
+def load(path: Path | None, flags: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
+    """Read a configuration. Raises ConfigError with one sentence for whatever is wrong."""
+    tree = _read(path) if path else {}
+    for key, value in environ.items():
+        if key.startswith(PREFIX) and "__" in key:
+            _set(tree, key.removeprefix(PREFIX).lower().split("__"), value)
+    for dotted, value in _flags(flags):
+        _set(tree, dotted.split("."), value)
+    config = _parse(tree, path)
+    return _anchor(config, path.parent if path else Path())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
+    try:
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper() or 'TOML'}: {error}") from error
+
+
+def _flags(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    rest = list(flags)
+    while rest:
+        name, joined, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or "." not in name:
+            raise ConfigError(f"{name!r} is no setting; write --section.key value, for example --run.seed 3")
+        if not joined:
+            if not rest:
+                raise ConfigError(f"{name} has no value; write {name} VALUE")
+            value = rest.pop(0)
+        yield name[2:].replace("-", "_"), value
+
+
+def _set(tree: dict[str, Any], keys: Sequence[str], text: str) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{'.'.join(keys)}: {key} is a value, not a section")
+    try:
+        tree[keys[-1]] = json.loads(text)
+    except ValueError:
+        tree[keys[-1]] = text
+
+
+def _parse(tree: dict[str, Any], path: Path | None) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        source = f"{path}: " if path else ""
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{source}unknown key {where!r}; {_nearest(where)}") from error
+        raise ConfigError(f"{source}{where} = {first['input']!r}: {first['msg']}") from error
+
+
+def _nearest(where: str) -> str:
+    close = difflib.get_close_matches(where, [name for name, _ in fields()], n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "docs/config.md lists all keys"
+
+
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its pydantic field."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield prefix + name, field
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _anchor(config: Config, base: Path) -> Config:
+    """Paths in a file are relative to that file."""
+    model, env = config.model, config.env
+    if model.path and (base / model.path).exists():
+        model = model.model_copy(update={"path": str((base / model.path).resolve())})
+    name, colon, attribute = env.name.partition(":")
+    if name.endswith((".py", ".jsonl")) and (base / name).exists():
+        env = env.model_copy(update={"name": str((base / name).resolve()) + colon + attribute})
+    return config.model_copy(update={"model": model, "env": env})
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved configuration beside the run."""
+    path.write_text(config.model_dump_json(indent=2) + "\n")

@@ -1,0 +1,469 @@
+"""Coordinator: admits nodes, hands out leases, takes rollouts in, keeps records and ledger. An HTTP app, no torch.
+
+Nothing in its memory matters: kill it at any moment, start it again, and nodes go on by themselves.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import msgspec
+import uvicorn
+from fastapi import FastAPI
+from sqlalchemy import Connection
+from starlette.responses import RedirectResponse, Response
+
+from farflung.config import Config
+from farflung.protocol import messages as m
+from farflung.protocol.errors import ConfigError, FarflungError, Forbidden, Malformed, NotFound, TooOld
+from farflung.protocol.identity import Key, Signed, node_id
+from farflung.protocol.server import Call, Route, mount
+from farflung.protocol.session import Index
+from farflung.protocol.states import first
+from farflung.rollouts import compose, credit, intake, judge
+from farflung.rollouts.archive import Archive
+from farflung.store import views
+from farflung.store.blobs import Blobs, digest_of
+from farflung.store.book import Book, node_row
+from farflung.store.db import Database, migrate, record
+from farflung.store.metrics import Metrics
+from farflung.store.tables import NODES
+from farflung.tasks import lease
+from farflung.tasks.found import Model, found, seal_papers, weights_key
+from farflung.trust.evidence import Profile
+from farflung.trust.profiles import load_profile
+from farflung.trust.record import NodeRecord
+from farflung.weights import origin
+from farflung.weights.manifest import manifest_digest, open_manifest
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+SWEEP_S = 0.25
+POLL_S = 0.5
+BLOB_BYTES = 1 << 30
+TOKENS_BYTES = 256 << 20
+
+
+class Coordinator:
+    """One coordinator with one run, as `tasks/found.py` founds it. `papers` are what nodes check before they join."""
+
+    def __init__(
+        self,
+        book: Book,
+        papers: m.Run,
+        weights_key: bytes,
+        profile: Profile,
+        archive: Archive,
+        database: Database,
+        blobs: Blobs,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.book, self.papers, self.weights_key, self.profile = book, papers, weights_key, profile
+        self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
+        self._changed = asyncio.Condition()
+        self._started_at = clock()
+        granted = self.config.coordinator.grants.items()
+        self._roles = {node_id(bytes.fromhex(public)): role for public, role in granted}
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.book.config
+
+    # --- joining -----------------------------------------------------------------------------------------------------
+
+    async def index(self, call: Call) -> Index:
+        """Who this coordinator is and which runs it has."""
+        return Index(
+            self.book.key.id, m.VERSION, self.config.coordinator.minimum_version, self.papers.root, [self.book.run]
+        )
+
+    async def register(self, call: Call) -> m.Welcome:
+        """Make a key known. The role it asks for must be one the operator granted it; a worker needs none."""
+        ask: m.Register = call.message
+        if ask.version < self.config.coordinator.minimum_version:
+            raise TooOld(
+                f"this node speaks protocol {ask.version}, {self.config.coordinator.minimum_version} is the oldest "
+                "that may join; upgrade with: pip install -U farflung"
+            )
+        if ask.role != "worker" and self._roles.get(call.node) != ask.role:
+            raise Forbidden(f"node {call.node} is not granted the role {ask.role!r}; the operator grants it by config")
+        assert call.signer is not None, "registering is signed"
+        status = await self._write(lambda c: _admit(c, call.node, call.signer.public, ask, self.clock()))  # type: ignore[union-attr]
+        return m.Welcome(node=call.node, role=ask.role, status=status, runs=[self.book.run])
+
+    async def run(self, call: Call) -> m.Run:
+        """The run's sealed papers: the root's delegations and what a node must know."""
+        self._here(call)
+        return self.papers
+
+    async def heartbeat(self, call: Call) -> m.Pulse:
+        """Keep a node's leases alive; tells it where the run stands."""
+        self._here(call)
+        beat: m.Heartbeat = call.message
+        now = self.clock()
+
+        def note(connection: Connection) -> m.Pulse:
+            row = node_row(connection, call.node)
+            connection.execute(
+                NODES.update()
+                .where(NODES.c.node == call.node)
+                .values(seen_at=now, phase=beat.phase, loaded_step=beat.loaded_step)
+            )
+            self.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
+            lost = lease.lost_leases(connection, call.node, now - self.config.lease.lease_s)
+            return m.Pulse(latest=self.book.latest(connection), status=row.status, lost_leases=lost)
+
+        return await self._write(note)
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    async def manifest(self, call: Call) -> Signed:
+        """A sealed manifest by its digest."""
+        self._here(call)
+        return await self.database.read(lambda c: views.manifest(c, self.book.run, call.path["digest"]))
+
+    async def get_blob(self, call: Call) -> Response:
+        """The origin of shards and model files: bytes by digest, with Range."""
+        response, size_bytes = await origin.serve(self.blobs, _digest(call), call.request.headers.get("range", ""))
+        self.metrics.count_sent(size_bytes)
+        return response
+
+    async def put_blob(self, call: Call) -> m.Done:
+        """The trainer stores a shard under its digest."""
+        self._here(call)
+        await self._require(call, "trainer")
+        digest = _digest(call)
+        found = await asyncio.to_thread(digest_of, call.body)
+        if found != digest:
+            raise Malformed(f"the body hashes to {found[:12]}, not to {digest[:12]} of the path")
+        await self.blobs.put(call.body, digest)
+        return m.Done(changed=1)
+
+    # --- work --------------------------------------------------------------------------------------------------------
+
+    async def lease(self, call: Call) -> m.LeaseAnswer:
+        """Work for a node; waits up to wait_s for some. Asked again, the same lease."""
+        self._here(call)
+        ask: m.LeaseRequest = call.message
+
+        def issue(connection: Connection) -> m.LeaseAnswer:
+            row = node_row(connection, call.node)
+            connection.execute(NODES.update().where(NODES.c.node == call.node).values(seen_at=self.clock()))
+            found = lease.issue(connection, self.book, row, ask, self.clock())
+            latest = self.book.latest(connection)
+            if isinstance(found, Signed):
+                return m.LeaseAnswer(latest=latest, lease=found)
+            return m.LeaseAnswer(latest=latest, reason=found.reason, retry_after_s=POLL_S)
+
+        return await self._poll(issue, lambda answer: answer.lease is not None, ask.wait_s)
+
+    async def submission(self, call: Call) -> Signed:
+        """Take a lease's rollouts in; gives a sealed receipt, the same one if they are sent again."""
+        self._here(call)
+        _, leased = await self.database.read(lambda c: intake.lease_of(c, call.path["lease"], call.node))
+        parcel = intake.inspect(leased, call.node, call.message, self.book.vocab, self.book.eos_ids)
+        await self.blobs.put(parcel.body, parcel.digest)
+        logp = await self.blobs.put(parcel.logp) if parcel.logp else None
+        return await self._write(lambda c: intake.take(c, self.book, call.node, parcel, logp, self.clock()))
+
+    async def give_back(self, call: Call) -> m.Done:
+        """A node that leaves hands its lease back."""
+        self._here(call)
+        await self._write(lambda c: intake.give_back(c, call.path["lease"], call.node, self.clock()))
+        return m.Done(changed=1)
+
+    # --- scores and audits -------------------------------------------------------------------------------------------
+
+    async def claim_scores(self, call: Call) -> m.ScoreJobs:
+        """Transcripts for a scorer."""
+        await self._require(call, "scorer")
+        ask: m.Claim = call.message
+        claim: Callable[[Connection], Any] = lambda c: (  # noqa: E731
+            credit.claim_scores(c, self.book, call.node, ask.limit, self.clock()),
+            self.book.latest(c),
+        )
+        rows, latest = await self._poll(claim, lambda answer: bool(answer[0]), ask.wait_s)
+        return m.ScoreJobs(latest=latest, jobs=[await self._score_job(row) for row in rows])
+
+    async def _score_job(self, row: Any) -> m.ScoreJob:
+        ids = (await self.archive.body(row.submission)).rollouts[row.position].ids
+        return m.ScoreJob(rollout=row.rollout, task=msgspec.Raw(row.payload), transcript=self.archive.text(ids))
+
+    async def scores(self, call: Call) -> m.Done:
+        """Rewards from a scorer."""
+        await self._require(call, "scorer")
+        results = call.message.results
+        changed = await self._write(lambda c: credit.take_scores(c, self.book, call.node, results, self.clock()))
+        return m.Done(changed=changed)
+
+    async def claim_audits(self, call: Call) -> m.AuditJobs:
+        """Drawn rollouts for a validator."""
+        await self._require(call, "validator")
+        ask: m.Claim = call.message
+        claim: Callable[[Connection], Any] = lambda c: (  # noqa: E731
+            judge.claim_audits(c, self.book, call.node, ask.limit, self.clock()),
+            self.book.latest(c),
+        )
+        rows, latest = await self._poll(claim, lambda answer: bool(answer[0]), ask.wait_s)
+        return m.AuditJobs(latest=latest, jobs=[await self._audit_job(row) for row in rows])
+
+    async def _audit_job(self, row: Any) -> m.AuditJob:
+        body = await self.archive.body(row.submission)
+        return await self.database.read(lambda c: judge.job(c, self.book, row, body))
+
+    async def evidence(self, call: Call) -> m.Done:
+        """Sealed findings of a validator; the verdict is the coordinator's."""
+        await self._require(call, "validator")
+        signed: Signed = call.message
+        if call.signer is None or signed.public != call.signer.public:
+            raise Forbidden("evidence must be sealed by the key that sends it")
+        changed = await self._write(
+            lambda c: judge.take_evidence(c, self.book, self.profile, call.node, signed, self.clock())
+        )
+        return m.Done(changed=changed)
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    async def claim_step(self, call: Call) -> m.BatchAnswer:
+        """The batch of a step for the trainer; asked again, the same one."""
+        await self._require(call, "trainer")
+        step = _number(call, "step")
+
+        def claim(connection: Connection) -> m.BatchAnswer:
+            found = compose.claim_step(connection, self.book, step, self.clock())
+            latest = self.book.latest(connection)
+            if isinstance(found, str):
+                return m.BatchAnswer(latest=latest, reason=found)
+            return m.BatchAnswer(latest=latest, batch=found)
+
+        return await self._poll(claim, lambda answer: answer.batch is not None, call.message.wait_s)
+
+    async def commit_step(self, call: Call) -> m.Done:
+        """End a step: its weights are published, its rollouts trained."""
+        await self._require(call, "trainer")
+        commit: m.Commit = call.message
+        digest = manifest_digest(commit.manifest)
+        manifest = open_manifest(commit.manifest, self.weights_key, self.book.run, digest)
+        if manifest.step != _number(call, "step"):
+            raise Malformed(f"the manifest is of step {manifest.step}, the path of {call.path['step']}")
+        for shard in manifest.shards:
+            if await self.blobs.size(shard.digest) != shard.size_bytes:
+                raise Malformed(f"shard {shard.digest[:12]} is stored with another size than the manifest's")
+        changed = await self._write(
+            lambda c: compose.commit_step(
+                c, self.book, commit.manifest, manifest, commit.metrics, commit.checkpoint, self.clock()
+            )
+        )
+        if changed:
+            self.metrics.note_step(manifest, commit.metrics, self.clock())
+        return m.Done(changed=changed)
+
+    async def submission_body(self, call: Call) -> Response:
+        """The tokens of a submission, for the trainer."""
+        await self._require(call, "trainer")
+        return Response(await self.blobs.get(_digest(call)), media_type="application/octet-stream")
+
+    async def logp_body(self, call: Call) -> Response:
+        """The log-probabilities that a node sent along with a submission, for the trainer's mismatch metric."""
+        await self._require(call, "trainer")
+        blob = await self.database.read(lambda c: views.logp_blob(c, _digest(call)))
+        return Response(await self.blobs.get(blob) if blob else b"", media_type="application/octet-stream")
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    async def status(self, call: Call) -> m.Status:
+        """The run at a glance."""
+        self._here(call)
+        return await self.database.read(lambda c: views.status(c, self.book, self.clock()))
+
+    async def story(self, call: Call) -> m.Story:
+        """Everything that happened to one id."""
+        return await self.database.read(lambda c: views.story(c, call.path["id"]))
+
+    async def docs(self, call: Call) -> Response:
+        """The way to the documentation of this very API."""
+        return RedirectResponse("/docs")
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _here(self, call: Call) -> None:
+        if call.path.get("run", self.book.run) != self.book.run:
+            raise NotFound(f"there is no run {call.path['run']!r} here; there is {self.book.run!r}")
+
+    async def _require(self, call: Call, role: str) -> None:
+        self._here(call)
+        if self._roles.get(call.node) != role:
+            raise Forbidden(f"this route is for the role {role!r}, which node {call.node} is not granted")
+
+    async def _write(self, change: Callable[[Connection], T]) -> T:
+        """A transaction; whoever polls for work looks again after it."""
+        result = await self.database.write(change)
+        async with self._changed:
+            self._changed.notify_all()
+        return result
+
+    async def _poll(self, ask: Callable[[Connection], T], is_something: Callable[[T], bool], wait_s: float) -> T:
+        """Ask until there is something or the time is up, again after each change."""
+        until = time.monotonic() + wait_s
+        while True:
+            answer = await self.database.write(ask)
+            left_s = until - time.monotonic()
+            if is_something(answer) or left_s <= 0:
+                return answer
+            try:
+                async with asyncio.timeout(min(left_s, POLL_S)), self._changed:
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    async def sweep(self) -> None:
+        """For ever: take lapsed leases back, end the run when it is done, write metrics."""
+        while True:
+            try:
+                if await self.database.write(self._sweep_once):
+                    async with self._changed:
+                        self._changed.notify_all()
+                own = m.Heartbeat(cpu_s=time.process_time(), started_at=self._started_at)
+                self.metrics.note_node(self.book.key.id, "coordinator", self._started_at, own, self.clock())
+                self.metrics.flush(self.clock())
+            except FarflungError:
+                log.exception("sweep failed, going on")
+            await asyncio.sleep(SWEEP_S)
+
+    def _sweep_once(self, connection: Connection) -> bool:
+        now = self.clock()
+        return bool(lease.expire(connection, self.book, now)) | compose.finish(connection, self.book, now)
+
+    def app(self) -> FastAPI:
+        """The HTTP application."""
+
+        @asynccontextmanager
+        async def life(_: FastAPI) -> AsyncIterator[None]:
+            sweeping = asyncio.create_task(self.sweep())
+            yield
+            sweeping.cancel()
+            self.metrics.flush(self.clock(), force=True)
+
+        app = FastAPI(title="farflung coordinator", version=str(m.VERSION), lifespan=life)
+        mount(app, self.routes(), self.book.key.id, self.clock)
+        return app
+
+    def routes(self) -> list[Route]:
+        """The protocol, one line each."""
+        run = "/v1/runs/{run}"
+        tokens = TOKENS_BYTES
+        return [
+            Route("GET", "/", self.docs, signed=False),
+            Route("GET", "/v1", self.index, None, Index, signed=False),
+            Route("POST", "/v1/nodes", self.register, m.Register, m.Welcome),
+            Route("GET", run, self.run, None, m.Run, signed=False),
+            Route("GET", f"{run}/status", self.status, None, m.Status, signed=False),
+            Route("GET", "/v1/story/{id}", self.story, None, m.Story, signed=False),
+            Route("POST", f"{run}/heartbeat", self.heartbeat, m.Heartbeat, m.Pulse),
+            Route("GET", f"{run}/manifests/{{digest}}", self.manifest, None, Signed, signed=False),
+            Route("GET", "/v1/blobs/{digest}", self.get_blob, signed=False),
+            Route("PUT", f"{run}/blobs/{{digest}}", self.put_blob, None, m.Done, limit_bytes=BLOB_BYTES, raw=True),
+            Route("POST", f"{run}/leases", self.lease, m.LeaseRequest, m.LeaseAnswer),
+            Route(
+                "POST", f"{run}/leases/{{lease}}/submission", self.submission, m.Submission, Signed, limit_bytes=tokens
+            ),
+            Route("POST", f"{run}/leases/{{lease}}/return", self.give_back, m.Empty, m.Done),
+            Route("POST", f"{run}/scores/claim", self.claim_scores, m.Claim, m.ScoreJobs),
+            Route("POST", f"{run}/scores", self.scores, m.Scores, m.Done, limit_bytes=4 << 20),
+            Route("POST", f"{run}/audits/claim", self.claim_audits, m.Claim, m.AuditJobs),
+            Route("POST", f"{run}/audits/{{audit}}/evidence", self.evidence, Signed, m.Done, limit_bytes=tokens),
+            Route("POST", f"{run}/steps/{{step}}/claim", self.claim_step, m.ClaimStep, m.BatchAnswer),
+            Route("POST", f"{run}/steps/{{step}}/commit", self.commit_step, m.Commit, m.Done, limit_bytes=tokens),
+            Route("GET", f"{run}/submissions/{{digest}}", self.submission_body),
+            Route("GET", f"{run}/submissions/{{digest}}/logp", self.logp_body),
+        ]
+
+
+def _admit(connection: Connection, node: str, public: bytes, ask: m.Register, now: float) -> str:
+    """Remember a key, or refresh what it says of its machine. Its record stays what it is."""
+    said = {
+        "name": ask.name or node[:8],
+        "role": ask.role,
+        "engine": ask.engine,
+        "profile": ask.profile,
+        "hardware": json.dumps(msgspec.to_builtins(ask.hardware)),
+        "seen_at": now,
+    }
+    row = connection.execute(NODES.select().where(NODES.c.node == node)).first()
+    if row is not None:
+        connection.execute(NODES.update().where(NODES.c.node == node).values(said))
+        return row.status
+    status = first("node")
+    blank = msgspec.msgpack.encode(NodeRecord())
+    fresh = {"node": node, "public": public, "status": status, "registered_at": now, "record": blank}
+    connection.execute(NODES.insert().values(said | fresh))
+    record(connection, "node", [node], "", status, now, name=said["name"], role=ask.role)
+    return status
+
+
+def _digest(call: Call) -> str:
+    digest = call.path["digest"]
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise Malformed(f"{digest[:80]!r} is no SHA-256 in hex")
+    return digest
+
+
+def _number(call: Call, name: str) -> int:
+    text = call.path[name]
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise Malformed(f"{name} {text[:40]!r} is not a number")
+    return int(text)
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+async def open_coordinator(config: Config) -> Coordinator:
+    """Everything a coordinator needs, from a configuration; the run is founded if it is new."""
+    folder = config.folder
+    (folder / "keys").mkdir(parents=True, exist_ok=True)
+    root = Key.load_or_make(folder / "keys" / "root")
+    key = Key.load_or_make(folder / "keys" / "coordinator")
+    model, profile = Model(config.model.path), load_profile(config.model.profile)
+    await asyncio.to_thread(migrate, config.database_url)
+    database, blobs = Database(config.database_url), Blobs(config.blobs_url)
+    book = await found(config, database, model, key, time.time())
+    papers = await seal_papers(config, blobs, model, key, root)
+    archive, metrics = Archive(blobs, model.tokenizer), Metrics(folder / "metrics.jsonl")
+    return Coordinator(book, papers, weights_key(config), profile, archive, database, blobs, metrics)
+
+
+async def serve(config: Config) -> None:
+    """Run a coordinator until it is told to stop."""
+    listener = listen(config.coordinator.host, config.coordinator.port)
+    coordinator = await open_coordinator(config)
+    host, port = listener.getsockname()[:2]
+    log.info("listening url=http://%s:%d run=%s", host, port, config.run.name)
+    (config.folder / "coordinator.url").write_text(f"http://{host}:{port}\n")
+    options = uvicorn.Config(coordinator.app(), log_level="warning", timeout_graceful_shutdown=2, access_log=False)
+    try:
+        await uvicorn.Server(options).serve(sockets=[listener])
+    finally:
+        coordinator.database.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError if the address is taken."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another with --coordinator.port"
+        ) from error
+    return listener

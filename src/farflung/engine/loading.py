@@ -1,0 +1,88 @@
+"""Builds a model from its configuration alone and fills it strictly from named tensors."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from farflung.protocol.errors import ConfigError, WeightsError
+
+_NEVER = ("auto_map", "quantization_config")
+"""Keys that would make transformers look for somebody's Python or repack the weights."""
+
+
+def build(config: Path | str | bytes, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the architecture that `config.json` (its bytes, or the folder it is in) describes, weights at random.
+
+    Only classes inside transformers are considered: no remote code. Raises ConfigError.
+    """
+    fields = read_config(config)
+    try:
+        settings = AutoConfig.for_model(**{key: value for key, value in fields.items() if key not in _NEVER})
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"config.json describes no causal language model that transformers knows: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def read_config(config: Path | str | bytes) -> dict[str, Any]:
+    """The fields of `config.json`, given as bytes or as the folder it is in."""
+    try:
+        text = config if isinstance(config, bytes) else (Path(config) / "config.json").read_bytes()
+        fields = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no readable config.json: {error}") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise ConfigError("config.json names no model_type; take it from the model's own folder")
+    return fields
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """End-of-sequence ids, from the generation config if it names any, else from the model config."""
+    generation = getattr(model, "generation_config", None)
+    for source in (generation, model.config.get_text_config()):
+        eos = getattr(source, "eos_token_id", None)
+        if eos is not None:
+            return frozenset(eos if isinstance(eos, list | tuple) else [eos])
+    return frozenset()
+
+
+@torch.no_grad()
+def load_strictly(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy every tensor into its place, cast to the model's precision; each must come exactly once.
+
+    Tied weights (an output head that is the embedding) need one of their names; where several come they must agree.
+    Raises WeightsError, after which the model holds a mixture and must not be used.
+    """
+    slots = model.state_dict(keep_vars=True)
+    given: set[str] = set()
+    filled: set[int] = set()
+    for name, tensor in tensors:
+        _refuse_misfit(name, tensor, slots, given)
+        given.add(name)
+        slot = slots[name]
+        if id(slot) in filled and not torch.equal(slot, tensor.to(slot)):
+            raise WeightsError(f"tensor {name} is tied to another one of the checkpoint and differs from it")
+        slot.copy_(tensor)
+        filled.add(id(slot))
+    missing = [name for name, slot in slots.items() if id(slot) not in filled]
+    if missing:
+        raise WeightsError(f"{len(missing)} tensors are missing from the weights, the first is {missing[0]}")
+
+
+def _refuse_misfit(name: str, tensor: torch.Tensor, slots: dict[str, torch.Tensor], given: set[str]) -> None:
+    if name not in slots:
+        raise WeightsError(
+            f"tensor {name} is unknown to this model; weights and config.json belong to different models"
+        )
+    if name in given:
+        raise WeightsError(f"tensor {name} came twice")
+    if tensor.shape != slots[name].shape:
+        raise WeightsError(f"tensor {name} has shape {list(tensor.shape)}, the model {list(slots[name].shape)}")
+    if tensor.is_floating_point() != slots[name].is_floating_point():
+        raise WeightsError(f"tensor {name} is of type {tensor.dtype}, the model's of {slots[name].dtype}")

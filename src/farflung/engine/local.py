@@ -1,0 +1,97 @@
+"""The embedded engine: any Hugging Face causal LM, generation and replay in this process, no compiler needed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from farflung.engine.base import Completion, Replay, Request
+from farflung.engine.decode import decode
+from farflung.engine.loading import build, end_tokens, load_strictly
+from farflung.engine.replay import replay
+from farflung.protocol.errors import WeightsError
+
+
+class LocalEngine:
+    """One policy in this process. No cache outlives a call, so weights loaded between calls are all that counts."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_ids: Iterable[int] | None = None,
+        max_rows: int = 64,
+        replay_tokens: int = 4096,
+    ) -> None:
+        """Take a model with its weights. `max_rows` bounds a decoding batch, `replay_tokens` a prefill."""
+        self.model = model.eval().requires_grad_(False)
+        self.eos_ids = frozenset(end_tokens(model) if eos_ids is None else eos_ids)
+        self.max_rows = max_rows
+        self.replay_tokens = replay_tokens
+        self._is_loaded = True
+
+    @classmethod
+    def from_folder(
+        cls,
+        config: Path | str | bytes,
+        *,
+        dtype: torch.dtype = torch.float32,
+        threads: int = 1,
+        device: str = "cpu",
+        eos_ids: Iterable[int] | None = None,
+        max_rows: int = 64,
+        replay_tokens: int = 4096,
+    ) -> "LocalEngine":
+        """Build the architecture of a `config.json` (a folder, or the file's bytes); `load` must bring the weights.
+
+        Sets this process's number of torch threads. Raises ConfigError.
+        """
+        torch.set_num_threads(threads)
+        model = build(config, dtype).to(device)
+        engine = cls(model, eos_ids=eos_ids, max_rows=max_rows, replay_tokens=replay_tokens)
+        engine._is_loaded = False
+        return engine
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights. After a WeightsError the engine refuses to work until a complete load succeeds."""
+        self._is_loaded = False
+        load_strictly(self.model, tensors)
+        self._is_loaded = True
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None
+    ) -> list[Completion | None]:
+        """Generate every request, in order, `max_rows` at a time; prompts of like length share a batch.
+
+        `should_stop` is asked before every token of a batch; once it says yes, what is incomplete stays None.
+        """
+        self._refuse_unloaded()
+        _refuse_empty(requests)
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
+        found: list[Completion | None] = [None] * len(requests)
+        for start in range(0, len(order), self.max_rows):
+            chunk = order[start : start + self.max_rows]
+            batch = decode(self.model, [requests[index] for index in chunk], self.eos_ids, should_stop)
+            for index, completion in zip(chunk, batch, strict=True):
+                found[index] = completion
+            if None in batch:
+                break
+        return found
+
+    @torch.inference_mode()
+    def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:
+        """Prefill each (request, completion ids) once and compare each token with the seeded pick."""
+        self._refuse_unloaded()
+        return replay(self.model, items, self.replay_tokens)
+
+    def _refuse_unloaded(self) -> None:
+        if not self._is_loaded:
+            raise WeightsError("the engine holds no complete weights; load all tensors of one step first")
+
+
+def _refuse_empty(requests: Sequence[Request]) -> None:
+    for index, request in enumerate(requests):
+        if not request.prompt_ids or request.budget < 1:
+            raise ValueError(f"request {index} needs a prompt and a budget of at least one token: {request}")

@@ -1,0 +1,161 @@
+"""Checkpoints of the trainer: masters, optimizer and random state in one folder, complete or absent.
+
+    step-000012/
+    ├── config.json             the folder is also a Hugging Face checkpoint
+    ├── model.safetensors       float32 masters
+    ├── optimizer.safetensors   AdamW's moments, `<state>/<parameter>`
+    ├── state.json              step, optimizer updates, torch's random state
+    └── COMPLETE                sizes of the files above; written last
+
+It is written beside its place, flushed to disk and renamed, so a crash leaves the previous checkpoints whole.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from farflung.learner.optimise import Learner
+from farflung.protocol.errors import ConfigError
+
+_MARKER = "COMPLETE"
+_NAME = re.compile(r"step-(\d{6,})")
+_UNFINISHED = ".unfinished-"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    step: int
+    path: Path
+
+
+def save(learner: Learner, step: int, root: Path, *, keep: int = 2) -> Checkpoint:
+    """Write the checkpoint of `step` under `root`, replacing one of the same step, and keep the newest `keep`."""
+    root.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root))
+    _write(learner, step, draft)
+    place = root / f"step-{step:06d}"
+    if place.exists():
+        place.rename(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root))
+    draft.rename(place)
+    _sync(root)
+    _prune(root, keep)
+    return Checkpoint(step, place)
+
+
+def load(learner: Learner, path: Path) -> int:
+    """Put a checkpoint's masters, optimizer and random state into `learner`; returns its step, bit for bit as saved.
+
+    Raises ConfigError if the checkpoint is incomplete or of another model.
+    """
+    _refuse_incomplete(path)
+    try:
+        _fill_masters(learner, load_file(path / "model.safetensors"))
+        _fill_optimizer(learner, load_file(path / "optimizer.safetensors"))
+    except (KeyError, RuntimeError) as error:
+        raise ConfigError(f"checkpoint {path} is of another model: {error}") from error
+    state = json.loads((path / "state.json").read_text())
+    learner.updates = state["updates"]
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))
+    return state["step"]
+
+
+def complete(root: Path) -> list[Checkpoint]:
+    """The complete checkpoints under `root`, oldest step first."""
+    return sorted(_found(root), key=lambda checkpoint: checkpoint.step)
+
+
+def latest(root: Path) -> Checkpoint | None:
+    """The complete checkpoint of the highest step, if there is any."""
+    return max(_found(root), key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def _write(learner: Learner, step: int, folder: Path) -> None:
+    learner.policy.model.config.save_pretrained(folder)
+    masters = {name: tensor.cpu().contiguous() for name, tensor in learner.policy.masters()}
+    save_file(masters, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(dict(_optimizer_tensors(learner)), folder / "optimizer.safetensors")
+    state = {"step": step, "updates": learner.updates, "torch_rng": torch.get_rng_state().numpy().tobytes().hex()}
+    (folder / "state.json").write_text(json.dumps(state))
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    for name in sizes:
+        _sync(folder / name)
+    (folder / _MARKER).write_text(json.dumps(sizes))
+    _sync(folder / _MARKER)
+    _sync(folder)
+
+
+def _optimizer_tensors(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in learner.policy.model.named_parameters():
+        for key, value in learner.optimizer.state.get(parameter, {}).items():
+            yield f"{key}/{name}", value.cpu().contiguous()
+
+
+@torch.no_grad()
+def _fill_masters(learner: Learner, saved: dict[str, torch.Tensor]) -> None:
+    masters = dict(learner.policy.masters())
+    if masters.keys() != saved.keys():
+        raise KeyError(f"tensors differ, one of them is {min(masters.keys() ^ saved.keys())}")
+    for name, tensor in masters.items():
+        tensor.copy_(saved[name])
+
+
+def _fill_optimizer(learner: Learner, saved: dict[str, torch.Tensor]) -> None:
+    parameters = dict(learner.policy.model.named_parameters())
+    learner.optimizer.state.clear()
+    for key, value in saved.items():
+        state, name = key.split("/", 1)
+        # The step counter stays a scalar where AdamW keeps it; the moments live with their parameter.
+        learner.optimizer.state[parameters[name]][state] = value.to(parameters[name].device)
+
+
+def _found(root: Path) -> Iterator[Checkpoint]:
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and not _fault(path):
+            yield Checkpoint(int(match[1]), path)
+
+
+def _fault(path: Path) -> str:
+    """What is wrong with the folder, empty if nothing."""
+    try:
+        sizes = json.loads((path / _MARKER).read_text())
+    except (OSError, ValueError):
+        return f"{_MARKER} is missing"
+    for name, size_bytes in sizes.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size_bytes:
+            return f"{name} is missing or not {size_bytes} bytes long"
+    return ""
+
+
+def _refuse_incomplete(path: Path) -> None:
+    fault = _fault(path)
+    if fault:
+        raise ConfigError(f"checkpoint {path} is incomplete: {fault}; name another one or remove it")
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Remove what crashes left unfinished and all but the newest `keep` checkpoints."""
+    for path in root.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(path)
+    for checkpoint in complete(root)[: -max(keep, 1)]:
+        shutil.rmtree(checkpoint.path)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder's entries to disk; without it a rename may survive a power cut and its content not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

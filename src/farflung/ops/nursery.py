@@ -1,0 +1,152 @@
+"""Imports torch once and forks the roles that need it: each a real process, started in a moment, sharing the pages.
+
+    stdin   {"name": "worker-1", "role": "worker", "config": "…/config.json", "url": "http://…", "attack": ""}
+    stdout  {"event": "ready"}   {"event": "started", "name": …, "pid": …}   {"event": "ended", "name": …, "code": …}
+
+When stdin closes, because the parent asked or died, every child is told to stop and then killed.
+"""
+
+import asyncio
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from farflung.cli import start_logging
+from farflung.config import load
+from farflung.protocol.errors import FarflungError
+from farflung.protocol.identity import Key
+
+POLL_S = 0.1
+GRACE_S = 10.0
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve until stdin closes."""
+    import torch
+    import transformers  # noqa: F401 - imported here so that no child has to
+
+    import farflung.trainer
+    import farflung.validator
+    import farflung.worker  # noqa: F401 - likewise
+
+    torch.set_num_threads(1)
+    children: dict[int, str] = {}
+    _say(event="ready")
+    buffer = b""
+    while True:
+        if select.select([0], [], [], POLL_S)[0]:
+            chunk = os.read(0, 65536)
+            if not chunk:
+                break
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            for line in lines:
+                order = json.loads(line)
+                pid = _fork(order)
+                children[pid] = order["name"]
+                _say(event="started", name=order["name"], pid=pid)
+        _reap(children)
+    _end(children)
+
+
+def _fork(order: dict[str, Any]) -> int:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        _live(order)
+    return pid
+
+
+def _live(order: dict[str, Any]) -> NoReturn:
+    """The child: its own log, its own role, and an exit code."""
+    code = 1
+    try:
+        die_with_parent()
+        config = load(Path(order["config"]))
+        _log_to(config.folder / "logs" / f"{order['name']}.log")
+        start_logging()
+        asyncio.run(_role(order, config))
+        code = 0
+    except FarflungError as error:
+        sys.stderr.write(f"farflung: {error}\n")
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        import traceback
+
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+async def _role(order: dict[str, Any], config: Any) -> None:
+    from farflung.ops.redteam import GALLERY
+    from farflung.trainer import Trainer
+    from farflung.validator import Validator
+    from farflung.worker import Worker
+
+    name, url = order["name"], order["url"]
+    folder = config.folder / "nodes" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    root = Key.load_or_make(config.folder / "keys" / "root").public
+    if order["role"] == "trainer":
+        await Trainer(url, Key.load_or_make(config.folder / "keys" / "trainer"), config).run()
+    elif order["role"] == "validator":
+        key = Key.load_or_make(config.folder / "keys" / name)
+        await Validator(url, key, folder, config.validator, run=config.run.name, root=root, name=name).run()
+    else:
+        wrap = GALLERY[order["attack"]] if order["attack"] else lambda engine: engine
+        key = Key.load_or_make(folder / "key")
+        await Worker(url, key, folder, config.worker, run=config.run.name, root=root, name=name, wrap=wrap).run()
+
+
+def die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent dies; elsewhere closing stdin has to do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+
+def _reap(children: dict[int, str]) -> None:
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        _say(event="ended", name=children.pop(pid), pid=pid, code=os.waitstatus_to_exitcode(status))
+
+
+def _end(children: dict[int, str]) -> None:
+    for pid in children:
+        os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + GRACE_S
+    while children and time.monotonic() < until:
+        _reap(children)
+        time.sleep(POLL_S)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _say(**event: Any) -> None:
+    try:
+        os.write(1, json.dumps(event).encode() + b"\n")
+    except BrokenPipeError:
+        return  # the parent is gone; stdin says so too
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What a run looks like in a terminal: a live view where there is one, else a line now and then."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from farflung.config import Config
+from farflung.ops.examples import five_answers
+from farflung.protocol.messages import NodeView, Status
+
+LINE_EVERY_S = 10.0
+BARS = "▁▂▃▄▅▆▇█"
+NOTES = 5
+COLOURS = {"trusted": "green", "probation": "yellow", "quarantined": "red", "ejected": "bold red"}
+
+
+class Screen:
+    """A context manager that shows statuses as they come and the summary at the end."""
+
+    def __init__(self, config: Config, *, is_plain: bool) -> None:
+        self.config, self.is_plain = config, is_plain
+        self.console = Console(highlight=False)
+        self._live = None if is_plain else Live(console=self.console, refresh_per_second=4, transient=False)
+        self._notes: list[str] = []
+        self._since = time.time()
+        self._lined_at = 0.0
+        self._told: set[str] = set()
+
+    def __enter__(self) -> "Screen":
+        self.console.print(f"farflung · run {self.config.run.name} · starting in {self.config.folder}")
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """Something that happened, worth a line."""
+        stamped = f"{time.time() - self._since:6.1f} s  {text}"
+        self._notes.append(stamped)
+        if self.is_plain:
+            self.console.print(stamped, soft_wrap=True)
+
+    def show(self, status: Status) -> None:
+        """The run as it stands."""
+        self._tell_verdicts(status)
+        if self._live is not None:
+            self._live.update(Group(run_panel(status), nodes_table(status), Text("\n".join(self._notes[-NOTES:]))))
+        elif time.monotonic() - self._lined_at >= LINE_EVERY_S:
+            self._lined_at = time.monotonic()
+            self.note(one_line(status))
+
+    def _tell_verdicts(self, status: Status) -> None:
+        names = {node.node: node.name for node in status.nodes}
+        for verdict in status.verdicts:
+            if verdict.audit not in self._told:
+                self._told.add(verdict.audit)
+                outcome = "ejected" if verdict.outcome == "eject" else "had a submission voided"
+                self.note(f"{names.get(verdict.node, verdict.node)} {outcome}: {verdict.reason}")
+
+    def conclude(self, summary: dict[str, Any], folder: Path) -> None:
+        """What came of it."""
+        print_answers(self.console, folder)
+        print_summary(self.console, summary, folder)
+
+
+def one_line(status: Status) -> str:
+    """A status in one line, for logs."""
+    reward = f"{status.steps[-1].reward:.2f}" if status.steps else "–"
+    online = sum(node.is_online for node in status.nodes)
+    return (
+        f"step {max(status.latest.step, 0)}/{status.steps_total} reward {reward} accepted {status.accepted} rollouts "
+        f"({status.accepted_tokens} tokens) nodes {online} audits {status.audits.get('done', 0)} "
+        f"re-issued {status.leases_reissued} · {status.status}"
+    )
+
+
+def run_panel(status: Status) -> Panel:
+    """Header: where the run stands."""
+    grid = Table.grid(padding=(0, 3))
+    rewards = [step.reward for step in status.steps]
+    first = f"{rewards[0]:.2f}" if rewards else "–"
+    now = f"{rewards[-1]:.2f}" if rewards else "–"
+    evals = "  ".join(f"step {e.step}: {e.score:.3f} ({e.tasks})" for e in status.evals) or "–"
+    bar = ProgressBar(total=max(1, status.steps_total), completed=max(0, status.latest.step), width=40)
+    grid.add_row("step", bar, f"{max(0, status.latest.step)}/{status.steps_total}  {status.status}")
+    grid.add_row("reward", Text(spark(rewards), style="cyan"), f"{first} → {now}")
+    grid.add_row("held-out", evals, "")
+    grid.add_row(
+        "accepted",
+        f"{status.accepted:,} rollouts, {status.accepted_tokens:,} tokens",
+        f"audits {status.audits.get('done', 0)}  re-issued leases {status.leases_reissued}",
+    )
+    title = (
+        f"farflung · {status.run} · {Path(status.model).name} · {status.env} · {status.now - status.started_at:.0f} s"
+    )
+    return Panel(grid, title=title, title_align="left", border_style="cyan")
+
+
+def spark(values: list[float]) -> str:
+    """Values in [0, 1] as a row of bars."""
+    return "".join(BARS[min(len(BARS) - 1, int(value * len(BARS)))] for value in values[-60:])
+
+
+def nodes_table(status: Status) -> Table:
+    """Who is here and how they do."""
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("node", "role", "standing", "step", "phase", "tok/s", "accepted", "rejected", "audits", "credit"):
+        table.add_column(name, justify="right" if name in _NUMBERS else "left")
+    for node in status.nodes:
+        table.add_row(*_node_cells(node), style="" if node.is_online else "dim")
+    return table
+
+
+_NUMBERS = ("step", "tok/s", "accepted", "rejected", "audits", "credit")
+
+
+def _node_cells(node: NodeView) -> list[str | Text]:
+    is_worker = node.role == "worker"
+    phase = node.phase if node.is_online else f"silent for {node.seen_s_ago:.0f} s"
+    return [
+        node.name,
+        node.role,
+        Text(node.status, style=COLOURS.get(node.status, "")) if is_worker else "granted",
+        str(node.loaded_step) if node.loaded_step >= 0 else "–",
+        "ejected" if node.status == "ejected" else phase,
+        f"{node.tokens_per_s:,.0f}" if node.tokens_per_s else "",
+        *((f"{node.accepted:,}", f"{node.rejected:,}", str(node.audits)) if is_worker else ("", "", "")),
+        f"{node.credit + node.escrow:,}" if is_worker else "",
+    ]
+
+
+def print_answers(console: Console, folder: Path) -> None:
+    """Five held-out questions, answered before and after."""
+    rows = five_answers(folder)
+    if not rows:
+        return
+    table = Table(
+        title="Five held-out questions, before and after", title_justify="left", box=None, padding=(0, 3, 0, 0)
+    )
+    for name in ("question", "before", "", "after", ""):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(row.prompt, row.before, mark(row.before_reward), row.after, mark(row.after_reward))
+    console.print()
+    console.print(table)
+
+
+def mark(reward: float) -> Text:
+    """Right or wrong at a glance."""
+    return Text("✓", style="green") if reward >= 0.5 else Text("✗", style="red")
+
+
+def print_summary(console: Console, s: dict[str, Any], folder: Path) -> None:
+    """The figures that matter most, in words."""
+    console.print()
+    if s["eval_before"] is not None and s["eval_after"] is not None:
+        gain = f"held-out score {s['eval_before']:.3f} → [bold green]{s['eval_after']:.3f}[/]"
+        console.print(f"{gain} on {s['eval_tasks']} tasks, after {s['steps']} steps in {s['wall_s']:.0f} s")
+    for node in s["nodes_ejected"]:
+        console.print(
+            f"ejected [bold red]{node['name']}[/] ({node['true_role']}) after {node['submissions_until_caught']} "
+            f"submissions: {node['reason']}",
+            soft_wrap=True,
+        )
+    console.print(f"honest nodes ejected: {s['honest_ejected']}; leases re-issued to others: {s['leases_reissued']}")
+    share = s["verification_overhead"]
+    steady = s["verification_overhead_steady"]
+    if share is not None:
+        later = f", {steady:.1%} once every node had earned trust" if steady is not None else ""
+        console.print(
+            f"verification: {s['audits']} audits of {s['audited_fraction']:.1%} of the rollouts, "
+            f"{share:.1%} of the CPU time of generation{later}"
+        )
+    if s["usd_per_million_verified_tokens"] is not None:
+        console.print(
+            f"cost at the configured prices: {s['cost_usd']:.4f} USD, "
+            f"{s['usd_per_million_verified_tokens']:.2f} USD per million verified tokens"
+        )
+    console.print(f"figures in {folder / 'summary.json'}, everything else beside it", soft_wrap=True)

@@ -1,0 +1,270 @@
+"""The figures of a run, recomputed from its database and metrics.jsonl, and written as summary.json.
+
+Names are a contract; docs/metrics.md says what each means and how it is measured.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from farflung.config import Config, load
+from farflung.protocol.errors import ConfigError
+from farflung.store import views
+from farflung.store.db import open_engine
+from farflung.store.tables import AUDITS, EVENTS, NODES, ROLLOUTS, SUBMISSIONS, VERDICTS
+
+Line = dict[str, Any]
+
+
+def write_summary(folder: Path) -> dict[str, Any]:
+    """Compute and write summary.json."""
+    figures = summarise(folder)
+    (folder / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def summarise(folder: Path) -> dict[str, Any]:
+    """All figures of the run in `folder`. Raises ConfigError if there is none."""
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds no run: config.json is missing")
+    config = load(folder / "config.json", environ={})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder.parent})})
+    lines = list(_lines(folder / "metrics.jsonl"))
+    engine = open_engine(config.database_url)
+    with engine.connect() as connection:
+        figures = _figures(connection, config, lines)
+    engine.dispose()
+    return figures
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    for text in path.read_text().splitlines():
+        yield json.loads(text)
+
+
+def _figures(connection: Connection, config: Config, lines: list[Line]) -> dict[str, Any]:
+    run = config.run.name
+    start, end = _span(lines)
+    steps = views.steps(connection, run)
+    figures: dict[str, Any] = {
+        "run": run,
+        "seed": config.run.seed,
+        "commit": next((line["commit"] for line in lines if line["kind"] == "start"), ""),
+        "steps": len(steps),
+        "wall_s": round(end - start, 2),
+        "first_reward_s": _first_reward(connection, run, start),
+        "reward_first": steps[0].reward if steps else None,
+        "reward_last": steps[-1].reward if steps else None,
+        **_evals(connection, config),
+        **_tokens(connection, run),
+        **_rollouts(connection, run),
+        **_audits(connection, run),
+        **_work(connection, run, lines, config),
+        **_nodes(connection, config),
+        "leases_reissued": views.reissued(connection, run),
+        **_trainer(steps),
+        **_weights(lines, steps),
+    }
+    cost = _cost(lines, config, end - start)
+    verified = figures["tokens_verified"]
+    figures["cost_usd"] = round(cost, 6)
+    figures["usd_per_million_verified_tokens"] = round(cost / verified * 1e6, 4) if verified else None
+    return figures
+
+
+def _span(lines: list[Line]) -> tuple[float, float]:
+    """Start of the first and end of the last stay, with pauses between a stop and a resume left out."""
+    total, since, last = 0.0, None, 0.0
+    for line in lines:
+        if line["kind"] == "start":
+            since = line["at"]
+        elif since is not None:
+            last = line["at"]
+            if line["kind"] == "end":
+                total, since = total + line["at"] - since, None
+    if since is not None:
+        total += last - since
+    first = next((line["at"] for line in lines if line["kind"] == "start"), 0.0)
+    return first, first + total
+
+
+def _first_reward(connection: Connection, run: str, start: float) -> float | None:
+    """Seconds from the command to the first accepted rollout."""
+    query = (
+        sa.select(sa.func.min(EVENTS.c.at))
+        .join(ROLLOUTS, ROLLOUTS.c.rollout == EVENTS.c.subject)
+        .where(ROLLOUTS.c.run == run, EVENTS.c.noun == "rollout", EVENTS.c.after == "accepted")
+    )
+    at = connection.execute(query).scalar()
+    return None if at is None else round(at - start, 2)
+
+
+def _evals(connection: Connection, config: Config) -> dict[str, Any]:
+    found = {view.step: view for view in views.evals(connection, config.run.name)}
+    before, after = found.get(0), found.get(config.run.steps)
+    return {
+        "eval_before": before.score if before else None,
+        "eval_after": after.score if after else None,
+        "eval_tasks": after.tasks if after else before.tasks if before else 0,
+    }
+
+
+def _tokens(connection: Connection, run: str) -> dict[str, int]:
+    generated = sa.select(sa.func.coalesce(sa.func.sum(SUBMISSIONS.c.tokens), 0)).join(
+        NODES, NODES.c.node == SUBMISSIONS.c.node
+    )
+    trained = sa.select(sa.func.coalesce(sa.func.sum(ROLLOUTS.c.tokens), 0))
+    trained = trained.where(ROLLOUTS.c.run == run, ROLLOUTS.c.status == "trained")
+    return {
+        "tokens_generated": int(
+            connection.execute(generated.where(SUBMISSIONS.c.run == run, NODES.c.role == "worker")).scalar_one()
+        ),
+        "tokens_verified": int(views.accepted(connection, run)[1]),
+        "tokens_trained": int(connection.execute(trained).scalar_one()),
+    }
+
+
+def _rollouts(connection: Connection, run: str) -> dict[str, int]:
+    by_worker = sa.and_(NODES.c.role == "worker", ROLLOUTS.c.run == run)
+    count = sa.select(sa.func.count()).select_from(ROLLOUTS.join(NODES, NODES.c.node == ROLLOUTS.c.node))
+    submitted = count.where(by_worker, ROLLOUTS.c.submission.is_not(None))
+    rejected = count.where(by_worker, ROLLOUTS.c.status.in_(("rejected", "void")))
+    return {
+        "rollouts_submitted": connection.execute(submitted).scalar_one(),
+        "rollouts_accepted": views.accepted(connection, run)[0],
+        "rollouts_rejected": connection.execute(rejected).scalar_one(),
+    }
+
+
+def _audits(connection: Connection, run: str) -> dict[str, Any]:
+    rows = connection.execute(
+        sa.select(AUDITS.c.rollouts).where(AUDITS.c.run == run, AUDITS.c.status == "done")
+    ).scalars()
+    rollouts = sum(len(json.loads(text)) for text in rows)
+    done = connection.execute(
+        sa.select(sa.func.count()).where(AUDITS.c.run == run, AUDITS.c.status == "done")
+    ).scalar_one()
+    submitted = _rollouts(connection, run)["rollouts_submitted"]
+    return {"audits": done, "audited_fraction": round(rollouts / submitted, 4) if submitted else 0.0}
+
+
+# --- time and money --------------------------------------------------------------------------------------------------
+
+
+def _last_per_process(lines: list[Line]) -> dict[tuple[str, float], Line]:
+    """The last heartbeat's figures of every process that ever was, by node and start."""
+    return {(line["node"], line["started_at"]): line for line in lines if line["kind"] == "node"}
+
+
+def _work(connection: Connection, run: str, lines: list[Line], config: Config) -> dict[str, Any]:
+    cpu: dict[str, float] = defaultdict(float)
+    work: dict[str, float] = defaultdict(float)
+    for line in _last_per_process(lines).values():
+        cpu[line["role"]] += line["cpu_s"]
+        work[line["role"]] += line["work_cpu_s"]
+    return {
+        "cpu_s_by_role": {role: round(seconds, 2) for role, seconds in sorted(cpu.items())},
+        "verification_overhead": _ratio(work["validator"], work["worker"]),
+        "verification_overhead_steady": _steady(connection, run, lines),
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return round(part / whole, 4) if whole > 0 else None
+
+
+def _steady(connection: Connection, run: str, lines: list[Line]) -> float | None:
+    """The overhead after the last node that earned trust has earned it; None if one never did."""
+    waiting = sa.select(sa.func.count()).where(NODES.c.role == "worker", NODES.c.status == "probation")
+    seen_alive = waiting.where(NODES.c.phase != "", NODES.c.node.in_(_submitters(run)))
+    killed = {line["node"] for line in lines if line["kind"] == "kill"}
+    if connection.execute(seen_alive.where(NODES.c.node.not_in(killed))).scalar_one():
+        return None
+    query = sa.select(sa.func.max(EVENTS.c.at)).where(EVENTS.c.noun == "node", EVENTS.c.after == "trusted")
+    since = connection.execute(query).scalar()
+    if since is None:
+        return None
+    early = [line for line in lines if line["kind"] == "node" and line["at"] <= since]
+    before, after = _last_per_process(early), _last_per_process(lines)
+    gained: dict[str, float] = defaultdict(float)
+    for key, line in after.items():
+        gained[line["role"]] += line["work_cpu_s"] - (before[key]["work_cpu_s"] if key in before else 0.0)
+    return _ratio(gained["validator"], gained["worker"])
+
+
+def _submitters(run: str) -> Any:
+    return sa.select(SUBMISSIONS.c.node).where(SUBMISSIONS.c.run == run)
+
+
+def _cost(lines: list[Line], config: Config, wall_s: float) -> float:
+    """Process-hours times prices; a process lives from its start to its last heartbeat."""
+    prices = config.prices
+    hourly = {
+        "worker": prices.worker_usd_per_hour,
+        "trainer": prices.trainer_usd_per_hour,
+        "validator": prices.validator_usd_per_hour,
+    }
+    lives = _last_per_process(lines).values()
+    paid = sum((line["heard_at"] - line["started_at"]) * hourly.get(line["role"], 0.0) for line in lives)
+    return (paid + wall_s * prices.coordinator_usd_per_hour) / 3600
+
+
+# --- who and how -----------------------------------------------------------------------------------------------------
+
+
+def _nodes(connection: Connection, config: Config) -> dict[str, Any]:
+    cheats = {cheat.name: cheat.attack for cheat in config.swarm.cheats}
+    rows = connection.execute(
+        sa.select(VERDICTS, NODES.c.name)
+        .join(NODES, NODES.c.node == VERDICTS.c.node)
+        .where(VERDICTS.c.run == config.run.name, VERDICTS.c.outcome == "eject")
+    ).all()
+    reasons = {v.node: v.reason for v in views.verdicts(connection, config.run.name) if v.outcome == "eject"}
+    ejected = [
+        {
+            "node": row.node,
+            "name": row.name,
+            "true_role": cheats.get(row.name, "honest"),
+            "reason": reasons[row.node],
+            "submissions_until_caught": row.submissions,
+        }
+        for row in rows
+    ]
+    seen = connection.execute(sa.select(sa.func.count()).where(NODES.c.role == "worker")).scalar_one()
+    return {
+        "nodes_seen": seen,
+        "nodes_ejected": ejected,
+        "honest_ejected": sum(node["true_role"] == "honest" for node in ejected),
+    }
+
+
+def _trainer(steps: list[Any]) -> dict[str, Any]:
+    metrics = [step.metrics for step in steps]
+    waited = sum(m.get("wait_s", 0.0) for m in metrics)
+    busy = sum(m.get("train_s", 0.0) + m.get("publish_s", 0.0) for m in metrics)
+    return {
+        "trainer_idle_fraction": _ratio(waited, waited + busy),
+        "staleness_mean": _mean([m["staleness"] for m in metrics if "staleness" in m]),
+        "mismatch_kl_mean": _mean([m["mismatch_kl"] for m in metrics if "mismatch_kl" in m]),
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(statistics.fmean(values), 6) if values else None
+
+
+def _weights(lines: list[Line], steps: list[Any]) -> dict[str, Any]:
+    sizes = [line["weights_bytes"] for line in lines if line["kind"] == "step"]
+    sent = sum(line["size_bytes"] for line in lines if line["kind"] == "sent")
+    pauses = [line["sync_pause_s"] for line in lines if line["kind"] == "node" and line["sync_pause_s"] > 0]
+    return {
+        "weights_full_bytes": sizes[-1] if sizes else None,
+        "weights_sent_bytes_per_step": round(sent / (len(steps) + 1)) if steps else None,
+        "sync_pause_s": round(statistics.median(pauses), 4) if pauses else None,
+    }

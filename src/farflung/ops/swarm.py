@@ -1,0 +1,305 @@
+"""`farflung run`: the whole swarm on one machine, each role a real process that speaks real HTTP over loopback.
+
+The coordinator and the scorer are processes of their own; the roles that need torch are forked from the nursery.
+What dies by accident is started again; what the configuration wants killed is killed.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from farflung.config import Config, save
+from farflung.ops.screen import Screen
+from farflung.ops.summary import write_summary
+from farflung.protocol.client import Client
+from farflung.protocol.errors import ConfigError, FarflungError, Unreachable
+from farflung.protocol.identity import Key
+from farflung.protocol.messages import NodeView, Status
+from farflung.store.metrics import Metrics
+
+log = logging.getLogger(__name__)
+LOOK_S = 0.25
+START_S = 60.0
+STOP_S = 15.0
+MOST_RESTARTS = 20
+
+
+def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> None:
+    """Make the run's folder, or find it for `--resume`. Raises ConfigError."""
+    folder = config.folder
+    if not config.model.path:
+        raise ConfigError("model.path is missing; name a folder of a Hugging Face causal LM or its hub id")
+    if resume and not (folder / "farflung.db").exists():
+        raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
+    if folder.exists() and not resume:
+        if not fresh:
+            raise ConfigError(f"{folder} exists already; use --resume to go on, --fresh to throw it away")
+        shutil.rmtree(folder)
+    (folder / "keys").mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(exist_ok=True)
+
+
+class Swarm:
+    """Every process of an embedded run."""
+
+    def __init__(self, config: Config, *, is_plain: bool) -> None:
+        self.config = _granted(config)
+        self.folder = self.config.folder
+        self.path = self.folder / "config.json"
+        self.url = f"http://{self.config.coordinator.host}:{self.config.coordinator.port}"
+        self.client = Client(self.url, Key.make(), patience_s=0.0)
+        self.metrics = Metrics(self.folder / "metrics.jsonl")
+        self.screen = Screen(self.config, is_plain=is_plain)
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
+        self.forked: dict[str, int] = {}
+        self.orders: dict[str, dict[str, Any]] = {}
+        self.restarts: dict[str, int] = {}
+        self.killed: set[str] = set()
+        self.is_stopping = False
+        self._ready = asyncio.Event()
+
+    async def run(self) -> int:
+        """Start, watch, stop, sum up. Gives the exit code."""
+        self.metrics.write("start", time.time(), pid=os.getpid(), commit=commit())
+        save(self.config, self.path)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.stop)
+        is_finished = False
+        with self.screen:
+            try:
+                await self._start()
+                is_finished = await self._watch()
+            finally:
+                await self._end()
+        self.metrics.write("end", time.time(), is_finished=is_finished)
+        summary = write_summary(self.folder)
+        self.screen.conclude(summary, self.folder)
+        return 0 if is_finished else 130
+
+    def stop(self) -> None:
+        """Stop cleanly; `--resume` goes on later."""
+        self.is_stopping = True
+
+    # --- starting ----------------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        await asyncio.gather(self._spawn_nursery(), self._spawn_coordinator())
+        await self._spawn("scorer", "scorer", str(self.path), "--url", self.url)
+        self._order("trainer", "trainer")
+        for number in range(self.config.swarm.validators):
+            self._order(f"validator-{number + 1}", "validator")
+        for name, attack in self._workers():
+            self._order(name, "worker", attack)
+
+    def _workers(self) -> list[tuple[str, str]]:
+        swarm = self.config.swarm
+        honest = [(f"worker-{number + 1}", "") for number in range(swarm.workers)]
+        doomed = [(f"doomed-{number + 1}", "") for number in range(swarm.kill)]
+        return [*doomed, *honest, *((cheat.name, cheat.attack) for cheat in swarm.cheats)]
+
+    async def _spawn_coordinator(self) -> None:
+        await self._spawn("coordinator", "coordinator", str(self.path))
+        until = time.monotonic() + START_S
+        while not await self._answers():
+            process = self.processes["coordinator"]
+            if process.returncode is not None or time.monotonic() > until:
+                raise ConfigError(_last_words(self.folder / "logs" / "coordinator.log"))
+            await asyncio.sleep(0.05)
+
+    async def _answers(self) -> bool:
+        try:
+            await self.client.get(f"/v1/runs/{self.config.run.name}/status", Status)
+        except FarflungError:
+            return False
+        return True
+
+    async def _spawn_nursery(self) -> None:
+        process = await self._spawn("nursery", module="farflung.ops.nursery", pipes=True)
+        self._listening = asyncio.create_task(self._listen(process))
+        ready, ended = asyncio.create_task(self._ready.wait()), asyncio.create_task(process.wait())
+        await asyncio.wait({ready, ended}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+        if not self._ready.is_set():
+            raise ConfigError(_last_words(self.folder / "logs" / "nursery.log"))
+
+    async def _spawn(
+        self, name: str, *arguments: str, module: str = "farflung", pipes: bool = False
+    ) -> asyncio.subprocess.Process:
+        from farflung.ops.nursery import die_with_parent
+
+        with (self.folder / "logs" / f"{name}.log").open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", module, *arguments),
+                stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if pipes else output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        self.processes[name] = process
+        return process
+
+    def _order(self, name: str, role: str, attack: str = "") -> None:
+        """Have the nursery fork a role."""
+        order = {"name": name, "role": role, "config": str(self.path), "url": self.url, "attack": attack}
+        self.orders[name] = order
+        stdin = self.processes["nursery"].stdin
+        assert stdin is not None, "the nursery was started with pipes"
+        stdin.write(json.dumps(order).encode() + b"\n")
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None, "the nursery was started with pipes"
+        while line := await process.stdout.readline():
+            self._heard(json.loads(line))
+
+    def _heard(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "ready":
+                self._ready.set()
+            case "started":
+                self.forked[event["name"]] = event["pid"]
+            case "ended":
+                self.forked.pop(event["name"], None)
+                self._ended(event["name"], event["code"])
+
+    def _ended(self, name: str, code: int) -> None:
+        """What died by accident comes back; what ended well, was killed on purpose or was ejected does not."""
+        if self.is_stopping or code == 0 or name in self.killed:
+            return
+        self.restarts[name] = self.restarts.get(name, 0) + 1
+        self.screen.note(f"{name} ended with {code}, starting it again")
+        self.metrics.write("restart", time.time(), name=name, code=code)
+        if self.restarts[name] > MOST_RESTARTS:
+            self.screen.note(f"{name} ended {MOST_RESTARTS} times; see logs/{name}.log")
+            self.is_stopping = True
+        elif name in self.orders:
+            asyncio.get_running_loop().call_later(0.5, self._order_again, name)
+
+    def _order_again(self, name: str) -> None:
+        if not self.is_stopping:
+            order = self.orders[name]
+            self._order(name, order["role"], order["attack"])
+
+    # --- watching ----------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> bool:
+        """Until the run is finished (True) or somebody says stop (False)."""
+        while not self.is_stopping:
+            await self._restart_processes()
+            status = await self._status()
+            if status is not None:
+                self.screen.show(status)
+                await self._kill_doomed(status.nodes)
+                if status.status == "finished":
+                    return True
+            await asyncio.sleep(LOOK_S)
+        return False
+
+    async def _status(self) -> Status | None:
+        try:
+            return await self.client.get(f"/v1/runs/{self.config.run.name}/status", Status)
+        except Unreachable:
+            return None
+
+    async def _restart_processes(self) -> None:
+        for name, arguments in (
+            ("coordinator", ("coordinator", str(self.path))),
+            ("scorer", ("scorer", str(self.path), "--url", self.url)),
+        ):
+            code = self.processes[name].returncode
+            if code is not None and not self.is_stopping and not (name == "scorer" and code == 0):
+                self._ended(name, code)
+                await self._spawn(name, *arguments)
+
+    async def _kill_doomed(self, nodes: list[NodeView]) -> None:
+        """kill -9 a doomed worker in the middle of a lease: freeze it, look again, kill it if it still holds one."""
+        for node in nodes:
+            pid = self.forked.get(node.name)
+            if pid is None or not node.name.startswith("doomed-") or node.name in self.killed or not node.lease:
+                continue
+            os.kill(pid, signal.SIGSTOP)
+            status = await self._status()
+            still = status is not None and any(n.name == node.name and n.lease for n in status.nodes)
+            if still:
+                self.killed.add(node.name)
+                self.metrics.write("kill", time.time(), name=node.name, node=node.node)
+                self.screen.note(f"killed {node.name} (-9) while it held lease {node.lease}")
+                os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGCONT)
+
+    # --- stopping ----------------------------------------------------------------------------------------------------
+
+    async def _end(self) -> None:
+        """Stop every process: first those that hand in work, last the coordinator."""
+        self.is_stopping = True
+        for name in ("nursery", "scorer", "coordinator"):
+            process = self.processes.get(name)
+            if process is not None and process.returncode is None:
+                if process.stdin is not None:
+                    process.stdin.close()
+                else:
+                    process.terminate()
+                await _wait(process)
+        await self.client.close()
+
+
+async def _wait(process: asyncio.subprocess.Process) -> None:
+    try:
+        async with asyncio.timeout(STOP_S):
+            await process.wait()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+def _granted(config: Config) -> Config:
+    """The configuration with this machine's own keys as trainer, scorer and validators, and a port."""
+    keys = config.folder / "keys"
+    names = {"trainer": "trainer", "scorer": "scorer"}
+    names |= {f"validator-{number + 1}": "validator" for number in range(config.swarm.validators)}
+    grants = {Key.load_or_make(keys / name).public.hex(): role for name, role in names.items()}
+    coordinator = config.coordinator.model_copy(
+        update={
+            "grants": dict(config.coordinator.grants) | grants,
+            "port": config.coordinator.port or _free_port(config.coordinator.host),
+        }
+    )
+    return config.model_copy(update={"coordinator": coordinator})
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _last_words(path: Path) -> str:
+    """The last line of a log, without our own prefix."""
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return (lines[-1] if lines else f"nothing in {path}").removeprefix("farflung: ")
+
+
+def commit() -> str:
+    """The git commit that runs, or the version where there is no git."""
+    from importlib.metadata import version
+
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return version("farflung")
+    return found.stdout.strip()

@@ -1,0 +1,107 @@
+"""The client's side of the wire: signs each request, turns problems back into errors, tries again when that helps."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+import msgspec
+
+from farflung.protocol import wire
+from farflung.protocol.errors import Busy, Malformed, Refusal, Unavailable, Unreachable, by_code
+from farflung.protocol.identity import Key, sign_request
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+ANSWER_BYTES = 1 << 30
+
+
+class Client:
+    """One node's line to one coordinator.
+
+    Every request that changes something is idempotent, so a request that got no answer is simply sent again,
+    with growing pauses, for `patience_s` seconds in all.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: Key,
+        tag: str = "",
+        *,
+        patience_s: float = 60.0,
+        transport: Any = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.url, self.key, self.tag, self.patience_s, self.clock = url.rstrip("/"), key, tag, patience_s, clock
+        timeout = httpx2.Timeout(60.0, connect=5.0)
+        self._http = httpx2.AsyncClient(base_url=self.url, transport=transport, timeout=timeout, trust_env=False)
+
+    async def close(self) -> None:
+        """Hang up."""
+        await self._http.aclose()
+
+    async def get(self, path: str, type: type[T]) -> T:
+        """Fetch and parse an unsigned document."""
+        return wire.decode(await self._patiently("GET", path, b"", False), type)
+
+    async def bytes(self, path: str, *, signed: bool = False, offset: int = 0) -> bytes:
+        """Fetch a blob, from `offset` on."""
+        return await self._patiently("GET", path, b"", signed, {"range": f"bytes={offset}-"} if offset else {})
+
+    async def put(self, path: str, body: bytes) -> None:
+        """Upload bytes."""
+        await self._patiently("PUT", path, body, True, {"content-type": "application/octet-stream"})
+
+    async def post(self, path: str, message: msgspec.Struct, type: type[T]) -> T:
+        """Send a message, parse the answer."""
+        body = wire.encode(message)
+        return wire.decode(await self._patiently("POST", path, body, True), type)
+
+    async def _patiently(self, method: str, path: str, body: bytes, signed: bool, headers: Any = None) -> bytes:
+        pause_s, until = 0.1, self.clock() + self.patience_s
+        while True:
+            try:
+                return await self._once(method, path, body, signed, headers or {})
+            except (Unreachable, Unavailable, Busy) as error:
+                wait_s = getattr(error, "retry_after_s", None) or pause_s * random.uniform(0.5, 1.5)
+                if self.clock() + wait_s > until:
+                    raise
+                log.info("retrying path=%s in_s=%.1f because=%s", path, wait_s, error)
+            await asyncio.sleep(wait_s)
+            pause_s = min(2 * pause_s, 5.0)
+
+    async def _once(self, method: str, path: str, body: bytes, signed: bool, headers: dict[str, str]) -> bytes:
+        headers = {"accept": wire.MSGPACK, "content-type": wire.MSGPACK} | headers
+        if signed:
+            parts = urlsplit(self.url + path)
+            headers |= sign_request(self.key, method, parts.path, parts.query, body, now=self.clock(), tag=self.tag)
+        try:
+            response = await self._http.request(method, path, content=body, headers=headers)
+        except (httpx2.TransportError, OSError) as error:
+            raise Unreachable(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
+        if response.status_code >= 400:
+            raise _refusal(response)
+        return response.content
+
+
+class _Problem(msgspec.Struct):
+    code: str = ""
+    detail: str = ""
+
+
+def _refusal(response: Any) -> Refusal:
+    try:
+        problem = msgspec.json.decode(response.content[:10_000], type=_Problem)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        problem = _Problem(detail=f"HTTP {response.status_code} from {response.url}")
+    fallback = Unavailable if response.status_code >= 500 else Malformed
+    error = by_code().get(problem.code, fallback)(problem.detail)
+    error.status = response.status_code
+    after = response.headers.get("retry-after", "")
+    error.retry_after_s = float(after) if after.isdigit() else None
+    return error

@@ -1,0 +1,530 @@
+"""Everything that crosses a machine, once, as bounded structs: the wire, the OpenAPI and the docs come from here.
+
+Every string and list has a bound and unknown fields are refused. Token ids travel as little-endian uint32 bytes
+(base64 in JSON), floats per token as little-endian float32 bytes. Times are Unix seconds.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from farflung.protocol.identity import Signed
+
+VERSION = 1
+"""Spoken protocol version; a node with another is told what to do."""
+
+MAX_TOKENS = 131_072
+MAX_SAMPLES = 4_096
+
+Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Meta(max_length=80, pattern=r"^[\w .:/+@()-]*$")]
+Line = Annotated[str, Meta(max_length=500)]
+Ids = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
+Floats = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
+Public = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Step = Annotated[int, Meta(ge=0, le=10**9)]
+Seed = Annotated[int, Meta(ge=0)]
+"""Unsigned 64-bit; more than SQL or JavaScript numbers hold."""
+Purpose = Literal["train", "eval", "data"]
+Role = Literal["worker", "trainer", "validator", "scorer"]
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every wire type: frozen, unknown fields refused."""
+
+
+class Empty(Message):
+    """Nothing to say."""
+
+
+# --- joining ---------------------------------------------------------------------------------------------------------
+
+
+class Hardware(Message):
+    """What a node says of its machine; shown to people, believed by nobody."""
+
+    cpu: Name = ""
+    cores: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    memory_bytes: Count = 0
+    accelerator: Name = ""
+
+
+class Register(Message):
+    """A node's first word. Who it is comes from the signature."""
+
+    version: Annotated[int, Meta(ge=0, le=10**6)]
+    name: Name = ""
+    role: Role = "worker"
+    engine: Name = ""
+    profile: Name = ""
+    hardware: Hardware = Hardware()
+    invite: Annotated[str, Meta(max_length=128)] = ""
+
+
+class Welcome(Message):
+    """The node is known."""
+
+    node: Id
+    role: Role
+    status: Name
+    runs: Annotated[list[Id], Meta(max_length=1000)]
+
+
+class Delegation(Message):
+    """The root key's word that another key may sign documents of one kind for one run until it expires."""
+
+    run: Id
+    purpose: Literal["coordinator", "weights"]
+    public: Public
+    expires_at: Seconds
+
+
+class File(Message):
+    """A small file that belongs to the run, such as the model's config.json."""
+
+    name: Annotated[str, Meta(pattern=r"^[\w.-]{1,80}$")]
+    digest: Digest
+    size_bytes: Count
+
+
+class RunInfo(Message):
+    """What a node must know of a run; sealed by the coordinator's key."""
+
+    run: Id
+    coordinator: Id
+    status: Name
+    version: int
+    profile: Name
+    dtype: Literal["float32", "bfloat16"]
+    vocab: Count
+    eos_ids: Annotated[list[int], Meta(max_length=64)]
+    model_files: Annotated[list[File], Meta(max_length=64)]
+    max_staleness: Count
+    heartbeat_s: Seconds
+
+
+class Run(Message):
+    """Answer of GET /v1/runs/{run}: the sealed info and the root's delegations."""
+
+    root: Public
+    delegations: Annotated[list[Signed], Meta(max_length=16)]
+    info: Signed
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+class Tensor(Message):
+    """One tensor of a step, and the shard that carries it."""
+
+    name: Annotated[str, Meta(max_length=300)]
+    dtype: Literal["bfloat16", "float16", "float32"]
+    shape: Annotated[list[Count], Meta(max_length=8)]
+    digest: Digest
+    """SHA-256 of its little-endian bytes."""
+    shard: Annotated[int, Meta(ge=0, lt=100_000)]
+
+
+class Shard(Message):
+    """One write-once blob: a safetensors file."""
+
+    digest: Digest
+    size_bytes: Count
+
+
+class Manifest(Message):
+    """One version of the weights, sealed by the run's weights key."""
+
+    run: Id
+    step: Step
+    base_step: Step
+    """The step that the shards are a difference to; equal to `step` for an anchor."""
+    parent: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?$")]
+    """Digest of the previous step's manifest, empty for the first."""
+    digest: Digest
+    """SHA-256 over the (name, digest) pairs of all tensors in order: what the weights must come to."""
+    tensors: Annotated[list[Tensor], Meta(max_length=1_000_000)]
+    shards: Annotated[list[Shard], Meta(max_length=100_000)]
+    secret_commitment: Digest
+    """SHA-256 commitment to the secret that this step's seeds derive from."""
+    made_at: Seconds
+    expires_at: Seconds
+
+
+class Latest(Message):
+    """Where the run stands."""
+
+    status: Name
+    step: Annotated[int, Meta(ge=-1, le=10**9)]
+    """Latest published policy step, -1 before the first."""
+    manifest: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?$")]
+    """Digest of its sealed manifest."""
+
+
+# --- work ------------------------------------------------------------------------------------------------------------
+
+
+class Sample(Message):
+    """One rollout to make."""
+
+    rollout: Id
+    index: Annotated[int, Meta(ge=0, lt=MAX_SAMPLES)]
+    seed: Seed
+
+
+class LeaseGroup(Message):
+    """Samples of one task, with the prompt as token ids."""
+
+    group: Id
+    prompt_ids: Ids
+    samples: Annotated[list[Sample], Meta(min_length=1, max_length=MAX_SAMPLES)]
+
+
+class Lease(Message):
+    """Assigned work, sealed by the coordinator."""
+
+    lease: Id
+    run: Id
+    node: Id
+    purpose: Purpose
+    step: Step
+    manifest: Digest
+    temperature: Annotated[float, Meta(ge=0, le=10)]
+    budget: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    nonce: Digest
+    expires_at: Seconds
+    groups: Annotated[list[LeaseGroup], Meta(min_length=1, max_length=MAX_SAMPLES)]
+
+
+class LeaseRequest(Message):
+    """A node asks for work."""
+
+    loaded_step: Annotated[int, Meta(ge=-1, le=10**9)] = -1
+    slots: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 16
+    memory_bytes: Count = 0
+    context: Count = 0
+    """Longest prompt plus completion the node can hold, 0 for no limit."""
+    wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
+
+
+class LeaseAnswer(Message):
+    """A sealed lease, or why there is none and when to ask again."""
+
+    latest: Latest
+    lease: Signed | None = None
+    reason: Line = ""
+    retry_after_s: Seconds = 0.0
+
+
+class SubmittedRollout(Message):
+    """One finished sample."""
+
+    rollout: Id
+    ids: Ids
+
+
+class SubmissionBody(Message):
+    """What is stored and hashed: lease, node and tokens, nothing else."""
+
+    lease: Id
+    node: Id
+    rollouts: Annotated[list[SubmittedRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
+
+
+class Submission(Message):
+    """The rollouts of one lease. Log-probabilities and timings are metrics and nothing more."""
+
+    rollouts: Annotated[list[SubmittedRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
+    partial: bool = False
+    """A draining node hands in what is complete; the rest goes back."""
+    logp: Annotated[list[Floats], Meta(max_length=MAX_SAMPLES)] = []
+    generate_s: Seconds = 0.0
+
+
+class Receipt(Message):
+    """The coordinator's signed word that it holds a submission."""
+
+    run: Id
+    node: Id
+    lease: Id
+    submission: Digest
+    rollouts: Count
+    tokens: Count
+    received_at: Seconds
+
+
+class Heartbeat(Message):
+    """Still here. Figures are metrics."""
+
+    phase: Name = ""
+    loaded_step: Annotated[int, Meta(ge=-1, le=10**9)] = -1
+    cpu_s: Seconds = 0.0
+    work_cpu_s: Seconds = 0.0
+    """CPU-seconds of the role's own work: generation (worker), replay and its weight loading (validator)."""
+    sync_pause_s: Seconds = 0.0
+    started_at: Seconds = 0.0
+
+
+class Pulse(Message):
+    """Answer to a heartbeat."""
+
+    latest: Latest
+    status: Name
+    lost_leases: Annotated[list[Id], Meta(max_length=1000)] = []
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+class Claim(Message):
+    """A scorer or validator asks for work."""
+
+    limit: Annotated[int, Meta(ge=1, le=1024)] = 32
+    wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
+
+
+class ScoreJob(Message):
+    """One transcript to score."""
+
+    rollout: Id
+    task: msgspec.Raw
+    """The task as JSON."""
+    transcript: Annotated[str, Meta(max_length=8 * MAX_TOKENS)]
+
+
+class ScoreJobs(Message):
+    """Work for a scorer."""
+
+    latest: Latest
+    jobs: Annotated[list[ScoreJob], Meta(max_length=1024)] = []
+
+
+class ScoreResult(Message):
+    """What a transcript is worth, or why that could not be told."""
+
+    rollout: Id
+    reward: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    parts: Annotated[dict[str, float], Meta(max_length=32)] = {}
+    answer: Annotated[str, Meta(max_length=500)] = ""
+    error: Line = ""
+
+
+class Scores(Message):
+    """A scorer's results."""
+
+    results: Annotated[list[ScoreResult], Meta(min_length=1, max_length=1024)]
+
+
+class Done(Message):
+    """How many of the things sent changed anything; sent twice, the second time none."""
+
+    changed: Count
+
+
+# --- audits ----------------------------------------------------------------------------------------------------------
+
+
+class AuditRollout(Message):
+    """One rollout to replay; prompt, seed and budget are the coordinator's own."""
+
+    rollout: Id
+    prompt_ids: Ids
+    seed: Seed
+    ids: Ids
+
+
+class AuditJob(Message):
+    """One submission's drawn rollouts."""
+
+    audit: Id
+    step: Step
+    manifest: Digest
+    temperature: float
+    budget: int
+    rollouts: Annotated[list[AuditRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
+
+
+class AuditJobs(Message):
+    """Work for a validator, all of one step."""
+
+    latest: Latest
+    jobs: Annotated[list[AuditJob], Meta(max_length=1024)] = []
+
+
+class RolloutEvidence(Message):
+    """What replay saw in one rollout: float32 gap and margin per generated token."""
+
+    rollout: Id
+    gap: Floats
+    margin: Floats
+
+
+class Evidence(Message):
+    """A validator's findings on one audit, sealed by its key. It judges nothing."""
+
+    run: Id
+    audit: Id
+    manifest: Digest
+    profile: Name
+    rollouts: Annotated[list[RolloutEvidence], Meta(min_length=1, max_length=MAX_SAMPLES)]
+
+
+class Verdict(Message):
+    """The coordinator's judgement of a node, sealed."""
+
+    run: Id
+    node: Id
+    audit: Id
+    outcome: Literal["void", "eject"]
+    statistic: float
+    threshold: float
+    reason: Line
+    decided_at: Seconds
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+class BatchRollout(Message):
+    """One accepted sample and the coordinator's reward for it."""
+
+    rollout: Id
+    submission: Digest
+    sample: int
+    reward: float
+
+
+class BatchGroup(Message):
+    """All samples of one task at one policy step."""
+
+    group: Id
+    step: Step
+    prompt_ids: Ids
+    rollouts: Annotated[list[BatchRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
+
+
+class Batch(Message):
+    """What a step consumes. Asked again, the same."""
+
+    step: Step
+    seen_groups: Count
+    """Complete groups looked at, those without variance included."""
+    seen_reward: float
+    """Mean reward over all of them."""
+    secret_commitment: Digest
+    temperature: float
+    groups: Annotated[list[BatchGroup], Meta(max_length=100_000)]
+    committed: str = ""
+    """Weights digest this step was committed with, if it was."""
+
+
+class BatchAnswer(Message):
+    """A batch, or nothing yet."""
+
+    latest: Latest
+    batch: Batch | None = None
+    reason: Line = ""
+
+
+class ClaimStep(Message):
+    """The trainer asks for the batch of a step."""
+
+    wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
+
+
+class Commit(Message):
+    """The trainer ends a step: sealed manifest, digest, figures."""
+
+    manifest: Signed
+    metrics: Annotated[dict[Name, float], Meta(max_length=64)]
+    checkpoint: Line = ""
+
+
+# --- looking ---------------------------------------------------------------------------------------------------------
+
+
+class NodeView(Message):
+    """One node as people see it."""
+
+    node: Id
+    name: Name
+    role: Name
+    status: Name
+    record: Name
+    phase: Name
+    loaded_step: int
+    accepted: int
+    rejected: int
+    audits: int
+    statistic: float
+    tokens_per_s: float
+    credit: int
+    escrow: int
+    lease: str
+    """The lease it holds, empty for none."""
+    seen_s_ago: float
+    is_online: bool
+
+
+class StepView(Message):
+    """One committed step."""
+
+    step: int
+    reward: float
+    groups: int
+    committed_at: float
+    metrics: dict[str, float]
+
+
+class EvalView(Message):
+    """Held-out score of one step."""
+
+    step: int
+    score: float
+    tasks: int
+
+
+class Status(Message):
+    """A run at a glance."""
+
+    run: Id
+    status: Name
+    model: Line
+    env: Line
+    steps_total: int
+    latest: Latest
+    started_at: float
+    now: float
+    rollouts: dict[str, int]
+    groups: dict[str, int]
+    leases_open: int
+    leases_reissued: int
+    audits: dict[str, int]
+    accepted: int
+    accepted_tokens: int
+    steps: list[StepView]
+    evals: list[EvalView]
+    nodes: list[NodeView]
+    verdicts: list[Verdict]
+
+
+class Event(Message):
+    """One line of a story."""
+
+    at: float
+    noun: Name
+    subject: Id
+    before: Name
+    after: Name
+    detail: str
+
+
+class Story(Message):
+    """All that happened to one id."""
+
+    subject: Id
+    events: list[Event]

@@ -1,0 +1,204 @@
+"""The server's side of the wire: bounded bodies, verified signatures, one shape of error, one table of routes.
+
+A role lists its routes as `Route` values; `mount` puts them on a FastAPI app with their OpenAPI. A handler gets a
+`Call` and returns a message, bytes or a Starlette response.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+
+from farflung.protocol import wire
+from farflung.protocol.errors import Malformed, Refusal, Replayed, TooLarge, Unavailable
+from farflung.protocol.identity import CLOCK_SKEW_S, Signer, verify_request
+
+BODY_BYTES = 64 * 1024
+"""Default cap of a body; routes that carry tokens or blobs say more."""
+BODY_S = 60.0
+"""A body that takes longer than this to arrive is cut off."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, checked: who, what, where."""
+
+    message: Any
+    body: bytes
+    path: dict[str, str]
+    signer: Signer | None
+    request: Request
+
+    @property
+    def node(self) -> str:
+        """Id of the node that signed."""
+        assert self.signer is not None, "only routes with signed=True have a signer"
+        return self.signer.node
+
+
+Handler = Callable[[Call], Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One line of the protocol."""
+
+    method: str
+    path: str
+    handler: Handler
+    takes: type | None = None
+    gives: type | None = None
+    signed: bool = True
+    limit_bytes: int = BODY_BYTES
+    raw: bool = False
+    """The body is bytes, not a message."""
+
+
+@dataclass
+class Nonces:
+    """Nonces seen within the clock skew. Lost on restart, which is harmless: mutations are idempotent."""
+
+    limit: int = 500_000
+    _seen: dict[str, float] = field(default_factory=dict[str, float])
+
+    def check(self, nonce: str, now: float) -> None:
+        """Remember a nonce. Raises Replayed, or Unavailable when full."""
+        if nonce in self._seen:
+            raise Replayed
+        if len(self._seen) >= self.limit:
+            self._forget(now)
+        self._seen[nonce] = now + 2 * CLOCK_SKEW_S
+
+    def _forget(self, now: float) -> None:
+        self._seen = {nonce: until for nonce, until in self._seen.items() if until > now}
+        if len(self._seen) >= self.limit:
+            raise Unavailable("too many requests within two minutes to remember; try again later", retry_after_s=5)
+
+
+def mount(app: FastAPI, routes: Sequence[Route], tag: str, clock: Callable[[], float] = time.time) -> None:
+    """Add the routes to the app and the error shape to all of it."""
+    nonces = Nonces()
+    for route in routes:
+        app.add_api_route(
+            route.path,
+            _endpoint(route, nonces, tag, clock),
+            methods=[route.method],
+            name=route.handler.__name__,
+            description=route.handler.__doc__,
+            response_class=Response,
+            openapi_extra=_openapi(route),
+            responses={"4XX": {"description": "refused", "content": {"application/problem+json": {}}}},
+        )
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(404, _no_route)
+    app.add_exception_handler(405, _no_route)
+    _publish_schema(app, routes)
+
+
+def _endpoint(route: Route, nonces: Nonces, tag: str, clock: Callable[[], float]) -> Callable[..., Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        body = await _read(request, route.limit_bytes)
+        signer = None
+        if route.signed:
+            signer = _verify(request, body, tag, clock())
+            nonces.check(signer.node + signer.nonce, clock())
+        message = None if route.takes is None or route.raw else wire.decode(body, route.takes, _content_type(request))
+        answer = await route.handler(Call(message, body, dict(request.path_params), signer, request))
+        return answer if isinstance(answer, Response) else _respond(request, answer)
+
+    return endpoint
+
+
+def _verify(request: Request, body: bytes, tag: str, now: float) -> Signer:
+    url = request.scope
+    path = url.get("raw_path", url["path"].encode()).partition(b"?")[0].decode("latin-1")
+    query = url["query_string"].decode("latin-1")
+    return verify_request(request.headers, request.method, path, query, body, now=now, tag=tag)
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    """The whole body, refused before it is read when it says it is too large, and while it is when it lies."""
+    declared = request.headers.get("content-length", "0")
+    if not re.fullmatch(r"\d{1,18}", declared):
+        raise Malformed(f"Content-Length {declared[:40]!r} is not a number")
+    if int(declared) > limit:
+        raise TooLarge(f"the body has {declared} bytes; this route takes {limit}")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise TooLarge(f"the body has more than the {limit} bytes this route takes")
+                parts.append(part)
+    except TimeoutError:
+        raise Malformed(f"the body did not arrive within {BODY_S:.0f} s; send it faster") from None
+    return b"".join(parts)
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", wire.JSON)
+
+
+def _respond(request: Request, answer: Any) -> Response:
+    if answer is None:
+        return Response(status_code=204)
+    wanted = request.headers.get("accept", "") + _content_type(request)
+    kind = wire.MSGPACK if "msgpack" in wanted else wire.JSON
+    return Response(wire.encode(answer, kind), media_type=kind)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    headers = {} if error.retry_after_s is None else {"retry-after": f"{error.retry_after_s:.0f}"}
+    return Response(
+        msgspec.json.encode(error.problem()),
+        status_code=error.status,
+        media_type="application/problem+json",
+        headers=headers,
+    )
+
+
+async def _no_route(request: Request, error: Any) -> Response:
+    refusal = Refusal(f"there is no route {request.method} {request.url.path}; docs/protocol.md lists them")
+    refusal.status, refusal.code = error.status_code, "not-found" if error.status_code == 404 else "no-such-method"
+    return await _refused(request, refusal)
+
+
+# --- OpenAPI ---------------------------------------------------------------------------------------------------------
+
+
+def _openapi(route: Route) -> dict[str, Any]:
+    extra: dict[str, Any] = {"parameters": [_path_parameter(name) for name in re.findall(r"\{(\w+)\}", route.path)]}
+    if route.raw:
+        extra["requestBody"] = {"content": {"application/octet-stream": {}}}
+    elif route.takes is not None:
+        reference = {"schema": {"$ref": f"#/components/schemas/{route.takes.__name__}"}}
+        extra["requestBody"] = {"required": True, "content": {wire.JSON: reference, wire.MSGPACK: reference}}
+    if route.gives is not None:
+        reference = {"schema": {"$ref": f"#/components/schemas/{route.gives.__name__}"}}
+        extra["responses"] = {"200": {"description": "done", "content": {wire.JSON: reference}}}
+    return extra
+
+
+def _path_parameter(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _publish_schema(app: FastAPI, routes: Sequence[Route]) -> None:
+    types = list({t for route in routes for t in (route.takes, route.gives) if t is not None})
+    _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    build = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = build()
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        return schema
+
+    app.openapi = openapi

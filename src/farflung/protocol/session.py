@@ -1,0 +1,196 @@
+"""A node's stay with a coordinator: find it, register, check whose word the run is, and keep saying "still here"."""
+
+import asyncio
+import contextlib
+import logging
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import psutil
+
+from farflung.protocol.client import Client
+from farflung.protocol.errors import BadSignature, ConfigError, FarflungError, TooOld
+from farflung.protocol.identity import Key, Signed, node_id, unseal
+from farflung.protocol.messages import (
+    VERSION,
+    Delegation,
+    Hardware,
+    Heartbeat,
+    Latest,
+    Pulse,
+    Register,
+    Role,
+    Run,
+    RunInfo,
+    Welcome,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Index(msgspec.Struct, frozen=True):
+    """Answer of GET /v1: who this coordinator is."""
+
+    coordinator: str
+    version: int
+    minimum_version: int
+    root: bytes
+    runs: list[str]
+
+
+def hardware() -> Hardware:
+    """This machine, as it is shown to people."""
+    return Hardware(
+        cpu=_shown(platform.processor() or platform.machine()),
+        cores=psutil.cpu_count() or 0,
+        memory_bytes=psutil.virtual_memory().total,
+    )
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isalnum() or c in " .:/+@()-_" else " " for c in text)[:80]
+
+
+def cpu_s() -> float:
+    """CPU-seconds of this process and its living children."""
+    total = time.process_time()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = child.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+@dataclass
+class Figures:
+    """What a role tells of itself in heartbeats. Metrics, believed by nobody."""
+
+    phase: str = "starting"
+    loaded_step: int = -1
+    work_cpu_s: float = 0.0
+    sync_pause_s: float = 0.0
+    started_at: float = field(default_factory=time.time)
+
+    @contextlib.contextmanager
+    def working(self):
+        """Count the CPU-seconds of this thread inside the block as work."""
+        before = time.thread_time()
+        try:
+            yield
+        finally:
+            self.work_cpu_s += time.thread_time() - before
+
+
+class Session:
+    """One node in one run."""
+
+    def __init__(self, client: Client, run: str, info: RunInfo, keys: dict[str, bytes]) -> None:
+        self.client, self.run, self.info, self.figures = client, run, info, Figures()
+        self.coordinator_key, self.weights_key = keys["coordinator"], keys["weights"]
+        self.latest = Latest(status=info.status, step=-1, manifest="")
+        self.lost: set[str] = set()
+        """Leases that the coordinator has given to others."""
+
+    @classmethod
+    async def open(
+        cls, client: Client, role: Role, *, run: str = "", root: bytes | None = None, name: str = "", engine: str = ""
+    ) -> "Session":
+        """Register and learn the run. Raises Refusal, BadSignature or ConfigError."""
+        index = await client.get("/v1", Index)
+        if not index.minimum_version <= VERSION <= index.version:
+            raise TooOld(
+                f"this node speaks protocol {VERSION}, {client.url} speaks {index.minimum_version} to {index.version}; "
+                "upgrade with: pip install -U farflung"
+            )
+        client.tag = index.coordinator
+        run = run or _only(index.runs)
+        answer = await client.get(f"/v1/runs/{run}", Run)
+        info, keys = check_run(answer, run, root)
+        register = Register(
+            version=VERSION, name=name, role=role, engine=engine, profile=info.profile, hardware=hardware()
+        )
+        await client.post("/v1/nodes", register, Welcome)
+        return cls(client, run, info, keys)
+
+    def path(self, rest: str) -> str:
+        """A path of this run."""
+        return f"/v1/runs/{self.run}/{rest}"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended."""
+        return self.latest.status == "finished"
+
+    async def beat(self) -> None:
+        """One heartbeat."""
+        figures = self.figures
+        message = Heartbeat(
+            phase=figures.phase,
+            loaded_step=figures.loaded_step,
+            cpu_s=cpu_s(),
+            work_cpu_s=figures.work_cpu_s,
+            sync_pause_s=figures.sync_pause_s,
+            started_at=figures.started_at,
+        )
+        pulse = await self.client.post(self.path("heartbeat"), message, Pulse)
+        self.latest = pulse.latest
+        self.lost.update(pulse.lost_leases)
+
+    async def keep_beating(self, on_pulse: Callable[[], None] = lambda: None) -> None:
+        """Heartbeats until cancelled; a coordinator that is away is waited for."""
+        while True:
+            try:
+                await self.beat()
+                on_pulse()
+            except FarflungError as error:
+                log.warning("heartbeat failed because=%s", error)
+            await asyncio.sleep(self.info.heartbeat_s)
+
+    async def say_goodbye(self) -> None:
+        """A last heartbeat with the final figures; a coordinator that is gone is no reason to wait."""
+        self.figures.phase = "gone"
+        self.client.patience_s = 0.0
+        with contextlib.suppress(FarflungError):
+            await self.beat()
+
+
+def stop_on_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` on SIGTERM and SIGINT, where there is a main thread to be told."""
+    if threading.current_thread() is threading.main_thread():
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+
+
+def check_run(answer: Run, run: str, root: bytes | None) -> tuple[RunInfo, dict[str, bytes]]:
+    """Follow root → delegation → info. Gives the info and the delegated keys by purpose. Raises BadSignature."""
+    if root is not None and answer.root != root:
+        raise BadSignature(
+            f"run {run!r} is vouched for by root {node_id(answer.root)}, not by {node_id(root)} of the address"
+        )
+    delegations = [unseal(signed, "delegation", Delegation, public=answer.root) for signed in answer.delegations]
+    keys = {d.purpose: d.public for d in delegations if d.run == run and d.expires_at > time.time()}
+    if set(keys) != {"coordinator", "weights"}:
+        raise BadSignature(f"the root of run {run!r} has delegated {sorted(keys)}, coordinator and weights are needed")
+    info = unseal(answer.info, "run", RunInfo, public=keys["coordinator"])
+    if info.run != run:
+        raise BadSignature(f"asked for run {run!r}, got the info of {info.run!r}")
+    return info, keys
+
+
+def delegate(root: Key, run: str, purpose: str, public: bytes, expires_at: float) -> Signed:
+    """The root key's word for another key."""
+    from farflung.protocol.identity import seal
+
+    return seal(root, "delegation", Delegation(run=run, purpose=purpose, public=public, expires_at=expires_at))  # type: ignore[arg-type]
+
+
+def _only(runs: list[str]) -> str:
+    if len(runs) != 1:
+        raise ConfigError(f"this coordinator has the runs {', '.join(runs) or '(none)'}; name one with --run")
+    return runs[0]

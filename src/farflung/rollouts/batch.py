@@ -1,0 +1,78 @@
+"""Trainer: claim a step's batch, fetch its tokens, turn groups into rollouts with advantages.
+
+Rewards come from the coordinator, tokens by digest; a worker's log-probabilities ride along as a metric.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Iterable
+
+import msgspec
+import torch
+
+from farflung.learner.loss import advantages
+from farflung.learner.pack import Rollout, Segment
+from farflung.protocol import wire
+from farflung.protocol.errors import WeightsError
+from farflung.protocol.messages import Batch, BatchAnswer, BatchGroup, ClaimStep, SubmissionBody
+from farflung.protocol.session import Session
+
+AT_ONCE = 16
+
+
+async def claim(session: Session, step: int, wait_s: float) -> BatchAnswer:
+    """The batch of a step, or why there is none yet."""
+    answer = await session.client.post(session.path(f"steps/{step}/claim"), ClaimStep(wait_s=wait_s), BatchAnswer)
+    session.latest = answer.latest
+    return answer
+
+
+async def fetch(session: Session, batch: Batch, *, divide_by_std: bool) -> list[Rollout]:
+    """Every rollout of a batch, in its order, with tokens, advantage and claimed log-probabilities."""
+    digests = {rollout.submission for group in batch.groups for rollout in group.rollouts}
+    tokens, logp = await _bodies(session, digests)
+    return [
+        rollout
+        for group in batch.groups
+        for rollout in _rollouts(group, batch.temperature, tokens, logp, divide_by_std=divide_by_std)
+    ]
+
+
+def _rollouts(
+    group: BatchGroup,
+    temperature: float,
+    tokens: dict[str, tuple[int, ...]],
+    logp: dict[str, tuple[float, ...]],
+    *,
+    divide_by_std: bool,
+) -> Iterable[Rollout]:
+    rewards = torch.tensor([[rollout.reward for rollout in group.rollouts]])
+    prompt = Segment("prompt", tuple(wire.unpack_ids(group.prompt_ids).tolist()))
+    shares = advantages(rewards, divide_by_std=divide_by_std)[0].tolist()
+    for rollout, advantage in zip(group.rollouts, shares, strict=True):
+        segments = (prompt, Segment("model", tokens[rollout.rollout]))
+        yield Rollout(segments, advantage, temperature, logp.get(rollout.rollout))
+
+
+async def _bodies(
+    session: Session, digests: Iterable[str]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[float, ...]]]:
+    tokens: dict[str, tuple[int, ...]] = {}
+    logp: dict[str, tuple[float, ...]] = {}
+    limit = asyncio.Semaphore(AT_ONCE)
+
+    async def one(digest: str) -> None:
+        async with limit:
+            path = session.path(f"submissions/{digest}")
+            body = await session.client.bytes(path, signed=True)
+            claimed = await session.client.bytes(path + "/logp", signed=True)
+        if hashlib.sha256(body).hexdigest() != digest:
+            raise WeightsError(f"submission {digest[:12]} does not hash to its name; the blob store is damaged")
+        found = msgspec.msgpack.decode(body, type=SubmissionBody).rollouts
+        tokens.update({rollout.rollout: tuple(wire.unpack_ids(rollout.ids).tolist()) for rollout in found})
+        if claimed:
+            values = msgspec.msgpack.decode(claimed, type=list[bytes])
+            logp.update({r.rollout: tuple(wire.unpack_floats(v).tolist()) for r, v in zip(found, values, strict=True)})
+
+    await asyncio.gather(*(one(digest) for digest in sorted(digests)))
+    return tokens, logp

@@ -1,0 +1,248 @@
+"""Coordinator: which groups make a step, and what follows when the trainer commits it.
+
+Claiming is idempotent: asked again, after a crash, the same groups come back, those of committed steps included.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from farflung.protocol import seeds
+from farflung.protocol.errors import Conflict, StepTaken
+from farflung.protocol.identity import Signed
+from farflung.protocol.messages import Batch, BatchGroup, BatchRollout, Manifest
+from farflung.rollouts.credit import drop_groups
+from farflung.store import ledger
+from farflung.store.book import Book
+from farflung.store.db import move, record
+from farflung.store.tables import ENTRIES, GROUPS, NODES, ROLLOUTS, STEPS, TASKS
+from farflung.tasks.lease import eval_steps
+from farflung.weights.manifest import manifest_digest
+
+
+def claim_step(connection: Connection, book: Book, step: int, now: float) -> Batch | str:
+    """The batch of a step, or why there is none yet. Raises Conflict for a step out of turn."""
+    row = _step(connection, book, step)
+    if row is None:
+        latest = book.latest(connection).step
+        if step != latest + 1:
+            raise Conflict(f"step {step} cannot be claimed: the latest is {latest}, claim {latest + 1}")
+        if step > book.config.run.steps:
+            return f"the run ends with step {book.config.run.steps}"
+        waits = _open_step(connection, book, step, now)
+        if waits:
+            return waits
+        row = _step(connection, book, step)
+    assert row is not None, "opened above"
+    return _batch(connection, book, row)
+
+
+def _step(connection: Connection, book: Book, step: int) -> Row[Any] | None:
+    return connection.execute(sa.select(STEPS).where(STEPS.c.run == book.run, STEPS.c.step == step)).first()
+
+
+def _open_step(connection: Connection, book: Book, step: int, now: float) -> str:
+    """Choose the groups of a new step; gives what it waits for, or nothing once it is open. Step 0 takes none."""
+    chosen: list[Row[Any]] = []
+    if step > 0:
+        ready = _ready(connection, book, step)
+        chosen = choose(ready, book.config.learn.groups, book.config.learn.oversample)
+        if not chosen:
+            useful = sum(row.is_informative for row in ready)
+            return f"{useful} of {book.config.learn.groups} groups are ready ({len(ready)} complete)"
+    identity = f"{book.run}-step-{step}"
+    rewards = [row.reward for row in chosen]
+    connection.execute(
+        STEPS.insert().values(
+            id=identity,
+            run=book.run,
+            step=step,
+            status="open",
+            claimed_at=now,
+            seen_groups=len(chosen),
+            seen_reward=sum(rewards) / len(rewards) if rewards else 0.0,
+        )
+    )
+    record(connection, "step", [identity], "", "open", now, groups=len(chosen))
+    _take(connection, chosen, step, now)
+    return ""
+
+
+def _ready(connection: Connection, book: Book, step: int) -> Sequence[Row[Any]]:
+    """Complete groups that are fresh enough to train `step`, oldest policy first."""
+    query = sa.select(GROUPS).where(
+        GROUPS.c.run == book.run,
+        GROUPS.c.purpose == "train",
+        GROUPS.c.status == "complete",
+        GROUPS.c.step >= step - 1 - book.config.learn.max_staleness,
+    )
+    return connection.execute(query.order_by(GROUPS.c.step, GROUPS.c.group)).all()
+
+
+def choose(ready: Sequence[Any], groups: int, oversample: float) -> list[Any]:
+    """The first groups that hold `groups` informative ones, or `oversample` times as many of any kind; else none."""
+    useful = 0
+    for count, row in enumerate(ready, 1):
+        useful += bool(row.is_informative)
+        if useful >= groups or count >= groups * oversample:
+            return list(ready[:count])
+    return []
+
+
+def _take(connection: Connection, chosen: Sequence[Row[Any]], step: int, now: float) -> None:
+    """Informative groups go into the batch, the others are done with: equal rewards have no gradient."""
+    useful = [row.group for row in chosen if row.is_informative]
+    connection.execute(GROUPS.update().where(GROUPS.c.group.in_([row.group for row in chosen])).values(batch_step=step))
+    drop_groups(connection, [row.group for row in chosen if not row.is_informative], now, why="zero variance")
+    move(connection, "group", useful, "complete", "batched", now, step=step)
+    query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.group.in_(useful), ROLLOUTS.c.status == "accepted")
+    move(connection, "rollout", list(connection.execute(query).scalars()), "accepted", "batched", now, step=step)
+
+
+def _batch(connection: Connection, book: Book, row: Row[Any]) -> Batch:
+    groups = connection.execute(
+        sa.select(GROUPS, TASKS.c.prompt_ids)
+        .join(TASKS, TASKS.c.task == GROUPS.c.task)
+        .where(GROUPS.c.run == book.run, GROUPS.c.batch_step == row.step, GROUPS.c.status.in_(("batched", "trained")))
+        .order_by(GROUPS.c.step, GROUPS.c.task)
+    ).all()
+    rollouts = _rollouts(connection, [group.group for group in groups])
+    return Batch(
+        step=row.step,
+        seen_groups=row.seen_groups,
+        seen_reward=row.seen_reward,
+        secret_commitment=seeds.commitment(book.step_secret(row.step)).hex(),
+        temperature=book.config.generate.temperature,
+        groups=[
+            BatchGroup(group=g.group, step=g.step, prompt_ids=g.prompt_ids, rollouts=rollouts[g.group]) for g in groups
+        ],
+        committed=row.weights_digest or "",
+    )
+
+
+def _rollouts(connection: Connection, groups: Sequence[str]) -> dict[str, list[BatchRollout]]:
+    found: dict[str, list[BatchRollout]] = {group: [] for group in groups}
+    query = sa.select(ROLLOUTS).where(ROLLOUTS.c.group.in_(groups), ROLLOUTS.c.status.in_(("batched", "trained")))
+    for row in connection.execute(query.order_by(ROLLOUTS.c.sample)):
+        found[row.group].append(
+            BatchRollout(rollout=row.rollout, submission=row.submission, sample=row.sample, reward=row.reward)
+        )
+    return found
+
+
+# --- commit ----------------------------------------------------------------------------------------------------------
+
+
+def commit_step(
+    connection: Connection,
+    book: Book,
+    signed: Signed,
+    manifest: Manifest,
+    metrics: dict[str, float],
+    checkpoint: str,
+    now: float,
+) -> int:
+    """End a step whose manifest was checked and whose shards are stored. Sent again, it changes nothing.
+
+    Raises StepTaken if the step was committed with other weights, Conflict if it was never claimed.
+    """
+    row = _step(connection, book, manifest.step)
+    if row is None:
+        raise Conflict(f"step {manifest.step} was not claimed; claim it before committing it")
+    if row.status == "committed":
+        if row.weights_digest != manifest.digest:
+            raise StepTaken(f"step {manifest.step} is committed with weights {row.weights_digest[:12]}")
+        return 0
+    _check_chain(connection, book, manifest)
+    connection.execute(
+        STEPS.update()
+        .where(STEPS.c.id == row.id)
+        .values(
+            committed_at=now,
+            manifest_digest=manifest_digest(signed),
+            manifest=msgspec.msgpack.encode(signed),
+            weights_digest=manifest.digest,
+            checkpoint=checkpoint,
+            metrics=json.dumps(metrics),
+        )
+    )
+    move(connection, "step", [row.id], "open", "committed", now, weights=manifest.digest)
+    _trained(connection, book, manifest.step, now)
+    _drop_stale(connection, book, manifest.step, now)
+    _mature(connection, book, manifest.step - book.config.coordinator.mature_steps, now)
+    if manifest.step >= book.config.run.steps:
+        move(connection, "run", [book.run], "running", "finishing", now)
+    return 1
+
+
+def _check_chain(connection: Connection, book: Book, manifest: Manifest) -> None:
+    """A manifest names its predecessor and the secret its step draws from. Raises Conflict."""
+    parent = book.latest(connection).manifest
+    if manifest.parent != parent:
+        raise Conflict(f"step {manifest.step} follows manifest {manifest.parent[:12]!r}, the latest is {parent[:12]!r}")
+    if manifest.secret_commitment != seeds.commitment(book.step_secret(manifest.step)).hex():
+        raise Conflict(f"step {manifest.step} commits to another secret than the coordinator's; claim the step again")
+
+
+def _trained(connection: Connection, book: Book, step: int, now: float) -> None:
+    batch = sa.and_(GROUPS.c.run == book.run, GROUPS.c.batch_step == step, GROUPS.c.status == "batched")
+    groups = list(connection.execute(sa.select(GROUPS.c.group).where(batch)).scalars())
+    query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.group.in_(groups), ROLLOUTS.c.status == "batched")
+    move(connection, "rollout", list(connection.execute(query).scalars()), "batched", "trained", now, step=step)
+    move(connection, "group", groups, "batched", "trained", now, step=step)
+
+
+def _drop_stale(connection: Connection, book: Book, latest: int, now: float) -> None:
+    """Groups too old for the next step will never be trained on."""
+    stale = sa.and_(
+        GROUPS.c.run == book.run,
+        GROUPS.c.purpose == "train",
+        GROUPS.c.status.in_(("open", "complete")),
+        GROUPS.c.step < latest - book.config.learn.max_staleness,
+    )
+    drop_groups(connection, list(connection.execute(sa.select(GROUPS.c.group).where(stale)).scalars()), now, "stale")
+
+
+def _mature(connection: Connection, book: Book, step: int, now: float) -> None:
+    """What nodes earned up to this policy step is theirs for good."""
+    earned = sa.select(ENTRIES.c.account).where(ENTRIES.c.account.like("escrow:%")).distinct()
+    for account in list(connection.execute(earned).scalars()):
+        node = account.removeprefix("escrow:")
+        tokens = _earned(connection, book, node, step) - ledger.balance(connection, ledger.credit(node))
+        tokens = min(tokens, ledger.balance(connection, account))
+        transfer = ledger.Transfer(f"{book.run}-step-{step}", account, ledger.credit(node), tokens)
+        ledger.post(connection, [transfer], book.run, now)
+
+
+def _earned(connection: Connection, book: Book, node: str, step: int) -> int:
+    """Tokens this node was paid for at policy steps up to `step` and keeps."""
+    total = sa.select(sa.func.coalesce(sa.func.sum(ENTRIES.c.tokens), 0)).select_from(
+        ENTRIES.join(ROLLOUTS, ROLLOUTS.c.rollout == ENTRIES.c.cause).join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+    )
+    kept = sa.and_(ENTRIES.c.account == ledger.escrow(node), GROUPS.c.step <= step, ROLLOUTS.c.status != "void")
+    return int(connection.execute(total.where(kept, GROUPS.c.run == book.run)).scalar_one())
+
+
+def finish(connection: Connection, book: Book, now: float) -> bool:
+    """End a run whose last policy is evaluated; whatever nodes in good standing earned is theirs."""
+    if book.status(connection) != "finishing":
+        return False
+    due = eval_steps(book.config, book.config.run.steps)
+    tasks = connection.execute(
+        sa.select(sa.func.count()).where(TASKS.c.run == book.run, TASKS.c.split == "eval")
+    ).scalar_one()
+    done = connection.execute(
+        sa.select(sa.func.count()).where(
+            GROUPS.c.run == book.run, GROUPS.c.purpose == "eval", GROUPS.c.status == "complete", GROUPS.c.step.in_(due)
+        )
+    ).scalar_one()
+    if done < len(due) * min(tasks, book.config.eval.tasks):
+        return False
+    for node in list(connection.execute(sa.select(NODES.c.node).where(NODES.c.status != "ejected")).scalars()):
+        ledger.clear(connection, node, ledger.credit(node), f"end of {book.run}", book.run, now)
+    move(connection, "run", [book.run], "finishing", "finished", now)
+    return True

@@ -1,0 +1,124 @@
+"""Coordinator: hand transcripts to scorers, take their rewards, pay for accepted tokens, complete groups."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from farflung.protocol.messages import ScoreResult
+from farflung.store import ledger
+from farflung.store.book import Book
+from farflung.store.db import move, record
+from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS, TASKS
+
+INFORMATIVE = 1e-6
+"""Rewards of a group that differ by less teach nothing."""
+
+
+def claim_scores(connection: Connection, book: Book, scorer: str, limit: int, now: float) -> Sequence[Row[Any]]:
+    """Received rollouts that no scorer works on, with task and place of the tokens, now this scorer's for a while."""
+    free = (
+        sa.select(ROLLOUTS.c.rollout)
+        .where(ROLLOUTS.c.run == book.run, ROLLOUTS.c.status == "received", ROLLOUTS.c.claimed_until < now)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    ids = connection.execute(
+        ROLLOUTS.update()
+        .where(ROLLOUTS.c.rollout.in_(free))
+        .values(claimed_by=scorer, claimed_until=now + book.config.coordinator.claim_s)
+        .returning(ROLLOUTS.c.rollout)
+    ).scalars()
+    return connection.execute(
+        sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.submission, ROLLOUTS.c.position, TASKS.c.payload)
+        .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+        .join(TASKS, TASKS.c.task == GROUPS.c.task)
+        .where(ROLLOUTS.c.rollout.in_(list(ids)))
+    ).all()
+
+
+def take_scores(connection: Connection, book: Book, scorer: str, results: Sequence[ScoreResult], now: float) -> int:
+    """Accept what was scored by this scorer, count the faults of what was not; gives how many rows changed."""
+    given = {result.rollout: result for result in results}
+    rows = connection.execute(
+        sa.select(ROLLOUTS, NODES.c.role)
+        .join(NODES, NODES.c.node == ROLLOUTS.c.node)
+        .where(ROLLOUTS.c.rollout.in_(given), ROLLOUTS.c.status == "received", ROLLOUTS.c.claimed_by == scorer)
+    ).all()
+    scored = [row for row in rows if not given[row.rollout].error]
+    _accept(connection, book, scored, given, now)
+    for row in rows:
+        if given[row.rollout].error:
+            _fault(connection, book, row, given[row.rollout].error, now)
+    return len(rows)
+
+
+def _accept(
+    connection: Connection, book: Book, rows: Sequence[Row[Any]], given: dict[str, ScoreResult], now: float
+) -> None:
+    if not rows:
+        return
+    move(connection, "rollout", [row.rollout for row in rows], "received", "accepted", now)
+    connection.execute(
+        ROLLOUTS.update()
+        .where(ROLLOUTS.c.rollout == sa.bindparam("id"))
+        .values(reward=sa.bindparam("r"), parts=sa.bindparam("p"), answer=sa.bindparam("a")),
+        [_score_values(given[row.rollout]) for row in rows],
+    )
+    paid = [row for row in rows if row.role == "worker"]
+    ledger.post(connection, (_pay(row) for row in paid), book.run, now)
+    for group in dict.fromkeys(row.group for row in rows):
+        complete(connection, group, now)
+
+
+def _score_values(result: ScoreResult) -> dict[str, Any]:
+    return {"id": result.rollout, "r": result.reward, "p": json.dumps(result.parts), "a": result.answer}
+
+
+def _pay(row: Row[Any]) -> ledger.Transfer:
+    return ledger.Transfer(row.rollout, ledger.ISSUED, ledger.escrow(row.node), row.tokens)
+
+
+def complete(connection: Connection, group: str, now: float) -> None:
+    """Close an open group once all of its samples are accepted."""
+    row = connection.execute(sa.select(GROUPS).where(GROUPS.c.group == group)).one()
+    accepted = sa.and_(ROLLOUTS.c.group == group, ROLLOUTS.c.status == "accepted")
+    rewards = list(connection.execute(sa.select(ROLLOUTS.c.reward).where(accepted)).scalars())
+    if row.status != "open" or len(rewards) < row.samples:
+        return
+    connection.execute(
+        GROUPS.update()
+        .where(GROUPS.c.group == group)
+        .values(reward=sum(rewards) / len(rewards), is_informative=max(rewards) - min(rewards) > INFORMATIVE)
+    )
+    move(connection, "group", [group], "open", "complete", now)
+
+
+def _fault(connection: Connection, book: Book, row: Row[Any], error: str, now: float) -> None:
+    """A scorer that fails is not the rollout's fault: try again, and give up without a reward after a few."""
+    faults = row.score_faults + 1
+    this = ROLLOUTS.c.rollout == row.rollout
+    connection.execute(ROLLOUTS.update().where(this).values(score_faults=faults, claimed_until=0.0))
+    if faults >= book.config.scorer.faults:
+        move(connection, "rollout", [row.rollout], "received", "dropped", now, why=f"unscorable: {error}")
+        drop_groups(connection, [row.group], now, why="a sample cannot be scored")
+    else:
+        record(connection, "rollout", [row.rollout], "received", "received", now, fault=error)
+
+
+def drop_groups(connection: Connection, groups: Sequence[str], now: float, why: str) -> None:
+    """Let go of groups that will not be trained on, with all that is under way for them."""
+    for status in ("open", "complete"):
+        query = sa.select(GROUPS.c.group).where(GROUPS.c.group.in_(groups), GROUPS.c.status == status)
+        move(connection, "group", list(connection.execute(query).scalars()), status, "dropped", now, why=why)
+    for status, after in (("leased", "expired"), ("held", "dropped"), ("received", "dropped"), ("accepted", "dropped")):
+        query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.group.in_(groups), ROLLOUTS.c.status == status)
+        move(connection, "rollout", list(connection.execute(query).scalars()), status, after, now, why=why)
+
+
+def audits_waiting(connection: Connection, book: Book) -> int:
+    """Audits that nobody has answered."""
+    query = sa.select(sa.func.count()).where(AUDITS.c.run == book.run, AUDITS.c.status.in_(("open", "claimed")))
+    return connection.execute(query).scalar_one()

@@ -1,0 +1,233 @@
+"""Coordinator: take submissions in. Sanity first (no torch, no database), then one transaction with the audit draw.
+
+A submission is named by the digest of lease, node and tokens. The first one committed for a lease is final; the same
+one sent again gets the same receipt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from farflung.protocol import seeds, wire
+from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, NotFound, Rejected
+from farflung.protocol.identity import Signed, seal, unseal
+from farflung.protocol.messages import Lease, Receipt, Submission, SubmissionBody, SubmittedRollout
+from farflung.store.blobs import digest_of
+from farflung.store.book import Book, new_id, node_row, save_record
+from farflung.store.db import move, record
+from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
+from farflung.tasks.lease import end
+from farflung.trust.policy import draw
+from farflung.trust.record import NodeRecord, submitted
+
+RECEIPT = "receipt"
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A submission that passed sanity: its body as stored, and what the database needs of it."""
+
+    lease: Lease
+    body: bytes
+    digest: str
+    tokens: dict[str, int]
+    """Rollout → number of tokens."""
+    is_partial: bool
+    generate_s: float
+    logp: bytes
+    """The node's own log-probabilities, a metric; empty when it sent none."""
+
+
+def lease_of(connection: Connection, lease: str, node: str) -> tuple[Row[Any], Lease]:
+    """A lease and its document, for its owner. Raises NotFound or Forbidden."""
+    row = connection.execute(sa.select(LEASES).where(LEASES.c.lease == lease)).first()
+    if row is None:
+        raise NotFound(f"there is no lease {lease}")
+    if row.node != node:
+        raise Forbidden(f"lease {lease} belongs to node {row.node}, not to {node}")
+    return row, unseal(msgspec.msgpack.decode(row.document, type=Signed), "lease", Lease)
+
+
+def inspect(lease: Lease, node: str, submission: Submission, vocab: int, eos_ids: frozenset[int]) -> Parcel:
+    """Sanity, a pure function. Raises Rejected with the first fault."""
+    assigned = {sample.rollout for group in lease.groups for sample in group.samples}
+    named = [rollout.rollout for rollout in submission.rollouts]
+    if len(set(named)) != len(named) or not set(named) <= assigned:
+        raise Rejected(f"lease {lease.lease} does not assign these rollouts once each: {sorted(set(named) - assigned)}")
+    if not submission.partial and len(named) != len(assigned):
+        raise Rejected(f"lease {lease.lease} assigns {len(assigned)} rollouts, {len(named)} came; send all of them")
+    tokens = {r.rollout: _length(r, lease.budget, vocab, eos_ids) for r in submission.rollouts}
+    body = msgspec.msgpack.encode(SubmissionBody(lease=lease.lease, node=node, rollouts=list(submission.rollouts)))
+    return Parcel(
+        lease=lease,
+        body=body,
+        digest=digest_of(body),
+        tokens=tokens,
+        is_partial=submission.partial,
+        generate_s=submission.generate_s,
+        logp=_logp(submission, tokens),
+    )
+
+
+def _length(rollout: SubmittedRollout, budget: int, vocab: int, eos_ids: frozenset[int]) -> int:
+    """Number of tokens of one rollout that ends as a rollout must."""
+    ids = wire.unpack_ids(rollout.ids)
+    if not 1 <= len(ids) <= budget:
+        raise Rejected(f"rollout {rollout.rollout} has {len(ids)} tokens; the lease allows 1 to {budget}")
+    if int(ids.max()) >= vocab:
+        raise Rejected(f"rollout {rollout.rollout} has token {int(ids.max())}; the vocabulary has {vocab}")
+    ends = np.isin(ids, list(eos_ids))
+    if ends[:-1].any():
+        raise Rejected(f"rollout {rollout.rollout} goes on after an end token at position {int(ends.argmax())}")
+    if not ends[-1] and len(ids) < budget:
+        raise Rejected(f"rollout {rollout.rollout} stops after {len(ids)} of {budget} tokens without an end token")
+    return len(ids)
+
+
+def _logp(submission: Submission, tokens: dict[str, int]) -> bytes:
+    if not submission.logp:
+        return b""
+    if len(submission.logp) != len(submission.rollouts):
+        raise Rejected(f"{len(submission.logp)} lists of log-probabilities for {len(submission.rollouts)} rollouts")
+    for rollout, values in zip(submission.rollouts, submission.logp, strict=True):
+        if len(wire.unpack_floats(values)) != tokens[rollout.rollout]:
+            raise Rejected(f"rollout {rollout.rollout} has another number of log-probabilities than tokens")
+    return msgspec.msgpack.encode(submission.logp)
+
+
+# --- the transaction -------------------------------------------------------------------------------------------------
+
+
+def take(connection: Connection, book: Book, node: str, parcel: Parcel, logp_blob: str | None, now: float) -> Signed:
+    """Commit a submission whose body is stored already, and draw its audit. Raises LeaseGone or Ejected."""
+    row, _ = lease_of(connection, parcel.lease.lease, node)
+    if row.status == "submitted" and row.submission == parcel.digest:
+        return msgspec.msgpack.decode(row.receipt, type=Signed)
+    if row.status != "open":
+        raise LeaseGone(f"lease {row.lease} is {row.status} since it was opened {now - row.opened_at:.0f} s ago")
+    sender = node_row(connection, node)
+    if sender.status == "ejected":
+        raise Ejected(f"node {node} was ejected for failing verification")
+    order = [rollout for rollout in parcel.tokens if rollout in _leased(connection, row.lease)]
+    receipt = _receipt(book, node, parcel, order, now)
+    connection.execute(
+        LEASES.update()
+        .where(LEASES.c.lease == row.lease)
+        .values(submission=parcel.digest, receipt=msgspec.msgpack.encode(receipt))
+    )
+    _store(connection, book, node, parcel, logp_blob, order, now)
+    _set_places(connection, parcel, order)
+    _draw(connection, book, sender, parcel, order, now)
+    end(connection, [row.lease], "submitted", now, submission=parcel.digest, rollouts=len(order))
+    _measure_speed(connection, node, parcel, now - row.opened_at)
+    return receipt
+
+
+def give_back(connection: Connection, lease: str, node: str, now: float) -> None:
+    """A draining node hands a lease back untouched."""
+    row, _ = lease_of(connection, lease, node)
+    if row.status == "open":
+        end(connection, [lease], "returned", now, why="handed back", node=node)
+
+
+def _leased(connection: Connection, lease: str) -> set[str]:
+    """Rollouts of a lease that still wait for their tokens; a stale group's have been let go."""
+    query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.lease == lease, ROLLOUTS.c.status == "leased")
+    return set(connection.execute(query).scalars())
+
+
+def _receipt(book: Book, node: str, parcel: Parcel, order: Sequence[str], now: float) -> Signed:
+    receipt = Receipt(
+        run=book.run,
+        node=node,
+        lease=parcel.lease.lease,
+        submission=parcel.digest,
+        rollouts=len(order),
+        tokens=sum(parcel.tokens[rollout] for rollout in order),
+        received_at=now,
+    )
+    return seal(book.key, RECEIPT, receipt)
+
+
+def _store(
+    connection: Connection, book: Book, node: str, parcel: Parcel, logp: str | None, order: Sequence[str], now: float
+) -> None:
+    row = {
+        "submission": parcel.digest,
+        "run": book.run,
+        "lease": parcel.lease.lease,
+        "node": node,
+        "received_at": now,
+        "rollouts": len(order),
+        "tokens": sum(parcel.tokens.values()),
+        "generate_s": parcel.generate_s,
+        "logp_blob": logp,
+    }
+    connection.execute(SUBMISSIONS.insert().values(row))
+
+
+def _set_places(connection: Connection, parcel: Parcel, order: Sequence[str]) -> None:
+    """Where in the stored body each rollout is. Nothing of a stale group is looked at again."""
+    place = {rollout: number for number, rollout in enumerate(parcel.tokens)}
+    if not order:
+        return
+    connection.execute(
+        ROLLOUTS.update()
+        .where(ROLLOUTS.c.rollout == sa.bindparam("id"))
+        .values(submission=parcel.digest, position=sa.bindparam("place"), tokens=sa.bindparam("length")),
+        [{"id": rollout, "place": place[rollout], "length": parcel.tokens[rollout]} for rollout in order],
+    )
+
+
+def _draw(
+    connection: Connection, book: Book, sender: Row[Any], parcel: Parcel, order: Sequence[str], now: float
+) -> None:
+    """Hold what is drawn for audit, and on probation its siblings with it; the rest goes on to the scorers.
+
+    Evaluation by the operator's own validators is not audited.
+    """
+    held: list[str] = []
+    if sender.role == "worker" and order:
+        node = submitted(msgspec.msgpack.decode(sender.record, type=NodeRecord))
+        save_record(connection, sender.node, node)
+        key = seeds.audit_key(book.step_secret(parcel.lease.step))
+        drawn = draw(key, parcel.lease.lease, bytes.fromhex(parcel.digest), len(order), node, book.trust)
+        if drawn:
+            _open_audit(connection, book, sender.node, parcel, [order[i] for i in drawn], now)
+            held = list(order) if node.status == "probation" else [order[i] for i in drawn]
+    free = [rollout for rollout in order if rollout not in set(held)]
+    move(connection, "rollout", held, "leased", "held", now, submission=parcel.digest)
+    move(connection, "rollout", free, "leased", "received", now, submission=parcel.digest)
+
+
+def _open_audit(
+    connection: Connection, book: Book, node: str, parcel: Parcel, rollouts: Sequence[str], now: float
+) -> None:
+    audit = new_id("a")
+    row = {
+        "audit": audit,
+        "run": book.run,
+        "submission": parcel.digest,
+        "lease": parcel.lease.lease,
+        "node": node,
+        "status": "open",
+        "step": parcel.lease.step,
+        "rollouts": msgspec.json.encode(rollouts).decode(),
+        "opened_at": now,
+        "tokens": sum(parcel.tokens[rollout] for rollout in rollouts),
+    }
+    connection.execute(AUDITS.insert().values(row))
+    record(connection, "audit", [audit], "", "open", now, node=node, rollouts=len(rollouts))
+
+
+def _measure_speed(connection: Connection, node: str, parcel: Parcel, took_s: float) -> None:
+    """Tokens per second from lease to submission by the coordinator's clock, smoothed."""
+    speed = sum(parcel.tokens.values()) / max(took_s, 1e-3)
+    old = NODES.c.tokens_per_s
+    smoothed = sa.case((old == 0, speed), else_=0.7 * old + 0.3 * speed)
+    connection.execute(NODES.update().where(NODES.c.node == node).values(tokens_per_s=smoothed))

@@ -1,0 +1,44 @@
+"""Validator: claim audits, replay the drawn rollouts under the leased weights, sign what was seen."""
+
+from collections.abc import Sequence
+
+from farflung.engine.base import Engine, Request
+from farflung.protocol import wire
+from farflung.protocol.identity import Key, Signed, seal
+from farflung.protocol.messages import AuditJob, AuditJobs, Claim, Done, Evidence, RolloutEvidence
+from farflung.protocol.session import Session
+
+
+async def claim(session: Session, limit: int, wait_s: float) -> Sequence[AuditJob]:
+    """Up to `limit` audits, all of one step."""
+    jobs = await session.client.post(session.path("audits/claim"), Claim(limit=limit, wait_s=wait_s), AuditJobs)
+    session.latest = jobs.latest
+    return jobs.jobs
+
+
+def replay(engine: Engine, jobs: Sequence[AuditJob], run: str, profile: str) -> list[Evidence]:
+    """Evidence for every audit, from one pass over all their rollouts. The engine holds the audits' step."""
+    items = [
+        (
+            Request(tuple(wire.unpack_ids(rollout.prompt_ids).tolist()), rollout.seed, job.temperature, job.budget),
+            wire.unpack_ids(rollout.ids).tolist(),
+        )
+        for job in jobs
+        for rollout in job.rollouts
+    ]
+    seen = iter(engine.replay(items))
+    evidence: list[Evidence] = []
+    for job in jobs:
+        found = [(rollout.rollout, next(seen)) for rollout in job.rollouts]
+        rollouts = [
+            RolloutEvidence(rollout=name, gap=wire.pack_floats(r.gap), margin=wire.pack_floats(r.margin))
+            for name, r in found
+        ]
+        evidence.append(Evidence(run=run, audit=job.audit, manifest=job.manifest, profile=profile, rollouts=rollouts))
+    return evidence
+
+
+async def testify(session: Session, key: Key, evidence: Evidence) -> None:
+    """Sign evidence and hand it in."""
+    signed: Signed = seal(key, "evidence", evidence)
+    await session.client.post(session.path(f"audits/{evidence.audit}/evidence"), signed, Done)

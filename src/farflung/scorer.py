@@ -1,0 +1,57 @@
+"""Scorer: claims transcripts, has child processes judge them, reports rewards. It sees no secret and no weights."""
+
+import asyncio
+import contextlib
+import logging
+import sys
+
+from farflung.config import Config
+from farflung.envs.child import ScorerChild
+from farflung.protocol.client import Client
+from farflung.protocol.identity import Key
+from farflung.protocol.session import Session, stop_on_signals
+from farflung.rollouts import score
+
+log = logging.getLogger(__name__)
+WAIT_S = 5.0
+
+
+class Scorer:
+    """One scorer with a few children, each an environment in a process of its own."""
+
+    def __init__(self, url: str, key: Key, config: Config, *, name: str = "scorer") -> None:
+        self.client, self.config, self.name = Client(url, key), config, name
+        self.is_stopping = False
+        self.session: Session
+        self.children: list[ScorerChild] = []
+
+    async def run(self) -> None:
+        """Work until the run ends or somebody says stop."""
+        self.session = await Session.open(self.client, "scorer", run=self.config.run.name, name=self.name)
+        stop_on_signals(self.stop)
+        env = self.config.env
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(self.config.scorer.children):
+                child = ScorerChild(env.name, env.args, python=env.python or sys.executable)
+                self.children.append(await stack.enter_async_context(child))
+            beating = asyncio.create_task(self.session.keep_beating())
+            try:
+                while not self.is_stopping and not self.session.is_over:
+                    await self.step()
+            finally:
+                beating.cancel()
+                await self.session.say_goodbye()
+                await self.client.close()
+
+    def stop(self) -> None:
+        """Stop after the work in hand."""
+        self.is_stopping = True
+
+    async def step(self) -> None:
+        """Claim, judge, report."""
+        jobs = await score.claim(self.session, self.config.scorer.claim, WAIT_S)
+        if jobs:
+            results = await score.judge(self.children, jobs, self.config.scorer.timeout_s)
+            await score.report(self.session, results)
+            faults = sum(bool(result.error) for result in results)
+            log.debug("scored rollouts=%d faults=%d", len(results), faults)

@@ -1,0 +1,85 @@
+"""One run as the coordinator keeps it: the values that never change, and the few questions every hop asks of it."""
+
+import secrets
+from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from farflung.config import Config
+from farflung.protocol import seeds
+from farflung.protocol.errors import NotFound
+from farflung.protocol.identity import Key
+from farflung.protocol.messages import Latest
+from farflung.store.tables import NODES, RUNS, STEPS
+from farflung.trust.record import NodeRecord, TrustSettings
+
+
+@dataclass(frozen=True)
+class Book:
+    """A run's name, configuration, secret, signing key and vocabulary."""
+
+    run: str
+    config: Config
+    secret: bytes
+    key: Key
+    vocab: int
+    eos_ids: frozenset[int]
+
+    def step_secret(self, step: int) -> bytes:
+        """The secret that everything drawn at a step derives from."""
+        return step_secret(self.secret, step)
+
+    @property
+    def trust(self) -> TrustSettings:
+        """The trust core's view of the configuration."""
+        return TrustSettings(**self.config.trust.model_dump())
+
+    def status(self, connection: Connection) -> str:
+        """running, finishing or finished."""
+        return connection.execute(sa.select(RUNS.c.status).where(RUNS.c.run == self.run)).scalar_one()
+
+    def latest(self, connection: Connection) -> Latest:
+        """The newest committed step."""
+        row = connection.execute(
+            sa.select(STEPS.c.step, STEPS.c.manifest_digest)
+            .where(STEPS.c.run == self.run, STEPS.c.status == "committed")
+            .order_by(STEPS.c.step.desc())
+            .limit(1)
+        ).first()
+        step, manifest = (row.step, row.manifest_digest) if row else (-1, "")
+        return Latest(status=self.status(connection), step=step, manifest=manifest)
+
+    def manifest_of(self, connection: Connection, step: int) -> str:
+        """Digest of the sealed manifest of a committed step."""
+        query = sa.select(STEPS.c.manifest_digest).where(STEPS.c.run == self.run, STEPS.c.step == step)
+        digest = connection.execute(query).scalar_one_or_none()
+        if digest is None:
+            raise NotFound(f"step {step} of run {self.run!r} has no weights yet")
+        return digest
+
+
+@lru_cache(maxsize=64)
+def step_secret(run_secret: bytes, step: int) -> bytes:
+    """`seeds.step_secret`, remembered."""
+    return seeds.step_secret(run_secret, step)
+
+
+def new_id(letter: str) -> str:
+    """A fresh random id whose first letter tells its noun."""
+    return letter + secrets.token_hex(6)
+
+
+def node_row(connection: Connection, node: str) -> Row[tuple[object, ...]]:
+    """A registered node. Raises NotFound."""
+    row = connection.execute(sa.select(NODES).where(NODES.c.node == node)).first()
+    if row is None:
+        raise NotFound(f"node {node} is not registered here; POST /v1/nodes first")
+    return row
+
+
+def save_record(connection: Connection, node: str, record: NodeRecord) -> None:
+    """Keep a node's record; its status is the trust core's to say and `move`'s to change."""
+    connection.execute(NODES.update().where(NODES.c.node == node).values(record=msgspec.msgpack.encode(record)))

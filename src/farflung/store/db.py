@@ -1,0 +1,184 @@
+"""The coordinator's database: tables, group commit, and one way to change a status.
+
+All writes go through one thread that puts every waiting request into one transaction (each in its own savepoint) and
+answers them after the commit. So an acknowledged change is on disk, and a thousand small requests cost few commits.
+"""
+
+import asyncio
+import json
+import logging
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, Row
+
+from farflung.protocol import states
+from farflung.protocol.errors import ConfigError, IllegalTransition
+from farflung.store.tables import EVENTS, TABLE_OF, metadata
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+MIGRATIONS = Path(__file__).with_name("migrations")
+MOST_IN_A_COMMIT = 256
+STORY_LINES = 12
+
+
+class Database:
+    """One database, one writer thread, readers in the caller's threads."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = open_engine(url)
+        self._queue: queue.Queue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.Queue(maxsize=10_000)
+        self._thread = threading.Thread(target=self._run, name="database-writer", daemon=True)
+        self._thread.start()
+
+    async def write(self, change: Callable[[Connection], T]) -> T:
+        """Run `change` in a transaction shared with other waiting writers; returns once it is committed."""
+        future: Future[T] = Future()
+        self._queue.put_nowait((change, future))
+        return await asyncio.wrap_future(future)
+
+    async def read(self, query: Callable[[Connection], T]) -> T:
+        """Run `query` on a connection of its own, off the event loop."""
+
+        def run() -> T:
+            with self.engine.connect() as connection:
+                return query(connection)
+
+        return await asyncio.to_thread(run)
+
+    def close(self) -> None:
+        """Finish what is queued, then let go of the file."""
+        self._queue.put(None)
+        self._thread.join()
+        self.engine.dispose()
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not None:
+            batch = [first]
+            while len(batch) < MOST_IN_A_COMMIT and not self._queue.empty():
+                following = self._queue.get()
+                if following is None:
+                    self._queue.put(None)
+                    break
+                batch.append(following)
+            self._commit(batch)
+
+    def _commit(self, batch: Sequence[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+        done: list[tuple[Future[Any], Any]] = []
+        try:
+            with self.engine.begin() as connection:
+                for change, future in batch:
+                    self._apply(connection, change, future, done)
+        except Exception as error:  # the commit itself failed: nobody's change happened
+            log.exception("commit failed requests=%d", len(batch))
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for future, result in done:
+            future.set_result(result)
+
+    @staticmethod
+    def _apply(connection: Connection, change: Any, future: Future[Any], done: list[tuple[Future[Any], Any]]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            with connection.begin_nested():
+                done.append((future, change(connection)))
+        except Exception as error:  # noqa: BLE001 - handed to whoever asked
+            future.set_exception(error)
+
+
+def open_engine(url: str) -> Engine:
+    try:
+        engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    except (sa.exc.ArgumentError, ModuleNotFoundError) as error:
+        raise ConfigError(f"database URL {url!r} cannot be used: {error}") from error
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # SQLAlchemy emits BEGIN itself, so that savepoints work
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
+def migrate(url: str) -> None:
+    """Bring the schema of the database at `url` to this version's."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["engine"] = engine = open_engine(url)
+    command.upgrade(config, "head")
+    engine.dispose()
+
+
+# --- statuses and stories --------------------------------------------------------------------------------------------
+
+
+def record(
+    connection: Connection, noun: str, ids: Iterable[str], before: str, after: str, at: float, **detail: Any
+) -> None:
+    """Append one event per id."""
+    text = json.dumps(detail, sort_keys=True) if detail else ""
+    rows = [{"at": at, "noun": noun, "subject": i, "before": before, "after": after, "detail": text} for i in ids]
+    if rows:
+        connection.execute(EVENTS.insert(), rows)
+
+
+def move(
+    connection: Connection, noun: str, ids: Sequence[str], before: str, after: str, at: float, **detail: Any
+) -> None:
+    """Change the status of rows that are all at `before`, and write their events, or change nothing.
+
+    Raises IllegalTransition with the story of the first row that is not where it was thought to be.
+    """
+    if not ids:
+        return
+    states.check(noun, ids[0], before, after)
+    table = TABLE_OF[noun]
+    key = next(iter(table.primary_key))
+    changed = connection.execute(
+        table.update().where(key.in_(ids), table.c.status == before).values(status=after)
+    ).rowcount
+    if changed != len(ids):
+        _complain(connection, noun, ids, before, after)
+    record(connection, noun, ids, before, after, at, **detail)
+
+
+def _complain(connection: Connection, noun: str, ids: Sequence[str], before: str, after: str) -> None:
+    table = TABLE_OF[noun]
+    key = next(iter(table.primary_key))
+    statuses = {row[0]: row[1] for row in connection.execute(sa.select(key, table.c.status).where(key.in_(ids)))}
+    odd = next(i for i in ids if statuses.get(i) != before)
+    told = [f"{row.before or 'new'}→{row.after}" for row in story(connection, odd)[-STORY_LINES:]]
+    raise IllegalTransition(
+        f"{noun} {odd} is {statuses.get(odd, 'missing')!r}, not {before!r}, and cannot become {after!r}; "
+        f"its story: {' '.join(told) or 'no events'}"
+    )
+
+
+def story(connection: Connection, subject: str) -> Sequence[Row[Any]]:
+    """All events of one id, oldest first."""
+    return connection.execute(sa.select(EVENTS).where(EVENTS.c.subject == subject).order_by(EVENTS.c.id)).all()
+
+
+def create_all(engine: Engine) -> None:
+    """Make the tables without migrations, for tests that hold one against the other."""
+    metadata.create_all(engine)

@@ -1,0 +1,56 @@
+"""The run's metrics.jsonl: one JSON object a line, appended as things happen. docs/metrics.md names the fields."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from farflung.protocol.messages import Heartbeat, Manifest
+
+NODES_EVERY_S = 2.0
+
+
+class Metrics:
+    """Appends lines. What nodes say of themselves is kept until the next flush; losing it loses only metrics."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._nodes: dict[str, dict[str, Any]] = {}
+        self._sent_bytes = 0
+        self._flushed_at = 0.0
+
+    def write(self, kind: str, at: float, **fields: Any) -> None:
+        """Append one line."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"kind": kind, "at": round(at, 3), **fields}) + "\n")
+
+    def note_node(self, node: str, role: str, since: float, beat: Heartbeat, now: float) -> None:
+        """A node's own word of its CPU time and pauses."""
+        self._nodes[node] = {
+            "node": node,
+            "role": role,
+            "started_at": beat.started_at,
+            "cpu_s": beat.cpu_s,
+            "work_cpu_s": beat.work_cpu_s,
+            "sync_pause_s": beat.sync_pause_s,
+            "heard_at": now,
+            "registered_at": since,
+        }
+
+    def note_step(self, manifest: Manifest, metrics: dict[str, float], now: float) -> None:
+        """A committed step."""
+        size_bytes = sum(shard.size_bytes for shard in manifest.shards)
+        self.write("step", now, step=manifest.step, weights_bytes=size_bytes, **metrics)
+
+    def count_sent(self, size_bytes: int) -> None:
+        """Bytes of weights that left here."""
+        self._sent_bytes += size_bytes
+
+    def flush(self, now: float, *, force: bool = False) -> None:
+        """Write what was noted since, every few seconds."""
+        if not force and now - self._flushed_at < NODES_EVERY_S:
+            return
+        for fields in self._nodes.values():
+            self.write("node", now, **fields)
+        if self._sent_bytes:
+            self.write("sent", now, size_bytes=self._sent_bytes)
+        self._nodes, self._sent_bytes, self._flushed_at = {}, 0, now

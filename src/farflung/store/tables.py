@@ -1,0 +1,222 @@
+"""The tables. Every row with a life has a `status` with a CHECK, and every change of it an event."""
+
+import sqlalchemy as sa
+from sqlalchemy import BigInteger, Column, Float, Index, Integer, LargeBinary, MetaData, Table, Text
+
+from farflung.protocol import states
+
+metadata = MetaData()
+
+LIVE_ROLLOUT = tuple(status for status in states.statuses("rollout") if status not in states.REOPENING)
+"""Statuses in which a rollout owns its sample; the unique index makes two owners impossible."""
+
+
+def _status(noun: str) -> list[sa.schema.SchemaItem]:
+    allowed = ", ".join(f"'{status}'" for status in states.statuses(noun))
+    return [
+        Column("status", Text, nullable=False),
+        sa.CheckConstraint(f"status IN ({allowed})", name=f"{noun}_status"),
+    ]
+
+
+RUNS = Table(
+    "runs",
+    metadata,
+    Column("run", Text, primary_key=True),
+    *_status("run"),
+    Column("config", Text, nullable=False),
+    Column("secret", LargeBinary, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+NODES = Table(
+    "nodes",
+    metadata,
+    Column("node", Text, primary_key=True),
+    Column("public", LargeBinary, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    *_status("node"),
+    Column("engine", Text, nullable=False),
+    Column("profile", Text, nullable=False),
+    Column("hardware", Text, nullable=False),
+    Column("record", LargeBinary, nullable=False),
+    Column("phase", Text, nullable=False, default=""),
+    Column("loaded_step", Integer, nullable=False, default=-1),
+    Column("tokens_per_s", Float, nullable=False, default=0.0),
+    Column("registered_at", Float, nullable=False),
+    Column("seen_at", Float, nullable=False),
+)
+TASKS = Table(
+    "tasks",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("run", Text, nullable=False),
+    Column("split", Text, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Column("prompt", Text, nullable=False),
+    Column("prompt_ids", LargeBinary, nullable=False),
+    Index("task_position", "run", "split", "position", unique=True),
+)
+STEPS = Table(
+    "steps",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("run", Text, nullable=False),
+    Column("step", Integer, nullable=False),
+    *_status("step"),
+    Column("claimed_at", Float, nullable=False),
+    Column("committed_at", Float),
+    Column("seen_groups", Integer, nullable=False, default=0),
+    Column("seen_reward", Float, nullable=False, default=0.0),
+    Column("manifest_digest", Text),
+    Column("manifest", LargeBinary),
+    Column("weights_digest", Text),
+    Column("checkpoint", Text),
+    Column("metrics", Text),
+    Column("opened_groups", Integer, nullable=False, default=0),
+    Index("step_of_run", "run", "step", unique=True),
+)
+GROUPS = Table(
+    "groups",
+    metadata,
+    Column("group", Text, primary_key=True),
+    Column("run", Text, nullable=False),
+    Column("task", Text, sa.ForeignKey("tasks.task"), nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("samples", Integer, nullable=False),
+    *_status("group"),
+    Column("opened_at", Float, nullable=False),
+    Column("batch_step", Integer),
+    Column("reward", Float),
+    Column("is_informative", sa.Boolean),
+    Index("group_of_run", "run", "purpose", "status", "step"),
+)
+LEASES = Table(
+    "leases",
+    metadata,
+    Column("lease", Text, primary_key=True),
+    Column("run", Text, nullable=False),
+    Column("node", Text, sa.ForeignKey("nodes.node"), nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("purpose", Text, nullable=False),
+    *_status("lease"),
+    Column("opened_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("document", LargeBinary, nullable=False),
+    Column("submission", Text),
+    Column("receipt", LargeBinary),
+    Index("lease_open", "status", "expires_at"),
+    Index("lease_node", "node", "status"),
+)
+ROLLOUTS = Table(
+    "rollouts",
+    metadata,
+    Column("rollout", Text, primary_key=True),
+    Column("run", Text, nullable=False),
+    Column("group", Text, sa.ForeignKey("groups.group"), nullable=False),
+    Column("sample", Integer, nullable=False),
+    Column("lease", Text, sa.ForeignKey("leases.lease"), nullable=False),
+    Column("node", Text, nullable=False),
+    *_status("rollout"),
+    Column("is_reissue", sa.Boolean, nullable=False, default=False),
+    Column("submission", Text),
+    Column("position", Integer),
+    Column("tokens", Integer, nullable=False, default=0),
+    Column("reward", Float),
+    Column("parts", Text),
+    Column("answer", Text),
+    Column("claimed_by", Text),
+    Column("claimed_until", Float, nullable=False, default=0.0),
+    Column("score_faults", Integer, nullable=False, default=0),
+    Index(
+        "one_owner",
+        "group",
+        "sample",
+        unique=True,
+        sqlite_where=sa.text(f"status IN {LIVE_ROLLOUT}"),
+        postgresql_where=sa.text(f"status IN {LIVE_ROLLOUT}"),
+    ),
+    Index("rollout_status", "run", "status", "claimed_until"),
+    Index("rollout_lease", "lease"),
+    Index("rollout_submission", "submission"),
+    Index("rollout_node", "node", "status"),
+)
+SUBMISSIONS = Table(
+    "submissions",
+    metadata,
+    Column("submission", Text, primary_key=True),
+    Column("run", Text, nullable=False),
+    Column("lease", Text, nullable=False),
+    Column("node", Text, nullable=False),
+    Column("received_at", Float, nullable=False),
+    Column("rollouts", Integer, nullable=False),
+    Column("tokens", Integer, nullable=False),
+    Column("generate_s", Float, nullable=False),
+    Column("logp_blob", Text),
+)
+AUDITS = Table(
+    "audits",
+    metadata,
+    Column("audit", Text, primary_key=True),
+    Column("run", Text, nullable=False),
+    Column("submission", Text, nullable=False),
+    Column("lease", Text, nullable=False),
+    Column("node", Text, nullable=False),
+    *_status("audit"),
+    Column("step", Integer, nullable=False),
+    Column("rollouts", Text, nullable=False),
+    Column("opened_at", Float, nullable=False),
+    Column("claimed_by", Text),
+    Column("claimed_until", Float, nullable=False, default=0.0),
+    Column("evidence", LargeBinary),
+    Column("outcome", Text),
+    Column("tokens", Integer, nullable=False, default=0),
+    Index("audit_status", "run", "status", "step"),
+    Index("audit_submission", "submission"),
+)
+VERDICTS = Table(
+    "verdicts",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("run", Text, nullable=False),
+    Column("node", Text, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column("submissions", Integer, nullable=False),
+    Column("document", LargeBinary, nullable=False),
+)
+ENTRIES = Table(
+    "entries",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("run", Text, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("cause", Text, nullable=False),
+    Column("account", Text, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Index("entry_account", "account"),
+    Index("entry_cause", "cause"),
+)
+EVENTS = Table(
+    "events",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("noun", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("before", Text, nullable=False),
+    Column("after", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Index("event_subject", "subject"),
+)
+
+TABLE_OF = {
+    "run": RUNS,
+    "node": NODES,
+    "step": STEPS,
+    "group": GROUPS,
+    "lease": LEASES,
+    "rollout": ROLLOUTS,
+    "audit": AUDITS,
+}

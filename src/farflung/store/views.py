@@ -1,0 +1,214 @@
+"""Questions that people ask of the database: status, stories, nodes. Read only."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from farflung.protocol.errors import NotFound
+from farflung.protocol.identity import Signed, unseal
+from farflung.protocol.messages import EvalView, Event, NodeView, Status, StepView, Story, Verdict
+from farflung.store import db, ledger
+from farflung.store.book import Book
+from farflung.store.tables import (
+    AUDITS,
+    GROUPS,
+    LEASES,
+    NODES,
+    ROLLOUTS,
+    RUNS,
+    STEPS,
+    SUBMISSIONS,
+    VERDICTS,
+)
+from farflung.trust.record import NodeRecord
+
+
+def manifest(connection: Connection, run: str, digest: str) -> Signed:
+    """A sealed manifest by its digest. Raises NotFound."""
+    query = sa.select(STEPS.c.manifest).where(STEPS.c.run == run, STEPS.c.manifest_digest == digest)
+    found = connection.execute(query).scalar()
+    if found is None:
+        raise NotFound(f"run {run!r} has no manifest {digest[:64]}")
+    return msgspec.msgpack.decode(found, type=Signed)
+
+
+def logp_blob(connection: Connection, submission: str) -> str | None:
+    """The blob with a node's own log-probabilities of a submission."""
+    query = sa.select(SUBMISSIONS.c.logp_blob).where(SUBMISSIONS.c.submission == submission)
+    return connection.execute(query).scalar()
+
+
+def story(connection: Connection, subject: str) -> Story:
+    """All events of one id. Raises NotFound."""
+    rows = db.story(connection, subject)
+    if not rows:
+        raise NotFound(f"nothing is known of {subject[:64]!r}")
+    return Story(
+        subject=subject,
+        events=[
+            Event(at=r.at, noun=r.noun, subject=r.subject, before=r.before, after=r.after, detail=r.detail)
+            for r in rows
+        ],
+    )
+
+
+def status(connection: Connection, book: Book, now: float) -> Status:
+    """The run at a glance."""
+    config = book.config
+    return Status(
+        run=book.run,
+        status=book.status(connection),
+        model=config.model.path,
+        env=config.env.name,
+        steps_total=config.run.steps,
+        latest=book.latest(connection),
+        started_at=connection.execute(sa.select(RUNS.c.created_at).where(RUNS.c.run == book.run)).scalar_one(),
+        now=now,
+        rollouts=_counts(connection, book, ROLLOUTS),
+        groups=_counts(connection, book, GROUPS),
+        leases_open=_counts(connection, book, LEASES).get("open", 0),
+        leases_reissued=reissued(connection, book.run),
+        audits=_counts(connection, book, AUDITS),
+        accepted=accepted(connection, book.run)[0],
+        accepted_tokens=accepted(connection, book.run)[1],
+        steps=steps(connection, book.run),
+        evals=evals(connection, book.run),
+        nodes=nodes(connection, book, now),
+        verdicts=verdicts(connection, book.run),
+    )
+
+
+def _counts(connection: Connection, book: Book, table: sa.Table) -> dict[str, int]:
+    query = sa.select(table.c.status, sa.func.count()).where(table.c.run == book.run).group_by(table.c.status)
+    return {row[0]: row[1] for row in connection.execute(query)}
+
+
+PAID = ("accepted", "batched", "trained", "dropped")
+
+
+def accepted(connection: Connection, run: str) -> tuple[int, int]:
+    """Rollouts and tokens accepted for training, of nodes in good standing."""
+    query = (
+        sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(ROLLOUTS.c.tokens), 0))
+        .join(NODES, NODES.c.node == ROLLOUTS.c.node)
+        .where(
+            ROLLOUTS.c.run == run,
+            ROLLOUTS.c.status.in_(PAID),
+            ROLLOUTS.c.reward.is_not(None),
+            NODES.c.status != "ejected",
+            NODES.c.role == "worker",
+        )
+    )
+    row = connection.execute(query).one()
+    return row[0], row[1]
+
+
+def reissued(connection: Connection, run: str) -> int:
+    """Leases that ended without a submission and whose samples were leased again."""
+    again = ROLLOUTS.alias()
+    query = (
+        sa.select(sa.func.count(sa.distinct(LEASES.c.lease)))
+        .join(ROLLOUTS, ROLLOUTS.c.lease == LEASES.c.lease)
+        .join(
+            again,
+            sa.and_(
+                again.c.group == ROLLOUTS.c.group,
+                again.c.sample == ROLLOUTS.c.sample,
+                again.c.lease != LEASES.c.lease,
+                again.c.is_reissue,
+            ),
+        )
+        .where(LEASES.c.run == run, LEASES.c.status.in_(("expired", "returned")))
+    )
+    return connection.execute(query).scalar_one()
+
+
+def steps(connection: Connection, run: str) -> list[StepView]:
+    """Committed steps after the first weights."""
+    rows = connection.execute(
+        sa.select(STEPS)
+        .where(STEPS.c.run == run, STEPS.c.status == "committed", STEPS.c.step > 0)
+        .order_by(STEPS.c.step)
+    )
+    return [
+        StepView(
+            step=r.step,
+            reward=r.seen_reward,
+            groups=r.seen_groups,
+            committed_at=r.committed_at,
+            metrics=json.loads(r.metrics),
+        )
+        for r in rows
+    ]
+
+
+def evals(connection: Connection, run: str) -> list[EvalView]:
+    """Held-out scores of policies whose evaluation has begun."""
+    rows = connection.execute(
+        sa.select(GROUPS.c.step, sa.func.avg(GROUPS.c.reward), sa.func.count())
+        .where(GROUPS.c.run == run, GROUPS.c.purpose == "eval", GROUPS.c.status == "complete")
+        .group_by(GROUPS.c.step)
+        .order_by(GROUPS.c.step)
+    )
+    return [EvalView(step=row[0], score=row[1], tasks=row[2]) for row in rows]
+
+
+def nodes(connection: Connection, book: Book, now: float) -> list[NodeView]:
+    """Every node, those seen last first."""
+    rows = connection.execute(sa.select(NODES).order_by(NODES.c.role, NODES.c.registered_at).limit(1000)).all()
+    done = _per_node(connection, ROLLOUTS, ROLLOUTS.c.status.in_(PAID))
+    bad = _per_node(connection, ROLLOUTS, ROLLOUTS.c.status.in_(("rejected", "void")))
+    audits = _per_node(connection, AUDITS, AUDITS.c.status == "done")
+    accounts = ledger.balances(connection)
+    held = sa.select(LEASES.c.node, LEASES.c.lease).where(LEASES.c.run == book.run, LEASES.c.status == "open")
+    leases = {row.node: row.lease for row in connection.execute(held)}
+    lost_s = book.config.lease.lost_s
+    return [_node(row, done, bad, audits, accounts, leases, now, lost_s) for row in rows]
+
+
+def _per_node(connection: Connection, table: sa.Table, which: Any) -> dict[str, int]:
+    query = sa.select(table.c.node, sa.func.count()).where(which).group_by(table.c.node)
+    return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def _node(
+    row: Row[Any],
+    done: dict[str, int],
+    bad: dict[str, int],
+    audits: dict[str, int],
+    accounts: dict[str, int],
+    leases: dict[str, str],
+    now: float,
+    lost_s: float,
+) -> NodeView:
+    record = msgspec.msgpack.decode(row.record, type=NodeRecord)
+    return NodeView(
+        node=row.node,
+        name=row.name,
+        role=row.role,
+        status=row.status,
+        record=f"{record.clean_rollouts} clean",
+        phase=row.phase,
+        loaded_step=row.loaded_step,
+        accepted=done.get(row.node, 0),
+        rejected=bad.get(row.node, 0),
+        audits=audits.get(row.node, 0),
+        statistic=record.m,
+        tokens_per_s=row.tokens_per_s,
+        credit=accounts.get(ledger.credit(row.node), 0),
+        escrow=accounts.get(ledger.escrow(row.node), 0),
+        lease=leases.get(row.node, ""),
+        seen_s_ago=now - row.seen_at,
+        is_online=now - row.seen_at < lost_s,
+    )
+
+
+def verdicts(connection: Connection, run: str) -> list[Verdict]:
+    """Every verdict, oldest first."""
+    query = sa.select(VERDICTS.c.document).where(VERDICTS.c.run == run).order_by(VERDICTS.c.id)
+    documents: Sequence[bytes] = connection.execute(query).scalars().all()
+    return [unseal(msgspec.msgpack.decode(d, type=Signed), "verdict", Verdict) for d in documents]

@@ -1,0 +1,231 @@
+"""Coordinator: found a run. Take the tasks from the environment, turn prompts into ids, seal the papers.
+
+Done once; started again, the coordinator finds the run in its database and goes on.
+"""
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from sqlalchemy import Connection
+from tokenizers import Tokenizer
+
+from farflung.config import Config
+from farflung.envs.base import Split
+from farflung.envs.child import ScorerChild
+from farflung.protocol import wire
+from farflung.protocol.errors import ConfigError
+from farflung.protocol.identity import Key, seal
+from farflung.protocol.messages import VERSION, File, Run, RunInfo
+from farflung.protocol.session import delegate
+from farflung.store.blobs import Blobs
+from farflung.store.book import Book
+from farflung.store.db import Database, move, record
+from farflung.store.tables import RUNS, STEPS, TASKS
+
+MODEL_FILES = ("config.json", "generation_config.json")
+KEPT_S = 365 * 24 * 3600.0
+MOST_PROMPT_TOKENS = 131_072
+
+
+class Model:
+    """What the coordinator knows of the base model: its small files, tokenizer and chat template. No torch."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.config = self._json("config.json")
+        self.generation = self._json("generation_config.json", required=False)
+        self.tokenizer = self._tokenizer()
+        self._settings = self._json("tokenizer_config.json", required=False)
+
+    @property
+    def vocab(self) -> int:
+        """Size of the model's vocabulary, the largest id any token may have plus one."""
+        return int(self.config.get("vocab_size") or self.config["text_config"]["vocab_size"])
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a rollout."""
+        for source in (self.generation, self.config):
+            if (eos := source.get("eos_token_id")) is not None:
+                return frozenset(eos if isinstance(eos, list) else [eos])
+        raise ConfigError(f"model {self.path} names no eos_token_id in config.json or generation_config.json")
+
+    def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """A prompt as token ids; chat messages go through the model's own template, in a sandbox."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt).ids
+        return self.tokenizer.encode(self._chat(prompt), add_special_tokens=False).ids
+
+    def file(self, name: str) -> bytes | None:
+        """A small file of the model, from its folder or the hub."""
+        path = Path(self.path) / name
+        if not Path(self.path).is_dir():
+            path = _from_hub(self.path, name)
+        return path.read_bytes() if path.is_file() else None
+
+    def _chat(self, messages: list[dict[str, str]]) -> str:
+        template = self._settings.get("chat_template") or (self.file("chat_template.jinja") or b"").decode()
+        if not template:
+            raise ConfigError(f"the environment gives chat messages, but model {self.path} has no chat template")
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        special = {name: _text(self._settings.get(name)) for name in ("bos_token", "eos_token")}
+        return sandbox.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
+
+    def _json(self, name: str, *, required: bool = True) -> dict[str, Any]:
+        data = self.file(name)
+        if data is None and required:
+            raise ConfigError(f"model path {self.path!r} has no {name}; name a folder of a Hugging Face causal LM")
+        return json.loads(data or b"{}")
+
+    def _tokenizer(self) -> Tokenizer:
+        data = self.file("tokenizer.json")
+        if data is None:
+            raise ConfigError(f"model path {self.path!r} has no tokenizer.json; save it with a fast tokenizer")
+        return Tokenizer.from_buffer(data)
+
+
+def _text(token: Any) -> str:
+    return token.get("content", "") if isinstance(token, dict) else token or ""
+
+
+def _from_hub(name: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"model path {name!r} is no folder, and no such model can be had from the hub ({type(error).__name__})"
+        ) from error
+
+
+async def found(config: Config, database: Database, model: Model, key: Key, now: float) -> Book:
+    """The run of this configuration, made if it is not in the database yet."""
+    row = await database.read(lambda c: c.execute(sa.select(RUNS).where(RUNS.c.run == config.run.name)).first())
+    if row is None:
+        tasks = await _tasks(config, model)
+        secret = _secret(config)
+        await database.write(lambda c: _write(c, config, secret, tasks, now))
+    else:
+        secret = row.secret
+        await database.write(lambda c: _resume(c, config, now))
+    return Book(config.run.name, config, secret, key, model.vocab, model.eos_ids)
+
+
+async def seal_papers(config: Config, blobs: Blobs, model: Model, key: Key, root: Key) -> Run:
+    """What nodes check before they join: the root's delegations and the sealed description of the run."""
+    run, until = config.run.name, time.time() + KEPT_S
+    info = RunInfo(
+        run=run,
+        coordinator=key.id,
+        status="running",
+        version=VERSION,
+        profile=config.model.profile,
+        dtype=config.model.dtype,
+        vocab=model.vocab,
+        eos_ids=sorted(model.eos_ids),
+        model_files=[file for name in MODEL_FILES if (file := await _store(blobs, model, name))],
+        max_staleness=config.learn.max_staleness,
+        heartbeat_s=config.lease.heartbeat_s,
+    )
+    delegations = [
+        delegate(root, run, "coordinator", key.public, until),
+        delegate(root, run, "weights", weights_key(config), until),
+    ]
+    return Run(root=root.public, delegations=delegations, info=seal(key, "run", info))
+
+
+def weights_key(config: Config) -> bytes:
+    """The public key of the run's trainer."""
+    trainers = [public for public, role in config.coordinator.grants.items() if role == "trainer"]
+    if len(trainers) != 1:
+        raise ConfigError(
+            f"coordinator.grants has {len(trainers)} trainers, one is needed; "
+            'write grants = { "PUBLIC KEY IN HEX" = "trainer" }'
+        )
+    return bytes.fromhex(trainers[0])
+
+
+async def _store(blobs: Blobs, model: Model, name: str) -> File | None:
+    data = model.file(name)
+    return None if data is None else File(name=name, digest=await blobs.put(data), size_bytes=len(data))
+
+
+def _secret(config: Config) -> bytes:
+    if config.run.reproducible:
+        return hashlib.sha256(f"farflung reproducible run {config.run.seed}".encode()).digest()
+    return secrets.token_bytes(32)
+
+
+async def _tasks(config: Config, model: Model) -> list[dict[str, Any]]:
+    """Rows of both splits, every prompt as token ids."""
+    env = config.env
+    options = {"python": env.python} if env.python else {}
+    async with ScorerChild(env.name, env.args, **options) as child:
+        rows = [
+            *_rows(config.run.name, "train", await child.tasks("train", env.train_tasks), model),
+            *_rows(config.run.name, "eval", await child.tasks("eval", env.eval_tasks), model),
+        ]
+    if not any(row["split"] == "train" for row in rows):
+        raise ConfigError(f"environment {env.name!r} has no training tasks")
+    return rows
+
+
+def _rows(run: str, split: Split, tasks: Sequence[tuple[Any, Any]], model: Model) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for position, (task, prompt) in enumerate(tasks):
+        payload = msgspec.json.encode(task, order="sorted")
+        identity = hashlib.sha256(f"{run}/{split}/".encode() + payload).hexdigest()
+        ids = model.prompt_ids(prompt)
+        if not 1 <= len(ids) <= MOST_PROMPT_TOKENS:
+            raise ConfigError(
+                f"task {payload[:80]!r} has a prompt of {len(ids)} tokens; 1 to {MOST_PROMPT_TOKENS} work"
+            )
+        shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        rows.append(
+            {
+                "task": "t" + identity[:16],
+                "run": run,
+                "split": split,
+                "position": position,
+                "payload": payload,
+                "prompt": shown,
+                "prompt_ids": wire.pack_ids(ids),
+            }
+        )
+    return rows
+
+
+def _write(connection: Connection, config: Config, secret: bytes, tasks: list[dict[str, Any]], now: float) -> None:
+    run = config.run.name
+    connection.execute(
+        RUNS.insert().values(
+            run=run,
+            status="running",
+            config=config.model_dump_json(),
+            secret=secret,
+            created_at=now,
+        )
+    )
+    connection.execute(TASKS.insert(), tasks)
+    record(connection, "run", [run], "", "running", now, tasks=len(tasks))
+
+
+def _resume(connection: Connection, config: Config, now: float) -> None:
+    """A finished run that is given more steps goes on."""
+    run = config.run.name
+    status = connection.execute(sa.select(RUNS.c.status).where(RUNS.c.run == run)).scalar_one()
+    done = connection.execute(
+        sa.select(sa.func.max(STEPS.c.step)).where(STEPS.c.run == run, STEPS.c.status == "committed")
+    ).scalar()
+    if status == "finished" and (done or 0) < config.run.steps:
+        move(connection, "run", [run], "finished", "running", now, steps=config.run.steps)

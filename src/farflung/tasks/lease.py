@@ -1,0 +1,335 @@
+"""Coordinator: lease samples to nodes, take lapsed ones back. `assign.py` chooses; here the choice becomes rows.
+
+A node has at most one open lease. Asking again, after a lost answer or a crash, gives the same one.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from farflung.protocol import seeds
+from farflung.protocol.errors import Ejected
+from farflung.protocol.identity import Signed, seal
+from farflung.protocol.messages import Lease, LeaseGroup, LeaseRequest, Sample
+from farflung.protocol.states import REOPENING
+from farflung.store.book import Book, new_id
+from farflung.store.db import move, record
+from farflung.store.tables import GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, TASKS
+from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Share, Wait, assign, task_order
+
+KIND = "lease"
+ANY_CONTEXT = 1 << 40
+
+
+def issue(connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, now: float) -> Signed | Wait:
+    """A sealed lease for this node, or why there is none now. Raises Ejected."""
+    if node.status == "ejected":
+        raise Ejected(f"node {node.node} was ejected for failing verification; GET /v1/story/{node.node} says why")
+    if (held := _held(connection, book.run, node.node)) is not None:
+        return held
+    latest = book.latest(connection)
+    if latest.step < 0:
+        return Wait("the trainer has not published the first weights yet")
+    if node.role == "validator":
+        return _issue_eval(connection, book, node, ask, latest.step, now)
+    if latest.status != "running" or node.role != "worker" or node.status == "quarantined":
+        return Wait(f"the run is {latest.status} and node {node.node} is a {node.status} {node.role}")
+    return _issue_train(connection, book, node, ask, latest.step, now)
+
+
+def _held(connection: Connection, run: str, node: str) -> Signed | None:
+    query = sa.select(LEASES.c.document).where(LEASES.c.node == node, LEASES.c.run == run, LEASES.c.status == "open")
+    document = connection.execute(query).scalar()
+    return None if document is None else msgspec.msgpack.decode(document, type=Signed)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _issue_train(
+    connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, latest: int, now: float
+) -> Signed | Wait:
+    settings = assign_settings(book)
+    groups = _open_groups(connection, book, latest - settings.max_staleness)
+    asker = Asker(ask.loaded_step if ask.loaded_step >= 0 else None, ask.slots, ask.context or ANY_CONTEXT)
+    plan = assign(
+        now,
+        latest,
+        asker,
+        _open_samples(connection, book, groups),
+        _groups_now(connection, book),
+        lambda step: _next_tasks(connection, book, step),
+        settings,
+    )
+    if isinstance(plan, Wait):
+        return plan
+    return _write(connection, book, node.node, plan, "train", now)
+
+
+def assign_settings(book: Book) -> AssignSettings:
+    """The pure assignment's view of the configuration."""
+    config = book.config
+    return AssignSettings(
+        max_staleness=config.learn.max_staleness,
+        max_lag=config.lease.max_lag,
+        lease_rollouts=config.lease.rollouts,
+        group_size=config.generate.samples,
+        groups_ahead=int(config.learn.groups * max(config.lease.ahead, config.learn.oversample)),
+    )
+
+
+def _open_groups(connection: Connection, book: Book, oldest: int) -> Sequence[Row[Any]]:
+    return connection.execute(
+        sa.select(GROUPS, sa.func.length(TASKS.c.prompt_ids).label("prompt_bytes"))
+        .join(TASKS, TASKS.c.task == GROUPS.c.task)
+        .where(
+            GROUPS.c.run == book.run,
+            GROUPS.c.purpose == "train",
+            GROUPS.c.status == "open",
+            GROUPS.c.step >= oldest,
+        )
+    ).all()
+
+
+def _open_samples(connection: Connection, book: Book, groups: Sequence[Row[Any]]) -> Iterator[OpenSamples]:
+    """Samples of these groups that nobody has, those that somebody had before apart from the rest."""
+    owned, reopened = _owners(connection, [row.group for row in groups])
+    for row in groups:
+        free = set(range(row.samples)) - owned[row.group]
+        needed = row.prompt_bytes // 4 + book.config.generate.budget
+        for samples, at in ((free - reopened[row.group], None), (free & reopened[row.group], row.opened_at)):
+            if samples:
+                yield OpenSamples(row.group, row.task, row.step, tuple(sorted(samples)), needed, at)
+
+
+def _owners(connection: Connection, groups: Sequence[str]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+    query = sa.select(ROLLOUTS.c.group, ROLLOUTS.c.sample, ROLLOUTS.c.status).where(ROLLOUTS.c.group.in_(groups))
+    owned: dict[str, set[int]] = defaultdict(set)
+    reopened: dict[str, set[int]] = defaultdict(set)
+    for group, sample, status in connection.execute(query):
+        (reopened if status in REOPENING else owned)[group].add(sample)
+    return owned, reopened
+
+
+def _groups_now(connection: Connection, book: Book) -> int:
+    return connection.execute(
+        sa.select(sa.func.count()).where(
+            GROUPS.c.run == book.run, GROUPS.c.purpose == "train", GROUPS.c.status.in_(("open", "complete"))
+        )
+    ).scalar_one()
+
+
+def _next_tasks(connection: Connection, book: Book, step: int) -> Iterator[NextTask]:
+    """Tasks not opened at this step yet, in the order that its secret draws."""
+    query = sa.select(GROUPS.c.task).where(GROUPS.c.run == book.run, GROUPS.c.step == step, GROUPS.c.purpose == "train")
+    opened = set(connection.execute(query).scalars())
+    for position in _order(book.step_secret(step), step, _count(connection, book, "train")):
+        row = _task_at(connection, book, "train", position)
+        if row.task not in opened:
+            yield NextTask(row.task, len(row.prompt_ids) // 4 + book.config.generate.budget)
+
+
+@lru_cache(maxsize=8)
+def _order(secret: bytes, step: int, count: int) -> Sequence[int]:
+    return _Lazily(task_order(secret, step, count))  # type: ignore[return-value]
+
+
+class _Lazily:
+    """A sequence read from an iterator as far as somebody looked, and no further."""
+
+    def __init__(self, source: Iterator[int]) -> None:
+        self._source, self._seen = source, list[int]()
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._seen
+        for item in self._source:
+            self._seen.append(item)
+            yield item
+
+
+def _count(connection: Connection, book: Book, split: str) -> int:
+    query = sa.select(sa.func.count()).where(TASKS.c.run == book.run, TASKS.c.split == split)
+    return connection.execute(query).scalar_one()
+
+
+def _task_at(connection: Connection, book: Book, split: str, position: int) -> Row[Any]:
+    return connection.execute(
+        sa.select(TASKS).where(TASKS.c.run == book.run, TASKS.c.split == split, TASKS.c.position == position)
+    ).one()
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def eval_steps(config: Any, latest: int) -> list[int]:
+    """The policy steps up to `latest` that are to be evaluated."""
+    every, last = config.eval.every, config.run.steps
+    due = {0, last} | (set(range(0, last, every)) if every else set())
+    return sorted(step for step in due if step <= latest) if config.eval.tasks else []
+
+
+def _issue_eval(
+    connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, latest: int, now: float
+) -> Signed | Wait:
+    size = min(ask.slots, book.config.eval.rollouts)
+    for step in eval_steps(book.config, latest):
+        tasks = _eval_tasks(connection, book, step)[:size]
+        if tasks:
+            shares = tuple(Share(group, task, (0,)) for group, task in tasks)
+            plan = Plan(step, tuple(s for s in shares if s.group), tuple(s for s in shares if not s.group))
+            return _write(connection, book, node.node, plan, "eval", now)
+    return Wait("nothing to evaluate")
+
+
+def _eval_tasks(connection: Connection, book: Book, step: int) -> list[tuple[str | None, str]]:
+    """(group or None, task) of every held-out task at this step that nobody has."""
+    live = (
+        sa.select(ROLLOUTS.c.group)
+        .where(ROLLOUTS.c.run == book.run, ROLLOUTS.c.status.in_(LIVE_ROLLOUT))
+        .scalar_subquery()
+    )
+    this = sa.and_(GROUPS.c.task == TASKS.c.task, GROUPS.c.step == step, GROUPS.c.purpose == "eval")
+    rows = connection.execute(
+        sa.select(GROUPS.c.group, TASKS.c.task)
+        .select_from(TASKS.outerjoin(GROUPS, this))
+        .where(
+            TASKS.c.run == book.run,
+            TASKS.c.split == "eval",
+            TASKS.c.position < book.config.eval.tasks,
+            sa.or_(GROUPS.c.group.is_(None), GROUPS.c.group.not_in(live)),
+        )
+        .order_by(TASKS.c.position)
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _write(connection: Connection, book: Book, node: str, plan: Plan, purpose: str, now: float) -> Signed:
+    """Open the groups, the lease and its rollouts, and seal the document."""
+    shares = [*plan.continued, *_open(connection, book, plan, purpose, now)]
+    lease = new_id("l")
+    rows = [
+        {"rollout": new_id("r"), "group": share.group, "sample": sample} for share in shares for sample in share.samples
+    ]
+    document = _document(connection, book, lease, node, plan.step, purpose, shares, rows, now)
+    signed = seal(book.key, KIND, document)
+    connection.execute(
+        LEASES.insert().values(
+            lease=lease,
+            run=book.run,
+            node=node,
+            step=plan.step,
+            purpose=purpose,
+            status="open",
+            opened_at=now,
+            expires_at=document.expires_at,
+            document=msgspec.msgpack.encode(signed),
+        )
+    )
+    _, reopened = _owners(connection, [share.group for share in plan.continued if share.group])
+    for row in rows:
+        row |= {"run": book.run, "lease": lease, "node": node, "status": "leased"}
+        row["is_reissue"] = row["sample"] in reopened[row["group"]]
+    connection.execute(ROLLOUTS.insert(), rows)
+    record(connection, "lease", [lease], "", "open", now, node=node, step=plan.step, rollouts=len(rows))
+    record(connection, "rollout", [row["rollout"] for row in rows], "", "leased", now, lease=lease, node=node)
+    return signed
+
+
+def _open(connection: Connection, book: Book, plan: Plan, purpose: str, now: float) -> list[Share]:
+    if not plan.opened:
+        return []
+    shares = [Share(new_id("g"), share.task, share.samples) for share in plan.opened]
+    common = {"run": book.run, "step": plan.step, "purpose": purpose, "status": "open", "opened_at": now}
+    samples = 1 if purpose == "eval" else book.config.generate.samples
+    connection.execute(
+        GROUPS.insert(), [common | {"group": share.group, "task": share.task, "samples": samples} for share in shares]
+    )
+    record(connection, "group", [str(share.group) for share in shares], "", "open", now, step=plan.step)
+    return shares
+
+
+def _document(
+    connection: Connection,
+    book: Book,
+    lease: str,
+    node: str,
+    step: int,
+    purpose: Any,
+    shares: Sequence[Share],
+    rows: Sequence[dict[str, Any]],
+    now: float,
+) -> Lease:
+    config = book.config
+    return Lease(
+        lease=lease,
+        run=book.run,
+        node=node,
+        purpose=purpose,
+        step=step,
+        manifest=book.manifest_of(connection, step),
+        temperature=0.0 if purpose == "eval" else config.generate.temperature,
+        budget=config.generate.budget,
+        nonce=hashlib.sha256(seeds.derive(book.step_secret(step), "lease nonce", lease)).hexdigest(),
+        expires_at=now + config.lease.lease_s,
+        groups=list(_groups(connection, book.step_secret(step), shares, rows)),
+    )
+
+
+def _groups(
+    connection: Connection, secret: bytes, shares: Sequence[Share], rows: Iterable[dict[str, Any]]
+) -> Iterator[LeaseGroup]:
+    rollout = {(row["group"], row["sample"]): row["rollout"] for row in rows}
+    prompts = _prompts(connection, [share.task for share in shares])
+    for share in shares:
+        samples = [
+            Sample(rollout=rollout[share.group, i], index=i, seed=seeds.sample_seed(secret, share.task, i))
+            for i in share.samples
+        ]
+        yield LeaseGroup(group=str(share.group), prompt_ids=prompts[share.task], samples=samples)
+
+
+def _prompts(connection: Connection, tasks: Sequence[str]) -> dict[str, bytes]:
+    query = sa.select(TASKS.c.task, TASKS.c.prompt_ids).where(TASKS.c.task.in_(tasks))
+    return {row.task: row.prompt_ids for row in connection.execute(query)}
+
+
+# --- taking back -----------------------------------------------------------------------------------------------------
+
+
+def expire(connection: Connection, book: Book, now: float) -> int:
+    """Take back leases whose deadline passed or whose node fell silent; gives how many."""
+    silent = sa.and_(NODES.c.node == LEASES.c.node, NODES.c.seen_at < now - book.config.lease.lost_s)
+    rows = connection.execute(
+        sa.select(LEASES.c.lease, LEASES.c.node, LEASES.c.expires_at)
+        .join(NODES, NODES.c.node == LEASES.c.node)
+        .where(LEASES.c.run == book.run, LEASES.c.status == "open")
+        .where(sa.or_(LEASES.c.expires_at < now, silent))
+    ).all()
+    for row in rows:
+        why = "deadline passed" if row.expires_at < now else "node fell silent"
+        end(connection, [row.lease], "expired", now, why=why, node=row.node)
+    return len(rows)
+
+
+def end(connection: Connection, leases: Sequence[str], after: str, now: float, **detail: Any) -> None:
+    """Close open leases and free what nobody submitted of them."""
+    move(connection, "lease", leases, "open", after, now, **detail)
+    query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.lease.in_(leases), ROLLOUTS.c.status == "leased")
+    move(connection, "rollout", list(connection.execute(query).scalars()), "leased", "expired", now, **detail)
+
+
+def lost_leases(connection: Connection, node: str, since: float) -> list[str]:
+    """Leases that were lately taken from a node."""
+    query = sa.select(LEASES.c.lease).where(
+        LEASES.c.node == node, LEASES.c.status.in_(("expired", "void")), LEASES.c.opened_at > since
+    )
+    return list(connection.execute(query.limit(1000)).scalars())

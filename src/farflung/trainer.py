@@ -1,0 +1,173 @@
+"""Trainer: claims a step's batch, takes the step, publishes weights, commits.
+
+Its state after a crash is the latest checkpoint; the steps committed since are replayed from their recorded batches
+and must come to the recorded weights, bit for bit.
+"""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from farflung.config import Config
+from farflung.learner import checkpoint
+from farflung.learner.optimise import Learner, Optimisation, StepMetrics
+from farflung.learner.pack import Rollout, pack
+from farflung.learner.policy import Policy
+from farflung.protocol.client import Client
+from farflung.protocol.errors import WeightsError
+from farflung.protocol.identity import Key
+from farflung.protocol.messages import Batch, Commit, Done
+from farflung.protocol.session import Session, stop_on_signals
+from farflung.rollouts.batch import claim, fetch
+from farflung.weights.manifest import manifest_digest
+from farflung.weights.publish import digest_of, publish
+
+log = logging.getLogger(__name__)
+WAIT_S = 5.0
+
+
+class Trainer:
+    """The run's one trainer."""
+
+    def __init__(self, url: str, key: Key, config: Config) -> None:
+        self.client, self.key, self.config = Client(url, key), key, config
+        self.checkpoints = config.folder / "checkpoints"
+        self.is_stopping = False
+        self.done_step = -1
+        """The step whose weights are in memory; -1 before the base model counts as step 0."""
+        self.session: Session
+        self.learner: Learner
+        self._waited_s = 0.0
+
+    async def run(self) -> None:
+        """Train until the last step is committed or somebody says stop."""
+        self.session = await Session.open(self.client, "trainer", run=self.config.run.name, name="trainer", engine="hf")
+        stop_on_signals(self.stop)
+        beating = asyncio.create_task(self.session.keep_beating())
+        try:
+            await asyncio.to_thread(self.load)
+            while not self.is_stopping and self.done_step < self.config.run.steps:
+                await self.step()
+        finally:
+            beating.cancel()
+            await self.session.say_goodbye()
+            await self.client.close()
+
+    def stop(self) -> None:
+        """Stop after the work in hand."""
+        self.is_stopping = True
+
+    def load(self) -> None:
+        """The base model, or the latest checkpoint."""
+        learn = self.config.learn
+        torch.manual_seed(self.config.run.seed)
+        torch.set_num_threads(learn.threads)
+        policy = Policy.from_pretrained(
+            self.config.model.path,
+            compute_dtype=torch.bfloat16 if learn.autocast else torch.float32,
+            is_checkpointed=learn.checkpointing,
+        )
+        self.learner = Learner(policy, optimisation(self.config))
+        if (last := checkpoint.latest(self.checkpoints)) is not None:
+            self.done_step = checkpoint.load(self.learner, last.path)
+            log.info("resumed step=%d from=%s", self.done_step, last.path)
+
+    async def step(self) -> None:
+        """Claim the next step; train, publish and commit it, or replay it if it was committed before."""
+        step = self.done_step + 1
+        self.session.figures.phase = "waiting"
+        before = time.monotonic()
+        answer = await claim(self.session, step, WAIT_S)
+        self._waited_s += time.monotonic() - before
+        if answer.batch is None:
+            log.debug("step=%d waits because=%s", step, answer.reason)
+            return
+        await self._take(answer.batch)
+        self.done_step = step
+        self.session.figures.loaded_step = step
+
+    async def _take(self, batch: Batch) -> None:
+        self.session.figures.phase = f"training step {batch.step}"
+        before = time.monotonic()
+        rollouts = await fetch(self.session, batch, divide_by_std=self.config.learn.divide_by_std)
+        trained = await asyncio.to_thread(self._train, rollouts) if rollouts else None
+        train_s = time.monotonic() - before
+        if batch.committed:
+            await self._check_replay(batch)
+        else:
+            await self._publish(batch, trained, train_s)
+        if batch.step % self.config.learn.checkpoint_every == 0:
+            await asyncio.to_thread(self._save, batch.step)
+
+    def _train(self, rollouts: list[Rollout]) -> StepMetrics:
+        with self.session.figures.working():
+            return self.learner.step(pack(rollouts, self.config.learn.microbatch_tokens))
+
+    async def _check_replay(self, batch: Batch) -> None:
+        digest = await asyncio.to_thread(digest_of, self.learner.policy.tensors())
+        if digest != batch.committed:
+            raise WeightsError(
+                f"replayed step {batch.step} comes to {digest[:12]}, it was committed with {batch.committed[:12]}; "
+                "resume on the hardware, torch and thread count that the run was trained with"
+            )
+        log.info("replayed step=%d digest=%s", batch.step, digest[:12])
+
+    async def _publish(self, batch: Batch, trained: StepMetrics | None, train_s: float) -> None:
+        self.session.figures.phase = f"publishing step {batch.step}"
+        before = time.monotonic()
+        signed = await publish(
+            self.client,
+            self.key,
+            self.learner.policy.tensors(),
+            run=self.session.run,
+            step=batch.step,
+            parent=self.session.latest.manifest,
+            commitment=batch.secret_commitment,
+            now=time.time(),
+        )
+        metrics = self._metrics(batch, trained) | {"train_s": train_s, "publish_s": time.monotonic() - before}
+        commit = Commit(manifest=signed, metrics=metrics, checkpoint=f"step-{batch.step:06d}")
+        await self.client.post(self.session.path(f"steps/{batch.step}/commit"), commit, Done)
+        self._waited_s = 0.0
+        log.info(
+            "committed step=%d reward=%.3f groups=%d/%d manifest=%s",
+            batch.step,
+            batch.seen_reward,
+            len(batch.groups),
+            batch.seen_groups,
+            manifest_digest(signed)[:12],
+        )
+
+    def _metrics(self, batch: Batch, trained: StepMetrics | None) -> dict[str, float]:
+        if trained is None:
+            return {"wait_s": self._waited_s}
+        figures = {name: float(getattr(trained, name)) for name in trained.__dataclass_fields__}
+        staleness = [batch.step - 1 - group.step for group in batch.groups]
+        return figures | {
+            "wait_s": self._waited_s,
+            "reward": batch.seen_reward,
+            "staleness": sum(staleness) / max(1, len(staleness)),
+            "informative_share": len(batch.groups) / max(1, batch.seen_groups),
+        }
+
+    def _save(self, step: int) -> Path:
+        return checkpoint.save(self.learner, step, self.checkpoints, keep=self.config.learn.keep_checkpoints).path
+
+
+def optimisation(config: Config) -> Optimisation:
+    """The learner's view of the configuration."""
+    learn = config.learn
+    return Optimisation(
+        lr=learn.lr,
+        weight_decay=learn.weight_decay,
+        warmup_steps=learn.warmup_steps,
+        max_grad_norm=learn.max_grad_norm,
+        minibatches=learn.minibatches,
+        epsilon=learn.epsilon,
+        delta=learn.delta,
+        normalise=learn.normalise,
+        constant=float(config.generate.budget),
+    )

@@ -1,0 +1,59 @@
+"""Whom to audit: a budget, not a habit. Pure functions of a record, settings and a secret key; nothing is drawn twice.
+
+The unit is a whole rollout. The draw is HMAC(audit key of the step, lease ‖ digest ‖ index), so no retry, replica or
+restart can draw again, nobody without the key can foresee it, and whoever learns the key later can check it.
+"""
+
+import heapq
+import math
+
+from farflung.protocol.seeds import derive
+from farflung.trust.record import NodeRecord, TrustSettings
+
+__all__ = ["NodeRecord", "TrustSettings", "audit_probability", "draw", "probability_caught"]
+
+
+def audit_probability(record: NodeRecord, settings: TrustSettings) -> float:
+    """Without trust 1: every submission is audited, in part (see `draw`). With trust, the probability per rollout.
+
+    It falls as 1 ÷ the clean record, down to a floor: the rule of BOINC's adaptive replication, where a host with n
+    consecutive valid results has its next one replicated with probability 1/n (Anderson, BOINC: a platform for
+    volunteer computing, 2020). One bad rollout sets n to 0.
+    """
+    if record.status != "trusted":
+        return 1.0
+    falling = settings.audit_scale / max(record.clean_rollouts, 1)
+    return min(1.0, max(settings.audit_floor, falling))
+
+
+def draw(
+    audit_key: bytes, lease_id: str, digest: bytes, size: int, record: NodeRecord, settings: TrustSettings
+) -> tuple[int, ...]:
+    """The indices, rising, of the rollouts to audit in a submission of `size` with this digest.
+
+    Without trust the `probation_audits` smallest draws, with trust every draw below the audit probability.
+    """
+    draws = [_uniform(audit_key, lease_id, digest, index) for index in range(size)]
+    if record.status != "trusted":
+        return tuple(sorted(heapq.nsmallest(settings.probation_audits, range(size), key=draws.__getitem__)))
+    limit = audit_probability(record, settings)
+    return tuple(index for index, value in enumerate(draws) if value < limit)
+
+
+def _uniform(audit_key: bytes, lease_id: str, digest: bytes, index: int) -> float:
+    """In [0, 1), from 53 bits: more would round up to 1, which even an audit probability of 1 does not draw."""
+    value = derive(audit_key, "audit draw", lease_id, digest, index)
+    return (int.from_bytes(value[:8], "big") >> 11) / 2**53
+
+
+def probability_caught(n: int, cheat_fraction: float, audit_p: float, size: int, power: float) -> float:
+    """P(at least one bad rollout is found within n submissions of `size` rollouts): 1 − (1 − f·p·power)^(n·size).
+
+    For a trusted node that cheats on each rollout with probability f = `cheat_fraction`, is audited on each with
+    probability p = `audit_p`, independently, and is found out by such an audit with probability `power`.
+    """
+    found = cheat_fraction * audit_p * power
+    rollouts = n * size
+    if found >= 1:
+        return float(rollouts > 0)
+    return -math.expm1(rollouts * math.log1p(-found))

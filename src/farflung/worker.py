@@ -1,0 +1,163 @@
+"""Worker: lease → fetch weights → generate → submit. Untrusted, dials out only, may leave at any moment."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from farflung.config import WorkerSection
+from farflung.engine.base import Completion, Engine
+from farflung.engine.local import LocalEngine
+from farflung.protocol.client import Client
+from farflung.protocol.errors import Ejected, FarflungError, LeaseGone, Rejected, WeightsError
+from farflung.protocol.identity import Key
+from farflung.protocol.messages import Done, Empty, Lease, LeaseAnswer, LeaseRequest
+from farflung.protocol.session import Session, stop_on_signals
+from farflung.rollouts.submit import generate, open_lease, submission_of, submit
+from farflung.weights.fetch import Weights, fetch_model_config
+
+log = logging.getLogger(__name__)
+WAIT_S = 5.0
+Wrap = Callable[[Engine], Engine]
+
+
+class Worker:
+    """One worker. `wrap` may replace its engine, which is how adversaries are made for tests."""
+
+    def __init__(
+        self,
+        url: str,
+        key: Key,
+        folder: Path,
+        settings: WorkerSection,
+        *,
+        run: str = "",
+        root: bytes | None = None,
+        name: str = "",
+        wrap: Wrap = lambda engine: engine,
+    ) -> None:
+        self.client = Client(url, key)
+        self.key, self.folder, self.settings, self.name, self.wrap = key, folder, settings, name, wrap
+        self._run, self._root = run, root
+        self.is_stopping = False
+        self.session: Session
+        self.engine: Engine
+        self.weights: Weights
+        self._prefetching: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Work until the run ends, the node is ejected, or somebody says stop."""
+        await self.open()
+        stop_on_signals(self.drain)
+        beating = asyncio.create_task(self.session.keep_beating(self.prefetch))
+        try:
+            while not self.is_stopping and not self.session.is_over:
+                await self.step()
+        except Ejected as error:
+            log.error("leaving because=%s", error)
+        finally:
+            beating.cancel()
+            await self.session.say_goodbye()
+            await self.client.close()
+
+    async def open(self) -> None:
+        """Join: register, check the run's papers, build the empty model."""
+        self.session = await Session.open(
+            self.client, "worker", run=self._run, root=self._root, name=self.name, engine="local"
+        )
+        self.engine = self.wrap(
+            LocalEngine.from_folder(
+                await fetch_model_config(self.session),
+                dtype=getattr(torch, self.session.info.dtype),
+                threads=self.settings.threads,
+                eos_ids=self.session.info.eos_ids,
+                max_rows=self.settings.slots,
+            )
+        )
+        self.weights = Weights(
+            self.client,
+            self.folder / "weights",
+            run=self.session.run,
+            public=self.session.weights_key,
+            keep=self.settings.keep_versions,
+        )
+        await self.session.beat()
+
+    def drain(self) -> None:
+        """Stop soon: what is complete is handed in, the rest goes back."""
+        log.info("draining phase=%s", self.session.figures.phase)
+        self.is_stopping = True
+
+    async def step(self) -> None:
+        """One lease, from asking to handing in."""
+        self.session.figures.phase = "waiting"
+        figures = self.session.figures
+        ask = LeaseRequest(loaded_step=figures.loaded_step, slots=self.settings.slots, wait_s=WAIT_S)
+        answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
+        self.session.latest = answer.latest
+        self.prefetch()
+        if answer.lease is None:
+            log.debug("no lease because=%s", answer.reason)
+            await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
+            return
+        await self._work(open_lease(self.session, answer.lease))
+
+    async def _work(self, lease: Lease) -> None:
+        try:
+            await self.load(lease.manifest)
+            await self._hand_in(lease)
+        except (LeaseGone, Rejected) as error:
+            log.warning("lost lease=%s because=%s", lease.lease, error)
+        except WeightsError as error:
+            log.error("refusing lease=%s because=%s", lease.lease, error)
+            await self._return(lease)
+
+    async def load(self, manifest_digest: str) -> None:
+        """Have these weights in the engine; the pause is only the swap when they were fetched before."""
+        figures = self.session.figures
+        figures.phase = "fetching"
+        manifest = await self.weights.fetch(manifest_digest)
+        if manifest.step != figures.loaded_step:
+            before = time.monotonic()
+            await asyncio.to_thread(self._swap, manifest_digest)
+            figures.sync_pause_s, figures.loaded_step = time.monotonic() - before, manifest.step
+
+    def _swap(self, digest: str) -> None:
+        self.engine.load(self.weights.tensors(self.weights.known(digest)))
+
+    async def _hand_in(self, lease: Lease) -> None:
+        self.session.figures.phase = "generating"
+        before = time.monotonic()
+        done = await asyncio.to_thread(self._generate, lease)
+        if lease.lease in self.session.lost:
+            raise LeaseGone(f"lease {lease.lease} was given to another")
+        if not done:
+            await self._return(lease)
+            return
+        assigned = sum(len(group.samples) for group in lease.groups)
+        submission = submission_of(done, assigned=assigned, generate_s=time.monotonic() - before)
+        self.session.figures.phase = "submitting"
+        await submit(self.session, lease, submission)
+        log.info("submitted lease=%s step=%d rollouts=%d", lease.lease, lease.step, len(done))
+
+    def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
+        with self.session.figures.working():
+            return generate(self.engine, lease, lambda: self.is_stopping or lease.lease in self.session.lost)
+
+    async def _return(self, lease: Lease) -> None:
+        await self.session.client.post(self.session.path(f"leases/{lease.lease}/return"), Empty(), Done)
+
+    def prefetch(self) -> None:
+        """Start fetching the latest weights beside generation, unless that is under way."""
+        digest = self.session.latest.manifest
+        if digest and (self._prefetching is None or self._prefetching.done()):
+            self._prefetching = asyncio.create_task(self._fetch_quietly(digest))
+
+    async def _fetch_quietly(self, digest: str) -> None:
+        try:
+            await self.weights.fetch(digest)
+        except FarflungError as error:
+            log.warning("prefetch failed manifest=%s because=%s", digest[:12], error)

@@ -1,0 +1,131 @@
+"""Checkpoints: complete or absent, and a resumed run ends in the same bits as one that never stopped."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from farflung.learner import checkpoint  # noqa: E402
+from farflung.learner.optimise import Learner, Optimisation  # noqa: E402
+from farflung.learner.pack import Rollout, Segment, pack  # noqa: E402
+from farflung.learner.policy import Policy  # noqa: E402
+from farflung.protocol.errors import ConfigError  # noqa: E402
+
+
+@pytest.fixture
+def learner(tiny_qwen):
+    """A builder of learners that all start alike."""
+
+    def build(**changes: object) -> Learner:
+        return Learner(Policy(tiny_qwen(**changes)), Optimisation(lr=1e-3, warmup_steps=4, minibatches=2))
+
+    return build
+
+
+def batch(step: int):
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(2, 32, (6, 14), generator=generator).tolist()
+    segments = [(Segment("prompt", tuple(row[:4])), Segment("model", tuple(row[4:]))) for row in ids]
+    return pack([Rollout(s, (-1.0) ** k, 1.0) for k, s in enumerate(segments)], 42)
+
+
+def digest(learner: Learner) -> str:
+    """Over the masters and the optimizer's whole state."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted((*learner.policy.masters(), *checkpoint._optimizer_tensors(learner))):
+        sha.update(name.encode() + tensor.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def test_a_resumed_run_ends_in_the_same_bits(learner, tmp_path: Path) -> None:
+    unbroken, first = learner(), learner()
+    for step in range(4):
+        unbroken.step(batch(step))
+    for step in range(2):
+        first.step(batch(step))
+    saved = checkpoint.save(first, 2, tmp_path)
+    resumed = learner(seed=7)
+    assert checkpoint.load(resumed, saved.path) == 2
+    assert resumed.updates == first.updates == 4
+    assert digest(resumed) == digest(first)
+    for step in range(2, 4):
+        resumed.step(batch(step))
+    assert digest(resumed) == digest(unbroken)
+
+
+def test_the_random_state_comes_back(learner, tmp_path: Path) -> None:
+    one = learner()
+    saved = checkpoint.save(one, 0, tmp_path)
+    expected = torch.rand(4)
+    checkpoint.load(one, saved.path)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_the_folder_is_a_model_that_can_be_loaded(learner, tmp_path: Path) -> None:
+    one = learner()
+    one.step(batch(0))
+    saved = checkpoint.save(one, 12, tmp_path)
+    assert saved.path.name == "step-000012"
+    reloaded = dict(Policy.from_pretrained(saved.path).masters())
+    assert all(torch.equal(tensor, reloaded[name]) for name, tensor in one.policy.masters())
+
+
+def test_the_newest_are_kept_and_found(learner, tmp_path: Path) -> None:
+    one = learner()
+    assert checkpoint.latest(tmp_path / "absent") is None
+    for step in (3, 5, 4, 5):
+        checkpoint.save(one, step, tmp_path, keep=2)
+    assert [found.step for found in checkpoint.complete(tmp_path)] == [4, 5]
+    assert checkpoint.latest(tmp_path).step == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000005"]
+
+
+@pytest.mark.parametrize("damage", ["marker", "file", "truncated"])
+def test_an_incomplete_checkpoint_is_refused_and_not_found(learner, tmp_path: Path, damage: str) -> None:
+    one = learner()
+    checkpoint.save(one, 1, tmp_path)
+    saved = checkpoint.save(one, 2, tmp_path)
+    weights = saved.path / "model.safetensors"
+    if damage == "marker":
+        (saved.path / "COMPLETE").unlink()
+    elif damage == "file":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="incomplete"):
+        checkpoint.load(one, saved.path)
+    assert checkpoint.latest(tmp_path).step == 1
+
+
+def test_a_crash_while_writing_leaves_the_last_checkpoint(learner, tmp_path: Path, monkeypatch) -> None:
+    one = learner()
+    checkpoint.save(one, 1, tmp_path)
+
+    def crash(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", crash)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(one, 2, tmp_path)
+    assert checkpoint.latest(tmp_path).step == 1
+    checkpoint.save(one, 2, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(learner, tmp_path: Path) -> None:
+    saved = checkpoint.save(learner(), 1, tmp_path)
+    for changes in ({"num_hidden_layers": 1}, {"hidden_size": 32}):
+        with pytest.raises(ConfigError, match="another model"):
+            checkpoint.load(learner(**changes), saved.path)
+
+
+def test_nothing_in_the_folder_is_a_pickle(learner, tmp_path: Path) -> None:
+    saved = checkpoint.save(learner(), 1, tmp_path)
+    names = {path.name for path in saved.path.iterdir()}
+    assert names == {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"}
+    assert json.loads((saved.path / "state.json").read_text())["step"] == 1

@@ -1,0 +1,266 @@
+"""The local engine against its own definition: cache, padding, batching and replay change nothing but rounding."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from farflung.engine import noise  # noqa: E402
+from farflung.engine import replay as replay_module  # noqa: E402
+from farflung.engine.base import Completion, Request  # noqa: E402
+from farflung.engine.local import LocalEngine  # noqa: E402
+from farflung.protocol.errors import ConfigError, WeightsError  # noqa: E402
+
+NEAR_TIE = 1e-3
+"""Scores of float32 models closer than this may change places by rounding."""
+
+
+def requests(count: int, *, budget: int = 24, temperature: float = 1.0) -> list[Request]:
+    """Prompts of three lengths, each with its own seed."""
+    return [
+        Request(tuple((7 * i + 3 * k) % 30 + 2 for k in range(3 + i % 3)), 2**40 + i, temperature, budget)
+        for i in range(count)
+    ]
+
+
+def by_definition(model, request: Request, eos: frozenset[int]) -> list[int]:
+    """Gumbel-max with whole forward passes, no cache, no padding, numpy's noise."""
+    ids = list(request.prompt_ids)
+    for position in range(request.budget):
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0, -1].float().numpy()
+        if request.temperature > 0:
+            scores = scores / request.temperature
+            scores = scores + noise.gumbel_numpy(noise.bits_numpy([request.seed], position, len(scores)))[0]
+        ids.append(int(scores.argmax()))
+        if ids[-1] in eos:
+            break
+    return ids[len(request.prompt_ids) :]
+
+
+def margins(engine: LocalEngine, asked: list[Request], said: list[Completion]) -> np.ndarray:
+    replays = engine.replay([(request, completion.ids) for request, completion in zip(asked, said, strict=True)])
+    return np.concatenate([replay.margin for replay in replays])
+
+
+def other_families() -> dict[str, object]:
+    small = {"vocab_size": 32, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2}
+    llama = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+    }
+    return {
+        "llama-untied": transformers.LlamaConfig(**small, **llama, tie_word_embeddings=False),
+        "mistral-sliding": transformers.MistralConfig(**small, **llama, sliding_window=6),
+        "gpt2-absolute-positions": transformers.GPT2Config(**small, n_embd=32, n_layer=2, n_head=2, n_positions=256),
+        "gemma2-softcapped-head": transformers.Gemma2Config(
+            **small, **llama, head_dim=16, sliding_window=8, attn_logit_softcapping=None, final_logit_softcapping=5.0
+        ),
+    }
+
+
+def test_a_mixed_batch_says_what_the_definition_says(tiny_qwen) -> None:
+    model = tiny_qwen().eval()
+    engine = LocalEngine(model)
+    asked = [
+        Request(r.prompt_ids, r.seed, temperature, budget)
+        for r, temperature, budget in zip(
+            requests(12), itertools.cycle([1.0, 0.0, 0.7]), itertools.cycle([20, 5, 1, 12]), strict=False
+        )
+    ]
+    said = engine.generate(asked)
+    assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in asked]
+    for request, completion in zip(asked, said, strict=True):
+        assert len(completion.ids) == request.budget or completion.ids[-1] in engine.eos_ids
+
+
+@pytest.mark.parametrize(
+    "family", ["llama-untied", "mistral-sliding", "gpt2-absolute-positions", "gemma2-softcapped-head"]
+)
+def test_other_families_of_models(family: str) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(other_families()[family]).eval()
+    engine = LocalEngine(model, eos_ids=[1])
+    asked = requests(5, budget=16)
+    said = engine.generate(asked)
+    assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in asked]
+    assert margins(engine, asked, said).max() < NEAR_TIE
+
+
+def test_alone_and_in_a_batch_the_same_tokens(tiny_qwen) -> None:
+    engine = LocalEngine(tiny_qwen(), eos_ids=[])
+    asked = requests(8, budget=40)
+    together = engine.generate(asked)
+    alone = [engine.generate([request])[0] for request in asked]
+    if [c.ids for c in together] != [c.ids for c in alone]:
+        assert margins(engine, asked, alone).max() < NEAR_TIE
+    narrow = LocalEngine(engine.model, eos_ids=[], max_rows=3).generate(asked)
+    assert [c.ids for c in narrow] == [c.ids for c in together]
+
+
+def test_a_group_that_shares_its_prompt_says_what_its_members_say_alone(tiny_qwen) -> None:
+    model = tiny_qwen().eval()
+    engine = LocalEngine(model)
+    asked = [Request((3, 4, 5), seed, 1.0, 12) for seed in range(6)] + [Request((6, 7), 6, 1.0, 12)]
+    said = engine.generate(asked)
+    assert len({completion.ids for completion in said}) > 3
+    assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in asked]
+
+
+def test_logp_is_that_of_the_sampling_temperature(tiny_qwen) -> None:
+    model = tiny_qwen().eval()
+    request = Request((3, 4, 5), 11, 0.5, 6)
+    (said,) = LocalEngine(model, eos_ids=[]).generate([request])
+    with torch.no_grad():
+        logits = model(torch.tensor([request.prompt_ids + said.ids])).logits[0, 2:-1]
+    expected = (logits / 0.5).log_softmax(-1)[range(6), list(said.ids)]
+    assert torch.allclose(torch.tensor(said.logp), expected, atol=1e-4)
+
+
+def test_honest_work_replays_without_margin_and_unseeded_work_does_not(tiny_qwen) -> None:
+    engine = LocalEngine(tiny_qwen(), eos_ids=[])
+    asked = requests(16, budget=32)
+    honest = engine.generate(asked)
+    assert margins(engine, asked, honest).max() < NEAR_TIE
+    unseeded = engine.generate([Request(r.prompt_ids, r.seed + 1, r.temperature, r.budget) for r in asked])
+    assert (margins(engine, asked, unseeded) > NEAR_TIE).mean() > 0.3
+    other = LocalEngine(tiny_qwen(seed=1), eos_ids=[])
+    assert (margins(other, asked, honest) > NEAR_TIE).mean() > 0.3
+
+
+def test_greedy_replay_needs_no_noise(tiny_qwen) -> None:
+    engine = LocalEngine(tiny_qwen(), eos_ids=[])
+    asked = requests(3, temperature=0.0)
+    assert margins(engine, asked, engine.generate(asked)).max() < NEAR_TIE
+
+
+def test_gap_and_margin_by_hand(tiny_qwen) -> None:
+    model = tiny_qwen().eval()
+    request, sent = Request((2, 3), 5, 0.8, 9), (7, 8)
+    (replay,) = LocalEngine(model).replay([(request, sent)])
+    with torch.no_grad():
+        logits = model(torch.tensor([[2, 3, 7]])).logits[0, 1:]
+    scores = (logits / 0.8 + noise.gumbel([5, 5], [0, 1], 32)).numpy()
+    ranked = np.sort(scores, axis=1)
+    np.testing.assert_allclose(replay.gap, ranked[:, -1] - ranked[:, -2], atol=1e-4)
+    np.testing.assert_allclose(replay.margin, ranked[:, -1] - scores[range(2), list(sent)], atol=1e-4)
+    assert replay.gap.dtype == replay.margin.dtype == np.float32
+
+
+def test_scores_are_float32_even_where_logits_are_bfloat16() -> None:
+    request, sent = Request((2,), 5, 0.7, 9), (7, 8, 9)
+    logits = (torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 8).bfloat16()
+    gap, margin = replay_module._gap_and_margin(logits, [(request, sent)], [3])
+    scores = (logits.float() / 0.7 + noise.gumbel([5] * 3, [0, 1, 2], 32)).numpy()
+    np.testing.assert_allclose(margin, scores.max(axis=1) - scores[range(3), list(sent)], atol=1e-5)
+    assert (gap >= 0).all()
+
+
+def test_replay_does_not_depend_on_its_chunks_and_takes_empty_rows(tiny_qwen) -> None:
+    model = tiny_qwen()
+    asked = requests(9, budget=15)
+    items = [(request, tuple(range(2, 2 + k))) for k, request in enumerate(asked)]
+    wide = LocalEngine(model).replay(items)
+    narrow = LocalEngine(model, replay_tokens=20).replay(items)
+    assert [len(replay.gap) for replay in wide] == list(range(9))
+    for one, other in zip(wide, narrow, strict=True):
+        np.testing.assert_allclose(one.margin, other.margin, atol=1e-4)
+
+
+def test_replay_refuses_ids_that_the_model_does_not_have(tiny_qwen) -> None:
+    with pytest.raises(ValueError, match="item 0"):
+        LocalEngine(tiny_qwen()).replay([(requests(1)[0], (3, 32))])
+
+
+def test_stopping_early_gives_only_what_is_complete(tiny_qwen) -> None:
+    engine = LocalEngine(tiny_qwen(), eos_ids=[])
+    asked = [Request((3, 4), 1, 1.0, 3), Request((3, 4, 5), 2, 1.0, 50), Request((5,), 3, 1.0, 5)]
+    ticks = itertools.count()
+    said = engine.generate(asked, should_stop=lambda: next(ticks) >= 10)
+    assert [completion and len(completion.ids) for completion in said] == [3, None, 5]
+    assert engine.generate(asked, should_stop=lambda: True) == [None, None, None]
+
+
+def test_a_request_without_prompt_or_budget_is_refused(tiny_qwen) -> None:
+    engine = LocalEngine(tiny_qwen())
+    for request in (Request((), 1, 1.0, 5), Request((3,), 1, 1.0, 0)):
+        with pytest.raises(ValueError, match="request 0"):
+            engine.generate([request])
+    assert engine.generate([]) == []
+
+
+def test_end_tokens_come_from_the_configuration(tiny_qwen) -> None:
+    assert LocalEngine(tiny_qwen()).eos_ids == {1}
+    assert LocalEngine(tiny_qwen(eos_token_id=[1, 5])).eos_ids == {1, 5}
+    assert LocalEngine(tiny_qwen(), eos_ids=[9]).eos_ids == {9}
+
+
+def test_an_engine_built_from_its_configuration_speaks_like_the_original(tiny_qwen, tmp_path) -> None:
+    model = tiny_qwen()
+    model.config.save_pretrained(tmp_path)
+    asked = requests(4)
+    expected = LocalEngine(model).generate(asked)
+    for source in (tmp_path, (tmp_path / "config.json").read_bytes()):
+        engine = LocalEngine.from_folder(source)
+        with pytest.raises(WeightsError, match="no complete weights"):
+            engine.generate(asked)
+        engine.load(model.state_dict().items())
+        assert [c.ids for c in engine.generate(asked)] == [c.ids for c in expected]
+
+
+def test_tied_weights_may_come_once_or_twice(tiny_qwen) -> None:
+    tensors = dict(tiny_qwen(seed=3).state_dict())
+    assert tensors["lm_head.weight"].data_ptr() == tensors["model.embed_tokens.weight"].data_ptr()
+    engine = LocalEngine(tiny_qwen())
+    for absent in ("lm_head.weight", "model.embed_tokens.weight", ""):
+        engine.load((name, tensor) for name, tensor in tensors.items() if name != absent)
+        assert torch.equal(engine.model.lm_head.weight, tensors["lm_head.weight"])
+    with pytest.raises(WeightsError, match="differs"):
+        engine.load((tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}).items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda pairs: pairs[:-1], "missing"),
+        (lambda pairs: [*pairs, pairs[0]], "twice"),
+        (lambda pairs: [*pairs, ("stranger", pairs[0][1])], "unknown"),
+        (lambda pairs: [(pairs[0][0], pairs[0][1][:-1]), *pairs[1:]], "shape"),
+        (lambda pairs: [(pairs[0][0], pairs[0][1].long()), *pairs[1:]], "type"),
+    ],
+    ids=["missing", "twice", "unknown", "shape", "type"],
+)
+def test_weights_that_do_not_fit_are_refused_and_the_engine_stops(tiny_qwen, spoil, complaint: str) -> None:
+    engine = LocalEngine(tiny_qwen())
+    pairs = [(name, tensor.clone()) for name, tensor in engine.model.state_dict().items() if name != "lm_head.weight"]
+    with pytest.raises(WeightsError, match=complaint):
+        engine.load(spoil(pairs))
+    with pytest.raises(WeightsError, match="no complete weights"):
+        engine.replay([])
+    engine.load(pairs)
+    assert engine.generate(requests(1))
+
+
+@pytest.mark.parametrize(
+    "config", [b"not json", b"[]", b"{}", json.dumps({"model_type": "no-such-model"}).encode(), "/no/such/folder"]
+)
+def test_a_configuration_that_describes_no_model_is_refused(config) -> None:
+    with pytest.raises(ConfigError):
+        LocalEngine.from_folder(config)
+
+
+def test_a_configuration_cannot_ask_for_code_or_quantisation(tiny_qwen) -> None:
+    fields = tiny_qwen().config.to_dict()
+    fields["auto_map"] = {"AutoModelForCausalLM": "stranger/code--evil.Model"}
+    fields["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    engine = LocalEngine.from_folder(json.dumps(fields).encode(), dtype=torch.bfloat16)
+    assert type(engine.model).__module__.startswith("transformers.")
+    assert engine.model.lm_head.weight.dtype == torch.bfloat16

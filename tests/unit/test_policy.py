@@ -1,0 +1,78 @@
+"""Whom to audit, and what that catches."""
+
+import numpy as np
+import pytest
+
+from farflung.trust.policy import NodeRecord, TrustSettings, audit_probability, draw, probability_caught
+
+KEY, DIGEST = bytes(range(32)), bytes(32)
+SETTINGS = TrustSettings()
+
+
+def trusted(clean: int) -> NodeRecord:
+    return NodeRecord("trusted", clean_rollouts=clean)
+
+
+def drawn(record: NodeRecord, lease: str = "l1", digest: bytes = DIGEST, size: int = 16, **changes) -> tuple[int, ...]:
+    return draw(KEY, lease, digest, size, record, TrustSettings(**changes))
+
+
+@pytest.mark.parametrize("status", ["probation", "quarantined"])
+def test_without_trust_every_submission_is_audited(status: str) -> None:
+    record = NodeRecord(status, clean_rollouts=1000)
+    assert audit_probability(record, SETTINGS) == 1
+    assert len(drawn(record)) == 4
+    assert drawn(record, size=3) == (0, 1, 2)
+    assert drawn(record, size=0) == ()
+
+
+def test_the_probability_falls_with_the_record_to_a_floor() -> None:
+    found = [audit_probability(trusted(clean), SETTINGS) for clean in (1, 10, 40, 50, 51, 10**9)]
+    assert found == [1, 0.1, 0.025, 0.02, 0.02, 0.02]
+    assert audit_probability(trusted(0), SETTINGS) == 1
+
+
+def test_the_draw_is_a_pure_function_of_key_lease_and_digest() -> None:
+    record = NodeRecord()
+    assert drawn(record) == drawn(record)
+    others = {drawn(record), drawn(record, lease="l2"), drawn(record, digest=bytes(31) + b"1")}
+    assert len(others | {draw(bytes(32), "l1", DIGEST, 16, record, SETTINGS)}) == 4
+
+
+def test_a_vector_of_the_draw() -> None:
+    assert drawn(NodeRecord()) == (3, 4, 5, 12)
+
+
+def test_a_higher_probability_only_adds() -> None:
+    few, many = (set(drawn(trusted(10**6), size=4096, audit_floor=p)) for p in (0.02, 0.2))
+    assert few < many
+    assert drawn(trusted(10**6), size=50, audit_floor=1.0) == tuple(range(50))
+    assert drawn(trusted(10**6), size=50, audit_floor=0.0, audit_scale=0.0) == ()
+
+
+def test_the_share_that_is_drawn() -> None:
+    count = sum(len(drawn(trusted(10**6), lease=f"l{i}")) for i in range(500))
+    assert count / 8000 == pytest.approx(0.02, abs=0.005)
+
+
+def test_on_probation_every_index_is_as_likely() -> None:
+    counts = np.bincount([i for n in range(500) for i in drawn(NodeRecord(), lease=f"l{n}")], minlength=16)
+    assert counts.sum() == 2000
+    assert set(counts // 40) <= {2, 3}
+
+
+def test_the_probability_of_being_caught() -> None:
+    assert probability_caught(1, 1.0, 0.02, 16, 1.0) == pytest.approx(1 - 0.98**16)
+    assert probability_caught(100, 0.1, 0.02, 16, 0.9) == pytest.approx(1 - (1 - 0.0018) ** 1600)
+    assert probability_caught(10, 1e-12, 0.02, 16, 1.0) == pytest.approx(10 * 16 * 2e-14)
+    assert probability_caught(1, 1.0, 1.0, 1, 1.0) == 1
+    assert probability_caught(0, 1.0, 1.0, 16, 1.0) == probability_caught(9, 0.0, 1.0, 16, 1.0) == 0
+
+
+def test_the_closed_form_agrees_with_the_draw() -> None:
+    """A node that cheats on the first quarter of every submission, found within three of them."""
+    runs = 300
+    found = sum(
+        any(index < 4 for n in range(3) for index in drawn(trusted(10**6), lease=f"{run}-{n}")) for run in range(runs)
+    )
+    assert found / runs == pytest.approx(probability_caught(3, 0.25, 0.02, 16, 1.0), abs=0.07)
