@@ -195,7 +195,7 @@ class Coordinator:
 
     async def _score_job(self, row: Any) -> m.ScoreJob:
         ids = (await self.archive.body(row.submission)).rollouts[row.position].ids
-        return m.ScoreJob(rollout=row.rollout, task=msgspec.Raw(row.payload), transcript=self.archive.text(ids))
+        return m.ScoreJob(rollout=row.rollout, task=row.payload, transcript=self.archive.text(ids))
 
     async def scores(self, call: Call) -> m.Done:
         """Rewards from a scorer."""

@@ -1,6 +1,5 @@
 """What the model said before and after: a few held-out answers out of a run's own records."""
 
-import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ class Pair:
     after_reward: float
 
 
-def five_answers(folder: Path) -> list[Pair]:
+async def five_answers(folder: Path) -> list[Pair]:
     """Held-out questions whose answer at the first and the last evaluated step is known, those that changed first."""
     config = load(folder / "config.json", environ={})
     engine = open_engine(config.database_url)
@@ -38,7 +37,7 @@ def five_answers(folder: Path) -> list[Pair]:
     engine.dispose()
     changed = [row for row in rows if row.before_reward != row.after_reward]
     same = [row for row in rows if row.before_reward == row.after_reward]
-    return asyncio.run(_texts(config, (changed[: SHOWN - 1] + same)[:SHOWN])) if rows else []
+    return await _texts(config, (changed[: SHOWN - 1] + same)[:SHOWN])
 
 
 def _pairs(connection: Connection, config: Config) -> list[Any]:

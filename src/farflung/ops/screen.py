@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from farflung.config import Config
-from farflung.ops.examples import five_answers
+from farflung.ops.examples import Pair, five_answers
 from farflung.protocol.messages import NodeView, Status
 
 LINE_EVERY_S = 10.0
@@ -68,9 +68,9 @@ class Screen:
                 outcome = "ejected" if verdict.outcome == "eject" else "had a submission voided"
                 self.note(f"{names.get(verdict.node, verdict.node)} {outcome}: {verdict.reason}")
 
-    def conclude(self, summary: dict[str, Any], folder: Path) -> None:
+    async def conclude(self, summary: dict[str, Any], folder: Path) -> None:
         """What came of it."""
-        print_answers(self.console, folder)
+        print_answers(self.console, await five_answers(folder))
         print_summary(self.console, summary, folder)
 
 
@@ -140,9 +140,8 @@ def _node_cells(node: NodeView) -> list[str | Text]:
     ]
 
 
-def print_answers(console: Console, folder: Path) -> None:
+def print_answers(console: Console, rows: list[Pair]) -> None:
     """Five held-out questions, answered before and after."""
-    rows = five_answers(folder)
     if not rows:
         return
     table = Table(

@@ -84,7 +84,7 @@ class Swarm:
                 await self._end()
         self.metrics.write("end", time.time(), is_finished=is_finished)
         summary = write_summary(self.folder)
-        self.screen.conclude(summary, self.folder)
+        await self.screen.conclude(summary, self.folder)
         return 0 if is_finished else 130
 
     def stop(self) -> None:

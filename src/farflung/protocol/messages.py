@@ -6,7 +6,6 @@ Every string and list has a bound and unknown fields are refused. Token ids trav
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 from farflung.protocol.identity import Signed
@@ -291,7 +290,7 @@ class ScoreJob(Message):
     """One transcript to score."""
 
     rollout: Id
-    task: msgspec.Raw
+    task: Annotated[bytes, Meta(max_length=1 << 20)]
     """The task as JSON."""
     transcript: Annotated[str, Meta(max_length=8 * MAX_TOKENS)]
 

@@ -52,7 +52,14 @@ class Weights:
                 manifest = open_manifest(signed, self.public, self.run, digest)
                 await self._shards(manifest)
                 self._manifests[digest] = manifest
-                self._collect()
+        return self._use(digest)
+
+    def _use(self, digest: str) -> Manifest:
+        """Mark a version as the one used last, and forget those not used for longest."""
+        self._manifests[digest] = self._manifests.pop(digest)
+        for old in list(self._manifests)[: -self.keep]:
+            del self._manifests[old]
+        self._collect()
         return self._manifests[digest]
 
     def known(self, digest: str) -> Manifest:
@@ -102,9 +109,7 @@ class Weights:
             raise WeightsError(f"shard {shard.digest[:12]} cannot be read from {self.folder}: {error}") from error
 
     def _collect(self) -> None:
-        """Forget all but the newest versions."""
-        newest = sorted(self._manifests, key=lambda digest: self._manifests[digest].step)[-self.keep :]
-        self._manifests = {digest: self._manifests[digest] for digest in newest}
+        """Delete the shards that no remembered version needs."""
         wanted = {shard.digest for manifest in self._manifests.values() for shard in manifest.shards}
         for path in self.folder.iterdir():
             if path.name not in wanted and not path.name.endswith(".part"):
