@@ -1,7 +1,6 @@
 """The command line. Each command is a few lines: read the configuration, start the role, say what went wrong."""
 
 import asyncio
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from farflung.config import Config, WorkerSection, load
+from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError, FarflungError
 
 app = App(name="farflung", help="Reinforcement learning on far-flung machines that nobody has to trust.")
@@ -29,15 +29,6 @@ def main() -> None:
 def _complain(error: FarflungError) -> int:
     sys.stderr.write(f"farflung: {error}\n")
     return 2
-
-
-def start_logging(json: bool = False) -> None:
-    """One line per change of state on standard error, as text or as JSON."""
-    text = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    machine = '{"at": "%(asctime)s", "level": "%(levelname)s", "logger": "%(name)s", "message": "%(message)s"}'
-    logging.basicConfig(level=logging.INFO, format=machine if json else text)
-    for noisy in ("httpx2", "httpcore2", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 @app.command

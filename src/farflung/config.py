@@ -193,6 +193,12 @@ class Config(Section):
         """The blob store, embedded by default."""
         return self.coordinator.blobs or f"file://{self.folder.resolve() / 'blobs'}"
 
+    def eval_steps(self, latest: int) -> list[int]:
+        """The policy steps up to `latest` that are to be evaluated."""
+        every, last = self.eval.every, self.run.steps
+        due = {0, last} | (set(range(0, last, every)) if every else set())
+        return sorted(step for step in due if step <= latest) if self.eval.tasks else []
+
 
 def load(path: Path | None, flags: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
     """Read a configuration. Raises ConfigError with one sentence for whatever is wrong."""

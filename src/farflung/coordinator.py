@@ -20,6 +20,7 @@ from sqlalchemy import Connection
 from starlette.responses import RedirectResponse, Response
 
 from farflung.config import Config
+from farflung.dashboard import views
 from farflung.protocol import messages as m
 from farflung.protocol.errors import ConfigError, FarflungError, Forbidden, Malformed, NotFound, TooOld
 from farflung.protocol.identity import Key, Signed, node_id
@@ -28,7 +29,6 @@ from farflung.protocol.session import Index
 from farflung.protocol.states import first
 from farflung.rollouts import compose, credit, intake, judge
 from farflung.rollouts.archive import Archive
-from farflung.store import views
 from farflung.store.blobs import Blobs, digest_of
 from farflung.store.book import Book, node_row
 from farflung.store.db import Database, migrate, record
@@ -259,7 +259,7 @@ class Coordinator:
                 raise Malformed(f"shard {shard.digest[:12]} is stored with another size than the manifest's")
         changed = await self._write(
             lambda c: compose.commit_step(
-                c, self.book, commit.manifest, manifest, commit.metrics, commit.checkpoint, self.clock()
+                c, self.book, commit.manifest, digest, manifest, commit.metrics, commit.checkpoint, self.clock()
             )
         )
         if changed:

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from farflung.cli import start_logging
 from farflung.config import load
+from farflung.ops.logs import start_logging
 from farflung.protocol.errors import FarflungError
 from farflung.protocol.identity import Key
 

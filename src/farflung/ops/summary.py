@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.config import Config, load
+from farflung.dashboard import views
 from farflung.protocol.errors import ConfigError
-from farflung.store import views
 from farflung.store.db import open_engine
 from farflung.store.tables import AUDITS, EVENTS, NODES, ROLLOUTS, SUBMISSIONS, VERDICTS
 

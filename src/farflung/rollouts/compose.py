@@ -20,8 +20,6 @@ from farflung.store import ledger
 from farflung.store.book import Book
 from farflung.store.db import move, record
 from farflung.store.tables import ENTRIES, GROUPS, NODES, ROLLOUTS, STEPS, TASKS
-from farflung.tasks.lease import eval_steps
-from farflung.weights.manifest import manifest_digest
 
 
 def claim_step(connection: Connection, book: Book, step: int, now: float) -> Batch | str:
@@ -141,6 +139,7 @@ def commit_step(
     connection: Connection,
     book: Book,
     signed: Signed,
+    digest: str,
     manifest: Manifest,
     metrics: dict[str, float],
     checkpoint: str,
@@ -163,7 +162,7 @@ def commit_step(
         .where(STEPS.c.id == row.id)
         .values(
             committed_at=now,
-            manifest_digest=manifest_digest(signed),
+            manifest_digest=digest,
             manifest=msgspec.msgpack.encode(signed),
             weights_digest=manifest.digest,
             checkpoint=checkpoint,
@@ -231,7 +230,7 @@ def finish(connection: Connection, book: Book, now: float) -> bool:
     """End a run whose last policy is evaluated; whatever nodes in good standing earned is theirs."""
     if book.status(connection) != "finishing":
         return False
-    due = eval_steps(book.config, book.config.run.steps)
+    due = book.config.eval_steps(book.config.run.steps)
     tasks = connection.execute(
         sa.select(sa.func.count()).where(TASKS.c.run == book.run, TASKS.c.split == "eval")
     ).scalar_one()

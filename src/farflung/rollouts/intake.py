@@ -17,13 +17,13 @@ from farflung.protocol import seeds, wire
 from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, NotFound, Rejected
 from farflung.protocol.identity import Signed, seal, unseal
 from farflung.protocol.messages import Lease, Receipt, Submission, SubmissionBody, SubmittedRollout
+from farflung.rollouts import standing
 from farflung.store.blobs import digest_of
-from farflung.store.book import Book, new_id, node_row, save_record
-from farflung.store.db import move, record
+from farflung.store.book import Book, new_id, node_row
+from farflung.store.db import end_leases, move, record
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
-from farflung.tasks.lease import end
 from farflung.trust.policy import draw
-from farflung.trust.record import NodeRecord, submitted
+from farflung.trust.record import submitted
 
 RECEIPT = "receipt"
 
@@ -123,7 +123,7 @@ def take(connection: Connection, book: Book, node: str, parcel: Parcel, logp_blo
     _store(connection, book, node, parcel, logp_blob, order, now)
     _set_places(connection, parcel, order)
     _draw(connection, book, sender, parcel, order, now)
-    end(connection, [row.lease], "submitted", now, submission=parcel.digest, rollouts=len(order))
+    end_leases(connection, [row.lease], "submitted", now, submission=parcel.digest, rollouts=len(order))
     _measure_speed(connection, node, parcel, now - row.opened_at)
     return receipt
 
@@ -132,7 +132,7 @@ def give_back(connection: Connection, lease: str, node: str, now: float) -> None
     """A draining node hands a lease back untouched."""
     row, _ = lease_of(connection, lease, node)
     if row.status == "open":
-        end(connection, [lease], "returned", now, why="handed back", node=node)
+        end_leases(connection, [lease], "returned", now, why="handed back", node=node)
 
 
 def _leased(connection: Connection, lease: str) -> set[str]:
@@ -193,10 +193,10 @@ def _draw(
     """
     held: list[str] = []
     if sender.role == "worker" and order:
-        node = submitted(msgspec.msgpack.decode(sender.record, type=NodeRecord))
-        save_record(connection, sender.node, node)
+        node = submitted(standing.read(sender))
+        standing.write(connection, sender.node, node)
         key = seeds.audit_key(book.step_secret(parcel.lease.step))
-        drawn = draw(key, parcel.lease.lease, bytes.fromhex(parcel.digest), len(order), node, book.trust)
+        drawn = draw(key, parcel.lease.lease, bytes.fromhex(parcel.digest), len(order), node, standing.settings(book))
         if drawn:
             _open_audit(connection, book, sender.node, parcel, [order[i] for i in drawn], now)
             held = list(order) if node.status == "probation" else [order[i] for i in drawn]

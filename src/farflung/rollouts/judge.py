@@ -16,11 +16,11 @@ from farflung.protocol import seeds, wire
 from farflung.protocol.errors import Malformed, NotFound
 from farflung.protocol.identity import Signed, seal, unseal
 from farflung.protocol.messages import AuditJob, AuditRollout, Evidence, RolloutEvidence, SubmissionBody, Verdict
+from farflung.rollouts import standing
 from farflung.store import ledger
-from farflung.store.book import Book, node_row, save_record
-from farflung.store.db import move
+from farflung.store.book import Book, node_row
+from farflung.store.db import end_leases, move
 from farflung.store.tables import AUDITS, GROUPS, LEASES, ROLLOUTS, SUBMISSIONS, TASKS, VERDICTS
-from farflung.tasks.lease import end
 from farflung.trust.evidence import Profile, average_log_ratio, is_bad_rollout, tally
 from farflung.trust.record import Finding, NodeRecord, Outcome, fold
 
@@ -146,16 +146,16 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
     ranked = sorted(evidence.rollouts, key=lambda found: order[found.rollout])
     findings = [finding(profile, found) for found in ranked]
     node = node_row(connection, audit.node)
-    before = msgspec.msgpack.decode(node.record, type=NodeRecord)
-    after, outcome = fold(before, findings, book.trust)
+    before = standing.read(node)
+    after, outcome = fold(before, findings, standing.settings(book))
     connection.execute(AUDITS.update().where(AUDITS.c.audit == audit.audit).values(outcome=outcome.kind))
-    save_record(connection, audit.node, after)
+    standing.write(connection, audit.node, after)
     if after.status != before.status:
         move(connection, "node", [audit.node], before.status, after.status, now, why=outcome.reason)
     if outcome.kind == "ok":
         _clear(connection, audit, now)
         return
-    bad = [found.rollout for found in findings if is_bad_rollout(found.log_lr, book.trust.cap)]
+    bad = [found.rollout for found in findings if is_bad_rollout(found.log_lr, book.config.trust.cap)]
     _void(connection, book, audit, bad, now)
     if outcome.kind == "eject":
         _eject(connection, book, audit.node, now)
@@ -209,7 +209,7 @@ def _reopen(connection: Connection, groups: Sequence[str], now: float) -> None:
 def _eject(connection: Connection, book: Book, node: str, now: float) -> None:
     """All untrained work of the node is void, its leases go to others, its escrow to nobody."""
     query = sa.select(LEASES.c.lease).where(LEASES.c.node == node, LEASES.c.status == "open")
-    end(connection, list(connection.execute(query).scalars()), "void", now, why="the node was ejected")
+    end_leases(connection, list(connection.execute(query).scalars()), "void", now, why="the node was ejected")
     _void_rollouts(connection, book, ROLLOUTS.c.node == node, f"ejection of {node}", node, now)
     ledger.clear(connection, node, ledger.BURNED, f"ejection of {node}", book.run, now)
     waiting = sa.select(AUDITS.c.audit, AUDITS.c.status).where(

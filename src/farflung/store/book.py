@@ -4,7 +4,6 @@ import secrets
 from dataclasses import dataclass
 from functools import lru_cache
 
-import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
@@ -14,7 +13,6 @@ from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Latest
 from farflung.store.tables import NODES, RUNS, STEPS
-from farflung.trust.record import NodeRecord, TrustSettings
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,6 @@ class Book:
     def step_secret(self, step: int) -> bytes:
         """The secret that everything drawn at a step derives from."""
         return step_secret(self.secret, step)
-
-    @property
-    def trust(self) -> TrustSettings:
-        """The trust core's view of the configuration."""
-        return TrustSettings(**self.config.trust.model_dump())
 
     def status(self, connection: Connection) -> str:
         """running, finishing or finished."""
@@ -78,8 +71,3 @@ def node_row(connection: Connection, node: str) -> Row[tuple[object, ...]]:
     if row is None:
         raise NotFound(f"node {node} is not registered here; POST /v1/nodes first")
     return row
-
-
-def save_record(connection: Connection, node: str, record: NodeRecord) -> None:
-    """Keep a node's record; its status is the trust core's to say and `move`'s to change."""
-    connection.execute(NODES.update().where(NODES.c.node == node).values(record=msgspec.msgpack.encode(record)))

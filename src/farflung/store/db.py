@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine, Row
 
 from farflung.protocol import states
 from farflung.protocol.errors import ConfigError, IllegalTransition
-from farflung.store.tables import EVENTS, TABLE_OF, metadata
+from farflung.store.tables import EVENTS, ROLLOUTS, TABLE_OF, metadata
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -172,6 +172,13 @@ def _complain(connection: Connection, noun: str, ids: Sequence[str], before: str
         f"{noun} {odd} is {statuses.get(odd, 'missing')!r}, not {before!r}, and cannot become {after!r}; "
         f"its story: {' '.join(told) or 'no events'}"
     )
+
+
+def end_leases(connection: Connection, leases: Sequence[str], after: str, at: float, **detail: Any) -> None:
+    """Close open leases and free what nobody submitted of them."""
+    move(connection, "lease", leases, "open", after, at, **detail)
+    query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.lease.in_(leases), ROLLOUTS.c.status == "leased")
+    move(connection, "rollout", list(connection.execute(query).scalars()), "leased", "expired", at, **detail)
 
 
 def story(connection: Connection, subject: str) -> Sequence[Row[Any]]:

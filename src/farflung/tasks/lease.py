@@ -19,7 +19,7 @@ from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Lease, LeaseGroup, LeaseRequest, Sample
 from farflung.protocol.states import REOPENING
 from farflung.store.book import Book, new_id
-from farflung.store.db import move, record
+from farflung.store.db import end_leases, record
 from farflung.store.tables import GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Share, Wait, assign, task_order
 
@@ -167,18 +167,11 @@ def _task_at(connection: Connection, book: Book, split: str, position: int) -> R
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def eval_steps(config: Any, latest: int) -> list[int]:
-    """The policy steps up to `latest` that are to be evaluated."""
-    every, last = config.eval.every, config.run.steps
-    due = {0, last} | (set(range(0, last, every)) if every else set())
-    return sorted(step for step in due if step <= latest) if config.eval.tasks else []
-
-
 def _issue_eval(
     connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, latest: int, now: float
 ) -> Signed | Wait:
     size = min(ask.slots, book.config.eval.rollouts)
-    for step in eval_steps(book.config, latest):
+    for step in book.config.eval_steps(latest):
         tasks = _eval_tasks(connection, book, step)[:size]
         if tasks:
             shares = tuple(Share(group, task, (0,)) for group, task in tasks)
@@ -316,15 +309,8 @@ def expire(connection: Connection, book: Book, now: float) -> int:
     ).all()
     for row in rows:
         why = "deadline passed" if row.expires_at < now else "node fell silent"
-        end(connection, [row.lease], "expired", now, why=why, node=row.node)
+        end_leases(connection, [row.lease], "expired", now, why=why, node=row.node)
     return len(rows)
-
-
-def end(connection: Connection, leases: Sequence[str], after: str, now: float, **detail: Any) -> None:
-    """Close open leases and free what nobody submitted of them."""
-    move(connection, "lease", leases, "open", after, now, **detail)
-    query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.lease.in_(leases), ROLLOUTS.c.status == "leased")
-    move(connection, "rollout", list(connection.execute(query).scalars()), "leased", "expired", now, **detail)
 
 
 def lost_leases(connection: Connection, node: str, since: float) -> list[str]:

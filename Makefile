@@ -1,0 +1,31 @@
+# Two commands do everything: `make demo` and `make test`. Both make the same .venv first.
+PYTHON ?= python3
+SEED ?= 0
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/installed
+	$(BIN)/farflung run examples/demo.toml --fresh --run.seed $(SEED)
+
+test: check
+	$(BIN)/pytest
+
+check: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright
+
+bench: .venv/installed
+	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file --quick; done
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "Making .venv: about 1.5 GB with the CPU build of torch; see README.md to choose another build."
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install -c constraints.txt -e '.[learn,envs,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs dist
