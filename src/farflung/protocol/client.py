@@ -49,7 +49,7 @@ class Client:
         """Fetch and parse an unsigned document."""
         return wire.decode(await self._patiently("GET", path, b"", False), type)
 
-    async def bytes(self, path: str, *, signed: bool = False, offset: int = 0) -> bytes:
+    async def download(self, path: str, *, signed: bool = False, offset: int = 0) -> bytes:
         """Fetch a blob, from `offset` on."""
         return await self._patiently("GET", path, b"", signed, {"range": f"bytes={offset}-"} if offset else {})
 

@@ -36,14 +36,14 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of every wire type: frozen, unknown fields refused."""
 
 
-class Empty(Message):
+class Empty(Message, frozen=True):
     """Nothing to say."""
 
 
 # --- joining ---------------------------------------------------------------------------------------------------------
 
 
-class Hardware(Message):
+class Hardware(Message, frozen=True):
     """What a node says of its machine; shown to people, believed by nobody."""
 
     cpu: Name = ""
@@ -52,7 +52,7 @@ class Hardware(Message):
     accelerator: Name = ""
 
 
-class Register(Message):
+class Register(Message, frozen=True):
     """A node's first word. Who it is comes from the signature."""
 
     version: Annotated[int, Meta(ge=0, le=10**6)]
@@ -64,7 +64,7 @@ class Register(Message):
     invite: Annotated[str, Meta(max_length=128)] = ""
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The node is known."""
 
     node: Id
@@ -73,7 +73,7 @@ class Welcome(Message):
     runs: Annotated[list[Id], Meta(max_length=1000)]
 
 
-class Delegation(Message):
+class Delegation(Message, frozen=True):
     """The root key's word that another key may sign documents of one kind for one run until it expires."""
 
     run: Id
@@ -82,7 +82,7 @@ class Delegation(Message):
     expires_at: Seconds
 
 
-class File(Message):
+class File(Message, frozen=True):
     """A small file that belongs to the run, such as the model's config.json."""
 
     name: Annotated[str, Meta(pattern=r"^[\w.-]{1,80}$")]
@@ -90,7 +90,7 @@ class File(Message):
     size_bytes: Count
 
 
-class RunInfo(Message):
+class RunInfo(Message, frozen=True):
     """What a node must know of a run; sealed by the coordinator's key."""
 
     run: Id
@@ -106,7 +106,7 @@ class RunInfo(Message):
     heartbeat_s: Seconds
 
 
-class Run(Message):
+class Run(Message, frozen=True):
     """Answer of GET /v1/runs/{run}: the sealed info and the root's delegations."""
 
     root: Public
@@ -117,7 +117,7 @@ class Run(Message):
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-class Tensor(Message):
+class Tensor(Message, frozen=True):
     """One tensor of a step, and the shard that carries it."""
 
     name: Annotated[str, Meta(max_length=300)]
@@ -128,14 +128,14 @@ class Tensor(Message):
     shard: Annotated[int, Meta(ge=0, lt=100_000)]
 
 
-class Shard(Message):
+class Shard(Message, frozen=True):
     """One write-once blob: a safetensors file."""
 
     digest: Digest
     size_bytes: Count
 
 
-class Manifest(Message):
+class Manifest(Message, frozen=True):
     """One version of the weights, sealed by the run's weights key."""
 
     run: Id
@@ -154,7 +154,7 @@ class Manifest(Message):
     expires_at: Seconds
 
 
-class Latest(Message):
+class Latest(Message, frozen=True):
     """Where the run stands."""
 
     status: Name
@@ -167,7 +167,7 @@ class Latest(Message):
 # --- work ------------------------------------------------------------------------------------------------------------
 
 
-class Sample(Message):
+class Sample(Message, frozen=True):
     """One rollout to make."""
 
     rollout: Id
@@ -175,7 +175,7 @@ class Sample(Message):
     seed: Seed
 
 
-class LeaseGroup(Message):
+class LeaseGroup(Message, frozen=True):
     """Samples of one task, with the prompt as token ids."""
 
     group: Id
@@ -183,7 +183,7 @@ class LeaseGroup(Message):
     samples: Annotated[list[Sample], Meta(min_length=1, max_length=MAX_SAMPLES)]
 
 
-class Lease(Message):
+class Lease(Message, frozen=True):
     """Assigned work, sealed by the coordinator."""
 
     lease: Id
@@ -199,7 +199,7 @@ class Lease(Message):
     groups: Annotated[list[LeaseGroup], Meta(min_length=1, max_length=MAX_SAMPLES)]
 
 
-class LeaseRequest(Message):
+class LeaseRequest(Message, frozen=True):
     """A node asks for work."""
 
     loaded_step: Annotated[int, Meta(ge=-1, le=10**9)] = -1
@@ -210,7 +210,7 @@ class LeaseRequest(Message):
     wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
 
 
-class LeaseAnswer(Message):
+class LeaseAnswer(Message, frozen=True):
     """A sealed lease, or why there is none and when to ask again."""
 
     latest: Latest
@@ -219,14 +219,14 @@ class LeaseAnswer(Message):
     retry_after_s: Seconds = 0.0
 
 
-class SubmittedRollout(Message):
+class SubmittedRollout(Message, frozen=True):
     """One finished sample."""
 
     rollout: Id
     ids: Ids
 
 
-class SubmissionBody(Message):
+class SubmissionBody(Message, frozen=True):
     """What is stored and hashed: lease, node and tokens, nothing else."""
 
     lease: Id
@@ -234,7 +234,7 @@ class SubmissionBody(Message):
     rollouts: Annotated[list[SubmittedRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
 
 
-class Submission(Message):
+class Submission(Message, frozen=True):
     """The rollouts of one lease. Log-probabilities and timings are metrics and nothing more."""
 
     rollouts: Annotated[list[SubmittedRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
@@ -244,7 +244,7 @@ class Submission(Message):
     generate_s: Seconds = 0.0
 
 
-class Receipt(Message):
+class Receipt(Message, frozen=True):
     """The coordinator's signed word that it holds a submission."""
 
     run: Id
@@ -256,7 +256,7 @@ class Receipt(Message):
     received_at: Seconds
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """Still here. Figures are metrics."""
 
     phase: Name = ""
@@ -268,7 +268,7 @@ class Heartbeat(Message):
     started_at: Seconds = 0.0
 
 
-class Pulse(Message):
+class Pulse(Message, frozen=True):
     """Answer to a heartbeat."""
 
     latest: Latest
@@ -279,14 +279,14 @@ class Pulse(Message):
 # --- scoring ---------------------------------------------------------------------------------------------------------
 
 
-class Claim(Message):
+class Claim(Message, frozen=True):
     """A scorer or validator asks for work."""
 
     limit: Annotated[int, Meta(ge=1, le=1024)] = 32
     wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
 
 
-class ScoreJob(Message):
+class ScoreJob(Message, frozen=True):
     """One transcript to score."""
 
     rollout: Id
@@ -295,14 +295,14 @@ class ScoreJob(Message):
     transcript: Annotated[str, Meta(max_length=8 * MAX_TOKENS)]
 
 
-class ScoreJobs(Message):
+class ScoreJobs(Message, frozen=True):
     """Work for a scorer."""
 
     latest: Latest
     jobs: Annotated[list[ScoreJob], Meta(max_length=1024)] = []
 
 
-class ScoreResult(Message):
+class ScoreResult(Message, frozen=True):
     """What a transcript is worth, or why that could not be told."""
 
     rollout: Id
@@ -312,13 +312,13 @@ class ScoreResult(Message):
     error: Line = ""
 
 
-class Scores(Message):
+class Scores(Message, frozen=True):
     """A scorer's results."""
 
     results: Annotated[list[ScoreResult], Meta(min_length=1, max_length=1024)]
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """How many of the things sent changed anything; sent twice, the second time none."""
 
     changed: Count
@@ -327,7 +327,7 @@ class Done(Message):
 # --- audits ----------------------------------------------------------------------------------------------------------
 
 
-class AuditRollout(Message):
+class AuditRollout(Message, frozen=True):
     """One rollout to replay; prompt, seed and budget are the coordinator's own."""
 
     rollout: Id
@@ -336,7 +336,7 @@ class AuditRollout(Message):
     ids: Ids
 
 
-class AuditJob(Message):
+class AuditJob(Message, frozen=True):
     """One submission's drawn rollouts."""
 
     audit: Id
@@ -347,14 +347,14 @@ class AuditJob(Message):
     rollouts: Annotated[list[AuditRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
 
 
-class AuditJobs(Message):
+class AuditJobs(Message, frozen=True):
     """Work for a validator, all of one step."""
 
     latest: Latest
     jobs: Annotated[list[AuditJob], Meta(max_length=1024)] = []
 
 
-class RolloutEvidence(Message):
+class RolloutEvidence(Message, frozen=True):
     """What replay saw in one rollout: float32 gap and margin per generated token."""
 
     rollout: Id
@@ -362,7 +362,7 @@ class RolloutEvidence(Message):
     margin: Floats
 
 
-class Evidence(Message):
+class Evidence(Message, frozen=True):
     """A validator's findings on one audit, sealed by its key. It judges nothing."""
 
     run: Id
@@ -372,7 +372,7 @@ class Evidence(Message):
     rollouts: Annotated[list[RolloutEvidence], Meta(min_length=1, max_length=MAX_SAMPLES)]
 
 
-class Verdict(Message):
+class Verdict(Message, frozen=True):
     """The coordinator's judgement of a node, sealed."""
 
     run: Id
@@ -388,7 +388,7 @@ class Verdict(Message):
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-class BatchRollout(Message):
+class BatchRollout(Message, frozen=True):
     """One accepted sample and the coordinator's reward for it."""
 
     rollout: Id
@@ -397,7 +397,7 @@ class BatchRollout(Message):
     reward: float
 
 
-class BatchGroup(Message):
+class BatchGroup(Message, frozen=True):
     """All samples of one task at one policy step."""
 
     group: Id
@@ -406,7 +406,7 @@ class BatchGroup(Message):
     rollouts: Annotated[list[BatchRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
 
 
-class Batch(Message):
+class Batch(Message, frozen=True):
     """What a step consumes. Asked again, the same."""
 
     step: Step
@@ -421,7 +421,7 @@ class Batch(Message):
     """Weights digest this step was committed with, if it was."""
 
 
-class BatchAnswer(Message):
+class BatchAnswer(Message, frozen=True):
     """A batch, or nothing yet."""
 
     latest: Latest
@@ -429,13 +429,13 @@ class BatchAnswer(Message):
     reason: Line = ""
 
 
-class ClaimStep(Message):
+class ClaimStep(Message, frozen=True):
     """The trainer asks for the batch of a step."""
 
     wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
 
 
-class Commit(Message):
+class Commit(Message, frozen=True):
     """The trainer ends a step: sealed manifest, digest, figures."""
 
     manifest: Signed
@@ -446,7 +446,7 @@ class Commit(Message):
 # --- looking ---------------------------------------------------------------------------------------------------------
 
 
-class NodeView(Message):
+class NodeView(Message, frozen=True):
     """One node as people see it."""
 
     node: Id
@@ -469,7 +469,7 @@ class NodeView(Message):
     is_online: bool
 
 
-class StepView(Message):
+class StepView(Message, frozen=True):
     """One committed step."""
 
     step: int
@@ -479,7 +479,7 @@ class StepView(Message):
     metrics: dict[str, float]
 
 
-class EvalView(Message):
+class EvalView(Message, frozen=True):
     """Held-out score of one step."""
 
     step: int
@@ -487,7 +487,7 @@ class EvalView(Message):
     tasks: int
 
 
-class Status(Message):
+class Status(Message, frozen=True):
     """A run at a glance."""
 
     run: Id
@@ -511,7 +511,7 @@ class Status(Message):
     verdicts: list[Verdict]
 
 
-class Event(Message):
+class Event(Message, frozen=True):
     """One line of a story."""
 
     at: float
@@ -522,7 +522,7 @@ class Event(Message):
     detail: str
 
 
-class Story(Message):
+class Story(Message, frozen=True):
     """All that happened to one id."""
 
     subject: Id

@@ -51,8 +51,8 @@ class Route:
     method: str
     path: str
     handler: Handler
-    takes: type | None = None
-    gives: type | None = None
+    takes: type[Any] | None = None
+    gives: type[Any] | None = None
     signed: bool = True
     limit_bytes: int = BODY_BYTES
     raw: bool = False
@@ -107,11 +107,18 @@ def _endpoint(route: Route, nonces: Nonces, tag: str, clock: Callable[[], float]
         if route.signed:
             signer = _verify(request, body, tag, clock())
             nonces.check(signer.node + signer.nonce, clock())
-        message = None if route.takes is None or route.raw else wire.decode(body, route.takes, _content_type(request))
-        answer = await route.handler(Call(message, body, dict(request.path_params), signer, request))
+        answer = await route.handler(
+            Call(_message(route, body, request), body, dict(request.path_params), signer, request)
+        )
         return answer if isinstance(answer, Response) else _respond(request, answer)
 
     return endpoint
+
+
+def _message(route: Route, body: bytes, request: Request) -> Any:
+    if route.takes is None or route.raw:
+        return None
+    return wire.decode(body, route.takes, _content_type(request))
 
 
 def _verify(request: Request, body: bytes, tag: str, now: float) -> Signer:

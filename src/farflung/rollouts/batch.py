@@ -64,8 +64,8 @@ async def _bodies(
     async def one(digest: str) -> None:
         async with limit:
             path = session.path(f"submissions/{digest}")
-            body = await session.client.bytes(path, signed=True)
-            claimed = await session.client.bytes(path + "/logp", signed=True)
+            body = await session.client.download(path, signed=True)
+            claimed = await session.client.download(path + "/logp", signed=True)
         if hashlib.sha256(body).hexdigest() != digest:
             raise WeightsError(f"submission {digest[:12]} does not hash to its name; the blob store is damaged")
         found = msgspec.msgpack.decode(body, type=SubmissionBody).rollouts

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, Engine, Row
+from sqlalchemy import Connection, Engine, Row, event, exc
 
 from farflung.protocol import states
 from farflung.protocol.errors import ConfigError, IllegalTransition
@@ -99,11 +99,11 @@ class Database:
 def open_engine(url: str) -> Engine:
     try:
         engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-    except (sa.exc.ArgumentError, ModuleNotFoundError) as error:
+    except (exc.ArgumentError, ModuleNotFoundError) as error:
         raise ConfigError(f"database URL {url!r} cannot be used: {error}") from error
     if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _prepare_sqlite)
-        sa.event.listen(engine, "begin", _begin_sqlite)
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 

@@ -30,7 +30,7 @@ async def fetch_model_config(session: Session) -> bytes:
     file = next((file for file in session.info.model_files if file.name == "config.json"), None)
     if file is None:
         raise WeightsError(f"run {session.run!r} names no config.json among its model files")
-    data = await session.client.bytes(f"/v1/blobs/{file.digest}")
+    data = await session.client.download(f"/v1/blobs/{file.digest}")
     check_shard(data, file.digest, file.size_bytes)
     return data
 
@@ -94,7 +94,7 @@ class Weights:
         path = self.folder / shard.digest
         if path.exists() and path.stat().st_size == shard.size_bytes:
             return
-        data = await self.client.bytes(f"/v1/blobs/{shard.digest}")
+        data = await self.client.download(f"/v1/blobs/{shard.digest}")
         check_shard(data, shard.digest, shard.size_bytes)
         partial = path.with_suffix(f".{os.getpid()}.part")
         partial.write_bytes(data)
