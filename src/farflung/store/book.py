@@ -12,12 +12,12 @@ from farflung.protocol import seeds
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Latest
-from farflung.store.tables import NODES, RUNS, STEPS
+from farflung.store.tables import NODES, RUNS, STEPS, TASKS
 
 
 @dataclass(frozen=True)
 class Book:
-    """A run's name, configuration, secret, signing key and vocabulary."""
+    """A run's name, configuration, secret, signing key, vocabulary and tasks."""
 
     run: str
     config: Config
@@ -25,6 +25,8 @@ class Book:
     key: Key
     vocab: int
     eos_ids: frozenset[int]
+    tasks: tuple[tuple[str, int], ...]
+    """Training tasks by position: id and number of prompt tokens."""
 
     def step_secret(self, step: int) -> bytes:
         """The secret that everything drawn at a step derives from."""
@@ -71,3 +73,11 @@ def node_row(connection: Connection, node: str) -> Row[tuple[object, ...]]:
     if row is None:
         raise NotFound(f"node {node} is not registered here; POST /v1/nodes first")
     return row
+
+
+def train_tasks(connection: Connection, run: str) -> tuple[tuple[str, int], ...]:
+    """The training tasks of a run, by position."""
+    query = sa.select(TASKS.c.task, sa.func.length(TASKS.c.prompt_ids)).where(
+        TASKS.c.run == run, TASKS.c.split == "train"
+    )
+    return tuple((task, size // 4) for task, size in connection.execute(query.order_by(TASKS.c.position)))

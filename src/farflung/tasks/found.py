@@ -26,7 +26,7 @@ from farflung.protocol.identity import Key, seal
 from farflung.protocol.messages import VERSION, File, Run, RunInfo
 from farflung.protocol.session import delegate
 from farflung.store.blobs import Blobs
-from farflung.store.book import Book
+from farflung.store.book import Book, train_tasks
 from farflung.store.db import Database, move, record
 from farflung.store.tables import RUNS, STEPS, TASKS
 
@@ -112,13 +112,14 @@ async def found(config: Config, database: Database, model: Model, key: Key, now:
     """The run of this configuration, made if it is not in the database yet."""
     row = await database.read(lambda c: c.execute(sa.select(RUNS).where(RUNS.c.run == config.run.name)).first())
     if row is None:
-        tasks = await _tasks(config, model)
+        rows = await _tasks(config, model)
         secret = _secret(config)
-        await database.write(lambda c: _write(c, config, secret, tasks, now))
+        await database.write(lambda c: _write(c, config, secret, rows, now))
     else:
         secret = row.secret
         await database.write(lambda c: _resume(c, config, now))
-    return Book(config.run.name, config, secret, key, model.vocab, model.eos_ids)
+    tasks = await database.read(lambda c: train_tasks(c, config.run.name))
+    return Book(config.run.name, config, secret, key, model.vocab, model.eos_ids, tasks)
 
 
 async def seal_papers(config: Config, blobs: Blobs, model: Model, key: Key, root: Key) -> Run:

@@ -129,10 +129,10 @@ def _next_tasks(connection: Connection, book: Book, step: int) -> Iterator[NextT
     """Tasks not opened at this step yet, in the order that its secret draws."""
     query = sa.select(GROUPS.c.task).where(GROUPS.c.run == book.run, GROUPS.c.step == step, GROUPS.c.purpose == "train")
     opened = set(connection.execute(query).scalars())
-    for position in _order(book.step_secret(step), step, _count(connection, book, "train")):
-        row = _task_at(connection, book, "train", position)
-        if row.task not in opened:
-            yield NextTask(row.task, len(row.prompt_ids) // 4 + book.config.generate.budget)
+    for position in _order(book.step_secret(step), step, len(book.tasks)):
+        task, prompt_tokens = book.tasks[position]
+        if task not in opened:
+            yield NextTask(task, prompt_tokens + book.config.generate.budget)
 
 
 @lru_cache(maxsize=8)
@@ -151,17 +151,6 @@ class _Lazily:
         for item in self._source:
             self._seen.append(item)
             yield item
-
-
-def _count(connection: Connection, book: Book, split: str) -> int:
-    query = sa.select(sa.func.count()).where(TASKS.c.run == book.run, TASKS.c.split == split)
-    return connection.execute(query).scalar_one()
-
-
-def _task_at(connection: Connection, book: Book, split: str, position: int) -> Row[Any]:
-    return connection.execute(
-        sa.select(TASKS).where(TASKS.c.run == book.run, TASKS.c.split == split, TASKS.c.position == position)
-    ).one()
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

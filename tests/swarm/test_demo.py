@@ -1,0 +1,64 @@
+"""The demo with real processes: reward rises, the cheat is caught, a machine dies and the run does not care."""
+
+import json
+import sqlite3
+
+import pytest
+
+from farflung.ops.summary import summarise
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
+
+
+def test_reward_rises_on_held_out_tasks(demo):
+    summary = demo.summary()
+    assert summary["eval_tasks"] == 256
+    assert summary["eval_after"] - summary["eval_before"] >= 0.30
+    assert summary["reward_last"] > summary["reward_first"]
+
+
+def test_the_cheat_alone_is_ejected_with_a_reason(demo):
+    summary = demo.summary()
+    assert [node["name"] for node in summary["nodes_ejected"]] == ["mallory"]
+    assert summary["nodes_ejected"][0]["true_role"] == "unseeded"
+    assert "not what its seed gives" in summary["nodes_ejected"][0]["reason"]
+    assert summary["honest_ejected"] == 0
+
+
+def test_nothing_of_the_cheat_was_trained(demo):
+    with sqlite3.connect(demo.folder / "farflung.db") as database:
+        query = """SELECT count(*) FROM rollouts JOIN nodes USING (node)
+                   WHERE name = 'mallory' AND rollouts.status IN ('accepted', 'batched', 'trained')"""
+        assert database.execute(query).fetchone() == (0,)
+    database.close()
+
+
+def test_the_lease_of_the_dead_worker_went_to_others(demo):
+    assert demo.summary()["leases_reissued"] >= 1
+
+
+def test_the_ledger_sums_to_zero_and_the_cheat_has_nothing(demo):
+    with sqlite3.connect(demo.folder / "farflung.db") as database:
+        assert database.execute("SELECT sum(tokens) FROM entries").fetchone() == (0,)
+        mallory = database.execute("SELECT node FROM nodes WHERE name = 'mallory'").fetchone()[0]
+        accounts = (f"escrow:{mallory}", f"credit:{mallory}")
+        query = "SELECT coalesce(sum(tokens), 0) FROM entries WHERE account IN (?, ?)"
+        assert database.execute(query, accounts).fetchone() == (0,)
+    database.close()
+
+
+def test_every_figure_of_the_contract_is_there_and_recomputes_to_the_same(demo):
+    written = demo.summary()
+    assert summarise(demo.folder) == written
+    assert json.loads((demo.folder / "config.json").read_text())["run"]["steps"] == 6
+    unmeasured = {name for name, value in written.items() if value is None} - {"verification_overhead_steady"}
+    assert unmeasured == set()
+
+
+def test_the_first_reward_comes_soon(demo):
+    assert 0 < demo.summary()["first_reward_s"] < 60
+
+
+def test_the_end_shows_answers_before_and_after(demo):
+    assert "Five held-out questions, before and after" in demo.output
+    assert "killed doomed-1" in demo.output

@@ -1,0 +1,92 @@
+"""kill -9 of trusted roles in the middle of a run: nothing accepted is lost, nothing is counted twice."""
+
+import sqlite3
+
+import pytest
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
+SMALL = ("--run.steps", "6", "--eval.tasks", "64", "--swarm.kill", "0", "--swarm.cheats", "[]")
+
+
+def _accepted(status):
+    return status["accepted"]
+
+
+def _one(folder, query):
+    with sqlite3.connect(folder / "farflung.db") as database:
+        row = database.execute(query).fetchone()
+    database.close()
+    return row[0]
+
+
+def check_books(folder):
+    """What must hold in every database at the end of a run."""
+    lost = """SELECT count(*) FROM events e JOIN rollouts r ON r.rollout = e.subject
+              WHERE e.after = 'accepted' AND r.status NOT IN ('accepted', 'batched', 'trained', 'dropped')"""
+    assert _one(folder, lost) == 0
+    twice = """SELECT count(*) FROM (SELECT subject FROM events
+               WHERE noun = 'rollout' AND after IN ('accepted', 'trained')
+               GROUP BY subject, after HAVING count(*) > 1)"""
+    assert _one(folder, twice) == 0
+    owners = """SELECT count(*) FROM (SELECT 1 FROM rollouts WHERE status IN ('accepted', 'batched', 'trained')
+                GROUP BY "group", sample HAVING count(*) > 1)"""
+    assert _one(folder, owners) == 0
+    paid_twice = (
+        "SELECT count(*) FROM (SELECT 1 FROM entries WHERE account = 'issued' GROUP BY cause HAVING count(*) > 1)"
+    )
+    assert _one(folder, paid_twice) == 0
+    assert _one(folder, "SELECT coalesce(sum(tokens), 0) FROM entries") == 0
+
+
+def test_killed_coordinator_loses_nothing_and_workers_go_on_by_themselves(start):
+    running = start(*SMALL)
+    before = running.wait_for(lambda status: status["latest"]["step"] >= 2)
+    workers = {f"worker-{number}": running.pid(f"worker-{number}") for number in range(1, 5)}
+    running.kill("coordinator")
+    after = running.wait_for(lambda status: status["latest"]["step"] > before["latest"]["step"])
+    assert _accepted(after) >= _accepted(before)
+    assert {name: running.pid(name) for name in workers} == workers, "workers must survive the coordinator"
+    output = running.finish()
+    assert running.process.returncode == 0, output
+    assert "coordinator ended with -9, starting it again" in output
+    assert running.summary()["steps"] == 6
+    check_books(running.folder)
+
+
+def test_killed_trainer_goes_on_from_its_last_committed_step(start):
+    running = start(*SMALL, "--learn.checkpoint_every", "3")
+    running.wait_for(lambda status: status["latest"]["step"] >= 2)
+    running.kill("trainer")
+    output = running.finish()
+    assert running.process.returncode == 0, output
+    assert "trainer ended with -9, starting it again" in output
+    summary = running.summary()
+    assert summary["steps"] == 6
+    assert summary["eval_after"] > summary["eval_before"]
+    log = (running.folder / "logs" / "trainer.log").read_text()
+    assert "replayed step=" in log, "the steps since the checkpoint are replayed to their recorded weights"
+    check_books(running.folder)
+
+
+def test_killed_validator_and_scorer_are_replaced(start):
+    running = start(*SMALL, "--coordinator.claim_s", "2")
+    running.wait_for(lambda status: status["latest"]["step"] >= 1)
+    running.kill("validator-1")
+    running.kill("scorer")
+    output = running.finish()
+    assert running.process.returncode == 0, output
+    assert running.summary()["honest_ejected"] == 0
+    check_books(running.folder)
+
+
+def test_stopped_run_resumes_and_ends(start):
+    first = start(*SMALL)
+    first.wait_for(lambda status: status["latest"]["step"] >= 2)
+    first.process.terminate()
+    output = first.finish()
+    assert first.process.returncode == 130, output
+    second = start(*SMALL, resume=True)
+    output = second.finish()
+    assert second.process.returncode == 0, output
+    assert second.summary()["steps"] == 6
+    check_books(second.folder)
