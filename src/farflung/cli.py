@@ -109,6 +109,7 @@ def worker(
     root: str = "",
     slots: int = 64,
     threads: int = 1,
+    patience_s: float = 60.0,
     json: bool = False,
 ) -> None:
     """Generate rollouts for a coordinator.
@@ -129,6 +130,10 @@ def worker(
         Rollouts generated at once.
     threads
         Torch threads.
+    patience_s
+        How long to wait for a coordinator that does not answer.
+    json
+        Log as JSON.
     """
     from farflung.protocol.identity import Key
     from farflung.worker import Worker
@@ -138,7 +143,8 @@ def worker(
     key = Key.load_or_make(folder / "key")
     pinned = bytes.fromhex(root) if root else None
     settings = WorkerSection(slots=slots, threads=threads)
-    asyncio.run(Worker(url, key, folder, settings, run=run, root=pinned, name=name).run())
+    node = Worker(url, key, folder, settings, run=run, root=pinned, name=name, patience_s=patience_s)
+    asyncio.run(node.run())
 
 
 @app.command

@@ -38,8 +38,9 @@ class Worker:
         root: bytes | None = None,
         name: str = "",
         wrap: Wrap = lambda engine: engine,
+        patience_s: float = 60.0,
     ) -> None:
-        self.client = Client(url, key)
+        self.client = Client(url, key, patience_s=patience_s)
         self.key, self.folder, self.settings, self.name, self.wrap = key, folder, settings, name, wrap
         self._run, self._root = run, root
         self.is_stopping = False

@@ -11,14 +11,15 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 from farflung.config import Config, save
+from farflung.coordinator import listen
 from farflung.ops.screen import Screen
 from farflung.ops.summary import write_summary
 from farflung.protocol.client import Client
@@ -109,12 +110,12 @@ class Swarm:
         return [*doomed, *honest, *((cheat.name, cheat.attack) for cheat in swarm.cheats)]
 
     async def _spawn_coordinator(self) -> None:
-        await self._spawn("coordinator", "coordinator", str(self.path))
-        until = time.monotonic() + START_S
+        process = await self._spawn("coordinator", "coordinator", str(self.path))
+        if not await _first(self._until_it_answers(), process):
+            raise ConfigError(_last_words(self.folder / "logs" / "coordinator.log"))
+
+    async def _until_it_answers(self) -> None:
         while not await self._answers():
-            process = self.processes["coordinator"]
-            if process.returncode is not None or time.monotonic() > until:
-                raise ConfigError(_last_words(self.folder / "logs" / "coordinator.log"))
             await asyncio.sleep(0.05)
 
     async def _answers(self) -> bool:
@@ -127,9 +128,7 @@ class Swarm:
     async def _spawn_nursery(self) -> None:
         process = await self._spawn("nursery", module="farflung.ops.nursery", pipes=True)
         self._listening = asyncio.create_task(self._listen(process))
-        ready, ended = asyncio.create_task(self._ready.wait()), asyncio.create_task(process.wait())
-        await asyncio.wait({ready, ended}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
-        if not self._ready.is_set():
+        if not await _first(self._ready.wait(), process):
             raise ConfigError(_last_words(self.folder / "logs" / "nursery.log"))
 
     async def _spawn(
@@ -254,6 +253,16 @@ class Swarm:
         await self.client.close()
 
 
+async def _first(wanted: Coroutine[Any, Any, Any], process: asyncio.subprocess.Process) -> bool:
+    """Whether something came about before its process ended or START_S was up."""
+    came, ended = asyncio.create_task(wanted), asyncio.create_task(process.wait())
+    await asyncio.wait({came, ended}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+    has_come = came.done()
+    came.cancel()
+    ended.cancel()
+    return has_come
+
+
 async def _wait(process: asyncio.subprocess.Process) -> None:
     try:
         async with asyncio.timeout(STOP_S):
@@ -273,15 +282,15 @@ def _granted(config: Config) -> Config:
     coordinator = config.coordinator.model_copy(
         update={
             "grants": dict(config.coordinator.grants) | grants,
-            "port": config.coordinator.port or _free_port(config.coordinator.host),
+            "port": _free_port(config),
         }
     )
     return config.model_copy(update={"coordinator": coordinator})
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+def _free_port(config: Config) -> int:
+    """The port that was asked for, or any free one. Raises ConfigError if it is taken."""
+    with listen(config.coordinator.host, config.coordinator.port) as probe:
         return probe.getsockname()[1]
 
 
