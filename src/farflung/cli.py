@@ -148,6 +148,57 @@ def worker(
 
 
 @app.command
+def relay(
+    url: str,
+    *,
+    folder: Path = Path("farflung-relay"),
+    name: str = "",
+    run: str = "",
+    root: str = "",
+    host: str = "127.0.0.1",
+    port: int = 0,
+    public_url: str = "",
+    disk_gb: float = 0.0,
+    json: bool = False,
+) -> None:
+    """Mirror a run's weights and serve them to nodes.
+
+    Parameters
+    ----------
+    url
+        The coordinator's address.
+    folder
+        Where this relay keeps its key and what it mirrors.
+    name
+        What people see.
+    run
+        Which run to mirror, if there are several.
+    root
+        Public root key in hex that must vouch for the run; empty to believe the first one met.
+    host
+        Address to listen on.
+    port
+        Port to listen on; 0 for any free one.
+    public_url
+        Where nodes reach it, such as http://relay.example:7000; empty for host and port.
+    disk_gb
+        Most disk for weights; 0 for no bound but what is free.
+    json
+        Log as JSON.
+    """
+    from farflung.config import RelaySection
+    from farflung.protocol.identity import Key
+    from farflung.relay import Relay
+
+    start_logging(json)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = Key.load_or_make(folder / "key")
+    settings = RelaySection(host=host, port=port, public_url=public_url, disk_gb=disk_gb)
+    pinned = bytes.fromhex(root) if root else None
+    asyncio.run(Relay(url, key, folder, settings, run=run, root=pinned, name=name).run())
+
+
+@app.command
 def status(url: str, *, run: str = "") -> None:
     """Show a run at a glance.
 
@@ -196,7 +247,15 @@ def summary(folder: Path) -> None:
 
 
 @app.command
-def calibrate(model: str, *, profile: str = "torch-cpu-fp32", out: Path, prompts: Path | None = None) -> None:
+def calibrate(
+    model: str,
+    *,
+    profile: str = "torch-cpu-fp32",
+    out: Path,
+    prompts: Path | None = None,
+    tokens: int = 80_000,
+    threads: int = 1,
+) -> None:
     """Measure how honest nodes of a numerics profile differ from a validator, and write the profile.
 
     Parameters
@@ -208,11 +267,17 @@ def calibrate(model: str, *, profile: str = "torch-cpu-fp32", out: Path, prompts
     out
         JSON file to write.
     prompts
-        Text file with one prompt a line; without it, the demo's sums.
+        Text file with one prompt a line, or the TOML file of a run, whose environment gives them; without it, the
+        demo's sums.
+    tokens
+        Tokens generated in large batches; small batches add a third of that.
+    threads
+        Torch threads.
     """
     from farflung.ops.calibrate import write_profile
 
-    write_profile(model, profile, out, prompts)
+    start_logging()
+    write_profile(model, profile, out, prompts, tokens=tokens, threads=threads)
 
 
 def _url(url: str, config: Config) -> str:

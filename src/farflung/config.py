@@ -122,10 +122,20 @@ class CoordinatorSection(Section):
     mature_steps: int = setting(2, "Steps until credit leaves escrow.", ge=0)
 
 
+class RelaySection(Section):
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(0, "Port to listen on; 0 for any free one.", ge=0, le=65_535)
+    public_url: str = setting("", "Where nodes reach it, such as http://relay.example:7000; empty for host and port.")
+    keep_versions: int = setting(3, "Versions of the weights kept.", ge=1)
+    disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
+    poll_s: float = setting(0.2, "Seconds between looks for a new version.", gt=0)
+
+
 class WorkerSection(Section):
     slots: int = setting(64, "Rollouts generated at once.", ge=1, le=4096)
     threads: int = setting(1, "Torch threads.", ge=1)
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1)
+    disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
 
 
 class ValidatorSection(Section):
@@ -151,6 +161,7 @@ class SwarmSection(Section):
     cheats: tuple[Cheat, ...] = setting((), "Dishonest workers.")
     kill: int = setting(0, "Further workers that are killed (-9) while they hold a lease.", ge=0, le=16)
     validators: int = setting(1, "Validators.", ge=0, le=8)
+    relays: int = setting(0, "Relays.", ge=0, le=8)
 
 
 class PricesSection(Section):
@@ -174,6 +185,7 @@ class Config(Section):
     coordinator: CoordinatorSection = CoordinatorSection()
     worker: WorkerSection = WorkerSection()
     validator: ValidatorSection = ValidatorSection()
+    relay: RelaySection = RelaySection()
     scorer: ScorerSection = ScorerSection()
     swarm: SwarmSection = SwarmSection()
     prices: PricesSection = PricesSection()

@@ -7,7 +7,6 @@ import asyncio
 import json
 import logging
 import re
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,9 +21,9 @@ from starlette.responses import RedirectResponse, Response
 from farflung.config import Config
 from farflung.dashboard import views
 from farflung.protocol import messages as m
-from farflung.protocol.errors import ConfigError, FarflungError, Forbidden, Malformed, NotFound, TooOld
+from farflung.protocol.errors import FarflungError, Forbidden, Malformed, NotFound, TooOld
 from farflung.protocol.identity import Key, Signed, node_id
-from farflung.protocol.server import Call, Route, mount
+from farflung.protocol.server import Call, Route, listen, mount
 from farflung.protocol.session import Index
 from farflung.protocol.states import first
 from farflung.rollouts import compose, credit, intake, judge
@@ -47,6 +46,8 @@ T = TypeVar("T")
 SWEEP_S = 0.25
 POLL_S = 0.5
 BLOB_BYTES = 1 << 30
+UNTRUSTED = ("worker", "relay")
+"""Roles that need no grant."""
 TOKENS_BYTES = 256 << 20
 
 
@@ -93,7 +94,7 @@ class Coordinator:
                 f"this node speaks protocol {ask.version}, {self.config.coordinator.minimum_version} is the oldest "
                 "that may join; upgrade with: pip install -U farflung"
             )
-        if ask.role != "worker" and self._roles.get(call.node) != ask.role:
+        if ask.role not in UNTRUSTED and self._roles.get(call.node) != ask.role:
             raise Forbidden(f"node {call.node} is not granted the role {ask.role!r}; the operator grants it by config")
         assert call.signer is not None, "registering is signed"
         status = await self._write(lambda c: _admit(c, call.node, call.signer.public, ask, self.clock()))  # type: ignore[union-attr]
@@ -124,6 +125,17 @@ class Coordinator:
         return await self._write(note)
 
     # --- weights -----------------------------------------------------------------------------------------------------
+
+    async def latest(self, call: Call) -> m.Latest:
+        """The newest published step."""
+        self._here(call)
+        return await self.database.read(self.book.latest)
+
+    async def relays(self, call: Call) -> m.Relays:
+        """Relays that are online; their bytes are checked, so none needs trust."""
+        self._here(call)
+        since = self.clock() - self.config.lease.lost_s
+        return await self.database.read(lambda c: views.relays(c, since))
 
     async def manifest(self, call: Call) -> Signed:
         """A sealed manifest by its digest."""
@@ -368,6 +380,8 @@ class Coordinator:
             Route("GET", f"{run}/status", self.status, None, m.Status, signed=False),
             Route("GET", "/v1/story/{id}", self.story, None, m.Story, signed=False),
             Route("POST", f"{run}/heartbeat", self.heartbeat, m.Heartbeat, m.Pulse),
+            Route("GET", f"{run}/latest", self.latest, None, m.Latest, signed=False),
+            Route("GET", f"{run}/relays", self.relays, None, m.Relays, signed=False),
             Route("GET", f"{run}/manifests/{{digest}}", self.manifest, None, Signed, signed=False),
             Route("GET", "/v1/blobs/{digest}", self.get_blob, signed=False),
             Route("PUT", f"{run}/blobs/{{digest}}", self.put_blob, None, m.Done, limit_bytes=BLOB_BYTES, raw=True),
@@ -395,6 +409,7 @@ def _admit(connection: Connection, node: str, public: bytes, ask: m.Register, no
         "engine": ask.engine,
         "profile": ask.profile,
         "hardware": json.dumps(msgspec.to_builtins(ask.hardware)),
+        "url": ask.url if ask.role == "relay" else "",
         "seen_at": now,
     }
     row = connection.execute(NODES.select().where(NODES.c.node == node)).first()
@@ -453,17 +468,3 @@ async def serve(config: Config) -> None:
         await uvicorn.Server(options).serve(sockets=[listener])
     finally:
         coordinator.database.close()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError if the address is taken."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another with --coordinator.port"
-        ) from error
-    return listener

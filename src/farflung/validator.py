@@ -17,7 +17,8 @@ from farflung.protocol.messages import AuditJob, Evidence, LeaseAnswer, LeaseReq
 from farflung.protocol.session import Session, stop_on_signals
 from farflung.rollouts import verify
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
-from farflung.weights.fetch import Weights, fetch_model_config
+from farflung.weights.cache import Versions
+from farflung.weights.fetch import fetch_model_config, tensors
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.5
@@ -43,7 +44,7 @@ class Validator:
         self.is_stopping = False
         self.session: Session
         self.engine: LocalEngine
-        self.weights: Weights
+        self.weights: Versions
 
     async def run(self) -> None:
         """Work until the run ends or somebody says stop."""
@@ -70,9 +71,7 @@ class Validator:
             eos_ids=self.session.info.eos_ids,
             max_rows=self.settings.slots,
         )
-        self.weights = Weights(
-            self.client, self.folder / "weights", run=self.session.run, public=self.session.weights_key
-        )
+        self.weights = Versions(self.session, self.folder / "weights")
 
     def stop(self) -> None:
         """Stop after the work in hand."""
@@ -102,7 +101,7 @@ class Validator:
     def _load(self, digest: str) -> None:
         manifest = self.weights.known(digest)
         if self.session.figures.loaded_step != manifest.step:
-            self.engine.load(self.weights.tensors(manifest))
+            self.engine.load(tensors(self.weights, manifest))
             self.session.figures.loaded_step = manifest.step
 
     async def _evaluate(self) -> None:

@@ -17,7 +17,8 @@ from farflung.protocol.identity import Key
 from farflung.protocol.messages import Done, Empty, Lease, LeaseAnswer, LeaseRequest
 from farflung.protocol.session import Session, stop_on_signals
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
-from farflung.weights.fetch import Weights, fetch_model_config
+from farflung.weights.cache import Versions
+from farflung.weights.fetch import fetch_model_config, tensors
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
@@ -46,7 +47,7 @@ class Worker:
         self.is_stopping = False
         self.session: Session
         self.engine: Engine
-        self.weights: Weights
+        self.weights: Versions
         self._prefetching: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -78,12 +79,11 @@ class Worker:
                 max_rows=self.settings.slots,
             )
         )
-        self.weights = Weights(
-            self.client,
+        self.weights = Versions(
+            self.session,
             self.folder / "weights",
-            run=self.session.run,
-            public=self.session.weights_key,
             keep=self.settings.keep_versions,
+            limit_bytes=int(self.settings.disk_gb * 1e9),
         )
         await self.session.beat()
 
@@ -127,7 +127,7 @@ class Worker:
             figures.sync_pause_s, figures.loaded_step = time.monotonic() - before, manifest.step
 
     def _swap(self, digest: str) -> None:
-        self.engine.load(self.weights.tensors(self.weights.known(digest)))
+        self.engine.load(tensors(self.weights, self.weights.known(digest)))
 
     async def _hand_in(self, lease: Lease) -> None:
         self.session.figures.phase = "generating"

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row
 
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Signed, unseal
-from farflung.protocol.messages import EvalView, Event, NodeView, Status, StepView, Story, Verdict
+from farflung.protocol.messages import EvalView, Event, NodeView, Relays, RelayView, Status, StepView, Story, Verdict
 from farflung.store import db, ledger
 from farflung.store.book import Book
 from farflung.store.tables import (
@@ -34,6 +34,15 @@ def manifest(connection: Connection, run: str, digest: str) -> Signed:
     if found is None:
         raise NotFound(f"run {run!r} has no manifest {digest[:64]}")
     return msgspec.msgpack.decode(found, type=Signed)
+
+
+def relays(connection: Connection, since: float) -> Relays:
+    """Relays heard of since a time, those seen last first."""
+    query = sa.select(NODES.c.node, NODES.c.url).where(
+        NODES.c.role == "relay", NODES.c.url != "", NODES.c.seen_at >= since, NODES.c.phase != "gone"
+    )
+    rows = connection.execute(query.order_by(NODES.c.seen_at.desc()).limit(64))
+    return Relays(relays=[RelayView(node=row.node, url=row.url) for row in rows])
 
 
 def logp_blob(connection: Connection, submission: str) -> str | None:

@@ -1,66 +1,122 @@
 """`farflung calibrate`: measure, on a trusted machine, how honest nodes and known cheats look to a validator.
 
-Honest means: the same policy, whatever the batch size and thread count; so the generator's differ from the verifier's.
+Honest means: the same policy, whatever the batch size; so rollouts are generated at several, none of which is the
+verifier's. In bfloat16 each is also replayed in float32, as the confirmation of an ejection does.
 """
 
+import itertools
+import logging
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from farflung.engine.base import Request
+from farflung.config import load
+from farflung.engine.base import Replay, Request
 from farflung.engine.local import LocalEngine
+from farflung.envs.base import Env
+from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
 from farflung.protocol.errors import ConfigError
 from farflung.tasks.found import Model
-from farflung.trust.evidence import Sample, calibrate, to_json
+from farflung.trust.evidence import Profile, Sample, calibrate, log_ratio, tally, to_json
 
+log = logging.getLogger(__name__)
 BUDGET = 32
-SAMPLES = 4
 PROMPTS = 1024
-ROWS = (1, 7, 64)
+REPLAYED_AT_ONCE = 64
+PARTS = {64: 1.0, 7: 0.25, 1: 0.0625}
+"""Rows generated at once, and the share of the tokens that is generated so: few rows are slow."""
+UNSEEDED_PART = 0.5
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+VERIFIERS = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32")}
+PROGRESS_S = 10.0
 
 
-def write_profile(model: str, name: str, out: Path, prompts: Path | None) -> None:
-    """Generate, replay, calibrate, write."""
+def write_profile(model: str, name: str, out: Path, prompts: Path | None, *, tokens: int, threads: int) -> Profile:
+    """Generate, replay, calibrate, write. `tokens` are generated at the largest batch, parts of it at smaller ones."""
     dtype = "bfloat16" if "bf16" in name else "float32"
-    requests = _requests(Model(model), prompts)
-    engine = _engine(model, getattr(torch, dtype))
-    honest = [sample for rows in ROWS for sample in _replays(engine, requests, rows, is_seeded=True)]
-    unseeded = _replays(engine, requests, max(ROWS), is_seeded=False)
+    asked = _prompt_ids(Model(model), prompts)
+    engines = {name: _engine(model, name, threads) for name in VERIFIERS[dtype]}
+    generator, verifiers = engines[dtype], list(engines.values())
+    honest = [s for rows, part in PARTS.items() for s in _samples(generator, verifiers, asked, rows, tokens * part)]
+    most = max(PARTS)
+    unseeded = list(_samples(generator, verifiers[:1], asked, most, tokens * UNSEEDED_PART, is_seeded=False))
     profile = calibrate(name, honest, {"unseeded": unseeded}, tolerance=TOLERANCE[dtype])
     out.write_bytes(to_json(profile) + b"\n")
+    _report(profile, honest, unseeded)
+    return profile
 
 
-def _requests(model: Model, prompts: Path | None) -> list[Request]:
-    if prompts is None:
-        env = Sums()
-        texts = [env.prompt(task) for task, _ in zip(env.tasks("train"), range(PROMPTS), strict=False)]
-    else:
+def _prompt_ids(model: Model, prompts: Path | None) -> list[tuple[int, ...]]:
+    """Prompts from a text file, one a line; from the environment of a run's TOML; or the demo's sums."""
+    if prompts is not None and prompts.suffix != ".toml":
         texts = prompts.read_text().splitlines()[:PROMPTS]
+    else:
+        env = _env(prompts)
+        texts = [env.prompt(task) for task in itertools.islice(env.tasks("train"), PROMPTS)]
     if not texts:
         raise ConfigError(f"{prompts} holds no prompts; write one a line")
-    ids = [tuple(model.prompt_ids(text)) for text in texts]
-    return [Request(prompt, secrets.randbits(64), 1.0, BUDGET) for prompt in ids for _ in range(SAMPLES)]
+    return [tuple(model.prompt_ids(text)) for text in texts]
 
 
-def _engine(model: str, dtype: torch.dtype) -> LocalEngine:
+def _env(config: Path | None) -> Env:
+    if config is None:
+        return Sums()
+    env = load(config).env
+    return load_env(env.name, env.args)
+
+
+def _engine(model: str, dtype: str, threads: int) -> LocalEngine:
     from farflung.learner.policy import Policy
 
-    engine = LocalEngine.from_folder(model, dtype=dtype)
+    found = Model(model)
+    engine = LocalEngine.from_folder(model, dtype=getattr(torch, dtype), threads=threads, eos_ids=found.eos_ids)
+    # Weights are published in bfloat16 whatever the arithmetic.
     engine.load(Policy.from_pretrained(model).tensors())
     return engine
 
 
-def _replays(engine: LocalEngine, requests: Sequence[Request], rows: int, *, is_seeded: bool) -> list[Sample]:
-    """(gap, margin) of every rollout, generated `rows` at a time and replayed all together."""
-    engine.max_rows = rows
-    asked = requests[: PROMPTS // 4 if rows == 1 else len(requests)]
-    made = asked if is_seeded else [replace(request, seed=secrets.randbits(64)) for request in asked]
-    done = [completion for completion in engine.generate(made) if completion is not None]
-    seen = engine.replay([(request, item.ids) for request, item in zip(asked, done, strict=True)])
-    return [(np.asarray(replay.gap), np.asarray(replay.margin)) for replay in seen]
+def _samples(
+    generator: LocalEngine,
+    verifiers: Sequence[LocalEngine],
+    prompts: Sequence[tuple[int, ...]],
+    rows: int,
+    tokens: float,
+    *,
+    is_seeded: bool = True,
+) -> Iterator[Sample]:
+    """(gap, margin) of each rollout under each verifier: generated `rows` at a time, replayed many at a time."""
+    generator.max_rows = rows
+    endless = itertools.cycle(prompts)
+    seen, said = 0, time.monotonic()
+    while seen < tokens:
+        requests = [
+            Request(prompt, secrets.randbits(64), 1.0, BUDGET) for prompt in itertools.islice(endless, REPLAYED_AT_ONCE)
+        ]
+        made = requests if is_seeded else [replace(request, seed=secrets.randbits(64)) for request in requests]
+        done = [completion for completion in generator.generate(made) if completion is not None]
+        seen += sum(len(completion.ids) for completion in done)
+        items = [(request, completion.ids) for request, completion in zip(requests, done, strict=True)]
+        for verifier in verifiers:
+            yield from map(_sample, verifier.replay(items))
+        if time.monotonic() > said + PROGRESS_S or seen >= tokens:
+            said = time.monotonic()
+            log.info("generated rows=%d is_seeded=%s tokens=%d of=%d", rows, is_seeded, seen, tokens)
+
+
+def _sample(replay: Replay) -> Sample:
+    return np.asarray(replay.gap), np.asarray(replay.margin)
+
+
+def _report(profile: Profile, honest: Sequence[Sample], unseeded: Sequence[Sample]) -> None:
+    """What the profile is good for: how often the honest flip, and what a token of each kind weighs as evidence."""
+    for name, samples in (("honest", honest), ("unseeded", unseeded)):
+        found = tally(profile.edges, *(np.concatenate(part) for part in zip(*samples, strict=True)))
+        nats = log_ratio(profile, found, "unseeded") / found.tokens
+        flips = sum(found.flips) / found.tokens
+        log.info("%s tokens=%d flipped=%.4f nats_per_token=%+.3f", name, found.tokens, flips, nats)

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from farflung.config import Config, save
-from farflung.coordinator import listen
 from farflung.ops.screen import Screen
 from farflung.ops.summary import write_summary
 from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError, FarflungError, Unreachable
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import NodeView, Status
+from farflung.protocol.server import listen
 from farflung.store.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,8 @@ class Swarm:
     async def _start(self) -> None:
         await asyncio.gather(self._spawn_nursery(), self._spawn_coordinator())
         await self._spawn("scorer", "scorer", str(self.path), "--url", self.url)
+        for number in range(self.config.swarm.relays):
+            await self._spawn_relay(f"relay-{number + 1}")
         self._order("trainer", "trainer")
         for number in range(self.config.swarm.validators):
             self._order(f"validator-{number + 1}", "validator")
@@ -113,6 +115,11 @@ class Swarm:
         process = await self._spawn("coordinator", "coordinator", str(self.path))
         if not await _first(self._until_it_answers(), process):
             raise ConfigError(_last_words(self.folder / "logs" / "coordinator.log"))
+
+    async def _spawn_relay(self, name: str) -> None:
+        folder = str(self.folder / "nodes" / name)
+        root = Key.load_or_make(self.folder / "keys" / "root").public.hex()
+        await self._spawn(name, "relay", self.url, "--folder", folder, "--name", name, "--root", root)
 
     async def _until_it_answers(self) -> None:
         while not await self._answers():
@@ -242,8 +249,8 @@ class Swarm:
     async def _end(self) -> None:
         """Stop every process: first those that hand in work, last the coordinator."""
         self.is_stopping = True
-        for name in ("nursery", "scorer", "coordinator"):
-            process = self.processes.get(name)
+        for name in sorted(self.processes, key=lambda name: (name == "coordinator", name)):
+            process = self.processes[name]
             if process is not None and process.returncode is None:
                 if process.stdin is not None:
                     process.stdin.close()

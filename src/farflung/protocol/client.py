@@ -12,7 +12,7 @@ import httpx2
 import msgspec
 
 from farflung.protocol import wire
-from farflung.protocol.errors import Busy, Malformed, Refusal, Unavailable, Unreachable, by_code
+from farflung.protocol.errors import Busy, Malformed, Refusal, TooLarge, Unavailable, Unreachable, by_code
 from farflung.protocol.identity import Key, sign_request
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ class Client:
         """Fetch and parse an unsigned document."""
         return wire.decode(await self._patiently("GET", path, b"", False), type)
 
-    async def download(self, path: str, *, signed: bool = False, offset: int = 0) -> bytes:
-        """Fetch a blob, from `offset` on."""
-        return await self._patiently("GET", path, b"", signed, {"range": f"bytes={offset}-"} if offset else {})
+    async def download(self, path: str, *, signed: bool = False, limit_bytes: int = ANSWER_BYTES) -> bytes:
+        """Fetch a blob, cut off with TooLarge beyond `limit_bytes`."""
+        return await self._patiently("GET", path, b"", signed, limit_bytes=limit_bytes)
 
     async def put(self, path: str, body: bytes) -> None:
         """Upload bytes."""
@@ -62,11 +62,19 @@ class Client:
         body = wire.encode(message)
         return wire.decode(await self._patiently("POST", path, body, True), type)
 
-    async def _patiently(self, method: str, path: str, body: bytes, signed: bool, headers: Any = None) -> bytes:
+    async def _patiently(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        signed: bool,
+        headers: dict[str, str] | None = None,
+        limit_bytes: int = ANSWER_BYTES,
+    ) -> bytes:
         pause_s, until = 0.1, self.clock() + self.patience_s
         while True:
             try:
-                return await self._once(method, path, body, signed, headers or {})
+                return await self._once(method, path, body, signed, headers or {}, limit_bytes)
             except (Unreachable, Unavailable, Busy) as error:
                 wait_s = getattr(error, "retry_after_s", None) or pause_s * random.uniform(0.5, 1.5)
                 if self.clock() + wait_s > until:
@@ -75,18 +83,33 @@ class Client:
             await asyncio.sleep(wait_s)
             pause_s = min(2 * pause_s, 5.0)
 
-    async def _once(self, method: str, path: str, body: bytes, signed: bool, headers: dict[str, str]) -> bytes:
+    async def _once(
+        self, method: str, path: str, body: bytes, signed: bool, headers: dict[str, str], limit_bytes: int
+    ) -> bytes:
         headers = {"accept": wire.MSGPACK, "content-type": wire.MSGPACK} | headers
         if signed:
             parts = urlsplit(self.url + path)
             headers |= sign_request(self.key, method, parts.path, parts.query, body, now=self.clock(), tag=self.tag)
         try:
-            response = await self._http.request(method, path, content=body, headers=headers)
-        except (httpx2.TransportError, OSError) as error:
+            async with self._http.stream(method, path, content=body, headers=headers) as response:
+                content = await _bounded(response, limit_bytes)
+        except (httpx2.TransportError, httpx2.DecodingError, OSError) as error:
             raise Unreachable(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
-        if response.status_code >= 400:
-            raise _refusal(response)
-        return response.content
+        if response.status_code >= 300:  # redirects are not followed: a signature is for one path
+            raise _refusal(response, content)
+        return content
+
+
+async def _bounded(response: Any, limit_bytes: int) -> bytes:
+    """The body, unpacked, as far as it is sane: whoever answers may be out to fill this machine's memory."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.aiter_bytes():
+        size += len(part)
+        if size > limit_bytes:
+            raise TooLarge(f"the answer of {response.url} has more than {limit_bytes} bytes; it was cut off")
+        parts.append(part)
+    return b"".join(parts)
 
 
 class _Problem(msgspec.Struct):
@@ -94,14 +117,14 @@ class _Problem(msgspec.Struct):
     detail: str = ""
 
 
-def _refusal(response: Any) -> Refusal:
+def _refusal(response: Any, content: bytes) -> Refusal:
     try:
-        problem = msgspec.json.decode(response.content[:10_000], type=_Problem)
+        problem = msgspec.json.decode(content[:10_000], type=_Problem)
     except (msgspec.DecodeError, UnicodeDecodeError):
         problem = _Problem(detail=f"HTTP {response.status_code} from {response.url}")
     fallback = Unavailable if response.status_code >= 500 else Malformed
     error = by_code().get(problem.code, fallback)(problem.detail)
     error.status = response.status_code
     after = response.headers.get("retry-after", "")
-    error.retry_after_s = float(after) if after.isdigit() else None
+    error.retry_after_s = float(after[:9]) if after.isascii() and after.isdigit() else None
     return error

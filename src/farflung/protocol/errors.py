@@ -18,10 +18,12 @@
         │   ├── LeaseGone
         │   └── StepTaken
         ├── TooLarge           413
+        ├── OutOfRange         416
         ├── Rejected           422   a submission that fails sanity
         ├── TooOld             426
         ├── Busy               429
         └── Unavailable        503
+            └── Broken         500
 
 A class's docstring is its default message. A message says what happened, the offending value and what to do.
 """
@@ -143,6 +145,12 @@ class TooLarge(Refusal):
     status, code = 413, "too-large"
 
 
+class OutOfRange(Refusal):
+    """The range lies outside of the blob."""
+
+    status, code = 416, "out-of-range"
+
+
 class Rejected(Refusal):
     """The submission fails a sanity check and was not taken."""
 
@@ -165,6 +173,12 @@ class Unavailable(Refusal):
     """The coordinator cannot answer now; try again."""
 
     status, code = 503, "unavailable"
+
+
+class Broken(Unavailable):
+    """The coordinator failed at this request; its log says why. Try again later."""
+
+    status, code = 500, "broken"
 
 
 def by_code() -> dict[str, type[Refusal]]:

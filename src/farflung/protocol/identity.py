@@ -4,6 +4,7 @@ A node is a key. Its id is derived from the public key, so nobody hands out iden
 """
 
 import base64
+import contextlib
 import hashlib
 import os
 import re
@@ -46,14 +47,20 @@ class Key:
     @classmethod
     def load_or_make(cls, path: Path) -> "Key":
         """Read the key at `path`, or make one there, readable by its owner alone."""
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return cls._read(path)
-        key = cls.make()
-        with os.fdopen(fd, "w") as file:
-            file.write(key.seed.hex() + "\n")
-        return key
+        if not path.exists():
+            cls.make()._write(path)
+        return cls._read(path)
+
+    def _write(self, path: Path) -> None:
+        """Put the key at `path`, whole or not at all; one that somebody else put there meanwhile stays."""
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(self.seed.hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, path)
+        partial.unlink()
 
     @classmethod
     def _read(cls, path: Path) -> "Key":
@@ -116,7 +123,8 @@ def sign_request(key: Key, method: str, path: str, query: str, body: bytes, *, n
 
 _INPUT = re.compile(
     r'sig1=(?P<parameters>\("@method" "@path" "@query" "content-digest"\);created=(?P<created>\d{1,12});'
-    r'nonce="(?P<nonce>[\w-]{16,64})";alg="ed25519";keyid="(?P<key>[\w-]{43})";tag="(?P<tag>[\w.:-]{1,80})")'
+    r'nonce="(?P<nonce>[\w-]{16,64})";alg="ed25519";keyid="(?P<key>[\w-]{43})";tag="(?P<tag>[\w.:-]{1,80})")',
+    re.ASCII,
 )
 _SIGNATURE = re.compile(r"sig1=:(?P<value>[A-Za-z0-9+/]{86}==):")
 
@@ -183,7 +191,7 @@ def unseal(signed: Signed, kind: str, type: type[T], *, public: bytes | None = N
         raise BadSignature(f"the signature of this {kind} does not verify")
     try:
         return msgspec.msgpack.decode(signed.payload, type=type)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadSignature(f"the signed {kind} cannot be read: {error}") from error
 
 

@@ -29,7 +29,9 @@ Step = Annotated[int, Meta(ge=0, le=10**9)]
 Seed = Annotated[int, Meta(ge=0)]
 """Unsigned 64-bit; more than SQL or JavaScript numbers hold."""
 Purpose = Literal["train", "eval", "data"]
-Role = Literal["worker", "trainer", "validator", "scorer"]
+Role = Literal["worker", "relay", "trainer", "validator", "scorer"]
+Url = Annotated[str, Meta(max_length=200, pattern=r"^(https?://[\w.:\[\]-]+)?$")]
+"""Scheme, host and port, no path; empty for none."""
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -61,6 +63,8 @@ class Register(Message, frozen=True):
     engine: Name = ""
     profile: Name = ""
     hardware: Hardware = Hardware()
+    url: Url = ""
+    """Where a relay is reached."""
     invite: Annotated[str, Meta(max_length=128)] = ""
 
 
@@ -162,6 +166,19 @@ class Latest(Message, frozen=True):
     """Latest published policy step, -1 before the first."""
     manifest: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?$")]
     """Digest of its sealed manifest."""
+
+
+class RelayView(Message, frozen=True):
+    """One relay that is online."""
+
+    node: Id
+    url: Url
+
+
+class Relays(Message, frozen=True):
+    """Relays that nodes may fetch shards from. None of them is trusted."""
+
+    relays: Annotated[list[RelayView], Meta(max_length=64)]
 
 
 # --- work ------------------------------------------------------------------------------------------------------------

@@ -5,19 +5,34 @@ A role lists its routes as `Route` values; `mount` puts them on a FastAPI app wi
 """
 
 import asyncio
+import logging
 import re
+import socket
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
 
 from farflung.protocol import wire
-from farflung.protocol.errors import Malformed, Refusal, Replayed, TooLarge, Unavailable
+from farflung.protocol.errors import (
+    BadSignature,
+    Broken,
+    ConfigError,
+    Malformed,
+    NotFound,
+    Refusal,
+    Replayed,
+    TooLarge,
+    Unavailable,
+)
 from farflung.protocol.identity import CLOCK_SKEW_S, Signer, verify_request
 
+log = logging.getLogger(__name__)
 BODY_BYTES = 64 * 1024
 """Default cap of a body; routes that carry tokens or blobs say more."""
 BODY_S = 60.0
@@ -37,8 +52,17 @@ class Call:
     @property
     def node(self) -> str:
         """Id of the node that signed."""
-        assert self.signer is not None, "only routes with signed=True have a signer"
-        return self.signer.node
+        return self._signed().node
+
+    @property
+    def public(self) -> bytes:
+        """Public key that signed."""
+        return self._signed().public
+
+    def _signed(self) -> Signer:
+        if self.signer is None:
+            raise BadSignature(f"{self.request.method} {self.request.scope['path'][:200]} must be signed")
+        return self.signer
 
 
 Handler = Callable[[Call], Awaitable[Any]]
@@ -64,25 +88,27 @@ class Nonces:
     """Nonces seen within the clock skew. Lost on restart, which is harmless: mutations are idempotent."""
 
     limit: int = 500_000
-    _seen: dict[str, float] = field(default_factory=dict[str, float])
+    _seen: OrderedDict[str, float] = field(default_factory=OrderedDict[str, float])
 
     def check(self, nonce: str, now: float) -> None:
         """Remember a nonce. Raises Replayed, or Unavailable when full."""
+        self._forget(now)
         if nonce in self._seen:
             raise Replayed
         if len(self._seen) >= self.limit:
-            self._forget(now)
+            raise Unavailable("too many requests within two minutes to remember; try again later", retry_after_s=5)
         self._seen[nonce] = now + 2 * CLOCK_SKEW_S
 
     def _forget(self, now: float) -> None:
-        self._seen = {nonce: until for nonce, until in self._seen.items() if until > now}
-        if len(self._seen) >= self.limit:
-            raise Unavailable("too many requests within two minutes to remember; try again later", retry_after_s=5)
+        """Drop from the front, where the oldest are, so that a flood costs no scan of all of them."""
+        while self._seen and next(iter(self._seen.values())) <= now:
+            self._seen.popitem(last=False)
 
 
 def mount(app: FastAPI, routes: Sequence[Route], tag: str, clock: Callable[[], float] = time.time) -> None:
     """Add the routes to the app and the error shape to all of it."""
     nonces = Nonces()
+    app.router.redirect_slashes = False  # a redirect would not be a problem+json, and repeats the Host header
     for route in routes:
         app.add_api_route(
             route.path,
@@ -101,18 +127,33 @@ def mount(app: FastAPI, routes: Sequence[Route], tag: str, clock: Callable[[], f
 
 
 def _endpoint(route: Route, nonces: Nonces, tag: str, clock: Callable[[], float]) -> Callable[..., Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
+    async def answer(request: Request) -> Response:
+        path = {name: _checked(name, value) for name, value in request.path_params.items()}
         body = await _read(request, route.limit_bytes)
         signer = None
         if route.signed:
             signer = _verify(request, body, tag, clock())
             nonces.check(signer.node + signer.nonce, clock())
-        answer = await route.handler(
-            Call(_message(route, body, request), body, dict(request.path_params), signer, request)
-        )
-        return answer if isinstance(answer, Response) else _respond(request, answer)
+        found = await route.handler(Call(_message(route, body, request), body, path, signer, request))
+        return found if isinstance(found, Response) else _respond(request, found)
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            return await answer(request)
+        except Refusal:
+            raise
+        except Exception as error:  # whatever broke stays in the log: a stranger learns nothing of it
+            log.exception("broken %s %s", request.method, route.path)
+            raise Broken from error
 
     return endpoint
+
+
+def _checked(name: str, value: str) -> str:
+    """A part of the path that can be an id. Raises NotFound; a NUL, say, would upset the database."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,80}", value):
+        raise NotFound(f"{value[:80]!r} is no {name}")
+    return value
 
 
 def _message(route: Route, body: bytes, request: Request) -> Any:
@@ -146,6 +187,8 @@ async def _read(request: Request, limit: int) -> bytes:
                 parts.append(part)
     except TimeoutError:
         raise Malformed(f"the body did not arrive within {BODY_S:.0f} s; send it faster") from None
+    except ClientDisconnect:
+        raise Malformed("the connection ended before the body did") from None
     return b"".join(parts)
 
 
@@ -161,8 +204,8 @@ def _respond(request: Request, answer: Any) -> Response:
     return Response(wire.encode(answer, kind), media_type=kind)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
+def problem_response(error: Refusal) -> Response:
+    """A refusal as application/problem+json."""
     headers = {} if error.retry_after_s is None else {"retry-after": f"{error.retry_after_s:.0f}"}
     return Response(
         msgspec.json.encode(error.problem()),
@@ -172,8 +215,26 @@ async def _refused(request: Request, error: Exception) -> Response:
     )
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError if the address is taken."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+    return listener
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return problem_response(error)
+
+
 async def _no_route(request: Request, error: Any) -> Response:
-    refusal = Refusal(f"there is no route {request.method} {request.url.path}; docs/protocol.md lists them")
+    path = request.scope["path"][:200]  # request.url would parse the Host header, which may be anything
+    refusal = Refusal(f"there is no route {request.method} {path}; docs/protocol.md lists them")
     refusal.status, refusal.code = error.status_code, "not-found" if error.status_code == 404 else "no-such-method"
     return await _refused(request, refusal)
 

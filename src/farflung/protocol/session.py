@@ -98,7 +98,15 @@ class Session:
 
     @classmethod
     async def open(
-        cls, client: Client, role: Role, *, run: str = "", root: bytes | None = None, name: str = "", engine: str = ""
+        cls,
+        client: Client,
+        role: Role,
+        *,
+        run: str = "",
+        root: bytes | None = None,
+        name: str = "",
+        engine: str = "",
+        url: str = "",
     ) -> "Session":
         """Register and learn the run. Raises Refusal, BadSignature or ConfigError."""
         index = await client.get("/v1", Index)
@@ -111,8 +119,18 @@ class Session:
         run = run or _only(index.runs)
         answer = await client.get(f"/v1/runs/{run}", Run)
         info, keys = check_run(answer, run, root)
+        if not index.coordinator == info.coordinator == node_id(keys["coordinator"]):
+            raise BadSignature(  # else it could pass on at another coordinator what this node signs for it
+                f"{client.url} calls itself {index.coordinator}, but run {run!r} is kept by {info.coordinator}"
+            )
         register = Register(
-            version=VERSION, name=name, role=role, engine=engine, profile=info.profile, hardware=hardware()
+            version=VERSION,
+            name=name,
+            role=role,
+            engine=engine,
+            profile=info.profile,
+            hardware=hardware(),
+            url=url,
         )
         await client.post("/v1/nodes", register, Welcome)
         return cls(client, run, info, keys)
@@ -125,6 +143,13 @@ class Session:
     def is_over(self) -> bool:
         """Whether the run has ended."""
         return self.latest.status == "finished"
+
+    async def look(self) -> None:
+        """Learn where the run stands, without a word of oneself; a coordinator that is away is waited for."""
+        try:
+            self.latest = await self.client.get(self.path("latest"), Latest)
+        except FarflungError as error:
+            log.warning("no answer because=%s", error)
 
     async def beat(self) -> None:
         """One heartbeat."""

@@ -19,7 +19,7 @@ from farflung.rollouts.credit import drop_groups
 from farflung.store import ledger
 from farflung.store.book import Book
 from farflung.store.db import move, record
-from farflung.store.tables import ENTRIES, GROUPS, NODES, ROLLOUTS, STEPS, TASKS
+from farflung.store.tables import AUDITS, ENTRIES, GROUPS, NODES, ROLLOUTS, STEPS, TASKS
 
 
 def claim_step(connection: Connection, book: Book, step: int, now: float) -> Batch | str:
@@ -209,12 +209,20 @@ def _drop_stale(connection: Connection, book: Book, latest: int, now: float) -> 
 def _mature(connection: Connection, book: Book, step: int, now: float) -> None:
     """What nodes earned up to this policy step is theirs for good."""
     earned = sa.select(ENTRIES.c.account).where(ENTRIES.c.account.like("escrow:%")).distinct()
+    waiting = set(connection.execute(sa.select(AUDITS.c.node).where(_is_undecided(book), AUDITS.c.step <= step)).scalars())
     for account in list(connection.execute(earned).scalars()):
         node = account.removeprefix("escrow:")
+        if node in waiting:
+            continue
         tokens = _earned(connection, book, node, step) - ledger.balance(connection, ledger.credit(node))
         tokens = min(tokens, ledger.balance(connection, account))
         transfer = ledger.Transfer(f"{book.run}-step-{step}", account, ledger.credit(node), tokens)
         ledger.post(connection, [transfer], book.run, now)
+
+
+def _is_undecided(book: Book) -> sa.ColumnElement[bool]:
+    """Audits without a verdict: what they may yet burn must not mature."""
+    return sa.and_(AUDITS.c.run == book.run, AUDITS.c.outcome.is_(None), AUDITS.c.status != "cancelled")
 
 
 def _earned(connection: Connection, book: Book, node: str, step: int) -> int:
@@ -227,7 +235,7 @@ def _earned(connection: Connection, book: Book, node: str, step: int) -> int:
 
 
 def finish(connection: Connection, book: Book, now: float) -> bool:
-    """End a run whose last policy is evaluated; whatever nodes in good standing earned is theirs."""
+    """End a run whose last policy is evaluated and whose audits are answered; whatever nodes in good standing earned is theirs."""
     if book.status(connection) != "finishing":
         return False
     due = book.config.eval_steps(book.config.run.steps)
@@ -236,10 +244,15 @@ def finish(connection: Connection, book: Book, now: float) -> bool:
     ).scalar_one()
     done = connection.execute(
         sa.select(sa.func.count()).where(
-            GROUPS.c.run == book.run, GROUPS.c.purpose == "eval", GROUPS.c.status == "complete", GROUPS.c.step.in_(due)
+            GROUPS.c.run == book.run,
+            GROUPS.c.purpose == "eval",
+            GROUPS.c.status.in_(("complete", "dropped")),  # dropped: it cannot be scored, and never will be
+            GROUPS.c.step.in_(due),
         )
     ).scalar_one()
     if done < len(due) * min(tasks, book.config.eval.tasks):
+        return False
+    if connection.execute(sa.select(sa.func.count()).where(_is_waiting(book))).scalar_one():
         return False
     for node in list(connection.execute(sa.select(NODES.c.node).where(NODES.c.status != "ejected")).scalars()):
         ledger.clear(connection, node, ledger.credit(node), f"end of {book.run}", book.run, now)

@@ -11,7 +11,7 @@ from farflung.protocol.messages import ScoreResult
 from farflung.store import ledger
 from farflung.store.book import Book
 from farflung.store.db import move, record
-from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS, TASKS
+from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, TASKS
 
 INFORMATIVE = 1e-6
 """Rewards of a group that differ by less teach nothing."""
@@ -21,7 +21,8 @@ def claim_scores(connection: Connection, book: Book, scorer: str, limit: int, no
     """Received rollouts that no scorer works on, with task and place of the tokens, now this scorer's for a while."""
     free = (
         sa.select(ROLLOUTS.c.rollout)
-        .where(ROLLOUTS.c.run == book.run, ROLLOUTS.c.status == "received", ROLLOUTS.c.claimed_until < now)
+        .where(ROLLOUTS.c.run == book.run, ROLLOUTS.c.status == "received")
+        .where(sa.or_(ROLLOUTS.c.claimed_until < now, ROLLOUTS.c.claimed_by == scorer))  # its own: the answer was lost
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
@@ -43,16 +44,21 @@ def take_scores(connection: Connection, book: Book, scorer: str, results: Sequen
     """Accept what was scored by this scorer, count the faults of what was not; gives how many rows changed."""
     given = {result.rollout: result for result in results}
     rows = connection.execute(
-        sa.select(ROLLOUTS, NODES.c.role)
-        .join(NODES, NODES.c.node == ROLLOUTS.c.node)
+        sa.select(ROLLOUTS, GROUPS.c.purpose)
+        .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
         .where(ROLLOUTS.c.rollout.in_(given), ROLLOUTS.c.status == "received", ROLLOUTS.c.claimed_by == scorer)
     ).all()
     scored = [row for row in rows if not given[row.rollout].error]
     _accept(connection, book, scored, given, now)
     for row in rows:
-        if given[row.rollout].error:
+        if given[row.rollout].error and _is_received(connection, row.rollout):
             _fault(connection, book, row, given[row.rollout].error, now)
     return len(rows)
+
+
+def _is_received(connection: Connection, rollout: str) -> bool:
+    """Whether it still waits for a score: giving one sample up drops its whole group."""
+    return connection.execute(sa.select(ROLLOUTS.c.status).where(ROLLOUTS.c.rollout == rollout)).scalar() == "received"
 
 
 def _accept(
@@ -67,14 +73,15 @@ def _accept(
         .values(reward=sa.bindparam("r"), parts=sa.bindparam("p"), answer=sa.bindparam("a")),
         [_score_values(given[row.rollout]) for row in rows],
     )
-    paid = [row for row in rows if row.role == "worker"]
+    paid = [row for row in rows if row.purpose != "eval"]
     ledger.post(connection, (_pay(row) for row in paid), book.run, now)
     for group in dict.fromkeys(row.group for row in rows):
         complete(connection, group, now)
 
 
 def _score_values(result: ScoreResult) -> dict[str, Any]:
-    return {"id": result.rollout, "r": result.reward, "p": json.dumps(result.parts), "a": result.answer}
+    answer = result.answer.replace("\0", "\ufffd")  # a model may write NUL, which PostgreSQL takes in no text
+    return {"id": result.rollout, "r": result.reward, "p": json.dumps(result.parts), "a": answer}
 
 
 def _pay(row: Row[Any]) -> ledger.Transfer:

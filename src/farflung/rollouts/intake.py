@@ -53,6 +53,18 @@ def lease_of(connection: Connection, lease: str, node: str) -> tuple[Row[Any], L
     return row, unseal(msgspec.msgpack.decode(row.document, type=Signed), "lease", Lease)
 
 
+def receipt_of(row: Row[Any], parcel: Parcel, now: float) -> Signed | None:
+    """The receipt if this very parcel was taken before, nothing if the lease waits for it. Raises LeaseGone.
+
+    Asked before anything is stored, too: otherwise a closed lease could fill the store with blobs that nobody wants.
+    """
+    if row.status == "submitted" and row.submission == parcel.digest:
+        return msgspec.msgpack.decode(row.receipt, type=Signed)
+    if row.status != "open":
+        raise LeaseGone(f"lease {row.lease} is {row.status}, it was opened {now - row.opened_at:.0f} s ago")
+    return None
+
+
 def inspect(lease: Lease, node: str, submission: Submission, vocab: int, eos_ids: frozenset[int]) -> Parcel:
     """Sanity, a pure function. Raises Rejected with the first fault."""
     assigned = {sample.rollout for group in lease.groups for sample in group.samples}
@@ -106,10 +118,8 @@ def _logp(submission: Submission, tokens: dict[str, int]) -> bytes:
 def take(connection: Connection, book: Book, node: str, parcel: Parcel, logp_blob: str | None, now: float) -> Signed:
     """Commit a submission whose body is stored already, and draw its audit. Raises LeaseGone or Ejected."""
     row, _ = lease_of(connection, parcel.lease.lease, node)
-    if row.status == "submitted" and row.submission == parcel.digest:
-        return msgspec.msgpack.decode(row.receipt, type=Signed)
-    if row.status != "open":
-        raise LeaseGone(f"lease {row.lease} is {row.status} since it was opened {now - row.opened_at:.0f} s ago")
+    if (earlier := receipt_of(row, parcel, now)) is not None:
+        return earlier
     sender = node_row(connection, node)
     if sender.status == "ejected":
         raise Ejected(f"node {node} was ejected for failing verification")
@@ -192,7 +202,7 @@ def _draw(
     Evaluation by the operator's own validators is not audited.
     """
     held: list[str] = []
-    if sender.role == "worker" and order:
+    if parcel.lease.purpose != "eval" and order:
         node = submitted(standing.read(sender))
         standing.write(connection, sender.node, node)
         key = seeds.audit_key(book.step_secret(parcel.lease.step))

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row
 from farflung.protocol import seeds, wire
 from farflung.protocol.errors import Malformed, NotFound
 from farflung.protocol.identity import Signed, seal, unseal
-from farflung.protocol.messages import AuditJob, AuditRollout, Evidence, RolloutEvidence, SubmissionBody, Verdict
+from farflung.protocol.messages import AuditJob, AuditRollout, Evidence, Lease, RolloutEvidence, SubmissionBody, Verdict
 from farflung.rollouts import standing
 from farflung.store import ledger
 from farflung.store.book import Book, node_row
@@ -30,7 +30,8 @@ KIND = "evidence"
 
 def claim_audits(connection: Connection, book: Book, validator: str, limit: int, now: float) -> Sequence[Row[Any]]:
     """Open audits of one step, oldest step first, now this validator's for a while."""
-    _release(connection, book, now)
+    _release(connection, book, now, AUDITS.c.claimed_until < now, why="the validator's claim lapsed")
+    _release(connection, book, now, AUDITS.c.claimed_by == validator, why="the validator asks again")
     is_open = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "open")
     step = connection.execute(sa.select(sa.func.min(AUDITS.c.step)).where(is_open)).scalar()
     rows = connection.execute(
@@ -50,12 +51,17 @@ def claim_audits(connection: Connection, book: Book, validator: str, limit: int,
     return rows
 
 
-def _release(connection: Connection, book: Book, now: float) -> None:
-    query = sa.select(AUDITS.c.audit).where(
-        AUDITS.c.run == book.run, AUDITS.c.status == "claimed", AUDITS.c.claimed_until < now
-    )
-    lapsed = list(connection.execute(query).scalars())
-    move(connection, "audit", lapsed, "claimed", "open", now, why="the validator's claim lapsed")
+def _release(connection: Connection, book: Book, now: float, which: Any, why: str) -> None:
+    query = sa.select(AUDITS.c.audit).where(AUDITS.c.run == book.run, AUDITS.c.status == "claimed", which)
+    move(connection, "audit", list(connection.execute(query).scalars()), "claimed", "open", now, why=why)
+
+
+def renew(connection: Connection, book: Book, node: str, now: float) -> None:
+    """A validator or scorer that is alive keeps what it claimed: slow ones would take it from each other for ever."""
+    for table, status in ((AUDITS, "claimed"), (ROLLOUTS, "received")):
+        mine = sa.and_(table.c.run == book.run, table.c.status == status, table.c.claimed_by == node)
+        until = now + book.config.coordinator.claim_s
+        connection.execute(table.update().where(mine, table.c.claimed_until > 0).values(claimed_until=until))
 
 
 def job(connection: Connection, book: Book, audit: Row[Any], body: SubmissionBody) -> AuditJob:
@@ -63,6 +69,8 @@ def job(connection: Connection, book: Book, audit: Row[Any], body: SubmissionBod
     tokens = {rollout.rollout: rollout.ids for rollout in body.rollouts}
     drawn = msgspec.json.decode(audit.rollouts, type=list[str])
     secret = book.step_secret(audit.step)
+    sealed = connection.execute(sa.select(LEASES.c.document).where(LEASES.c.lease == audit.lease)).scalar_one()
+    lease = unseal(msgspec.msgpack.decode(sealed, type=Signed), "lease", Lease)
     rows = connection.execute(
         sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.sample, TASKS.c.task, TASKS.c.prompt_ids)
         .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
@@ -74,8 +82,8 @@ def job(connection: Connection, book: Book, audit: Row[Any], body: SubmissionBod
         audit=audit.audit,
         step=audit.step,
         manifest=book.manifest_of(connection, audit.step),
-        temperature=book.config.generate.temperature,
-        budget=book.config.generate.budget,
+        temperature=lease.temperature,  # as it was leased: a resumed run may have other settings
+        budget=lease.budget,
         rollouts=[
             AuditRollout(
                 rollout=row.rollout,
@@ -189,14 +197,24 @@ def _void(connection: Connection, book: Book, audit: Row[Any], bad: Sequence[str
 
 
 def _void_rollouts(connection: Connection, book: Book, which: Any, cause: str, node: str, now: float) -> None:
+    paid = sa.and_(which, ROLLOUTS.c.reward.is_not(None))
+    _burn(connection, book, connection.execute(sa.select(ROLLOUTS).where(paid)).all(), node, now)
     for status in ("held", "received", "accepted"):
         rows = connection.execute(sa.select(ROLLOUTS).where(which, ROLLOUTS.c.status == status)).all()
         move(connection, "rollout", [row.rollout for row in rows], status, "void", now, cause=cause)
         if status == "accepted":
-            burned = sum(row.tokens for row in rows)
-            transfer = ledger.Transfer(cause, ledger.escrow(node), ledger.BURNED, burned)
-            ledger.post(connection, [transfer], book.run, now)
             _reopen(connection, [row.group for row in rows], now)
+
+
+def _burn(connection: Connection, book: Book, rows: Sequence[Row[Any]], node: str, now: float) -> None:
+    """What was paid for these goes to nobody; no more of it than the escrow holds, for the rest has matured."""
+    left = ledger.balance(connection, ledger.escrow(node))
+    transfers: list[ledger.Transfer] = []
+    for row in rows:
+        tokens = min(row.tokens, left)
+        left -= tokens
+        transfers.append(ledger.Transfer(row.rollout, ledger.escrow(node), ledger.BURNED, tokens))
+    ledger.post(connection, transfers, book.run, now)
 
 
 def _reopen(connection: Connection, groups: Sequence[str], now: float) -> None:

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Row, event, exc
 
 from farflung.protocol import states
-from farflung.protocol.errors import ConfigError, IllegalTransition
+from farflung.protocol.errors import ConfigError, IllegalTransition, Unavailable
 from farflung.store.tables import EVENTS, ROLLOUTS, TABLE_OF, metadata
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,10 @@ class Database:
     async def write(self, change: Callable[[Connection], T]) -> T:
         """Run `change` in a transaction shared with other waiting writers; returns once it is committed."""
         future: Future[T] = Future()
-        self._queue.put_nowait((change, future))
+        try:
+            self._queue.put_nowait((change, future))
+        except queue.Full:
+            raise Unavailable("too many changes wait for the database; try again", retry_after_s=1) from None
         return await asyncio.wrap_future(future)
 
     async def read(self, query: Callable[[Connection], T]) -> T:

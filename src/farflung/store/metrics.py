@@ -49,8 +49,9 @@ class Metrics:
         """Write what was noted since, every few seconds."""
         if not force and now - self._flushed_at < NODES_EVERY_S:
             return
-        for fields in self._nodes.values():
+        nodes, self._nodes = self._nodes, {}  # swapped first: another thread may note one meanwhile
+        sent_bytes, self._sent_bytes, self._flushed_at = self._sent_bytes, 0, now
+        for fields in nodes.values():
             self.write("node", now, **fields)
-        if self._sent_bytes:
-            self.write("sent", now, size_bytes=self._sent_bytes)
-        self._nodes, self._sent_bytes, self._flushed_at = {}, 0, now
+        if sent_bytes:
+            self.write("sent", now, size_bytes=sent_bytes)

@@ -39,6 +39,7 @@ NODES = Table(
     Column("engine", Text, nullable=False),
     Column("profile", Text, nullable=False),
     Column("hardware", Text, nullable=False),
+    Column("url", Text, nullable=False, default=""),
     Column("record", LargeBinary, nullable=False),
     Column("phase", Text, nullable=False, default=""),
     Column("loaded_step", Integer, nullable=False, default=-1),

@@ -222,11 +222,16 @@ def _write(connection: Connection, config: Config, secret: bytes, tasks: list[di
 
 
 def _resume(connection: Connection, config: Config, now: float) -> None:
-    """A finished run that is given more steps goes on."""
+    """A run that is given more steps goes on, also one that was about to end; one with fewer than it has done ends."""
     run = config.run.name
     status = connection.execute(sa.select(RUNS.c.status).where(RUNS.c.run == run)).scalar_one()
     done = connection.execute(
         sa.select(sa.func.max(STEPS.c.step)).where(STEPS.c.run == run, STEPS.c.status == "committed")
     ).scalar()
-    if status == "finished" and (done or 0) < config.run.steps:
+    is_done = (-1 if done is None else done) >= config.run.steps
+    if status == "running" and is_done:
+        move(connection, "run", [run], "running", "finishing", now, steps=config.run.steps)
+    if status == "finishing" and not is_done:
+        move(connection, "run", [run], "finishing", "finished", now)
+    if status in ("finishing", "finished") and not is_done:
         move(connection, "run", [run], "finished", "running", now, steps=config.run.steps)

@@ -38,6 +38,8 @@ def issue(connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest,
         return Wait("the trainer has not published the first weights yet")
     if node.role == "validator":
         return _issue_eval(connection, book, node, ask, latest.step, now)
+    if (pause_s := _pause_s(connection, book, node.node, now)) > 0:
+        return Wait(f"node {node.node} handed a lease back; the next one comes in {pause_s:.0f} s")
     if latest.status != "running" or node.role != "worker" or node.status == "quarantined":
         return Wait(f"the run is {latest.status} and node {node.node} is a {node.status} {node.role}")
     return _issue_train(connection, book, node, ask, latest.step, now)
@@ -47,6 +49,19 @@ def _held(connection: Connection, run: str, node: str) -> Signed | None:
     query = sa.select(LEASES.c.document).where(LEASES.c.node == node, LEASES.c.run == run, LEASES.c.status == "open")
     document = connection.execute(query).scalar()
     return None if document is None else msgspec.msgpack.decode(document, type=Signed)
+
+
+def _pause_s(connection: Connection, book: Book, node: str, now: float) -> float:
+    """How long a node that hands leases back has to wait: 1 s after the first, twice that after each more.
+
+    Otherwise one that refuses whatever it is given, because its disk is full, say, would be leased without end.
+    """
+    most_s = book.config.lease.lease_s
+    query = sa.select(sa.func.count(), sa.func.max(LEASES.c.opened_at)).where(
+        LEASES.c.node == node, LEASES.c.status == "returned", LEASES.c.opened_at > now - 2 * most_s
+    )
+    count, last = connection.execute(query).one()
+    return last + min(2.0 ** (count - 1), most_s) - now if count else 0.0
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -63,7 +78,7 @@ def _issue_train(
         latest,
         asker,
         _open_samples(connection, book, groups),
-        _groups_now(connection, book),
+        _groups_now(connection, book, latest),
         lambda step: _next_tasks(connection, book, step),
         settings,
     )
@@ -117,12 +132,15 @@ def _owners(connection: Connection, groups: Sequence[str]) -> tuple[dict[str, se
     return owned, reopened
 
 
-def _groups_now(connection: Connection, book: Book) -> int:
-    return connection.execute(
-        sa.select(sa.func.count()).where(
-            GROUPS.c.run == book.run, GROUPS.c.purpose == "train", GROUPS.c.status.in_(("open", "complete"))
-        )
-    ).scalar_one()
+def _groups_now(connection: Connection, book: Book, latest: int) -> int:
+    """Groups in progress or waiting for the trainer.
+
+    Open ones too old to be leased do not count: enough of them, each short of a sample, would end all leasing.
+    """
+    oldest = latest - max(1, book.config.learn.max_staleness) + 1
+    is_alive = sa.or_(GROUPS.c.status == "complete", sa.and_(GROUPS.c.status == "open", GROUPS.c.step >= oldest))
+    query = sa.select(sa.func.count()).where(GROUPS.c.run == book.run, GROUPS.c.purpose == "train", is_alive)
+    return connection.execute(query).scalar_one()
 
 
 def _next_tasks(connection: Connection, book: Book, step: int) -> Iterator[NextTask]:

@@ -5,14 +5,14 @@ from collections.abc import AsyncIterator
 
 from starlette.responses import Response, StreamingResponse
 
-from farflung.protocol.errors import Malformed
+from farflung.protocol.errors import OutOfRange
 from farflung.store.blobs import Blobs
 
 PIECE_BYTES = 1 << 20
 
 
 async def serve(blobs: Blobs, digest: str, range_header: str) -> tuple[Response, int]:
-    """The answer to a GET of a blob, and how many bytes it sends. Raises NotFound or Malformed."""
+    """The answer to a GET of a blob, and how many bytes it sends. Raises NotFound or OutOfRange."""
     size = await blobs.size(digest)
     start, end = byte_range(range_header, size)
     headers = {"content-length": str(end - start), "etag": f'"{digest}"', "accept-ranges": "bytes"}
@@ -25,14 +25,14 @@ async def serve(blobs: Blobs, digest: str, range_header: str) -> tuple[Response,
 
 
 def byte_range(header: str, size: int) -> tuple[int, int]:
-    """[start, end) of a Range header with one range; the whole blob when there is none. Raises Malformed."""
+    """[start, end) of a Range header with one range; the whole blob when there is none. Raises OutOfRange."""
     given = re.fullmatch(r"bytes=(\d{1,18})-(\d{0,18})", header)
     if not given:
         return 0, size
     start = int(given[1])
     end = min(size, int(given[2]) + 1) if given[2] else size
     if start >= end:
-        raise Malformed(f"range {header!r} is not within the {size} bytes of this blob")
+        raise OutOfRange(f"range {header!r} is not within the {size} bytes of this blob")
     return start, end
 
 

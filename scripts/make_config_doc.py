@@ -1,0 +1,393 @@
+"""Write the generated documentation: docs/config.md whole, and the marked parts of docs/protocol.md.
+
+    python scripts/make_config_doc.py
+
+Everything comes from the code: settings from `config.fields()`, routes from `Coordinator.routes()`, messages from
+their source, errors and lifecycles from their tables, examples and test vectors by computing them.
+`tests/unit/test_docs.py` fails when a page is not what this writes.
+"""
+
+import ast
+import base64
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+from farflung import config
+from farflung.coordinator import Coordinator
+from farflung.engine import noise
+from farflung.protocol import errors, identity, messages, seeds, session, states
+from farflung.protocol.server import Route
+from farflung.tasks.assign import task_order
+
+DOCS = Path(__file__).parents[1] / "docs"
+EXAMPLE_NONCE = "AAECAwQFBgcICQoLDA0ODw"
+EXAMPLE_CREATED = 1_795_460_000
+EXAMPLE_PATH = "/v1/runs/demo/leases"
+
+
+def main() -> None:
+    """Write both pages."""
+    (DOCS / "config.md").write_text(config_page())
+    page = DOCS / "protocol.md"
+    page.write_text(filled(page.read_text()))
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+INTRO = """# Settings
+
+<!-- Written by scripts/make_config_doc.py from the fields in src/farflung/config.py. Change those, then run it. -->
+
+A run is described by one tree of settings. Four places can say something, each overrides the one before:
+
+1. the defaults below;
+2. the TOML file that the command names (or a `config.json` that an earlier run left);
+3. the environment: `FARFLUNG_SECTION__KEY=value`, for example `FARFLUNG_LEARN__LR=3e-4`;
+4. flags: `--section.key value` or `--section.key=value`, for example `--learn.lr 3e-4`.
+
+Values from the environment and from flags are read as JSON, and as plain text where they are none:
+`--learn.lr 3e-4`, `--run.reproducible true`, `--env.args '{"digits": 2}'`, `--run.name mine`.
+
+An unknown key is an error that names the nearest known one. `model.path` and the file in `env.name` are looked up
+beside the TOML file first; `run.dir` is relative to where the command is given. `farflung run` writes the resolved
+settings to `config.json` in the run's folder; every process that it starts reads that file. The roles that are
+started by hand read what their own command names, so give all of them the same.
+"""
+
+SECTIONS = {
+    "run": "What the run is called, how long it goes on and what chance depends on.",
+    "model": "The base model and the arithmetic that everybody must agree on.",
+    "env": "What the run trains on; [envs.md](envs.md) says which environments there are.",
+    "generate": "How rollouts are sampled. Workers are told by their lease.",
+    "learn": "The trainer: groups, loss, optimizer, memory, checkpoints.",
+    "lease": "How work is handed out and when it is taken back.",
+    "trust": "How much is audited and when a node is ejected.",
+    "eval": "Evaluation on held-out tasks, greedily, by the validators.",
+    "coordinator": "Where the coordinator listens and keeps its state, and whom it trusts with which role.",
+    "worker": "Workers of `farflung run`. A worker that is started by hand takes flags of its own.",
+    "validator": "Validators.",
+    "scorer": "The scorer and its child processes.",
+    "swarm": "What `farflung run` starts on this machine.",
+    "prices": "What an hour of each role costs, for `cost_usd` in the summary.",
+}
+
+
+def config_page() -> str:
+    """docs/config.md."""
+    parts = [INTRO]
+    for name, field in config.Config.model_fields.items():
+        section = typing.cast(type[config.Section], field.annotation)
+        parts.append(f"## `{name}`\n\n{SECTIONS.get(name, '')}\n\n{_settings(section, name + '.')}")
+    parts.append(f"### Each of `swarm.cheats`\n\n{_settings(config.Cheat, '')}")
+    return "\n".join(parts)
+
+
+def _settings(section: type[config.Section], prefix: str) -> str:
+    rows = [
+        (f"`{key}`", _type(field.annotation), f"`{_value(field.default)}`", field.description + _bounds(field))
+        for key, field in config.fields(section, prefix)
+    ]
+    return table(("key", "type", "default", "meaning"), rows)
+
+
+def _type(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " or ".join(f"`{_value(choice)}`" for choice in args)
+    if origin is tuple:
+        return "list of tables"
+    if origin is dict:
+        return "table"
+    return {Path: "path", str: "text", int: "whole number", float: "number", bool: "true or false"}[annotation]
+
+
+def _value(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value)
+
+
+def _bounds(field: Any) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    said = [
+        f"{sign} {getattr(part, name)}" for part in field.metadata for name, sign in signs.items() if hasattr(part, name)
+    ]
+    said += [f"matches `{part.pattern}`" for part in field.metadata if getattr(part, "pattern", None)]
+    return f" ({', '.join(said)})" if said else ""
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+# --- the protocol ----------------------------------------------------------------------------------------------------
+
+MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(page: str) -> str:
+    """docs/protocol.md with every marked part made anew."""
+    return MARK.sub(lambda found: f"{found[1]}\n{PARTS[found[2]]()}\n{found[3]}", page)
+
+
+def routes() -> list[Route]:
+    """Every route of the coordinator."""
+    return Coordinator.__new__(Coordinator).routes()
+
+
+def _routes() -> str:
+    rows = [
+        (
+            f"`{route.method} {route.path}`",
+            _who(route),
+            _takes(route),
+            f"`{route.gives.__name__}`" if route.gives else "see right",
+            inspect.getdoc(route.handler) or "",
+        )
+        for route in routes()
+    ]
+    return table(("route", "who", "takes", "gives", "what it does"), rows)
+
+
+def _who(route: Route) -> str:
+    if not route.signed:
+        return "anybody, unsigned"
+    role = re.search(r'_require\(call, "(\w+)"\)', inspect.getsource(route.handler))
+    return role[1] if role else "any registered node" if route.path != "/v1/nodes" else "any key"
+
+
+def _takes(route: Route) -> str:
+    what = "bytes" if route.raw else f"`{route.takes.__name__}`" if route.takes else "nothing"
+    return what if what == "nothing" else f"{what}, at most {_size(route.limit_bytes)}"
+
+
+def _size(size_bytes: int) -> str:
+    for unit, width in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size_bytes >= 1 << width:
+            return f"{size_bytes >> width} {unit}"
+    return f"{size_bytes} bytes"
+
+
+def _errors() -> str:
+    rows = [
+        (f"`{code}`", str(cls.status), f"`{cls.__name__}`", inspect.getdoc(cls) or "")
+        for code, cls in sorted(errors.by_code().items(), key=lambda item: (item[1].status, item[0]))
+    ]
+    extra = [("`no-such-method`", "405", "`Refusal`", "The path exists, but not with this method.")]
+    return table(("code", "status", "class", "meaning"), rows + extra)
+
+
+def _lifecycles() -> str:
+    parts: list[str] = []
+    for noun, life in states.LIFECYCLES.items():
+        rows = [
+            (f"`{before}`", ", ".join(f"`{after}`" for after in following) or "nothing: final")
+            for before, following in life.items()
+        ]
+        parts.append(f"**{noun}**, which begins as `{states.first(noun)}`\n\n" + table(("from", "may become"), rows))
+    return "\n".join(parts)
+
+
+# --- messages, out of their source -----------------------------------------------------------------------------------
+
+ALIASES = ("Id", "Digest", "Name", "Line", "Ids", "Floats", "Public", "Count", "Seconds", "Step", "Seed")
+LIMITS = {"MAX_TOKENS": messages.MAX_TOKENS, "MAX_SAMPLES": messages.MAX_SAMPLES}
+
+
+def message_types() -> dict[str, ast.ClassDef]:
+    """Every wire type by name: messages, and the two structs that live beside them."""
+    found = {
+        node.name: node
+        for node in ast.parse(inspect.getsource(messages)).body
+        if isinstance(node, ast.ClassDef) and node.name != "Message"
+    }
+    for cls in (session.Index, identity.Signed):
+        found[cls.__name__] = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0])
+    return found
+
+
+def message_fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr, ast.expr | None, str]]:
+    """Name, type, default and documentation of each field."""
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            yield field.target.id, field.annotation, field.value, _text_of(after)
+
+
+def _text_of(node: ast.stmt | None) -> str:
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return node.value.value
+    return ""
+
+
+def _messages() -> str:
+    parts: list[str] = []
+    for name, node in message_types().items():
+        rows = [
+            (f"`{field}`", wire_type(kind), "required" if default is None else f"`{_default(default)}`", doc)
+            for field, kind, default, doc in message_fields(node)
+        ]
+        fields = table(("field", "type", "default", "meaning"), rows) if rows else "No fields.\n"
+        parts.append(f"#### `{name}`\n\n{ast.get_docstring(node)}\n\n{fields}")
+    return "\n".join(parts)
+
+
+def _default(value: ast.expr) -> str:
+    return "{}" if isinstance(value, ast.Call) else _value(ast.literal_eval(value))
+
+
+def wire_type(kind: ast.expr) -> str:
+    """A type as it is on the wire."""
+    match kind:
+        case ast.Constant(value=None):
+            return "null"
+        case ast.Name(id=name):
+            return {"str": "text", "int": "integer", "float": "float", "bool": "boolean", "bytes": "bytes"}.get(
+                name, name if name in ALIASES else f"`{name}`"
+            )
+        case ast.BinOp(left=left, right=right):
+            return f"{wire_type(left)} or {wire_type(right)}"
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+            items = choices.elts if isinstance(choices, ast.Tuple) else [choices]
+            return " or ".join(f"`{_value(ast.literal_eval(item))}`" for item in items)
+        case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[inner, ast.Call(keywords=bounds)])):
+            return f"{wire_type(inner)} ({', '.join(map(_bound, bounds))})"
+        case ast.Subscript(value=ast.Name(id="list"), slice=inner):
+            return f"list of {wire_type(inner)}"
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, value])):
+            return f"map from {wire_type(key)} to {wire_type(value)}"
+    raise ValueError(f"no words for the type {ast.unparse(kind)}")
+
+
+def _bound(keyword: ast.keyword) -> str:
+    words = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "at least", "max_length": "at most"}
+    if keyword.arg == "pattern":
+        return f"matches `{ast.literal_eval(keyword.value)}`"
+    value = eval(compile(ast.Expression(keyword.value), "bound", "eval"), dict(LIMITS))  # our own source, a number
+    return f"{words[str(keyword.arg)]} {value:,}" if isinstance(value, int) else f"{words[str(keyword.arg)]} {value:g}"
+
+
+def _aliases() -> str:
+    tree = ast.parse(inspect.getsource(messages))
+    named = {
+        node.targets[0].id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    notes = {"Ids": "token ids, see Encoding", "Floats": "float32 values, see Encoding", "Seconds": "duration or time"}
+    wide = sorted(name for name in ("Purpose", "Role"))
+    rows = [(name, wire_type(named[name]), notes.get(name, "")) for name in ALIASES]
+    rows += [(f"`{name}`", wire_type(named[name]), "") for name in wide]
+    return table(("name", "type", "note"), rows)
+
+
+# --- examples and vectors, computed ----------------------------------------------------------------------------------
+
+
+def example_headers() -> tuple[identity.Key, bytes, dict[str, str], bytes]:
+    """Key, body, headers and signature base of the worked example."""
+    key = identity.Key(bytes(range(32)))
+    body = b'{"slots":8,"wait_s":5.0}'
+    digest = identity.content_digest(body)
+    keyid = base64.urlsafe_b64encode(key.public).decode().rstrip("=")
+    parameters = (
+        f'("@method" "@path" "@query" "content-digest");created={EXAMPLE_CREATED};nonce="{EXAMPLE_NONCE}"'
+        f';alg="ed25519";keyid="{keyid}";tag="{key.id}"'
+    )
+    base = identity.signature_base("POST", EXAMPLE_PATH, "", digest, parameters)
+    headers = {
+        "content-type": "application/json",
+        "content-digest": digest,
+        "signature-input": f"sig1={parameters}",
+        "signature": f"sig1=:{base64.b64encode(key.sign(base)).decode()}:",
+    }
+    return key, body, headers, base
+
+
+def _signing() -> str:
+    key, body, headers, base = example_headers()
+    sent = "\n".join(f"{name}: {value}" for name, value in headers.items())
+    return f"""The private key is the 32 bytes 00 01 … 1f. Its public key and node id are
+
+    {key.public.hex()}
+    {key.id}
+
+The request is `POST {EXAMPLE_PATH}` without a query, for a coordinator whose id happens to be the same, with the body
+
+    {body.decode()}
+
+The signature base, five lines joined by a line feed and without one at the end:
+
+{_indented(base.decode())}
+
+The request then carries
+
+{_indented(sent)}
+"""
+
+
+def _sealing() -> str:
+    key = identity.Key(bytes(range(32)))
+    signed = identity.seal(key, "example", messages.Done(changed=1))
+    return f"""With the same key, kind `example` and the document `Done(changed=1)`:
+
+    payload      {signed.payload.hex()}
+    signed       {(b"farflung" + bytes(1) + b"example" + bytes(1) + signed.payload).hex()}
+    signature    {signed.signature.hex()}
+"""
+
+
+def _seeds() -> str:
+    run = bytes(range(32))
+    step = seeds.step_secret(run, 7)
+    draw = seeds.derive(seeds.audit_key(step), "audit draw", "l0123456789ab", bytes(32), 2)
+    return f"""    run secret                                           {run.hex()}
+    step secret, step 7                                  {step.hex()}
+    commitment                                           {seeds.commitment(step).hex()}
+    seed of task "task-1", sample 3                      {seeds.sample_seed(step, "task-1", 3)}
+    task key                                             {seeds.task_key(step).hex()}
+    audit key                                            {seeds.audit_key(step).hex()}
+    audit draw, lease "l0123456789ab", digest of 32
+      zero bytes, index 2                                {draw.hex()}
+      as a number                                        {(int.from_bytes(draw[:8], "big") >> 11) / 2**53:.12f}
+    order of 10 tasks at step 7                          {" ".join(map(str, task_order(step, 7, 10)))}
+"""
+
+
+def _noise() -> str:
+    lines: list[str] = []
+    for seed, position in ((0, 0), (8369429441646370278, 5), (2**64 - 1, 4095)):
+        a, b = (int(part[0]) for part in noise.row_keys([seed], [position]))
+        hashes = noise.bits_numpy([seed], [position], 3)[0]
+        values = noise.gumbel_numpy(hashes)
+        lines.append(f"    seed {seed}, position {position}:  a = {a}, b = {b}")
+        for token, (hash_, value) in enumerate(zip(hashes, values, strict=True)):
+            lines.append(f"      token {token}   h = {hash_:>10}   g = {value:8.4f}")
+    return "\n".join(lines) + "\n"
+
+
+def _indented(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+PARTS: dict[str, types.FunctionType] = {
+    "routes": _routes,
+    "errors": _errors,
+    "lifecycles": _lifecycles,
+    "aliases": _aliases,
+    "messages": _messages,
+    "signing": _signing,
+    "sealing": _sealing,
+    "seeds": _seeds,
+    "noise": _noise,
+}  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    main()
