@@ -13,6 +13,7 @@ from farflung.protocol.errors import ConfigError, FarflungError
 
 app = App(name="farflung", help="Reinforcement learning on far-flung machines that nobody has to trust.")
 
+HOME = Path.home() / ".farflung"
 Flags = Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings as --section.key value.")]
 
 
@@ -71,7 +72,7 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
     start_logging(json)
     settings = load(config, flags)
     key = Key.load_or_make(settings.folder / "keys" / "trainer")
-    asyncio.run(Trainer(_url(url, settings), key, settings).run())
+    asyncio.run(Trainer(_url(url, settings), key, settings, root=_root(settings)).run())
 
 
 @app.command
@@ -84,7 +85,11 @@ def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator
     settings = load(config, flags)
     key = Key.load_or_make(settings.folder / "keys" / name)
     folder = settings.folder / "nodes" / name
-    asyncio.run(Validator(_url(url, settings), key, folder, settings.validator, run=settings.run.name, name=name).run())
+    asyncio.run(
+        Validator(
+            _url(url, settings), key, folder, settings.validator, run=settings.run.name, root=_root(settings), name=name
+        ).run()
+    )
 
 
 @app.command
@@ -96,7 +101,7 @@ def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", jso
     start_logging(json)
     settings = load(config, flags)
     key = Key.load_or_make(settings.folder / "keys" / name)
-    asyncio.run(Scorer(_url(url, settings), key, settings, name=name).run())
+    asyncio.run(Scorer(_url(url, settings), key, settings, root=_root(settings), name=name).run())
 
 
 @app.command
@@ -110,6 +115,7 @@ def worker(
     slots: int = 64,
     threads: int = 1,
     patience_s: float = 60.0,
+    metrics_port: int = 0,
     json: bool = False,
 ) -> None:
     """Generate rollouts for a coordinator.
@@ -132,6 +138,8 @@ def worker(
         Torch threads.
     patience_s
         How long to wait for a coordinator that does not answer.
+    metrics_port
+        Port on 127.0.0.1 for Prometheus; 0 for none.
     json
         Log as JSON.
     """
@@ -142,9 +150,89 @@ def worker(
     folder.mkdir(parents=True, exist_ok=True)
     key = Key.load_or_make(folder / "key")
     pinned = bytes.fromhex(root) if root else None
-    settings = WorkerSection(slots=slots, threads=threads)
+    settings = WorkerSection(slots=slots, threads=threads, metrics_port=metrics_port)
     node = Worker(url, key, folder, settings, run=run, root=pinned, name=name, patience_s=patience_s)
     asyncio.run(node.run())
+
+
+@app.command
+def join(
+    address: str,
+    *,
+    folder: Path = HOME,
+    name: str = "",
+    run: str = "",
+    invite: str = "",
+    slots: int = 64,
+    threads: int = 1,
+    disk_gb: float = 0.0,
+    memory_gb: float = 0.0,
+    context: int = 0,
+    unchecked: bool = False,
+    metrics_port: int = 0,
+    json: bool = False,
+) -> None:
+    """Join a run with this machine: make a key, check everything, work, and tell what was earned.
+
+    Parameters
+    ----------
+    address
+        As the operator gives it: https://host:port#root, where root is the public root key of the run in hex.
+    folder
+        Where this node keeps its key and the weights it fetches.
+    name
+        What people see; without it, a name made from the key.
+    run
+        Which run to work for, if there are several.
+    invite
+        Token, for runs that admit invited nodes only.
+    slots
+        Rollouts generated at once.
+    threads
+        Torch threads.
+    disk_gb
+        Most disk for weights; 0 for no bound but what is free.
+    memory_gb
+        Most memory for the model; 0 for half of the machine's.
+    context
+        Longest prompt and completion taken, in tokens; 0 for no limit.
+    unchecked
+        Join even if checks fail.
+    metrics_port
+        Port on 127.0.0.1 for Prometheus; 0 for none.
+    json
+        Log as JSON.
+    """
+    from farflung.ops.join import join as join_run
+
+    start_logging(json)
+    settings = WorkerSection(
+        slots=slots,
+        threads=threads,
+        disk_gb=disk_gb,
+        memory_gb=memory_gb,
+        context=context,
+        metrics_port=metrics_port,
+    )
+    asyncio.run(join_run(address, folder, settings, name=name, run=run, invite=invite, is_checked=not unchecked))
+
+
+@app.command
+def doctor(address: str = "", *, folder: Path = HOME) -> None:
+    """Check this machine, and the way to a run, for whatever could keep it from taking part.
+
+    Parameters
+    ----------
+    address
+        Address of a run; empty to check this machine alone.
+    folder
+        Where the node keeps its key and weights.
+    """
+    from farflung.ops.doctor import doctor as examine
+    from farflung.ops.join import parse
+
+    url, root = parse(address) if address else ("", None)
+    sys.exit(0 if asyncio.run(examine(url, folder, root)) else 1)
 
 
 @app.command
@@ -247,6 +335,21 @@ def summary(folder: Path) -> None:
 
 
 @app.command
+def key(path: Path) -> None:
+    """Show the key in a file, made if there is none: what an operator needs to grant it a role or to admit it.
+
+    Parameters
+    ----------
+    path
+        The key file.
+    """
+    from farflung.protocol.identity import Key, readable_name
+
+    found = Key.load_or_make(path)
+    sys.stdout.write(f"{readable_name(found.id)}\nnode   {found.id}\npublic {found.public.hex()}\n")
+
+
+@app.command
 def calibrate(
     model: str,
     *,
@@ -288,6 +391,14 @@ def _url(url: str, config: Config) -> str:
     if not path.exists():
         raise ConfigError(f"{path} is missing: start the coordinator first, or say --url http://host:port")
     return path.read_text().strip()
+
+
+def _root(config: Config) -> bytes | None:
+    """The root key of a run whose folder is on this machine; elsewhere the first one met is believed."""
+    from farflung.protocol.identity import Key
+
+    path = config.folder / "keys" / "root"
+    return Key.load_or_make(path).public if path.exists() else None
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ class LearnSection(Section):
     checkpoint_every: int = setting(1, "Steps between checkpoints; those between are replayed after a crash.", ge=1)
     keep_checkpoints: int = setting(2, "Checkpoints kept.", ge=1)
     threads: int = setting(1, "Torch threads of the trainer.", ge=1)
+    metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 
 
 class LeaseSection(Section):
@@ -117,6 +118,11 @@ class CoordinatorSection(Section):
     database: str = setting("", "SQLAlchemy URL; empty for SQLite in the run's folder.")
     blobs: str = setting("", "Blob store URL; empty for a folder in the run's folder.")
     grants: dict[str, Role] = setting({}, "Public key in hex → `trainer`, `validator` or `scorer`; others are workers.")
+    admission: Literal["open", "invite", "allow"] = setting(
+        "open", "Who may join as worker or relay: anyone, whoever brings an invite, or the nodes of `allow`."
+    )
+    invites: tuple[str, ...] = setting((), "Invite tokens; give each to one person, and take it out to withdraw it.")
+    allow: tuple[str, ...] = setting((), "Node ids that may join when admission is `allow`.")
     minimum_version: int = setting(1, "Oldest protocol version that may join.", ge=0)
     claim_s: float = setting(30.0, "Seconds that a scorer or validator may keep what it claimed.", gt=0)
     mature_steps: int = setting(2, "Steps until credit leaves escrow.", ge=0)
@@ -136,12 +142,16 @@ class WorkerSection(Section):
     threads: int = setting(1, "Torch threads.", ge=1)
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
+    memory_gb: float = setting(0.0, "Most memory for the model; 0 for half of the machine's.", ge=0)
+    context: int = setting(0, "Longest prompt and completion taken, in tokens; 0 for no limit.", ge=0)
+    metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 
 
 class ValidatorSection(Section):
     threads: int = setting(1, "Torch threads.", ge=1)
     claim: int = setting(8, "Audits claimed at once.", ge=1, le=1024)
     slots: int = setting(128, "Rollouts generated at once when evaluating.", ge=1, le=4096)
+    metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 
 
 class ScorerSection(Section):
@@ -149,6 +159,7 @@ class ScorerSection(Section):
     claim: int = setting(64, "Transcripts claimed at once.", ge=1, le=1024)
     timeout_s: float = setting(5.0, "Seconds for one score.", gt=0)
     faults: int = setting(3, "Faults until a rollout is given up as unscorable.", ge=1)
+    metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 
 
 class Cheat(Section):

@@ -4,40 +4,38 @@ Nothing in its memory matters: kill it at any moment, start it again, and nodes 
 """
 
 import asyncio
-import json
 import logging
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-import msgspec
 import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Connection
 from starlette.responses import RedirectResponse, Response
 
-from farflung.config import Config
+from farflung.config import Config, save
 from farflung.dashboard import views
+from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
-from farflung.protocol.errors import FarflungError, Forbidden, Malformed, NotFound, TooOld
+from farflung.protocol.errors import Forbidden, Malformed, NotFound
 from farflung.protocol.identity import Key, Signed, node_id
 from farflung.protocol.server import Call, Route, listen, mount
 from farflung.protocol.session import Index
-from farflung.protocol.states import first
 from farflung.rollouts import compose, credit, intake, judge
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs, digest_of
 from farflung.store.book import Book, node_row
-from farflung.store.db import Database, migrate, record
+from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.store.tables import NODES
-from farflung.tasks import lease
-from farflung.tasks.found import Model, found, seal_papers, weights_key
+from farflung.tasks import admit, lease
+from farflung.tasks.found import Model, found, local_grants, seal_papers, weights_key
 from farflung.trust.evidence import Profile
 from farflung.trust.profiles import load_profile
-from farflung.trust.record import NodeRecord
 from farflung.weights import origin
 from farflung.weights.manifest import manifest_digest, open_manifest
 
@@ -46,8 +44,6 @@ T = TypeVar("T")
 SWEEP_S = 0.25
 POLL_S = 0.5
 BLOB_BYTES = 1 << 30
-UNTRUSTED = ("worker", "relay")
-"""Roles that need no grant."""
 TOKENS_BYTES = 256 << 20
 
 
@@ -89,15 +85,8 @@ class Coordinator:
     async def register(self, call: Call) -> m.Welcome:
         """Make a key known. The role it asks for must be one the operator granted it; a worker needs none."""
         ask: m.Register = call.message
-        if ask.version < self.config.coordinator.minimum_version:
-            raise TooOld(
-                f"this node speaks protocol {ask.version}, {self.config.coordinator.minimum_version} is the oldest "
-                "that may join; upgrade with: pip install -U farflung"
-            )
-        if ask.role not in UNTRUSTED and self._roles.get(call.node) != ask.role:
-            raise Forbidden(f"node {call.node} is not granted the role {ask.role!r}; the operator grants it by config")
-        assert call.signer is not None, "registering is signed"
-        status = await self._write(lambda c: _admit(c, call.node, call.signer.public, ask, self.clock()))  # type: ignore[union-attr]
+        admit.check(self.config.coordinator, self._roles.get(call.node, ""), call.node, ask)
+        status = await self._write(lambda c: admit.admit(c, call.node, call.public, ask, self.clock()))
         return m.Welcome(node=call.node, role=ask.role, status=status, runs=[self.book.run])
 
     async def run(self, call: Call) -> m.Run:
@@ -119,7 +108,9 @@ class Coordinator:
                 .values(seen_at=now, phase=beat.phase, loaded_step=beat.loaded_step)
             )
             self.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
-            lost = lease.lost_leases(connection, call.node, now - self.config.lease.lease_s)
+            if call.node in self._roles:
+                judge.renew(connection, self.book, call.node, now)
+            lost = lease.lost_leases(connection, call.node, now - 2 * self.config.lease.lease_s)
             return m.Pulse(latest=self.book.latest(connection), status=row.status, lost_leases=lost)
 
         return await self._write(note)
@@ -168,6 +159,10 @@ class Coordinator:
 
         def issue(connection: Connection) -> m.LeaseAnswer:
             row = node_row(connection, call.node)
+            if row.role not in ("worker", self._roles.get(call.node)):
+                raise Forbidden(
+                    f"node {call.node} is registered as {row.role!r}; register as a worker to be leased work"
+                )
             connection.execute(NODES.update().where(NODES.c.node == call.node).values(seen_at=self.clock()))
             found = lease.issue(connection, self.book, row, ask, self.clock())
             latest = self.book.latest(connection)
@@ -180,8 +175,11 @@ class Coordinator:
     async def submission(self, call: Call) -> Signed:
         """Take a lease's rollouts in; gives a sealed receipt, the same one if they are sent again."""
         self._here(call)
-        _, leased = await self.database.read(lambda c: intake.lease_of(c, call.path["lease"], call.node))
-        parcel = intake.inspect(leased, call.node, call.message, self.book.vocab, self.book.eos_ids)
+        row, leased = await self.database.read(lambda c: intake.lease_of(c, call.path["lease"], call.node))
+        ids = self.book.vocab, self.book.eos_ids
+        parcel = await asyncio.to_thread(intake.inspect, leased, call.node, call.message, *ids)
+        if (earlier := intake.receipt_of(row, parcel, self.clock())) is not None:
+            return earlier
         await self.blobs.put(parcel.body, parcel.digest)
         logp = await self.blobs.put(parcel.logp) if parcel.logp else None
         return await self._write(lambda c: intake.take(c, self.book, call.node, parcel, logp, self.clock()))
@@ -235,7 +233,7 @@ class Coordinator:
         """Sealed findings of a validator; the verdict is the coordinator's."""
         await self._require(call, "validator")
         signed: Signed = call.message
-        if call.signer is None or signed.public != call.signer.public:
+        if signed.public != call.public:
             raise Forbidden("evidence must be sealed by the key that sends it")
         changed = await self._write(
             lambda c: judge.take_evidence(c, self.book, self.profile, call.node, signed, self.clock())
@@ -269,13 +267,14 @@ class Coordinator:
         for shard in manifest.shards:
             if await self.blobs.size(shard.digest) != shard.size_bytes:
                 raise Malformed(f"shard {shard.digest[:12]} is stored with another size than the manifest's")
+        figures = {name: value for name, value in commit.metrics.items() if math.isfinite(value)}  # JSON has no others
         changed = await self._write(
             lambda c: compose.commit_step(
-                c, self.book, commit.manifest, digest, manifest, commit.metrics, commit.checkpoint, self.clock()
+                c, self.book, commit.manifest, digest, manifest, figures, commit.checkpoint, self.clock()
             )
         )
         if changed:
-            self.metrics.note_step(manifest, commit.metrics, self.clock())
+            self.metrics.note_step(manifest, figures, self.clock())
         return m.Done(changed=changed)
 
     async def submission_body(self, call: Call) -> Response:
@@ -295,6 +294,11 @@ class Coordinator:
         """The run at a glance."""
         self._here(call)
         return await self.database.read(lambda c: views.status(c, self.book, self.clock()))
+
+    async def prometheus(self, call: Call) -> Response:
+        """The same for Prometheus."""
+        status = await self.database.read(lambda c: views.status(c, self.book, self.clock()))
+        return Response(exposition(status), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def story(self, call: Call) -> m.Story:
         """Everything that happened to one id."""
@@ -346,8 +350,8 @@ class Coordinator:
                 own = m.Heartbeat(cpu_s=time.process_time(), started_at=self._started_at)
                 self.metrics.note_node(self.book.key.id, "coordinator", self._started_at, own, self.clock())
                 self.metrics.flush(self.clock())
-            except FarflungError:
-                log.exception("sweep failed, going on")
+            except Exception:
+                log.exception("sweep failed, going on")  # without a sweep no lease would ever lapse
             await asyncio.sleep(SWEEP_S)
 
     def _sweep_once(self, connection: Connection) -> bool:
@@ -374,6 +378,7 @@ class Coordinator:
         tokens = TOKENS_BYTES
         return [
             Route("GET", "/", self.docs, signed=False),
+            Route("GET", "/metrics", self.prometheus, signed=False),
             Route("GET", "/v1", self.index, None, Index, signed=False),
             Route("POST", "/v1/nodes", self.register, m.Register, m.Welcome),
             Route("GET", run, self.run, None, m.Run, signed=False),
@@ -399,29 +404,6 @@ class Coordinator:
             Route("GET", f"{run}/submissions/{{digest}}", self.submission_body),
             Route("GET", f"{run}/submissions/{{digest}}/logp", self.logp_body),
         ]
-
-
-def _admit(connection: Connection, node: str, public: bytes, ask: m.Register, now: float) -> str:
-    """Remember a key, or refresh what it says of its machine. Its record stays what it is."""
-    said = {
-        "name": ask.name or node[:8],
-        "role": ask.role,
-        "engine": ask.engine,
-        "profile": ask.profile,
-        "hardware": json.dumps(msgspec.to_builtins(ask.hardware)),
-        "url": ask.url if ask.role == "relay" else "",
-        "seen_at": now,
-    }
-    row = connection.execute(NODES.select().where(NODES.c.node == node)).first()
-    if row is not None:
-        connection.execute(NODES.update().where(NODES.c.node == node).values(said))
-        return row.status
-    status = first("node")
-    blank = msgspec.msgpack.encode(NodeRecord())
-    fresh = {"node": node, "public": public, "status": status, "registered_at": now, "record": blank}
-    connection.execute(NODES.insert().values(said | fresh))
-    record(connection, "node", [node], "", status, now, name=said["name"], role=ask.role)
-    return status
 
 
 def _digest(call: Call) -> str:
@@ -459,12 +441,18 @@ async def open_coordinator(config: Config) -> Coordinator:
 async def serve(config: Config) -> None:
     """Run a coordinator until it is told to stop."""
     listener = listen(config.coordinator.host, config.coordinator.port)
+    config = local_grants(config)
     coordinator = await open_coordinator(config)
     host, port = listener.getsockname()[:2]
     log.info("listening url=http://%s:%d run=%s", host, port, config.run.name)
     (config.folder / "coordinator.url").write_text(f"http://{host}:{port}\n")
+    if not (config.folder / "config.json").exists():
+        save(config, config.folder / "config.json")
+    is_by_hand = coordinator.metrics.begin(time.time())
     options = uvicorn.Config(coordinator.app(), log_level="warning", timeout_graceful_shutdown=2, access_log=False)
     try:
         await uvicorn.Server(options).serve(sockets=[listener])
     finally:
         coordinator.database.close()
+        if is_by_hand:
+            coordinator.metrics.write("end", time.time())

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from farflung.config import RelaySection
 from farflung.protocol.client import Client
+from farflung.protocol.exposition import exposition
 from farflung.protocol.identity import Key
 from farflung.protocol.server import listen
 from farflung.protocol.session import Session, stop_on_signals
@@ -82,7 +83,11 @@ class Relay:
             for task in tasks:
                 task.cancel()
 
-        routes = [Route("/v1/blobs/{digest}", self.mirror.blob), Route("/", self.about)]
+        routes = [
+            Route("/v1/blobs/{digest}", self.mirror.blob),
+            Route("/", self.about),
+            Route("/metrics", self.metrics),
+        ]
         return Starlette(routes=routes, lifespan=life)
 
     async def about(self, request: Request) -> Response:
@@ -91,6 +96,10 @@ class Relay:
         return JSONResponse(
             {"run": self.session.run, "step": figures.loaded_step, "sent_bytes": self.mirror.sent_bytes}
         )
+
+    async def metrics(self, request: Request) -> Response:
+        """The same for Prometheus."""
+        return Response(exposition(self.session, "relay"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _follow(self) -> None:
         while not self.session.is_over:

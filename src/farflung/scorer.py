@@ -8,6 +8,7 @@ import sys
 from farflung.config import Config
 from farflung.envs.child import ScorerChild
 from farflung.protocol.client import Client
+from farflung.protocol.exposition import expose
 from farflung.protocol.identity import Key
 from farflung.protocol.session import Session, stop_on_signals
 from farflung.rollouts import score
@@ -19,15 +20,18 @@ WAIT_S = 5.0
 class Scorer:
     """One scorer with a few children, each an environment in a process of its own."""
 
-    def __init__(self, url: str, key: Key, config: Config, *, name: str = "scorer") -> None:
-        self.client, self.config, self.name = Client(url, key), config, name
+    def __init__(self, url: str, key: Key, config: Config, *, root: bytes | None = None, name: str = "scorer") -> None:
+        self.client, self.config, self.name, self._root = Client(url, key), config, name, root
         self.is_stopping = False
         self.session: Session
         self.children: list[ScorerChild] = []
 
     async def run(self) -> None:
         """Work until the run ends or somebody says stop."""
-        self.session = await Session.open(self.client, "scorer", run=self.config.run.name, name=self.name)
+        self.session = await Session.open(
+            self.client, "scorer", run=self.config.run.name, root=self._root, name=self.name
+        )
+        expose(self.session, "scorer", self.config.scorer.metrics_port)
         stop_on_signals(self.stop)
         env = self.config.env
         async with contextlib.AsyncExitStack() as stack:
@@ -49,8 +53,10 @@ class Scorer:
 
     async def step(self) -> None:
         """Claim, judge, report."""
+        self.session.figures.phase = "waiting"
         jobs = await score.claim(self.session, self.config.scorer.claim, WAIT_S)
         if jobs:
+            self.session.figures.phase = "scoring"
             results = await score.judge(self.children, jobs, self.config.scorer.timeout_s)
             await score.report(self.session, results)
             faults = sum(bool(result.error) for result in results)

@@ -18,6 +18,7 @@ from farflung.learner.pack import Rollout, pack
 from farflung.learner.policy import Policy
 from farflung.protocol.client import Client
 from farflung.protocol.errors import WeightsError
+from farflung.protocol.exposition import expose
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Batch, Commit, Done
 from farflung.protocol.session import Session, stop_on_signals
@@ -32,8 +33,8 @@ WAIT_S = 5.0
 class Trainer:
     """The run's one trainer."""
 
-    def __init__(self, url: str, key: Key, config: Config) -> None:
-        self.client, self.key, self.config = Client(url, key), key, config
+    def __init__(self, url: str, key: Key, config: Config, *, root: bytes | None = None) -> None:
+        self.client, self.key, self.config, self._root = Client(url, key), key, config, root
         self.checkpoints = config.folder / "checkpoints"
         self.is_stopping = False
         self.done_step = -1
@@ -44,7 +45,10 @@ class Trainer:
 
     async def run(self) -> None:
         """Train until the last step is committed or somebody says stop."""
-        self.session = await Session.open(self.client, "trainer", run=self.config.run.name, name="trainer", engine="hf")
+        self.session = await Session.open(
+            self.client, "trainer", run=self.config.run.name, root=self._root, name="trainer", engine="hf"
+        )
+        expose(self.session, "trainer", self.config.learn.metrics_port)
         stop_on_signals(self.stop)
         beating = asyncio.create_task(self.session.keep_beating())
         try:

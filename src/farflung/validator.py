@@ -11,7 +11,8 @@ import torch
 from farflung.config import ValidatorSection
 from farflung.engine.local import LocalEngine
 from farflung.protocol.client import Client
-from farflung.protocol.errors import LeaseGone, WeightsError
+from farflung.protocol.errors import LeaseGone, Malformed, NotFound, WeightsError
+from farflung.protocol.exposition import expose
 from farflung.protocol.identity import Key, Signed
 from farflung.protocol.messages import AuditJob, Evidence, LeaseAnswer, LeaseRequest
 from farflung.protocol.session import Session, stop_on_signals
@@ -49,6 +50,7 @@ class Validator:
     async def run(self) -> None:
         """Work until the run ends or somebody says stop."""
         await self.open()
+        expose(self.session, "validator", self.settings.metrics_port)
         stop_on_signals(self.stop)
         beating = asyncio.create_task(self.session.keep_beating())
         try:
@@ -90,7 +92,10 @@ class Validator:
         self.session.figures.phase = "auditing"
         await self.weights.fetch(jobs[0].manifest)
         for evidence in await asyncio.to_thread(self._replay, jobs):
-            await verify.testify(self.session, self.key, evidence)
+            try:
+                await verify.testify(self.session, self.key, evidence)
+            except (Malformed, NotFound) as error:  # one odd audit must not stop the others
+                log.error("evidence refused audit=%s because=%s", evidence.audit, error)
         log.info("audited step=%d audits=%d", jobs[0].step, len(jobs))
 
     def _replay(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
@@ -101,6 +106,7 @@ class Validator:
     def _load(self, digest: str) -> None:
         manifest = self.weights.known(digest)
         if self.session.figures.loaded_step != manifest.step:
+            self.session.figures.loaded_step = -1  # until it is whole: half of another version would damn the honest
             self.engine.load(tensors(self.weights, manifest))
             self.session.figures.loaded_step = manifest.step
 

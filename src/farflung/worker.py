@@ -6,13 +6,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from farflung.config import WorkerSection
 from farflung.engine.base import Completion, Engine
+from farflung.engine.loading import model_bytes
 from farflung.engine.local import LocalEngine
 from farflung.protocol.client import Client
-from farflung.protocol.errors import Ejected, FarflungError, LeaseGone, Rejected, WeightsError
+from farflung.protocol.errors import (
+    BadSignature,
+    Ejected,
+    FarflungError,
+    LeaseGone,
+    Malformed,
+    NotFound,
+    Rejected,
+    TooLarge,
+    WeightsError,
+)
+from farflung.protocol.exposition import expose
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Done, Empty, Lease, LeaseAnswer, LeaseRequest
 from farflung.protocol.session import Session, stop_on_signals
@@ -23,6 +36,17 @@ from farflung.weights.fetch import fetch_model_config, tensors
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
 Wrap = Callable[[Engine], Engine]
+
+
+def refuse_oversize(config: bytes, dtype: torch.dtype, memory_gb: float) -> None:
+    """Raise WeightsError before memory is taken for a model that this machine should not hold."""
+    limit = memory_gb * 1e9 or psutil.virtual_memory().total / 2
+    need = model_bytes(config, dtype)
+    if need > limit:
+        raise WeightsError(
+            f"the run's model takes {need / 1e9:.1f} GB of memory, this node allows {limit / 1e9:.1f} GB; "
+            "allow more with --memory-gb, or join another run"
+        )
 
 
 class Worker:
@@ -40,10 +64,11 @@ class Worker:
         name: str = "",
         wrap: Wrap = lambda engine: engine,
         patience_s: float = 60.0,
+        invite: str = "",
     ) -> None:
         self.client = Client(url, key, patience_s=patience_s)
         self.key, self.folder, self.settings, self.name, self.wrap = key, folder, settings, name, wrap
-        self._run, self._root = run, root
+        self._run, self._root, self._invite = run, root, invite
         self.is_stopping = False
         self.session: Session
         self.engine: Engine
@@ -53,6 +78,7 @@ class Worker:
     async def run(self) -> None:
         """Work until the run ends, the node is ejected, or somebody says stop."""
         await self.open()
+        expose(self.session, "worker", self.settings.metrics_port)
         stop_on_signals(self.drain)
         beating = asyncio.create_task(self.session.keep_beating(self.prefetch))
         try:
@@ -68,11 +94,19 @@ class Worker:
     async def open(self) -> None:
         """Join: register, check the run's papers, build the empty model."""
         self.session = await Session.open(
-            self.client, "worker", run=self._run, root=self._root, name=self.name, engine="local"
+            self.client,
+            "worker",
+            run=self._run,
+            root=self._root,
+            name=self.name,
+            engine="local",
+            invite=self._invite,
         )
+        config = await fetch_model_config(self.session)
+        refuse_oversize(config, getattr(torch, self.session.info.dtype), self.settings.memory_gb)
         self.engine = self.wrap(
             LocalEngine.from_folder(
-                await fetch_model_config(self.session),
+                config,
                 dtype=getattr(torch, self.session.info.dtype),
                 threads=self.settings.threads,
                 eos_ids=self.session.info.eos_ids,
@@ -96,7 +130,9 @@ class Worker:
         """One lease, from asking to handing in."""
         self.session.figures.phase = "waiting"
         figures = self.session.figures
-        ask = LeaseRequest(loaded_step=figures.loaded_step, slots=self.settings.slots, wait_s=WAIT_S)
+        ask = LeaseRequest(
+            loaded_step=figures.loaded_step, slots=self.settings.slots, context=self.settings.context, wait_s=WAIT_S
+        )
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
         self.prefetch()
@@ -112,7 +148,7 @@ class Worker:
             await self._hand_in(lease)
         except (LeaseGone, Rejected) as error:
             log.warning("lost lease=%s because=%s", lease.lease, error)
-        except WeightsError as error:
+        except (WeightsError, BadSignature, NotFound, Malformed, TooLarge) as error:
             log.error("refusing lease=%s because=%s", lease.lease, error)
             await self._return(lease)
 
@@ -123,6 +159,7 @@ class Worker:
         manifest = await self.weights.fetch(manifest_digest)
         if manifest.step != figures.loaded_step:
             before = time.monotonic()
+            figures.loaded_step = -1  # until the swap is whole: one that fails half-way leaves a mixture
             await asyncio.to_thread(self._swap, manifest_digest)
             figures.sync_pause_s, figures.loaded_step = time.monotonic() - before, manifest.step
 

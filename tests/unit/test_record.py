@@ -48,7 +48,7 @@ def test_flagrant_cheating_ejects_at_the_fourth_audited_rollout() -> None:
     record, outcome = fold(NodeRecord(), bad(6), SETTINGS)
     assert (record.status, record.audited_rollouts, outcome.kind) == ("ejected", 4, "eject")
     assert outcome.statistic == record.m >= outcome.threshold == 1 / SETTINGS.false_ejection_probability
-    assert outcome.reason.startswith("after 4 audited rollouts, 4 of them bad, the evidence against this key is M = ")
+    assert outcome.reason.startswith("the evidence of 4 audited rollouts against this key is M = ")
     assert len(outcome.reason) <= 500
 
 

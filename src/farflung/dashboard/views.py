@@ -2,16 +2,16 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
+from farflung.dashboard.nodes import PAID, NodeLine, lines, tally
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import EvalView, Event, NodeView, Relays, RelayView, Status, StepView, Story, Verdict
-from farflung.store import db, ledger
+from farflung.store import db
 from farflung.store.book import Book
 from farflung.store.tables import (
     AUDITS,
@@ -24,7 +24,6 @@ from farflung.store.tables import (
     SUBMISSIONS,
     VERDICTS,
 )
-from farflung.trust.record import NodeRecord
 
 
 def manifest(connection: Connection, run: str, digest: str) -> Signed:
@@ -67,26 +66,29 @@ def story(connection: Connection, subject: str) -> Story:
 
 def status(connection: Connection, book: Book, now: float) -> Status:
     """The run at a glance."""
-    config = book.config
+    config, latest = book.config, book.latest(connection)
+    counts = tally(connection, book.run)
+    found = lines(connection, config, counts, latest.step, now)
+    paid = [counts.scored.get(n.node, (0, 0)) for n in found if n.is_worker and n.status != "ejected"]
     return Status(
         run=book.run,
         status=book.status(connection),
         model=config.model.path,
         env=config.env.name,
         steps_total=config.run.steps,
-        latest=book.latest(connection),
+        latest=latest,
         started_at=connection.execute(sa.select(RUNS.c.created_at).where(RUNS.c.run == book.run)).scalar_one(),
         now=now,
-        rollouts=_counts(connection, book, ROLLOUTS),
+        rollouts=dict(counts.statuses),
         groups=_counts(connection, book, GROUPS),
         leases_open=_counts(connection, book, LEASES).get("open", 0),
         leases_reissued=reissued(connection, book.run),
         audits=_counts(connection, book, AUDITS),
-        accepted=accepted(connection, book.run)[0],
-        accepted_tokens=accepted(connection, book.run)[1],
+        accepted=sum(count for count, _ in paid),
+        accepted_tokens=sum(tokens for _, tokens in paid),
         steps=steps(connection, book.run),
         evals=evals(connection, book.run),
-        nodes=nodes(connection, book, now),
+        nodes=[_view(line) for line in found],
         verdicts=verdicts(connection, book.run),
     )
 
@@ -94,9 +96,6 @@ def status(connection: Connection, book: Book, now: float) -> Status:
 def _counts(connection: Connection, book: Book, table: sa.Table) -> dict[str, int]:
     query = sa.select(table.c.status, sa.func.count()).where(table.c.run == book.run).group_by(table.c.status)
     return {row[0]: row[1] for row in connection.execute(query)}
-
-
-PAID = ("accepted", "batched", "trained", "dropped")
 
 
 def accepted(connection: Connection, run: str) -> tuple[int, int]:
@@ -139,7 +138,7 @@ def reissued(connection: Connection, run: str) -> int:
 def steps(connection: Connection, run: str) -> list[StepView]:
     """Committed steps after the first weights."""
     rows = connection.execute(
-        sa.select(STEPS)
+        sa.select(STEPS.c.step, STEPS.c.seen_reward, STEPS.c.seen_groups, STEPS.c.committed_at, STEPS.c.metrics)
         .where(STEPS.c.run == run, STEPS.c.status == "committed", STEPS.c.step > 0)
         .order_by(STEPS.c.step)
     )
@@ -166,58 +165,36 @@ def evals(connection: Connection, run: str) -> list[EvalView]:
     return [EvalView(step=row[0], score=row[1], tasks=row[2]) for row in rows]
 
 
-def nodes(connection: Connection, book: Book, now: float) -> list[NodeView]:
-    """Every node, those seen last first."""
-    rows = connection.execute(sa.select(NODES).order_by(NODES.c.role, NODES.c.registered_at).limit(1000)).all()
-    done = _per_node(connection, ROLLOUTS, ROLLOUTS.c.status.in_(PAID))
-    bad = _per_node(connection, ROLLOUTS, ROLLOUTS.c.status.in_(("rejected", "void")))
-    audits = _per_node(connection, AUDITS, AUDITS.c.status == "done")
-    accounts = ledger.balances(connection)
-    held = sa.select(LEASES.c.node, LEASES.c.lease).where(LEASES.c.run == book.run, LEASES.c.status == "open")
-    leases = {row.node: row.lease for row in connection.execute(held)}
-    lost_s = book.config.lease.lost_s
-    return [_node(row, done, bad, audits, accounts, leases, now, lost_s) for row in rows]
-
-
-def _per_node(connection: Connection, table: sa.Table, which: Any) -> dict[str, int]:
-    query = sa.select(table.c.node, sa.func.count()).where(which).group_by(table.c.node)
-    return {row[0]: row[1] for row in connection.execute(query)}
-
-
-def _node(
-    row: Row[Any],
-    done: dict[str, int],
-    bad: dict[str, int],
-    audits: dict[str, int],
-    accounts: dict[str, int],
-    leases: dict[str, str],
-    now: float,
-    lost_s: float,
-) -> NodeView:
-    record = msgspec.msgpack.decode(row.record, type=NodeRecord)
+def _view(line: NodeLine) -> NodeView:
     return NodeView(
-        node=row.node,
-        name=row.name,
-        role=row.role,
-        status=row.status,
-        record=f"{record.clean_rollouts} clean",
-        phase=row.phase,
-        loaded_step=row.loaded_step,
-        accepted=done.get(row.node, 0),
-        rejected=bad.get(row.node, 0),
-        audits=audits.get(row.node, 0),
-        statistic=record.m,
-        tokens_per_s=row.tokens_per_s,
-        credit=accounts.get(ledger.credit(row.node), 0),
-        escrow=accounts.get(ledger.escrow(row.node), 0),
-        lease=leases.get(row.node, ""),
-        seen_s_ago=now - row.seen_at,
-        is_online=now - row.seen_at < lost_s,
+        node=line.node,
+        name=line.name,
+        role=line.role,
+        status=line.status,
+        record=f"{line.record.clean_rollouts} clean",
+        phase=line.phase,
+        loaded_step=line.loaded_step,
+        accepted=line.accepted,
+        rejected=line.rejected,
+        audits=line.audits,
+        statistic=line.record.m,
+        tokens_per_s=line.tokens_per_s,
+        credit=line.credit,
+        escrow=line.escrow,
+        lease=line.lease,
+        seen_s_ago=line.seen_s_ago,
+        is_online=line.is_online,
     )
 
 
-def verdicts(connection: Connection, run: str) -> list[Verdict]:
-    """Every verdict, oldest first."""
-    query = sa.select(VERDICTS.c.document).where(VERDICTS.c.run == run).order_by(VERDICTS.c.id)
+def verdicts(connection: Connection, run: str, *, latest: int = 0) -> list[Verdict]:
+    """Every verdict, oldest first; or the latest ones, newest first."""
+    query = sa.select(VERDICTS.c.document).where(VERDICTS.c.run == run)
+    query = query.order_by(VERDICTS.c.id.desc()).limit(latest) if latest else query.order_by(VERDICTS.c.id)
     documents: Sequence[bytes] = connection.execute(query).scalars().all()
-    return [unseal(msgspec.msgpack.decode(d, type=Signed), "verdict", Verdict) for d in documents]
+    return [open_verdict(document) for document in documents]
+
+
+def open_verdict(document: bytes) -> Verdict:
+    """A stored verdict. Raises BadSignature if somebody changed it in the database."""
+    return unseal(msgspec.msgpack.decode(document, type=Signed), "verdict", Verdict)

@@ -42,6 +42,13 @@ def read_config(config: Path | str | bytes) -> dict[str, Any]:
     return fields
 
 
+def model_bytes(config: Path | str | bytes, dtype: torch.dtype) -> int:
+    """Bytes that the parameters of a `config.json` would take, found without taking them."""
+    with torch.device("meta"):
+        model = build(config, dtype)
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     """End-of-sequence ids, from the generation config if it names any, else from the model config."""
     generation = getattr(model, "generation_config", None)

@@ -28,7 +28,7 @@ from farflung.trust.evidence import Profile, Sample, calibrate, log_ratio, tally
 log = logging.getLogger(__name__)
 BUDGET = 32
 PROMPTS = 1024
-REPLAYED_AT_ONCE = 64
+REPLAYED_AT_LEAST = 16
 PARTS = {64: 1.0, 7: 0.25, 1: 0.0625}
 """Rows generated at once, and the share of the tokens that is generated so: few rows are slow."""
 UNSEEDED_PART = 0.5
@@ -92,12 +92,10 @@ def _samples(
 ) -> Iterator[Sample]:
     """(gap, margin) of each rollout under each verifier: generated `rows` at a time, replayed many at a time."""
     generator.max_rows = rows
-    endless = itertools.cycle(prompts)
+    endless, chunk = itertools.cycle(prompts), max(rows, REPLAYED_AT_LEAST)
     seen, said = 0, time.monotonic()
     while seen < tokens:
-        requests = [
-            Request(prompt, secrets.randbits(64), 1.0, BUDGET) for prompt in itertools.islice(endless, REPLAYED_AT_ONCE)
-        ]
+        requests = [Request(prompt, secrets.randbits(64), 1.0, BUDGET) for prompt in itertools.islice(endless, chunk)]
         made = requests if is_seeded else [replace(request, seed=secrets.randbits(64)) for request in requests]
         done = [completion for completion in generator.generate(made) if completion is not None]
         seen += sum(len(completion.ids) for completion in done)

@@ -98,7 +98,7 @@ async def _role(order: dict[str, Any], config: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     root = Key.load_or_make(config.folder / "keys" / "root").public
     if order["role"] == "trainer":
-        await Trainer(url, Key.load_or_make(config.folder / "keys" / "trainer"), config).run()
+        await Trainer(url, Key.load_or_make(config.folder / "keys" / "trainer"), config, root=root).run()
     elif order["role"] == "validator":
         key = Key.load_or_make(config.folder / "keys" / name)
         await Validator(url, key, folder, config.validator, run=config.run.name, root=root, name=name).run()

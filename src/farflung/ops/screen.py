@@ -116,7 +116,7 @@ def nodes_table(status: Status) -> Table:
     """Who is here and how they do."""
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for name in ("node", "role", "standing", "step", "phase", "tok/s", "accepted", "rejected", "audits", "credit"):
-        table.add_column(name, justify="right" if name in _NUMBERS else "left")
+        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
     for node in status.nodes:
         table.add_row(*_node_cells(node), style="" if node.is_online else "dim")
     return table
@@ -127,7 +127,8 @@ _NUMBERS = ("step", "tok/s", "accepted", "rejected", "audits", "credit")
 
 def _node_cells(node: NodeView) -> list[str | Text]:
     is_worker = node.role == "worker"
-    phase = node.phase if node.is_online else f"silent for {node.seen_s_ago:.0f} s"
+    is_silent = not node.is_online and node.phase != "gone"
+    phase = f"silent for {node.seen_s_ago:.0f} s" if is_silent else node.phase
     return [
         node.name,
         node.role,

@@ -15,8 +15,11 @@ from sqlalchemy import Connection
 
 from farflung.config import Config, load
 from farflung.dashboard import views
+from farflung.dashboard.meter import cost_usd, last_per_process
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.identity import Key
 from farflung.store.db import open_engine
+from farflung.store.metrics import Metrics
 from farflung.store.tables import AUDITS, EVENTS, NODES, ROLLOUTS, SUBMISSIONS, VERDICTS
 
 Line = dict[str, Any]
@@ -35,17 +38,12 @@ def summarise(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} holds no run: config.json is missing")
     config = load(folder / "config.json", environ={})
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder.parent})})
-    lines = list(_lines(folder / "metrics.jsonl"))
+    lines = list(Metrics(folder / "metrics.jsonl").lines())
     engine = open_engine(config.database_url)
     with engine.connect() as connection:
         figures = _figures(connection, config, lines)
     engine.dispose()
     return figures
-
-
-def _lines(path: Path) -> Iterator[Line]:
-    for text in path.read_text().splitlines():
-        yield json.loads(text)
 
 
 def _figures(connection: Connection, config: Config, lines: list[Line]) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def _figures(connection: Connection, config: Config, lines: list[Line]) -> dict[
         **_trainer(steps),
         **_weights(lines, steps),
     }
-    cost = _cost(lines, config, end - start)
+    cost = cost_usd(last_per_process(lines).values(), end - start, config)
     verified = figures["tokens_verified"]
     figures["cost_usd"] = round(cost, 6)
     figures["usd_per_million_verified_tokens"] = round(cost / verified * 1e6, 4) if verified else None
@@ -157,15 +155,10 @@ def _audits(connection: Connection, run: str) -> dict[str, Any]:
 # --- time and money --------------------------------------------------------------------------------------------------
 
 
-def _last_per_process(lines: list[Line]) -> dict[tuple[str, float], Line]:
-    """The last heartbeat's figures of every process that ever was, by node and start."""
-    return {(line["node"], line["started_at"]): line for line in lines if line["kind"] == "node"}
-
-
 def _work(connection: Connection, run: str, lines: list[Line], config: Config) -> dict[str, Any]:
     cpu: dict[str, float] = defaultdict(float)
     work: dict[str, float] = defaultdict(float)
-    for line in _last_per_process(lines).values():
+    for line in last_per_process(lines).values():
         cpu[line["role"]] += line["cpu_s"]
         work[line["role"]] += line["work_cpu_s"]
     return {
@@ -191,7 +184,7 @@ def _steady(connection: Connection, run: str, lines: list[Line]) -> float | None
     if since is None:
         return None
     early = [line for line in lines if line["kind"] == "node" and line["at"] <= since]
-    before, after = _last_per_process(early), _last_per_process(lines)
+    before, after = last_per_process(early), last_per_process(lines)
     gained: dict[str, float] = defaultdict(float)
     for key, line in after.items():
         gained[line["role"]] += line["work_cpu_s"] - (before[key]["work_cpu_s"] if key in before else 0.0)
@@ -202,24 +195,11 @@ def _submitters(run: str) -> Any:
     return sa.select(SUBMISSIONS.c.node).where(SUBMISSIONS.c.run == run)
 
 
-def _cost(lines: list[Line], config: Config, wall_s: float) -> float:
-    """Process-hours times prices; a process lives from its start to its last heartbeat."""
-    prices = config.prices
-    hourly = {
-        "worker": prices.worker_usd_per_hour,
-        "trainer": prices.trainer_usd_per_hour,
-        "validator": prices.validator_usd_per_hour,
-    }
-    lives = _last_per_process(lines).values()
-    paid = sum((line["heard_at"] - line["started_at"]) * hourly.get(line["role"], 0.0) for line in lives)
-    return (paid + wall_s * prices.coordinator_usd_per_hour) / 3600
-
-
 # --- who and how -----------------------------------------------------------------------------------------------------
 
 
 def _nodes(connection: Connection, config: Config) -> dict[str, Any]:
-    cheats = {cheat.name: cheat.attack for cheat in config.swarm.cheats}
+    cheats = dict(_cheats(config))
     rows = connection.execute(
         sa.select(VERDICTS, NODES.c.name)
         .join(NODES, NODES.c.node == VERDICTS.c.node)
@@ -230,7 +210,7 @@ def _nodes(connection: Connection, config: Config) -> dict[str, Any]:
         {
             "node": row.node,
             "name": row.name,
-            "true_role": cheats.get(row.name, "honest"),
+            "true_role": cheats.get(row.node, "honest"),
             "reason": reasons[row.node],
             "submissions_until_caught": row.submissions,
         }
@@ -242,6 +222,14 @@ def _nodes(connection: Connection, config: Config) -> dict[str, Any]:
         "nodes_ejected": ejected,
         "honest_ejected": sum(node["true_role"] == "honest" for node in ejected),
     }
+
+
+def _cheats(config: Config) -> Iterator[tuple[str, str]]:
+    """(node, attack) of the adversaries that the swarm started; names are whatever nodes call themselves."""
+    for cheat in config.swarm.cheats:
+        path = config.folder / "nodes" / cheat.name / "key"
+        if path.exists():
+            yield Key.load_or_make(path).id, cheat.attack
 
 
 def _trainer(steps: list[Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from farflung.protocol.identity import Key
 from farflung.protocol.messages import NodeView, Status
 from farflung.protocol.server import listen
 from farflung.store.metrics import Metrics
+from farflung.tasks.found import local_grants
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.25
@@ -54,7 +55,7 @@ class Swarm:
     """Every process of an embedded run."""
 
     def __init__(self, config: Config, *, is_plain: bool) -> None:
-        self.config = _granted(config)
+        self.config = _settled(config)
         self.folder = self.config.folder
         self.path = self.folder / "config.json"
         self.url = f"http://{self.config.coordinator.host}:{self.config.coordinator.port}"
@@ -71,7 +72,7 @@ class Swarm:
 
     async def run(self) -> int:
         """Start, watch, stop, sum up. Gives the exit code."""
-        self.metrics.write("start", time.time(), pid=os.getpid(), commit=commit())
+        self.metrics.begin(time.time())
         save(self.config, self.path)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -280,18 +281,10 @@ async def _wait(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _granted(config: Config) -> Config:
-    """The configuration with this machine's own keys as trainer, scorer and validators, and a port."""
-    keys = config.folder / "keys"
-    names = {"trainer": "trainer", "scorer": "scorer"}
-    names |= {f"validator-{number + 1}": "validator" for number in range(config.swarm.validators)}
-    grants = {Key.load_or_make(keys / name).public.hex(): role for name, role in names.items()}
-    coordinator = config.coordinator.model_copy(
-        update={
-            "grants": dict(config.coordinator.grants) | grants,
-            "port": _free_port(config),
-        }
-    )
+def _settled(config: Config) -> Config:
+    """The configuration with this machine's own keys as trusted roles, and a port."""
+    config = local_grants(config)
+    coordinator = config.coordinator.model_copy(update={"port": _free_port(config)})
     return config.model_copy(update={"coordinator": coordinator})
 
 
@@ -305,17 +298,3 @@ def _last_words(path: Path) -> str:
     """The last line of a log, without our own prefix."""
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return (lines[-1] if lines else f"nothing in {path}").removeprefix("farflung: ")
-
-
-def commit() -> str:
-    """The git commit that runs, or the version where there is no git."""
-    from importlib.metadata import version
-
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return version("farflung")
-    return found.stdout.strip()

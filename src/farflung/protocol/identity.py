@@ -30,6 +30,16 @@ def node_id(public: bytes) -> str:
     return "n" + base64.b32encode(hashlib.sha256(public).digest()[:10]).decode().lower()
 
 
+ADJECTIVES = ["amber", "ample", "azure", "bold", "brave", "brisk", "calm", "cheery", "clever", "coral", "crisp", "curly", "dapper", "eager", "early", "fancy", "fleet", "fluffy", "gentle", "glad", "golden", "humble", "ivory", "jolly", "keen", "kind", "lively", "lucky", "mellow", "merry", "misty", "modest", "nimble", "noble", "patient", "plucky", "polite", "proud", "quick", "quiet", "rapid", "rosy", "ruby", "rustic", "sandy", "shiny", "silver", "sleek", "snowy", "steady", "sunny", "swift", "tidy", "tiny", "vivid", "warm", "witty"]
+ANIMALS = ["badger", "beaver", "bison", "bobcat", "camel", "cheetah", "condor", "cougar", "coyote", "crane", "cricket", "dingo", "dolphin", "eagle", "egret", "falcon", "ferret", "finch", "fox", "gazelle", "gecko", "gibbon", "heron", "hornet", "ibex", "ibis", "iguana", "jackal", "jaguar", "kestrel", "koala", "lemur", "leopard", "lynx", "magpie", "marmot", "marten", "mole", "moose", "newt", "ocelot", "octopus", "orca", "osprey", "otter", "owl", "panda", "parrot", "pelican", "penguin", "puffin", "puma", "quail", "rabbit", "raven", "robin", "salmon", "seal", "shrew", "sparrow", "stork", "swan", "tapir", "tern", "toucan", "turtle", "walrus", "weasel", "wombat", "wren", "zebra"]
+
+
+def readable_name(node: str) -> str:
+    """What people call a node that gave no name: an adjective and an animal, the same for the same id. Not unique."""
+    draw = int.from_bytes(hashlib.sha256(node.encode()).digest()[:8])
+    return f"{ADJECTIVES[draw % len(ADJECTIVES)]}-{ANIMALS[draw // len(ADJECTIVES) % len(ANIMALS)]}"
+
+
 class Key:
     """A private key that can sign."""
 

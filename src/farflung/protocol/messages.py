@@ -1,7 +1,8 @@
 """Everything that crosses a machine, once, as bounded structs: the wire, the OpenAPI and the docs come from here.
 
 Every string and list has a bound and unknown fields are refused. Token ids travel as little-endian uint32 bytes
-(base64 in JSON), floats per token as little-endian float32 bytes. Times are Unix seconds.
+(base64 in JSON), floats per token as little-endian float32 bytes. Times are Unix seconds. Patterns end in `(?!\\n)$`
+because Python's `$` alone also matches before a last line feed.
 """
 
 from typing import Annotated, Literal
@@ -16,21 +17,22 @@ VERSION = 1
 MAX_TOKENS = 131_072
 MAX_SAMPLES = 4_096
 
-Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
-Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Meta(max_length=80, pattern=r"^[\w .:/+@()-]*$")]
+Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}(?!\n)$")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
+Name = Annotated[str, Meta(max_length=80, pattern=r"^[\w .:/+@()-]*(?!\n)$")]
 Line = Annotated[str, Meta(max_length=500)]
 Ids = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 Floats = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 Public = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Step = Annotated[int, Meta(ge=0, le=10**9)]
 Seed = Annotated[int, Meta(ge=0)]
 """Unsigned 64-bit; more than SQL or JavaScript numbers hold."""
 Purpose = Literal["train", "eval", "data"]
 Role = Literal["worker", "relay", "trainer", "validator", "scorer"]
-Url = Annotated[str, Meta(max_length=200, pattern=r"^(https?://[\w.:\[\]-]+)?$")]
+Url = Annotated[str, Meta(max_length=200, pattern=r"^(https?://[\w.:\[\]-]+)?(?!\n)$")]
 """Scheme, host and port, no path; empty for none."""
 
 
@@ -89,7 +91,7 @@ class Delegation(Message, frozen=True):
 class File(Message, frozen=True):
     """A small file that belongs to the run, such as the model's config.json."""
 
-    name: Annotated[str, Meta(pattern=r"^[\w.-]{1,80}$")]
+    name: Annotated[str, Meta(pattern=r"^\w[\w.-]{0,79}(?!\n)$")]
     digest: Digest
     size_bytes: Count
 
@@ -146,7 +148,7 @@ class Manifest(Message, frozen=True):
     step: Step
     base_step: Step
     """The step that the shards are a difference to; equal to `step` for an anchor."""
-    parent: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?$")]
+    parent: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?(?!\n)$")]
     """Digest of the previous step's manifest, empty for the first."""
     digest: Digest
     """SHA-256 over the (name, digest) pairs of all tensors in order: what the weights must come to."""
@@ -164,7 +166,7 @@ class Latest(Message, frozen=True):
     status: Name
     step: Annotated[int, Meta(ge=-1, le=10**9)]
     """Latest published policy step, -1 before the first."""
-    manifest: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?$")]
+    manifest: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?(?!\n)$")]
     """Digest of its sealed manifest."""
 
 
@@ -324,7 +326,7 @@ class ScoreResult(Message, frozen=True):
 
     rollout: Id
     reward: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    parts: Annotated[dict[str, float], Meta(max_length=32)] = {}
+    parts: Annotated[dict[Line, Finite], Meta(max_length=32)] = {}
     answer: Annotated[str, Meta(max_length=500)] = ""
     error: Line = ""
 

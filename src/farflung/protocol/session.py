@@ -107,6 +107,7 @@ class Session:
         name: str = "",
         engine: str = "",
         url: str = "",
+        invite: str = "",
     ) -> "Session":
         """Register and learn the run. Raises Refusal, BadSignature or ConfigError."""
         index = await client.get("/v1", Index)
@@ -131,6 +132,7 @@ class Session:
             profile=info.profile,
             hardware=hardware(),
             url=url,
+            invite=invite,
         )
         await client.post("/v1/nodes", register, Welcome)
         return cls(client, run, info, keys)

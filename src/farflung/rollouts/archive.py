@@ -10,6 +10,7 @@ from farflung.protocol.messages import SubmissionBody
 from farflung.store.blobs import Blobs
 
 REMEMBERED = 256
+REMEMBERED_TOKENS = 1 << 24
 
 
 class Archive:
@@ -21,13 +22,22 @@ class Archive:
 
     async def body(self, digest: str) -> SubmissionBody:
         """The stored tokens of one submission. Raises NotFound."""
-        if digest not in self._seen:
-            self._seen[digest] = msgspec.msgpack.decode(await self._blobs.get(digest), type=SubmissionBody)
-            while len(self._seen) > REMEMBERED:
-                self._seen.popitem(last=False)
-        self._seen.move_to_end(digest)
-        return self._seen[digest]
+        if digest in self._seen:
+            self._seen.move_to_end(digest)
+            return self._seen[digest]
+        body = msgspec.msgpack.decode(await self._blobs.get(digest), type=SubmissionBody)
+        self._seen[digest] = body
+        while len(self._seen) > REMEMBERED or self._is_too_large():
+            self._seen.popitem(last=False)
+        return body
+
+    def _is_too_large(self) -> bool:
+        return len(self._seen) > 1 and sum(map(_tokens, self._seen.values())) > REMEMBERED_TOKENS
 
     def text(self, ids: bytes) -> str:
         """Token ids as text, without special tokens."""
         return self._tokenizer.decode(wire.unpack_ids(ids).tolist(), skip_special_tokens=True)
+
+
+def _tokens(body: SubmissionBody) -> int:
+    return sum(len(rollout.ids) for rollout in body.rollouts) // 4

@@ -15,7 +15,7 @@ from farflung.protocol import seeds
 from farflung.protocol.errors import Conflict, StepTaken
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Batch, BatchGroup, BatchRollout, Manifest
-from farflung.rollouts.credit import drop_groups
+from farflung.rollouts.credit import audits_waiting, drop_groups
 from farflung.store import ledger
 from farflung.store.book import Book
 from farflung.store.db import move, record
@@ -209,7 +209,9 @@ def _drop_stale(connection: Connection, book: Book, latest: int, now: float) -> 
 def _mature(connection: Connection, book: Book, step: int, now: float) -> None:
     """What nodes earned up to this policy step is theirs for good."""
     earned = sa.select(ENTRIES.c.account).where(ENTRIES.c.account.like("escrow:%")).distinct()
-    waiting = set(connection.execute(sa.select(AUDITS.c.node).where(_is_undecided(book), AUDITS.c.step <= step)).scalars())
+    undecided = sa.and_(AUDITS.c.run == book.run, AUDITS.c.outcome.is_(None), AUDITS.c.status != "cancelled")
+    query = sa.select(AUDITS.c.node).where(undecided, AUDITS.c.step <= step).distinct()
+    waiting = set(connection.execute(query).scalars())  # a verdict may yet burn what they have in escrow
     for account in list(connection.execute(earned).scalars()):
         node = account.removeprefix("escrow:")
         if node in waiting:
@@ -218,11 +220,6 @@ def _mature(connection: Connection, book: Book, step: int, now: float) -> None:
         tokens = min(tokens, ledger.balance(connection, account))
         transfer = ledger.Transfer(f"{book.run}-step-{step}", account, ledger.credit(node), tokens)
         ledger.post(connection, [transfer], book.run, now)
-
-
-def _is_undecided(book: Book) -> sa.ColumnElement[bool]:
-    """Audits without a verdict: what they may yet burn must not mature."""
-    return sa.and_(AUDITS.c.run == book.run, AUDITS.c.outcome.is_(None), AUDITS.c.status != "cancelled")
 
 
 def _earned(connection: Connection, book: Book, node: str, step: int) -> int:
@@ -235,7 +232,7 @@ def _earned(connection: Connection, book: Book, node: str, step: int) -> int:
 
 
 def finish(connection: Connection, book: Book, now: float) -> bool:
-    """End a run whose last policy is evaluated and whose audits are answered; whatever nodes in good standing earned is theirs."""
+    """End a run once its last policy is evaluated and no audit waits; what nodes in good standing earned is theirs."""
     if book.status(connection) != "finishing":
         return False
     due = book.config.eval_steps(book.config.run.steps)
@@ -252,7 +249,7 @@ def finish(connection: Connection, book: Book, now: float) -> bool:
     ).scalar_one()
     if done < len(due) * min(tasks, book.config.eval.tasks):
         return False
-    if connection.execute(sa.select(sa.func.count()).where(_is_waiting(book))).scalar_one():
+    if audits_waiting(connection, book):
         return False
     for node in list(connection.execute(sa.select(NODES.c.node).where(NODES.c.status != "ejected")).scalars()):
         ledger.clear(connection, node, ledger.credit(node), f"end of {book.run}", book.run, now)

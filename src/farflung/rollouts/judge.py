@@ -29,15 +29,20 @@ KIND = "evidence"
 
 
 def claim_audits(connection: Connection, book: Book, validator: str, limit: int, now: float) -> Sequence[Row[Any]]:
-    """Open audits of one step, oldest step first, now this validator's for a while."""
+    """Open audits of one step, now this validator's for a while: that of the longest waiting, and others of its step.
+
+    One that was claimed before and never answered waits from the end of that claim, so that an audit on which
+    validators break does not keep them from all others.
+    """
     _release(connection, book, now, AUDITS.c.claimed_until < now, why="the validator's claim lapsed")
     _release(connection, book, now, AUDITS.c.claimed_by == validator, why="the validator asks again")
     is_open = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "open")
-    step = connection.execute(sa.select(sa.func.min(AUDITS.c.step)).where(is_open)).scalar()
+    since = sa.case((AUDITS.c.claimed_until > AUDITS.c.opened_at, AUDITS.c.claimed_until), else_=AUDITS.c.opened_at)
+    first = sa.select(AUDITS.c.step).where(is_open).order_by(since, AUDITS.c.step).limit(1)
     rows = connection.execute(
         sa.select(AUDITS)
-        .where(is_open, AUDITS.c.step == step)
-        .order_by(AUDITS.c.opened_at)
+        .where(is_open, AUDITS.c.step == first.scalar_subquery())
+        .order_by(since)
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()

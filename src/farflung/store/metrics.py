@@ -1,6 +1,10 @@
 """The run's metrics.jsonl: one JSON object a line, appended as things happen. docs/metrics.md names the fields."""
 
+import contextlib
 import json
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,20 @@ class Metrics:
         """Append one line."""
         with self._path.open("a") as file:
             file.write(json.dumps({"kind": kind, "at": round(at, 3), **fields}) + "\n")
+
+    def begin(self, at: float) -> bool:
+        """Write the line that a stay begins with, unless one is under way; whether it was written."""
+        kinds = [line["kind"] for line in self.lines() if line["kind"] in ("start", "end")]
+        if kinds and kinds[-1] == "start":
+            return False
+        self.write("start", at, pid=os.getpid(), commit=commit())
+        return True
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Every line so far; one that a crash cut short is passed over."""
+        for text in self._path.read_text().splitlines() if self._path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(text)
 
     def note_node(self, node: str, role: str, since: float, beat: Heartbeat, now: float) -> None:
         """A node's own word of its CPU time and pauses."""
@@ -55,3 +73,17 @@ class Metrics:
             self.write("node", now, **fields)
         if sent_bytes:
             self.write("sent", now, size_bytes=sent_bytes)
+
+
+def commit() -> str:
+    """The git commit that runs, or the version where there is no git."""
+    from importlib.metadata import version
+
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return version("farflung")
+    return found.stdout.strip()

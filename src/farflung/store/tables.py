@@ -93,6 +93,8 @@ GROUPS = Table(
     Column("reward", Float),
     Column("is_informative", sa.Boolean),
     Index("group_of_run", "run", "purpose", "status", "step"),
+    Index("group_batch", "run", "batch_step"),
+    Index("group_task", "task"),
 )
 LEASES = Table(
     "leases",
@@ -110,6 +112,7 @@ LEASES = Table(
     Column("receipt", LargeBinary),
     Index("lease_open", "status", "expires_at"),
     Index("lease_node", "node", "status"),
+    Index("lease_recent", "run", "opened_at"),
 )
 ROLLOUTS = Table(
     "rollouts",
@@ -142,7 +145,8 @@ ROLLOUTS = Table(
     Index("rollout_status", "run", "status", "claimed_until"),
     Index("rollout_lease", "lease"),
     Index("rollout_submission", "submission"),
-    Index("rollout_node", "node", "status"),
+    Index("rollout_group", "group"),
+    Index("rollout_node", "node", "status", "run", "tokens", "reward"),  # the tally of every node without the table
 )
 SUBMISSIONS = Table(
     "submissions",
@@ -176,6 +180,7 @@ AUDITS = Table(
     Column("tokens", Integer, nullable=False, default=0),
     Index("audit_status", "run", "status", "step"),
     Index("audit_submission", "submission"),
+    Index("audit_node", "node", "status"),
 )
 VERDICTS = Table(
     "verdicts",
@@ -196,7 +201,7 @@ ENTRIES = Table(
     Column("cause", Text, nullable=False),
     Column("account", Text, nullable=False),
     Column("tokens", BigInteger, nullable=False),
-    Index("entry_account", "account"),
+    Index("entry_account", "account", "at", "tokens"),  # balances without the table
     Index("entry_cause", "cause"),
 )
 EVENTS = Table(

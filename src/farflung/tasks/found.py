@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sqlalchemy import Connection
 from tokenizers import Tokenizer
 
-from farflung.config import Config
+from farflung.config import Config, Role
 from farflung.envs.base import Split
 from farflung.envs.child import ScorerChild
 from farflung.protocol import wire
@@ -106,6 +106,22 @@ def _from_hub(name: str, file: str) -> Path:
         raise ConfigError(
             f"model path {name!r} is no folder, and no such model can be had from the hub ({type(error).__name__})"
         ) from error
+
+
+def local_grants(config: Config) -> Config:
+    """The configuration with keys in the run's own folder as trainer, scorer and validators, made where missing.
+
+    A run whose trusted roles are elsewhere names their public keys in coordinator.grants, and nothing is made here.
+    """
+    if config.coordinator.grants:
+        return config
+    keys = config.folder / "keys"
+    keys.mkdir(parents=True, exist_ok=True)
+    names: dict[str, Role] = {"trainer": "trainer", "scorer": "scorer"}
+    names |= {f"validator-{number + 1}": "validator" for number in range(config.swarm.validators)}
+    grants = {Key.load_or_make(keys / name).public.hex(): role for name, role in names.items()}
+    coordinator = config.coordinator.model_copy(update={"grants": grants})
+    return config.model_copy(update={"coordinator": coordinator})
 
 
 async def found(config: Config, database: Database, model: Model, key: Key, now: float) -> Book:

@@ -61,7 +61,7 @@ def _pause_s(connection: Connection, book: Book, node: str, now: float) -> float
         LEASES.c.node == node, LEASES.c.status == "returned", LEASES.c.opened_at > now - 2 * most_s
     )
     count, last = connection.execute(query).one()
-    return last + min(2.0 ** (count - 1), most_s) - now if count else 0.0
+    return last + min(2.0 ** min(count - 1, 30), most_s) - now if count else 0.0
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -140,9 +140,8 @@ def _void(worst: Finding, settings: TrustSettings) -> Outcome:
 def _eject(record: NodeRecord, finding: Finding, settings: TrustSettings) -> Outcome:
     alpha = settings.false_ejection_probability
     reason = (
-        f"after {record.audited_rollouts} audited rollouts, {record.bad_rollouts} of them bad, the evidence against "
-        f"this key is M = {record.m:.3g}, not below {1 / alpha:.3g}, where an honest key ever comes with probability "
-        f"{alpha:.3g} at most; {_flips(finding)}"
+        f"the evidence of {record.audited_rollouts} audited rollouts against this key is M = {record.m:.3g}, not below "
+        f"{1 / alpha:.3g}, where an honest key ever comes with probability {alpha:.3g} at most; {_flips(finding)}"
     )
     return Outcome("eject", record.m, 1 / alpha, reason)
 

@@ -66,6 +66,13 @@ class Versions:
             raise WeightsError(f"manifest {digest[:12]} was not fetched, or dropped for newer ones; fetch it first")
         return self._known[digest]
 
+    def discard(self, shard: str) -> None:
+        """Give up a shard that the disk lost or changed; the versions that need it are fetched anew."""
+        self.path(shard).unlink(missing_ok=True)
+        for digest, manifest in list(self._known.items()):
+            if any(shard == s.digest for s in manifest.shards):
+                del self._known[digest]
+
     def is_wanted(self, shard: str) -> bool:
         """Whether a shard belongs to a version that is here or on its way."""
         return any(shard == s.digest for manifest in self._kept() for s in manifest.shards)

@@ -46,5 +46,9 @@ def _read(versions: Versions, shard: Shard) -> dict[str, torch.Tensor]:
         data = versions.path(shard.digest).read_bytes()
         check_shard(data, shard.digest, shard.size_bytes)
         return load(data)
+    except WeightsError:
+        versions.discard(shard.digest)
+        raise
     except (OSError, SafetensorError) as error:
+        versions.discard(shard.digest)
         raise WeightsError(f"shard {shard.digest[:12]} cannot be read from {versions.folder}: {error}") from error

@@ -1,6 +1,6 @@
 """Write the generated documentation: docs/config.md whole, and the marked parts of docs/protocol.md.
 
-    python scripts/make_config_doc.py
+    python scripts/make_docs.py
 
 Everything comes from the code: settings from `config.fields()`, routes from `Coordinator.routes()`, messages from
 their source, errors and lifecycles from their tables, examples and test vectors by computing them.
@@ -17,7 +17,6 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
 
 from farflung import config
 from farflung.coordinator import Coordinator
@@ -43,7 +42,7 @@ def main() -> None:
 
 INTRO = """# Settings
 
-<!-- Written by scripts/make_config_doc.py from the fields in src/farflung/config.py. Change those, then run it. -->
+<!-- Written by scripts/make_docs.py from the fields in src/farflung/config.py. Change those, then run it. -->
 
 A run is described by one tree of settings. Four places can say something, each overrides the one before:
 
@@ -73,6 +72,7 @@ SECTIONS = {
     "coordinator": "Where the coordinator listens and keeps its state, and whom it trusts with which role.",
     "worker": "Workers of `farflung run`. A worker that is started by hand takes flags of its own.",
     "validator": "Validators.",
+    "relay": "Relays of `farflung run`. A relay that is started by hand takes flags of its own.",
     "scorer": "The scorer and its child processes.",
     "swarm": "What `farflung run` starts on this machine.",
     "prices": "What an hour of each role costs, for `cost_usd` in the summary.",
@@ -102,7 +102,7 @@ def _type(annotation: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(f"`{_value(choice)}`" for choice in args)
     if origin is tuple:
-        return "list of tables"
+        return "list of text" if args[0] is str else "list of tables"
     if origin is dict:
         return "table"
     return {Path: "path", str: "text", int: "whole number", float: "number", bool: "true or false"}[annotation]
@@ -115,7 +115,10 @@ def _value(value: Any) -> str:
 def _bounds(field: Any) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     said = [
-        f"{sign} {getattr(part, name)}" for part in field.metadata for name, sign in signs.items() if hasattr(part, name)
+        f"{sign} {getattr(part, name)}"
+        for part in field.metadata
+        for name, sign in signs.items()
+        if hasattr(part, name)
     ]
     said += [f"matches `{part.pattern}`" for part in field.metadata if getattr(part, "pattern", None)]
     return f" ({', '.join(said)})" if said else ""
@@ -197,7 +200,14 @@ def _lifecycles() -> str:
 
 # --- messages, out of their source -----------------------------------------------------------------------------------
 
-ALIASES = ("Id", "Digest", "Name", "Line", "Ids", "Floats", "Public", "Count", "Seconds", "Step", "Seed")
+ALIASES = {
+    node.targets[0].id: node.value
+    for node in ast.parse(inspect.getsource(messages)).body
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Subscript)
+}
+"""Names that the messages give to types, with what they stand for."""
+NO_LINE_FEED = r"(?!\n)$"
+"""How Python says that nothing follows; elsewhere `$` says it."""
 LIMITS = {"MAX_TOKENS": messages.MAX_TOKENS, "MAX_SAMPLES": messages.MAX_SAMPLES}
 
 
@@ -268,22 +278,14 @@ def wire_type(kind: ast.expr) -> str:
 def _bound(keyword: ast.keyword) -> str:
     words = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "at least", "max_length": "at most"}
     if keyword.arg == "pattern":
-        return f"matches `{ast.literal_eval(keyword.value)}`"
+        return f"matches `{ast.literal_eval(keyword.value).replace(NO_LINE_FEED, '$')}`"
     value = eval(compile(ast.Expression(keyword.value), "bound", "eval"), dict(LIMITS))  # our own source, a number
     return f"{words[str(keyword.arg)]} {value:,}" if isinstance(value, int) else f"{words[str(keyword.arg)]} {value:g}"
 
 
 def _aliases() -> str:
-    tree = ast.parse(inspect.getsource(messages))
-    named = {
-        node.targets[0].id: node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
     notes = {"Ids": "token ids, see Encoding", "Floats": "float32 values, see Encoding", "Seconds": "duration or time"}
-    wide = sorted(name for name in ("Purpose", "Role"))
-    rows = [(name, wire_type(named[name]), notes.get(name, "")) for name in ALIASES]
-    rows += [(f"`{name}`", wire_type(named[name]), "") for name in wide]
+    rows = [(name, wire_type(kind), notes.get(name, "")) for name, kind in ALIASES.items()]
     return table(("name", "type", "note"), rows)
 
 

@@ -1,0 +1,81 @@
+"""The live part: one snapshot for all who look, and server-sent events that carry what changed."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from farflung.dashboard.look import curves
+from farflung.dashboard.snapshot import Snapshot
+
+REFRESH_S = 1.0
+SHARE = 10.0
+"""The database is asked again no sooner than this many times as long as the last asking took."""
+NODES_EVERY_S = 3.0
+ALIVE_EVERY_S = 15.0
+MOST_VIEWERS = 256
+
+Frames = dict[str, str]
+"""Name of an event → its data."""
+
+
+class Live:
+    """Snapshots, shared and rationed, so that a thousand viewers cost the database as much as one."""
+
+    def __init__(self, look: Callable[[], Awaitable[Snapshot]], render: Callable[[str, Snapshot], str]) -> None:
+        self._look, self._render = look, render
+        self._lock = asyncio.Lock()
+        self._snapshot: Snapshot | None = None
+        self._frames: tuple[Snapshot | None, Frames] = (None, {})
+        self._due = 0.0
+        self.viewers = 0
+
+    async def snapshot(self) -> Snapshot:
+        """The run as it stands, or stood a moment ago."""
+        async with self._lock:
+            if self._snapshot is None or time.monotonic() >= self._due:
+                since = time.monotonic()
+                self._snapshot = await self._look()
+                took_s = time.monotonic() - since
+                self._due = since + max(REFRESH_S, SHARE * took_s)
+            return self._snapshot
+
+    async def frames(self) -> Frames:
+        """What is sent of the present snapshot, rendered once for everybody."""
+        snapshot = await self.snapshot()
+        if self._frames[0] is not snapshot:
+            self._frames = (snapshot, self._draw(snapshot))
+        return self._frames[1]
+
+    def _draw(self, snapshot: Snapshot) -> Frames:
+        frames = {name: self._render(f"{name}.html", snapshot) for name in ("head", "strip", "verdicts")}
+        return frames | {
+            "curves": json.dumps(curves(snapshot.steps, snapshot.evals) | {"until": snapshot.steps_total}),
+            "nodes": str(int(snapshot.now / NODES_EVERY_S)),
+        }
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events for one viewer, each part only when it changed."""
+        self.viewers += 1
+        try:
+            sent: Frames = {"nodes": (await self.frames())["nodes"]}
+            silent_since = time.monotonic()
+            yield b"retry: 2000\n\n"
+            while True:
+                frames = await self.frames()
+                fresh = [name for name, data in frames.items() if sent.get(name) != data]
+                if fresh:
+                    yield b"".join(event(name, frames[name]) for name in fresh)
+                    sent, silent_since = dict(frames), time.monotonic()
+                elif time.monotonic() - silent_since > ALIVE_EVERY_S:
+                    yield b": still here\n\n"
+                    silent_since = time.monotonic()
+                await asyncio.sleep(REFRESH_S)
+        finally:
+            self.viewers -= 1
+
+
+def event(name: str, data: str) -> bytes:
+    """One server-sent event; every line of its data gets its own field."""
+    lines = "".join(f"data: {line}\n" for line in data.splitlines() or [""])
+    return f"event: {name}\n{lines}\n".encode()

@@ -1,0 +1,205 @@
+"""How values look on a page: the Jinja environment, its filters, and charts as SVG. Everything is escaped."""
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from farflung.dashboard.stories import Moment
+from farflung.protocol.messages import EvalView, StepView
+
+HERE = Path(__file__).parent
+ID = re.compile(
+    r"(?<![\w-])(?:[rglat][0-9a-f]{12}|t[0-9a-f]{16}|n[a-z2-7]{16}|[a-z0-9][a-z0-9-]{0,40}-step-\d+|[0-9a-f]{64})(?![\w-])"
+)
+TEXT_SHOWN = 20_000
+POINTS = 600
+Point = tuple[float, float]
+
+
+def environment() -> Environment:
+    """Templates of the dashboard and the report, with autoescape on for all of them."""
+    env = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {
+        "ago": ago,
+        "cell": cell,
+        "clean": clean,
+        "compact": compact,
+        "count": count,
+        "fixed": fixed,
+        "link": link,
+        "linked": linked,
+        "percent": percent,
+        "size": size,
+        "usd": usd,
+        "when": when,
+    }
+    env.globals |= {"curve": curve, "tojson_text": json.dumps}
+    return env
+
+
+# --- text from strangers ---------------------------------------------------------------------------------------------
+
+
+def clean(text: str, limit: int = TEXT_SHOWN) -> str:
+    """Text whose control and direction characters are shown, not obeyed, cut to `limit` characters."""
+    cut = text[:limit]
+    shown = "".join(ch if ch in "\n\t" or unicodedata.category(ch) not in ("Cc", "Cf", "Cs") else "�" for ch in cut)
+    return shown if len(text) <= limit else f"{shown}… ({len(text) - limit:,} more characters)"
+
+
+def link(id: str | None, text: str = "") -> Markup | str:
+    """An id as a link to its story; long digests are shortened."""
+    if not id:
+        return "–"
+    shown = text or (f"{id[:10]}…" if len(id) == 64 else id)
+    return Markup('<a class="{}" href="/story/{}"{}>{}</a>').format(
+        "name" if text else "id", id, Markup(' title="{}"').format(id) if shown != id else "", clean(shown, 100)
+    )
+
+
+def linked(text: str) -> Markup:
+    """Text with every id in it made a link."""
+    cleaned, out, last = clean(text), Markup(), 0
+    for match in ID.finditer(cleaned):
+        out += escape(cleaned[last : match.start()]) + Markup(link(match[0]))
+        last = match.end()
+    return out + escape(cleaned[last:])
+
+
+def cell(value: Any) -> Markup | str:
+    """Any value in a table or list of facts."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, Moment):
+        return when(value)
+    if isinstance(value, float):
+        return fixed(value, 4)
+    return linked(str(value)) if isinstance(value, str) else count(value)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def count(value: float | None) -> str:
+    """A whole number with thousands apart."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def compact(value: float | None) -> str:
+    """A number in at most four characters and a letter."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    for bound, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= bound:
+            scaled = value / (1e3 if letter == "k" else bound)
+            return f"{scaled:.1f}{letter}" if abs(scaled) < 100 else f"{scaled:.0f}{letter}"
+    return f"{value:,.0f}" if abs(value) >= 10 or value == int(value) else f"{value:.1f}"
+
+
+def fixed(value: float | None, digits: int = 2) -> str:
+    """A number with so many decimals."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share."""
+    return "–" if value is None else f"{value * 100:.{digits}f} %"
+
+
+def usd(value: float | None) -> str:
+    """Money, with more decimals the less it is."""
+    return "–" if value is None else f"${value:,.{2 if value >= 10 else 3 if value >= 0.1 else 4}f}"
+
+
+def size(value: int) -> str:
+    """Bytes."""
+    amount = float(value)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:,.1f} TB"
+
+
+def ago(seconds: float) -> str:
+    """A span of time in its largest unit."""
+    seconds = max(0.0, seconds)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def when(at: float | None) -> Markup | str:
+    """A moment; the page's script, where there is one, turns it into local time."""
+    if at is None:
+        return "–"
+    moment = datetime.fromtimestamp(at, UTC)
+    return Markup('<time datetime="{}" title="{} UTC">{}</time>').format(
+        moment.isoformat(timespec="seconds"), moment.strftime("%Y-%m-%d %H:%M:%S"), moment.strftime("%H:%M:%S")
+    )
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
+    """At most so many points; neighbours are averaged."""
+    width = math.ceil(len(points) / most) or 1
+    chunks = [points[i : i + width] for i in range(0, len(points), width)]
+    return [(chunk[-1][0], sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
+
+
+def curves(steps: Sequence[StepView], evals: Sequence[EvalView]) -> dict[str, list[Point]]:
+    """The curves of a run as lists of (step, value)."""
+    return {
+        "reward": [(x, round(y, 5)) for x, y in thin([(step.step, step.reward) for step in steps])],
+        "heldout": [(view.step, round(view.score, 5)) for view in evals],
+    }
+
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640.0, 220.0, 36.0, 24.0, 10.0, 10.0
+
+
+def curve(points: Sequence[Point], label: str, until: float = 1.0) -> Markup:
+    """Values in [0, 1] over steps 0 … `until` as SVG, coloured by the page's style."""
+    last = max([until, 1.0, *(x for x, _ in points)])
+
+    def place(x: float, y: float) -> Point:
+        return (
+            round(LEFT + x / last * (WIDTH - LEFT - RIGHT), 1),
+            round(TOP + (1 - min(1.0, max(0.0, y))) * (HEIGHT - TOP - BOTTOM), 1),
+        )
+
+    grid = [Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, place(0, y)[1], WIDTH - RIGHT) for y in TICKS]
+    marks = [
+        Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 6, place(0, y)[1] + 4, f"{y:g}")
+        for y in TICKS
+    ]
+    marks += [
+        Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(place(x, 0)[0], HEIGHT - 6, anchor, f"{x:g}")
+        for x, anchor in ((0, "start"), (last, "end"))
+    ]
+    spots = [place(x, y) for x, y in points]
+    line = Markup('<polyline class="line" points="{}"/>').format(" ".join(f"{x},{y}" for x, y in spots))
+    dots = [Markup('<circle class="dot" cx="{}" cy="{}" r="3"/>').format(x, y) for x, y in spots if len(spots) <= 60]
+    return Markup('<svg class="curve" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, label, Markup("").join([*grid, *marks, line, *dots])
+    )
+
+
+TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -1,0 +1,240 @@
+"""The pages: GET, unsigned, readable without JavaScript. Every value on them is escaped and no script is inline."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from sqlalchemy import Row
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from farflung.config import Config
+from farflung.dashboard import browse, stories
+from farflung.dashboard.live import MOST_VIEWERS, Live
+from farflung.dashboard.look import HERE, clean, curves, environment
+from farflung.dashboard.meter import Meter
+from farflung.dashboard.nodes import DESCENDING, SORTS, ordered
+from farflung.dashboard.snapshot import Snapshot, take
+from farflung.protocol.errors import NotFound, Unavailable
+from farflung.protocol.states import statuses
+from farflung.rollouts.archive import Archive
+from farflung.store.db import Database
+
+NODES_A_PAGE = 100
+SECURITY = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+}
+"""What every page is sent with: hostile text that slipped through an escape still could not run."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the pages are made from. `archive` is None where the model's tokenizer cannot be had."""
+
+    config: Config
+    database: Database
+    archive: Archive | None
+    metrics: Path
+    clock: Callable[[], float]
+    is_live: bool = True
+
+    @cached_property
+    def meter(self) -> Meter:
+        """Cost and overhead so far."""
+        return Meter(self.metrics, self.config)
+
+    async def look(self) -> Snapshot:
+        """Read everything the home page shows."""
+        return await self.database.read(lambda c: take(c, self.config, self.meter, self.clock()))
+
+
+class Pages:
+    """One method per page."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self._templates = desk, environment()
+        self._templates.globals |= {"is_live": desk.is_live, "run": desk.config.run.name, "asset": asset}
+        self.live = Live(desk.look, self._part)
+
+    # --- pages -------------------------------------------------------------------------------------------------------
+
+    async def home(self, request: Request) -> Response:
+        """The run at a glance."""
+        s = await self.live.snapshot()
+        points = curves(s.steps, s.evals)
+        return self._page("home.html", s=s, points=points, page="home", table=_table(s, request))
+
+    async def nodes(self, request: Request) -> Response:
+        """The nodes table alone, for htmx."""
+        return self._page("nodes.html", table=_table(await self.live.snapshot(), request))
+
+    async def rollouts(self, request: Request) -> Response:
+        """Rollouts with their answers, newest first."""
+        asked = request.query_params
+        wanted = browse.Wanted(*(asked.get(name, "")[:80] for name in ("status", "node", "older", "newer")))
+        s = await self.live.snapshot()
+        counts, run = s.counts.statuses, self.desk.config.run.name
+        known = counts.get(wanted.status, 0)
+        found = await self.desk.database.read(lambda c: browse.rollouts(c, run, wanted, known))
+        texts = await self._texts(found.rows)
+        verdicts = {v.node: v for v in reversed(s.verdicts)}
+        return self._page(
+            "rollouts.html", page="rollouts", wanted=wanted, found=found, texts=texts, counts=counts,
+            statuses=statuses("rollout"), verdicts=verdicts, names=s.names, parts=browse.parts,
+        )  # fmt: skip
+
+    async def story(self, request: Request) -> Response:
+        """What is known of one id."""
+        subject = request.path_params["id"]
+        told = await self.desk.database.read(lambda c: stories.tell(c, self.desk.config.run.name, subject))
+        texts = await self._texts(told.rollouts[:64])
+        s = await self.live.snapshot()
+        return self._page("story.html", page="story", told=told, texts=texts, names=s.names, parts=browse.parts,
+                          verdicts={v.node: v for v in reversed(s.verdicts)})  # fmt: skip
+
+    async def find(self, request: Request) -> Response:
+        """The search box: to the story of an id, or to a node by its name."""
+        wanted = request.query_params.get("id", "").strip()[:100]
+        by_name = {node.name: node.node for node in (await self.live.snapshot()).nodes}
+        if not wanted:
+            return RedirectResponse("/", 303)
+        return RedirectResponse(request.url_for("dashboard:story", id=by_name.get(wanted, wanted)).path, 303)
+
+    async def weights(self, request: Request) -> Response:
+        """Published steps: digests, bytes, who trained them, who has them."""
+        s = await self.live.snapshot()
+        until = _number(request.query_params.get("until"), s.step)
+        loaded = Counter(node.loaded_step for node in s.nodes if node.is_present or s.status == "finished")
+        run = self.desk.config.run.name
+        versions = await self.desk.database.read(lambda c: browse.weights(c, run, until, loaded))
+        return self._page("weights.html", page="weights", s=s, versions=versions, present=loaded.total(), until=until,
+                          newer=min(s.step, until + browse.STEPS_A_PAGE), most=browse.STEPS_A_PAGE)  # fmt: skip
+
+    async def ledger(self, request: Request) -> Response:
+        """Who holds how much credit, and why."""
+        before = _number(request.query_params.get("before"), 0)
+        accounts = await self.desk.database.read(browse.accounts)
+        entries = await self.desk.database.read(lambda c: browse.entries(c, before))
+        names = {node: name for node, name, _, _ in accounts.nodes}
+        return self._page("ledger.html", page="ledger", accounts=accounts, entries=entries, before=before, names=names,
+                          most=browse.ENTRIES_A_PAGE)  # fmt: skip
+
+    async def events(self, request: Request) -> Response:
+        """Server-sent events."""
+        if self.live.viewers >= MOST_VIEWERS:
+            raise Unavailable(f"{MOST_VIEWERS} people are looking already; reload later", retry_after_s=30)
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(self.live.events(), media_type="text/event-stream", headers=headers)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _part(self, template: str, s: Snapshot) -> str:
+        return self._templates.get_template(template).render(s=s)
+
+    def _page(self, template: str, status: int = 200, **values: Any) -> Response:
+        text = self._templates.get_template(template).render(**values)
+        return HTMLResponse(text, status, headers={"cache-control": "no-store"})
+
+    def missing(self, error: NotFound) -> Response:
+        """The page for what is not there."""
+        return self._page("missing.html", 404, page="", reason=str(error))
+
+    async def _texts(self, rows: list[Row[Any]]) -> dict[str, str]:
+        """Transcripts of rollouts, where they are stored and can be read."""
+        found: dict[str, str] = {}
+        for row in rows:
+            if row.submission and row.position is not None and self.desk.archive is not None:
+                try:
+                    body = await self.desk.archive.body(row.submission)
+                except NotFound:
+                    continue
+                found[row.rollout] = clean(self.desk.archive.text(body.rollouts[row.position].ids))
+        return found
+
+
+def mount(app: FastAPI, desk: Desk) -> None:
+    """Put the pages on the coordinator's app, or on one of their own."""
+    pages = Pages(desk)
+    for path, page in (
+        ("/", pages.home),
+        ("/nodes", pages.nodes),
+        ("/rollouts", pages.rollouts),
+        ("/weights", pages.weights),
+        ("/ledger", pages.ledger),
+        ("/story", pages.find),
+        ("/story/{id}", pages.story),
+        ("/live", pages.events),
+    ):
+        app.add_api_route(
+            path,
+            _guarded(pages, page),
+            name=f"dashboard:{page.__name__}",
+            include_in_schema=False,
+            response_class=Response,
+        )
+    app.mount("/static", Static(directory=HERE / "static"), name="static")
+
+
+def _guarded(pages: Pages, page: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        try:
+            response = await page(request)
+        except NotFound as error:
+            response = pages.missing(error)
+        response.headers.update(SECURITY)
+        return response
+
+    return endpoint
+
+
+class Static(StaticFiles):
+    """Our own files; addressed by content (`asset`), so a browser may keep them."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """A file with its headers."""
+        response = await super().get_response(path, scope)
+        response.headers.update(SECURITY)
+        response.headers["cache-control"] = (
+            "public, max-age=31536000, immutable" if scope["query_string"] else "no-cache"
+        )
+        return response
+
+
+def asset(name: str) -> str:
+    """The address of a file under static/, with its digest."""
+    return f"/static/{name}?v={hashlib.sha256((HERE / 'static' / name).read_bytes()).hexdigest()[:12]}"
+
+
+# --- the nodes table -------------------------------------------------------------------------------------------------
+
+
+def _table(s: Snapshot, request: Request) -> dict[str, Any]:
+    """What of the nodes is asked for: column, direction, page."""
+    asked = request.query_params
+    sort = asked.get("sort", "role")
+    sort = sort if sort in SORTS else "role"
+    is_down = asked.get("order", "down" if sort in DESCENDING else "up") == "down"
+    pages = max(1, -(-len(s.nodes) // NODES_A_PAGE))
+    page = min(pages, max(1, _number(asked.get("page"), 1)))
+    rows = ordered(s.nodes, sort, is_down)[(page - 1) * NODES_A_PAGE : page * NODES_A_PAGE]
+    return {"rows": rows, "sort": sort, "is_down": is_down, "page": page, "pages": pages, "total": len(s.nodes),
+            "first_down": DESCENDING}  # fmt: skip
+
+
+def _number(text: str | None, default: int) -> int:
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 16 else default

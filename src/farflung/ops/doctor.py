@@ -1,0 +1,164 @@
+"""`farflung doctor`: what could keep this machine from taking part, each ✗ with the way to mend it."""
+
+import os
+import shutil
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from farflung.protocol.client import Client
+from farflung.protocol.errors import ConfigError, FarflungError
+from farflung.protocol.identity import CLOCK_SKEW_S, Key, Signed, node_id, readable_name
+from farflung.protocol.messages import VERSION, Run, Status
+from farflung.protocol.server import listen
+from farflung.protocol.session import Index, check_run
+from farflung.weights.manifest import open_manifest
+
+SPARE_BYTES = 1 << 30
+RUN_TIME_FACTOR = 3
+"""Memory to run a model, as a multiple of its weights: the weights, a shard on its way, caches."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check."""
+
+    what: str
+    is_well: bool
+    told: str
+    mend: str = ""
+
+
+async def doctor(url: str, folder: Path, root: bytes | None) -> bool:
+    """Print every finding; whether nothing is in the way."""
+    console = Console(highlight=False)
+    is_well = True
+    async for finding in examine(url, folder, root):
+        is_well &= finding.is_well
+        show(console, finding)
+    return is_well
+
+
+def show(console: Console, finding: Finding) -> None:
+    """One line, and the mend below it where one is needed."""
+    mark = "[green]✓[/]" if finding.is_well else "[red]✗[/]"
+    console.print(f"{mark} {finding.what:<12} {finding.told}", soft_wrap=True)
+    if not finding.is_well:
+        console.print(f"  [yellow]{finding.mend}[/]", soft_wrap=True)
+
+
+async def examine(url: str, folder: Path, root: bytes | None) -> AsyncIterator[Finding]:
+    """This machine first, then the way to the coordinator and what its run needs."""
+    for check in (_python, _torch, lambda: _key(folder), lambda: _disk(folder, 0), _ports):
+        yield check()
+    if url:
+        async for finding in _remote(url, folder, root):
+            yield finding
+
+
+def _python() -> Finding:
+    found = sys.version.split()[0]
+    return Finding("python", sys.version_info >= (3, 11), found, "install Python 3.11 or later")
+
+
+def _torch() -> Finding:
+    try:
+        found = version("torch")
+        version("transformers")
+    except PackageNotFoundError as error:
+        return Finding("torch", False, f"{error.name} is missing", "pip install 'farflung[learn]'")
+    return Finding("torch", True, found)
+
+
+def _key(folder: Path) -> Finding:
+    path = folder / "key"
+    if not path.exists():
+        return Finding("key", True, f"none yet; {path} will be made, readable by you alone")
+    try:
+        key = Key.load_or_make(path)
+    except ConfigError as error:
+        return Finding("key", False, str(error), f"mv {path} {path}.broken")
+    is_private = not stat.S_IMODE(path.stat().st_mode) & 0o077
+    told = f"{readable_name(key.id)} ({key.id}) in {path}"
+    return Finding("key", is_private, told, f"others can read it; chmod 600 {path}")
+
+
+def _disk(folder: Path, need_bytes: int) -> Finding:
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free - SPARE_BYTES
+    is_well = free > need_bytes and os.access(place, os.W_OK)
+    told = f"{free / 1e9:.1f} GB free in {place}, {need_bytes / 1e9:.2f} GB needed"
+    return Finding("disk", is_well, told, "free some space, or choose another place with --folder")
+
+
+def _ports() -> Finding:
+    try:
+        listen("127.0.0.1", 0).close()
+    except ConfigError as error:
+        return Finding("ports", False, str(error), "close what holds this machine's ports; a relay needs one")
+    return Finding("ports", True, "a worker needs none, a relay could open one")
+
+
+# --- the coordinator and its run -------------------------------------------------------------------------------------
+
+
+async def _remote(url: str, folder: Path, root: bytes | None) -> AsyncIterator[Finding]:
+    client = Client(url, Key.make(), patience_s=0.0)
+    try:
+        index = await client.get("/v1", Index)
+        yield _protocol(url, index)
+        for run in index.runs:
+            status = await client.get(f"/v1/runs/{run}/status", Status)
+            yield _clock(status.now)
+            async for finding in _run(client, run, folder, root, status):
+                yield finding
+    except FarflungError as error:
+        yield Finding("coordinator", False, str(error), f"check the address {url}, this machine's network and a proxy")
+    finally:
+        await client.close()
+
+
+def _protocol(url: str, index: Index) -> Finding:
+    is_well = index.minimum_version <= VERSION <= index.version
+    told = f"{url} speaks protocol {index.minimum_version} to {index.version}, this node {VERSION}"
+    return Finding("coordinator", is_well, told, "pip install -U farflung")
+
+
+def _clock(theirs: float) -> Finding:
+    skew_s = time.time() - theirs
+    told = f"{skew_s:+.1f} s from the coordinator's, {CLOCK_SKEW_S} s are allowed"
+    return Finding(
+        "clock", abs(skew_s) < CLOCK_SKEW_S, told, "set this machine's clock, for instance with ntpd or timedatectl"
+    )
+
+
+async def _run(client: Client, run: str, folder: Path, root: bytes | None, status: Status) -> AsyncIterator[Finding]:
+    papers = await client.get(f"/v1/runs/{run}", Run)
+    try:
+        _, keys = check_run(papers, run, root)
+    except FarflungError as error:
+        yield Finding("papers", False, str(error), "ask the operator for the right address; do not join")
+        return
+    yield Finding("papers", True, f"run {run!r} is vouched for by root {node_id(papers.root)}")
+    if not status.latest.manifest:
+        yield Finding("weights", True, "none published yet")
+        return
+    signed = await client.get(f"/v1/runs/{run}/manifests/{status.latest.manifest}", Signed)
+    manifest = open_manifest(signed, keys["weights"], run, status.latest.manifest)
+    size_bytes = sum(shard.size_bytes for shard in manifest.shards)
+    yield Finding("weights", True, f"step {manifest.step}, {size_bytes / 1e9:.3f} GB, signature and digest are right")
+    yield _disk(folder, size_bytes)
+    yield _memory(size_bytes)
+
+
+def _memory(size_bytes: int) -> Finding:
+    free, need = psutil.virtual_memory().available, RUN_TIME_FACTOR * size_bytes
+    told = f"{free / 1e9:.1f} GB free, {need / 1e9:.2f} GB needed"
+    return Finding("memory", free > need, told, "close other programs, or join with a machine that has more")

@@ -1,0 +1,108 @@
+"""`farflung join`: from an address to a working node, with a look at the machine first and its earnings last."""
+
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rich.console import Console
+
+from farflung.config import WorkerSection
+from farflung.ops import doctor
+from farflung.protocol.client import Client
+from farflung.protocol.errors import ConfigError, FarflungError
+from farflung.protocol.identity import KEY_BYTES, Key, readable_name
+from farflung.protocol.messages import NodeView, Status
+from farflung.protocol.session import Index, hardware
+from farflung.worker import Worker
+
+BENCHMARK_S = 0.5
+SIZE = 768
+
+
+def parse(address: str) -> tuple[str, bytes | None]:
+    """`https://host:port#root` as URL and root key; without the fragment the first root met is believed."""
+    parts = urlsplit(address if "://" in address else f"http://{address}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{address!r} is no address; write https://host:port, as the operator gave it to you")
+    try:
+        root = bytes.fromhex(parts.fragment)
+    except ValueError:
+        root = b"?"
+    if root and len(root) != KEY_BYTES:
+        raise ConfigError(f"what follows # in {address!r} is no root key of {KEY_BYTES} bytes in hex; copy it again")
+    return f"{parts.scheme}://{parts.netloc}", root or None
+
+
+async def join(
+    address: str, folder: Path, settings: WorkerSection, *, name: str, run: str, invite: str, is_checked: bool
+) -> None:
+    """Check, work, and tell what came of it. Raises ConfigError if the machine cannot take part."""
+    url, root = parse(address)
+    console = Console(highlight=False, stderr=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = Key.load_or_make(folder / "key")
+    console.print(
+        f"You are [bold]{name or readable_name(key.id)}[/], node {key.id}, key in {folder / 'key'}", soft_wrap=True
+    )
+    machine = hardware()
+    console.print(
+        f"{machine.cpu}, {machine.cores} cores, {machine.memory_bytes / 1e9:.1f} GB, {benchmark(settings):.0f} GFLOP/s"
+    )
+    if is_checked:
+        await _preflight(console, url, folder, root)
+    worker = Worker(url, key, folder, settings, run=run, root=root, name=name, invite=invite)
+    try:
+        await worker.run()
+    finally:
+        await tell_earnings(console, url, key.id)
+
+
+async def _preflight(console: Console, url: str, folder: Path, root: bytes | None) -> None:
+    ill = 0
+    async for finding in doctor.examine(url, folder, root):
+        doctor.show(console, finding)
+        ill += not finding.is_well
+    if ill:
+        raise ConfigError(f"{ill} checks failed; mend them, or join all the same with --unchecked")
+
+
+def benchmark(settings: WorkerSection) -> float:
+    """float32 GFLOP/s of a matrix product on this node's threads: a word to people, believed by nobody."""
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    a_NN = torch.ones(SIZE, SIZE)
+    a_NN @ a_NN
+    since, rounds = time.monotonic(), 0
+    while time.monotonic() - since < BENCHMARK_S:
+        a_NN @ a_NN
+        rounds += 1
+    return rounds * 2 * SIZE**3 / (time.monotonic() - since) / 1e9
+
+
+async def tell_earnings(console: Console, url: str, node: str) -> None:
+    """What this node's account shows when it leaves."""
+    client = Client(url, Key.make(), patience_s=0.0)
+    try:
+        view = await _view(client, node)
+    except FarflungError as error:
+        sys.stderr.write(f"what this node earned cannot be told now: {error}\n")
+        return
+    finally:
+        await client.close()
+    if view is not None:
+        console.print(
+            f"{view.name} leaves with {view.credit:,} tokens of credit and {view.escrow:,} in escrow, "
+            f"for {view.accepted:,} accepted rollouts ({view.rejected:,} rejected); standing: {view.status}",
+            soft_wrap=True,
+        )
+
+
+async def _view(client: Client, node: str) -> NodeView | None:
+    for run in (await client.get("/v1", Index)).runs:
+        status = await client.get(f"/v1/runs/{run}/status", Status)
+        for view in status.nodes:
+            if view.node == node:
+                return view
+    return None
