@@ -319,6 +319,39 @@ def story(id: str, *, url: str) -> None:
 
 
 @app.command
+def view(folder: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
+    """Open the dashboard over a run that is over, read only.
+
+    Parameters
+    ----------
+    folder
+        The run's folder, such as runs/demo.
+    host
+        Address to listen on.
+    port
+        Port to listen on; 0 for any free one.
+    """
+    from farflung.ops.view import view as serve_view
+
+    serve_view(folder, host, port)
+
+
+@app.command
+def report(folder: Path) -> None:
+    """Write a run's report.html again, from its database and metrics.jsonl.
+
+    Parameters
+    ----------
+    folder
+        The run's folder, such as runs/demo.
+    """
+    from farflung.ops.report import write_report
+    from farflung.ops.summary import summarise
+
+    sys.stdout.write(f"{asyncio.run(write_report(folder, summarise(folder)))}\n")
+
+
+@app.command
 def summary(folder: Path) -> None:
     """Recompute a run's summary.json from its database and metrics.jsonl, and print it.
 

@@ -182,6 +182,11 @@ class PricesSection(Section):
     coordinator_usd_per_hour: float = setting(0.05, "The coordinator with its scorer: a small virtual machine.", ge=0)
 
 
+class SinksSection(Section):
+    wandb_project: str = setting("", "Project at Weights & Biases for step metrics; empty for none.")
+    trackio_project: str = setting("", "Project in Trackio for step metrics; empty for none.")
+
+
 class Config(Section):
     """Everything that can be set."""
 
@@ -200,6 +205,7 @@ class Config(Section):
     scorer: ScorerSection = ScorerSection()
     swarm: SwarmSection = SwarmSection()
     prices: PricesSection = PricesSection()
+    sinks: SinksSection = SinksSection()
 
     @property
     def folder(self) -> Path:

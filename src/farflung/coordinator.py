@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Connection
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
 from farflung.config import Config, save
-from farflung.dashboard import views
+from farflung.dashboard import pages, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
 from farflung.protocol.errors import Forbidden, Malformed, NotFound
@@ -304,10 +304,6 @@ class Coordinator:
         """Everything that happened to one id."""
         return await self.database.read(lambda c: views.story(c, call.path["id"]))
 
-    async def docs(self, call: Call) -> Response:
-        """The way to the documentation of this very API."""
-        return RedirectResponse("/docs")
-
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _here(self, call: Call) -> None:
@@ -370,6 +366,7 @@ class Coordinator:
 
         app = FastAPI(title="farflung coordinator", version=str(m.VERSION), lifespan=life)
         mount(app, self.routes(), self.book.key.id, self.clock)
+        pages.mount(app, pages.Desk(self.config, self.database, self.archive, self.metrics.path, self.clock))
         return app
 
     def routes(self) -> list[Route]:
@@ -377,7 +374,6 @@ class Coordinator:
         run = "/v1/runs/{run}"
         tokens = TOKENS_BYTES
         return [
-            Route("GET", "/", self.docs, signed=False),
             Route("GET", "/metrics", self.prometheus, signed=False),
             Route("GET", "/v1", self.index, None, Index, signed=False),
             Route("POST", "/v1/nodes", self.register, m.Register, m.Welcome),

@@ -23,6 +23,7 @@ from farflung.protocol.identity import Key
 from farflung.protocol.messages import Batch, Commit, Done
 from farflung.protocol.session import Session, stop_on_signals
 from farflung.rollouts.batch import claim, fetch
+from farflung.store.sinks import Sinks
 from farflung.weights.manifest import manifest_digest
 from farflung.weights.publish import digest_of, publish
 
@@ -42,6 +43,7 @@ class Trainer:
         self.session: Session
         self.learner: Learner
         self._waited_s = 0.0
+        self._sinks = Sinks(config)
 
     async def run(self) -> None:
         """Train until the last step is committed or somebody says stop."""
@@ -59,6 +61,7 @@ class Trainer:
             beating.cancel()
             await self.session.say_goodbye()
             await self.client.close()
+            self._sinks.finish()
 
     def stop(self) -> None:
         """Stop after the work in hand."""
@@ -135,6 +138,7 @@ class Trainer:
         metrics = self._metrics(batch, trained) | {"train_s": train_s, "publish_s": time.monotonic() - before}
         commit = Commit(manifest=signed, metrics=metrics, checkpoint=f"step-{batch.step:06d}")
         await self.client.post(self.session.path(f"steps/{batch.step}/commit"), commit, Done)
+        self._sinks.log(batch.step, metrics)
         self._waited_s = 0.0
         log.info(
             "committed step=%d reward=%.3f groups=%d/%d manifest=%s",

@@ -289,7 +289,6 @@ def test_a_body_over_the_cap_is_refused_declared_or_not(house) -> None:
         "/v1/runs/test/manifests/" + "0" * 64,
         "/v1/",
         "/nowhere",
-        "//v1",
     ],
 )
 def test_odd_paths_are_not_found(house, path) -> None:

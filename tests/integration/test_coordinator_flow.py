@@ -185,7 +185,9 @@ def test_stale_groups_are_dropped_wherever_their_rollouts_are(make_house) -> Non
     house.run(scenario)
 
 
-def test_a_voided_submission_reopens_what_was_complete(house) -> None:
+def test_a_voided_submission_reopens_what_was_complete(make_house) -> None:
+    house = make_house(run={"steps": 99}, trust={"probation_rollouts": 4, "audit_scale": 0.0, "audit_floor": 0.3})
+
     async def scenario(house) -> None:
         await house.step(0)
         await house.make_trusted("eve")
@@ -424,7 +426,8 @@ def test_a_verdict_after_the_batch_was_claimed_leaves_the_batch_as_it_is(make_ho
 
 
 def test_a_verdict_on_matured_work_burns_no_more_than_there_is(make_house) -> None:
-    house = make_house(coordinator={"mature_steps": 0}, trust={"audit_scale": 0.0, "audit_floor": 0.3})
+    trust = {"probation_rollouts": 4, "audit_scale": 0.0, "audit_floor": 0.3}
+    house = make_house(run={"steps": 99}, coordinator={"mature_steps": 0}, trust=trust)
 
     async def scenario(house) -> None:
         await house.step(0)

@@ -30,15 +30,19 @@ class Live:
         self._due = 0.0
         self.viewers = 0
 
-    async def snapshot(self) -> Snapshot:
-        """The run as it stands, or stood a moment ago."""
+    async def snapshot(self, patience_s: float = 0.0) -> Snapshot:
+        """The run as it stands, or stood a moment ago; up to `patience_s` longer ago where names are all that matter."""
         async with self._lock:
-            if self._snapshot is None or time.monotonic() >= self._due:
+            if self._snapshot is None or time.monotonic() >= self._due + patience_s:
                 since = time.monotonic()
                 self._snapshot = await self._look()
                 took_s = time.monotonic() - since
                 self._due = since + max(REFRESH_S, SHARE * took_s)
             return self._snapshot
+
+    def forget(self) -> None:
+        """Ask the database again at the next look."""
+        self._snapshot = None
 
     async def frames(self) -> Frames:
         """What is sent of the present snapshot, rendered once for everybody."""

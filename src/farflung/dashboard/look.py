@@ -38,6 +38,8 @@ def environment() -> Environment:
         "cell": cell,
         "clean": clean,
         "compact": compact,
+        "fields": fields,
+        "log10": math.log10,
         "count": count,
         "fixed": fixed,
         "link": link,
@@ -89,6 +91,12 @@ def cell(value: Any) -> Markup | str:
     if isinstance(value, float):
         return fixed(value, 4)
     return linked(str(value)) if isinstance(value, str) else count(value)
+
+
+def fields(detail: str) -> list[tuple[str, str]]:
+    """The detail of an event as names and values."""
+    found = json.loads(detail) if detail else {}
+    return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in found.items()]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The pages: GET, unsigned, readable without JavaScript. Every value on them is escaped and no script is inline."""
 
+import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -17,7 +18,7 @@ from starlette.types import Scope
 from farflung.config import Config
 from farflung.dashboard import browse, stories
 from farflung.dashboard.live import MOST_VIEWERS, Live
-from farflung.dashboard.look import HERE, clean, curves, environment
+from farflung.dashboard.look import HERE, TEXT_SHOWN, clean, curves, environment
 from farflung.dashboard.meter import Meter
 from farflung.dashboard.nodes import DESCENDING, SORTS, ordered
 from farflung.dashboard.snapshot import Snapshot, take
@@ -27,6 +28,8 @@ from farflung.rollouts.archive import Archive
 from farflung.store.db import Database
 
 NODES_A_PAGE = 100
+NAMES_S = 20.0
+"""Pages that need of the snapshot little more than names take one this old."""
 SECURITY = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -87,7 +90,7 @@ class Pages:
         """Rollouts with their answers, newest first."""
         asked = request.query_params
         wanted = browse.Wanted(*(asked.get(name, "")[:80] for name in ("status", "node", "older", "newer")))
-        s = await self.live.snapshot()
+        s = await self.live.snapshot(NAMES_S)
         counts, run = s.counts.statuses, self.desk.config.run.name
         known = counts.get(wanted.status, 0)
         found = await self.desk.database.read(lambda c: browse.rollouts(c, run, wanted, known))
@@ -103,14 +106,14 @@ class Pages:
         subject = request.path_params["id"]
         told = await self.desk.database.read(lambda c: stories.tell(c, self.desk.config.run.name, subject))
         texts = await self._texts(told.rollouts[:64])
-        s = await self.live.snapshot()
+        s = await self.live.snapshot(NAMES_S)
         return self._page("story.html", page="story", told=told, texts=texts, names=s.names, parts=browse.parts,
                           verdicts={v.node: v for v in reversed(s.verdicts)})  # fmt: skip
 
     async def find(self, request: Request) -> Response:
         """The search box: to the story of an id, or to a node by its name."""
         wanted = request.query_params.get("id", "").strip()[:100]
-        by_name = {node.name: node.node for node in (await self.live.snapshot()).nodes}
+        by_name = {node.name: node.node for node in (await self.live.snapshot(NAMES_S)).nodes}
         if not wanted:
             return RedirectResponse("/", 303)
         return RedirectResponse(request.url_for("dashboard:story", id=by_name.get(wanted, wanted)).path, 303)
@@ -156,20 +159,22 @@ class Pages:
 
     async def _texts(self, rows: list[Row[Any]]) -> dict[str, str]:
         """Transcripts of rollouts, where they are stored and can be read."""
-        found: dict[str, str] = {}
+        archive, found = self.desk.archive, dict[str, str]()
+        if archive is None:
+            return found
         for row in rows:
-            if row.submission and row.position is not None and self.desk.archive is not None:
+            if row.submission and row.position is not None:
                 try:
-                    body = await self.desk.archive.body(row.submission)
+                    ids = (await archive.body(row.submission)).rollouts[row.position].ids
                 except NotFound:
                     continue
-                found[row.rollout] = clean(self.desk.archive.text(body.rollouts[row.position].ids))
+                found[row.rollout] = clean(await asyncio.to_thread(archive.text, ids[: 4 * TEXT_SHOWN]))
         return found
 
 
 def mount(app: FastAPI, desk: Desk) -> None:
     """Put the pages on the coordinator's app, or on one of their own."""
-    pages = Pages(desk)
+    app.state.pages = pages = Pages(desk)
     for path, page in (
         ("/", pages.home),
         ("/nodes", pages.nodes),

@@ -63,6 +63,16 @@ class Snapshot:
         return sum(node.is_present and node.status != "ejected" for node in self.workers)
 
     @property
+    def accepted(self) -> int:
+        """Rollouts accepted from workers in good standing."""
+        return sum(node.accepted for node in self.workers if node.status != "ejected")
+
+    @property
+    def rejected(self) -> int:
+        """Rollouts rejected or void."""
+        return sum(node.rejected for node in self.nodes)
+
+    @property
     def names(self) -> dict[str, str]:
         """Name of each node by id."""
         return {node.node: node.name for node in self.nodes}

@@ -164,7 +164,7 @@ def _step(connection: Connection, run: str, subject: str) -> Found | None:
         (c.node, c.name, c.rollouts, c.submissions, c.tokens) for c in browse.contributors(connection, run, row.step)
     ]
     columns = ("node", "name", "rollouts", "submissions", "tokens")
-    query = sa.select(ROLLOUTS.c.submission.distinct()).join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+    query = sa.select(ROLLOUTS.c.submission).distinct().join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
     query = query.where(GROUPS.c.run == run, GROUPS.c.batch_step == row.step, ROLLOUTS.c.status == "trained")
     submissions = [tuple(found) for found in connection.execute(query.limit(RELATED_SHOWN))]
     related = [Related("Trained by", columns, people), Related("Submissions", ("submission",), submissions)]
@@ -179,7 +179,7 @@ def _node(connection: Connection, run: str, subject: str) -> Found | None:
     facts = [("name", row.name), ("role", row.role), ("standing", row.status if row.role == "worker" else "granted")]
     facts += [("hardware", describe(row.hardware)), ("engine", row.engine), ("profile", row.profile)]
     facts += [("phase", row.phase), ("loaded step", row.loaded_step if row.loaded_step >= 0 else None)]
-    facts += [("tokens/s", round(row.tokens_per_s, 1)), ("joined", Moment(row.registered_at))]
+    facts += [("tokens/s", f"{row.tokens_per_s:,.0f}"), ("joined", Moment(row.registered_at))]
     facts += [("last seen", Moment(row.seen_at)), ("serves shards at", row.url)]
     facts += [("credit", ledger.balance(connection, ledger.credit(subject)))]
     facts += [("escrow", ledger.balance(connection, ledger.escrow(subject)))]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from farflung.config import Config, save
+from farflung.ops.report import write_report
 from farflung.ops.screen import Screen
 from farflung.ops.summary import write_summary
 from farflung.protocol.client import Client
@@ -86,6 +87,7 @@ class Swarm:
                 await self._end()
         self.metrics.write("end", time.time(), is_finished=is_finished)
         summary = write_summary(self.folder)
+        await write_report(self.folder, summary)
         await self.screen.conclude(summary, self.folder)
         return 0 if is_finished else 130
 

@@ -17,14 +17,14 @@ class Metrics:
     """Appends lines. What nodes say of themselves is kept until the next flush; losing it loses only metrics."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._nodes: dict[str, dict[str, Any]] = {}
         self._sent_bytes = 0
         self._flushed_at = 0.0
 
     def write(self, kind: str, at: float, **fields: Any) -> None:
         """Append one line."""
-        with self._path.open("a") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, "at": round(at, 3), **fields}) + "\n")
 
     def begin(self, at: float) -> bool:
@@ -37,7 +37,7 @@ class Metrics:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Every line so far; one that a crash cut short is passed over."""
-        for text in self._path.read_text().splitlines() if self._path.exists() else ():
+        for text in self.path.read_text().splitlines() if self.path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(text)
 

@@ -1,0 +1,78 @@
+"""`farflung view`: the dashboard over a run that is over, read only."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+import sqlalchemy as sa
+import uvicorn
+from fastapi import FastAPI
+from sqlalchemy import Connection
+
+from farflung.config import Config, load
+from farflung.dashboard import pages
+from farflung.protocol.errors import ConfigError
+from farflung.protocol.server import listen
+from farflung.rollouts.archive import Archive
+from farflung.store.blobs import Blobs
+from farflung.store.db import Database
+from farflung.store.tables import EVENTS, NODES, RUNS
+from farflung.tasks.found import Model
+
+log = logging.getLogger(__name__)
+
+
+def run_in(folder: Path) -> Config:
+    """The configuration of the run in a folder, wherever that folder is by now. Raises ConfigError."""
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds no run: config.json is missing")
+    config = load(folder / "config.json", environ={})
+    place = folder.resolve()
+    run = config.run.model_copy(update={"dir": place.parent})
+    if place.name != config.run.name:
+        raise ConfigError(f"{folder} holds the run {config.run.name!r}; call its folder by that name")
+    return config.model_copy(update={"run": run})
+
+
+def desk_of(config: Config) -> pages.Desk:
+    """What the pages need, at the moment the run was last heard of."""
+    database = Database(config.database_url)
+    with database.engine.connect() as connection:
+        end = _end(connection, config.run.name)
+    return pages.Desk(config, database, _archive(config), config.folder / "metrics.jsonl", lambda: end, is_live=False)
+
+
+def _end(connection: Connection, run: str) -> float:
+    if connection.execute(sa.select(RUNS.c.run).where(RUNS.c.run == run)).first() is None:
+        raise ConfigError(f"the database of run {run!r} does not know it; was it ever started?")
+    last = [connection.execute(sa.select(sa.func.max(column))).scalar() for column in (NODES.c.seen_at, EVENTS.c.at)]
+    return max(at for at in last if at is not None)
+
+
+def _archive(config: Config) -> Archive | None:
+    """The transcripts, if the model's tokenizer is still where it was."""
+    try:
+        return Archive(Blobs(config.blobs_url), Model(config.model.path).tokenizer)
+    except ConfigError as error:
+        log.warning("no transcripts reason=%s", error)
+        return None
+
+
+def app_of(desk: pages.Desk) -> FastAPI:
+    """The pages alone: no route of the protocol, nothing that writes."""
+    app = FastAPI(title="farflung view", openapi_url=None)
+    pages.mount(app, desk)
+    return app
+
+
+def view(folder: Path, host: str, port: int) -> None:
+    """Serve the pages until somebody says stop."""
+    desk = desk_of(run_in(folder))
+    with listen(host, port) as listener:
+        address, port = listener.getsockname()[:2]
+        print(f"farflung: {folder} is at http://{address}:{port}, read only; Ctrl-C ends it", flush=True)
+        options = uvicorn.Config(app_of(desk), log_level="warning", timeout_graceful_shutdown=1, access_log=False)
+        try:
+            asyncio.run(uvicorn.Server(options).serve(sockets=[listener]))
+        finally:
+            desk.database.close()
