@@ -187,8 +187,8 @@ class Coordinator:
     async def give_back(self, call: Call) -> m.Done:
         """A node that leaves hands its lease back."""
         self._here(call)
-        await self._write(lambda c: intake.give_back(c, call.path["lease"], call.node, self.clock()))
-        return m.Done(changed=1)
+        changed = await self._write(lambda c: intake.give_back(c, call.path["lease"], call.node, self.clock()))
+        return m.Done(changed=changed)
 
     # --- scores and audits -------------------------------------------------------------------------------------------
 

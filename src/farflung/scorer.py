@@ -50,6 +50,7 @@ class Scorer:
     def stop(self) -> None:
         """Stop after the work in hand."""
         self.is_stopping = True
+        self.session.hurry()
 
     async def step(self) -> None:
         """Claim, judge, report."""

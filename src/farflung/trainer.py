@@ -66,6 +66,7 @@ class Trainer:
     def stop(self) -> None:
         """Stop after the work in hand."""
         self.is_stopping = True
+        self.session.hurry()
 
     def load(self) -> None:
         """The base model, or the latest checkpoint."""

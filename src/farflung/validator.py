@@ -59,6 +59,7 @@ class Validator:
         finally:
             beating.cancel()
             await self.session.say_goodbye()
+            await self.weights.close()
             await self.client.close()
 
     async def open(self) -> None:
@@ -78,6 +79,7 @@ class Validator:
     def stop(self) -> None:
         """Stop after the work in hand."""
         self.is_stopping = True
+        self.session.hurry()
 
     async def step(self) -> None:
         """Audits before anything else; then, if none waits, an evaluation."""

@@ -89,6 +89,7 @@ class Worker:
         finally:
             beating.cancel()
             await self.session.say_goodbye()
+            await self.weights.close()
             await self.client.close()
 
     async def open(self) -> None:
@@ -125,6 +126,7 @@ class Worker:
         """Stop soon: what is complete is handed in, the rest goes back."""
         log.info("draining phase=%s", self.session.figures.phase)
         self.is_stopping = True
+        self.session.hurry()
 
     async def step(self) -> None:
         """One lease, from asking to handing in."""

@@ -31,7 +31,7 @@ class Live:
         self.viewers = 0
 
     async def snapshot(self, patience_s: float = 0.0) -> Snapshot:
-        """The run as it stands, or stood a moment ago; up to `patience_s` longer ago where names are all that matter."""
+        """The run as it stands, or stood a moment ago; up to `patience_s` longer ago where names are what counts."""
         async with self._lock:
             if self._snapshot is None or time.monotonic() >= self._due + patience_s:
                 since = time.monotonic()

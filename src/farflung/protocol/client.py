@@ -71,13 +71,13 @@ class Client:
         headers: dict[str, str] | None = None,
         limit_bytes: int = ANSWER_BYTES,
     ) -> bytes:
-        pause_s, until = 0.1, self.clock() + self.patience_s
+        pause_s, since = 0.1, self.clock()
         while True:
             try:
                 return await self._once(method, path, body, signed, headers or {}, limit_bytes)
             except (Unreachable, Unavailable, Busy) as error:
                 wait_s = getattr(error, "retry_after_s", None) or pause_s * random.uniform(0.5, 1.5)
-                if self.clock() + wait_s > until:
+                if self.clock() + wait_s > since + self.patience_s:
                     raise
                 log.info("retrying path=%s in_s=%.1f because=%s", path, wait_s, error)
             await asyncio.sleep(wait_s)

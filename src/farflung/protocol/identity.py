@@ -290,7 +290,7 @@ def verify_request(
         raise BadSignature("the Signature-Input or Signature header is missing or not in the form of docs/protocol.md")
     if given["tag"] != tag:
         raise BadSignature(f"the request is signed for coordinator {given['tag']!r}, this is {tag!r}")
-    skew_s = now - int(given["created"])
+    skew_s = int(given["created"]) - now
     if abs(skew_s) > CLOCK_SKEW_S:
         raise ClockSkew(f"the request was signed {skew_s:+.0f} s from now, {CLOCK_SKEW_S} s are allowed; set the clock")
     digest = content_digest(body)

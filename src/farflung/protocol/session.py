@@ -31,6 +31,7 @@ from farflung.protocol.messages import (
 )
 
 log = logging.getLogger(__name__)
+HURRY_S = 5.0
 
 
 class Index(msgspec.Struct, frozen=True):
@@ -177,6 +178,10 @@ class Session:
             except FarflungError as error:
                 log.warning("heartbeat failed because=%s", error)
             await asyncio.sleep(self.info.heartbeat_s)
+
+    def hurry(self) -> None:
+        """Somebody said stop: wait no longer than a moment for a coordinator that does not answer."""
+        self.client.patience_s = min(self.client.patience_s, HURRY_S)
 
     async def say_goodbye(self) -> None:
         """A last heartbeat with the final figures; a coordinator that is gone is no reason to wait."""

@@ -69,8 +69,10 @@ def inspect(lease: Lease, node: str, submission: Submission, vocab: int, eos_ids
     """Sanity, a pure function. Raises Rejected with the first fault."""
     assigned = {sample.rollout for group in lease.groups for sample in group.samples}
     named = [rollout.rollout for rollout in submission.rollouts]
-    if len(set(named)) != len(named) or not set(named) <= assigned:
-        raise Rejected(f"lease {lease.lease} does not assign these rollouts once each: {sorted(set(named) - assigned)}")
+    if not set(named) <= assigned:
+        raise Rejected(f"lease {lease.lease} does not assign rollouts {sorted(set(named) - assigned)}")
+    if len(set(named)) != len(named):
+        raise Rejected(f"{len(named)} rollouts came under {len(set(named))} ids; send each once")
     if not submission.partial and len(named) != len(assigned):
         raise Rejected(f"lease {lease.lease} assigns {len(assigned)} rollouts, {len(named)} came; send all of them")
     tokens = {r.rollout: _length(r, lease.budget, vocab, eos_ids) for r in submission.rollouts}
@@ -138,11 +140,13 @@ def take(connection: Connection, book: Book, node: str, parcel: Parcel, logp_blo
     return receipt
 
 
-def give_back(connection: Connection, lease: str, node: str, now: float) -> None:
-    """A draining node hands a lease back untouched."""
+def give_back(connection: Connection, lease: str, node: str, now: float) -> int:
+    """A draining node hands a lease back untouched; gives 0 if it was closed already."""
     row, _ = lease_of(connection, lease, node)
-    if row.status == "open":
-        end_leases(connection, [lease], "returned", now, why="handed back", node=node)
+    if row.status != "open":
+        return 0
+    end_leases(connection, [lease], "returned", now, why="handed back", node=node)
+    return 1
 
 
 def _leased(connection: Connection, lease: str) -> set[str]:

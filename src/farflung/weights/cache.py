@@ -23,6 +23,9 @@ from farflung.weights.manifest import check_shard, open_manifest
 log = logging.getLogger(__name__)
 AT_ONCE = 4
 RELAYS_EVERY_S = 10.0
+RELAY_S = 5.0
+SLOWEST_BYTES_PER_S = 250_000
+"""A relay that takes longer than RELAY_S and this speed allow is given up: a slow drip must not hold a node."""
 SPARE_BYTES = 256 << 20
 """Disk that is never filled."""
 
@@ -59,6 +62,11 @@ class Versions:
                 finally:
                     del self._coming[digest]
         return self._use(digest)
+
+    async def close(self) -> None:
+        """Hang up on all relays."""
+        for relay in self._relays.values():
+            await relay.close()
 
     def known(self, digest: str) -> Manifest:
         """A manifest that was fetched. Raises WeightsError."""
@@ -129,10 +137,11 @@ class Versions:
         for url in sources.order(self._relays, self._scores, self._rng):
             before = time.monotonic()
             try:
-                data = await self._relays[url].download(f"/v1/blobs/{shard.digest}", limit_bytes=shard.size_bytes)
+                async with asyncio.timeout(RELAY_S + shard.size_bytes / SLOWEST_BYTES_PER_S):
+                    data = await self._relays[url].download(f"/v1/blobs/{shard.digest}", limit_bytes=shard.size_bytes)
                 check_shard(data, shard.digest, shard.size_bytes)
-            except (Unreachable, Refusal, WeightsError) as error:
-                log.warning("relay failed url=%s shard=%s because=%s", url, shard.digest[:12], error)
+            except (Unreachable, Refusal, WeightsError, TimeoutError) as error:
+                log.warning("relay failed url=%s shard=%s because=%s", url, shard.digest[:12], error or "too slow")
                 self._scores[url] = sources.failed(self._scores.get(url, sources.Score()))
                 continue
             took_s = time.monotonic() - before
@@ -164,4 +173,6 @@ class Versions:
             log.warning("no list of relays because=%s", error)
             return
         key = self.session.client.key
-        self._relays = {r.url: self._relays.get(r.url) or Client(r.url, key, patience_s=0.0) for r in found.relays}
+        relays = {r.url: self._relays.pop(r.url, None) or Client(r.url, key, patience_s=0.0) for r in found.relays}
+        await self.close()  # those that are left are gone
+        self._relays = relays

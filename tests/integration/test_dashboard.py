@@ -1,0 +1,190 @@
+"""The pages over HTTP: headers, errors, events, paging; the finished run; the report."""
+
+import asyncio
+import json
+import re
+
+import httpx2
+import pytest
+import sqlalchemy as sa
+from fastapi.routing import APIRoute
+
+from farflung.dashboard import browse
+from farflung.ops.report import write_report
+from farflung.ops.summary import write_summary
+from farflung.ops.view import app_of, desk_of, run_in
+from farflung.protocol.errors import ConfigError
+from farflung.store.tables import GROUPS, LEASES, ROLLOUTS
+
+PAGES = ("/", "/nodes", "/rollouts", "/weights", "/ledger", "/story/test", "/story/test-step-1", "/story/nothing")
+
+
+async def some_steps(house) -> None:
+    """Two steps' work of two nodes."""
+    await house.step(0)
+    for step in (1, 2):
+        await house.work("ada")
+        await house.work("bob")
+        await house.audit()
+        await house.score()
+        await house.step(step)
+
+
+def get(app, *paths: str) -> list[httpx2.Response]:
+    """Answers of an app in this process."""
+
+    async def ask() -> list[httpx2.Response]:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as client:
+            return [await client.get(path) for path in paths]
+
+    return asyncio.run(ask())
+
+
+def test_every_page_is_sent_with_its_guards(house) -> None:
+    house.run(some_steps)
+    for path, answer in zip(PAGES, get(house.coordinator.app(), *PAGES), strict=True):
+        assert answer.status_code == (404 if path == "/story/nothing" else 200), path
+        assert answer.headers["content-type"].startswith("text/html"), path
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert not re.search(r"""(src|href)=["']?(https?:)?//""", answer.text), f"{path} asks another host"
+        assert not re.search(r"<script(?![^>]* src=)|\son\w+=|\sstyle=|javascript:", answer.text), path
+
+
+def test_static_files_are_guarded_and_kept(house) -> None:
+    app = house.coordinator.app()
+    (home,) = get(app, "/")
+    files = re.findall(r'(?:src|href)="(/static/[^"]+)"', home.text)
+    assert len(files) >= 7
+    for answer in get(app, *files):
+        assert answer.status_code == 200
+        assert "immutable" in answer.headers["cache-control"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    for answer in get(app, "/static/../pages.py", "/static/%2e%2e/pages.py", "/static/nothing.js"):
+        assert answer.status_code == 404
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["sort=%00", "sort=credit&order=sideways&page=-1", "page=99999999999999999999", "page=１"],
+)
+def test_odd_questions_get_the_table_anyway(house, query) -> None:
+    (answer,) = get(house.coordinator.app(), f"/nodes?{query}")
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/rollouts?older=nan~r", "/rollouts?older=x", "/rollouts?newer=1e999~", "/rollouts?status='"]
+)
+def test_odd_cursors_get_a_page(house, path) -> None:
+    house.run(some_steps)
+    (answer,) = get(house.coordinator.app(), path)
+    assert answer.status_code == 200
+
+
+def test_paging_shows_every_rollout_once_there_and_back(house, monkeypatch) -> None:
+    monkeypatch.setattr(browse, "ROLLOUTS_A_PAGE", 3)
+    house.run(some_steps)
+
+    def page(known: int, **wanted: str) -> browse.RolloutPage:
+        with house.coordinator.database.engine.connect() as connection:
+            return browse.rollouts(connection, "test", browse.Wanted(**wanted), known)
+
+    for known in (1, 10**9):
+        for only in ({}, {"status": "trained"}, {"node": house.named("ada").id}):
+            pages = [page(known, **only)]
+            while pages[-1].older:
+                pages.append(page(known, older=pages[-1].older, **only))
+            told = [row.rollout for found in pages for row in found.rows]
+            where = sa.true() if "node" not in only else ROLLOUTS.c.node == only["node"]
+            assert sorted(told) == sorted(row[0] for row in house.rows(sa.select(ROLLOUTS.c.rollout).where(where)))
+            back = pages[-1]
+            for before in reversed(pages[:-1]):
+                back = page(known, newer=back.newer, **only)
+                assert [row.rollout for row in back.rows] == [row.rollout for row in before.rows]
+            assert back.newer == ""
+
+
+def test_stories_lead_from_one_id_to_the_next(house) -> None:
+    house.run(some_steps)
+    rollout = house.rows(sa.select(ROLLOUTS))[0]
+    group = house.row(GROUPS, rollout.group)
+    lease = house.row(LEASES, rollout.lease)
+    ids = [rollout.rollout, rollout.lease, rollout.group, rollout.submission, rollout.node, group.task, "test-step-1"]
+    answers = get(house.coordinator.app(), *(f"/story/{id}" for id in ids))
+    assert [answer.status_code for answer in answers] == [200] * len(ids)
+    for id in (rollout.lease, rollout.group, rollout.submission, rollout.node, group.task):
+        assert f"/story/{id}" in answers[0].text
+    assert f"/story/{rollout.rollout}" in answers[1].text
+    assert f"/story/{lease.submission}" in answers[4].text
+    assert f"/story/{rollout.submission}" in answers[6].text
+
+
+def test_secrets_of_the_operator_stay_off_the_pages(make_house) -> None:
+    house = make_house(coordinator={"admission": "invite", "invites": ["sesame-open"]})
+    for answer in get(house.coordinator.app(), "/", "/story/test"):
+        assert "sesame-open" not in answer.text
+        assert "sqlite" not in answer.text
+
+
+def test_events_carry_what_changed(house) -> None:
+    house.run(some_steps)
+    app = house.coordinator.app()
+
+    async def listen() -> list[bytes]:
+        found: list[bytes] = []
+        async for chunk in app.state.pages.live.events():
+            found.append(chunk)
+            if len(found) == 2:
+                return found
+        return found
+
+    _, first = asyncio.run(listen())
+    names = re.findall(rb"^event: (\w+)$", first, re.M)
+    assert names == [b"head", b"strip", b"verdicts", b"curves"]
+    (curves,) = re.findall(rb"^event: curves\ndata: (.*)$", first, re.M)
+    assert [x for x, _ in json.loads(curves)["reward"]] == [1, 2]
+    assert all(line == b"" or line.startswith((b"event: ", b"data: ")) for line in first.split(b"\n"))
+
+
+def test_a_run_that_is_over_is_shown_read_only(house) -> None:
+    house.run(some_steps)
+    house.coordinator.metrics.flush(house.clock(), force=True)
+    from farflung.config import save
+
+    save(house.config, house.config.folder / "config.json")
+    desk = desk_of(run_in(house.config.folder))
+    app = app_of(desk)
+    answers = get(app, *PAGES)
+    assert [answer.status_code for answer in answers] == [200] * 7 + [404]
+    assert "read only" in answers[0].text
+    assert "sse-connect" not in answers[0].text
+    methods = {method for route in app.routes if isinstance(route, APIRoute) for method in route.methods}
+    assert methods == {"GET"}
+    assert not [route.path for route in app.routes if isinstance(route, APIRoute) and route.path.startswith("/v1")]
+    desk.database.close()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no run: config\.json is missing"):
+        run_in(tmp_path)
+
+
+def test_the_report_stands_alone(house) -> None:
+    house.run(some_steps)
+    from farflung.config import save
+
+    folder = house.config.folder
+    save(house.config, folder / "config.json")
+    house.coordinator.metrics.write("start", house.clock(), commit="abc1234")
+    house.coordinator.metrics.write("end", house.clock() + 9)
+    path = asyncio.run(write_report(folder, write_summary(folder)))
+    text = path.read_text()
+    assert "abc1234" in text
+    assert "ada" in text
+    assert "<polyline" in text
+    assert not re.search(r"<script|<link|(src|href)=|url\(", text), "it must not need anything else"
+    assert "grants" not in text

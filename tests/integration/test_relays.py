@@ -1,0 +1,313 @@
+"""Relays that lie, stall or die: every node still ends with the right bytes, and nothing wrong is ever kept."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from safetensors.torch import save
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from farflung.protocol import wire
+from farflung.protocol.client import Client
+from farflung.protocol.errors import BadSignature, FarflungError, WeightsError
+from farflung.protocol.identity import Key, Signed, seal
+from farflung.protocol.messages import Manifest, Relays, RelayView, RunInfo, Shard
+from farflung.protocol.server import listen
+from farflung.protocol.session import Session
+from farflung.weights import cache
+from farflung.weights.cache import Versions
+from farflung.weights.fetch import tensors
+from farflung.weights.manifest import KIND, manifest_digest, target_digest
+from farflung.weights.mirror import Mirror
+from farflung.weights.publish import describe
+
+TRAINER, STRANGER = Key(b"t" * 32), Key(b"s" * 32)
+WEIGHTS = {"a": torch.arange(60_000, dtype=torch.bfloat16), "b": torch.ones(7, 5, dtype=torch.bfloat16)}
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def version(step: int = 3, key: Key = TRAINER, run: str = "test") -> tuple[Signed, bytes]:
+    """A sealed manifest with one shard, and the shard."""
+    shard = save(WEIGHTS)
+    described = [describe(name, tensor, 0) for name, tensor in WEIGHTS.items()]
+    manifest = Manifest(
+        run=run,
+        step=step,
+        base_step=step,
+        parent="",
+        digest=target_digest(described),
+        tensors=described,
+        shards=[Shard(digest=hashlib.sha256(shard).hexdigest(), size_bytes=len(shard))],
+        secret_commitment="0" * 64,
+        made_at=0.0,
+        expires_at=2e9,
+    )
+    return seal(key, KIND, manifest), shard
+
+
+class Origin:
+    """A coordinator as far as weights go, on a real socket, that counts what it is asked for."""
+
+    def __init__(self, signed: Signed, shard: bytes) -> None:
+        self.signed, self.shard, self.relays, self.asked = signed, shard, [], 0
+        self.listener = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        routes = [
+            Route("/v1/runs/test/manifests/{digest}", self.manifest),
+            Route("/v1/runs/test/relays", self.list),
+            Route("/v1/blobs/{digest}", self.blob),
+        ]
+        self.server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="warning"))
+
+    async def manifest(self, request: Request) -> Response:
+        return Response(wire.encode(self.signed))
+
+    async def list(self, request: Request) -> Response:
+        return Response(wire.encode(Relays(relays=[RelayView(node=f"n{i}", url=u) for i, u in enumerate(self.relays)])))
+
+    async def blob(self, request: Request) -> Response:
+        self.asked += 1
+        return Response(self.shard)
+
+    async def __aenter__(self) -> "Origin":
+        self.task = asyncio.create_task(self.server.serve(sockets=[self.listener]))
+        while not self.server.started:
+            await asyncio.sleep(0.01)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        await self.task
+        self.listener.close()
+
+
+def session_with(url: str) -> Session:
+    info = RunInfo(
+        run="test",
+        coordinator="n1",
+        status="running",
+        version=1,
+        profile="",
+        dtype="float32",
+        vocab=32,
+        eos_ids=[2],
+        model_files=[],
+        max_staleness=2,
+        heartbeat_s=1.0,
+    )
+    keys = {"coordinator": STRANGER.public, "weights": TRAINER.public}
+    return Session(Client(url, STRANGER, patience_s=1.0), "test", info, keys)
+
+
+@asynccontextmanager
+async def versions_of(url: str, folder: Path, **options: Any) -> AsyncIterator[Versions]:
+    versions = Versions(session_with(url), folder, **options)
+    try:
+        yield versions
+    finally:
+        await versions.close()
+        await versions.session.client.close()
+
+
+# --- relays that are not what they should be -------------------------------------------------------------------------
+
+
+def answering(make: Callable[[bytes], tuple[int, bytes]]) -> Callable[[bytes], Handler]:
+    """A server that says what `make` makes of the shard: (declared length, body)."""
+
+    def with_shard(shard: bytes) -> Handler:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            length, body = make(shard)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + body)
+            await writer.drain()
+            writer.close()
+
+        return handle
+
+    return with_shard
+
+
+def flipped(shard: bytes) -> tuple[int, bytes]:
+    return len(shard), shard[:-1] + bytes([shard[-1] ^ 1])
+
+
+def endless(shard: bytes) -> Handler:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        try:
+            while True:
+                writer.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+                await writer.drain()
+        except ConnectionError:
+            writer.close()
+
+    return handle
+
+
+def dripping(shard: bytes) -> Handler:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(shard))
+        try:
+            for at in range(200):
+                writer.write(shard[at : at + 1])
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    return handle
+
+
+def dying(shard: bytes) -> Handler:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(shard) + shard[:1000])
+        await writer.drain()
+        writer.close()
+
+    return handle
+
+
+HOSTILE = {
+    "flips a bit": answering(flipped),
+    "truncates": answering(lambda shard: (len(shard) // 2, shard[: len(shard) // 2])),
+    "sends an older shard": answering(lambda shard: (5, b"older")),
+    "never ends": endless,
+    "drips": dripping,
+    "dies in the middle": dying,
+}
+
+
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "RELAY_S", 0.5)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_relay_costs_one_shard_and_its_own_reputation(name: str, tmp_path: Path) -> None:
+    async def scene() -> None:
+        signed, shard = version()
+        async with AsyncExitStack() as stack:
+            origin = await stack.enter_async_context(Origin(signed, shard))
+            relay = await asyncio.start_server(HOSTILE[name](shard), "127.0.0.1", 0)
+            await stack.enter_async_context(relay)
+            url = f"http://127.0.0.1:{relay.sockets[0].getsockname()[1]}"
+            origin.relays = [url]
+            versions = await stack.enter_async_context(versions_of(origin.url, tmp_path))
+            since = time.monotonic()
+            manifest = await versions.fetch(manifest_digest(signed))
+            assert time.monotonic() - since < 10
+            assert origin.asked == 1
+            assert versions._scores[url].success < 1
+            loaded = dict(tensors(versions, manifest))
+            assert all(torch.equal(loaded[key], WEIGHTS[key]) for key in WEIGHTS)
+            assert {path.name for path in tmp_path.iterdir()} == {manifest.shards[0].digest}
+            relay.close()
+
+    asyncio.run(scene())
+
+
+def test_an_honest_relay_spares_the_origin(tmp_path: Path) -> None:
+    async def scene() -> None:
+        signed, shard = version()
+        digest = manifest_digest(signed)
+        async with AsyncExitStack() as stack:
+            origin = await stack.enter_async_context(Origin(signed, shard))
+            own = await stack.enter_async_context(versions_of(origin.url, tmp_path / "relay", use_relays=False))
+            mirror = Mirror(own)
+            await mirror.follow(digest)
+            app = Starlette(routes=[Route("/v1/blobs/{digest}", mirror.blob)])
+            listener = listen("127.0.0.1", 0)
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            origin.relays = [f"http://127.0.0.1:{listener.getsockname()[1]}"]
+            for number in range(3):
+                async with versions_of(origin.url, tmp_path / str(number)) as versions:
+                    await versions.fetch(digest)
+            assert origin.asked == 1, "the relay's own copy and no other"
+            relay = Client(origin.relays[0], STRANGER, patience_s=0.0)
+            part = await relay._http.get(
+                f"/v1/blobs/{hashlib.sha256(shard).hexdigest()}", headers={"range": "bytes=5-9"}
+            )
+            assert (part.status_code, part.content) == (206, shard[5:10])
+            with pytest.raises(FarflungError, match="no version"):
+                await relay.download(f"/v1/blobs/{'0' * 64}")
+            await relay.close()
+            server.should_exit = True
+            await serving
+            listener.close()
+
+    asyncio.run(scene())
+
+
+# --- manifests -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "sent", "error"),
+    [
+        (version(key=STRANGER)[0], version(key=STRANGER)[0], BadSignature),
+        (version(run="other")[0], version(run="other")[0], WeightsError),
+        (version(step=3)[0], version(step=2)[0], WeightsError),
+    ],
+    ids=["signed by a stranger", "of another run", "an older one instead"],
+)
+def test_a_wrong_manifest_is_refused(asked: Signed, sent: Signed, error: type[Exception], tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with Origin(sent, version()[1]) as origin, versions_of(origin.url, tmp_path) as versions:
+            with pytest.raises(error):
+                await versions.fetch(manifest_digest(asked))
+        assert list(tmp_path.iterdir()) == []
+
+    asyncio.run(scene())
+
+
+def test_a_version_beyond_the_disk_limit_is_refused_before_a_byte(tmp_path: Path) -> None:
+    async def scene() -> None:
+        signed, shard = version()
+        async with Origin(signed, shard) as origin, versions_of(origin.url, tmp_path, limit_bytes=1000) as versions:
+            with pytest.raises(WeightsError, match="this node allows 1,000"):
+                await versions.fetch(manifest_digest(signed))
+            assert origin.asked == 0
+
+    asyncio.run(scene())
+
+
+def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        signed, shard = version()
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=cache.SPARE_BYTES + 10))
+        async with Origin(signed, shard) as origin, versions_of(origin.url, tmp_path) as versions:
+            with pytest.raises(WeightsError, match="bytes more disk"):
+                await versions.fetch(manifest_digest(signed))
+
+    asyncio.run(scene())
+
+
+def test_a_shard_damaged_on_disk_is_refused_when_loaded(tmp_path: Path) -> None:
+    async def scene() -> None:
+        signed, shard = version()
+        async with Origin(signed, shard) as origin, versions_of(origin.url, tmp_path) as versions:
+            manifest = await versions.fetch(manifest_digest(signed))
+            path = versions.path(manifest.shards[0].digest)
+            path.write_bytes(flipped(path.read_bytes())[1])
+            with pytest.raises(WeightsError, match="hashes to"):
+                dict(tensors(versions, manifest))
+
+    asyncio.run(scene())

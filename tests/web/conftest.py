@@ -1,0 +1,127 @@
+"""A coordinator that a test feeds, its pages on a real socket, and Chromium to look at them."""
+
+import asyncio
+import shutil
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import uvicorn
+
+from farflung.protocol.server import listen
+from farflung.store.tables import NODES, ROLLOUTS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+WAIT_S = 20.0
+WAIT_MS = 1000 * WAIT_S
+
+
+class Site:
+    """A served coordinator. `play` is what happens there while somebody looks."""
+
+    def __init__(self, house: Any) -> None:
+        self.house = house
+        self._listener = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        options = uvicorn.Config(
+            house.coordinator.app(), log_level="error", lifespan="off", timeout_graceful_shutdown=1
+        )
+        self._server = uvicorn.Server(options)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[self._listener])))
+        self._thread.start()
+        until = time.monotonic() + WAIT_S
+        while not self._server.started and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def play(self, scenario: Callable[[Any], Awaitable[None]]) -> None:
+        """Run a scenario in a thread of its own: the test's has the browser's event loop."""
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.house.run(scenario)
+            except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
+                failed.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        if failed:
+            raise failed[0]
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.should_exit = True
+        self._thread.join()
+        self._listener.close()
+
+
+async def begin(house: Any) -> None:
+    """The first weights, a step with work of an honest node that is trusted, and a cheat that was caught."""
+    await house.step(0)
+    await house.make_trusted("ada")
+    await house.client("mallory")
+    mallory = house.named("mallory").id
+    while house.row(NODES, mallory).status != "ejected":
+        await house.work("mallory")
+        mine = {row.rollout for row in house.rows(sa.select(ROLLOUTS).where(ROLLOUTS.c.node == mallory))}
+        await house.audit(mine.__contains__)
+    await house.work("ada")
+    await house.score()
+    await house.step(1)
+
+
+@pytest.fixture
+def site(make_house: Callable[..., Any]) -> Iterable[Site]:
+    """A run in its first steps."""
+    site = Site(make_house(run={"steps": 9}))
+    site.play(begin)
+    yield site
+    site.close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterable[Any]:
+    """One browser for the tests of a file."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def look(chromium: Any, site: Site) -> Iterable[Callable[..., Any]]:
+    """Opens pages of the site; at the end no page may have complained or asked another host for anything."""
+    complaints: list[str] = []
+    contexts: list[Any] = []
+
+    def watch(page: Any) -> None:
+        page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda ask: None if ask.url.startswith(site.url) else complaints.append(ask.url))
+
+    def open(path: str = "/", **options: Any) -> Any:
+        context = chromium.new_context(**options)
+        context.set_default_timeout(WAIT_MS)
+        contexts.append(context)
+        page = context.new_page()
+        watch(page)
+        page.goto(site.url + path, wait_until="load")
+        return page
+
+    yield open
+    for context in contexts:
+        context.close()
+    assert complaints == []
