@@ -170,7 +170,8 @@ class House:
         database, blobs = Database(config.database_url), Blobs(config.blobs_url)
         book: Book = await found(config, database, model, key, clock())
         papers = await seal_papers(config, blobs, model, key, named("root"))
-        archive, metrics = Archive(blobs, model.tokenizer), Metrics(config.folder / "metrics.jsonl")
+        archive = Archive(Blobs(config.submissions_url), model.tokenizer)
+        metrics = Metrics(config.folder / "metrics.jsonl")
         parts = (book, papers, weights_key(config), PROFILE, archive, database, blobs, metrics, clock)
         return cls(config, Coordinator(*parts), clock)
 

@@ -222,6 +222,11 @@ class Config(Section):
         """The blob store, embedded by default."""
         return self.coordinator.blobs or f"file://{self.folder.resolve() / 'blobs'}"
 
+    @property
+    def submissions_url(self) -> str:
+        """Where submissions are kept, apart from what anybody may fetch by digest."""
+        return f"{self.blobs_url.rstrip('/')}/submissions"
+
     def eval_steps(self, latest: int) -> list[int]:
         """The policy steps up to `latest` that are to be evaluated."""
         every, last = self.eval.every, self.run.steps

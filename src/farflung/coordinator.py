@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -22,8 +22,8 @@ from farflung.dashboard import pages, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
 from farflung.protocol.errors import Forbidden, Malformed, NotFound
-from farflung.protocol.identity import Key, Signed, node_id
-from farflung.protocol.server import Call, Route, listen, mount
+from farflung.protocol.identity import Key, Signed, node_id, unseal
+from farflung.protocol.server import BODY_BYTES, Call, Route, listen, mount
 from farflung.protocol.session import Index
 from farflung.rollouts import compose, credit, intake, judge
 from farflung.rollouts.archive import Archive
@@ -44,7 +44,9 @@ T = TypeVar("T")
 SWEEP_S = 0.25
 POLL_S = 0.5
 BLOB_BYTES = 1 << 30
-TOKENS_BYTES = 256 << 20
+MANY_BYTES = 256 << 20
+SAMPLE_BYTES, TOKEN_BYTES = 256, 16
+"""What a rollout and each of its tokens may take in a submission: id and log-probability, in base64."""
 
 
 class Coordinator:
@@ -180,8 +182,8 @@ class Coordinator:
         parcel = await asyncio.to_thread(intake.inspect, leased, call.node, call.message, *ids)
         if (earlier := intake.receipt_of(row, parcel, self.clock())) is not None:
             return earlier
-        await self.blobs.put(parcel.body, parcel.digest)
-        logp = await self.blobs.put(parcel.logp) if parcel.logp else None
+        await self.archive.blobs.put(parcel.body, parcel.digest)
+        logp = await self.archive.blobs.put(parcel.logp) if parcel.logp else None
         return await self._write(lambda c: intake.take(c, self.book, call.node, parcel, logp, self.clock()))
 
     async def give_back(self, call: Call) -> m.Done:
@@ -235,6 +237,8 @@ class Coordinator:
         signed: Signed = call.message
         if signed.public != call.public:
             raise Forbidden("evidence must be sealed by the key that sends it")
+        if (about := unseal(signed, judge.KIND, m.Evidence).audit) != call.path["audit"]:
+            raise Malformed(f"this evidence is about audit {about}, the path names {call.path['audit']}")
         changed = await self._write(
             lambda c: judge.take_evidence(c, self.book, self.profile, call.node, signed, self.clock())
         )
@@ -280,13 +284,13 @@ class Coordinator:
     async def submission_body(self, call: Call) -> Response:
         """The tokens of a submission, for the trainer."""
         await self._require(call, "trainer")
-        return Response(await self.blobs.get(_digest(call)), media_type="application/octet-stream")
+        return Response(await self.archive.blobs.get(_digest(call)), media_type="application/octet-stream")
 
     async def logp_body(self, call: Call) -> Response:
         """The log-probabilities that a node sent along with a submission, for the trainer's mismatch metric."""
         await self._require(call, "trainer")
         blob = await self.database.read(lambda c: views.logp_blob(c, _digest(call)))
-        return Response(await self.blobs.get(blob) if blob else b"", media_type="application/octet-stream")
+        return Response(await self.archive.blobs.get(blob) if blob else b"", media_type="application/octet-stream")
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -303,6 +307,22 @@ class Coordinator:
     async def story(self, call: Call) -> m.Story:
         """Everything that happened to one id."""
         return await self.database.read(lambda c: views.story(c, call.path["id"]))
+
+    # --- before a large body is read ---
+
+    def _gate(self, role: str, limit_bytes: int) -> Callable[[Call], Awaitable[int]]:
+        async def gate(call: Call) -> int:
+            await self._require(call, role)
+            return limit_bytes
+
+        return gate
+
+    async def _submission_gate(self, call: Call) -> int:
+        """A submission may be as large as its lease can fill, in JSON, with log-probabilities, and no larger."""
+        self._here(call)
+        _, leased = await self.database.read(lambda c: intake.lease_of(c, call.path["lease"], call.node))
+        samples = sum(len(group.samples) for group in leased.groups)
+        return BODY_BYTES + samples * (SAMPLE_BYTES + leased.budget * TOKEN_BYTES)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -371,8 +391,9 @@ class Coordinator:
 
     def routes(self) -> list[Route]:
         """The protocol, one line each."""
-        run = "/v1/runs/{run}"
-        tokens = TOKENS_BYTES
+        run, leased = "/v1/runs/{run}", self._submission_gate
+        scorer, validator = self._gate("scorer", MANY_BYTES), self._gate("validator", MANY_BYTES)
+        trainer = self._gate("trainer", BLOB_BYTES)
         return [
             Route("GET", "/metrics", self.prometheus, signed=False),
             Route("GET", "/v1", self.index, None, Index, signed=False),
@@ -385,18 +406,16 @@ class Coordinator:
             Route("GET", f"{run}/relays", self.relays, None, m.Relays, signed=False),
             Route("GET", f"{run}/manifests/{{digest}}", self.manifest, None, Signed, signed=False),
             Route("GET", "/v1/blobs/{digest}", self.get_blob, signed=False),
-            Route("PUT", f"{run}/blobs/{{digest}}", self.put_blob, None, m.Done, limit_bytes=BLOB_BYTES, raw=True),
+            Route("PUT", f"{run}/blobs/{{digest}}", self.put_blob, None, m.Done, gate=trainer, raw=True),
             Route("POST", f"{run}/leases", self.lease, m.LeaseRequest, m.LeaseAnswer),
-            Route(
-                "POST", f"{run}/leases/{{lease}}/submission", self.submission, m.Submission, Signed, limit_bytes=tokens
-            ),
+            Route("POST", f"{run}/leases/{{lease}}/submission", self.submission, m.Submission, Signed, gate=leased),
             Route("POST", f"{run}/leases/{{lease}}/return", self.give_back, m.Empty, m.Done),
             Route("POST", f"{run}/scores/claim", self.claim_scores, m.Claim, m.ScoreJobs),
-            Route("POST", f"{run}/scores", self.scores, m.Scores, m.Done, limit_bytes=4 << 20),
+            Route("POST", f"{run}/scores", self.scores, m.Scores, m.Done, gate=scorer),
             Route("POST", f"{run}/audits/claim", self.claim_audits, m.Claim, m.AuditJobs),
-            Route("POST", f"{run}/audits/{{audit}}/evidence", self.evidence, Signed, m.Done, limit_bytes=tokens),
+            Route("POST", f"{run}/audits/{{audit}}/evidence", self.evidence, Signed, m.Done, gate=validator),
             Route("POST", f"{run}/steps/{{step}}/claim", self.claim_step, m.ClaimStep, m.BatchAnswer),
-            Route("POST", f"{run}/steps/{{step}}/commit", self.commit_step, m.Commit, m.Done, limit_bytes=tokens),
+            Route("POST", f"{run}/steps/{{step}}/commit", self.commit_step, m.Commit, m.Done, gate=trainer),
             Route("GET", f"{run}/submissions/{{digest}}", self.submission_body),
             Route("GET", f"{run}/submissions/{{digest}}/logp", self.logp_body),
         ]
@@ -430,7 +449,7 @@ async def open_coordinator(config: Config) -> Coordinator:
     database, blobs = Database(config.database_url), Blobs(config.blobs_url)
     book = await found(config, database, model, key, time.time())
     papers = await seal_papers(config, blobs, model, key, root)
-    archive, metrics = Archive(blobs, model.tokenizer), Metrics(folder / "metrics.jsonl")
+    archive, metrics = Archive(Blobs(config.submissions_url), model.tokenizer), Metrics(folder / "metrics.jsonl")
     return Coordinator(book, papers, weights_key(config), profile, archive, database, blobs, metrics)
 
 
@@ -447,7 +466,7 @@ async def serve(config: Config) -> None:
     is_by_hand = coordinator.metrics.begin(time.time())
     options = uvicorn.Config(coordinator.app(), log_level="warning", timeout_graceful_shutdown=2, access_log=False)
     try:
-        await uvicorn.Server(options).serve(sockets=[listener])
+        await pages.Server(options).serve(sockets=[listener])
     finally:
         coordinator.database.close()
         if is_by_hand:

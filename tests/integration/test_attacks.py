@@ -264,13 +264,47 @@ def test_a_body_over_the_cap_is_refused_declared_or_not(house) -> None:
         for _ in range(70):
             yield b"x" * 1000
 
-    async def chunked():
+    async def chunked(headers):
         transport = httpx2.ASGITransport(app=house.coordinator.app())
         async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post(BATCH_ROUTE, content=pieces())
+            return await client.post(BATCH_ROUTE, content=pieces(), headers=headers)
 
-    response = asyncio.run(chunked())
+    signed = _signature(house, house.named("eve"), "POST", BATCH_ROUTE, "", b"x" * 70_000, None)
+    response = asyncio.run(chunked(signed))
     assert (response.status_code, code(response)) == (413, "too-large")
+
+
+@pytest.mark.parametrize("route", ["blobs/" + "0" * 64, "steps/1/commit", "audits/a1/evidence", "scores"])
+def test_nothing_of_a_large_body_is_read_before_the_key_may_send_it(house, route) -> None:
+    read = 0
+
+    async def body():
+        nonlocal read
+        for _ in range(1000):
+            read += 1 << 16
+            yield b"x" * (1 << 16)
+
+    async def go(headers):
+        transport = httpx2.ASGITransport(app=house.coordinator.app())
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+            method = "PUT" if route.startswith("blobs") else "POST"
+            return await client.request(method, f"{house.path}/{route}", content=body(), headers=headers)
+
+    method = "PUT" if route.startswith("blobs") else "POST"
+    signed = _signature(house, house.named("eve"), method, f"{house.path}/{route}", "", b"", None)
+    assert [asyncio.run(go(headers)).status_code for headers in ({}, signed)] == [401, 403]
+    assert read <= 2 << 16
+
+
+def test_a_submission_may_be_no_larger_than_its_lease_can_fill(house) -> None:
+    async def scene():
+        await house.step(0)
+        lease = await house.lease("eve")
+        return f"{house.path}/leases/{lease.lease}/submission"
+
+    path = asyncio.run(scene())
+    assert code(send(house, "POST", path, body=b"x" * 100_000, key=house.named("eve"))) == "too-large"
+    assert code(send(house, "POST", path, body=b"x" * 100, key=house.named("bob"))) in ("not-found", "forbidden")
 
 
 @pytest.mark.parametrize(

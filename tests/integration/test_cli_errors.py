@@ -49,7 +49,7 @@ def test_busy_port(tmp_path):
         taken.listen()
         port = str(taken.getsockname()[1])
         done = farflung("run", DEMO, "--run.dir", str(tmp_path), "--coordinator.port", port)
-    assert_one_sentence(done, port, "Address already in use", "--coordinator.port")
+    assert_one_sentence(done, port, "Address already in use", "choose another port")
 
 
 def test_an_older_run_is_not_overwritten(tmp_path):

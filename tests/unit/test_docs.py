@@ -127,7 +127,8 @@ def test_every_status_is_in_the_protocol_page() -> None:
 def test_the_worked_example_verifies(generator: ModuleType) -> None:
     key, body, headers, _ = generator.example_headers()
     method, path = "POST", generator.EXAMPLE_PATH
-    signer = identity.verify_request(headers, method, path, "", body, now=generator.EXAMPLE_CREATED, tag=key.id)
+    signer = identity.verify_request(headers, method, path, "", now=generator.EXAMPLE_CREATED, tag=key.id)
+    identity.check_digest(headers, body)
     assert signer.node == key.id
     assert headers["signature"] in page("protocol.md")
 

@@ -15,6 +15,7 @@ from farflung.protocol.errors import BadSignature, ClockSkew, ConfigError
 from farflung.protocol.identity import (
     Key,
     Signed,
+    check_digest,
     content_digest,
     node_id,
     seal,
@@ -36,7 +37,9 @@ def signed(body: bytes = BODY, now: float = NOW, tag: str = TAG, query: str = QU
 
 
 def check(headers, method="POST", path=PATH, query=QUERY, body=BODY, now=NOW, tag=TAG):
-    return verify_request(headers, method, path, query, body, now=now, tag=tag)
+    signer = verify_request(headers, method, path, query, now=now, tag=tag)
+    check_digest(headers, body)
+    return signer
 
 
 def test_a_signed_request_verifies_and_says_who_sent_it() -> None:

@@ -1,6 +1,7 @@
 """The live part: one snapshot for all who look, and server-sent events that carry what changed."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,6 +30,11 @@ class Live:
         self._frames: tuple[Snapshot | None, Frames] = (None, {})
         self._due = 0.0
         self.viewers = 0
+        self._over = asyncio.Event()
+
+    def stop(self) -> None:
+        """End every stream, so that no viewer holds up a server that wants to stop."""
+        self._over.set()
 
     async def snapshot(self, patience_s: float = 0.0) -> Snapshot:
         """The run as it stands, or stood a moment ago; up to `patience_s` longer ago where names are what counts."""
@@ -65,7 +71,7 @@ class Live:
             sent: Frames = {"nodes": (await self.frames())["nodes"]}
             silent_since = time.monotonic()
             yield b"retry: 2000\n\n"
-            while True:
+            while not self._over.is_set():
                 frames = await self.frames()
                 fresh = [name for name, data in frames.items() if sent.get(name) != data]
                 if fresh:
@@ -74,7 +80,8 @@ class Live:
                 elif time.monotonic() - silent_since > ALIVE_EVERY_S:
                     yield b": still here\n\n"
                     silent_since = time.monotonic()
-                await asyncio.sleep(REFRESH_S)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._over.wait(), REFRESH_S)
         finally:
             self.viewers -= 1
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request
 from sqlalchemy import Row
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
@@ -205,6 +207,16 @@ def _guarded(pages: Pages, page: Callable[[Request], Awaitable[Response]]) -> Ca
         return response
 
     return endpoint
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on its way out ends the streams of those who look before it waits for requests to end."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop serving."""
+        app: Any = self.config.app
+        app.state.pages.live.stop()
+        await super().shutdown(sockets)
 
 
 class Static(StaticFiles):

@@ -52,7 +52,7 @@ def _end(connection: Connection, run: str) -> float:
 def _archive(config: Config) -> Archive | None:
     """The transcripts, if the model's tokenizer is still where it was."""
     try:
-        return Archive(Blobs(config.blobs_url), Model(config.model.path).tokenizer)
+        return Archive(Blobs(config.submissions_url), Model(config.model.path).tokenizer)
     except ConfigError as error:
         log.warning("no transcripts reason=%s", error)
         return None
@@ -73,6 +73,6 @@ def view(folder: Path, host: str, port: int) -> None:
         print(f"farflung: {folder} is at http://{address}:{port}, read only; Ctrl-C ends it", flush=True)
         options = uvicorn.Config(app_of(desk), log_level="warning", timeout_graceful_shutdown=1, access_log=False)
         try:
-            asyncio.run(uvicorn.Server(options).serve(sockets=[listener]))
+            asyncio.run(pages.Server(options).serve(sockets=[listener]))
         finally:
             desk.database.close()

@@ -266,6 +266,7 @@ _INPUT = re.compile(
     r'nonce="(?P<nonce>[\w-]{16,64})";alg="ed25519";keyid="(?P<key>[\w-]{43})";tag="(?P<tag>[\w.:-]{1,80})")',
     re.ASCII,
 )
+_DIGEST = re.compile(r"sha-256=:[A-Za-z0-9+/]{43}=:")
 _SIGNATURE = re.compile(r"sig1=:(?P<value>[A-Za-z0-9+/]{86}==):")
 
 
@@ -277,12 +278,11 @@ class Signer(msgspec.Struct, frozen=True):
     nonce: str
 
 
-def verify_request(
-    headers: Mapping[str, str], method: str, path: str, query: str, body: bytes, *, now: float, tag: str
-) -> Signer:
-    """Check a signed request and say who sent it.
+def verify_request(headers: Mapping[str, str], method: str, path: str, query: str, *, now: float, tag: str) -> Signer:
+    """Check a signed request by its headers alone and say who sent it, before a byte of its body is read.
 
-    Raises BadSignature or ClockSkew. Whether the nonce is fresh is the caller's to remember.
+    Raises BadSignature or ClockSkew. Whether the nonce is fresh is the caller's to remember, and the body has to be
+    held against the signed Content-Digest (`check_digest`) once it is here.
     """
     given = _INPUT.fullmatch(headers.get("signature-input", ""))
     signature = _SIGNATURE.fullmatch(headers.get("signature", ""))
@@ -293,14 +293,21 @@ def verify_request(
     skew_s = int(given["created"]) - now
     if abs(skew_s) > CLOCK_SKEW_S:
         raise ClockSkew(f"the request was signed {skew_s:+.0f} s from now, {CLOCK_SKEW_S} s are allowed; set the clock")
-    digest = content_digest(body)
-    if headers.get("content-digest") != digest:
-        raise BadSignature(f"the Content-Digest does not match the body, which hashes to {digest}")
+    digest = headers.get("content-digest", "")
+    if not _DIGEST.fullmatch(digest):
+        raise BadSignature("the Content-Digest header is missing or not in the form sha-256=:base64:")
     public = base64.urlsafe_b64decode(given["key"] + "=")
     base = signature_base(method, path, query, digest, given["parameters"])
     if not verify(public, base64.b64decode(signature["value"]), base):
         raise BadSignature
     return Signer(node_id(public), public, given["nonce"])
+
+
+def check_digest(headers: Mapping[str, str], body: bytes) -> None:
+    """Raises BadSignature unless the body is the one whose digest was signed."""
+    digest = content_digest(body)
+    if headers.get("content-digest") != digest:
+        raise BadSignature(f"the Content-Digest does not match the body, which hashes to {digest}")
 
 
 # --- signed documents ------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from farflung.protocol.errors import (
     TooLarge,
     Unavailable,
 )
-from farflung.protocol.identity import CLOCK_SKEW_S, Signer, verify_request
+from farflung.protocol.identity import CLOCK_SKEW_S, Signer, check_digest, verify_request
 
 log = logging.getLogger(__name__)
 BODY_BYTES = 64 * 1024
@@ -79,6 +79,8 @@ class Route:
     gives: type[Any] | None = None
     signed: bool = True
     limit_bytes: int = BODY_BYTES
+    gate: Callable[[Call], Awaitable[int]] | None = None
+    """For bodies that may be large: looks at who asks for what before any of it is read, and says how much may come."""
     raw: bool = False
     """The body is bytes, not a message."""
 
@@ -129,11 +131,14 @@ def mount(app: FastAPI, routes: Sequence[Route], tag: str, clock: Callable[[], f
 def _endpoint(route: Route, nonces: Nonces, tag: str, clock: Callable[[], float]) -> Callable[..., Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         path = {name: _checked(name, value) for name, value in request.path_params.items()}
-        body = await _read(request, route.limit_bytes)
         signer = None
         if route.signed:
-            signer = _verify(request, body, tag, clock())
+            signer = _verify(request, tag, clock())
             nonces.check(signer.node + signer.nonce, clock())
+        door = Call(None, b"", path, signer, request)
+        body = await _read(request, await route.gate(door) if route.gate else route.limit_bytes)
+        if route.signed:
+            check_digest(request.headers, body)
         found = await route.handler(Call(_message(route, body, request), body, path, signer, request))
         return found if isinstance(found, Response) else _respond(request, found)
 
@@ -162,11 +167,11 @@ def _message(route: Route, body: bytes, request: Request) -> Any:
     return wire.decode(body, route.takes, _content_type(request))
 
 
-def _verify(request: Request, body: bytes, tag: str, now: float) -> Signer:
+def _verify(request: Request, tag: str, now: float) -> Signer:
     url = request.scope
     path = url.get("raw_path", url["path"].encode()).partition(b"?")[0].decode("latin-1")
     query = url["query_string"].decode("latin-1")
-    return verify_request(request.headers, request.method, path, query, body, now=now, tag=tag)
+    return verify_request(request.headers, request.method, path, query, now=now, tag=tag)
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -17,7 +17,7 @@ class Archive:
     """Submission bodies by digest, the latest ones remembered, and the run's tokenizer."""
 
     def __init__(self, blobs: Blobs, tokenizer: Tokenizer) -> None:
-        self._blobs, self._tokenizer = blobs, tokenizer
+        self.blobs, self._tokenizer = blobs, tokenizer
         self._seen: OrderedDict[str, SubmissionBody] = OrderedDict()
 
     async def body(self, digest: str) -> SubmissionBody:
@@ -25,7 +25,7 @@ class Archive:
         if digest in self._seen:
             self._seen.move_to_end(digest)
             return self._seen[digest]
-        body = msgspec.msgpack.decode(await self._blobs.get(digest), type=SubmissionBody)
+        body = msgspec.msgpack.decode(await self.blobs.get(digest), type=SubmissionBody)
         self._seen[digest] = body
         while len(self._seen) > REMEMBERED or self._is_too_large():
             self._seen.popitem(last=False)

@@ -112,6 +112,14 @@ LEASES = Table(
     Column("receipt", LargeBinary),
     Index("lease_open", "status", "expires_at"),
     Index("lease_node", "node", "status"),
+    Index(
+        "one_open_lease",
+        "run",
+        "node",
+        unique=True,
+        sqlite_where=sa.text("status = 'open'"),
+        postgresql_where=sa.text("status = 'open'"),
+    ),
     Index("lease_recent", "run", "opened_at"),
 )
 ROLLOUTS = Table(

@@ -192,8 +192,13 @@ async def _tasks(config: Config, model: Model) -> list[dict[str, Any]]:
             *_rows(config.run.name, "train", await child.tasks("train", env.train_tasks), model),
             *_rows(config.run.name, "eval", await child.tasks("eval", env.eval_tasks), model),
         ]
-    if not any(row["split"] == "train" for row in rows):
-        raise ConfigError(f"environment {env.name!r} has no training tasks")
+    count = sum(row["split"] == "train" for row in rows)
+    need = int(config.learn.groups * config.learn.oversample)
+    if count < need:
+        raise ConfigError(
+            f"environment {env.name!r} has {count} training tasks; a step may need {need}, each once, so give it "
+            "more, or lower learn.groups"
+        )
     return rows
 
 

@@ -185,6 +185,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("lease"),
     )
     op.create_index("lease_node", "leases", ["node", "status"], unique=False)
+    op.create_index(
+        "one_open_lease",
+        "leases",
+        ["run", "node"],
+        unique=True,
+        sqlite_where=sa.text("status = 'open'"),
+        postgresql_where=sa.text("status = 'open'"),
+    )
     op.create_index("lease_recent", "leases", ["run", "opened_at"], unique=False)
     op.create_index("lease_open", "leases", ["status", "expires_at"], unique=False)
     op.create_table(
