@@ -37,7 +37,7 @@ class Wanted:
 class RolloutPage:
     """Rollouts, newest lease first, and cursors to the pages beside it."""
 
-    rows: list[Row[Any]]
+    rows: list[Any]
     older: str
     newer: str
 
@@ -66,7 +66,7 @@ def rollouts(connection: Connection, run: str, wanted: Wanted, known: int) -> Ro
         bound = opened >= at if is_back else opened <= at
         query = query.where(bound, sa.or_(beyond, later))
     orders = (opened, ROLLOUTS.c.rollout) if is_back else (opened.desc(), ROLLOUTS.c.rollout.desc())
-    rows = list(connection.execute(query.order_by(*orders).limit(ROLLOUTS_A_PAGE + 1)))
+    rows: list[Any] = list(connection.execute(query.order_by(*orders).limit(ROLLOUTS_A_PAGE + 1)))
     has_more = len(rows) > ROLLOUTS_A_PAGE
     rows = rows[:ROLLOUTS_A_PAGE]
     if is_back:
@@ -78,7 +78,7 @@ def rollouts(connection: Connection, run: str, wanted: Wanted, known: int) -> Ro
     )
 
 
-def _columns() -> sa.Select[Any]:
+def _columns() -> Any:
     r = ROLLOUTS.c
     return (
         sa.select(
@@ -99,7 +99,7 @@ def rollout(connection: Connection, id: str) -> Row[Any] | None:
     return connection.execute(_columns().where(ROLLOUTS.c.rollout == id)).first()
 
 
-def siblings(connection: Connection, which: sa.ColumnElement[bool], limit: int = 256) -> list[Row[Any]]:
+def siblings(connection: Connection, which: sa.ColumnElement[bool], limit: int = 256) -> list[Any]:
     """Rollouts of one group, lease, audit or submission."""
     return list(connection.execute(_columns().where(which).order_by(ROLLOUTS.c.group, ROLLOUTS.c.sample).limit(limit)))
 
@@ -202,7 +202,7 @@ def open_unchecked(sealed: bytes) -> Manifest:
     return msgspec.msgpack.decode(msgspec.msgpack.decode(sealed, type=Signed).payload, type=Manifest)
 
 
-def contributors(connection: Connection, run: str, step: int) -> list[Row[Any]]:
+def contributors(connection: Connection, run: str, step: int) -> list[Any]:
     """Nodes whose rollouts a step was trained on: node, name, rollouts, submissions, tokens; most rollouts first."""
     count = sa.func.count()
     query = (

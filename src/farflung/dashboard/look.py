@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -28,8 +28,8 @@ POINTS = 600
 Point = tuple[float, float]
 
 
-def environment() -> Environment:
-    """Templates of the dashboard and the report, with autoescape on for all of them."""
+def environment(**shared: Any) -> Environment:
+    """Templates of the dashboard and the report, with autoescape on for all of them, and values that all may use."""
     env = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         autoescape=True,
@@ -37,7 +37,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {
+    filters: dict[str, Any] = {
         "ago": ago,
         "cell": cell,
         "clean": clean,
@@ -53,7 +53,8 @@ def environment() -> Environment:
         "usd": usd,
         "when": when,
     }
-    env.globals |= {"curve": curve, "tojson_text": json.dumps}
+    env.filters.update(filters)
+    cast(dict[str, Any], env.globals).update(curve=curve, tojson_text=json.dumps, **shared)
     return env
 
 
@@ -98,7 +99,7 @@ def cell(value: Any) -> Markup | str:
 
 def fields(detail: str) -> list[tuple[str, str]]:
     """The detail of an event as names and values."""
-    found = json.loads(detail) if detail else {}
+    found: dict[str, Any] = json.loads(detail or "{}")
     return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in found.items()]
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from sqlalchemy import Row
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -72,8 +71,8 @@ class Pages:
     """One method per page."""
 
     def __init__(self, desk: Desk) -> None:
-        self.desk, self._templates = desk, environment()
-        self._templates.globals |= {"is_live": desk.is_live, "run": desk.config.run.name, "asset": asset}
+        self.desk = desk
+        self._templates = environment(is_live=desk.is_live, run=desk.config.run.name, asset=asset)
         self.live = Live(desk.look, self._part)
 
     # --- pages -------------------------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ class Pages:
         """The page for what is not there."""
         return self._page("missing.html", 404, page="", reason=str(error))
 
-    async def _texts(self, rows: list[Row[Any]]) -> dict[str, str]:
+    async def _texts(self, rows: list[Any]) -> dict[str, str]:
         """Transcripts of rollouts, where they are stored and can be read."""
         archive, found = self.desk.archive, dict[str, str]()
         if archive is None:
@@ -167,7 +166,7 @@ class Pages:
         for row in rows:
             if row.submission and row.position is not None:
                 try:
-                    ids = (await archive.body(row.submission)).rollouts[row.position].ids
+                    ids: bytes = (await archive.body(row.submission)).rollouts[row.position].ids
                 except NotFound:
                     continue
                 found[row.rollout] = clean(await asyncio.to_thread(archive.text, ids[: 4 * TEXT_SHOWN]))

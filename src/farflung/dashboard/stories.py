@@ -225,13 +225,13 @@ class Moment(float):
     """Unix seconds that are shown as a time."""
 
 
-def _audits(connection: Connection, which: Any) -> list[Row[Any]]:
+def _audits(connection: Connection, which: Any) -> list[Any]:
     columns = (AUDITS.c.audit, AUDITS.c.status, AUDITS.c.outcome, AUDITS.c.step, AUDITS.c.rollouts, AUDITS.c.claimed_by)
     query = sa.select(*columns, AUDITS.c.opened_at, AUDITS.c.submission).where(which)
     return list(connection.execute(query.order_by(AUDITS.c.opened_at.desc()).limit(20)))
 
 
-def _audit_table(title: str, audits: list[Row[Any]]) -> Related:
+def _audit_table(title: str, audits: list[Any]) -> Related:
     rows = [
         (a.audit, a.status, a.outcome, a.step, len(json.loads(a.rollouts)), a.claimed_by, Moment(a.opened_at))
         for a in audits

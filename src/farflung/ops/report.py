@@ -48,9 +48,8 @@ async def write_report(folder: Path, summary: dict[str, Any]) -> Path:
         answers = await five_answers(folder)
     finally:
         desk.database.close()
-    templates = environment()
-    templates.globals |= {"is_live": False}
-    text = templates.get_template("report.html").render(
+    template = environment(is_live=False).get_template("report.html")
+    text = template.render(
         s=snapshot,
         summary=summary,
         figures=FIGURES,
