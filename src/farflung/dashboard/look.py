@@ -23,6 +23,11 @@ OBEYED = re.compile(
     "\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
 )
 """Characters that a terminal or browser obeys instead of showing: controls, directions, joiners, lone surrogates."""
+STATES = (
+    *("joined", "starting", "waiting", "fetching", "generating", "submitting", "training", "publishing"),
+    *("auditing", "evaluating", "scoring", "mirroring", "serving"),
+)
+"""Phases that have a colour; a node may say anything."""
 TEXT_SHOWN = 20_000
 POINTS = 600
 Point = tuple[float, float]
@@ -54,7 +59,7 @@ def environment(**shared: Any) -> Environment:
         "when": when,
     }
     env.filters.update(filters)
-    cast(dict[str, Any], env.globals).update(curve=curve, tojson_text=json.dumps, **shared)
+    cast(dict[str, Any], env.globals).update(curve=curve, known=STATES, tojson_text=json.dumps, **shared)
     return env
 
 
