@@ -76,6 +76,7 @@ SECTIONS = {
     "scorer": "The scorer and its child processes.",
     "swarm": "What `farflung run` starts on this machine.",
     "prices": "What an hour of each role costs, for `cost_usd` in the summary.",
+    "sinks": "Where step metrics go besides `metrics.jsonl`; the package named must be installed.",
 }
 
 

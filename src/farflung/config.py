@@ -92,7 +92,9 @@ class LeaseSection(Section):
     lost_s: float = setting(20.0, "Seconds without a heartbeat until a node's leases go to others.", gt=0)
     max_lag: int = setting(1, "Steps that a node may work behind the latest while it fetches.", ge=0)
     ahead: float = setting(
-        2.0, "Groups open or waiting, as a multiple of what a step takes, before work is held.", gt=0
+        2.0,
+        "Groups open or waiting before work is held, as a multiple of `learn.groups`; at least `learn.oversample`.",
+        gt=0,
     )
 
 
