@@ -61,4 +61,4 @@ class Mirror:
 
     def _is_behind(self) -> bool:
         """Whether a version is known that is not mirrored yet."""
-        return self.versions.session.latest.manifest != self.followed
+        return self.versions.session.latest.manifest not in ("", self.followed)
