@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from farflung.learner.filters import is_informative, pass_rate, select
+from farflung.learner.filters import is_informative
 from farflung.learner.loss import advantages, clipped_loss, denominator, mismatch_kl
 
 
@@ -110,6 +110,3 @@ def test_filters() -> None:
     assert not is_informative([1.0, 1.0])
     assert not is_informative([1.0])
     assert not is_informative([])
-    assert select([[1, 1], [0, 1], [], [0, 0.5]]) == [1, 3]
-    assert pass_rate([1.0, 0.0, 1.0, 0.4]) == 0.5
-    assert pass_rate([]) == 0.0

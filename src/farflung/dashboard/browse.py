@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest
 from farflung.store import ledger
-from farflung.store.tables import ENTRIES, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS, VERDICTS
+from farflung.store.tables import ENTRIES, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
 
 ROLLOUTS_A_PAGE = 25
 STEPS_A_PAGE = 20
@@ -114,12 +114,6 @@ def _cursor(text: str) -> tuple[float, str] | None:
         return (float(at), rollout) if rollout else None
     except ValueError:
         return None
-
-
-def verdict_outcomes(connection: Connection, nodes: set[str]) -> dict[str, str]:
-    """The last verdict on each of some nodes."""
-    query = sa.select(VERDICTS.c.node, VERDICTS.c.outcome).where(VERDICTS.c.node.in_(nodes)).order_by(VERDICTS.c.id)
-    return {row[0]: row[1] for row in connection.execute(query)}
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -7,14 +7,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
+from farflung.learner.filters import is_informative
 from farflung.protocol.messages import ScoreResult
 from farflung.store import ledger
 from farflung.store.book import Book
 from farflung.store.db import move, record
 from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, TASKS
-
-INFORMATIVE = 1e-6
-"""Rewards of a group that differ by less teach nothing."""
 
 
 def claim_scores(connection: Connection, book: Book, scorer: str, limit: int, now: float) -> Sequence[Row[Any]]:
@@ -98,7 +96,7 @@ def complete(connection: Connection, group: str, now: float) -> None:
     connection.execute(
         GROUPS.update()
         .where(GROUPS.c.group == group)
-        .values(reward=sum(rewards) / len(rewards), is_informative=max(rewards) - min(rewards) > INFORMATIVE)
+        .values(reward=sum(rewards) / len(rewards), is_informative=is_informative(rewards))
     )
     move(connection, "group", [group], "open", "complete", now)
 
