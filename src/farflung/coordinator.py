@@ -384,7 +384,9 @@ class Coordinator:
             sweeping.cancel()
             self.metrics.flush(self.clock(), force=True)
 
-        app = FastAPI(title="farflung coordinator", version=str(m.VERSION), lifespan=life)
+        app = FastAPI(
+            title="farflung coordinator", version=str(m.VERSION), lifespan=life, docs_url=None, redoc_url=None
+        )
         mount(app, self.routes(), self.book.key.id, self.clock)
         pages.mount(app, pages.Desk(self.config, self.database, self.archive, self.metrics.path, self.clock))
         return app

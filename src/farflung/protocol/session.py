@@ -32,6 +32,8 @@ from farflung.protocol.messages import (
 
 log = logging.getLogger(__name__)
 HURRY_S = 5.0
+AWAY_S = 3600.0
+"""Once a node is in, it waits this long for a coordinator that is away."""
 
 
 class Index(msgspec.Struct, frozen=True):
@@ -136,6 +138,7 @@ class Session:
             invite=invite,
         )
         await client.post("/v1/nodes", register, Welcome)
+        client.patience_s = max(client.patience_s, AWAY_S)
         return cls(client, run, info, keys)
 
     def path(self, rest: str) -> str:
