@@ -21,7 +21,7 @@ bench: .venv/installed
 	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file --quick; done
 
 .venv/installed: pyproject.toml constraints.txt
-	@echo "Making .venv: about 1.5 GB with the CPU build of torch; see README.md to choose another build."
+	@echo "Making .venv: about 1.7 GB with the CPU build of torch; see README.md to choose another build."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install -c constraints.txt -e '.[learn,envs,dev]'
