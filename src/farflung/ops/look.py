@@ -24,7 +24,7 @@ async def show_status(url: str, run: str) -> None:
     await client.close()
     console = Console(highlight=False)
     console.print(run_panel(status))
-    console.print(nodes_table(status))
+    console.print(nodes_table(status, console.width))
 
 
 async def tell_story(url: str, subject: str) -> None:

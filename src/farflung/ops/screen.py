@@ -55,7 +55,9 @@ class Screen:
         """The run as it stands."""
         self._tell_verdicts(status)
         if self._live is not None:
-            self._live.update(Group(run_panel(status), nodes_table(status), Text("\n".join(self._notes[-NOTES:]))))
+            self._live.update(
+                Group(run_panel(status), nodes_table(status, self.console.width), Text("\n".join(self._notes[-NOTES:])))
+            )
         elif time.monotonic() - self._lined_at >= LINE_EVERY_S:
             self._lined_at = time.monotonic()
             self.note(one_line(status))
@@ -112,33 +114,41 @@ def spark(values: list[float]) -> str:
     return "".join(BARS[min(len(BARS) - 1, int(value * len(BARS)))] for value in values[-60:])
 
 
-def nodes_table(status: Status) -> Table:
-    """Who is here and how they do."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("node", "role", "standing", "step", "phase", "tok/s", "accepted", "rejected", "audits", "credit"):
-        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
-    for node in status.nodes:
-        table.add_row(*_node_cells(node), style="" if node.is_online else "dim")
+def nodes_table(status: Status, width: int) -> Table:
+    """Who is here and how they do; a narrow terminal gets fewer columns rather than cut ones."""
+    table = Table(box=None, header_style="dim", padding=(0, 2 if width >= ROOMY else 1, 0, 0))
+    rows = [_node_cells(node) for node in status.nodes]
+    shown = [name for name in COLUMNS if width >= ROOMY or name not in SPARED]
+    for name in shown:
+        table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
+    for node, cells in zip(status.nodes, rows, strict=True):
+        table.add_row(*(cells[name] for name in shown), style="" if node.is_online else "dim")
     return table
 
 
-_NUMBERS = ("step", "tok/s", "accepted", "rejected", "audits", "credit")
+COLUMNS = ("node", "role", "standing", "step", "phase", "tok/s", "accepted", "rejected", "audits", "credit")
+NUMBERS = ("step", "tok/s", "accepted", "rejected", "audits", "credit")
+SPARED = ("role", "tok/s", "audits")
+ROOMY = 100
+STANDING = {"relay": "untrusted"}
 
 
-def _node_cells(node: NodeView) -> list[str | Text]:
+def _node_cells(node: NodeView) -> dict[str, str | Text]:
     is_worker = node.role == "worker"
     is_silent = not node.is_online and node.phase != "gone"
     phase = f"silent for {node.seen_s_ago:.0f} s" if is_silent else node.phase
-    return [
-        node.name,
-        node.role,
-        Text(node.status, style=COLOURS.get(node.status, "")) if is_worker else "granted",
-        str(node.loaded_step) if node.loaded_step >= 0 else "–",
-        "ejected" if node.status == "ejected" else phase,
-        f"{node.tokens_per_s:,.0f}" if node.tokens_per_s else "",
-        *((f"{node.accepted:,}", f"{node.rejected:,}", str(node.audits)) if is_worker else ("", "", "")),
-        f"{node.credit + node.escrow:,}" if is_worker else "",
-    ]
+    return {
+        "node": node.name,
+        "role": node.role,
+        "standing": Text(node.status, style=COLOURS.get(node.status, "")) if is_worker else STANDING.get(node.role, "granted"),
+        "step": str(node.loaded_step) if node.loaded_step >= 0 else "–",
+        "phase": "ejected" if node.status == "ejected" else phase,
+        "tok/s": f"{node.tokens_per_s:,.0f}" if node.tokens_per_s else "",
+        "accepted": f"{node.accepted:,}" if is_worker else "",
+        "rejected": f"{node.rejected:,}" if is_worker else "",
+        "audits": str(node.audits) if is_worker else "",
+        "credit": f"{node.credit + node.escrow:,}" if is_worker else "",
+    }
 
 
 def print_answers(console: Console, rows: list[Pair]) -> None:
