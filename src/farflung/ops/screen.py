@@ -130,17 +130,17 @@ COLUMNS = ("node", "role", "standing", "step", "phase", "tok/s", "accepted", "re
 NUMBERS = ("step", "tok/s", "accepted", "rejected", "audits", "credit")
 SPARED = ("role", "tok/s", "audits")
 ROOMY = 100
-STANDING = {"relay": "untrusted"}
 
 
 def _node_cells(node: NodeView) -> dict[str, str | Text]:
     is_worker = node.role == "worker"
     is_silent = not node.is_online and node.phase != "gone"
     phase = f"silent for {node.seen_s_ago:.0f} s" if is_silent else node.phase
+    granted = "untrusted" if node.role == "relay" else "granted"
     return {
         "node": node.name,
         "role": node.role,
-        "standing": Text(node.status, style=COLOURS.get(node.status, "")) if is_worker else STANDING.get(node.role, "granted"),
+        "standing": Text(node.status, style=COLOURS.get(node.status, "")) if is_worker else granted,
         "step": str(node.loaded_step) if node.loaded_step >= 0 else "–",
         "phase": "ejected" if node.status == "ejected" else phase,
         "tok/s": f"{node.tokens_per_s:,.0f}" if node.tokens_per_s else "",
