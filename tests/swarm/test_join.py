@@ -1,0 +1,35 @@
+"""A stranger joins in the middle of a run with nothing but the address, and leaves before its end."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
+
+
+def test_a_stranger_joins_works_leaves_and_is_told_what_it_earned(start, tmp_path):
+    running = start(
+        "--run.steps", "8", "--eval.tasks", "64", "--swarm.workers", "2", "--swarm.kill", "0", "--swarm.relays", "1"
+    )
+    running.wait_for(lambda status: status["latest"]["step"] >= 1)
+    folder = tmp_path / "home"
+    command = [sys.executable, "-m", "farflung", "join", running.url, "--folder", str(folder), "--name", "stranger"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as joined:
+        running.wait_for(lambda status: any(n["name"] == "stranger" and n["accepted"] > 0 for n in status["nodes"]))
+        os.kill(joined.pid, signal.SIGTERM)
+        since = time.monotonic()
+        told, errors = joined.communicate(timeout=30)
+        assert time.monotonic() - since < 20
+    assert joined.returncode == 0, errors
+    assert "✗" not in told
+    assert "stranger leaves with" in told
+    assert "accepted rollouts (0 rejected)" in told
+    assert stat.S_IMODE((folder / "key").stat().st_mode) == 0o600
+    output = running.finish()
+    assert running.process.returncode == 0, output
+    assert running.summary()["nodes_seen"] == 4
