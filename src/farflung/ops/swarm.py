@@ -32,6 +32,7 @@ from farflung.tasks.found import local_grants
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.25
+SETTLE_S = 0.5
 START_S = 60.0
 STOP_S = 15.0
 MOST_RESTARTS = 20
@@ -238,6 +239,7 @@ class Swarm:
             if pid is None or not node.name.startswith("doomed-") or node.name in self.killed or not node.lease:
                 continue
             os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(SETTLE_S)  # a submission that is on its way would still end the lease
             status = await self._status()
             still = status is not None and any(n.name == node.name and n.lease for n in status.nodes)
             if still:
