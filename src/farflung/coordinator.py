@@ -301,8 +301,7 @@ class Coordinator:
 
     async def prometheus(self, call: Call) -> Response:
         """The same for Prometheus."""
-        status = await self.database.read(lambda c: views.status(c, self.book, self.clock()))
-        return Response(exposition(status), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(exposition(await self.status(call)), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def story(self, call: Call) -> m.Story:
         """Everything that happened to one id."""

@@ -1,6 +1,5 @@
 """Scorer: claims transcripts, has child processes judge them, reports rewards. It sees no secret and no weights."""
 
-import asyncio
 import contextlib
 import logging
 import sys
@@ -8,9 +7,8 @@ import sys
 from farflung.config import Config
 from farflung.envs.child import ScorerChild
 from farflung.protocol.client import Client
-from farflung.protocol.exposition import expose
 from farflung.protocol.identity import Key
-from farflung.protocol.session import Session, stop_on_signals
+from farflung.protocol.session import Session
 from farflung.rollouts import score
 
 log = logging.getLogger(__name__)
@@ -31,21 +29,14 @@ class Scorer:
         self.session = await Session.open(
             self.client, "scorer", run=self.config.run.name, root=self._root, name=self.name
         )
-        expose(self.session, "scorer", self.config.scorer.metrics_port)
-        stop_on_signals(self.stop)
         env = self.config.env
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(self.config.scorer.children):
                 child = ScorerChild(env.name, env.args, python=env.python or sys.executable)
                 self.children.append(await stack.enter_async_context(child))
-            beating = asyncio.create_task(self.session.keep_beating())
-            try:
+            async with self.session.stay("scorer", self.stop, metrics_port=self.config.scorer.metrics_port):
                 while not self.is_stopping and not self.session.is_over:
                     await self.step()
-            finally:
-                beating.cancel()
-                await self.session.say_goodbye()
-                await self.client.close()
 
     def stop(self) -> None:
         """Stop after the work in hand."""

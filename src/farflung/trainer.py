@@ -18,10 +18,9 @@ from farflung.learner.pack import Rollout, pack
 from farflung.learner.policy import Policy
 from farflung.protocol.client import Client
 from farflung.protocol.errors import WeightsError
-from farflung.protocol.exposition import expose
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Batch, Commit, Done
-from farflung.protocol.session import Session, stop_on_signals
+from farflung.protocol.session import Session
 from farflung.rollouts.batch import claim, fetch
 from farflung.store.sinks import Sinks
 from farflung.weights.manifest import manifest_digest
@@ -50,18 +49,13 @@ class Trainer:
         self.session = await Session.open(
             self.client, "trainer", run=self.config.run.name, root=self._root, name="trainer", engine="hf"
         )
-        expose(self.session, "trainer", self.config.learn.metrics_port)
-        stop_on_signals(self.stop)
-        beating = asyncio.create_task(self.session.keep_beating())
-        try:
-            await asyncio.to_thread(self.load)
-            while not self.is_stopping and self.done_step < self.config.run.steps:
-                await self.step()
-        finally:
-            beating.cancel()
-            await self.session.say_goodbye()
-            await self.client.close()
-            self._sinks.finish()
+        async with self.session.stay("trainer", self.stop, metrics_port=self.config.learn.metrics_port):
+            try:
+                await asyncio.to_thread(self.load)
+                while not self.is_stopping and self.done_step < self.config.run.steps:
+                    await self.step()
+            finally:
+                self._sinks.finish()
 
     def stop(self) -> None:
         """Stop after the work in hand."""

@@ -12,10 +12,9 @@ from farflung.config import ValidatorSection
 from farflung.engine.local import LocalEngine
 from farflung.protocol.client import Client
 from farflung.protocol.errors import LeaseGone, Malformed, NotFound, WeightsError
-from farflung.protocol.exposition import expose
 from farflung.protocol.identity import Key, Signed
 from farflung.protocol.messages import AuditJob, Evidence, LeaseAnswer, LeaseRequest
-from farflung.protocol.session import Session, stop_on_signals
+from farflung.protocol.session import Session
 from farflung.rollouts import verify
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
@@ -50,17 +49,10 @@ class Validator:
     async def run(self) -> None:
         """Work until the run ends or somebody says stop."""
         await self.open()
-        expose(self.session, "validator", self.settings.metrics_port)
-        stop_on_signals(self.stop)
-        beating = asyncio.create_task(self.session.keep_beating())
-        try:
+        async with self.session.stay("validator", self.stop, metrics_port=self.settings.metrics_port):
             while not self.is_stopping and not self.session.is_over:
                 await self.step()
-        finally:
-            beating.cancel()
-            await self.session.say_goodbye()
-            await self.weights.close()
-            await self.client.close()
+        await self.weights.close()
 
     async def open(self) -> None:
         """Join and build the empty model."""

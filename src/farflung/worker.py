@@ -25,10 +25,9 @@ from farflung.protocol.errors import (
     TooLarge,
     WeightsError,
 )
-from farflung.protocol.exposition import expose
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Done, Empty, Lease, LeaseAnswer, LeaseRequest
-from farflung.protocol.session import Session, stop_on_signals
+from farflung.protocol.session import Session
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
@@ -78,19 +77,14 @@ class Worker:
     async def run(self) -> None:
         """Work until the run ends, the node is ejected, or somebody says stop."""
         await self.open()
-        expose(self.session, "worker", self.settings.metrics_port)
-        stop_on_signals(self.drain)
-        beating = asyncio.create_task(self.session.keep_beating(self.prefetch))
-        try:
-            while not self.is_stopping and not self.session.is_over:
-                await self.step()
-        except Ejected as error:
-            log.error("leaving because=%s", error)
-        finally:
-            beating.cancel()
-            await self.session.say_goodbye()
-            await self.weights.close()
-            await self.client.close()
+        port = self.settings.metrics_port
+        async with self.session.stay("worker", self.drain, metrics_port=port, on_pulse=self.prefetch):
+            try:
+                while not self.is_stopping and not self.session.is_over:
+                    await self.step()
+            except Ejected as error:
+                log.error("leaving because=%s", error)
+        await self.weights.close()
 
     async def open(self) -> None:
         """Join: register, check the run's papers, build the empty model."""

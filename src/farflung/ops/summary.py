@@ -144,12 +144,9 @@ def _audits(connection: Connection, run: str) -> dict[str, Any]:
     rows = connection.execute(
         sa.select(AUDITS.c.rollouts).where(AUDITS.c.run == run, AUDITS.c.status == "done")
     ).scalars()
-    rollouts = sum(len(json.loads(text)) for text in rows)
-    done = connection.execute(
-        sa.select(sa.func.count()).where(AUDITS.c.run == run, AUDITS.c.status == "done")
-    ).scalar_one()
+    audited = [len(json.loads(text)) for text in rows]
     submitted = _rollouts(connection, run)["rollouts_submitted"]
-    return {"audits": done, "audited_fraction": round(rollouts / submitted, 4) if submitted else 0.0}
+    return {"audits": len(audited), "audited_fraction": round(sum(audited) / submitted, 4) if submitted else 0.0}
 
 
 # --- time and money --------------------------------------------------------------------------------------------------

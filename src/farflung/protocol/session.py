@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -15,7 +15,8 @@ import psutil
 
 from farflung.protocol.client import Client
 from farflung.protocol.errors import BadSignature, ConfigError, FarflungError, TooOld
-from farflung.protocol.identity import Key, Signed, node_id, unseal
+from farflung.protocol.exposition import expose
+from farflung.protocol.identity import Key, Signed, node_id, seal, unseal
 from farflung.protocol.messages import (
     VERSION,
     Delegation,
@@ -182,6 +183,26 @@ class Session:
                 log.warning("heartbeat failed because=%s", error)
             await asyncio.sleep(self.info.heartbeat_s)
 
+    @contextlib.asynccontextmanager
+    async def stay(
+        self,
+        role: Role,
+        stop: Callable[[], None],
+        *,
+        metrics_port: int = 0,
+        on_pulse: Callable[[], None] = lambda: None,
+    ) -> AsyncGenerator[None]:
+        """A role's life: metrics, `stop` on signals and heartbeats; at its end a goodbye and a closed line."""
+        expose(self, role, metrics_port)
+        stop_on_signals(stop)
+        beating = asyncio.create_task(self.keep_beating(on_pulse))
+        try:
+            yield
+        finally:
+            beating.cancel()
+            await self.say_goodbye()
+            await self.client.close()
+
     def hurry(self) -> None:
         """Somebody said stop: wait no longer than a moment for a coordinator that does not answer."""
         self.client.patience_s = min(self.client.patience_s, HURRY_S)
@@ -220,8 +241,6 @@ def check_run(answer: Run, run: str, root: bytes | None) -> tuple[RunInfo, dict[
 
 def delegate(root: Key, run: str, purpose: str, public: bytes, expires_at: float) -> Signed:
     """The root key's word for another key."""
-    from farflung.protocol.identity import seal
-
     return seal(root, "delegation", Delegation(run=run, purpose=purpose, public=public, expires_at=expires_at))  # type: ignore[arg-type]
 
 
