@@ -85,7 +85,7 @@ class Filling:
 
     def _node(self, number: int) -> str:
         key = Key(number.to_bytes(32))
-        record = NodeRecord(audited_rollouts=60, m=10 ** self.rng.uniform(-4, 3), clean_rollouts=60)
+        record = NodeRecord(audited_rollouts=60, m=(10 ** self.rng.uniform(-4, 3),), clean_rollouts=60)
         self.add(
             NODES, node=key.id, public=key.public, name=readable_name(key.id), role="worker", status="trusted",
             engine="local", profile="torch-cpu-fp32", hardware='{"cpu": "x86_64", "cores": 8}', url="",

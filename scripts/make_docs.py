@@ -250,7 +250,10 @@ def _messages() -> str:
 
 
 def _default(value: ast.expr) -> str:
-    return "{}" if isinstance(value, ast.Call) else _value(ast.literal_eval(value))
+    if isinstance(value, ast.Call):
+        return "{}"
+    found = ast.literal_eval(value)
+    return _value(found.decode() if isinstance(found, bytes) else found)
 
 
 def wire_type(kind: ast.expr) -> str:

@@ -32,7 +32,7 @@ from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, TABLE_OF
 from farflung.tasks.found import Model, found, seal_papers, weights_key
-from farflung.trust.evidence import Profile, Tally
+from farflung.trust.evidence import Profile, Profiles, Tally
 from farflung.weights.manifest import target_digest
 
 BASE = Path(__file__).parents[1] / "examples" / "base"
@@ -46,7 +46,7 @@ def named(name: str) -> Key:
     return Key(hashlib.sha256(name.encode()).digest())
 
 
-PROFILE = Profile("torch-cpu-fp32", (1.0,), (0.5, 0.001), {"unseeded": (0.5, 0.5)}, Tally((1, 1), (0, 0)))
+PROFILE = Profiles(Profile("torch-cpu-fp32", (1.0,), (0.5, 0.001), Tally((1, 1), (0, 0))))
 """Beyond a gap of 1 a flip is worth a factor of 500."""
 GRANTS = {"trainer": "trainer", "scorer": "scorer", "val-1": "validator", "val-2": "validator"}
 
@@ -60,7 +60,7 @@ def settings(folder: Path, **changes: dict[str, Any]) -> Config:
         "generate": {"samples": SAMPLES, "budget": BUDGET},
         "learn": {"groups": 2, "max_staleness": 2},
         "lease": {"rollouts": 4, "lease_s": 100.0, "lost_s": 40.0, "heartbeat_s": 5.0},
-        "trust": {"probation_rollouts": 4, "probation_audits": 2},
+        "trust": {"probation_rollouts": 4, "probation_waiting": 99},
         "eval": {"tasks": 2},
         "coordinator": {"grants": {named(name).public.hex(): role for name, role in GRANTS.items()}},
     }
@@ -135,7 +135,8 @@ def evidence(job: m.AuditJob, bad: Callable[[str], bool], **changes: Any) -> m.E
         size = len(rollout.ids) // 4
         margin = np.full(size, 1.0 if bad(rollout.rollout) else 0.0)
         gap = wire.pack_floats(np.full(size, 1.5))
-        seen.append(m.RolloutEvidence(rollout=rollout.rollout, gap=gap, margin=wire.pack_floats(margin)))
+        pick = wire.pack_floats(np.full(size, 0.5))
+        seen.append(m.RolloutEvidence(rollout=rollout.rollout, gap=gap, margin=wire.pack_floats(margin), pick=pick))
     fields = {"run": RUN, "audit": job.audit, "manifest": job.manifest, "profile": "torch-cpu-fp32", "rollouts": seen}
     return m.Evidence(**fields | changes)
 
@@ -283,11 +284,14 @@ class House:
         """Claim a step."""
         return (await self.tell("trainer", f"steps/{step}/claim", m.ClaimStep(), m.BatchAnswer)).batch
 
-    async def commit(self, batch: m.Batch, *, weights: bytes = b"", **changes: Any) -> int:
-        """Publish weights that follow from the step, and commit."""
+    async def commit(
+        self, batch: m.Batch, *, weights: bytes = b"", probe: bytes = b"", probe_before: bytes = b"", **changes: Any
+    ) -> int:
+        """Publish weights that follow from the step, and commit. Without a probe no possession is asked for."""
         signed, data, digest = await self.manifest(batch, weights=weights, **changes)
         await (await self.client("trainer")).put(f"{PATH}/blobs/{digest}", data)
-        message = m.Commit(manifest=signed, metrics={"loss": 0.5}, checkpoint="")
+        figures = {"loss": 0.5}
+        message = m.Commit(manifest=signed, metrics=figures, checkpoint="", probe=probe, probe_before=probe_before)
         return (await self.tell("trainer", f"steps/{batch.step}/commit", message, m.Done)).changed
 
     async def manifest(self, batch: m.Batch, *, weights: bytes = b"", **changes: Any) -> tuple[Signed, bytes, str]:
@@ -378,6 +382,7 @@ class House:
                 assert all(one[1] == next_one[0] for one, next_one in pairwise(story)), (noun, id, story)
                 for before, after in story[1:]:
                     is_fault = (noun, before, after) == ("rollout", "received", "received")
+                    is_fault |= noun == "node" and before == after  # a warning
                     assert is_fault or states.is_legal(noun, before, after), (noun, id, story)
 
     def _check_owners(self) -> None:

@@ -93,8 +93,7 @@ await refused('signed long ago', 401, 'clock-skew', signed(us, cut.path, cut.bod
 await refused('a key nobody knows', 404, 'not-found', signed(newNode(), `/v1/runs/${run}/leases`, {}))
 await refused('a role nobody granted', 403, 'forbidden', signed(us, `/v1/runs/${run}/scores/claim`, {}))
 
-const whole = submit(madeUp) // well-formed: nobody can tell that it is made up until a validator replays it
-const receipt = unseal(await ask(whole), 'receipt', keys.coordinator)
-console.log(`taken until a validator looks: ${receipt.tokens} tokens, submission ${receipt.submission}`)
+const whole = submit(madeUp) // well-formed, but of a node that never loaded the weights
+await refused('no possession of the weights', 422, 'wrong-weights', whole)
 await refused('the same request again', 401, 'replayed', whole)
-await refused('other tokens for the same lease', 409, 'lease-gone', submit(madeUp))
+await refused('the lease went to others', 409, 'lease-gone', submit(madeUp))

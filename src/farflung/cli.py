@@ -416,6 +416,26 @@ def calibrate(
     write_profile(model, profile, out, prompts, tokens=tokens, threads=threads)
 
 
+@app.command
+def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7) -> None:
+    """Run the gallery of adversaries against runs of one's own, and print what came of each.
+
+    Parameters
+    ----------
+    config
+        A TOML file, such as examples/redteam.toml.
+    attacks
+        Names from the gallery with commas between them; empty for all.
+    at_once
+        Adversaries in one swarm; as many swarms follow one another as are needed.
+    """
+    from farflung.ops.redteam import GALLERY
+    from farflung.ops.trial import run_trial, show
+
+    names = attacks.split(",") if attacks else list(GALLERY)
+    show(run_trial(load(config, flags), names, at_once))
+
+
 def _url(url: str, config: Config) -> str:
     """The coordinator's address: given, or as the coordinator of the same folder wrote it."""
     if url:

@@ -46,7 +46,8 @@ class RunSection(Section):
 class ModelSection(Section):
     path: str = setting("", "Folder of a Hugging Face causal LM, or its hub id.")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "Arithmetic of generation and replay.")
-    profile: str = setting("torch-cpu-fp32", "Numerics profile that nodes must run and audits are judged by.")
+    profile: str = setting("torch-cpu-fp32", "Numerics profile of nodes that pick none: a name or a JSON file.")
+    profiles: tuple[str, ...] = setting((), "Further profiles that nodes may pick; each is judged by its own.")
 
 
 class EnvSection(Section):
@@ -82,6 +83,9 @@ class LearnSection(Section):
     checkpoint_every: int = setting(1, "Steps between checkpoints; those between are replayed after a crash.", ge=1)
     keep_checkpoints: int = setting(2, "Checkpoints kept.", ge=1)
     threads: int = setting(1, "Torch threads of the trainer.", ge=1)
+    tripwire: bool = setting(
+        True, "Replay every rollout before it is trained on; costs one forward pass and memory for a second model."
+    )
     metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 
 
@@ -100,12 +104,13 @@ class LeaseSection(Section):
 
 class TrustSection(Section):
     false_ejection_probability: float = setting(1e-6, "Bound on ever ejecting an honest node (alpha).", gt=0, lt=1)
-    arbitrary_share: float = setting(1e-3, "Share of honest rollouts allowed to be arbitrarily bad (eta).", ge=0, lt=1)
-    cap: float = setting(100.0, "Most that one rollout may count against a node.", gt=1)
-    probation_rollouts: int = setting(48, "Clean audited rollouts before a node is trusted.", ge=1)
-    probation_audits: int = setting(4, "Rollouts audited of every submission on probation.", ge=1)
+    arbitrary_share: float = setting(1e-3, "Share of honest submissions allowed to be arbitrarily bad.", ge=0, lt=1)
+    cap: float = setting(1000.0, "Most that one submission may count against a node.", gt=1)
+    probation_rollouts: int = setting(64, "Clean audited rollouts before a node is trusted.", ge=1)
+    probation_waiting: int = setting(1, "Submissions of one node on probation that may wait for replay.", ge=1)
+    probation_slots: int = setting(16, "Nodes on probation whose work may wait for replay at a time.", ge=1)
     audit_scale: float = setting(1.0, "A trusted node is audited with this over its clean rollouts.", ge=0)
-    audit_floor: float = setting(0.02, "Share of a trusted node's rollouts that is audited for ever.", ge=0, le=1)
+    audit_floor: float = setting(0.01, "Share of a trusted node's rollouts that is audited for ever.", ge=0, le=1)
 
 
 class EvalSection(Section):
@@ -140,6 +145,7 @@ class RelaySection(Section):
 
 
 class WorkerSection(Section):
+    profile: str = setting("", "Numerics profile to compute in, one that the run admits; empty for the run's own.")
     slots: int = setting(64, "Rollouts generated at once.", ge=1, le=4096)
     threads: int = setting(1, "Torch threads.", ge=1)
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+import msgspec
 import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Connection
@@ -21,11 +22,11 @@ from farflung.config import Config, save
 from farflung.dashboard import pages, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
-from farflung.protocol.errors import Forbidden, Malformed, NotFound
+from farflung.protocol.errors import Forbidden, Malformed, NotFound, WrongWeights
 from farflung.protocol.identity import Key, Signed, node_id, unseal
 from farflung.protocol.server import BODY_BYTES, Call, Route, listen, mount
 from farflung.protocol.session import Index
-from farflung.rollouts import compose, credit, intake, judge
+from farflung.rollouts import audit, compose, credit, intake, judge, possession
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs, digest_of
 from farflung.store.book import Book, node_row
@@ -34,7 +35,7 @@ from farflung.store.metrics import Metrics
 from farflung.store.tables import NODES
 from farflung.tasks import admit, lease
 from farflung.tasks.found import Model, found, local_grants, seal_papers, weights_key
-from farflung.trust.evidence import Profile
+from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 from farflung.weights import origin
 from farflung.weights.manifest import manifest_digest, open_manifest
@@ -57,14 +58,14 @@ class Coordinator:
         book: Book,
         papers: m.Run,
         weights_key: bytes,
-        profile: Profile,
+        profiles: Profiles,
         archive: Archive,
         database: Database,
         blobs: Blobs,
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.book, self.papers, self.weights_key, self.profile = book, papers, weights_key, profile
+        self.book, self.papers, self.weights_key, self.profiles = book, papers, weights_key, profiles
         self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
         self._changed = asyncio.Condition()
         self._started_at = clock()
@@ -87,7 +88,7 @@ class Coordinator:
     async def register(self, call: Call) -> m.Welcome:
         """Make a key known. The role it asks for must be one the operator granted it; a worker needs none."""
         ask: m.Register = call.message
-        admit.check(self.config.coordinator, self._roles.get(call.node, ""), call.node, ask)
+        admit.check(self.config.coordinator, self._roles.get(call.node, ""), call.node, ask, self.profiles.names)
         status = await self._write(lambda c: admit.admit(c, call.node, call.public, ask, self.clock()))
         return m.Welcome(node=call.node, role=ask.role, status=status, runs=[self.book.run])
 
@@ -111,7 +112,7 @@ class Coordinator:
             )
             self.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
             if call.node in self._roles:
-                judge.renew(connection, self.book, call.node, now)
+                audit.renew(connection, self.book, call.node, now)
             lost = lease.lost_leases(connection, call.node, now - 2 * self.config.lease.lease_s)
             return m.Pulse(latest=self.book.latest(connection), status=row.status, lost_leases=lost)
 
@@ -182,6 +183,11 @@ class Coordinator:
         parcel = await asyncio.to_thread(intake.inspect, leased, call.node, call.message, *ids)
         if (earlier := intake.receipt_of(row, parcel, self.clock())) is not None:
             return earlier
+        await self._check_weights(
+            lambda c: possession.of_submission(
+                c, self.book, self.profiles, call.node, leased, call.message, self.clock()
+            )
+        )
         await self.archive.blobs.put(parcel.body, parcel.digest)
         logp = await self.archive.blobs.put(parcel.logp) if parcel.logp else None
         return await self._write(lambda c: intake.take(c, self.book, call.node, parcel, logp, self.clock()))
@@ -221,7 +227,7 @@ class Coordinator:
         await self._require(call, "validator")
         ask: m.Claim = call.message
         claim: Callable[[Connection], Any] = lambda c: (  # noqa: E731
-            judge.claim_audits(c, self.book, call.node, ask.limit, self.clock()),
+            audit.claim_audits(c, self.book, call.node, ask.limit, self.clock()),
             self.book.latest(c),
         )
         rows, latest = await self._poll(claim, lambda answer: bool(answer[0]), ask.wait_s)
@@ -229,7 +235,7 @@ class Coordinator:
 
     async def _audit_job(self, row: Any) -> m.AuditJob:
         body = await self.archive.body(row.submission)
-        return await self.database.read(lambda c: judge.job(c, self.book, row, body))
+        return await self.database.read(lambda c: audit.job(c, self.book, row, body))
 
     async def evidence(self, call: Call) -> m.Done:
         """Sealed findings of a validator; the verdict is the coordinator's."""
@@ -239,8 +245,13 @@ class Coordinator:
             raise Forbidden("evidence must be sealed by the key that sends it")
         if (about := unseal(signed, judge.KIND, m.Evidence).audit) != call.path["audit"]:
             raise Malformed(f"this evidence is about audit {about}, the path names {call.path['audit']}")
+        await self._check_weights(
+            lambda c: possession.of_evidence(
+                c, self.book, call.node, unseal(signed, judge.KIND, m.Evidence), self.clock()
+            )
+        )
         changed = await self._write(
-            lambda c: judge.take_evidence(c, self.book, self.profile, call.node, signed, self.clock())
+            lambda c: judge.take_evidence(c, self.book, self.profiles, call.node, signed, self.clock())
         )
         return m.Done(changed=changed)
 
@@ -274,12 +285,18 @@ class Coordinator:
         figures = {name: value for name, value in commit.metrics.items() if math.isfinite(value)}  # JSON has no others
         changed = await self._write(
             lambda c: compose.commit_step(
-                c, self.book, commit.manifest, digest, manifest, figures, commit.checkpoint, self.clock()
+                c, self.book, digest, manifest, msgspec.structs.replace(commit, metrics=figures), self.clock()
             )
         )
         if changed:
             self.metrics.note_step(manifest, figures, self.clock())
         return m.Done(changed=changed)
+
+    async def trip(self, call: Call) -> m.Done:
+        """The trainer's tripwire: submissions that leave the batch and are audited in full."""
+        await self._require(call, "trainer")
+        step, caught = _number(call, "step"), call.message.submissions
+        return m.Done(changed=await self._write(lambda c: compose.trip(c, self.book, step, caught, self.clock())))
 
     async def submission_body(self, call: Call) -> Response:
         """The tokens of a submission, for the trainer."""
@@ -322,6 +339,11 @@ class Coordinator:
         _, leased = await self.database.read(lambda c: intake.lease_of(c, call.path["lease"], call.node))
         samples = sum(len(group.samples) for group in leased.groups)
         return BODY_BYTES + samples * (SAMPLE_BYTES + leased.budget * TOKEN_BYTES)
+
+    async def _check_weights(self, check: Callable[[Connection], str]) -> None:
+        """Raise WrongWeights after what follows from it is committed."""
+        if complaint := await self._write(check):
+            raise WrongWeights(complaint)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -416,6 +438,7 @@ class Coordinator:
             Route("POST", f"{run}/audits/claim", self.claim_audits, m.Claim, m.AuditJobs),
             Route("POST", f"{run}/audits/{{audit}}/evidence", self.evidence, Signed, m.Done, gate=validator),
             Route("POST", f"{run}/steps/{{step}}/claim", self.claim_step, m.ClaimStep, m.BatchAnswer),
+            Route("POST", f"{run}/steps/{{step}}/trip", self.trip, m.Trips, m.Done, gate=trainer),
             Route("POST", f"{run}/steps/{{step}}/commit", self.commit_step, m.Commit, m.Done, gate=trainer),
             Route("GET", f"{run}/submissions/{{digest}}", self.submission_body),
             Route("GET", f"{run}/submissions/{{digest}}/logp", self.logp_body),
@@ -439,19 +462,25 @@ def _number(call: Call, name: str) -> int:
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
+def load_profiles(config: Config) -> Profiles:
+    """The numerics profiles that a run admits. Raises ConfigError."""
+    others = (load_profile(name) for name in config.model.profiles)
+    return Profiles(load_profile(config.model.profile), tuple(others))
+
+
 async def open_coordinator(config: Config) -> Coordinator:
     """Everything a coordinator needs, from a configuration; the run is founded if it is new."""
     folder = config.folder
     (folder / "keys").mkdir(parents=True, exist_ok=True)
     root = Key.load_or_make(folder / "keys" / "root")
     key = Key.load_or_make(folder / "keys" / "coordinator")
-    model, profile = Model(config.model.path), load_profile(config.model.profile)
+    model, profiles = Model(config.model.path), load_profiles(config)
     await asyncio.to_thread(migrate, config.database_url)
     database, blobs = Database(config.database_url), Blobs(config.blobs_url)
     book = await found(config, database, model, key, time.time())
-    papers = await seal_papers(config, blobs, model, key, root)
+    papers = await seal_papers(config, blobs, model, key, root, profiles.names)
     archive, metrics = Archive(Blobs(config.submissions_url), model.tokenizer), Metrics(folder / "metrics.jsonl")
-    return Coordinator(book, papers, weights_key(config), profile, archive, database, blobs, metrics)
+    return Coordinator(book, papers, weights_key(config), profiles, archive, database, blobs, metrics)
 
 
 async def serve(config: Config) -> None:

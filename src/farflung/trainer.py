@@ -9,20 +9,28 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from farflung.config import Config
+from farflung.engine.loading import read_slices
+from farflung.engine.local import LocalEngine
 from farflung.learner import checkpoint
 from farflung.learner.optimise import Learner, Optimisation, StepMetrics
 from farflung.learner.pack import Rollout, pack
 from farflung.learner.policy import Policy
+from farflung.protocol import probe
 from farflung.protocol.client import Client
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Batch, Commit, Done
 from farflung.protocol.session import Session
-from farflung.rollouts.batch import claim, fetch
+from farflung.rollouts.batch import Suspect, claim, fetch, trip, unaudited
+from farflung.rollouts.tripwire import look, tripped
 from farflung.store.sinks import Sinks
+from farflung.trust.profiles import load_profile
+from farflung.weights.cache import Versions
+from farflung.weights.fetch import fetch_model_config, tensors
 from farflung.weights.manifest import manifest_digest
 from farflung.weights.publish import digest_of, publish
 
@@ -52,6 +60,7 @@ class Trainer:
         async with self.session.stay("trainer", self.stop, metrics_port=self.config.learn.metrics_port):
             try:
                 await asyncio.to_thread(self.load)
+                await self._arm()
                 while not self.is_stopping and self.done_step < self.config.run.steps:
                     await self.step()
             finally:
@@ -61,6 +70,18 @@ class Trainer:
         """Stop after the work in hand."""
         self.is_stopping = True
         self.session.hurry()
+
+    async def _arm(self) -> None:
+        """What the tripwire needs: a second engine, and the published versions."""
+        self.engine = LocalEngine.from_folder(
+            await fetch_model_config(self.session),
+            dtype=getattr(torch, self.session.info.dtype),
+            threads=self.config.learn.threads,
+            eos_ids=self.session.info.eos_ids,
+        )
+        self.weights = Versions(self.session, self.config.folder / "nodes" / "trainer" / "weights")
+        self._profile = load_profile(self.config.model.profile)
+        self._loaded = ""
 
     def load(self) -> None:
         """The base model, or the latest checkpoint."""
@@ -87,20 +108,47 @@ class Trainer:
         if answer.batch is None:
             log.debug("step=%d waits because=%s", step, answer.reason)
             return
-        await self._take(answer.batch)
+        batch = answer.batch
+        if self.config.learn.tripwire and not batch.committed:
+            while caught := await self._trip(batch):
+                log.warning("tripwire step=%d submissions=%d", step, len(caught))
+                await trip(self.session, step, caught)
+                again = (await claim(self.session, step, WAIT_S)).batch
+                assert again is not None, "an open step keeps its batch"
+                batch = again
+        await self._take(batch)
         self.done_step = step
         self.session.figures.loaded_step = step
+
+    async def _trip(self, batch: Batch) -> list[str]:
+        """Submissions of a batch whose text is not what their seeds give."""
+        self.session.figures.phase = f"checking step {batch.step}"
+        suspects = await unaudited(self.session, batch)
+        found: list[tuple[str, np.ndarray]] = []
+        for digest in sorted({one.manifest for one in suspects}):
+            await self.weights.fetch(digest)
+            part = [one for one in suspects if one.manifest == digest]
+            found += await asyncio.to_thread(self._look, digest, part, batch.temperature)
+        return tripped(found)
+
+    def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[tuple[str, np.ndarray]]:
+        with self.session.figures.working():
+            if self._loaded != digest:
+                self.engine.load(tensors(self.weights, self.weights.known(digest)))
+                self._loaded = digest
+            return look(self.engine, part, temperature, self.config.generate.budget, self._profile)
 
     async def _take(self, batch: Batch) -> None:
         self.session.figures.phase = f"training step {batch.step}"
         before = time.monotonic()
+        held = self._show(batch)
         rollouts = await fetch(self.session, batch, divide_by_std=self.config.learn.divide_by_std)
         trained = await asyncio.to_thread(self._train, rollouts) if rollouts else None
         train_s = time.monotonic() - before
         if batch.committed:
             await self._check_replay(batch)
         else:
-            await self._publish(batch, trained, train_s)
+            await self._publish(batch, trained, train_s, held)
         if batch.step % self.config.learn.checkpoint_every == 0:
             await asyncio.to_thread(self._save, batch.step)
 
@@ -117,7 +165,7 @@ class Trainer:
             )
         log.info("replayed step=%d digest=%s", batch.step, digest[:12])
 
-    async def _publish(self, batch: Batch, trained: StepMetrics | None, train_s: float) -> None:
+    async def _publish(self, batch: Batch, trained: StepMetrics | None, train_s: float, held: bytes) -> None:
         self.session.figures.phase = f"publishing step {batch.step}"
         before = time.monotonic()
         signed = await publish(
@@ -131,7 +179,13 @@ class Trainer:
             now=time.time(),
         )
         metrics = self._metrics(batch, trained) | {"train_s": train_s, "publish_s": time.monotonic() - before}
-        commit = Commit(manifest=signed, metrics=metrics, checkpoint=f"step-{batch.step:06d}")
+        commit = Commit(
+            manifest=signed,
+            metrics=metrics,
+            checkpoint=f"step-{batch.step:06d}",
+            probe=self._show(batch),
+            probe_before=held if batch.step else b"",
+        )
         await self.client.post(self.session.path(f"steps/{batch.step}/commit"), commit, Done)
         self._sinks.log(batch.step, metrics)
         self._waited_s = 0.0
@@ -143,6 +197,12 @@ class Trainer:
             batch.seen_groups,
             manifest_digest(signed)[:12],
         )
+
+    def _show(self, batch: Batch) -> bytes:
+        """The slices that the batch's probe chooses, of the weights as they are now."""
+        masters = dict(self.learner.policy.masters())
+        shapes = ((name, tensor.shape) for name, tensor in masters.items())
+        return read_slices(masters, probe.slices(shapes, bytes.fromhex(batch.probe)))
 
     def _metrics(self, batch: Batch, trained: StepMetrics | None) -> dict[str, float]:
         if trained is None:

@@ -11,12 +11,12 @@ import torch
 from farflung.config import ValidatorSection
 from farflung.engine.local import LocalEngine
 from farflung.protocol.client import Client
-from farflung.protocol.errors import LeaseGone, Malformed, NotFound, WeightsError
+from farflung.protocol.errors import LeaseGone, Malformed, NotFound, WeightsError, WrongWeights
 from farflung.protocol.identity import Key, Signed
 from farflung.protocol.messages import AuditJob, Evidence, LeaseAnswer, LeaseRequest
 from farflung.protocol.session import Session
 from farflung.rollouts import verify
-from farflung.rollouts.submit import generate, open_lease, submission_of, submit
+from farflung.rollouts.submit import generate, open_lease, show_possession, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
 
@@ -88,6 +88,9 @@ class Validator:
         for evidence in await asyncio.to_thread(self._replay, jobs):
             try:
                 await verify.testify(self.session, self.key, evidence)
+            except WrongWeights as error:
+                log.error("loading the weights anew because=%s", error)
+                self.session.figures.loaded_step = -1
             except (Malformed, NotFound) as error:  # one odd audit must not stop the others
                 log.error("evidence refused audit=%s because=%s", evidence.audit, error)
         log.info("audited step=%d audits=%d", jobs[0].step, len(jobs))
@@ -95,7 +98,8 @@ class Validator:
     def _replay(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
         with self.session.figures.working():
             self._load(jobs[0].manifest)
-            return verify.replay(self.engine, jobs, self.session.run, self.session.info.profile)
+            manifest = self.weights.known(jobs[0].manifest)
+            return verify.replay(self.engine, manifest, jobs, self.session.run, self.session.info.profile)
 
     def _load(self, digest: str) -> None:
         manifest = self.weights.known(digest)
@@ -121,7 +125,12 @@ class Validator:
             await asyncio.to_thread(self._load, lease.manifest)
             done = await asyncio.to_thread(generate, self.engine, lease, lambda: False)
             assigned = sum(len(group.samples) for group in lease.groups)
-            submission = submission_of(done, assigned=assigned, generate_s=time.monotonic() - before)
+            taken_s = time.monotonic() - before
+            shown = show_possession(self.engine, self.weights.known(lease.manifest), lease.probe, lease.nonce)
+            submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
             await submit(self.session, lease, submission)
+        except WrongWeights as error:
+            log.error("loading the weights anew because=%s", error)
+            self.session.figures.loaded_step = -1
         except (LeaseGone, WeightsError) as error:
             log.warning("lost lease=%s because=%s", lease.lease, error)

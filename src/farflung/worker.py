@@ -13,6 +13,7 @@ from farflung.config import WorkerSection
 from farflung.engine.base import Completion, Engine
 from farflung.engine.loading import model_bytes
 from farflung.engine.local import LocalEngine
+from farflung.engine.precision import arithmetic, rounded
 from farflung.protocol.client import Client
 from farflung.protocol.errors import (
     BadSignature,
@@ -24,11 +25,12 @@ from farflung.protocol.errors import (
     Rejected,
     TooLarge,
     WeightsError,
+    WrongWeights,
 )
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import Done, Empty, Lease, LeaseAnswer, LeaseRequest
+from farflung.protocol.messages import Done, Empty, Lease, LeaseAnswer, LeaseRequest, Submission
 from farflung.protocol.session import Session
-from farflung.rollouts.submit import generate, open_lease, submission_of, submit
+from farflung.rollouts.submit import generate, open_lease, show_possession, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
 
@@ -96,13 +98,15 @@ class Worker:
             name=self.name,
             engine="local",
             invite=self._invite,
+            profile=self.settings.profile,
         )
+        dtype, self._bits = arithmetic(self.settings.profile or self.session.info.profile)
         config = await fetch_model_config(self.session)
-        refuse_oversize(config, getattr(torch, self.session.info.dtype), self.settings.memory_gb)
+        refuse_oversize(config, dtype, self.settings.memory_gb)
         self.engine = self.wrap(
             LocalEngine.from_folder(
                 config,
-                dtype=getattr(torch, self.session.info.dtype),
+                dtype=dtype,
                 threads=self.settings.threads,
                 eos_ids=self.session.info.eos_ids,
                 max_rows=self.settings.slots,
@@ -142,6 +146,9 @@ class Worker:
         try:
             await self.load(lease.manifest)
             await self._hand_in(lease)
+        except WrongWeights as error:
+            log.error("loading the weights anew because=%s", error)
+            self.session.figures.loaded_step = -1
         except (LeaseGone, Rejected) as error:
             log.warning("lost lease=%s because=%s", lease.lease, error)
         except (WeightsError, BadSignature, NotFound, Malformed, TooLarge) as error:
@@ -160,7 +167,7 @@ class Worker:
             figures.sync_pause_s, figures.loaded_step = time.monotonic() - before, manifest.step
 
     def _swap(self, digest: str) -> None:
-        self.engine.load(tensors(self.weights, self.weights.known(digest)))
+        self.engine.load(rounded(tensors(self.weights, self.weights.known(digest)), self._bits))
 
     async def _hand_in(self, lease: Lease) -> None:
         self.session.figures.phase = "generating"
@@ -172,10 +179,16 @@ class Worker:
             await self._return(lease)
             return
         assigned = sum(len(group.samples) for group in lease.groups)
-        submission = submission_of(done, assigned=assigned, generate_s=time.monotonic() - before)
+        taken_s = time.monotonic() - before
+        shown = show_possession(self.engine, self.weights.known(lease.manifest), lease.probe, lease.nonce)
+        submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
         self.session.figures.phase = "submitting"
-        await submit(self.session, lease, submission)
+        await self.send(lease, submission)
         log.info("submitted lease=%s step=%d rollouts=%d", lease.lease, lease.step, len(done))
+
+    async def send(self, lease: Lease, submission: Submission) -> None:
+        """Hand a submission in."""
+        await submit(self.session, lease, submission)
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
         with self.session.figures.working():

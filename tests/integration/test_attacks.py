@@ -547,7 +547,7 @@ def test_samples_asked_for_at_once_go_to_one_node_each(house) -> None:
 def test_an_ejected_key_stays_ejected_however_it_registers(house) -> None:
     async def scenario(house) -> None:
         await house.step(0)
-        await house.work("eve", 2)
+        await house.work("eve", 3)
         await house.audit(lambda rollout: True)
         del house.clients["eve"]
         await house.client("eve")
@@ -586,16 +586,16 @@ def test_evidence_must_be_about_what_was_drawn(house) -> None:
         await house.work("ada")
         (job,) = await house.claim_audits()
         good = house.evidence(job, lambda rollout: False)
-        one, other = good.rollouts
+        one, *others = good.rollouts
         nan = msgspec.structs.replace(one, margin=wire.pack_floats([math.nan] * (len(one.margin) // 4)))
         short = msgspec.structs.replace(one, gap=one.gap[:-4], margin=one.margin[:-4])
         for odd in (
             house.evidence(job, lambda rollout: False, manifest="0" * 64),
             house.evidence(job, lambda rollout: False, profile="int8"),
             house.evidence(job, lambda rollout: False, rollouts=[one]),
-            house.evidence(job, lambda rollout: False, rollouts=[one, one]),
-            house.evidence(job, lambda rollout: False, rollouts=[nan, other]),
-            house.evidence(job, lambda rollout: False, rollouts=[short, other]),
+            house.evidence(job, lambda rollout: False, rollouts=[one, one, *others[1:]]),
+            house.evidence(job, lambda rollout: False, rollouts=[nan, *others]),
+            house.evidence(job, lambda rollout: False, rollouts=[short, *others]),
         ):
             signed = seal(house.named("val-1"), "evidence", odd)
             with pytest.raises(errors.Malformed):

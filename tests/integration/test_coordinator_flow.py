@@ -239,23 +239,22 @@ def test_an_ejection_voids_burns_and_leases_again(house) -> None:
     async def scenario(house) -> None:
         await house.step(0)
         eve = house.named("eve").id
-        first, second = await house.work("eve", 2)
+        leases = await house.work("eve", 3)
         open_lease = await house.lease("eve")
-        jobs = await house.claim_audits()
-        for job in jobs:
-            await house.testify(job, always)
+        await house.audit(always)
         assert house.row(NODES, eve).status == "ejected"
-        assert [row[0] for row in house.rows(sa.select(VERDICTS.c.outcome))] == ["void", "eject"]
+        outcomes = [row[0] for row in house.rows(sa.select(VERDICTS.c.outcome))]
+        assert outcomes == ["void", "void", "quarantine", "eject"]
         assert house.row(LEASES, open_lease.lease).status == "void"
         assert house.balance(ledger.escrow(eve)) == 0
-        for lease in (first, second):
-            assert house.statuses(ROLLOUTS, lease=lease.lease) == {"rejected": 2, "void": 2}
+        for lease in leases:
+            assert house.statuses(ROLLOUTS, lease=lease.lease) == {"rejected": 4}
         with pytest.raises(Ejected, match="was ejected"):
             await house.lease("eve")
         with pytest.raises(LeaseGone):
             await house.submit("eve", open_lease)
-        again = [(await house.lease(name)).groups[0].group for name in ("bob", "col", "dan")]
-        assert set(again) == {lease.groups[0].group for lease in (first, second, open_lease)}
+        again = [(await house.lease(name)).groups[0].group for name in ("bob", "col", "dan", "fay")]
+        assert set(again) == {lease.groups[0].group for lease in (*leases, open_lease)}
 
     house.run(scenario)
 
@@ -265,11 +264,12 @@ def test_audits_left_open_by_an_ejection_are_cancelled_and_late_evidence_changes
         await house.step(0)
         await house.work("eve", 4)
         jobs = await house.claim_audits()
-        for job in jobs[:2]:
+        for job in jobs[:3]:
             assert await house.testify(job, always) == 1
-        assert house.statuses(AUDITS) == {"done": 2, "cancelled": 2}
-        for job in jobs[2:]:
-            assert await house.testify(job, never) == 0
+        (second_opinion,) = await house.claim_audits("val-2")
+        assert await house.testify(second_opinion, always, "val-2") == 1
+        assert house.statuses(AUDITS) == {"done": 4, "cancelled": 1}
+        assert await house.testify(jobs[3], never) == 0
         assert await house.claim_audits() == []
         await house.work("ada", 2)
         assert await house.audit() == 2, "the others' audits go on"
@@ -413,7 +413,7 @@ def test_a_verdict_after_the_batch_was_claimed_leaves_the_batch_as_it_is(make_ho
         await house.audit()
         await house.score()
         batch = await house.claim_step(1)
-        await house.work("eve", 2)
+        await house.work("eve", 3)
         await house.audit(always)
         assert house.row(NODES, house.named("eve").id).status == "ejected"
         assert await house.claim_step(1) == batch

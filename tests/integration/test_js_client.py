@@ -31,8 +31,9 @@ REFUSALS = {
     "signed long ago": "401 clock-skew",
     "a key nobody knows": "404 not-found",
     "a role nobody granted": "403 forbidden",
+    "no possession of the weights": "422 wrong-weights",
     "the same request again": "401 replayed",
-    "other tokens for the same lease": "409 lease-gone",
+    "the lease went to others": "409 lease-gone",
 }
 
 
@@ -85,4 +86,3 @@ def test_a_client_in_javascript_is_refused_as_the_protocol_says(url: str) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     got = dict(re.findall(r"^(.+?): (\d+ [a-z-]+): .+$", done.stdout, re.MULTILINE))
     assert got == REFUSALS
-    assert re.search(r"^taken until a validator looks: \d+ tokens, submission [0-9a-f]{64}$", done.stdout, re.MULTILINE)

@@ -99,6 +99,7 @@ def session_with(url: str) -> Session:
         status="running",
         version=1,
         profile="",
+        profiles=[],
         dtype="float32",
         vocab=32,
         eos_ids=[2],

@@ -21,7 +21,7 @@ def test_the_cheat_alone_is_ejected_with_a_reason(demo):
     summary = demo.summary()
     assert [node["name"] for node in summary["nodes_ejected"]] == ["mallory"]
     assert summary["nodes_ejected"][0]["true_role"] == "unseeded"
-    assert "not what its seed gives" in summary["nodes_ejected"][0]["reason"]
+    assert "not what the seeds give" in summary["nodes_ejected"][0]["reason"]
     assert summary["honest_ejected"] == 0
 
 

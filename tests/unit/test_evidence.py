@@ -7,105 +7,119 @@ import numpy as np
 import pytest
 
 from farflung.trust import evidence
-from farflung.trust.evidence import Profile, Tally
+from farflung.trust.evidence import ALTERNATIVES, CHEATS, Profile, Seen, Tally
 
-PROFILE = Profile(
-    "two bins",
-    edges=(0.1,),
-    q0=(0.3, 0.01),
-    q1={"unseeded": (0.6, 0.5), "rare": (0.3, 0.1)},
-    honest=Tally((100, 1000), (20, 0)),
-)
+PROFILE = Profile("two bins", edges=(0.1,), q0=(0.3, 0.01), honest=Tally((100, 1000), (20, 0)))
+UNSEEDED = list(CHEATS).index("other noise at 1 of tokens")
+SHIFTED = list(CHEATS).index("scores shifted by 0.3")
 
 
-def play(rng: np.random.Generator, rollouts: int, tokens: int, *, seeded: bool, spread: float = 2.0) -> list:
-    """Gap and margin of rollouts by a policy over 32 tokens; a higher spread of logits makes it surer of itself."""
+def arrays(gap: list[float], margin: list[float], pick: list[float]) -> Seen:
+    return Seen(*(np.array(part, "f4") for part in (gap, margin, pick)))
+
+
+def play(rng: np.random.Generator, rollouts: int, tokens: int, *, seeded: bool, spread: float = 2.0) -> list[Seen]:
+    """What a replay sees of a policy over 32 tokens; a higher spread of logits makes it surer of itself."""
     shape = (rollouts, tokens, 32)
-    logits, seen = rng.normal(0, spread, shape), rng.gumbel(size=shape)
-    own = seen if seeded else rng.gumbel(size=shape)
+    logits, noise = rng.normal(0, spread, shape), rng.gumbel(size=shape)
+    own = noise if seeded else rng.gumbel(size=shape)
     sent = (logits + own + rng.normal(0, 1e-4, shape)).argmax(-1)
-    scores = logits + seen
+    scores = logits + noise
     best = np.sort(scores, axis=-1)
     margin = best[..., -1] - np.take_along_axis(scores, sent[..., None], -1)[..., 0]
-    return list(zip(best[..., -1] - best[..., -2], margin, strict=True))
+    chance = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    pick = np.take_along_axis(chance, scores.argmax(-1)[..., None], -1)[..., 0]
+    return [Seen(*parts) for parts in zip(best[..., -1] - best[..., -2], margin, pick, strict=True)]
+
+
+def total(profile: Profile, rollouts: list[Seen]) -> np.ndarray:
+    return evidence.submission_log_ratios([evidence.log_ratios(profile, one) for one in rollouts])
 
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
-    rng = np.random.default_rng(1)
-    return evidence.calibrate(
-        "simulated", play(rng, 100, 30, seeded=True), {"unseeded": play(rng, 100, 30, seeded=False)}
-    )
+    return evidence.calibrate("simulated", play(np.random.default_rng(1), 400, 30, seeded=True))
 
 
 def test_the_ratio_by_hand() -> None:
-    gap, margin = np.array([0.05, 0.05, 0.5, 0.1], "f4"), np.array([0.05, 0, 0.5, 1e-6], "f4")
-    by_hand = math.log(0.6 / 0.3) + math.log(0.4 / 0.7) + math.log(0.5 / 0.01) + math.log(0.5 / 0.99)
-    assert evidence.tally(PROFILE.edges, gap, margin) == Tally((2, 2), (1, 1))
-    assert evidence.log_likelihood_ratio(PROFILE, gap, margin, "unseeded") == pytest.approx(by_hand)
+    seen = arrays([0.05, 0.05, 0.5, 0.1], [0.05, 0, 0.5, 1e-6], [0.4, 0.3, 0.5, 0.75])
+    by_hand = math.log(0.6 / 0.3) + math.log(0.3 / 0.7) + math.log(0.5 / 0.01) + math.log(0.75 / 0.99)
+    assert evidence.log_ratios(PROFILE, seen)[UNSEEDED] == pytest.approx(by_hand, abs=1e-6)
+    shifted = [max(q0, 0.5 * math.exp(-gap / 0.3)) for q0, gap in ((0.3, 0.05), (0.3, 0.05), (0.01, 0.5), (0.01, 0.1))]
+    terms = [shifted[0] / 0.3, (1 - shifted[1]) / 0.7, shifted[2] / 0.01, (1 - shifted[3]) / 0.99]
+    assert evidence.log_ratios(PROFILE, seen)[SHIFTED] == pytest.approx(sum(map(math.log, terms)), abs=1e-6)
+    assert evidence.flips(seen) == 2
 
 
-def test_alternatives_are_averaged_not_added() -> None:
-    flips = Tally((0, 2), (0, 2))
-    assert evidence.average_log_ratio(PROFILE, flips) == pytest.approx(math.log((50**2 + 10**2) / 2))
-    many = Tally((0, 100_000), (0, 100_000))
-    assert evidence.average_log_ratio(PROFILE, many) == pytest.approx(100_000 * math.log(50) - math.log(2))
+def test_a_share_of_the_rollouts() -> None:
+    """Cheating on one rollout in eight: each rollout is honest with 7/8 and a cheat's with 1/8."""
+    ratios = [np.full(len(CHEATS), 8.0), np.full(len(CHEATS), -3.0)]
+    found = dict(zip(ALTERNATIVES, evidence.submission_log_ratios(ratios), strict=True))
+    for (_, share), value in found.items():
+        by_hand = sum(math.log(1 - share + share * math.exp(x)) for x in (8.0, -3.0))
+        assert value == pytest.approx(by_hand)
 
 
-def test_no_tokens_say_nothing() -> None:
-    empty = np.array([], "f4")
-    assert evidence.log_likelihood_ratio(PROFILE, empty, empty, "unseeded") == 0
-    assert evidence.tally(PROFILE.edges, empty, empty).tokens == 0
+def test_no_tokens_and_no_rollouts_say_nothing() -> None:
+    assert not evidence.log_ratios(PROFILE, arrays([], [], [])).any()
+    assert not evidence.submission_log_ratios([]).any()
 
 
-def test_numbers_that_are_none_fail_closed() -> None:
-    with pytest.raises(ValueError, match="must be numbers"):
-        evidence.tally((0.1,), np.array([0.1]), np.array([np.nan]))
-    with pytest.raises(ValueError, match="of one shape"):
-        evidence.tally((0.1,), np.array([0.1]), np.array([0.1, 0.2]))
-    assert evidence.tally((0.1,), np.array([np.inf]), np.array([np.inf])) == Tally((0, 1), (0, 1))
+@pytest.mark.parametrize(
+    "odd",
+    [
+        arrays([0.1], [math.nan], [0.5]),
+        arrays([math.inf], [0.1], [0.5]),
+        arrays([0.1], [0.1, 0.2], [0.5]),
+        arrays([-0.1], [0.1], [0.5]),
+        arrays([0.1], [0.1], [1.5]),
+        arrays([0.1], [0.1], [-0.5]),
+    ],
+)
+def test_numbers_that_no_replay_gives_fail_closed(odd: Seen) -> None:
+    with pytest.raises(ValueError, match=r"gap|margin|pick"):
+        evidence.log_ratios(PROFILE, odd)
 
 
 def test_a_factor_has_mean_one_at_q0_and_less_below() -> None:
-    for q0, q1 in zip(PROFILE.q0, PROFILE.q1["unseeded"], strict=True):
+    for q0, q1 in ((0.3, 0.6), (0.01, 0.5), (0.01, 0.01)):
         means = [p * q1 / q0 + (1 - p) * (1 - q1) / (1 - q0) for p in (0, q0 / 2, q0)]
         assert means == sorted(means)
         assert means[-1] == pytest.approx(1)
 
 
-def test_one_rollout_is_capped() -> None:
-    assert evidence.rollout_e(0.0) == pytest.approx(1 / 1.1)
-    assert evidence.rollout_e(1e6) == evidence.rollout_e(math.log(100)) == pytest.approx(100 / 1.1)
-    assert evidence.rollout_e(-1e6) == 0
-    assert evidence.is_bad_rollout(math.log(100))
-    assert not evidence.is_bad_rollout(4.6)
+def test_one_submission_is_capped() -> None:
+    ratios = np.array([0.0, 1e6, math.log(1000), -1e6])
+    assert evidence.e_values(ratios) == pytest.approx(np.array([1, 1000, 1000, 0]) / 2)
+    assert evidence.is_bad(math.log(1000))
+    assert not evidence.is_bad(6.9)
 
 
 def test_the_process_by_hand() -> None:
-    m1, k1 = evidence.fold(0.0, 0, 3.0)
-    m2, k2 = evidence.fold(m1, k1, 5.0)
-    assert (m1, k1, k2) == (1.5, 1, 2)
-    assert m2 == pytest.approx(5 * (1.5 + 1 / 6)) == pytest.approx(3 * 5 / 2 + 5 / 6)
+    m1, k1 = evidence.fold(np.zeros(2), 0, np.array([3.0, 1.0]))
+    m2, k2 = evidence.fold(m1, k1, np.array([5.0, 0.0]))
+    assert (m1.tolist(), k1, k2) == ([1.5, 0.5], 1, 2)
+    assert m2 == pytest.approx([5 * (1.5 + 1 / 6), 0])
 
 
-def test_four_flagrant_rollouts_eject_and_three_do_not() -> None:
-    m, k = 0.0, 0
-    history = []
-    for _ in range(4):
-        m, k = evidence.fold(m, k, evidence.rollout_e(50.0))
-        history.append(evidence.is_ejected(m))
-    assert history == [False, False, False, True]
+def test_three_flagrant_submissions_eject_and_two_do_not() -> None:
+    m, k, history = np.zeros(len(ALTERNATIVES)), 0, []
+    flagrant = np.where(np.arange(len(ALTERNATIVES)) < 1, 50.0, -50.0)
+    for _ in range(3):
+        m, k = evidence.fold(m, k, evidence.e_values(flagrant))
+        history.append(evidence.is_ejected(float(m.mean())))
+    assert history == [False, False, True]
 
 
 def test_the_process_neither_overflows_nor_stays_at_zero() -> None:
-    m, k = 0.0, 0
+    m, k = np.zeros(1), 0
     for _ in range(1000):
-        m, k = evidence.fold(m, k, evidence.rollout_e(1e9))
+        m, k = evidence.fold(m, k, evidence.e_values(np.array([1e9])))
     assert m == evidence.HIGHEST
     for _ in range(1000):
-        m, k = evidence.fold(m, k, evidence.rollout_e(-1e9))
+        m, k = evidence.fold(m, k, evidence.e_values(np.array([-1e9])))
     assert (m, k) == (0, 2000)
-    assert evidence.fold(m, k, 1.0)[0] == 1 / (2001 * 2002)
+    assert evidence.fold(m, k, np.ones(1))[0] == 1 / (2001 * 2002)
 
 
 def test_a_profile_survives_json() -> None:
@@ -118,10 +132,8 @@ def test_a_profile_survives_json() -> None:
     [
         ({"surprise": 1}, "unknown field"),
         ({"q0": [0.3]}, "has 2 bins"),
-        ({"q0": [0.7, 0.01]}, "q0 <= q1"),
+        ({"q0": [0.99, 0.01]}, "q0 <= 0.95"),
         ({"q0": [0.0, 0.01]}, "0 < q0"),
-        ({"q1": {"unseeded": [0.6, 1.0]}}, "q1 < 1"),
-        ({"q1": {}}, "length >= 1"),
         ({"edges": [-0.1]}, "must rise and be positive"),
         ({"q0": "0.3"}, "Expected `array`"),
     ],
@@ -147,38 +159,36 @@ def test_calibration_on_the_same_machine_forgives_others(profile: Profile) -> No
     q0 = dict(zip((0.0, *profile.edges), profile.q0, strict=True))
     assert q0[1e-3] > 0.3
     assert q0[0.01] > 0.08
-    assert 1e-3 <= q0[2.0] < 0.02
+    assert 1e-4 <= q0[2.0] < 2e-3
     assert list(profile.q0) == sorted(profile.q0, reverse=True)
+    assert profile.honest.tokens == 12_000
 
 
-def test_calibration_keeps_the_alternatives_above_the_null(profile: Profile) -> None:
-    assert list(profile.q1) == ["unseeded", "unseeded x 0.25", "unseeded x 0.0625", "unseeded x 0.015625"]
-    assert all(q1 >= q0 for row in profile.q1.values() for q0, q1 in zip(profile.q0, row, strict=True))
-    assert profile.honest.tokens == 3000
-
-
-def test_a_bin_without_cheats_is_silent() -> None:
-    near = [(np.full(50, 0.05), np.zeros(50))]
-    silent = evidence.calibrate("x", near, {"unseeded": near}, edges=(0.1,))
-    assert silent.q1["unseeded"] == silent.q0
-    assert evidence.average_log_ratio(silent, Tally((9, 9), (9, 9))) == pytest.approx(0)
+def test_power_is_measured_on_the_cheats_that_are_given() -> None:
+    rng = np.random.default_rng(4)
+    cheats = {"unseeded": play(rng, 20, 30, seeded=False), "none": play(rng, 20, 30, seeded=True)}
+    found = evidence.calibrate("x", play(rng, 400, 30, seeded=True), cheats)
+    assert found.power["unseeded"] > 1
+    assert found.power["none"] == 0
 
 
 @pytest.mark.parametrize(("spread", "tokens"), [(2.0, 10), (4.0, 20), (8.0, 60)])
-def test_unseeded_sampling_is_ejected_within_five_audited_rollouts(
-    profile: Profile, spread: float, tokens: int
-) -> None:
+def test_unseeded_sampling_is_ejected_within_three_submissions(profile: Profile, spread: float, tokens: int) -> None:
     """Calibrated on a policy that is unsure of itself; at spread 8 two samples of the policy seldom differ."""
     rng = np.random.default_rng(2)
     for _ in range(10):
-        m, k = 0.0, 0
-        for gap, margin in play(rng, 5, tokens, seeded=False, spread=spread):
-            log_lr = evidence.average_log_ratio(profile, evidence.tally(profile.edges, gap, margin))
-            m, k = evidence.fold(m, k, evidence.rollout_e(log_lr))
-        assert evidence.is_ejected(m)
+        m, k = np.zeros(len(ALTERNATIVES)), 0
+        for _ in range(3):
+            ratios = total(profile, play(rng, 16, tokens, seeded=False, spread=spread))
+            m, k = evidence.fold(m, k, evidence.e_values(ratios))
+        assert evidence.is_ejected(float(m.mean()))
 
 
-def test_honest_rollouts_only_ever_speak_for_the_node(profile: Profile) -> None:
+def test_honest_submissions_only_ever_speak_for_the_node(profile: Profile) -> None:
     rng = np.random.default_rng(3)
-    tallies = [evidence.tally(profile.edges, *sample) for sample in play(rng, 200, 30, seeded=True)]
-    assert max(evidence.average_log_ratio(profile, one) for one in tallies) < 0
+    for _ in range(40):
+        assert evidence.mean_log_ratio(total(profile, play(rng, 8, 30, seeded=True))) < 0
+
+
+def test_every_alternative_has_words() -> None:
+    assert len({evidence.describe(index) for index in range(len(ALTERNATIVES))}) == len(ALTERNATIVES) == 14

@@ -32,6 +32,7 @@ def lease(*sizes: int) -> Lease:
         temperature=1.0,
         budget=BUDGET,
         nonce="0" * 64,
+        probe="0" * 64,
         expires_at=0.0,
         groups=groups,
     )

@@ -1,6 +1,5 @@
 """Whom to audit, and what that catches."""
 
-import numpy as np
 import pytest
 
 from farflung.trust.policy import NodeRecord, TrustSettings, audit_probability, draw, probability_caught
@@ -21,26 +20,26 @@ def drawn(record: NodeRecord, lease: str = "l1", digest: bytes = DIGEST, size: i
 def test_without_trust_every_submission_is_audited(status: str) -> None:
     record = NodeRecord(status, clean_rollouts=1000)
     assert audit_probability(record, SETTINGS) == 1
-    assert len(drawn(record)) == 4
     assert drawn(record, size=3) == (0, 1, 2)
     assert drawn(record, size=0) == ()
 
 
 def test_the_probability_falls_with_the_record_to_a_floor() -> None:
-    found = [audit_probability(trusted(clean), SETTINGS) for clean in (1, 10, 40, 50, 51, 10**9)]
-    assert found == [1, 0.1, 0.025, 0.02, 0.02, 0.02]
+    found = [audit_probability(trusted(clean), SETTINGS) for clean in (1, 10, 40, 100, 101, 10**9)]
+    assert found == [1, 0.1, 0.025, 0.01, 0.01, 0.01]
     assert audit_probability(trusted(0), SETTINGS) == 1
 
 
 def test_the_draw_is_a_pure_function_of_key_lease_and_digest() -> None:
-    record = NodeRecord()
-    assert drawn(record) == drawn(record)
-    others = {drawn(record), drawn(record, lease="l2"), drawn(record, digest=bytes(31) + b"1")}
-    assert len(others | {draw(bytes(32), "l1", DIGEST, 16, record, SETTINGS)}) == 4
+    def at(lease: str = "l1", digest: bytes = DIGEST, key: bytes = KEY) -> tuple[int, ...]:
+        return draw(key, lease, digest, 64, trusted(10**6), TrustSettings(audit_floor=0.3))
+
+    assert at() == at()
+    assert len({at(), at(lease="l2"), at(digest=bytes(31) + b"1"), at(key=bytes(32))}) == 4
 
 
 def test_a_vector_of_the_draw() -> None:
-    assert drawn(NodeRecord()) == (3, 4, 5, 12)
+    assert drawn(trusted(10**6), audit_floor=0.3) == (3, 4, 5, 7, 12)
 
 
 def test_a_higher_probability_only_adds() -> None:
@@ -52,13 +51,7 @@ def test_a_higher_probability_only_adds() -> None:
 
 def test_the_share_that_is_drawn() -> None:
     count = sum(len(drawn(trusted(10**6), lease=f"l{i}")) for i in range(500))
-    assert count / 8000 == pytest.approx(0.02, abs=0.005)
-
-
-def test_on_probation_every_index_is_as_likely() -> None:
-    counts = np.bincount([i for n in range(500) for i in drawn(NodeRecord(), lease=f"l{n}")], minlength=16)
-    assert counts.sum() == 2000
-    assert set(counts // 40) <= {2, 3}
+    assert count / 8000 == pytest.approx(0.01, abs=0.004)
 
 
 def test_the_probability_of_being_caught() -> None:
@@ -75,4 +68,4 @@ def test_the_closed_form_agrees_with_the_draw() -> None:
     found = sum(
         any(index < 4 for n in range(3) for index in drawn(trusted(10**6), lease=f"{run}-{n}")) for run in range(runs)
     )
-    assert found / runs == pytest.approx(probability_caught(3, 0.25, 0.02, 16, 1.0), abs=0.07)
+    assert found / runs == pytest.approx(probability_caught(3, 0.25, 0.01, 16, 1.0), abs=0.07)

@@ -1,23 +1,28 @@
 """How the findings of an audit change a node's record."""
 
-import math
-
 import msgspec
 import pytest
 
 from farflung.protocol import states
-from farflung.trust.record import Finding, NodeRecord, TrustSettings, fold, submitted
+from farflung.trust.evidence import CHEATS
+from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, submitted, weigh
 
 SETTINGS = TrustSettings(probation_rollouts=8)
-TRUSTED = NodeRecord("trusted", audited_rollouts=8, audited_tokens=160, clean_rollouts=8)
+TRUSTED = NodeRecord("trusted", audited_submissions=2, audited_rollouts=8, audited_tokens=160, clean_rollouts=8)
 
 
 def good(count: int) -> list[Finding]:
-    return [Finding(f"r{i}", tokens=20, flips=0, log_lr=-3.0) for i in range(count)]
+    return [Finding(f"r{i}", tokens=20, flips=0, log_ratios=(-3.0,) * len(CHEATS)) for i in range(count)]
 
 
 def bad(count: int, log_lr: float = 40.0) -> list[Finding]:
-    return [Finding(f"b{i}", tokens=20, flips=13, log_lr=log_lr) for i in range(count)]
+    return [Finding(f"b{i}", tokens=20, flips=13, log_ratios=(log_lr,) * len(CHEATS)) for i in range(count)]
+
+
+def cheating(record: NodeRecord, times: int) -> NodeRecord:
+    for _ in range(times):
+        record, _ = fold(record, bad(2), SETTINGS)
+    return record
 
 
 def test_probation_ends_after_so_many_clean_rollouts() -> None:
@@ -25,56 +30,64 @@ def test_probation_ends_after_so_many_clean_rollouts() -> None:
     assert (record.status, record.clean_rollouts, outcome.kind) == ("probation", 4, "ok")
     record, outcome = fold(record, good(4), SETTINGS)
     assert (record.status, record.audited_rollouts, record.audited_tokens) == ("trusted", 8, 160)
+    assert record.audited_submissions == 2
     assert outcome.reason.startswith("4 audited rollouts of 80 tokens pass; M = ")
 
 
 def test_one_bad_rollout_voids_and_returns_to_probation_but_never_ejects() -> None:
-    record, outcome = fold(TRUSTED, good(2) + bad(1, math.inf) + good(1), SETTINGS)
-    assert (record.status, record.clean_rollouts, record.bad_rollouts) == ("probation", 0, 1)
-    assert (outcome.kind, outcome.threshold) == ("void", 100)
+    record, outcome = fold(TRUSTED, good(2) + bad(1, 1e6) + good(1), SETTINGS)
+    assert (record.status, record.clean_rollouts, record.bad_submissions) == ("probation", 0, 1)
+    assert (outcome.kind, outcome.threshold) == ("void", 1000)
     assert outcome.statistic > 1e299
 
 
-def test_the_receipt_of_a_bad_rollout() -> None:
-    _, outcome = fold(TRUSTED, bad(1), SETTINGS)
-    assert outcome.reason == (
-        "13 of the 20 tokens of rollout b0 are not what its seed gives: "
-        "its likelihood ratio 10^17.4 is not below 100, so the submission is void"
+def test_the_receipt_of_a_bad_submission() -> None:
+    _, outcome = fold(TRUSTED, good(1) + bad(1), SETTINGS)
+    assert outcome.reason.startswith(
+        "13 of the 40 audited tokens are not what the seeds give, 13 of them in b0: the likelihood ratio 10^"
     )
-    assert outcome.statistic == pytest.approx(math.exp(40))
+    assert outcome.reason.endswith("is not below 1e+03, so the submission is void")
 
 
-def test_flagrant_cheating_ejects_at_the_fourth_audited_rollout() -> None:
-    record, outcome = fold(NodeRecord(), bad(6), SETTINGS)
-    assert (record.status, record.audited_rollouts, outcome.kind) == ("ejected", 4, "eject")
-    assert outcome.statistic == record.m >= outcome.threshold == 1 / SETTINGS.false_ejection_probability
-    assert outcome.reason.startswith("the evidence of 4 audited rollouts against this key is M = ")
+def test_flagrant_cheating_ends_in_quarantine_at_the_third_submission() -> None:
+    record, outcome = fold(cheating(NodeRecord(), 2), bad(2), SETTINGS)
+    assert (record.status, record.audited_submissions, outcome.kind) == ("quarantined", 3, "quarantine")
+    assert outcome.statistic == record.statistic >= outcome.threshold == 1 / SETTINGS.false_ejection_probability
+    assert outcome.reason.startswith("the evidence of 3 audited submissions against this key is M = ")
     assert len(outcome.reason) <= 500
 
 
-@pytest.mark.parametrize(("honest", "extra"), [(0, 4), (10, 5), (100, 6), (1000, 7)])
+@pytest.mark.parametrize(("honest", "extra"), [(0, 3), (10, 3), (100, 4), (1000, 5)])
 def test_a_node_that_turns_late_costs_two_ln_k_more(honest: int, extra: int) -> None:
-    record, _ = fold(NodeRecord(), good(honest), SETTINGS)
-    record, _ = fold(record, bad(20), SETTINGS)
-    assert (record.status, record.audited_rollouts) == ("ejected", honest + extra)
+    record = NodeRecord()
+    for _ in range(honest):
+        record, _ = fold(record, good(2), SETTINGS)
+    assert cheating(record, extra - 1).status != "quarantined"
+    assert cheating(record, extra).status == "quarantined"
+
+
+def test_a_second_opinion_ejects_or_releases() -> None:
+    suspect = cheating(NodeRecord(), 3)
+    gone, outcome = confirm(suspect, bad(2), SETTINGS)
+    assert (gone.status, gone.audited_submissions, outcome.kind) == ("ejected", 3, "eject")
+    free, outcome = confirm(suspect, good(2), SETTINGS)
+    assert (free.status, free.clean_rollouts, free.m_before, outcome.kind) == ("probation", 0, (), "release")
+    assert free.statistic < 1 / SETTINGS.false_ejection_probability
+
+
+def test_what_was_looked_for_voids_but_never_counts() -> None:
+    for record in (TRUSTED, NodeRecord(), NodeRecord("quarantined")):
+        after, outcome = weigh(record, bad(9, 1e5), SETTINGS)
+        assert (outcome.kind, after.m, after.audited_submissions) == ("void", record.m, record.audited_submissions)
+        assert after.status == ("quarantined" if record.status == "quarantined" else "probation")
+    assert weigh(TRUSTED, good(1), SETTINGS)[0].clean_rollouts == TRUSTED.clean_rollouts
 
 
 def test_ejection_is_for_ever() -> None:
-    gone, _ = fold(NodeRecord(), bad(4), SETTINGS)
+    gone, _ = confirm(cheating(NodeRecord(), 3), bad(2), SETTINGS)
     record, outcome = fold(gone, good(100), SETTINGS)
     assert record == gone
     assert (outcome.kind, "was ejected before" in outcome.reason) == ("void", True)
-
-
-def test_quarantine_stays_until_somebody_decides() -> None:
-    quarantined = NodeRecord("quarantined", clean_rollouts=3)
-    assert fold(quarantined, good(20), SETTINGS)[0].status == "quarantined"
-    assert fold(quarantined, bad(1), SETTINGS)[0].status == "quarantined"
-    assert fold(quarantined, bad(4), SETTINGS)[0].status == "ejected"
-
-
-def test_an_audit_without_findings_changes_nothing() -> None:
-    assert fold(TRUSTED, [], SETTINGS)[0] == TRUSTED
 
 
 def test_submissions_are_counted_whether_audited_or_not() -> None:
@@ -82,10 +95,11 @@ def test_submissions_are_counted_whether_audited_or_not() -> None:
 
 
 def test_every_change_of_status_is_legal() -> None:
-    for status in states.statuses("node"):
+    for status in ("probation", "trusted", "ejected"):
         for findings in (good(9), bad(1), bad(9)):
-            after = fold(NodeRecord(status, clean_rollouts=4), findings, SETTINGS)[0].status
-            assert after == status or states.is_legal("node", status, after)
+            for how in (fold, weigh):
+                after = how(NodeRecord(status, clean_rollouts=4), findings, SETTINGS)[0].status
+                assert after == status or states.is_legal("node", status, after)
 
 
 def test_a_record_survives_json() -> None:

@@ -55,21 +55,23 @@ def test_the_happy_lives() -> None:
 
 
 def test_held_text_is_never_scored_before_its_replay() -> None:
-    assert states.sources("rollout", "accepted") == ("received",)
-    assert not states.is_legal("rollout", "held", "accepted")
+    """From `held` straight to `accepted` goes only what was scored before it came under suspicion."""
+    assert not states.is_legal("rollout", "leased", "accepted")
+    assert not states.is_legal("rollout", "held", "batched")
+    assert states.is_legal("rollout", "accepted", "held")
 
 
-def test_a_claimed_batch_never_comes_back() -> None:
-    assert states.LIFECYCLES["rollout"]["batched"] == ("trained",)
-    assert states.LIFECYCLES["group"]["batched"] == ("trained",)
+def test_a_batch_ends_trained_or_goes_back_to_be_audited() -> None:
+    assert states.LIFECYCLES["rollout"]["batched"] == ("trained", "held", "accepted")
+    assert states.LIFECYCLES["group"]["batched"] == ("trained", "open")
 
 
 def test_the_message_tells_noun_id_statuses_choices_and_story() -> None:
     with pytest.raises(IllegalTransition) as caught:
-        states.check("rollout", "r7", "held", "accepted", ["leased to n1", "held for audit a2"])
+        states.check("rollout", "r7", "held", "batched", ["leased to n1", "held for audit a2"])
     assert str(caught.value) == (
-        "rollout r7 cannot go from 'held' to 'accepted'; from 'held' it may go to: received, rejected, void, dropped; "
-        "its story: leased to n1 → held for audit a2"
+        "rollout r7 cannot go from 'held' to 'batched'; from 'held' it may go to: received, accepted, rejected, void, "
+        "dropped; its story: leased to n1 → held for audit a2"
     )
 
 

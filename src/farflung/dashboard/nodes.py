@@ -103,7 +103,7 @@ class NodeLine:
     @property
     def residual(self) -> float | None:
         """log10 M, None before the first audit."""
-        return math.log10(self.record.m) if self.record.m > 0 else None
+        return math.log10(self.record.statistic) if self.record.statistic > 0 else None
 
     @property
     def heat(self) -> int:
@@ -185,7 +185,7 @@ SORTS: dict[str, Callable[[NodeLine], Any]] = {
     "speed": lambda n: n.tokens_per_s,
     "accepted": lambda n: n.accepted,
     "rejected": lambda n: n.rejected,
-    "residual": lambda n: n.record.m,
+    "residual": lambda n: n.record.statistic,
     "credit": lambda n: n.credit + n.escrow,
     "seen": lambda n: n.seen_s_ago,
 }

@@ -184,7 +184,8 @@ def _node(connection: Connection, run: str, subject: str) -> Found | None:
     facts += [("credit", ledger.balance(connection, ledger.credit(subject)))]
     facts += [("escrow", ledger.balance(connection, ledger.escrow(subject)))]
     facts += [("submissions", record.submissions), ("audited rollouts", record.audited_rollouts)]
-    facts += [("clean in a row", record.clean_rollouts), ("bad", record.bad_rollouts), ("M", f"{record.m:.4g}")]
+    facts += [("clean in a row", record.clean_rollouts), ("bad submissions", record.bad_submissions)]
+    facts += [("M", f"{record.statistic:.4g}"), ("most like", record.suspicion)]
     query = sa.select(LEASES).where(LEASES.c.node == subject).order_by(LEASES.c.opened_at.desc()).limit(20)
     leases = [
         (le.lease, le.purpose, le.step, le.status, Moment(le.opened_at), le.submission)

@@ -15,6 +15,7 @@ from farflung.store import db
 from farflung.store.book import Book
 from farflung.store.tables import (
     AUDITS,
+    EVENTS,
     GROUPS,
     LEASES,
     NODES,
@@ -90,6 +91,7 @@ def status(connection: Connection, book: Book, now: float) -> Status:
         evals=evals(connection, book.run),
         nodes=[_view(line) for line in found],
         verdicts=verdicts(connection, book.run),
+        warnings=warnings(connection),
     )
 
 
@@ -177,7 +179,7 @@ def _view(line: NodeLine) -> NodeView:
         accepted=line.accepted,
         rejected=line.rejected,
         audits=line.audits,
-        statistic=line.record.m,
+        statistic=line.record.statistic,
         tokens_per_s=line.tokens_per_s,
         credit=line.credit,
         escrow=line.escrow,
@@ -193,6 +195,13 @@ def verdicts(connection: Connection, run: str, *, latest: int = 0) -> list[Verdi
     query = query.order_by(VERDICTS.c.id.desc()).limit(latest) if latest else query.order_by(VERDICTS.c.id)
     documents: Sequence[bytes] = connection.execute(query).scalars().all()
     return [open_verdict(document) for document in documents]
+
+
+def warnings(connection: Connection, most: int = 20) -> list[str]:
+    """What a person should look at, the latest last."""
+    said = sa.and_(EVENTS.c.noun == "node", EVENTS.c.before == EVENTS.c.after, EVENTS.c.detail.like('{"warning"%'))
+    rows = connection.execute(sa.select(EVENTS.c.detail).where(said).order_by(EVENTS.c.id.desc()).limit(most)).scalars()
+    return [json.loads(detail)["warning"] for detail in reversed(list(rows))]
 
 
 def open_verdict(document: bytes) -> Verdict:

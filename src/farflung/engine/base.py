@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from farflung.protocol.probe import Slice
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -41,6 +43,10 @@ class Replay:
     """Distance between the two best scores `logits / T + noise` (the logits themselves when greedy), >= 0."""
     margin: np.ndarray
     """Best score minus the score of the token that was sent, >= 0; 0 where they agree."""
+    pick: np.ndarray
+    """Probability that the policy itself gives to the best-scored token, in (0, 1]; 1 when greedy.
+
+    Somebody who samples from the policy with other noise sends another token with probability 1 - pick."""
 
 
 class Engine(Protocol):
@@ -53,6 +59,10 @@ class Engine(Protocol):
 
         Raises WeightsError, after which the engine refuses to work until a complete load succeeds.
         """
+        ...
+
+    def values(self, slices: Sequence[Slice]) -> bytes:
+        """These slices of the weights as they lie in the engine, in bfloat16, the type in which they are published."""
         ...
 
     def generate(

@@ -1,7 +1,7 @@
 """Builds a model from its configuration alone and fills it strictly from named tensors."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from farflung.protocol.errors import ConfigError, WeightsError
+from farflung.protocol.probe import Slice
 
 _NEVER = ("auto_map", "quantization_config")
 """Keys that would make transformers look for somebody's Python or repack the weights."""
@@ -80,6 +81,15 @@ def load_strictly(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Ten
     missing = [name for name, slot in slots.items() if id(slot) not in filled]
     if missing:
         raise WeightsError(f"{len(missing)} tensors are missing from the weights, the first is {missing[0]}")
+
+
+def read_slices(tensors: Mapping[str, torch.Tensor], slices: Sequence[Slice]) -> bytes:
+    """The values of some slices in bfloat16, little-endian. Raises WeightsError for a tensor that is not there."""
+    missing = [part.name for part in slices if part.name not in tensors]
+    if missing:
+        raise WeightsError(f"this model has no tensor {missing[0]}; weights and config.json belong to different models")
+    parts = [tensors[name].detach().flatten()[start:stop].to(torch.bfloat16).cpu() for name, start, stop in slices]
+    return torch.cat(parts).view(torch.int16).numpy().tobytes() if parts else b""
 
 
 def _refuse_misfit(name: str, tensor: torch.Tensor, slots: dict[str, torch.Tensor], given: set[str]) -> None:

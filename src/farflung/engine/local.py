@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.decode import decode
-from farflung.engine.loading import build, end_tokens, load_strictly
+from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
 from farflung.engine.replay import replay
 from farflung.protocol.errors import WeightsError
+from farflung.protocol.probe import Slice
 
 
 class LocalEngine:
@@ -58,6 +59,11 @@ class LocalEngine:
         self._is_loaded = False
         load_strictly(self.model, tensors)
         self._is_loaded = True
+
+    def values(self, slices: Sequence[Slice]) -> bytes:
+        """These slices of the weights as they lie in the engine, in bfloat16, the type in which they are published."""
+        self._refuse_unloaded()
+        return read_slices(self.model.state_dict(), slices)
 
     @torch.inference_mode()
     def generate(

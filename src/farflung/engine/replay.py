@@ -27,7 +27,7 @@ def replay(model: PreTrainedModel, items: Sequence[Item], tokens_per_chunk: int)
     """
     vocab = model.config.get_text_config().vocab_size
     _refuse_strangers(items, vocab)
-    found = [Replay(np.zeros(0, np.float32), np.zeros(0, np.float32)) for _ in items]
+    found = [Replay(*np.zeros((3, 0), np.float32)) for _ in items]
     for chunk in _chunks(items, tokens_per_chunk, _LOGITS_AT_ONCE // vocab):
         for index, part in zip(chunk, _replay_chunk(model, [items[index] for index in chunk]), strict=True):
             found[index] = part
@@ -63,9 +63,8 @@ def _chunks(items: Sequence[Item], most_tokens: int, most_scored: int) -> Iterat
 def _replay_chunk(model: PreTrainedModel, items: Sequence[Item]) -> list[Replay]:
     logits_NV = _completion_logits(model, items)
     sizes = [len(ids) for _, ids in items]
-    gap_N, margin_N = _gap_and_margin(logits_NV, items, sizes)
-    cuts = np.cumsum(sizes)[:-1]
-    return [Replay(gap, margin) for gap, margin in zip(np.split(gap_N, cuts), np.split(margin_N, cuts), strict=True)]
+    seen_3N = _compare(logits_NV, items, sizes)
+    return [Replay(*part_3R) for part_3R in np.split(seen_3N, np.cumsum(sizes)[:-1], axis=1)]
 
 
 def _completion_logits(model: PreTrainedModel, items: Sequence[Item]) -> torch.Tensor:
@@ -81,29 +80,30 @@ def _completion_logits(model: PreTrainedModel, items: Sequence[Item]) -> torch.T
     return out.logits.view(-1, out.logits.shape[-1])
 
 
-def _gap_and_margin(
-    logits_NV: torch.Tensor, items: Sequence[Item], sizes: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _compare(logits_NV: torch.Tensor, items: Sequence[Item], sizes: Sequence[int]) -> np.ndarray:
+    """Gap, margin and pick of every completion token, (3, N)."""
     token_N = torch.tensor([token for _, ids in items for token in ids], device=logits_NV.device)
     seed_N = np.repeat(np.array([request.seed & 0xFFFFFFFFFFFFFFFF for request, _ in items], np.uint64), sizes)
     position_N = np.concatenate([np.arange(size) for size in sizes])
     temperature_N = torch.tensor(np.repeat(np.array([r.temperature for r, _ in items], np.float32), sizes))
     temperature_N = temperature_N.to(logits_NV.device)
-    gap_N, margin_N = torch.empty(2, len(token_N))
+    seen_3N = torch.empty(3, len(token_N))
     height = max(1, _SCORES_AT_ONCE // logits_NV.shape[1])
     for start in range(0, len(token_N), height):
         part = slice(start, start + height)
-        score = _scores(logits_NV[part], seed_N[part], position_N[part], temperature_N[part])
-        best = score.topk(2, dim=-1).values
-        gap_N[part] = best[:, 0] - best[:, 1]
-        margin_N[part] = best[:, 0] - score.gather(-1, token_N[part, None])[:, 0]
-    return gap_N.numpy(), margin_N.numpy()
+        seen_3N[:, part] = look(logits_NV[part], token_N[part], seed_N[part], position_N[part], temperature_N[part])
+    return seen_3N.numpy()
 
 
-def _scores(
-    logits_NV: torch.Tensor, seed_N: np.ndarray, position_N: np.ndarray, temperature_N: torch.Tensor
+def look(
+    logits_NV: torch.Tensor, token_N: torch.Tensor, seed_N: np.ndarray, position_N: np.ndarray, t_N: torch.Tensor
 ) -> torch.Tensor:
-    """logits / T + noise; the logits themselves where T = 0."""
-    is_sampled_N1 = (temperature_N > 0)[:, None]
-    score_NV = logits_NV.float() / torch.where(is_sampled_N1, temperature_N[:, None], 1.0)
-    return score_NV + gumbel(seed_N, position_N, logits_NV.shape[1], logits_NV.device).mul_(is_sampled_N1)
+    """Gap, margin and pick (3, N) of tokens under `logits / T + noise`; under the logits themselves where T = 0."""
+    is_sampled_N1 = (t_N > 0)[:, None]
+    policy_NV = logits_NV.float() / torch.where(is_sampled_N1, t_N[:, None], 1.0)
+    log_sum_N = policy_NV.logsumexp(dim=-1)
+    score_NV = policy_NV + gumbel(seed_N, position_N, logits_NV.shape[1], logits_NV.device).mul_(is_sampled_N1)
+    best_N2, pick_N2 = score_NV.topk(2, dim=-1)
+    margin_N = best_N2[:, 0] - score_NV.gather(-1, token_N[:, None])[:, 0]
+    pick_N = (policy_NV.gather(-1, pick_N2[:, :1])[:, 0] - log_sum_N).exp()
+    return torch.stack([best_N2[:, 0] - best_N2[:, 1], margin_N, torch.where(t_N > 0, pick_N, 1.0)])

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from farflung.config import load
@@ -23,7 +22,7 @@ from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
 from farflung.protocol.errors import ConfigError
 from farflung.tasks.found import Model
-from farflung.trust.evidence import Profile, Sample, calibrate, log_ratio, tally, to_json
+from farflung.trust.evidence import Profile, Seen, calibrate, flips, growth, to_json
 
 log = logging.getLogger(__name__)
 BUDGET = 32
@@ -89,8 +88,8 @@ def _samples(
     tokens: float,
     *,
     is_seeded: bool = True,
-) -> Iterator[Sample]:
-    """(gap, margin) of each rollout under each verifier: generated `rows` at a time, replayed many at a time."""
+) -> Iterator[Seen]:
+    """What each verifier sees of each rollout: generated `rows` at a time, replayed many at a time."""
     generator.max_rows = rows
     endless, chunk = itertools.cycle(prompts), max(rows, REPLAYED_AT_LEAST)
     seen, said = 0, time.monotonic()
@@ -107,14 +106,13 @@ def _samples(
             log.info("generated rows=%d is_seeded=%s tokens=%d of=%d", rows, is_seeded, seen, tokens)
 
 
-def _sample(replay: Replay) -> Sample:
-    return np.asarray(replay.gap), np.asarray(replay.margin)
+def _sample(replay: Replay) -> Seen:
+    return Seen(replay.gap, replay.margin, replay.pick)
 
 
-def _report(profile: Profile, honest: Sequence[Sample], unseeded: Sequence[Sample]) -> None:
+def _report(profile: Profile, honest: Sequence[Seen], unseeded: Sequence[Seen]) -> None:
     """What the profile is good for: how often the honest flip, and what a token of each kind weighs as evidence."""
     for name, samples in (("honest", honest), ("unseeded", unseeded)):
-        found = tally(profile.edges, *(np.concatenate(part) for part in zip(*samples, strict=True)))
-        nats = log_ratio(profile, found, "unseeded") / found.tokens
-        flips = sum(found.flips) / found.tokens
-        log.info("%s tokens=%d flipped=%.4f nats_per_token=%+.3f", name, found.tokens, flips, nats)
+        tokens = sum(len(one.gap) for one in samples)
+        flipped = sum(map(flips, samples)) / tokens
+        log.info("%s tokens=%d flipped=%.4f nats_per_token=%.3f", name, tokens, flipped, growth(profile, samples))

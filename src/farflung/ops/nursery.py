@@ -91,10 +91,8 @@ def _live(order: dict[str, Any]) -> NoReturn:
 
 
 async def _role(order: dict[str, Any], config: Any) -> None:
-    from farflung.ops.redteam import GALLERY
     from farflung.trainer import Trainer
     from farflung.validator import Validator
-    from farflung.worker import Worker
 
     name, url = order["name"], order["url"]
     folder = config.folder / "nodes" / name
@@ -106,9 +104,23 @@ async def _role(order: dict[str, Any], config: Any) -> None:
         key = Key.load_or_make(config.folder / "keys" / name)
         await Validator(url, key, folder, config.validator, run=config.run.name, root=root, name=name).run()
     else:
-        wrap = GALLERY[order["attack"]] if order["attack"] else lambda engine: engine
-        key = Key.load_or_make(folder / "key")
-        await Worker(url, key, folder, config.worker, run=config.run.name, root=root, name=name, wrap=wrap).run()
+        await _worker(order, config, folder, root).run()
+
+
+def _worker(order: dict[str, Any], config: Any, folder: Path, root: bytes) -> Any:
+    """A worker, or an adversary that runs the attack of its order."""
+    from farflung.ops.redteam import GALLERY
+    from farflung.ops.redteam.base import Adversary
+    from farflung.trust.record import TrustSettings
+    from farflung.worker import Worker
+
+    about = (order["url"], Key.load_or_make(folder / "key"), folder, config.worker)
+    options = {"run": config.run.name, "root": root, "name": order["name"]}
+    if not order["attack"]:
+        return Worker(*about, **options)
+    settings = config.trust.model_dump()
+    trust = TrustSettings(**{name: settings[name] for name in TrustSettings.__struct_fields__})
+    return Adversary(*about, attack=GALLERY[order["attack"]](), trust=trust, **options)
 
 
 def die_with_parent() -> None:

@@ -54,6 +54,7 @@ class Screen:
     def show(self, status: Status) -> None:
         """The run as it stands."""
         self._tell_verdicts(status)
+        self._tell_warnings(status)
         if self._live is not None:
             self._live.update(
                 Group(run_panel(status), nodes_table(status, self.console.width), Text("\n".join(self._notes[-NOTES:])))
@@ -69,6 +70,12 @@ class Screen:
                 self._told.add(verdict.audit)
                 outcome = "ejected" if verdict.outcome == "eject" else "had a submission voided"
                 self.note(f"{names.get(verdict.node, verdict.node)} {outcome}: {verdict.reason}")
+
+    def _tell_warnings(self, status: Status) -> None:
+        for warning in status.warnings:
+            if warning not in self._told:
+                self._told.add(warning)
+                self.note(warning)
 
     async def conclude(self, summary: dict[str, Any], folder: Path) -> None:
         """What came of it."""

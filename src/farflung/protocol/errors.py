@@ -157,6 +157,12 @@ class Rejected(Refusal):
     status, code = 422, "rejected"
 
 
+class WrongWeights(Rejected):
+    """The engine holds other weights than those of the lease; load them anew and go on."""
+
+    code = "wrong-weights"
+
+
 class TooOld(Refusal):
     """This node's protocol version is no longer spoken here; upgrade with: pip install -U farflung."""
 

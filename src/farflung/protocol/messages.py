@@ -19,6 +19,7 @@ MAX_SAMPLES = 4_096
 
 Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}(?!\n)$")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
+MaybeDigest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?(?!\n)$")]
 Name = Annotated[str, Meta(max_length=80, pattern=r"^[\w .:/+@()-]*(?!\n)$")]
 Line = Annotated[str, Meta(max_length=500)]
 Ids = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
@@ -104,6 +105,8 @@ class RunInfo(Message, frozen=True):
     status: Name
     version: int
     profile: Name
+    profiles: Annotated[list[Name], Meta(max_length=64)]
+    """Numerics profiles that a node may pick from, the run's own among them."""
     dtype: Literal["float32", "bfloat16"]
     vocab: Count
     eos_ids: Annotated[list[int], Meta(max_length=64)]
@@ -214,6 +217,8 @@ class Lease(Message, frozen=True):
     temperature: Annotated[float, Meta(ge=0, le=10)]
     budget: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     nonce: Digest
+    probe: Digest
+    """Key that chooses the slices of the weights of which the submission shows possession."""
     expires_at: Seconds
     groups: Annotated[list[LeaseGroup], Meta(min_length=1, max_length=MAX_SAMPLES)]
 
@@ -257,6 +262,8 @@ class Submission(Message, frozen=True):
     """The rollouts of one lease. Log-probabilities and timings are metrics and nothing more."""
 
     rollouts: Annotated[list[SubmittedRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
+    possession: MaybeDigest = ""
+    """SHA-256 over the lease's nonce and the slices that its probe chooses, as they are in the engine."""
     partial: bool = False
     """A draining node hands in what is complete; the rest goes back."""
     logp: Annotated[list[Floats], Meta(max_length=MAX_SAMPLES)] = []
@@ -363,6 +370,8 @@ class AuditJob(Message, frozen=True):
     manifest: Digest
     temperature: float
     budget: int
+    nonce: Digest
+    probe: Digest
     rollouts: Annotated[list[AuditRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
 
 
@@ -374,11 +383,13 @@ class AuditJobs(Message, frozen=True):
 
 
 class RolloutEvidence(Message, frozen=True):
-    """What replay saw in one rollout: float32 gap and margin per generated token."""
+    """What replay saw in one rollout: float32 gap, margin and pick per generated token."""
 
     rollout: Id
     gap: Floats
     margin: Floats
+    pick: Floats
+    """The policy's own probability of the seeded pick."""
 
 
 class Evidence(Message, frozen=True):
@@ -389,6 +400,8 @@ class Evidence(Message, frozen=True):
     manifest: Digest
     profile: Name
     rollouts: Annotated[list[RolloutEvidence], Meta(min_length=1, max_length=MAX_SAMPLES)]
+    possession: MaybeDigest = ""
+    """As in a submission, for the audit's nonce and probe."""
 
 
 class Verdict(Message, frozen=True):
@@ -397,7 +410,7 @@ class Verdict(Message, frozen=True):
     run: Id
     node: Id
     audit: Id
-    outcome: Literal["void", "eject"]
+    outcome: Literal["void", "quarantine", "eject", "release"]
     statistic: float
     threshold: float
     reason: Line
@@ -414,6 +427,9 @@ class BatchRollout(Message, frozen=True):
     submission: Digest
     sample: int
     reward: float
+    seed: Seed
+    is_audited: bool
+    """Whether every token of it was replayed already."""
 
 
 class BatchGroup(Message, frozen=True):
@@ -421,6 +437,8 @@ class BatchGroup(Message, frozen=True):
 
     group: Id
     step: Step
+    manifest: Digest
+    """The weights that it was generated with."""
     prompt_ids: Ids
     rollouts: Annotated[list[BatchRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
 
@@ -434,6 +452,8 @@ class Batch(Message, frozen=True):
     seen_reward: float
     """Mean reward over all of them."""
     secret_commitment: Digest
+    probe: Digest
+    """Key that chooses the slices of the new weights that the commit shows."""
     temperature: float
     groups: Annotated[list[BatchGroup], Meta(max_length=100_000)]
     committed: str = ""
@@ -448,10 +468,19 @@ class BatchAnswer(Message, frozen=True):
     reason: Line = ""
 
 
+Probe = Annotated[bytes, Meta(max_length=1 << 16)]
+
+
 class ClaimStep(Message, frozen=True):
     """The trainer asks for the batch of a step."""
 
     wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
+
+
+class Trips(Message, frozen=True):
+    """Submissions of a batch whose text the tripwire does not take for what their seeds give."""
+
+    submissions: Annotated[list[Digest], Meta(min_length=1, max_length=100_000)]
 
 
 class Commit(Message, frozen=True):
@@ -460,6 +489,10 @@ class Commit(Message, frozen=True):
     manifest: Signed
     metrics: Annotated[dict[Name, float], Meta(max_length=64)]
     checkpoint: Line = ""
+    probe: Probe = b""
+    """The bytes of the slices that the batch's probe chooses, in the published type."""
+    probe_before: Probe = b""
+    """The same slices of the step before, so that a node that still holds it can be told so."""
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------
@@ -528,6 +561,8 @@ class Status(Message, frozen=True):
     evals: list[EvalView]
     nodes: list[NodeView]
     verdicts: list[Verdict]
+    warnings: list[str]
+    """What a person should look at, the latest last: nodes and validators with other weights than they were told."""
 
 
 class Event(Message, frozen=True):

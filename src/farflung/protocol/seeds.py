@@ -3,6 +3,7 @@
     run secret ─▶ step secret ─┬─▶ seed of a sample          (what noise a rollout is generated with)
                                ├─▶ task key ─▶ task order    (which tasks the step opens)
                                ├─▶ audit key ─▶ audit draws  (which rollouts are replayed)
+                               ├─▶ probe key ─▶ probe        (which slices of the weights an engine is asked for)
                                └─▶ commitment                (published with the step's manifest)
 
 Everything hangs from the step secret, so its reveal, once the step can no longer be trained on, lets anyone check the
@@ -67,6 +68,11 @@ def sample_seed(step_secret: bytes, task_id: str, sample: int) -> int:
 def task_key(step_secret: bytes) -> bytes:
     """The key of the step's task order."""
     return derive(step_secret, "task key")
+
+
+def probe_key(step_secret: bytes) -> bytes:
+    """The key that chooses which slices of the step's weights an engine is asked for."""
+    return derive(step_secret, "probe key")
 
 
 def audit_key(step_secret: bytes) -> bytes:

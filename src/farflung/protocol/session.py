@@ -112,6 +112,7 @@ class Session:
         engine: str = "",
         url: str = "",
         invite: str = "",
+        profile: str = "",
     ) -> "Session":
         """Register and learn the run. Raises Refusal, BadSignature or ConfigError."""
         index = await client.get("/v1", Index)
@@ -133,7 +134,7 @@ class Session:
             name=name,
             role=role,
             engine=engine,
-            profile=info.profile,
+            profile=profile or info.profile,
             hardware=hardware(),
             url=url,
             invite=invite,

@@ -3,8 +3,9 @@
 A replay comes before a score: a drawn rollout is `held` until its replay passed, so text that fails is never scored.
 
     rollout  leased ─┬─▶ received ──▶ accepted ──▶ batched ──▶ trained
-                     ├─▶ held ─▶ (received)                              + expired, rejected, void, dropped
+                     ├─▶ held ─▶ (received, accepted)                    + expired, rejected, void, dropped
                      └─▶ expired
+             accepted, batched ──▶ held: its node came under suspicion, or the trainer's tripwire
     lease    open ──▶ submitted | returned | expired | void
     group    open ⇄ complete ──▶ batched ──▶ trained                     + dropped
     step     open ──▶ committed
@@ -24,10 +25,10 @@ Lifecycle = Mapping[str, tuple[str, ...]]
 
 _ROLLOUT: Lifecycle = {
     "leased": ("received", "held", "expired"),  # expired: the lease lapsed, was handed back or was voided
-    "received": ("accepted", "void", "dropped"),  # waits for a score; dropped: cannot be scored, or stale
-    "held": ("received", "rejected", "void", "dropped"),  # waits for a replay; dropped: stale, its audit cancelled
-    "accepted": ("batched", "void", "dropped"),  # dropped: no variance, stale, or its group stayed incomplete
-    "batched": ("trained",),  # never back: the trainer that claims a step again gets the same groups
+    "received": ("accepted", "held", "void", "dropped"),  # waits for a score; dropped: cannot be scored, or stale
+    "held": ("received", "accepted", "rejected", "void", "dropped"),  # waits for a replay; accepted: was scored before
+    "accepted": ("batched", "held", "void", "dropped"),  # dropped: no variance, stale, or its group stayed incomplete
+    "batched": ("trained", "held", "accepted"),  # back only if the tripwire took its group out of the batch
     "expired": (),
     "rejected": (),  # its own replay failed
     "void": (),  # a verdict on its submission or its node, not on itself
@@ -44,7 +45,7 @@ _LEASE: Lifecycle = {
 _GROUP: Lifecycle = {
     "open": ("complete", "dropped"),
     "complete": ("open", "batched", "dropped"),  # open again: a verdict voided one of its accepted rollouts
-    "batched": ("trained",),
+    "batched": ("trained", "open"),  # open again: the tripwire took one of its rollouts out
     "trained": (),
     "dropped": (),
 }

@@ -5,7 +5,8 @@ Rewards come from the coordinator, tokens by digest; a worker's log-probabilitie
 
 import asyncio
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -14,10 +15,21 @@ from farflung.learner.loss import advantages
 from farflung.learner.pack import Rollout, Segment
 from farflung.protocol import wire
 from farflung.protocol.errors import WeightsError
-from farflung.protocol.messages import Batch, BatchAnswer, BatchGroup, ClaimStep, SubmissionBody
+from farflung.protocol.messages import Batch, BatchAnswer, BatchGroup, ClaimStep, Done, SubmissionBody, Trips
 from farflung.protocol.session import Session
 
 AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """One rollout that the tripwire looks at."""
+
+    manifest: str
+    submission: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+    ids: tuple[int, ...]
 
 
 async def claim(session: Session, step: int, wait_s: float) -> BatchAnswer:
@@ -25,6 +37,27 @@ async def claim(session: Session, step: int, wait_s: float) -> BatchAnswer:
     answer = await session.client.post(session.path(f"steps/{step}/claim"), ClaimStep(wait_s=wait_s), BatchAnswer)
     session.latest = answer.latest
     return answer
+
+
+async def trip(session: Session, step: int, submissions: Sequence[str]) -> None:
+    """Report submissions that must not be trained on before they are audited."""
+    await session.client.post(session.path(f"steps/{step}/trip"), Trips(submissions=list(submissions)), Done)
+
+
+async def unaudited(session: Session, batch: Batch) -> list[Suspect]:
+    """Every rollout of a batch that no audit has replayed in full, as the tripwire needs it."""
+    fresh = [(group, rollout) for group in batch.groups for rollout in group.rollouts if not rollout.is_audited]
+    tokens, _ = await _bodies(session, {rollout.submission for _, rollout in fresh})
+    return [
+        Suspect(
+            group.manifest,
+            rollout.submission,
+            tuple(wire.unpack_ids(group.prompt_ids).tolist()),
+            rollout.seed,
+            tokens[rollout.rollout],
+        )
+        for group, rollout in fresh
+    ]
 
 
 async def fetch(session: Session, batch: Batch, *, divide_by_std: bool) -> list[Rollout]:

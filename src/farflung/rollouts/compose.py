@@ -4,7 +4,7 @@ Claiming is idempotent: asked again, after a crash, the same groups come back, t
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,8 +13,8 @@ from sqlalchemy import Connection, Row
 
 from farflung.protocol import seeds
 from farflung.protocol.errors import Conflict, StepTaken
-from farflung.protocol.identity import Signed
-from farflung.protocol.messages import Batch, BatchGroup, BatchRollout, Manifest
+from farflung.protocol.messages import Batch, BatchGroup, BatchRollout, Commit, Manifest
+from farflung.rollouts.consequences import hold
 from farflung.rollouts.credit import audits_waiting, drop_groups
 from farflung.store import ledger
 from farflung.store.book import Book
@@ -108,28 +108,59 @@ def _batch(connection: Connection, book: Book, row: Row[Any]) -> Batch:
         .where(GROUPS.c.run == book.run, GROUPS.c.batch_step == row.step, GROUPS.c.status.in_(("batched", "trained")))
         .order_by(GROUPS.c.step, GROUPS.c.task)
     ).all()
-    rollouts = _rollouts(connection, [group.group for group in groups])
+    rollouts = _rollouts(connection, book, {group.group: group for group in groups})
     return Batch(
         step=row.step,
         seen_groups=row.seen_groups,
         seen_reward=row.seen_reward,
         secret_commitment=seeds.commitment(book.step_secret(row.step)).hex(),
+        probe=seeds.probe_key(book.step_secret(row.step)).hex(),
         temperature=book.config.generate.temperature,
         groups=[
-            BatchGroup(group=g.group, step=g.step, prompt_ids=g.prompt_ids, rollouts=rollouts[g.group]) for g in groups
+            BatchGroup(
+                group=g.group,
+                step=g.step,
+                manifest=book.manifest_of(connection, g.step),
+                prompt_ids=g.prompt_ids,
+                rollouts=rollouts[g.group],
+            )
+            for g in groups
         ],
         committed=row.weights_digest or "",
     )
 
 
-def _rollouts(connection: Connection, groups: Sequence[str]) -> dict[str, list[BatchRollout]]:
+def _rollouts(connection: Connection, book: Book, groups: Mapping[str, Row[Any]]) -> dict[str, list[BatchRollout]]:
     found: dict[str, list[BatchRollout]] = {group: [] for group in groups}
     query = sa.select(ROLLOUTS).where(ROLLOUTS.c.group.in_(groups), ROLLOUTS.c.status.in_(("batched", "trained")))
     for row in connection.execute(query.order_by(ROLLOUTS.c.sample)):
         found[row.group].append(
-            BatchRollout(rollout=row.rollout, submission=row.submission, sample=row.sample, reward=row.reward)
+            BatchRollout(
+                rollout=row.rollout,
+                submission=row.submission,
+                sample=row.sample,
+                reward=row.reward,
+                seed=seeds.sample_seed(book.step_secret(groups[row.group].step), groups[row.group].task, row.sample),
+                is_audited=row.is_audited,
+            )
         )
     return found
+
+
+def trip(connection: Connection, book: Book, step: int, submissions: Sequence[str], now: float) -> int:
+    """Take submissions that the tripwire caught out of an open step, with their groups, and have them audited in full.
+
+    What else their nodes have untrained is held too. Gives how many audits that opens; 0 if it was done before.
+    Raises Conflict for a step that is not open.
+    """
+    row = _step(connection, book, step)
+    if row is None or row.status != "open":
+        raise Conflict(f"step {step} is not open; the tripwire looks at a batch before it is trained on")
+    of_these = sa.and_(ROLLOUTS.c.submission.in_(submissions), ROLLOUTS.c.status == "batched")
+    nodes = list(connection.execute(sa.select(ROLLOUTS.c.node).where(of_these).distinct()).scalars())
+    why = f"the tripwire of step {step}"
+    opened = hold(connection, book, ROLLOUTS.c.submission.in_(submissions), why, now, live=("batched",))
+    return opened + hold(connection, book, ROLLOUTS.c.node.in_(nodes), why, now)
 
 
 # --- commit ----------------------------------------------------------------------------------------------------------
@@ -138,11 +169,9 @@ def _rollouts(connection: Connection, groups: Sequence[str]) -> dict[str, list[B
 def commit_step(
     connection: Connection,
     book: Book,
-    signed: Signed,
     digest: str,
     manifest: Manifest,
-    metrics: dict[str, float],
-    checkpoint: str,
+    commit: Commit,
     now: float,
 ) -> int:
     """End a step whose manifest was checked and whose shards are stored. Sent again, it changes nothing.
@@ -163,10 +192,12 @@ def commit_step(
         .values(
             committed_at=now,
             manifest_digest=digest,
-            manifest=msgspec.msgpack.encode(signed),
+            manifest=msgspec.msgpack.encode(commit.manifest),
             weights_digest=manifest.digest,
-            checkpoint=checkpoint,
-            metrics=json.dumps(metrics),
+            checkpoint=commit.checkpoint,
+            metrics=json.dumps(commit.metrics),
+            probe=commit.probe,
+            probe_before=commit.probe_before,
         )
     )
     move(connection, "step", [row.id], "open", "committed", now, weights=manifest.digest)

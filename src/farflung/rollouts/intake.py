@@ -18,10 +18,11 @@ from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, NotFound, Re
 from farflung.protocol.identity import Signed, seal, unseal
 from farflung.protocol.messages import Lease, Receipt, Submission, SubmissionBody, SubmittedRollout
 from farflung.rollouts import standing
+from farflung.rollouts.audit import open_audit
 from farflung.store.blobs import digest_of
-from farflung.store.book import Book, new_id, node_row
-from farflung.store.db import end_leases, move, record
-from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
+from farflung.store.book import Book, node_row
+from farflung.store.db import end_leases, move
+from farflung.store.tables import LEASES, NODES, ROLLOUTS, SUBMISSIONS
 from farflung.trust.policy import draw
 from farflung.trust.record import submitted
 
@@ -132,9 +133,9 @@ def take(connection: Connection, book: Book, node: str, parcel: Parcel, logp_blo
         .where(LEASES.c.lease == row.lease)
         .values(submission=parcel.digest, receipt=msgspec.msgpack.encode(receipt))
     )
-    _store(connection, book, node, parcel, logp_blob, order, now)
+    submission = _store(connection, book, sender, parcel, logp_blob, order, now)
     _set_places(connection, parcel, order)
-    _draw(connection, book, sender, parcel, order, now)
+    _draw(connection, book, sender, submission, parcel, order, now)
     end_leases(connection, [row.lease], "submitted", now, submission=parcel.digest, rollouts=len(order))
     _measure_speed(connection, node, parcel, now - row.opened_at)
     return receipt
@@ -169,20 +170,27 @@ def _receipt(book: Book, node: str, parcel: Parcel, order: Sequence[str], now: f
 
 
 def _store(
-    connection: Connection, book: Book, node: str, parcel: Parcel, logp: str | None, order: Sequence[str], now: float
-) -> None:
+    connection: Connection,
+    book: Book,
+    sender: Row[Any],
+    parcel: Parcel,
+    logp: str | None,
+    order: Sequence[str],
+    now: float,
+) -> Row[Any]:
     row = {
         "submission": parcel.digest,
         "run": book.run,
         "lease": parcel.lease.lease,
-        "node": node,
+        "node": sender.node,
+        "profile": sender.profile,
         "received_at": now,
         "rollouts": len(order),
         "tokens": sum(parcel.tokens.values()),
         "generate_s": parcel.generate_s,
         "logp_blob": logp,
     }
-    connection.execute(SUBMISSIONS.insert().values(row))
+    return connection.execute(SUBMISSIONS.insert().values(row).returning(SUBMISSIONS)).one()
 
 
 def _set_places(connection: Connection, parcel: Parcel, order: Sequence[str]) -> None:
@@ -199,9 +207,15 @@ def _set_places(connection: Connection, parcel: Parcel, order: Sequence[str]) ->
 
 
 def _draw(
-    connection: Connection, book: Book, sender: Row[Any], parcel: Parcel, order: Sequence[str], now: float
+    connection: Connection,
+    book: Book,
+    sender: Row[Any],
+    submission: Row[Any],
+    parcel: Parcel,
+    order: Sequence[str],
+    now: float,
 ) -> None:
-    """Hold what is drawn for audit, and on probation its siblings with it; the rest goes on to the scorers.
+    """Hold what is drawn for audit, on probation all of it; the rest goes on to the scorers.
 
     Evaluation by the operator's own validators is not audited.
     """
@@ -212,31 +226,11 @@ def _draw(
         key = seeds.audit_key(book.step_secret(parcel.lease.step))
         drawn = draw(key, parcel.lease.lease, bytes.fromhex(parcel.digest), len(order), node, standing.settings(book))
         if drawn:
-            _open_audit(connection, book, sender.node, parcel, [order[i] for i in drawn], now)
-            held = list(order) if node.status == "probation" else [order[i] for i in drawn]
+            held = [order[i] for i in drawn]
+            open_audit(connection, book, submission, held, "draw", now)
     free = [rollout for rollout in order if rollout not in set(held)]
     move(connection, "rollout", held, "leased", "held", now, submission=parcel.digest)
     move(connection, "rollout", free, "leased", "received", now, submission=parcel.digest)
-
-
-def _open_audit(
-    connection: Connection, book: Book, node: str, parcel: Parcel, rollouts: Sequence[str], now: float
-) -> None:
-    audit = new_id("a")
-    row = {
-        "audit": audit,
-        "run": book.run,
-        "submission": parcel.digest,
-        "lease": parcel.lease.lease,
-        "node": node,
-        "status": "open",
-        "step": parcel.lease.step,
-        "rollouts": msgspec.json.encode(rollouts).decode(),
-        "opened_at": now,
-        "tokens": sum(parcel.tokens[rollout] for rollout in rollouts),
-    }
-    connection.execute(AUDITS.insert().values(row))
-    record(connection, "audit", [audit], "", "open", now, node=node, rollouts=len(rollouts))
 
 
 def _measure_speed(connection: Connection, node: str, parcel: Parcel, took_s: float) -> None:

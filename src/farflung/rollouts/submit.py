@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 from farflung.engine.base import Completion, Engine, Request
-from farflung.protocol import wire
+from farflung.protocol import probe, wire
 from farflung.protocol.errors import BadSignature
 from farflung.protocol.identity import Signed, unseal
-from farflung.protocol.messages import Lease, Submission, SubmittedRollout
+from farflung.protocol.messages import Lease, Manifest, Submission, SubmittedRollout
 from farflung.protocol.session import Session
 
 
@@ -37,14 +37,23 @@ def generate(engine: Engine, lease: Lease, should_stop: Callable[[], bool]) -> l
     return [(rollout, done) for (rollout, _), done in zip(asked, found, strict=True) if done is not None]
 
 
-def submission_of(done: Sequence[tuple[str, Completion]], *, assigned: int, generate_s: float) -> Submission:
+def submission_of(
+    done: Sequence[tuple[str, Completion]], *, assigned: int, generate_s: float, possession: str = ""
+) -> Submission:
     """The message that carries completed samples."""
     return Submission(
         rollouts=[SubmittedRollout(rollout=rollout, ids=wire.pack_ids(item.ids)) for rollout, item in done],
+        possession=possession,
         partial=len(done) < assigned,
         logp=[wire.pack_floats(item.logp) for _, item in done],
         generate_s=generate_s,
     )
+
+
+def show_possession(engine: Engine, manifest: Manifest, probe_key: str, nonce: str) -> str:
+    """The answer to a probe, from the weights in the engine."""
+    chosen = probe.slices(((t.name, t.shape) for t in manifest.tensors), bytes.fromhex(probe_key))
+    return probe.answer(nonce, engine.values(chosen))
 
 
 async def submit(session: Session, lease: Lease, submission: Submission) -> Signed:

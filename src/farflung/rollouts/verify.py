@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from farflung.engine.base import Engine, Request
 from farflung.protocol import wire
 from farflung.protocol.identity import Key, Signed, seal
-from farflung.protocol.messages import AuditJob, AuditJobs, Claim, Done, Evidence, RolloutEvidence
+from farflung.protocol.messages import AuditJob, AuditJobs, Claim, Done, Evidence, Manifest, RolloutEvidence
 from farflung.protocol.session import Session
+from farflung.rollouts.submit import show_possession
 
 
 async def claim(session: Session, limit: int, wait_s: float) -> Sequence[AuditJob]:
@@ -16,7 +17,7 @@ async def claim(session: Session, limit: int, wait_s: float) -> Sequence[AuditJo
     return jobs.jobs
 
 
-def replay(engine: Engine, jobs: Sequence[AuditJob], run: str, profile: str) -> list[Evidence]:
+def replay(engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: str, profile: str) -> list[Evidence]:
     """Evidence for every audit, from one pass over all their rollouts. The engine holds the audits' step."""
     items = [
         (
@@ -31,10 +32,25 @@ def replay(engine: Engine, jobs: Sequence[AuditJob], run: str, profile: str) -> 
     for job in jobs:
         found = [(rollout.rollout, next(seen)) for rollout in job.rollouts]
         rollouts = [
-            RolloutEvidence(rollout=name, gap=wire.pack_floats(r.gap), margin=wire.pack_floats(r.margin))
+            RolloutEvidence(
+                rollout=name,
+                gap=wire.pack_floats(r.gap),
+                margin=wire.pack_floats(r.margin),
+                pick=wire.pack_floats(r.pick),
+            )
             for name, r in found
         ]
-        evidence.append(Evidence(run=run, audit=job.audit, manifest=job.manifest, profile=profile, rollouts=rollouts))
+        shown = show_possession(engine, manifest, job.probe, job.nonce)
+        evidence.append(
+            Evidence(
+                run=run,
+                audit=job.audit,
+                manifest=job.manifest,
+                profile=profile,
+                possession=shown,
+                rollouts=rollouts,
+            )
+        )
     return evidence
 
 

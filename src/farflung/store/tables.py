@@ -75,6 +75,8 @@ STEPS = Table(
     Column("weights_digest", Text),
     Column("checkpoint", Text),
     Column("metrics", Text),
+    Column("probe", LargeBinary),
+    Column("probe_before", LargeBinary),
     Column("opened_groups", Integer, nullable=False, default=0),
     Index("step_of_run", "run", "step", unique=True),
 )
@@ -133,6 +135,7 @@ ROLLOUTS = Table(
     Column("node", Text, nullable=False),
     *_status("rollout"),
     Column("is_reissue", sa.Boolean, nullable=False, default=False),
+    Column("is_audited", sa.Boolean, nullable=False, default=False),
     Column("submission", Text),
     Column("position", Integer),
     Column("tokens", Integer, nullable=False, default=0),
@@ -166,6 +169,7 @@ SUBMISSIONS = Table(
     Column("received_at", Float, nullable=False),
     Column("rollouts", Integer, nullable=False),
     Column("tokens", Integer, nullable=False),
+    Column("profile", Text, nullable=False, default=""),
     Column("generate_s", Float, nullable=False),
     Column("logp_blob", Text),
 )
@@ -174,6 +178,7 @@ AUDITS = Table(
     metadata,
     Column("audit", Text, primary_key=True),
     Column("run", Text, nullable=False),
+    Column("kind", Text, nullable=False),
     Column("submission", Text, nullable=False),
     Column("lease", Text, nullable=False),
     Column("node", Text, nullable=False),

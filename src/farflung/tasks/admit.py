@@ -2,16 +2,18 @@
 
 import hmac
 import json
+from collections.abc import Collection
+from typing import Any
 
 import msgspec
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from farflung.config import CoordinatorSection
 from farflung.protocol.errors import Forbidden, TooOld
 from farflung.protocol.identity import readable_name
 from farflung.protocol.messages import Register
 from farflung.protocol.states import first
-from farflung.store.db import record
+from farflung.store.db import move, record
 from farflung.store.tables import NODES
 from farflung.trust.record import NodeRecord
 
@@ -19,13 +21,15 @@ UNTRUSTED = ("worker", "relay")
 """Roles that need no grant."""
 
 
-def check(settings: CoordinatorSection, granted: str, node: str, ask: Register) -> None:
+def check(settings: CoordinatorSection, granted: str, node: str, ask: Register, profiles: Collection[str] = ()) -> None:
     """Whether a key may register as what it asks to be. Raises TooOld or Forbidden."""
     if ask.version < settings.minimum_version:
         raise TooOld(
             f"this node speaks protocol {ask.version}, {settings.minimum_version} is the oldest that may join; "
             "upgrade with: pip install -U farflung"
         )
+    if ask.role == "worker" and ask.profile and ask.profile not in profiles:
+        raise Forbidden(f"this run admits no numerics profile {ask.profile!r}; choose one of {', '.join(profiles)}")
     if ask.role not in UNTRUSTED:
         if granted != ask.role:
             raise Forbidden(f"node {node} is not granted the role {ask.role!r}; the operator grants it by config")
@@ -55,10 +59,21 @@ def admit(connection: Connection, node: str, public: bytes, ask: Register, now: 
     row = connection.execute(NODES.select().where(NODES.c.node == node)).first()
     if row is not None:
         connection.execute(NODES.update().where(NODES.c.node == node).values(said))
-        return row.status
+        return _restart(connection, row, ask, now) if row.profile != ask.profile else row.status
     status = first("node")
     blank = msgspec.msgpack.encode(NodeRecord())
     fresh = {"node": node, "public": public, "status": status, "registered_at": now, "record": blank}
     connection.execute(NODES.insert().values(said | fresh))
     record(connection, "node", [node], "", status, now, name=said["name"], role=ask.role)
+    return status
+
+
+def _restart(connection: Connection, row: Row[Any], ask: Register, now: float) -> str:
+    """Other arithmetic: its good name was earned with another one. The evidence against it stays."""
+    record_ = msgspec.msgpack.decode(row.record, type=NodeRecord)
+    status = "probation" if row.status == "trusted" else row.status
+    fresh = msgspec.structs.replace(record_, status=status, clean_rollouts=0)
+    connection.execute(NODES.update().where(NODES.c.node == row.node).values(record=msgspec.msgpack.encode(fresh)))
+    if status != row.status:
+        move(connection, "node", [row.node], row.status, status, now, why=f"it changed to profile {ask.profile!r}")
     return status

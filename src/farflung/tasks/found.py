@@ -138,15 +138,19 @@ async def found(config: Config, database: Database, model: Model, key: Key, now:
     return Book(config.run.name, config, secret, key, model.vocab, model.eos_ids, tasks)
 
 
-async def seal_papers(config: Config, blobs: Blobs, model: Model, key: Key, root: Key) -> Run:
+async def seal_papers(
+    config: Config, blobs: Blobs, model: Model, key: Key, root: Key, profiles: Sequence[str] = ()
+) -> Run:
     """What nodes check before they join: the root's delegations and the sealed description of the run."""
     run, until = config.run.name, time.time() + KEPT_S
+    profiles = profiles or [config.model.profile]
     info = RunInfo(
         run=run,
         coordinator=key.id,
         status="running",
         version=VERSION,
-        profile=config.model.profile,
+        profile=profiles[0],
+        profiles=list(profiles),
         dtype=config.model.dtype,
         vocab=model.vocab,
         eos_ids=sorted(model.eos_ids),

@@ -20,7 +20,7 @@ from farflung.protocol.messages import Lease, LeaseGroup, LeaseRequest, Sample
 from farflung.protocol.states import REOPENING
 from farflung.store.book import Book, new_id
 from farflung.store.db import end_leases, record
-from farflung.store.tables import GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, TASKS
+from farflung.store.tables import AUDITS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Share, Wait, assign, task_order
 
 KIND = "lease"
@@ -42,7 +42,29 @@ def issue(connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest,
         return Wait(f"node {node.node} handed a lease back; the next one comes in {pause_s:.0f} s")
     if latest.status != "running" or node.role != "worker" or node.status == "quarantined":
         return Wait(f"the run is {latest.status} and node {node.node} is a {node.status} {node.role}")
+    if node.status == "probation" and (why := _unproven(connection, book, node.node)):
+        return Wait(why)
     return _issue_train(connection, book, node, ask, latest.step, now)
+
+
+def _unproven(connection: Connection, book: Book, node: str) -> str:
+    """Why a node on probation has to wait, or nothing: until its own last work is replayed, and for a slot.
+
+    The slots are few and shared by all new keys, so ten thousand of them slow only each other.
+    """
+    query = (
+        sa.select(AUDITS.c.node, sa.func.count())
+        .join(NODES, NODES.c.node == AUDITS.c.node)
+        .where(AUDITS.c.run == book.run, AUDITS.c.status.in_(("open", "claimed")), NODES.c.status == "probation")
+        .group_by(AUDITS.c.node)
+    )
+    waiting: dict[str, int] = {row[0]: row[1] for row in connection.execute(query)}
+    if waiting.get(node, 0) >= book.config.trust.probation_waiting:
+        return f"node {node} is on probation and what it sent waits for its replay"
+    slots = book.config.trust.probation_slots
+    if node not in waiting and len(waiting) >= slots:
+        return f"{len(waiting)} nodes on probation wait for their replays; {slots} may at a time"
+    return ""
 
 
 def _held(connection: Connection, run: str, node: str) -> Signed | None:
@@ -279,6 +301,7 @@ def _document(
         temperature=0.0 if purpose == "eval" else config.generate.temperature,
         budget=config.generate.budget,
         nonce=hashlib.sha256(seeds.derive(book.step_secret(step), "lease nonce", lease)).hexdigest(),
+        probe=seeds.probe_key(book.step_secret(step)).hex(),
         expires_at=now + config.lease.lease_s,
         groups=list(_groups(connection, book.step_secret(step), shares, rows)),
     )

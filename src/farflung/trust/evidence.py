@@ -1,33 +1,42 @@
 """What an audit says: likelihood ratios over replayed positions, and the test that may eject a key. Pure; no torch.
 
-A replay (`farflung.engine.base.Replay`) gives at each position the gap Δ between the two best scores and the margin by
-which the token that was sent lost; a margin above a tie is a *flip*. Honest numerics flip near-ties and nothing else:
-calibration bounds the honest flip probability q₀(Δ) from above, per bin of Δ, and measures q₁(Δ) of known cheats.
+A replay (`farflung.engine.base.Replay`) gives at each position the gap Δ between the two best scores, the margin by
+which the token that was sent lost, and π, the policy's own probability of the pick. A margin above a tie is a *flip*.
+Honest numerics flip near-ties and nothing else: calibration bounds the honest flip probability q₀(Δ) from above.
 
-**One rollout.** LR = ∏ (q₁/q₀ if flip, else (1 − q₁)/(1 − q₀)). If the honest flip probability p ≤ q₀ ≤ q₁ at every
-position, given the past, then E[factor] = p·q₁/q₀ + (1 − p)·(1 − q₁)/(1 − q₀) grows with p and is 1 at p = q₀, so
-E[LR] ≤ 1 whatever the prompt or the entropy of the policy. A share η of honest rollouts may be arbitrarily bad (a
-flaky card, a driver update): with the cap c, E[min(LR, c)] ≤ (1 − η) + η·c < 1 + c·η, so e = min(LR, c)/(1 + c·η)
-has E[e | past] ≤ 1. The share is meant given the past too: a node that missed a weight update, and so sends a whole
-submission of bad rollouts, is not forgiven by η. Whoever feeds this must rule such causes out first.
+**Alternatives.** What a cheat does to q is known well enough without catching one. Whoever samples with other noise
+flips with probability 1 − π. Whatever shifts the scores (another temperature, fewer bits, other weights) by about s
+flips a gap Δ with probability falling as exp(−Δ/s). So q₁ ≥ q₀ comes from a short grid: four scales s, and "other
+noise" in three dilutions; each of them over the whole submission or over one rollout in eight. On SmolLM2 the best of
+the grid grows as fast as a q₁ fitted to the very cheat, to within a tenth, so none has to be calibrated.
 
-**One key.** With w_k = 1/(k(k + 1)), whose sum from k + 1 on is 1/(k + 1), let M₀ = 0 and M_k = e_k·(M_{k−1} + w_k).
-Unrolled, M_k = Σ_{j ≤ k} w_j·e_j·…·e_k: a mixture over the audit j at which the node might have turned, in the manner
-of Shiryaev and Roberts. M alone is no supermartingale (it gains w_k), but N_k = M_k + 1/(k + 1) is: it is ≥ 0, N₀ = 1,
+**One submission.** LR = ∏ (q₁/q₀ if flip, else (1 − q₁)/(1 − q₀)) over its audited positions. If the honest flip
+probability p ≤ q₀ ≤ q₁ at every position, given the past, then E[factor] = p·q₁/q₀ + (1 − p)·(1 − q₁)/(1 − q₀) grows
+with p and is 1 at p = q₀, so E[LR] ≤ 1 whatever the prompt, the entropy or the routing. A share η of honest
+*submissions* may be arbitrarily bad (a flaky card, a driver update); the share is meant per submission, because such
+failures come in clumps, which a share per rollout would not forgive. With the cap c, E[min(LR, c)] ≤ 1 + c·η, so
+e = min(LR, c)/(1 + c·η) has E[e | past] ≤ 1. A missed weight update, which spoils one submission after the other, is
+ruled out before: possession is checked first (`farflung.weights.probe`).
+
+**One key.** For every alternative, with w_k = 1/(k(k + 1)), whose sum from k + 1 on is 1/(k + 1), let M₀ = 0 and
+M_k = e_k·(M_{k−1} + w_k). Unrolled, M_k = Σ_{j ≤ k} w_j·e_j·…·e_k: a mixture over the audit j at which the node might
+have turned, in the manner of Shiryaev and Roberts. M alone is no supermartingale (it gains w_k), but
+N_k = M_k + 1/(k + 1) is: it is ≥ 0, N₀ = 1, and
     E[N_k | past] ≤ M_{k−1} + w_k + 1/(k + 1) = M_{k−1} + 1/k = N_{k−1}.
-Ville's inequality (1939) gives P(sup N ≥ x) ≤ E[N₀]/x = 1/x, and M < N, so P(M_k ≥ 1/α for any k, ever) ≤ α. It needs
-no independence of rollouts, steps or profiles, only E[e_k | past] ≤ 1; hence **rollouts are folded in an order that is
-fixed before their evidence is known** (that of submission and index). Folded as they arrive, when bad ones arrive
-first, the bound fails. A node that turns after k honest audits pays −ln w_k ≈ 2 ln k nats more than at the start.
+The mean over the alternatives is one too: it costs ln(alternatives) nats once, where a mean taken at every submission
+would cost them again and again. Ville's inequality (1939) gives P(sup N ≥ x) ≤ E[N₀]/x = 1/x, and M < N, so
+P(M_k ≥ 1/α for any k, ever) ≤ α. It needs no independence of rollouts, steps or profiles, only E[e_k | past] ≤ 1; hence
+**submissions are folded in an order that is fixed before their evidence is known**. A node that turns after k honest
+audits pays −ln w_k ≈ 2 ln k nats more than at the start.
 
 Sources: Shafer, Shen, Vereshchagin & Vovk, Test martingales, Bayes factors and p-values, 2011; Ramdas, Grünwald, Vovk
 & Shafer, Game-theoretic statistics and safe anytime-valid inference, 2023; Clopper & Pearson 1934 for the bound on q₀.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -39,23 +48,31 @@ EDGES: Final = (1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Inner edges of the gap bins, chosen before any data was seen; the last bin has no end."""
 CEILING: Final = 0.95
 """No flip probability is taken to be higher, so that no single position is worth infinitely much."""
-DILUTIONS: Final = (1.0, 0.25, 0.0625, 0.015625)
-"""How far a cheat may hide among honest tokens, or behind a policy so sure of itself that sampling seldom differs."""
-CAP: Final = 100.0
+SCALES: Final = (0.12, 0.3, 0.8, 2.5)
+"""By how much, in nats, the scores of a cheat may be shifted."""
+DILUTIONS: Final = (1.0, 0.125, 0.015625)
+"""The share of tokens that a cheat may have taken from other noise."""
+SHARES: Final = (1.0, 0.125)
+"""The share of rollouts that a cheat may have cheated on."""
+CAP: Final = 1000.0
+"""Three submissions at the cap eject a new key, if but one of the 14 alternatives is there: (1000/2)³/2/14 > 4·10⁶."""
 ETA: Final = 1e-3
 ALPHA: Final = 1e-6
 
 Probabilities = Annotated[tuple[float, ...], Meta(min_length=1, max_length=64)]
 Counts = Annotated[tuple[int, ...], Meta(min_length=1, max_length=64)]
-Sample = tuple[np.ndarray, np.ndarray]
-"""Gaps and margins of one or many replayed rollouts, each of shape (tokens,)."""
+
+
+class Seen(NamedTuple):
+    """What a replay saw of one rollout: three arrays of shape (tokens,), as in `farflung.engine.base.Replay`."""
+
+    gap: np.ndarray
+    margin: np.ndarray
+    pick: np.ndarray
 
 
 class Tally(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How often a replay flipped, by bin of the gap.
-
-    It is all that any alternative's likelihood ratio needs, so stored tallies serve alternatives calibrated later.
-    """
+    """How often a replay flipped, by bin of the gap."""
 
     positions: Counts
     flips: Counts
@@ -67,28 +84,46 @@ class Tally(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How honest nodes of one kind of arithmetic flip, and how known cheats do."""
+    """How honest nodes of one kind of arithmetic flip."""
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     edges: Annotated[tuple[float, ...], Meta(max_length=63)]
     """Inner edges of the gap bins, rising; there is one bin more than edges."""
     q0: Probabilities
     """Upper bound on the honest flip probability, per bin."""
-    q1: Annotated[dict[str, Probabilities], Meta(min_length=1, max_length=16)]
-    """Flip probability of each alternative, per bin, never below `q0`; where equal, the bin says nothing."""
     honest: Tally
     """The counts that `q0` was calibrated on."""
+    holds_published: bool = True
+    """Whether an engine of this kind still has the published values, so that it can show possession of them."""
+    power: Annotated[dict[str, float], Meta(max_length=32)] = {}
+    """Measured nats per token of the best alternative, by the cheat that was tried; 0 where it cannot be told."""
 
     def __post_init__(self) -> None:
         bins = len(self.edges) + 1
-        rows = (self.q0, self.honest.positions, self.honest.flips, *self.q1.values())
+        rows = (self.q0, self.honest.positions, self.honest.flips)
         if any(len(row) != bins for row in rows):
             raise ValueError(f"profile {self.name} has {bins} bins, but its rows {[len(row) for row in rows]}")
         if list(self.edges) != sorted(set(self.edges)) or not all(0 < edge < math.inf for edge in self.edges):
             raise ValueError(f"profile {self.name} has edges {self.edges}; they must rise and be positive")
-        pairs = [pair for row in self.q1.values() for pair in zip(self.q0, row, strict=True)]
-        if not all(0 < low <= high < 1 for low, high in pairs):
-            raise ValueError(f"profile {self.name} must have 0 < q0 <= q1 < 1 in every bin, or the test is unsound")
+        if not all(0 < low <= CEILING for low in self.q0):
+            raise ValueError(f"profile {self.name} must have 0 < q0 <= {CEILING} in every bin, or the test is unsound")
+
+
+class Profiles(NamedTuple):
+    """The profiles that a run admits. A node picks one of their names, and is judged by it."""
+
+    run: Profile
+    """The run's own: what a node has that picks none."""
+    others: tuple[Profile, ...] = ()
+
+    def of(self, name: str) -> Profile:
+        """The profile of a name; the run's own for a name that is not, or no longer, admitted."""
+        return next((profile for profile in self.others if profile.name == name), self.run)
+
+    @property
+    def names(self) -> list[str]:
+        """All of their names, the run's own first."""
+        return [self.run.name, *(profile.name for profile in self.others)]
 
 
 def to_json(profile: Profile) -> bytes:
@@ -101,56 +136,84 @@ def from_json(data: bytes) -> Profile:
     return msgspec.json.decode(data, type=Profile)
 
 
-# --- one rollout -----------------------------------------------------------------------------------------------------
+# --- alternatives ----------------------------------------------------------------------------------------------------
+
+Flip = Callable[[Seen], np.ndarray]
+"""Flip probability at each position under some cheat."""
 
 
-def tally(edges: tuple[float, ...], gap: np.ndarray, margin: np.ndarray) -> Tally:
-    """Count positions and flips per bin of the gap. Raises ValueError for NaN, which would pass for no flip."""
-    if np.shape(gap) != np.shape(margin) or np.isnan(gap).any() or np.isnan(margin).any():
-        raise ValueError(f"gap and margin must be numbers of one shape, not {np.shape(gap)} and {np.shape(margin)}")
-    bins = np.searchsorted(edges, gap, side="right")
-    flips = bins[np.asarray(margin) > TIE]
-    size = len(edges) + 1
-    return Tally(_counts(bins, size), _counts(flips, size))
+def _shifted(scale: float) -> Flip:
+    return lambda seen: 0.5 * np.exp(-seen.gap / scale)
 
 
-def _counts(bins: np.ndarray, size: int) -> tuple[int, ...]:
-    return tuple(np.bincount(bins, minlength=size).tolist())
+def _other_noise(share: float) -> Flip:
+    return lambda seen: share * (1 - seen.pick)
 
 
-def log_ratio(profile: Profile, tally: Tally, alternative: str) -> float:
-    """ln LR of one rollout: Σ over bins of flips·ln(q₁/q₀) + (positions − flips)·ln((1 − q₁)/(1 − q₀))."""
-    q0, q1 = np.array(profile.q0), np.array(profile.q1[alternative])
-    flips = np.array(tally.flips)
-    stays = np.array(tally.positions) - flips
-    return float(flips @ np.log(q1 / q0) + stays @ np.log((1 - q1) / (1 - q0)))
+CHEATS: Final[Mapping[str, Flip]] = {
+    **{f"scores shifted by {scale:g}": _shifted(scale) for scale in SCALES},
+    **{f"other noise at {share:g} of tokens": _other_noise(share) for share in DILUTIONS},
+}
+ALTERNATIVES: Final = tuple((cheat, share) for cheat in CHEATS for share in SHARES)
+"""(cheat, share of rollouts), in the order of every array below."""
 
 
-def log_likelihood_ratio(profile: Profile, gap: np.ndarray, margin: np.ndarray, alternative: str) -> float:
-    """ln LR of one replayed rollout; `gap` and `margin` of shape (tokens,)."""
-    return log_ratio(profile, tally(profile.edges, gap, margin), alternative)
+def describe(index: int) -> str:
+    """An alternative in words."""
+    cheat, share = ALTERNATIVES[index]
+    return cheat if share == 1 else f"{cheat}, in {share:g} of rollouts"
 
 
-def average_log_ratio(profile: Profile, tally: Tally) -> float:
-    """ln of the mean LR over the profile's alternatives, an e-value under the same null. What decides.
+def check(seen: Seen) -> None:
+    """Raise ValueError for arrays of several shapes, or numbers that no replay gives: NaN would pass for no flip."""
+    if len({np.shape(part) for part in seen}) != 1 or not all(np.isfinite(part).all() for part in seen):
+        raise ValueError(f"gap, margin and pick must be finite and of one shape, not {[np.shape(p) for p in seen]}")
+    if (np.minimum(seen.gap, seen.margin) < 0).any() or (seen.pick < 0).any() or (seen.pick > 1.001).any():
+        raise ValueError("gaps and margins are never negative, and a pick is a probability")
 
-    A mean costs at most ln(alternatives) nats, and nothing where the LR is far beyond the cap anyway.
+
+def flips(seen: Seen) -> int:
+    """Tokens that were not what the seed gives, near-ties of honest numerics among them."""
+    return int((seen.margin > TIE).sum())
+
+
+def log_ratios(profile: Profile, seen: Seen) -> np.ndarray:
+    """ln LR of one rollout against every cheat of `CHEATS`, shape (cheats,)."""
+    check(seen)
+    q0 = np.array(profile.q0)[np.searchsorted(profile.edges, seen.gap, side="right")]
+    is_flip = np.asarray(seen.margin) > TIE
+    q1 = (np.clip(flip(seen), q0, CEILING) for flip in CHEATS.values())
+    return np.array([np.where(is_flip, np.log(q / q0), np.log((1 - q) / (1 - q0))).sum() for q in q1])
+
+
+def submission_log_ratios(rollouts: Sequence[np.ndarray]) -> np.ndarray:
+    """ln LR of one submission against every alternative, from `log_ratios` of its audited rollouts.
+
+    Cheating on a share f of the rollouts has LR = ∏ (1 − f + f·LR of the rollout).
     """
-    values = [log_ratio(profile, tally, alternative) for alternative in profile.q1]
-    return float(np.logaddexp.reduce(values) - math.log(len(values)))
+    if not rollouts:
+        return np.zeros(len(ALTERNATIVES))
+    of_all = np.stack(rollouts)
+    mixed = [of_all if f == 1 else np.logaddexp(math.log(1 - f), math.log(f) + of_all) for f in SHARES]
+    return np.stack(mixed, axis=-1).sum(axis=0).reshape(-1)
 
 
-def rollout_e(log_lr: float, cap: float = CAP, eta: float = ETA) -> float:
-    """The e-value of one rollout: min(LR, cap)/(1 + cap·η), computed without overflow."""
-    return math.exp(min(log_lr, math.log(cap))) / (1 + cap * eta)
+def mean_log_ratio(log_ratios: np.ndarray) -> float:
+    """ln of the mean LR over alternatives, an e-value by itself: what one rollout or one submission weighs."""
+    return float(np.logaddexp.reduce(log_ratios) - math.log(len(log_ratios)))
 
 
-def is_bad_rollout(log_lr: float, cap: float = CAP) -> bool:
-    """Whether to void the submission, LR ≥ cap: by Markov's inequality at most 1/cap + η of honest rollouts.
+def e_values(log_ratios: np.ndarray, cap: float = CAP, eta: float = ETA) -> np.ndarray:
+    """The e-values of one submission: min(LR, cap)/(1 + cap·η), computed without overflow."""
+    return np.exp(np.minimum(log_ratios, math.log(cap))) / (1 + cap * eta)
 
-    It never ejects by itself: what voids one submission happens to honest nodes now and then.
+
+def is_bad(log_ratio: float, cap: float = CAP) -> bool:
+    """Whether to void a submission (or reject a rollout) whose mean LR is at the cap.
+
+    By Markov's inequality that happens to 1/cap + η of the honest at most. It never ejects by itself.
     """
-    return log_lr >= math.log(cap)
+    return log_ratio >= math.log(cap)
 
 
 # --- one key ---------------------------------------------------------------------------------------------------------
@@ -159,10 +222,10 @@ HIGHEST: Final = 1e300
 """M stops here. Below is harmless too: an M that underflows to 0 is only milder, and the next weight is added to it."""
 
 
-def fold(m: float, k: int, e: float) -> tuple[float, int]:
-    """Take one more audited rollout: (M_{k−1}, k − 1, e_k) → (M_k, k) with M_k = e_k·(M_{k−1} + 1/(k(k + 1)))."""
+def fold(m: np.ndarray, k: int, e: np.ndarray) -> tuple[np.ndarray, int]:
+    """Take one more audited submission: (M_{k−1}, k − 1, e_k) → (M_k, k) with M_k = e_k·(M_{k−1} + 1/(k(k + 1)))."""
     k += 1
-    return min(e * (m + 1 / (k * (k + 1))), HIGHEST), k
+    return np.minimum(e * (m + 1 / (k * (k + 1))), HIGHEST), k
 
 
 def is_ejected(m: float, alpha: float = ALPHA) -> bool:
@@ -173,59 +236,61 @@ def is_ejected(m: float, alpha: float = ALPHA) -> bool:
 # --- calibration -----------------------------------------------------------------------------------------------------
 
 
+def tally(edges: tuple[float, ...], seen: Iterable[Seen]) -> Tally:
+    """Count positions and flips per bin of the gap."""
+    size = len(edges) + 1
+    positions, flipped = np.zeros((2, size), int)
+    for one in seen:
+        check(one)
+        bins = np.searchsorted(edges, one.gap, side="right")
+        positions += np.bincount(bins, minlength=size)
+        flipped += np.bincount(bins[np.asarray(one.margin) > TIE], minlength=size)
+    return Tally(tuple(positions.tolist()), tuple(flipped.tolist()))
+
+
 def calibrate(
     name: str,
-    honest: Iterable[Sample],
-    cheats: Mapping[str, Iterable[Sample]],
+    honest: Iterable[Seen],
+    cheats: Mapping[str, Sequence[Seen]] | None = None,
     *,
     edges: tuple[float, ...] = EDGES,
-    dilutions: tuple[float, ...] = DILUTIONS,
     tolerance: float = 1e-3,
+    floor: float = 1e-4,
     error: float = 1e-3,
 ) -> Profile:
-    """Make a profile from replays of trusted nodes and of nodes that cheat on purpose, by the name of the cheat.
+    """Make a profile from replays of trusted nodes; `cheats`, by name, only measure what it can tell.
 
     q₀ is the Clopper–Pearson upper bound, exceeded with probability `error` per bin, or `_floor` if that is higher:
-    calibration on the validator's own machine flips nothing at all, while honest nodes have other thread counts and
-    batch sizes. `tolerance` is the score noise that must be forgiven; 1e-3 is 100 times that of float32.
+    calibration on the validator's own machine may flip nothing at all, while honest nodes have other thread counts
+    and batch sizes. `tolerance` is the score noise that must be forgiven; 1e-3 is 100 times that of float32.
     Numerics flip a wider gap no more often than a narrow one, so a bin with little data takes the bound of the one
-    before. q₁ is (flips + ½)/(positions + 1), not below q₀, and each cheat is also added diluted: q₀ + ε·(q₁ − q₀).
+    before, and the bound of all wider ones together where that is lower.
     """
-    seen = _pool(edges, honest)
-    floors = (_floor(low, tolerance) for low in (0.0, *edges))
-    bounds = (_upper_bound(x, n, error) for x, n in zip(seen.flips, seen.positions, strict=True))
-    q0 = tuple(accumulate((max(*pair) for pair in zip(bounds, floors, strict=True)), min, initial=CEILING))[1:]
-    q1 = {cheat: _alternative(q0, _pool(edges, samples)) for cheat, samples in cheats.items()}
-    return Profile(name, edges, q0, _dilute(q0, q1, dilutions), seen)
+    seen = tally(edges, honest)
+    narrow = [_upper_bound(x, n, error) for x, n in zip(seen.flips, seen.positions, strict=True)]
+    wide = [_upper_bound(sum(seen.flips[b:]), sum(seen.positions[b:]), error) for b in range(len(narrow))]
+    floors = (_floor(low, tolerance, floor) for low in (0.0, *edges))
+    bounds = (max(min(pair), low) for *pair, low in zip(narrow, _pooled(seen, wide), floors, strict=True))
+    q0 = tuple(accumulate(bounds, min, initial=CEILING))[1:]
+    profile = Profile(name, edges, q0, seen)
+    power = {cheat: growth(profile, samples) for cheat, samples in (cheats or {}).items()}
+    return msgspec.structs.replace(profile, power=power)
 
 
-def _pool(edges: tuple[float, ...], samples: Iterable[Sample]) -> Tally:
-    gaps, margins = zip(*samples, strict=True)
-    return tally(edges, np.concatenate(gaps), np.concatenate(margins))
+def _pooled(seen: Tally, wide: Sequence[float]) -> list[float]:
+    """The bound over all wider gaps together, where none of them flipped at all; elsewhere none."""
+    return [bound if not sum(seen.flips[b:]) else 1.0 for b, bound in enumerate(wide)]
 
 
-def _floor(gap: float, tolerance: float) -> float:
-    """Flip probability to forgive at a gap: ½ at a tie, falling as s/Δ (a heavy tail of scale s), never below s."""
-    return max(tolerance / (gap + 2 * tolerance), tolerance)
+def _floor(gap: float, tolerance: float, least: float) -> float:
+    """Flip probability to forgive at a gap: ½ at a tie, falling as s/Δ (a heavy tail of scale s), never below least."""
+    return max(tolerance / (gap + 2 * tolerance) if gap < 100 * tolerance else 0.0, least)
 
 
-def _alternative(q0: tuple[float, ...], cheat: Tally) -> tuple[float, ...]:
-    """q₁ per bin. A bin that the cheat never visits falls back on q₀ and stays silent."""
-    counts = zip(q0, cheat.flips, cheat.positions, strict=True)
-    return tuple(min(max(low, (x + 0.5) / (n + 1)), CEILING) if n else low for low, x, n in counts)
-
-
-def _dilute(
-    q0: tuple[float, ...], q1: Mapping[str, tuple[float, ...]], dilutions: tuple[float, ...]
-) -> dict[str, tuple[float, ...]]:
-    """Each cheat as it was and in part: `unseeded`, `unseeded x 0.25`, …"""
-    return {
-        cheat if part == 1 else f"{cheat} x {part:g}": tuple(
-            low + part * (high - low) for low, high in zip(q0, row, strict=True)
-        )
-        for cheat, row in q1.items()
-        for part in dilutions
-    }
+def growth(profile: Profile, seen: Sequence[Seen]) -> float:
+    """Nats per token by which the best alternative grows on these rollouts, 0 if none does."""
+    nats = sum((log_ratios(profile, one) for one in seen), np.zeros(len(CHEATS)))
+    return max(0.0, float(nats.max()) / max(1, sum(len(one.gap) for one in seen)))
 
 
 def _upper_bound(x: int, n: int, error: float) -> float:

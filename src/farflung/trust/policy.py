@@ -4,7 +4,6 @@ The unit is a whole rollout. The draw is HMAC(audit key of the step, lease ‖ d
 restart can draw again, nobody without the key can foresee it, and whoever learns the key later can check it.
 """
 
-import heapq
 import math
 
 from farflung.protocol.seeds import derive
@@ -14,11 +13,11 @@ __all__ = ["NodeRecord", "TrustSettings", "audit_probability", "draw", "probabil
 
 
 def audit_probability(record: NodeRecord, settings: TrustSettings) -> float:
-    """Without trust 1: every submission is audited, in part (see `draw`). With trust, the probability per rollout.
+    """Without trust 1: every rollout is audited. With trust it falls with the record.
 
     It falls as 1 ÷ the clean record, down to a floor: the rule of BOINC's adaptive replication, where a host with n
     consecutive valid results has its next one replicated with probability 1/n (Anderson, BOINC: a platform for
-    volunteer computing, 2020). One bad rollout sets n to 0.
+    volunteer computing, 2020). One bad submission sets n to 0.
     """
     if record.status != "trusted":
         return 1.0
@@ -31,13 +30,10 @@ def draw(
 ) -> tuple[int, ...]:
     """The indices, rising, of the rollouts to audit in a submission of `size` with this digest.
 
-    Without trust the `probation_audits` smallest draws, with trust every draw below the audit probability.
+    Without trust all of them, with trust every draw below the audit probability.
     """
-    draws = [_uniform(audit_key, lease_id, digest, index) for index in range(size)]
-    if record.status != "trusted":
-        return tuple(sorted(heapq.nsmallest(settings.probation_audits, range(size), key=draws.__getitem__)))
     limit = audit_probability(record, settings)
-    return tuple(index for index, value in enumerate(draws) if value < limit)
+    return tuple(i for i in range(size) if _uniform(audit_key, lease_id, digest, i) < limit)
 
 
 def _uniform(audit_key: bytes, lease_id: str, digest: bytes, index: int) -> float:

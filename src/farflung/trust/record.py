@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
 from farflung.trust import evidence
@@ -12,6 +13,7 @@ from farflung.trust import evidence
 Standing = Literal["probation", "trusted", "quarantined", "ejected"]
 Count = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Process = Annotated[tuple[float, ...], Meta(max_length=256)]
 
 
 class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -20,16 +22,14 @@ class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     false_ejection_probability: Annotated[float, Meta(gt=0, lt=1)] = evidence.ALPHA
     """Bound α on the probability that an honest key is ever ejected, however long it stays."""
     arbitrary_share: Share = evidence.ETA
-    """Share η of honest rollouts that may be arbitrarily bad."""
+    """Share η of honest submissions that may be arbitrarily bad."""
     cap: Annotated[float, Meta(gt=1)] = evidence.CAP
-    """Most that one rollout counts against a key; also the likelihood ratio at which its submission is void."""
-    probation_rollouts: Annotated[int, Meta(ge=1)] = 48
+    """Most that one submission counts against a key; also the likelihood ratio at which it is void."""
+    probation_rollouts: Annotated[int, Meta(ge=1)] = 64
     """Clean audited rollouts in a row before a node is trusted."""
-    probation_audits: Annotated[int, Meta(ge=1)] = 4
-    """Rollouts audited of every submission while a node is on probation."""
     audit_scale: Annotated[float, Meta(ge=0)] = 1.0
     """A trusted node's rollout is audited with this probability ÷ its clean rollouts, but not below the floor."""
-    audit_floor: Share = 0.02
+    audit_floor: Share = 0.01
     """Share of a trusted node's rollouts that is audited for ever."""
 
 
@@ -37,16 +37,29 @@ class NodeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The record of one key, across steps and numerics profiles."""
 
     status: Standing = "probation"
-    audited_rollouts: Count = 0
+    audited_submissions: Count = 0
     """k of the test in `evidence`."""
+    audited_rollouts: Count = 0
     audited_tokens: Count = 0
-    m: Annotated[float, Meta(ge=0)] = 0.0
-    """M of the test: the evidence against this key so far."""
+    m: Process = (0.0,) * len(evidence.ALTERNATIVES)
+    """M of the test against each of `evidence.ALTERNATIVES`."""
+    m_before: Process = ()
+    """M before the submission that put it over the threshold, while a second opinion on that one is awaited."""
     clean_rollouts: Count = 0
-    """Audited rollouts since the last bad one."""
-    bad_rollouts: Count = 0
+    """Audited rollouts since the last bad submission."""
+    bad_submissions: Count = 0
     submissions: Count = 0
     """Submissions taken in, audited or not."""
+
+    @property
+    def statistic(self) -> float:
+        """The evidence against this key so far: the mean of M over the alternatives."""
+        return sum(self.m) / len(self.m)
+
+    @property
+    def suspicion(self) -> str:
+        """The alternative that explains it best, in words."""
+        return evidence.describe(int(np.argmax(self.m)))
 
 
 class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,17 +69,22 @@ class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: Count
     flips: Count
     """Tokens that were not what the seed gives, near-ties of honest numerics among them."""
-    log_lr: float
-    """ln of the likelihood ratio, cheating against honest (`evidence.log_ratio`)."""
+    log_ratios: tuple[float, ...]
+    """ln of the likelihood ratio against each of `evidence.CHEATS`."""
+
+    @property
+    def log_lr(self) -> float:
+        """The same averaged: what this rollout weighs by itself."""
+        return evidence.mean_log_ratio(np.array(self.log_ratios))
 
 
 class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What follows for a submission and its node; fit for a receipt."""
 
-    kind: Literal["ok", "void", "eject"]
-    """`void`: this submission alone; `eject`: the node too, for ever."""
+    kind: Literal["ok", "void", "quarantine", "eject", "release"]
+    """`void`: this submission alone; `quarantine`: the node too, until a second opinion ejects or releases it."""
     statistic: float
-    """M, or the likelihood ratio of the worst rollout if that is what voided the submission."""
+    """M, or the likelihood ratio of the submission if that is what voided it."""
     threshold: float
     """What the statistic would have had to stay below."""
     reason: str
@@ -80,40 +98,76 @@ def submitted(record: NodeRecord) -> NodeRecord:
 def fold(record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings) -> tuple[NodeRecord, Outcome]:
     """Take in the audit of one submission.
 
-    Call it once per audit, and audits of one node in an order that does not depend on what they found; `findings` in
-    the order of the rollouts' indices. The test in `evidence` is valid for such orders only.
+    Call it once per audit, and audits of one node in an order that does not depend on what they found. The test in
+    `evidence` is valid for such orders only. Not for a quarantined node: what it sent waits for the second opinion.
     """
     if record.status == "ejected":
         return record, _already(record, settings)
-    for finding in findings:
-        record = _take(record, finding, settings)
-        if evidence.is_ejected(record.m, settings.false_ejection_probability):
-            return msgspec.structs.replace(record, status="ejected"), _eject(record, finding, settings)
-    worst = max(findings, key=lambda finding: finding.log_lr, default=None)
-    if worst is not None and evidence.is_bad_rollout(worst.log_lr, settings.cap):
-        return _demote(record), _void(worst, settings)
-    return _promote(record, settings), _pass(record, findings, settings)
+    total = _total(findings)
+    after = _count(_advance(record, record.m, total, settings), findings)
+    if evidence.is_ejected(after.statistic, settings.false_ejection_probability):
+        after = msgspec.structs.replace(_demote(after), status="quarantined", m_before=record.m)
+        return after, _exceed("quarantine", after, findings, settings)
+    if evidence.is_bad(log_lr := evidence.mean_log_ratio(total), settings.cap):
+        return _demote(after), _void(log_lr, findings, settings)
+    return _promote(after, settings), _pass(after, findings, settings)
 
 
-def _take(record: NodeRecord, finding: Finding, settings: TrustSettings) -> NodeRecord:
-    """One rollout into the sums and the process; what it means for the status is for the whole submission to say."""
-    e = evidence.rollout_e(finding.log_lr, settings.cap, settings.arbitrary_share)
-    m, k = evidence.fold(record.m, record.audited_rollouts, e)
-    is_bad = evidence.is_bad_rollout(finding.log_lr, settings.cap)
+def weigh(record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings) -> tuple[NodeRecord, Outcome]:
+    """Take in an audit that was opened because of what the rollouts looked like.
+
+    It may void them and send the node back to probation, where all that follows is audited and counted; but M stays as
+    it is, for evidence that was looked for where it showed already has a mean above 1.
+    """
+    total = _total(findings)
+    after = msgspec.structs.replace(
+        record,
+        audited_rollouts=record.audited_rollouts + len(findings),
+        audited_tokens=record.audited_tokens + sum(finding.tokens for finding in findings),
+    )
+    if evidence.is_bad(log_lr := evidence.mean_log_ratio(total), settings.cap):
+        status = record.status if record.status in ("quarantined", "ejected") else "probation"
+        return msgspec.structs.replace(_demote(after), status=status), _void(log_lr, findings, settings)
+    return after, _pass(after, findings, settings)
+
+
+def confirm(record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings) -> tuple[NodeRecord, Outcome]:
+    """Take in the second opinion on the submission that put a node into quarantine: the milder of the two counts.
+
+    The test stays valid, since no e-value grows by it. Only for a quarantined node.
+    """
+    one_less = msgspec.structs.replace(record, audited_submissions=record.audited_submissions - 1, m_before=())
+    after = _advance(one_less, record.m_before, _total(findings), settings)
+    after = msgspec.structs.replace(after, m=tuple(map(min, after.m, record.m)))
+    if evidence.is_ejected(after.statistic, settings.false_ejection_probability):
+        return msgspec.structs.replace(after, status="ejected"), _exceed("eject", after, findings, settings)
+    released = msgspec.structs.replace(after, status="probation")
+    return released, _release(released, settings)
+
+
+def _total(findings: Sequence[Finding]) -> np.ndarray:
+    return evidence.submission_log_ratios([np.array(finding.log_ratios) for finding in findings])
+
+
+def _advance(record: NodeRecord, m: Sequence[float], log_ratios: np.ndarray, settings: TrustSettings) -> NodeRecord:
+    e = evidence.e_values(log_ratios, settings.cap, settings.arbitrary_share)
+    folded, k = evidence.fold(np.array(m), record.audited_submissions, e)
+    return msgspec.structs.replace(record, m=tuple(folded.tolist()), audited_submissions=k)
+
+
+def _count(record: NodeRecord, findings: Sequence[Finding]) -> NodeRecord:
     return msgspec.structs.replace(
         record,
-        audited_rollouts=k,
-        audited_tokens=record.audited_tokens + finding.tokens,
-        m=m,
-        clean_rollouts=0 if is_bad else record.clean_rollouts + 1,
-        bad_rollouts=record.bad_rollouts + is_bad,
+        audited_rollouts=record.audited_rollouts + len(findings),
+        audited_tokens=record.audited_tokens + sum(finding.tokens for finding in findings),
+        clean_rollouts=record.clean_rollouts + len(findings),
     )
 
 
 def _demote(record: NodeRecord) -> NodeRecord:
-    """Back to probation, where more is audited; siblings that passed beside a bad rollout earn nothing."""
-    status = "quarantined" if record.status == "quarantined" else "probation"
-    return msgspec.structs.replace(record, status=status, clean_rollouts=0)
+    """Back to probation, where all is audited; the good beside the bad earn nothing."""
+    bad = record.bad_submissions + 1
+    return msgspec.structs.replace(record, status="probation", clean_rollouts=0, bad_submissions=bad)
 
 
 def _promote(record: NodeRecord, settings: TrustSettings) -> NodeRecord:
@@ -127,32 +181,47 @@ def _promote(record: NodeRecord, settings: TrustSettings) -> NodeRecord:
 
 def _pass(record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings) -> Outcome:
     tokens = sum(finding.tokens for finding in findings)
-    limit = 1 / settings.false_ejection_probability
-    reason = f"{len(findings)} audited rollouts of {tokens} tokens pass; M = {record.m:.3g}, ejection is at {limit:.3g}"
-    return Outcome("ok", record.m, limit, reason)
+    limit, m = 1 / settings.false_ejection_probability, record.statistic
+    reason = f"{len(findings)} audited rollouts of {tokens} tokens pass; M = {m:.3g}, ejection is at {limit:.3g}"
+    return Outcome("ok", m, limit, reason)
 
 
-def _void(worst: Finding, settings: TrustSettings) -> Outcome:
-    reason = f"{_flips(worst)}: its likelihood ratio {_power(worst.log_lr)} is not below {settings.cap:.3g}"
-    return Outcome("void", math.exp(min(worst.log_lr, 690.0)), settings.cap, f"{reason}, so the submission is void")
-
-
-def _eject(record: NodeRecord, finding: Finding, settings: TrustSettings) -> Outcome:
-    alpha = settings.false_ejection_probability
+def _void(log_lr: float, findings: Sequence[Finding], settings: TrustSettings) -> Outcome:
     reason = (
-        f"the evidence of {record.audited_rollouts} audited rollouts against this key is M = {record.m:.3g}, not below "
-        f"{1 / alpha:.3g}, where an honest key ever comes with probability {alpha:.3g} at most; {_flips(finding)}"
+        f"{_flips(findings)}: the likelihood ratio {_power(log_lr)} is not below {settings.cap:.3g}, "
+        "so the submission is void"
     )
-    return Outcome("eject", record.m, 1 / alpha, reason)
+    return Outcome("void", math.exp(min(log_lr, 690.0)), settings.cap, reason)
+
+
+def _exceed(
+    kind: Literal["quarantine", "eject"], record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings
+) -> Outcome:
+    alpha, m = settings.false_ejection_probability, record.statistic
+    reason = (
+        f"the evidence of {record.audited_submissions} audited submissions against this key is M = {m:.3g}, not below "
+        f"{1 / alpha:.3g}, where an honest key ever comes with probability {alpha:.3g} at most; {_flips(findings)}; "
+        f"most like {record.suspicion}"
+    )
+    return Outcome(kind, m, 1 / alpha, reason)
+
+
+def _release(record: NodeRecord, settings: TrustSettings) -> Outcome:
+    limit, m = 1 / settings.false_ejection_probability, record.statistic
+    reason = f"a second opinion does not confirm the first: with it M = {m:.3g}, ejection is at {limit:.3g}"
+    return Outcome("release", m, limit, reason)
 
 
 def _already(record: NodeRecord, settings: TrustSettings) -> Outcome:
-    limit = 1 / settings.false_ejection_probability
-    return Outcome("void", record.m, limit, f"this key was ejected before, with M = {record.m:.3g}; its work is void")
+    limit, m = 1 / settings.false_ejection_probability, record.statistic
+    return Outcome("void", m, limit, f"this key was ejected before, with M = {m:.3g}; its work is void")
 
 
-def _flips(finding: Finding) -> str:
-    return f"{finding.flips} of the {finding.tokens} tokens of rollout {finding.rollout} are not what its seed gives"
+def _flips(findings: Sequence[Finding]) -> str:
+    flips, tokens = sum(f.flips for f in findings), sum(f.tokens for f in findings)
+    worst = max(findings, key=lambda finding: finding.log_lr)
+    named = f"{worst.flips} of them in {worst.rollout}"
+    return f"{flips} of the {tokens} audited tokens are not what the seeds give, {named}"
 
 
 def _power(log_lr: float) -> str:

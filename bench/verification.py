@@ -1,0 +1,400 @@
+"""What verification proves and what it costs: honest nodes across numerics, cheats on a real model, audits' price.
+
+Prints one JSON object as its last line. Honest rollouts are generated in one arithmetic and replayed in another;
+profiles are calibrated on the first policy, judged on the last one and on the hardest third of its tasks.
+`--quick` takes a twentieth of the tokens. SmolLM2 parts need models/smollm2-135m (scripts/get_smollm2.py); the last
+policy needs a finished run of examples/demo.toml (`--run DIR`), else the base model stands for both.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from farflung.engine import decode
+from farflung.engine.base import Request
+from farflung.engine.local import LocalEngine
+from farflung.engine.precision import arithmetic, rounded
+from farflung.envs.sums import Sums
+from farflung.learner import checkpoint
+from farflung.tasks.found import Model
+from farflung.trust import evidence
+from farflung.trust.evidence import Profile, Seen
+from farflung.trust.policy import audit_probability
+from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, submitted
+
+ROOT = Path(__file__).parents[1]
+TOY, SMOL = ROOT / "examples" / "base", ROOT / "models" / "smollm2-135m"
+SIZE = 16
+"""Rollouts per submission."""
+SETTINGS = TrustSettings()
+Tensors = dict[str, torch.Tensor]
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%X')} {text}\n")
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a node computes: the numerics profile, rows at once, threads."""
+
+    profile: str
+    rows: int = 64
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.profile} x{self.rows}" + (f" {self.threads} threads" if self.threads > 1 else "")
+
+
+def tensors(folder: Path) -> Tensors:
+    """What would be published of a model or a checkpoint: bfloat16."""
+    return {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def engine(folder: Path, weights: Tensors, kind: Kind, eos: Sequence[int]) -> LocalEngine:
+    dtype, bits = arithmetic(kind.profile)
+    found = LocalEngine.from_folder(folder, dtype=dtype, threads=1, eos_ids=eos, max_rows=kind.rows)
+    found.load(rounded(weights.items(), bits))
+    return found
+
+
+def play(
+    generator: LocalEngine,
+    verifier: LocalEngine,
+    asked: Sequence[Request],
+    *,
+    threads: int = 1,
+    sent: Callable[[Request], Request] = lambda request: request,
+    edit: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda ids: ids,
+) -> Iterator[Seen]:
+    """What a verifier sees of what a generator made of these requests; a cheat generates from `sent`, or edits."""
+    for start in range(0, len(asked), 256):
+        part = asked[start : start + 256]
+        torch.set_num_threads(threads)
+        done = generator.generate([sent(request) for request in part])
+        torch.set_num_threads(1)
+        items = [(request, edit(item.ids)) for request, item in zip(part, done, strict=True) if item is not None]
+        yield from (Seen(replay.gap, replay.margin, replay.pick) for replay in verifier.replay(items))
+
+
+def findings(profile: Profile, seen: Sequence[Seen]) -> list[Finding]:
+    return [
+        Finding("r", len(one.gap), evidence.flips(one), tuple(evidence.log_ratios(profile, one).tolist()))
+        for one in seen
+    ]
+
+
+# --- honest ----------------------------------------------------------------------------------------------------------
+
+
+def requests(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], count: int, t: float, budget: int):
+    chosen = rng.integers(0, len(prompts), count)
+    seeds = rng.integers(0, 2**63, count)
+    return [Request(prompts[i], int(seed), t, budget) for i, seed in zip(chosen, seeds, strict=True)]
+
+
+def toy_prompts(model: Model, part: slice) -> list[tuple[int, ...]]:
+    """Sums, ranked by length and digits; the hardest third comes last."""
+    env = Sums()
+    tasks = [task for task, _ in zip(env.tasks("train"), range(1536), strict=False)]
+    texts = sorted(
+        (env.prompt(task) for task in tasks), key=lambda text: (len(text), sum(map(int, filter(str.isdigit, text))))
+    )
+    return [tuple(model.prompt_ids(text)) for text in texts][part]
+
+
+PAIRS = (
+    (Kind("torch-cpu-bf16"), "torch-cpu-fp32", 1.0),
+    (Kind("torch-cpu-fp32"), "torch-cpu-bf16", 1.0),
+    (Kind("torch-cpu-int8"), "torch-cpu-fp32", 1.0),
+    (Kind("torch-cpu-bf16", rows=7), "torch-cpu-fp32", 0.2),
+    (Kind("torch-cpu-bf16", threads=2), "torch-cpu-fp32", 0.15),
+)
+"""Generator, the arithmetic of its verifier (never the same), and how many rollouts of it, few rows being slow."""
+
+
+def honest(folder: Path, first: Tensors, last: Tensors, shapes: dict[str, Any], rng: np.random.Generator) -> dict:
+    """Every pair: calibrated on the first policy, judged on the last. Gives figures and the e-values of submissions."""
+    model = Model(str(folder))
+    eos = sorted(model.eos_ids)
+    rows: list[dict[str, Any]] = []
+    e_values: list[np.ndarray] = []
+    ejected = rollouts = tokens = 0
+    for kind, against, share in shapes["pairs"]:
+        verifier_of = {id(w): engine(folder, w, Kind(against), eos) for w in (first, last)}
+        generator_of = {id(w): engine(folder, w, kind, eos) for w in (first, last)}
+        budget, t = shapes["budget"], shapes["temperature"]
+        asked = requests(rng, shapes["easy"], int(shapes["calibrate"] * share), t, budget)
+        known = list(play(generator_of[id(first)], verifier_of[id(first)], asked, threads=kind.threads))
+        profile = evidence.calibrate(kind.name, known, tolerance=2e-3)
+        asked = requests(rng, shapes["hard"], int(shapes["judge"] * share), t, budget)
+        seen = list(play(generator_of[id(last)], verifier_of[id(last)], asked, threads=kind.threads))
+        found = findings(profile, seen)
+        record = NodeRecord()
+        for start in range(0, len(found) - SIZE + 1, SIZE):
+            part = found[start : start + SIZE]
+            total = evidence.submission_log_ratios([np.array(one.log_ratios) for one in part])
+            e_values.append(evidence.e_values(total))
+            record, outcome = fold(record, part, SETTINGS)
+            if outcome.kind == "quarantine":
+                record, outcome = confirm(record, part, SETTINGS)
+                ejected += outcome.kind == "eject"
+        count = sum(one.tokens for one in found)
+        flips = sum(one.flips for one in found)
+        rollouts, tokens = rollouts + len(found), tokens + count
+        rows.append({"generator": kind.name, "verifier": against, "rollouts": len(found), "tokens": count,
+                     "flipped": round(flips / count, 5),
+                     "worst_log10_m": round(math.log10(max(record.statistic, 1e-300)), 1),
+                     "voided": record.bad_submissions, "calibrated_on": profile.honest.tokens})  # fmt: skip
+        say(f"honest {folder.name}: {rows[-1]}")
+    return {"rows": rows, "e": e_values, "ejected": ejected, "rollouts": rollouts, "tokens": tokens}
+
+
+def lives(e: np.ndarray, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+    """The highest M of `count` honest keys whose audited submissions are drawn from those that were measured."""
+    highest, m = np.zeros(count), np.zeros((count, e.shape[1]))
+    for k in range(1, length + 1):
+        m = e[rng.integers(0, len(e), count)] * (m + 1 / (k * (k + 1)))
+        highest = np.maximum(highest, m.mean(axis=1))
+    return highest
+
+
+# --- cheats ----------------------------------------------------------------------------------------------------------
+
+
+def cheats(weights: Tensors, vocab: int, rng: np.random.Generator) -> dict[str, dict[str, Any]]:
+    """Name → what it changes: weights, profile, request or text."""
+
+    def shaken(scale: float, only: str = "") -> Tensors:
+        made = torch.Generator().manual_seed(1)
+        return {
+            name: (t.float() * (1 + scale * torch.randn(t.shape, generator=made))).bfloat16() if only in name else t
+            for name, t in weights.items()
+        }
+
+    def edited(ids: tuple[int, ...]) -> tuple[int, ...]:
+        changed = rng.random(len(ids)) < 0.01
+        changed[-1] = False  # the end stays the end
+        return tuple(int(rng.integers(3, vocab)) if c else i for c, i in zip(changed, ids, strict=True))
+
+    def tempered(t: float) -> Callable[[Request], Request]:
+        return lambda request: replace(request, temperature=request.temperature * t)
+
+    other = {"sent": lambda request: replace(request, seed=int(rng.integers(0, 2**63)))}
+    stale = {name: (t.float() - 1e-5 * t.float().sign()).bfloat16() for name, t in weights.items()}
+    return {
+        "unseeded": other,
+        "int4 weights": {"weights": dict(rounded(weights.items(), 4))},
+        "temperature 0.9": {"sent": tempered(0.9)},
+        "temperature 1.1": {"sent": tempered(1.1)},
+        "1 % of tokens edited": {"edit": edited},
+        "weights with 1 % noise": {"weights": shaken(0.01)},
+        "one layer with 10 % noise": {"weights": shaken(0.1, ".layers.14.mlp.down_proj")},
+        "int8 undeclared, in bf16": {"weights": dict(rounded(weights.items(), 8))},
+        "stale by a step of 1e-5": {"weights": stale},
+    }
+
+
+def until_caught(submissions: Callable[[], list[Finding]], most: int = 400) -> tuple[int, int] | None:
+    """(submissions, tokens) of a new node until it is ejected, every rollout audited; nothing if it never is."""
+    record, tokens = NodeRecord(), 0
+    for number in range(1, most + 1):
+        part = submissions()
+        tokens += sum(one.tokens for one in part)
+        record, outcome = fold(record, part, SETTINGS)
+        if outcome.kind == "quarantine":
+            record, outcome = confirm(record, part, SETTINGS)
+            if outcome.kind == "eject":
+                return number, tokens
+    return None
+
+
+def power(folder: Path, profile: Profile, asked: Sequence[Request], against: str, rng: np.random.Generator, runs: int):
+    """Each cheat: growth in nats per token, and how long it lasts in lives resampled from its rollouts."""
+    model, weights = Model(str(folder)), tensors(folder)
+    eos, node = sorted(model.eos_ids), Kind("torch-cpu-bf16")
+    verifier = engine(folder, weights, Kind(against), eos)
+    rows: list[dict[str, Any]] = []
+    for name, change in cheats(weights, model.vocab, rng).items():
+        maker = engine(folder, change.get("weights", weights), node, eos)
+        tricks = {key: change[key] for key in ("sent", "edit") if key in change}
+        seen = list(play(maker, verifier, asked, **tricks))
+        found = findings(profile, seen)
+        pool = np.array(found, dtype=object)
+        ends = [until_caught(lambda pool=pool: list(rng.choice(pool, SIZE))) for _ in range(runs)]
+        caught = [end for end in ends if end is not None]
+        kl = evidence.growth(profile, seen)
+        is_caught = len(caught) == runs
+        tokens = statistics.median(end[1] for end in caught) if is_caught else None
+        bound = math.log(1 / SETTINGS.false_ejection_probability) / kl if kl else None
+        rows.append({
+            "name": name, "outcome": "caught" if is_caught else "worthless", "layer": "replay",
+            "submissions_until_caught": statistics.median(end[0] for end in caught) if is_caught else None,
+            "tokens_until_caught": tokens, "nats_per_token": round(kl, 5),
+            "tokens_over_bound": round(tokens / bound, 2) if tokens and bound else None,
+            "flipped": round(sum(one.flips for one in found) / sum(one.tokens for one in found), 4),
+            "gain": None if is_caught else "not told from honest numerics by its tokens",
+        })  # fmt: skip
+        say(f"power {folder.name}: {rows[-1]}")
+    return rows
+
+
+def at_the_floor(good: Sequence[Finding], bad: Sequence[Finding], rng: np.random.Generator, runs: int) -> list[int]:
+    """Submissions from its first cheat until a trusted node at the audit floor is caught, cheating on one in ten."""
+    ends: list[int] = []
+    trusted = NodeRecord("trusted", audited_submissions=40, audited_rollouts=500, clean_rollouts=500)
+    for _ in range(runs):
+        record, number, is_over = trusted, 0, False
+        while not is_over and number < 1000:
+            number += 1
+            record = submitted(record)
+            mine = [
+                bad[rng.integers(len(bad))] if rng.random() < 0.1 else good[rng.integers(len(good))]
+                for _ in range(SIZE)
+            ]
+            drawn = [one for one in mine if rng.random() < audit_probability(record, SETTINGS)]
+            if drawn:
+                record, outcome = fold(record, drawn, SETTINGS)
+                is_over = outcome.kind == "quarantine" and confirm(record, drawn, SETTINGS)[1].kind == "eject"
+        ends.append(number)
+    return ends
+
+
+# --- price -----------------------------------------------------------------------------------------------------------
+
+
+class Ordinary(decode._Sampler):
+    """Sampling as everybody does it: softmax and multinomial."""
+
+    def pick(self, logits_BV: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        score_BV = logits_BV.float() / self._divisor_B1
+        logp_BV = score_BV.log_softmax(dim=-1)
+        token_B = torch.multinomial(logp_BV.exp(), 1)[:, 0]
+        return token_B, logp_BV.gather(-1, token_B[:, None])[:, 0]
+
+
+def price(folder: Path, rng: np.random.Generator, pairs: int, rows: int, prompts: Sequence[tuple[int, ...]]) -> dict:
+    """Seeded over ordinary sampling on the same loop, interleaved; and replay over generation, per token."""
+    maker = engine(folder, tensors(folder), Kind("torch-cpu-bf16", rows=rows), [])
+    ratios, audits = [], []
+    seeded = decode._Sampler
+    for number in range(pairs + 1):
+        asked = requests(rng, prompts, rows, 1.0, 8)
+        taken = {}
+        for name, sampler in (
+            (("seeded", seeded), ("ordinary", Ordinary)) if number % 2 else (("ordinary", Ordinary), ("seeded", seeded))
+        ):
+            decode._Sampler = sampler
+            before = time.process_time()
+            done = maker.generate(asked)
+            taken[name] = time.process_time() - before
+            decode._Sampler = seeded
+        before = time.process_time()
+        maker.replay([(request, item.ids) for request, item in zip(asked, done, strict=True)])
+        if number:  # the first warms up
+            ratios.append(taken["seeded"] / taken["ordinary"])
+            audits.append((time.process_time() - before) / taken["seeded"])
+    say(f"price {folder.name}: seeded {statistics.median(ratios):.3f}, audit {statistics.median(audits):.3f}")
+    return {"seeded_noise_ratio": statistics.median(ratios), "audit_cost_per_token_ratio": statistics.median(audits)}
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--run", type=Path, help="folder of a finished run of examples/demo.toml")
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(20261124)
+    part = 0.05 if arguments.quick else 1.0
+    model = Model(str(TOY))
+    first = last = tensors(TOY)
+    if arguments.run and (found := checkpoint.latest(arguments.run / "checkpoints")):
+        last = tensors(found.path)
+    shapes = {
+        "pairs": PAIRS, "budget": 32, "temperature": 2.0, "calibrate": int(5000 * part), "judge": int(15_000 * part),
+        "easy": toy_prompts(model, slice(0, 1024)), "hard": toy_prompts(model, slice(1024, None)),
+    }  # fmt: skip
+    parts = [honest(TOY, first, last, shapes, rng)]
+    figures: dict[str, Any] = {"quick": arguments.quick, "last_policy": str(bool(arguments.run))}
+    if SMOL.exists():
+        smol = Model(str(SMOL))
+        words = ("gravity", "a cell", "rain", "love", "Paris", "jazz", "salt", "a verb", "steel", "an atom", "history")
+        prompts = [tuple(smol.prompt_ids(f"Explain in a few words what {word} is.")) for word in words]
+        count = max(64, int(1000 * part))
+        some = {"pairs": PAIRS[:2], "budget": 24, "temperature": 1.0, "calibrate": max(64, count // 3),
+                "judge": count, "easy": prompts[:8], "hard": prompts[8:]}  # fmt: skip
+        same = tensors(SMOL)
+        parts.append(honest(SMOL, same, same, some, rng))
+        figures |= _smol(rng, prompts, arguments.quick)
+    else:
+        figures["skipped"] = f"{SMOL} is missing: python scripts/get_smollm2.py"
+    figures |= _sum_up(parts, rng, 1000 if not arguments.quick else 200)
+    figures["verification_overhead_steady"] = _steady(arguments.run)
+    figures["toploc"] = "installed" if importlib.util.find_spec("toploc") else "skipped: no toploc in this environment"
+    sys.stdout.write(json.dumps(figures) + "\n")
+
+
+def _smol(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], is_quick: bool) -> dict[str, Any]:
+    asked = requests(rng, prompts, 32 if is_quick else 96, 1.0, 24)
+    maker = engine(SMOL, tensors(SMOL), Kind("torch-cpu-bf16"), sorted(Model(str(SMOL)).eos_ids))
+    verifier = engine(SMOL, tensors(SMOL), Kind("torch-cpu-fp32"), sorted(Model(str(SMOL)).eos_ids))
+    known = list(play(maker, verifier, requests(rng, prompts, 128 if is_quick else 512, 1.0, 24)))
+    profile = evidence.calibrate("torch-cpu-bf16", known, tolerance=2e-3)
+    attacks = power(SMOL, profile, asked, "torch-cpu-fp32", rng, 20)
+    sent = {"sent": lambda request: replace(request, seed=int(rng.integers(0, 2**63)))}
+    bad = findings(profile, list(play(maker, verifier, asked, **sent)))
+    ends = at_the_floor(findings(profile, known), bad, rng, 40)
+    attacks.append({
+        "name": "unseeded on 10 % of rollouts, at the audit floor",
+        "outcome": "caught" if max(ends) < 1000 else "worthless",
+        "layer": "replay", "submissions_until_caught": statistics.median(ends),
+        "tokens_until_caught": None, "gain": None,
+        "submissions_95th": float(np.quantile(ends, 0.95)),
+    })  # fmt: skip
+    say(f"at the floor: {attacks[-1]}")
+    return {"attacks": attacks, "calibrated_on": profile.honest.tokens} | price(
+        SMOL, rng, 5 if is_quick else 21, 32, prompts
+    )
+
+
+def _sum_up(parts: Sequence[dict[str, Any]], rng: np.random.Generator, count: int) -> dict[str, Any]:
+    e = np.stack([values for part in parts for values in part["e"]])
+    highest = lives(e, rng, count, 400)
+    mean = e.mean(axis=1)
+    return {
+        "honest_rollouts": sum(part["rollouts"] for part in parts),
+        "honest_tokens": sum(part["tokens"] for part in parts),
+        "honest_ejected": sum(part["ejected"] for part in parts),
+        "honest_mean_e": float(mean.mean()),
+        "honest_mean_e_interval": [float(mean.mean() + z * mean.std() / math.sqrt(len(mean))) for z in (-1.96, 1.96)],
+        "honest_lives": count,
+        "sup_m_exceedance": {str(x): float((highest >= x).mean()) for x in (10, 100, 1000)},
+        "pairs": [row for part in parts for row in part["rows"]],
+    }
+
+
+def _steady(run: Path | None) -> float | None:
+    return json.loads((run / "summary.json").read_text())["verification_overhead_steady"] if run else None
+
+
+if __name__ == "__main__":
+    main()

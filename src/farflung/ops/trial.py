@@ -1,0 +1,243 @@
+"""`farflung redteam`: run adversaries against real runs, and say for each whether it was caught, where, and its gain.
+
+Everything comes from the run's database, from what each adversary wrote down (`ops/redteam/base.py`), and from scoring
+its text and that of the seeds on the same prompts. Nothing about an outcome is known beforehand.
+"""
+
+import asyncio
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import Connection
+
+from farflung.config import Cheat, Config
+from farflung.envs.load import load_env
+from farflung.ops.redteam import GALLERY
+from farflung.ops.redteam.base import LEDGER
+from farflung.ops.screen import Screen
+from farflung.ops.swarm import Swarm, prepare
+from farflung.protocol.errors import ConfigError
+from farflung.protocol.identity import Key, Signed, unseal
+from farflung.protocol.messages import Verdict
+from farflung.store import ledger
+from farflung.store.db import open_engine
+from farflung.store.tables import EVENTS, GROUPS, NODES, ROLLOUTS, TASKS, VERDICTS
+from farflung.tasks.found import Model
+from farflung.trust.record import NodeRecord
+
+AT_ONCE = 7
+"""Adversaries in one swarm."""
+IDENTITY = {"bad-signature", "replayed", "clock-skew", "forbidden", "not-found"}
+POSSESSION = {"wrong-weights"}
+Row = dict[str, Any]
+
+
+class Quiet(Screen):
+    """A run's lines without its last words: what came of it is the table."""
+
+    async def conclude(self, summary: dict[str, Any], folder: Path) -> None:
+        """Nothing."""
+
+
+def run_trial(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE) -> list[Row]:
+    """Every attack against a real run, some at a time; writes redteam.json. Raises ConfigError for an unknown one."""
+    unknown = sorted(set(attacks) - set(GALLERY))
+    if unknown:
+        raise ConfigError(f"there is no attack {unknown[0]!r}; the gallery has {', '.join(GALLERY)}")
+    rows: list[Row] = []
+    for number, start in enumerate(range(0, len(attacks), at_once), 1):
+        some = attacks[start : start + at_once]
+        rows += _one_run(_with(config, some, f"{config.run.name}-{number}"))
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    (config.run.dir / f"{config.run.name}-redteam.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+def _with(config: Config, attacks: Sequence[str], name: str) -> Config:
+    cheats = tuple(Cheat(name=attack, attack=attack) for attack in attacks)
+    swarm = config.swarm.model_copy(update={"cheats": cheats})
+    return config.model_copy(update={"swarm": swarm, "run": config.run.model_copy(update={"name": name})})
+
+
+def _one_run(config: Config) -> list[Row]:
+    prepare(config, fresh=True)
+    swarm = Swarm(config, is_plain=True)
+    swarm.screen = Quiet(swarm.config, is_plain=True)
+    asyncio.run(swarm.run())
+    engine = open_engine(config.database_url)
+    with engine.connect() as connection:
+        honest = _honest_pay(connection, config)
+        rows = [_row(connection, config, cheat.name, honest) for cheat in config.swarm.cheats]
+    engine.dispose()
+    return rows
+
+
+# --- one attack ------------------------------------------------------------------------------------------------------
+
+
+def _row(connection: Connection, config: Config, name: str, honest_pay: float) -> Row:
+    folder = config.folder / "nodes" / name
+    lines = [json.loads(line) for line in _text(folder / LEDGER).splitlines()]
+    node = Key.load_or_make(folder / "key").id
+    record, verdict = _record(connection, node), _verdict(connection, node)
+    gains = _gains(connection, config, lines)
+    cpu_s = sum(line["cpu_s"] for line in lines)
+    kept = sum(ledger.balance(connection, account(node)) for account in (ledger.credit, ledger.escrow))
+    gains["pay"] = kept / cpu_s / honest_pay - 1 if cpu_s and honest_pay else 0.0
+    gains["poison"] = float(_poisoned(connection, lines))
+    aim = GALLERY[name]().aim
+    layer = _layer(connection, node, lines, verdict)
+    gain, error = gains[aim], gains.get(f"{aim}_error", 0.0)
+    return {
+        "attack": name,
+        "outcome": _outcome(record, layer, gain, error),
+        "layer": layer,
+        "submissions": verdict[1] if verdict else len(lines),
+        "audited_tokens": record.audited_tokens,
+        "statistic": verdict[0].statistic if verdict else record.statistic,
+        "threshold": verdict[0].threshold if verdict else 1 / config.trust.false_ejection_probability,
+        "verdict": verdict[0].outcome if verdict else "",
+        "status": record.status,
+        "aim": aim,
+        "gain": gain,
+        "gain_error": error,
+        "tokens_kept": kept,
+        "cpu_s": round(cpu_s, 3),
+        "poisoned_tokens_trained": int(gains["poison"]),
+        "reward_shift": gains["reward"],
+        "length_shift": gains["length"],
+        "answers": dict(sorted(_answers(lines).items())),
+    }
+
+
+def _outcome(record: NodeRecord, layer: str, gain: float, error: float) -> str:
+    """`caught` if ejected, quarantined or turned away; else `voided`, `worthless` or `not told apart`, as measured."""
+    if record.status in ("ejected", "quarantined") or layer in ("sanity", "identity", "possession"):
+        return "caught"
+    if layer == "replay":
+        return "voided"
+    return "worthless" if gain <= 2 * error else "not told apart"
+
+
+def _layer(connection: Connection, node: str, lines: Sequence[Row], verdict: tuple[Verdict, int] | None) -> str:
+    """The layer that stopped it first, by what was written down; empty for none."""
+    refused = [line["answer"] for line in lines if line["answer"] not in ("taken", "returned", "lease-gone", "ejected")]
+    if lines and len(refused) == len(lines):
+        if set(refused) <= POSSESSION:
+            return "possession"
+        return "identity" if set(refused) <= IDENTITY else "sanity"
+    if _tripped(connection, node):
+        return "tripwire"
+    if verdict:
+        return "replay"
+    return "scheduling" if any(line["answer"] == "returned" for line in lines) else ""
+
+
+def _tripped(connection: Connection, node: str) -> int:
+    """Rollouts of this node that the trainer asked to have replayed before the first verdict."""
+    left = sa.and_(EVENTS.c.noun == "rollout", EVENTS.c.before == "batched", EVENTS.c.after == "held")
+    mine = sa.select(sa.func.count()).join(ROLLOUTS, ROLLOUTS.c.rollout == EVENTS.c.subject).where(left)
+    return connection.execute(mine.where(ROLLOUTS.c.node == node)).scalar_one()
+
+
+def _answers(lines: Sequence[Row]) -> dict[str, int]:
+    found = [line["answer"] for line in lines]
+    return {answer: found.count(answer) for answer in set(found)}
+
+
+def _record(connection: Connection, node: str) -> NodeRecord:
+    row = connection.execute(sa.select(NODES.c.record).where(NODES.c.node == node)).scalar()
+    return msgspec.msgpack.decode(row, type=NodeRecord) if row else NodeRecord()
+
+
+def _verdict(connection: Connection, node: str) -> tuple[Verdict, int] | None:
+    """The verdict that says most: ejection before the first other one; and the submissions until then."""
+    rows = connection.execute(sa.select(VERDICTS).where(VERDICTS.c.node == node).order_by(VERDICTS.c.id)).all()
+    rows = [row for row in rows if row.outcome != "release"]
+    if not rows:
+        return None
+    row = next((row for row in rows if row.outcome == "eject"), rows[0])
+    return unseal(msgspec.msgpack.decode(row.document, type=Signed), "verdict", Verdict), row.submissions
+
+
+# --- gains -----------------------------------------------------------------------------------------------------------
+
+
+def _honest_pay(connection: Connection, config: Config) -> float:
+    """Tokens kept per CPU-second of generation by the honest workers of the same run."""
+    names = {cheat.name for cheat in config.swarm.cheats}
+    rows = connection.execute(sa.select(NODES.c.node, NODES.c.name).where(NODES.c.role == "worker")).all()
+    honest = {row.node for row in rows if row.name not in names}
+    lines = [json.loads(line) for line in _text(config.folder / "metrics.jsonl").splitlines()]
+    cpu_s = {line["node"]: line["work_cpu_s"] for line in lines if line["kind"] == "node" and line["node"] in honest}
+    kept = sum(ledger.balance(connection, account(n)) for n in honest for account in (ledger.credit, ledger.escrow))
+    return kept / sum(cpu_s.values()) if sum(cpu_s.values()) else 0.0
+
+
+def _gains(connection: Connection, config: Config, lines: Sequence[Row]) -> dict[str, float]:
+    """Shift of mean reward and length against what the seeds give on the same prompts, with standard errors."""
+    env, tokenizer = load_env(config.env.name, config.env.args), Model(config.model.path).tokenizer
+    tasks = _tasks(connection, [rollout for line in lines for rollout, _, _ in line["rollouts"]])
+    rewards: list[float] = []
+    lengths: list[float] = []
+    for line in lines:
+        for rollout, sent, seeded in line["rollouts"]:
+            lengths.append(len(sent) - len(seeded))
+            worth = [env.score(tasks[rollout], tokenizer.decode(list(ids))).reward for ids in (sent, seeded)]
+            rewards.append(worth[0] - worth[1])
+    return {**_mean("reward", rewards), **_mean("length", lengths)}
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    if len(values) < 2:
+        return {name: 0.0, f"{name}_error": 0.0}
+    return {name: statistics.fmean(values), f"{name}_error": statistics.stdev(values) / math.sqrt(len(values))}
+
+
+def _tasks(connection: Connection, rollouts: Sequence[str]) -> dict[str, Any]:
+    query = (
+        sa.select(ROLLOUTS.c.rollout, TASKS.c.payload)
+        .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+        .join(TASKS, TASKS.c.task == GROUPS.c.task)
+        .where(ROLLOUTS.c.rollout.in_(rollouts))
+    )
+    return {row.rollout: msgspec.json.decode(row.payload) for row in connection.execute(query)}
+
+
+def _poisoned(connection: Connection, lines: Sequence[Row]) -> int:
+    """Tokens of rollouts that were trained on and are not what their seeds give."""
+    wrong = {
+        r: len(sent)
+        for line in lines
+        if line["answer"] == "taken"
+        for r, sent, seeded in line["rollouts"]
+        if sent != seeded
+    }
+    query = sa.select(EVENTS.c.subject).where(EVENTS.c.subject.in_(wrong), EVENTS.c.after == "trained")
+    return sum(wrong[rollout] for rollout in set(connection.execute(query).scalars()))
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def show(rows: Sequence[Row]) -> None:
+    """The table."""
+    table = Table()
+    for name in ("attack", "outcome", "layer", "subs", "tokens", "statistic", "threshold", "gain", "poisoned"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        gain = f"{row['gain']:+.3g} {row['aim']}"
+        figures = (f"{row['statistic']:.3g}", f"{row['threshold']:.3g}", gain, str(row["poisoned_tokens_trained"]))
+        table.add_row(
+            row["attack"], row["outcome"], row["layer"], str(row["submissions"]), str(row["audited_tokens"]), *figures
+        )
+    Console().print(table)

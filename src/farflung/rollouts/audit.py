@@ -1,0 +1,116 @@
+"""Coordinator: open audits, hand them out to validators, take claims back that lapse."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from farflung.protocol import seeds
+from farflung.protocol.identity import Signed, unseal
+from farflung.protocol.messages import AuditJob, AuditRollout, Lease, SubmissionBody
+from farflung.rollouts.possession import audit_nonce
+from farflung.store.book import Book, new_id
+from farflung.store.db import move, record
+from farflung.store.tables import AUDITS, GROUPS, LEASES, ROLLOUTS, TASKS
+
+
+def open_audit(
+    connection: Connection, book: Book, submission: Row[Any], rollouts: Sequence[str], kind: str, now: float
+) -> str:
+    """Open an audit of some rollouts of a submission; gives its id."""
+    audit = new_id("a")
+    query = sa.select(sa.func.coalesce(sa.func.sum(ROLLOUTS.c.tokens), 0)).where(ROLLOUTS.c.rollout.in_(rollouts))
+    lease = connection.execute(sa.select(LEASES.c.step).where(LEASES.c.lease == submission.lease)).one()
+    row = {
+        "audit": audit,
+        "run": book.run,
+        "kind": kind,
+        "submission": submission.submission,
+        "lease": submission.lease,
+        "node": submission.node,
+        "status": "open",
+        "step": lease.step,
+        "rollouts": msgspec.json.encode(list(rollouts)).decode(),
+        "opened_at": now,
+        "tokens": connection.execute(query).scalar_one(),
+    }
+    connection.execute(AUDITS.insert().values(row))
+    record(connection, "audit", [audit], "", "open", now, node=submission.node, rollouts=len(rollouts), kind=kind)
+    return audit
+
+
+def claim_audits(connection: Connection, book: Book, validator: str, limit: int, now: float) -> Sequence[Row[Any]]:
+    """Open audits of one step, now this validator's for a while: that of the longest waiting, and others of its step.
+
+    One that was claimed before and never answered waits from the end of that claim, so that an audit on which
+    validators break does not keep them from all others.
+    """
+    _release(connection, book, now, AUDITS.c.claimed_until < now, why="the validator's claim lapsed")
+    _release(connection, book, now, AUDITS.c.claimed_by == validator, why="the validator asks again")
+    is_open = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "open")
+    since = sa.case((AUDITS.c.claimed_until > AUDITS.c.opened_at, AUDITS.c.claimed_until), else_=AUDITS.c.opened_at)
+    first = sa.select(AUDITS.c.step).where(is_open).order_by(since, AUDITS.c.step).limit(1)
+    rows = connection.execute(
+        sa.select(AUDITS)
+        .where(is_open, AUDITS.c.step == first.scalar_subquery())
+        .order_by(since)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    ids = [row.audit for row in rows]
+    move(connection, "audit", ids, "open", "claimed", now, validator=validator)
+    connection.execute(
+        AUDITS.update()
+        .where(AUDITS.c.audit.in_(ids))
+        .values(claimed_by=validator, claimed_until=now + book.config.coordinator.claim_s)
+    )
+    return rows
+
+
+def _release(connection: Connection, book: Book, now: float, which: Any, why: str) -> None:
+    query = sa.select(AUDITS.c.audit).where(AUDITS.c.run == book.run, AUDITS.c.status == "claimed", which)
+    move(connection, "audit", list(connection.execute(query).scalars()), "claimed", "open", now, why=why)
+
+
+def renew(connection: Connection, book: Book, node: str, now: float) -> None:
+    """A validator or scorer that is alive keeps what it claimed: slow ones would take it from each other for ever."""
+    for table, status in ((AUDITS, "claimed"), (ROLLOUTS, "received")):
+        mine = sa.and_(table.c.run == book.run, table.c.status == status, table.c.claimed_by == node)
+        until = now + book.config.coordinator.claim_s
+        connection.execute(table.update().where(mine, table.c.claimed_until > 0).values(claimed_until=until))
+
+
+def job(connection: Connection, book: Book, audit: Row[Any], body: SubmissionBody) -> AuditJob:
+    """One audit as a validator gets it: prompt, seed and budget are the coordinator's, only tokens the node's."""
+    tokens = {rollout.rollout: rollout.ids for rollout in body.rollouts}
+    drawn = msgspec.json.decode(audit.rollouts, type=list[str])
+    secret = book.step_secret(audit.step)
+    sealed = connection.execute(sa.select(LEASES.c.document).where(LEASES.c.lease == audit.lease)).scalar_one()
+    lease = unseal(msgspec.msgpack.decode(sealed, type=Signed), "lease", Lease)
+    rows = connection.execute(
+        sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.sample, TASKS.c.task, TASKS.c.prompt_ids)
+        .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+        .join(TASKS, TASKS.c.task == GROUPS.c.task)
+        .where(ROLLOUTS.c.rollout.in_(drawn))
+        .order_by(ROLLOUTS.c.position)
+    )
+    return AuditJob(
+        audit=audit.audit,
+        step=audit.step,
+        manifest=book.manifest_of(connection, audit.step),
+        temperature=lease.temperature,  # as it was leased: a resumed run may have other settings
+        budget=lease.budget,
+        nonce=audit_nonce(audit.audit),
+        probe=seeds.probe_key(secret).hex(),
+        rollouts=[
+            AuditRollout(
+                rollout=row.rollout,
+                prompt_ids=row.prompt_ids,
+                seed=seeds.sample_seed(secret, row.task, row.sample),
+                ids=tokens[row.rollout],
+            )
+            for row in rows
+        ],
+    )

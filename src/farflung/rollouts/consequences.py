@@ -1,0 +1,106 @@
+"""Coordinator: what a verdict does to rollouts, groups, leases, audits and the ledger."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from farflung.rollouts.audit import open_audit
+from farflung.rollouts.credit import complete
+from farflung.store import ledger
+from farflung.store.book import Book
+from farflung.store.db import end_leases, move
+from farflung.store.tables import AUDITS, GROUPS, LEASES, ROLLOUTS, SUBMISSIONS
+
+
+def clear(connection: Connection, audit: Row[Any], now: float) -> None:
+    """The audit passed: what it held back goes on to the scorers, or back to where it was if it was scored before."""
+    drawn = ROLLOUTS.c.rollout.in_(msgspec.json.decode(audit.rollouts, type=list[str]))
+    connection.execute(ROLLOUTS.update().where(drawn).values(is_audited=True))
+    held = sa.and_(drawn, ROLLOUTS.c.status == "held")
+    rows = connection.execute(sa.select(ROLLOUTS).where(held)).all()
+    scored = [row for row in rows if row.reward is not None]
+    fresh = [row.rollout for row in rows if row.reward is None]
+    move(connection, "rollout", fresh, "held", "received", now, audit=audit.audit)
+    move(connection, "rollout", [row.rollout for row in scored], "held", "accepted", now, audit=audit.audit)
+    for group in dict.fromkeys(row.group for row in scored):
+        complete(connection, group, now)
+
+
+def hold(
+    connection: Connection, book: Book, which: Any, why: str, now: float, live: Sequence[str] = ("received", "accepted")
+) -> int:
+    """Hold untrained rollouts that no audit has passed, and have all of them replayed. Gives how many audits it opens.
+
+    Batched ones are in the trainer's hands: only the trainer may ask for them to leave the batch, with their groups.
+    """
+    unproven = sa.and_(which, ROLLOUTS.c.run == book.run, ROLLOUTS.c.status.in_(live), ~ROLLOUTS.c.is_audited)
+    rows = connection.execute(sa.select(ROLLOUTS).where(unproven).order_by(ROLLOUTS.c.position)).all()
+    for status in live:
+        held = [row.rollout for row in rows if row.status == status]
+        move(connection, "rollout", held, status, "held", now, why=why)
+    reopen(connection, [row.group for row in rows if row.status != "received"], now, why)
+    by_submission: dict[str, list[str]] = {}
+    for row in rows:
+        by_submission.setdefault(row.submission, []).append(row.rollout)
+    for submission, rollouts in by_submission.items():
+        row = connection.execute(sa.select(SUBMISSIONS).where(SUBMISSIONS.c.submission == submission)).one()
+        open_audit(connection, book, row, rollouts, "suspicion", now)
+    return len(by_submission)
+
+
+def void(connection: Connection, book: Book, audit: Row[Any], bad: Sequence[str], now: float) -> None:
+    """A submission is void: its bad rollouts are rejected, the rest void with them, what was paid for it is burned."""
+    of_it = ROLLOUTS.c.submission == audit.submission
+    query = sa.select(ROLLOUTS.c.rollout).where(of_it, ROLLOUTS.c.rollout.in_(bad), ROLLOUTS.c.status == "held")
+    rejected = list(connection.execute(query).scalars())
+    move(connection, "rollout", rejected, "held", "rejected", now, audit=audit.audit)
+    void_rollouts(connection, book, of_it, audit.audit, audit.node, now)
+
+
+def void_rollouts(connection: Connection, book: Book, which: Any, cause: str, node: str, now: float) -> None:
+    paid = sa.and_(which, ROLLOUTS.c.reward.is_not(None))
+    _burn(connection, book, connection.execute(sa.select(ROLLOUTS).where(paid)).all(), node, now)
+    for status in ("held", "received", "accepted"):
+        rows = connection.execute(sa.select(ROLLOUTS).where(which, ROLLOUTS.c.status == status)).all()
+        move(connection, "rollout", [row.rollout for row in rows], status, "void", now, cause=cause)
+        if status == "accepted":
+            reopen(connection, [row.group for row in rows], now, "a sample was voided")
+
+
+def _burn(connection: Connection, book: Book, rows: Sequence[Row[Any]], node: str, now: float) -> None:
+    """What was paid for these goes to nobody; no more of it than the escrow holds, for the rest has matured."""
+    left = ledger.balance(connection, ledger.escrow(node))
+    transfers: list[ledger.Transfer] = []
+    for row in rows:
+        tokens = min(row.tokens, left)
+        left -= tokens
+        transfers.append(ledger.Transfer(row.rollout, ledger.escrow(node), ledger.BURNED, tokens))
+    ledger.post(connection, transfers, book.run, now)
+
+
+def reopen(connection: Connection, groups: Sequence[str], now: float, why: str) -> None:
+    """Groups that were complete lack a sample again; what was batched with it waits for the next batch."""
+    for status in ("complete", "batched"):
+        query = sa.select(GROUPS.c.group).where(GROUPS.c.group.in_(groups), GROUPS.c.status == status)
+        reopened = list(connection.execute(query).scalars())
+        move(connection, "group", reopened, status, "open", now, why=why)
+        siblings = sa.and_(ROLLOUTS.c.group.in_(reopened), ROLLOUTS.c.status == "batched")
+        query = sa.select(ROLLOUTS.c.rollout).where(siblings)
+        move(connection, "rollout", list(connection.execute(query).scalars()), "batched", "accepted", now, why=why)
+        connection.execute(GROUPS.update().where(GROUPS.c.group.in_(reopened)).values(batch_step=None))
+
+
+def eject(connection: Connection, book: Book, node: str, now: float) -> None:
+    """All untrained work of the node is void, its leases go to others, its escrow to nobody."""
+    query = sa.select(LEASES.c.lease).where(LEASES.c.node == node, LEASES.c.status == "open")
+    end_leases(connection, list(connection.execute(query).scalars()), "void", now, why="the node was ejected")
+    void_rollouts(connection, book, ROLLOUTS.c.node == node, f"ejection of {node}", node, now)
+    ledger.clear(connection, node, ledger.BURNED, f"ejection of {node}", book.run, now)
+    waiting = sa.select(AUDITS.c.audit, AUDITS.c.status).where(
+        AUDITS.c.node == node, AUDITS.c.status.in_(("open", "claimed"))
+    )
+    for row in connection.execute(waiting).all():
+        move(connection, "audit", [row.audit], row.status, "cancelled", now, why="the node was ejected")

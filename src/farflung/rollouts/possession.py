@@ -1,0 +1,73 @@
+"""Coordinator: does an engine hold the weights it was told to compute with? A missed update is named, not punished."""
+
+import hashlib
+import logging
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from farflung.protocol import probe
+from farflung.protocol.messages import Evidence, Lease, Submission
+from farflung.store.book import Book, node_row
+from farflung.store.db import end_leases, move, record
+from farflung.store.tables import AUDITS, LEASES, STEPS
+from farflung.trust.evidence import Profiles
+
+log = logging.getLogger(__name__)
+
+
+def audit_nonce(audit: str) -> str:
+    """The nonce of a validator's own answer, one per audit."""
+    return hashlib.sha256(audit.encode()).hexdigest()
+
+
+def of_submission(
+    connection: Connection, book: Book, profiles: Profiles, node: str, lease: Lease, sent: Submission, now: float
+) -> str:
+    """What is wrong with the weights behind a submission, or nothing. The lease of a wrong one goes to others."""
+    row = node_row(connection, node)
+    if not profiles.of(row.profile).holds_published:
+        return ""
+    wrong = _compare(connection, book, lease.step, lease.nonce, sent.possession)
+    if not wrong:
+        return ""
+    why = f"node {node} computed lease {lease.lease} of step {lease.step} {wrong}"
+    if _is_open(connection, lease.lease):
+        end_leases(connection, [lease.lease], "returned", now, why=why, node=node)
+        _warn(connection, node, row.status, why, now)
+    return why
+
+
+def of_evidence(connection: Connection, book: Book, validator: str, evidence: Evidence, now: float) -> str:
+    """The same for a validator: an audit that it answered under other weights is open again, for anybody."""
+    audit = connection.execute(sa.select(AUDITS).where(AUDITS.c.audit == evidence.audit)).first()
+    if audit is None or audit.status != "claimed" or audit.claimed_by != validator:
+        return ""
+    wrong = _compare(connection, book, audit.step, audit_nonce(audit.audit), evidence.possession)
+    if not wrong:
+        return ""
+    why = f"validator {validator} replayed audit {audit.audit} of step {audit.step} {wrong}"
+    move(connection, "audit", [audit.audit], "claimed", "open", now, why=why)
+    _warn(connection, validator, node_row(connection, validator).status, why, now)
+    return why
+
+
+def _compare(connection: Connection, book: Book, step: int, nonce: str, sent: str) -> str:
+    this = sa.and_(STEPS.c.run == book.run, STEPS.c.step == step)
+    row = connection.execute(sa.select(STEPS.c.probe, STEPS.c.probe_before).where(this)).one()
+    if not row.probe or sent == probe.answer(nonce, row.probe):
+        return ""
+    if not sent:
+        return "without showing possession of any weights"
+    if row.probe_before and sent == probe.answer(nonce, row.probe_before):
+        return f"with the weights of step {step - 1}: a weight update was missed"
+    return "with weights that are neither of this step nor of the one before"
+
+
+def _is_open(connection: Connection, lease: str) -> bool:
+    return connection.execute(sa.select(LEASES.c.status).where(LEASES.c.lease == lease)).scalar() == "open"
+
+
+def _warn(connection: Connection, node: str, status: str, why: str, now: float) -> None:
+    record(connection, "node", [node], status, status, now, warning=why)
+    log.warning("%s", why)

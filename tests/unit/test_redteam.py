@@ -1,0 +1,76 @@
+"""The gallery of adversaries and the table of a trial: nothing about an outcome is decided beforehand."""
+
+import gzip
+
+import msgspec
+import pytest
+
+from farflung.config import Config
+from farflung.engine.base import Completion
+from farflung.ops.redteam import GALLERY, senders, texts
+from farflung.ops.redteam.base import Attack, Cheating
+from farflung.ops.trial import _outcome, _with, run_trial
+from farflung.protocol import wire
+from farflung.protocol.errors import ConfigError, Malformed
+from farflung.protocol.messages import Submission, SubmittedRollout
+from farflung.trust.record import NodeRecord
+
+SENT = Submission(rollouts=[SubmittedRollout(rollout="r1", ids=wire.pack_ids([1, 2, 3]))])
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_every_attack_says_what_it_gains_and_what_stops_it(name: str) -> None:
+    attack = GALLERY[name]()
+    assert isinstance(attack, Attack)
+    assert ";" in (type(attack).__doc__ or "")
+
+
+@pytest.mark.parametrize("body", [senders.with_reward, senders.with_nan, senders.cut, senders.huge])
+def test_what_is_sent_at_the_door_is_no_honest_submission(body: senders.Body) -> None:
+    with pytest.raises(Malformed):
+        wire.unpack_floats(wire.decode(body(SENT), Submission).logp[0])
+
+
+def test_the_bomb_is_small_and_unpacks_to_much() -> None:
+    body = senders.bomb(SENT)
+    assert len(body) < 100_000
+    assert len(gzip.decompress(body)) == 1 << 26
+
+
+def test_the_best_of_several_is_the_longest_or_the_likeliest() -> None:
+    short, long = Completion((1,), (-0.1,)), Completion((1, 2), (-1.0, -1.0))
+    assert max((short, long), key=texts.likely) is short
+    assert max((short, long), key=texts.long) is long
+    assert max((short, long), key=texts.short) is short
+
+
+def test_what_an_attack_does_not_bend_is_the_true_engine_s() -> None:
+    class True_:
+        eos_ids = frozenset({7})
+
+        def values(self, slices: object) -> bytes:
+            return b"true"
+
+    engine = Cheating(True_(), Attack())  # type: ignore[arg-type]
+    assert engine.values(()) == b"true"
+    assert engine.eos_ids == {7}
+
+
+def test_outcomes_follow_from_what_was_measured() -> None:
+    fresh = NodeRecord()
+    assert _outcome(msgspec.structs.replace(fresh, status="ejected"), "replay", 9.0, 0.0) == "caught"
+    assert _outcome(fresh, "sanity", 0.0, 0.0) == "caught"
+    assert _outcome(fresh, "replay", 0.0, 0.0) == "voided"
+    assert _outcome(fresh, "", 0.1, 0.06) == "worthless"
+    assert _outcome(fresh, "", 0.1, 0.04) == "not told apart"
+
+
+def test_an_unknown_attack_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="no attack 'nonsense'"):
+        run_trial(Config(), ["nonsense"])
+
+
+def test_a_swarm_has_the_adversaries_asked_for() -> None:
+    settings = _with(Config(), ["nan", "bomb"], "x-1")
+    assert settings.run.name == "x-1"
+    assert [(cheat.name, cheat.attack) for cheat in settings.swarm.cheats] == [("nan", "nan"), ("bomb", "bomb")]
