@@ -62,7 +62,7 @@ def settings(folder: Path, **changes: dict[str, Any]) -> Config:
         "lease": {"rollouts": 4, "lease_s": 100.0, "lost_s": 40.0, "heartbeat_s": 5.0},
         "trust": {"probation_rollouts": 4, "probation_waiting": 99},
         "eval": {"tasks": 2},
-        "coordinator": {"grants": {named(name).public.hex(): role for name, role in GRANTS.items()}},
+        "coordinator": {"grants": {named(name).public.hex(): role for name, role in GRANTS.items()}, "veil": False},
     }
     for section, values in changes.items():
         tree[section] = tree[section] | values
@@ -285,13 +285,29 @@ class House:
         return (await self.tell("trainer", f"steps/{step}/claim", m.ClaimStep(), m.BatchAnswer)).batch
 
     async def commit(
-        self, batch: m.Batch, *, weights: bytes = b"", probe: bytes = b"", probe_before: bytes = b"", **changes: Any
+        self,
+        batch: m.Batch,
+        *,
+        weights: bytes = b"",
+        probe: bytes = b"",
+        probe_before: bytes = b"",
+        canaries: bool = False,
+        **changes: Any,
     ) -> int:
         """Publish weights that follow from the step, and commit. Without a probe no possession is asked for."""
         signed, data, digest = await self.manifest(batch, weights=weights, **changes)
         await (await self.client("trainer")).put(f"{PATH}/blobs/{digest}", data)
         figures = {"loss": 0.5}
-        message = m.Commit(manifest=signed, metrics=figures, checkpoint="", probe=probe, probe_before=probe_before)
+        answers = [wire.pack_ids(tokens_of(canary.seed)) for canary in batch.canaries] if canaries else []
+        message = m.Commit(
+            manifest=signed,
+            metrics=figures,
+            checkpoint="",
+            probe=probe,
+            probe_before=probe_before,
+            canaries=answers,
+            restores=batch.restores,
+        )
         return (await self.tell("trainer", f"steps/{batch.step}/commit", message, m.Done)).changed
 
     async def manifest(self, batch: m.Batch, *, weights: bytes = b"", **changes: Any) -> tuple[Signed, bytes, str]:
@@ -382,7 +398,7 @@ class House:
                 assert all(one[1] == next_one[0] for one, next_one in pairwise(story)), (noun, id, story)
                 for before, after in story[1:]:
                     is_fault = (noun, before, after) == ("rollout", "received", "received")
-                    is_fault |= noun == "node" and before == after  # a warning
+                    is_fault |= noun in ("node", "run") and before == after  # a warning
                     assert is_fault or states.is_legal(noun, before, after), (noun, id, story)
 
     def _check_owners(self) -> None:

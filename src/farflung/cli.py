@@ -436,6 +436,47 @@ def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7) ->
     show(run_trial(load(config, flags), names, at_once))
 
 
+@app.command
+def brake(config: Path, *flags: Flags, release: bool = False, url: str = "") -> None:
+    """Say whether verdicts and training are held because too many good nodes failed at once, or let them go on.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file, or the config.json in its folder.
+    release
+        Let them go on, once validators and weights were looked at.
+    url
+        The coordinator's address; without it, as written in the run's folder.
+    """
+    from farflung.ops.operate import release_brake, show_brake
+
+    settings = load(config, flags)
+    tell = release_brake if release else show_brake
+    asyncio.run(tell(_url(url, settings), settings))
+
+
+@app.command
+def rollback(config: Path, *flags: Flags, to_step: int, without: tuple[str, ...] = (), url: str = "") -> None:
+    """Take up an earlier step again: the next step restores it, and goes on without the work of some nodes.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file, or the config.json in its folder.
+    to_step
+        The last step to keep; `farflung story STEP` names who contributed to each.
+    without
+        Nodes to eject, whatever the evidence against them; may be given again and again.
+    url
+        The coordinator's address; without it, as written in the run's folder.
+    """
+    from farflung.ops.operate import roll_back
+
+    settings = load(config, flags)
+    asyncio.run(roll_back(_url(url, settings), settings, to_step, without))
+
+
 def _url(url: str, config: Config) -> str:
     """The coordinator's address: given, or as the coordinator of the same folder wrote it."""
     if url:

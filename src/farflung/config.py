@@ -110,7 +110,23 @@ class TrustSection(Section):
     probation_waiting: int = setting(1, "Submissions of one node on probation that may wait for replay.", ge=1)
     probation_slots: int = setting(16, "Nodes on probation whose work may wait for replay at a time.", ge=1)
     audit_scale: float = setting(1.0, "A trusted node is audited with this over its clean rollouts.", ge=0)
-    audit_floor: float = setting(0.01, "Share of a trusted node's rollouts that is audited for ever.", ge=0, le=1)
+    audit_floor: float = setting(
+        0.01, "Share of a trusted node's rollouts that is audited for ever, if the budget affords it.", ge=0, le=1
+    )
+    audit_least: float = setting(0.002, "The same whatever the budget.", ge=0, le=1)
+    audit_budget: float = setting(
+        0.01, "Most that auditing trusted nodes may cost, as a share of what generation costs.", ge=0, le=1
+    )
+    canaries: int = setting(
+        2, "Rollouts of the trainer's own, each step, that a validator must judge rightly.", ge=0, le=64
+    )
+    brake_share: float = setting(
+        0.05,
+        "Share of the nodes with a good record that may fail in one step before verdicts and training stop.",
+        ge=0,
+        le=1,
+    )
+    brake_nodes: int = setting(3, "Nodes with a good record that must fail in one step before they stop.", ge=1)
 
 
 class EvalSection(Section):
@@ -124,6 +140,9 @@ class CoordinatorSection(Section):
     port: int = setting(0, "Port to listen on; 0 for any free one.", ge=0, le=65_535)
     database: str = setting("", "SQLAlchemy URL; empty for SQLite in the run's folder.")
     blobs: str = setting("", "Blob store URL; empty for a folder in the run's folder.")
+    veil: bool = setting(
+        True, "Show nobody which rollouts are held for audit, nor M, until their step can no longer be trained on."
+    )
     grants: dict[str, Role] = setting({}, "Public key in hex → `trainer`, `validator` or `scorer`; others are workers.")
     admission: Literal["open", "invite", "allow"] = setting(
         "open", "Who may join as worker or relay: anyone, whoever brings an invite, or the nodes of `allow`."

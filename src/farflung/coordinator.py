@@ -26,7 +26,7 @@ from farflung.protocol.errors import Forbidden, Malformed, NotFound, WrongWeight
 from farflung.protocol.identity import Key, Signed, node_id, unseal
 from farflung.protocol.server import BODY_BYTES, Call, Route, listen, mount
 from farflung.protocol.session import Index
-from farflung.rollouts import audit, compose, credit, intake, judge, possession
+from farflung.rollouts import audit, brake, canary, compose, credit, intake, judge, possession, rollback
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs, digest_of
 from farflung.store.book import Book, node_row
@@ -108,7 +108,7 @@ class Coordinator:
             connection.execute(
                 NODES.update()
                 .where(NODES.c.node == call.node)
-                .values(seen_at=now, phase=beat.phase, loaded_step=beat.loaded_step)
+                .values(seen_at=now, phase=beat.phase, loaded_step=beat.loaded_step, beat=msgspec.msgpack.encode(beat))
             )
             self.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
             if call.node in self._roles:
@@ -213,7 +213,8 @@ class Coordinator:
 
     async def _score_job(self, row: Any) -> m.ScoreJob:
         ids = (await self.archive.body(row.submission)).rollouts[row.position].ids
-        return m.ScoreJob(rollout=row.rollout, task=row.payload, transcript=self.archive.text(ids))
+        text = self.archive.text(ids)[: m.TRANSCRIPT_CHARS]
+        return m.ScoreJob(rollout=row.rollout, task=row.payload, transcript=text)
 
     async def scores(self, call: Call) -> m.Done:
         """Rewards from a scorer."""
@@ -226,16 +227,21 @@ class Coordinator:
         """Drawn rollouts for a validator."""
         await self._require(call, "validator")
         ask: m.Claim = call.message
-        claim: Callable[[Connection], Any] = lambda c: (  # noqa: E731
-            audit.claim_audits(c, self.book, call.node, ask.limit, self.clock()),
-            self.book.latest(c),
-        )
-        rows, latest = await self._poll(claim, lambda answer: bool(answer[0]), ask.wait_s)
-        return m.AuditJobs(latest=latest, jobs=[await self._audit_job(row) for row in rows])
+
+        def claim(connection: Connection) -> tuple[Any, list[m.AuditJob], m.Latest]:
+            latest, now = self.book.latest(connection), self.clock()
+            if canary.has_failed(connection, self.book, call.node, now - self.config.coordinator.claim_s):
+                return (), [], latest
+            rows = audit.claim_audits(connection, self.book, call.node, ask.limit, now)
+            known = canary.jobs(connection, self.book, self.profiles.run, call.node, rows[0].step) if rows else []
+            return rows, known, latest
+
+        rows, known, latest = await self._poll(claim, lambda answer: bool(answer[0]), ask.wait_s)
+        return m.AuditJobs(latest=latest, jobs=[*known, *[await self._audit_job(row) for row in rows]])
 
     async def _audit_job(self, row: Any) -> m.AuditJob:
         body = await self.archive.body(row.submission)
-        return await self.database.read(lambda c: audit.job(c, self.book, row, body))
+        return await self.database.read(lambda c: audit.job(c, self.book, self.profiles, row, body))
 
     async def evidence(self, call: Call) -> m.Done:
         """Sealed findings of a validator; the verdict is the coordinator's."""
@@ -298,6 +304,26 @@ class Coordinator:
         step, caught = _number(call, "step"), call.message.submissions
         return m.Done(changed=await self._write(lambda c: compose.trip(c, self.book, step, caught, self.clock())))
 
+    async def release_brake(self, call: Call) -> m.Done:
+        """The operator lets verdicts and training go on."""
+        self._require_operator(call)
+
+        def release(connection: Connection) -> int:
+            changed = brake.release(connection, self.book, self.clock())
+            judge.fold_all(connection, self.book, self.profiles, self.clock())
+            return changed
+
+        return m.Done(changed=await self._write(release))
+
+    async def roll_back(self, call: Call) -> m.Done:
+        """The operator takes up an earlier step again."""
+        self._require_operator(call)
+        ask: m.Rollback = call.message
+        change: Callable[[Connection], int] = lambda c: rollback.roll_back(  # noqa: E731
+            c, self.book, ask.to_step, ask.without, self.clock()
+        )
+        return m.Done(changed=await self._write(change))
+
     async def submission_body(self, call: Call) -> Response:
         """The tokens of a submission, for the trainer."""
         await self._require(call, "trainer")
@@ -322,7 +348,7 @@ class Coordinator:
 
     async def story(self, call: Call) -> m.Story:
         """Everything that happened to one id."""
-        return await self.database.read(lambda c: views.story(c, call.path["id"]))
+        return await self.database.read(lambda c: views.story(c, self.config, call.path["id"]))
 
     # --- before a large body is read ---
 
@@ -355,6 +381,11 @@ class Coordinator:
         self._here(call)
         if self._roles.get(call.node) != role:
             raise Forbidden(f"this route is for the role {role!r}, which node {call.node} is not granted")
+
+    def _require_operator(self, call: Call) -> None:
+        self._here(call)
+        if call.node != self.book.key.id:
+            raise Forbidden("this route is for the operator: sign with the coordinator's own key")
 
     async def _write(self, change: Callable[[Connection], T]) -> T:
         """A transaction; whoever polls for work looks again after it."""
@@ -440,6 +471,8 @@ class Coordinator:
             Route("POST", f"{run}/steps/{{step}}/claim", self.claim_step, m.ClaimStep, m.BatchAnswer),
             Route("POST", f"{run}/steps/{{step}}/trip", self.trip, m.Trips, m.Done, gate=trainer),
             Route("POST", f"{run}/steps/{{step}}/commit", self.commit_step, m.Commit, m.Done, gate=trainer),
+            Route("POST", f"{run}/brake/release", self.release_brake, m.Empty, m.Done),
+            Route("POST", f"{run}/rollback", self.roll_back, m.Rollback, m.Done),
             Route("GET", f"{run}/submissions/{{digest}}", self.submission_body),
             Route("GET", f"{run}/submissions/{{digest}}/logp", self.logp_body),
         ]

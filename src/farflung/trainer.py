@@ -13,15 +13,16 @@ import numpy as np
 import torch
 
 from farflung.config import Config
+from farflung.engine.base import Request
 from farflung.engine.loading import read_slices
 from farflung.engine.local import LocalEngine
 from farflung.learner import checkpoint
 from farflung.learner.optimise import Learner, Optimisation, StepMetrics
 from farflung.learner.pack import Rollout, pack
 from farflung.learner.policy import Policy
-from farflung.protocol import probe
+from farflung.protocol import probe, wire
 from farflung.protocol.client import Client
-from farflung.protocol.errors import WeightsError
+from farflung.protocol.errors import Conflict, StepTaken, WeightsError
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Batch, Commit, Done
 from farflung.protocol.session import Session
@@ -79,12 +80,18 @@ class Trainer:
             threads=self.config.learn.threads,
             eos_ids=self.session.info.eos_ids,
         )
-        self.weights = Versions(self.session, self.config.folder / "nodes" / "trainer" / "weights")
+        folder = self.config.folder / "nodes" / "trainer" / "weights"
+        self.weights = Versions(self.session, folder, use_relays=False)
         self._profile = load_profile(self.config.model.profile)
         self._loaded = ""
 
     def load(self) -> None:
         """The base model, or the latest checkpoint."""
+        self._begin()
+        self.done_step = self._resume(self.config.run.steps)
+
+    def _begin(self) -> None:
+        """The base model."""
         learn = self.config.learn
         torch.manual_seed(self.config.run.seed)
         torch.set_num_threads(learn.threads)
@@ -94,9 +101,27 @@ class Trainer:
             is_checkpointed=learn.checkpointing,
         )
         self.learner = Learner(policy, optimisation(self.config))
-        if (last := checkpoint.latest(self.checkpoints)) is not None:
-            self.done_step = checkpoint.load(self.learner, last.path)
-            log.info("resumed step=%d from=%s", self.done_step, last.path)
+
+    def _resume(self, most: int) -> int:
+        """Load the latest checkpoint up to a step; gives its own, -1 if there is none and nothing was loaded."""
+        fitting = [found for found in checkpoint.complete(self.checkpoints) if found.step <= most]
+        if not fitting:
+            return -1
+        log.info("resumed step=%d from=%s", fitting[-1].step, fitting[-1].path)
+        return checkpoint.load(self.learner, fitting[-1].path)
+
+    async def _restore(self, step: int) -> None:
+        """Bring weights and optimizer back to where they were after an earlier step, by its checkpoint or by replay."""
+        self.session.figures.phase = f"restoring step {step}"
+        log.warning("restoring step=%d", step)
+        done = await asyncio.to_thread(self._resume, step)
+        if done < 0:
+            await asyncio.to_thread(self._begin)
+        for number in range(done + 1, step + 1):
+            batch = (await claim(self.session, number, WAIT_S)).batch
+            assert batch is not None, "a committed step keeps its batch"
+            await self._learn(batch)
+            await self._check_replay(batch)
 
     async def step(self) -> None:
         """Claim the next step; train, publish and commit it, or replay it if it was committed before."""
@@ -116,7 +141,14 @@ class Trainer:
                 again = (await claim(self.session, step, WAIT_S)).batch
                 assert again is not None, "an open step keeps its batch"
                 batch = again
-        await self._take(batch)
+        try:
+            await self._take(batch)
+        except Conflict as error:
+            again = (await claim(self.session, step, WAIT_S)).batch
+            if again is None or again.restores < 0 or isinstance(error, StepTaken):
+                raise
+            log.warning("step=%d begins again because=%s", step, error)  # rolled back while it was in training
+            return
         self.done_step = step
         self.session.figures.loaded_step = step
 
@@ -142,8 +174,7 @@ class Trainer:
         self.session.figures.phase = f"training step {batch.step}"
         before = time.monotonic()
         held = self._show(batch)
-        rollouts = await fetch(self.session, batch, divide_by_std=self.config.learn.divide_by_std)
-        trained = await asyncio.to_thread(self._train, rollouts) if rollouts else None
+        trained = await self._learn(batch)
         train_s = time.monotonic() - before
         if batch.committed:
             await self._check_replay(batch)
@@ -151,6 +182,14 @@ class Trainer:
             await self._publish(batch, trained, train_s, held)
         if batch.step % self.config.learn.checkpoint_every == 0:
             await asyncio.to_thread(self._save, batch.step)
+
+    async def _learn(self, batch: Batch) -> StepMetrics | None:
+        """One update, or the state of an earlier step again."""
+        if batch.restores >= 0:
+            await self._restore(batch.restores)
+            return None
+        rollouts = await fetch(self.session, batch, divide_by_std=self.config.learn.divide_by_std)
+        return await asyncio.to_thread(self._train, rollouts) if rollouts else None
 
     def _train(self, rollouts: list[Rollout]) -> StepMetrics:
         with self.session.figures.working():
@@ -178,6 +217,7 @@ class Trainer:
             commitment=batch.secret_commitment,
             now=time.time(),
         )
+        canaries = await asyncio.to_thread(self._answer, batch, manifest_digest(signed)) if batch.canaries else []
         metrics = self._metrics(batch, trained) | {"train_s": train_s, "publish_s": time.monotonic() - before}
         commit = Commit(
             manifest=signed,
@@ -185,6 +225,8 @@ class Trainer:
             checkpoint=f"step-{batch.step:06d}",
             probe=self._show(batch),
             probe_before=held if batch.step else b"",
+            canaries=canaries,
+            restores=batch.restores,
         )
         await self.client.post(self.session.path(f"steps/{batch.step}/commit"), commit, Done)
         self._sinks.log(batch.step, metrics)
@@ -197,6 +239,16 @@ class Trainer:
             batch.seen_groups,
             manifest_digest(signed)[:12],
         )
+
+    def _answer(self, batch: Batch, digest: str) -> list[bytes]:
+        """What the weights as they are now say to the batch's canaries; the tripwire finds them loaded."""
+        self.engine.load(self.learner.policy.tensors())
+        self._loaded = digest
+        asked = [
+            Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, batch.temperature, one.budget)
+            for one in batch.canaries
+        ]
+        return [wire.pack_ids(done.ids) for done in self.engine.generate(asked) if done is not None]
 
     def _show(self, batch: Batch) -> bytes:
         """The slices that the batch's probe chooses, of the weights as they are now."""

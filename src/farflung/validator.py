@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from farflung.config import ValidatorSection
+from farflung.engine.base import Completion
 from farflung.engine.local import LocalEngine
+from farflung.engine.precision import rounded
 from farflung.protocol.client import Client
-from farflung.protocol.errors import LeaseGone, Malformed, NotFound, WeightsError, WrongWeights
+from farflung.protocol.errors import FailedCanary, LeaseGone, Malformed, NotFound, WeightsError, WrongWeights
 from farflung.protocol.identity import Key, Signed
-from farflung.protocol.messages import AuditJob, Evidence, LeaseAnswer, LeaseRequest
+from farflung.protocol.messages import AuditJob, Evidence, Lease, LeaseAnswer, LeaseRequest
 from farflung.protocol.session import Session
 from farflung.rollouts import verify
 from farflung.rollouts.submit import generate, open_lease, show_possession, submission_of, submit
@@ -66,7 +68,7 @@ class Validator:
             eos_ids=self.session.info.eos_ids,
             max_rows=self.settings.slots,
         )
-        self.weights = Versions(self.session, self.folder / "weights")
+        self.weights = Versions(self.session, self.folder / "weights", use_relays=False)
 
     def stop(self) -> None:
         """Stop after the work in hand."""
@@ -85,10 +87,13 @@ class Validator:
     async def _audit(self, jobs: Sequence[AuditJob]) -> None:
         self.session.figures.phase = "auditing"
         await self.weights.fetch(jobs[0].manifest)
+        for job in jobs:
+            if job.manifest_before:
+                await self._fetch_earlier(job.manifest_before)
         for evidence in await asyncio.to_thread(self._replay, jobs):
             try:
                 await verify.testify(self.session, self.key, evidence)
-            except WrongWeights as error:
+            except (WrongWeights, FailedCanary) as error:
                 log.error("loading the weights anew because=%s", error)
                 self.session.figures.loaded_step = -1
             except (Malformed, NotFound) as error:  # one odd audit must not stop the others
@@ -99,7 +104,31 @@ class Validator:
         with self.session.figures.working():
             self._load(jobs[0].manifest)
             manifest = self.weights.known(jobs[0].manifest)
-            return verify.replay(self.engine, manifest, jobs, self.session.run, self.session.info.profile)
+            found = verify.replay(self.engine, manifest, jobs, self.session.run, self.session.info.profile)
+            self.session.figures.work_tokens += sum(len(one.gap) // 4 for e in found for one in e.rollouts)
+            return [
+                self._explain(job, evidence) if job.is_suspect else evidence
+                for job, evidence in zip(jobs, found, strict=True)
+            ]
+
+    def _explain(self, job: AuditJob, evidence: Evidence) -> Evidence:
+        """Try what else could have made a suspect's rollouts; the engine ends with other weights than the leased."""
+        self._load(job.manifest)
+        self.session.figures.loaded_step = -1
+        named = list(tensors(self.weights, self.weights.known(job.manifest)))
+        loads = [("weights rounded to int8", lambda: self.engine.load(rounded(named, 8)))]
+        if job.manifest_before and self.weights.has(job.manifest_before):
+            before = self.weights.known(job.manifest_before)
+            name = f"the weights of step {before.step}: a weight update was missed"
+            loads.append((name, lambda: self.engine.load(tensors(self.weights, before))))
+        return verify.explain(self.engine, evidence, job, loads)
+
+    async def _fetch_earlier(self, digest: str) -> None:
+        """The weights of the step before, if they can still be had."""
+        try:
+            await self.weights.fetch(digest)
+        except (NotFound, WeightsError) as error:
+            log.warning("one explanation less manifest=%s because=%s", digest[:12], error)
 
     def _load(self, digest: str) -> None:
         manifest = self.weights.known(digest)
@@ -116,6 +145,13 @@ class Validator:
         if answer.lease is not None:
             await self._hand_in(answer.lease)
 
+    def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
+        figures = self.session.figures
+        with figures.working("made"):
+            done = generate(self.engine, lease, lambda: False)
+        figures.made_tokens += sum(len(completion.ids) for _, completion in done)
+        return done
+
     async def _hand_in(self, signed: Signed) -> None:
         lease = open_lease(self.session, signed)
         self.session.figures.phase = "evaluating"
@@ -123,7 +159,7 @@ class Validator:
         before = time.monotonic()
         try:
             await asyncio.to_thread(self._load, lease.manifest)
-            done = await asyncio.to_thread(generate, self.engine, lease, lambda: False)
+            done = await asyncio.to_thread(self._generate, lease)
             assigned = sum(len(group.samples) for group in lease.groups)
             taken_s = time.monotonic() - before
             shown = show_possession(self.engine, self.weights.known(lease.manifest), lease.probe, lease.nonce)

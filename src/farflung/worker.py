@@ -30,6 +30,7 @@ from farflung.protocol.errors import (
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Done, Empty, Lease, LeaseAnswer, LeaseRequest, Submission
 from farflung.protocol.session import Session
+from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, show_possession, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
@@ -118,6 +119,7 @@ class Worker:
             keep=self.settings.keep_versions,
             limit_bytes=int(self.settings.disk_gb * 1e9),
         )
+        self._receipts = Receipts(self.folder)
         await self.session.beat()
 
     def drain(self) -> None:
@@ -160,7 +162,7 @@ class Worker:
         figures = self.session.figures
         figures.phase = "fetching"
         manifest = await self.weights.fetch(manifest_digest)
-        if manifest.step != figures.loaded_step:
+        if figures.loaded_step != manifest.step:
             before = time.monotonic()
             figures.loaded_step = -1  # until the swap is whole: one that fails half-way leaves a mixture
             await asyncio.to_thread(self._swap, manifest_digest)
@@ -180,15 +182,16 @@ class Worker:
             return
         assigned = sum(len(group.samples) for group in lease.groups)
         taken_s = time.monotonic() - before
-        shown = show_possession(self.engine, self.weights.known(lease.manifest), lease.probe, lease.nonce)
+        with self.session.figures.working("proof"):
+            shown = show_possession(self.engine, self.weights.known(lease.manifest), lease.probe, lease.nonce)
         submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
         self.session.figures.phase = "submitting"
         await self.send(lease, submission)
         log.info("submitted lease=%s step=%d rollouts=%d", lease.lease, lease.step, len(done))
 
     async def send(self, lease: Lease, submission: Submission) -> None:
-        """Hand a submission in."""
-        await submit(self.session, lease, submission)
+        """Hand a submission in, and keep the receipt."""
+        self._receipts.keep(await submit(self.session, lease, submission), self.session.coordinator_key)
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
         with self.session.figures.working():

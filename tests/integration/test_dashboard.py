@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from fastapi.routing import APIRoute
 
 from farflung.dashboard import browse
+from farflung.dashboard.veil import Veil
 from farflung.ops.report import write_report
 from farflung.ops.summary import write_summary
 from farflung.ops.view import app_of, desk_of, run_in
@@ -91,7 +92,7 @@ def test_paging_shows_every_rollout_once_there_and_back(house, monkeypatch) -> N
 
     def page(known: int, **wanted: str) -> browse.RolloutPage:
         with house.coordinator.database.engine.connect() as connection:
-            return browse.rollouts(connection, "test", browse.Wanted(**wanted), known)
+            return browse.rollouts(connection, "test", browse.Wanted(**wanted), known, Veil())
 
     for known in (1, 10**9):
         for only in ({}, {"status": "trained"}, {"node": house.named("ada").id}):

@@ -43,12 +43,37 @@ def profile() -> Profile:
 
 def test_the_ratio_by_hand() -> None:
     seen = arrays([0.05, 0.05, 0.5, 0.1], [0.05, 0, 0.5, 1e-6], [0.4, 0.3, 0.5, 0.75])
-    by_hand = math.log(0.6 / 0.3) + math.log(0.3 / 0.7) + math.log(0.5 / 0.01) + math.log(0.75 / 0.99)
-    assert evidence.log_ratios(PROFILE, seen)[UNSEEDED] == pytest.approx(by_hand, abs=1e-6)
-    shifted = [max(q0, 0.5 * math.exp(-gap / 0.3)) for q0, gap in ((0.3, 0.05), (0.3, 0.05), (0.01, 0.5), (0.01, 0.1))]
-    terms = [shifted[0] / 0.3, (1 - shifted[1]) / 0.7, shifted[2] / 0.01, (1 - shifted[3]) / 0.99]
+    far, none = PROFILE.q_far, [0.7 - PROFILE.q_far, 0.99 - PROFILE.q_far]
+    by_hand = [
+        0.3 / 0.3,
+        (1 - 0.35 - 0.35) / none[0],
+        0.25 / 0.01,
+        (1 - 0.125 - 0.125) / none[1],
+    ]  # half near, half far
+    assert evidence.log_ratios(PROFILE, seen)[UNSEEDED] == pytest.approx(sum(map(math.log, by_hand)), abs=1e-6)
+    flips = [0.5 * math.exp(-gap / 0.3) for gap in (0.05, 0.05, 0.5, 0.1)]
+    share = math.exp(-PROFILE.far / 0.3)
+    near = [max(q0, p * (1 - share)) for q0, p in zip((0.3, 0.3, 0.01, 0.01), flips, strict=True)]
+    away = [p * share for p in flips]
+    terms = [near[0] / 0.3, (1 - near[1] - away[1]) / none[0], near[2] / 0.01, (1 - near[3] - away[3]) / none[1]]
     assert evidence.log_ratios(PROFILE, seen)[SHIFTED] == pytest.approx(sum(map(math.log, terms)), abs=1e-6)
     assert evidence.flips(seen) == 2
+    assert far == 1e-6
+
+
+def test_a_far_flip_weighs_however_sure_the_policy_was() -> None:
+    """One token in twenty replaced where the policy was certain of another: a near flip's evidence would be nil."""
+    sure = arrays([22.0] * 20, [22.0] + [0.0] * 19, [1.0] * 20)
+    assert evidence.mean_log_ratio(evidence.log_ratios(PROFILE, sure)) > math.log(100)
+    honest = arrays([22.0] * 20, [0.0] * 20, [1.0] * 20)
+    assert evidence.mean_log_ratio(evidence.log_ratios(PROFILE, honest)) < 0
+
+
+def test_far_begins_well_above_what_honest_machines_show() -> None:
+    def calibrated(margin: float) -> float:
+        return evidence.calibrate("p", [arrays([0.1, 5.0], [margin, 0.0], [0.5, 0.5])]).far
+
+    assert (calibrated(0.0), calibrated(0.2), calibrated(0.5)) == (1.0, 1.0, pytest.approx(2.0))
 
 
 def test_a_share_of_the_rollouts() -> None:
@@ -90,9 +115,9 @@ def test_a_factor_has_mean_one_at_q0_and_less_below() -> None:
 
 def test_one_submission_is_capped() -> None:
     ratios = np.array([0.0, 1e6, math.log(1000), -1e6])
-    assert evidence.e_values(ratios) == pytest.approx(np.array([1, 1000, 1000, 0]) / 2)
-    assert evidence.is_bad(math.log(1000))
-    assert not evidence.is_bad(6.9)
+    assert evidence.e_values(ratios, cap=1000) == pytest.approx(np.array([1, 1000, 1000, 0]) / 2)
+    assert evidence.is_bad(math.log(evidence.CAP))
+    assert not evidence.is_bad(math.log(evidence.CAP) - 0.01)
 
 
 def test_the_process_by_hand() -> None:
@@ -191,4 +216,4 @@ def test_honest_submissions_only_ever_speak_for_the_node(profile: Profile) -> No
 
 
 def test_every_alternative_has_words() -> None:
-    assert len({evidence.describe(index) for index in range(len(ALTERNATIVES))}) == len(ALTERNATIVES) == 14
+    assert len({evidence.describe(index) for index in range(len(ALTERNATIVES))}) == len(ALTERNATIVES) == 18

@@ -2,7 +2,15 @@
 
 import pytest
 
-from farflung.trust.policy import NodeRecord, TrustSettings, audit_probability, draw, probability_caught
+from farflung.trust.policy import (
+    NodeRecord,
+    TrustSettings,
+    affordable,
+    audit_probability,
+    draw,
+    is_brake,
+    probability_caught,
+)
 
 KEY, DIGEST = bytes(range(32)), bytes(32)
 SETTINGS = TrustSettings()
@@ -13,7 +21,7 @@ def trusted(clean: int) -> NodeRecord:
 
 
 def drawn(record: NodeRecord, lease: str = "l1", digest: bytes = DIGEST, size: int = 16, **changes) -> tuple[int, ...]:
-    return draw(KEY, lease, digest, size, record, TrustSettings(**changes))
+    return draw(KEY, lease, digest, size, audit_probability(record, TrustSettings(**changes)))
 
 
 @pytest.mark.parametrize("status", ["probation", "quarantined"])
@@ -32,7 +40,7 @@ def test_the_probability_falls_with_the_record_to_a_floor() -> None:
 
 def test_the_draw_is_a_pure_function_of_key_lease_and_digest() -> None:
     def at(lease: str = "l1", digest: bytes = DIGEST, key: bytes = KEY) -> tuple[int, ...]:
-        return draw(key, lease, digest, 64, trusted(10**6), TrustSettings(audit_floor=0.3))
+        return draw(key, lease, digest, 64, 0.3)
 
     assert at() == at()
     assert len({at(), at(lease="l2"), at(digest=bytes(31) + b"1"), at(key=bytes(32))}) == 4
@@ -46,7 +54,22 @@ def test_a_higher_probability_only_adds() -> None:
     few, many = (set(drawn(trusted(10**6), size=4096, audit_floor=p)) for p in (0.02, 0.2))
     assert few < many
     assert drawn(trusted(10**6), size=50, audit_floor=1.0) == tuple(range(50))
-    assert drawn(trusted(10**6), size=50, audit_floor=0.0, audit_scale=0.0) == ()
+    assert drawn(trusted(10**6), size=50, audit_floor=0.0, audit_scale=0.0, audit_least=0.0) == ()
+
+
+def test_the_budget_caps_the_probability_but_never_below_the_least() -> None:
+    assert affordable(0.01, audit_s=0.5, generate_s=1.0) == 0.02
+    assert affordable(0.01, audit_s=0.0, generate_s=1.0) == affordable(0.01, audit_s=1.0, generate_s=0.0) == 1
+    found = [audit_probability(trusted(10), SETTINGS, afford) for afford in (1.0, 0.05, 0.004, 0.0)]
+    assert found == [0.1, 0.05, 0.004, SETTINGS.audit_least]
+    assert audit_probability(NodeRecord(), SETTINGS, 0.0) == 1
+
+
+def test_the_brake_needs_several_nodes_and_a_share() -> None:
+    assert not is_brake(2, 10, 0.05, 3)
+    assert is_brake(3, 10, 0.05, 3)
+    assert not is_brake(3, 60, 0.05, 3)
+    assert is_brake(4, 60, 0.05, 3)
 
 
 def test_the_share_that_is_drawn() -> None:

@@ -37,7 +37,7 @@ def test_probation_ends_after_so_many_clean_rollouts() -> None:
 def test_one_bad_rollout_voids_and_returns_to_probation_but_never_ejects() -> None:
     record, outcome = fold(TRUSTED, good(2) + bad(1, 1e6) + good(1), SETTINGS)
     assert (record.status, record.clean_rollouts, record.bad_submissions) == ("probation", 0, 1)
-    assert (outcome.kind, outcome.threshold) == ("void", 1000)
+    assert (outcome.kind, outcome.threshold) == ("void", SETTINGS.cap)
     assert outcome.statistic > 1e299
 
 
@@ -46,7 +46,7 @@ def test_the_receipt_of_a_bad_submission() -> None:
     assert outcome.reason.startswith(
         "13 of the 40 audited tokens are not what the seeds give, 13 of them in b0: the likelihood ratio 10^"
     )
-    assert outcome.reason.endswith("is not below 1e+03, so the submission is void")
+    assert outcome.reason.endswith(f"is not below {SETTINGS.cap:.3g}, so the submission is void")
 
 
 def test_flagrant_cheating_ends_in_quarantine_at_the_third_submission() -> None:
@@ -64,6 +64,26 @@ def test_a_node_that_turns_late_costs_two_ln_k_more(honest: int, extra: int) -> 
         record, _ = fold(record, good(2), SETTINGS)
     assert cheating(record, extra - 1).status != "quarantined"
     assert cheating(record, extra).status == "quarantined"
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_honesty_on_probation_buys_nothing_later(size: int) -> None:
+    """Garbage while trusted, honest on probation in small submissions: the process of the trusted time keeps count."""
+    record, finds = NodeRecord(), 0
+    while record.status != "quarantined" and finds < 8:
+        if record.status == "trusted":
+            record, _ = fold(record, bad(1), SETTINGS, was_trusted=True)
+            finds += 1
+        else:
+            record, _ = fold(record, good(size), SETTINGS)
+    assert finds <= 4
+
+
+def test_probation_is_twice_as_long_after_each_bad_submission() -> None:
+    record, _ = fold(TRUSTED, bad(2), SETTINGS)
+    once, _ = fold(record, good(8), SETTINGS)
+    twice, _ = fold(once, good(8), SETTINGS)
+    assert (record.status, once.status, twice.status) == ("probation", "probation", "trusted")
 
 
 def test_a_second_opinion_ejects_or_releases() -> None:

@@ -8,6 +8,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
+from farflung.dashboard.veil import SHOWN_AS, Veil
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest
 from farflung.store import ledger
@@ -42,7 +43,7 @@ class RolloutPage:
     newer: str
 
 
-def rollouts(connection: Connection, run: str, wanted: Wanted, known: int) -> RolloutPage:
+def rollouts(connection: Connection, run: str, wanted: Wanted, known: int, veil: Veil) -> RolloutPage:
     """One page. `known` is about how many there are of the wanted status."""
     is_rare = bool(wanted.node) or 0 < known < RARE
     # An expression hides its column from the planner, which then walks the index that suits: newest leases first and
@@ -50,10 +51,11 @@ def rollouts(connection: Connection, run: str, wanted: Wanted, known: int) -> Ro
     opened = LEASES.c.opened_at + 0.0 if is_rare else LEASES.c.opened_at
     status = ROLLOUTS.c.status if is_rare else ROLLOUTS.c.status.concat("")
     is_back = bool(wanted.newer)
-    query = _columns().where(LEASES.c.run == run)
+    query = _columns(veil).where(LEASES.c.run == run)
     if wanted.status:
+        asked = ("held", SHOWN_AS) if veil.is_on and wanted.status in ("held", SHOWN_AS) else (wanted.status,)
         query = query.where(
-            ROLLOUTS.c.run.concat("") == run if not is_rare else ROLLOUTS.c.run == run, status == wanted.status
+            ROLLOUTS.c.run.concat("") == run if not is_rare else ROLLOUTS.c.run == run, status.in_(asked)
         )
     if wanted.node:
         query = query.where(ROLLOUTS.c.node == wanted.node)
@@ -78,11 +80,11 @@ def rollouts(connection: Connection, run: str, wanted: Wanted, known: int) -> Ro
     )
 
 
-def _columns() -> Any:
+def _columns(veil: Veil) -> Any:
     r = ROLLOUTS.c
     return (
         sa.select(
-            *(r.rollout, r.group, r.sample, r.lease, r.node, r.status, r.is_reissue, r.submission, r.position),
+            *(r.rollout, r.group, r.sample, r.lease, r.node, veil.status(), r.is_reissue, r.submission, r.position),
             *(r.tokens, r.reward, r.parts, r.answer, LEASES.c.step, LEASES.c.purpose, LEASES.c.opened_at),
             *(GROUPS.c.task, GROUPS.c.batch_step, TASKS.c.prompt, NODES.c.name),
         )
@@ -94,14 +96,15 @@ def _columns() -> Any:
     )
 
 
-def rollout(connection: Connection, id: str) -> Row[Any] | None:
+def rollout(connection: Connection, id: str, veil: Veil) -> Row[Any] | None:
     """One rollout with its prompt."""
-    return connection.execute(_columns().where(ROLLOUTS.c.rollout == id)).first()
+    return connection.execute(_columns(veil).where(ROLLOUTS.c.rollout == id)).first()
 
 
-def siblings(connection: Connection, which: sa.ColumnElement[bool], limit: int = 256) -> list[Any]:
+def siblings(connection: Connection, which: sa.ColumnElement[bool], veil: Veil, limit: int = 256) -> list[Any]:
     """Rollouts of one group, lease, audit or submission."""
-    return list(connection.execute(_columns().where(which).order_by(ROLLOUTS.c.group, ROLLOUTS.c.sample).limit(limit)))
+    query = _columns(veil).where(which).order_by(ROLLOUTS.c.group, ROLLOUTS.c.sample)
+    return list(connection.execute(query.limit(limit)))
 
 
 def _mark(row: Row[Any]) -> str:

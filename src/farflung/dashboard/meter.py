@@ -31,11 +31,12 @@ def cost_usd(lives: Iterable[Line], wall_s: float, config: Config) -> float:
 
 
 def overhead(lives: Iterable[Line]) -> float | None:
-    """CPU-seconds of replay over those of generation; None before the first."""
+    """CPU-seconds of replay, and of proof on workers, over those of generation; None before the first."""
     work: dict[str, float] = defaultdict(float)
     for line in lives:
         work[line["role"]] += line["work_cpu_s"]
-    return work["validator"] / work["worker"] if work["worker"] > 0 else None
+        work["proof"] += line["proof_cpu_s"]
+    return (work["validator"] + work["proof"]) / work["worker"] if work["worker"] > 0 else None
 
 
 class Meter:

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.config import Config
+from farflung.dashboard.veil import Veil
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS
 from farflung.trust.record import NodeRecord
@@ -121,10 +122,11 @@ class NodeLine:
         return (self.phase.split() or ["joined"])[0] if self.is_online else "silent"
 
 
-def lines(connection: Connection, config: Config, counts: Tally, latest: int, now: float) -> list[NodeLine]:
+def lines(connection: Connection, config: Config, counts: Tally, latest: int, now: float, veil: Veil) -> list[NodeLine]:
     """Every node, trusted roles first, then in the order of joining."""
     rows = connection.execute(sa.select(NODES).order_by(NODES.c.role, NODES.c.registered_at)).all()
-    audited = sa.select(AUDITS.c.node, sa.func.count()).where(AUDITS.c.status == "done").group_by(AUDITS.c.node)
+    done = sa.and_(AUDITS.c.status == "done", veil.audits())
+    audited = sa.select(AUDITS.c.node, sa.func.count()).where(done).group_by(AUDITS.c.node)
     held = sa.select(LEASES.c.node, LEASES.c.lease).where(LEASES.c.run == config.run.name, LEASES.c.status == "open")
     audits = {row[0]: row[1] for row in connection.execute(audited)}
     leases = {row[0]: row[1] for row in connection.execute(held)}
@@ -148,7 +150,7 @@ def lines(connection: Connection, config: Config, counts: Tally, latest: int, no
             accepted=counts.done.get(row.node, 0),
             rejected=counts.bad.get(row.node, 0),
             audits=audits.get(row.node, 0),
-            record=msgspec.msgpack.decode(row.record, type=NodeRecord),
+            record=veil.record(msgspec.msgpack.decode(row.record, type=NodeRecord)),
             limit=1 / config.trust.false_ejection_probability,
             credit=accounts.get(ledger.credit(row.node), 0),
             escrow=accounts.get(ledger.escrow(row.node), 0),

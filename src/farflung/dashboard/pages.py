@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
+from sqlalchemy import Connection
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -23,6 +24,7 @@ from farflung.dashboard.look import HERE, TEXT_SHOWN, clean, curves, environment
 from farflung.dashboard.meter import Meter
 from farflung.dashboard.nodes import DESCENDING, SORTS, ordered
 from farflung.dashboard.snapshot import Snapshot, take
+from farflung.dashboard.veil import veil_of
 from farflung.protocol.errors import NotFound, Unavailable
 from farflung.protocol.states import statuses
 from farflung.rollouts.archive import Archive
@@ -94,7 +96,10 @@ class Pages:
         s = await self.live.snapshot(NAMES_S)
         counts, run = s.counts.statuses, self.desk.config.run.name
         known = counts.get(wanted.status, 0)
-        found = await self.desk.database.read(lambda c: browse.rollouts(c, run, wanted, known))
+        veiled: Callable[[Connection], Any] = lambda c: browse.rollouts(  # noqa: E731
+            c, run, wanted, known, veil_of(c, self.desk.config)
+        )
+        found = await self.desk.database.read(veiled)
         texts = await self._texts(found.rows)
         verdicts = {v.node: v for v in reversed(s.verdicts)}
         return self._page(
@@ -105,7 +110,7 @@ class Pages:
     async def story(self, request: Request) -> Response:
         """What is known of one id."""
         subject = request.path_params["id"]
-        told = await self.desk.database.read(lambda c: stories.tell(c, self.desk.config.run.name, subject))
+        told = await self.desk.database.read(lambda c: stories.tell(c, self.desk.config, subject))
         texts = await self._texts(told.rollouts[:64])
         s = await self.live.snapshot(NAMES_S)
         return self._page("story.html", page="story", told=told, texts=texts, names=s.names, parts=browse.parts,

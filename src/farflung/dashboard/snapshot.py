@@ -1,7 +1,7 @@
 """Everything the home page shows, read in one go. Read only."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -11,6 +11,7 @@ from farflung.config import Config
 from farflung.dashboard import views
 from farflung.dashboard.meter import Meter
 from farflung.dashboard.nodes import NodeLine, Tally, lines, tally
+from farflung.dashboard.veil import veil_of
 from farflung.protocol.messages import EvalView, StepView, Verdict
 from farflung.store.ledger import ISSUED
 from farflung.store.tables import AUDITS, ENTRIES, GROUPS, RUNS, STEPS, TASKS
@@ -42,7 +43,12 @@ class Snapshot:
     counts: Tally
     groups: dict[str, int]
     groups_wanted: int
-    audits_waiting: int
+    audits_waiting: int | None
+    """None where that is hidden."""
+    brake: str
+    """Why verdicts and training are held, empty if they are not."""
+    catch: dict[int, float]
+    """P(caught within n submissions) of the cheat of `views.catch`."""
     accepted_per_hour: float
     leases_reissued: int
     cost_usd: float
@@ -109,11 +115,11 @@ class Snapshot:
 def take(connection: Connection, config: Config, meter: Meter, now: float) -> Snapshot:
     """Read the run as it stands."""
     run = config.run.name
-    row = connection.execute(sa.select(RUNS.c.status, RUNS.c.created_at).where(RUNS.c.run == run)).one()
+    row = connection.execute(sa.select(RUNS).where(RUNS.c.run == run)).one()
     committed = sa.select(sa.func.max(STEPS.c.step)).where(STEPS.c.run == run, STEPS.c.status == "committed")
     step = connection.execute(committed).scalar()
     latest = -1 if step is None else step
-    counts = tally(connection, run)
+    counts, veil = tally(connection, run), veil_of(connection, config)
     cost, overhead, wall_s = meter.look()
     waiting = sa.select(sa.func.count()).where(AUDITS.c.run == run, AUDITS.c.status.in_(("open", "claimed")))
     since = row.created_at if row.status == "finished" else max(row.created_at, now - RATE_S)
@@ -129,11 +135,13 @@ def take(connection: Connection, config: Config, meter: Meter, now: float) -> Sn
         wall_s=wall_s,
         steps=views.steps(connection, run),
         evals=_evals(connection, config),
-        nodes=lines(connection, config, counts, latest, now),
-        counts=counts,
+        nodes=lines(connection, config, counts, latest, now, veil),
+        counts=replace(counts, statuses=veil.counts(counts.statuses)),
         groups=_groups(connection, run),
         groups_wanted=config.learn.groups,
-        audits_waiting=connection.execute(waiting).scalar_one(),
+        audits_waiting=None if veil.is_on else connection.execute(waiting).scalar_one(),
+        brake=row.brake,
+        catch=views.catch(connection, config),
         accepted_per_hour=_accepted_since(connection, since) * 3600 / max(1.0, now - since),
         leases_reissued=views.reissued(connection, run),
         cost_usd=cost,
@@ -163,6 +171,8 @@ def _accepted_since(connection: Connection, since: float) -> int:
 def _waits(s: Snapshot) -> str:
     if s.status == "finished":
         return "The run is finished; nobody waits."
+    if s.brake:
+        return f"The brake is on: {s.brake}."
     trainers = s.of("trainer")
     if not trainers:
         return "No trainer is here: rollouts pile up until one comes back."

@@ -9,9 +9,12 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
+from farflung.config import Config
 from farflung.dashboard import browse, views
 from farflung.dashboard.nodes import describe
+from farflung.dashboard.veil import Veil, veil_of
 from farflung.protocol.errors import NotFound
+from farflung.protocol.messages import Event
 from farflung.store import ledger
 from farflung.store.tables import (
     AUDITS,
@@ -52,15 +55,16 @@ class Told:
     facts: list[Fact]
     related: list[Related] = field(default_factory=list[Related])
     rollouts: list[Row[Any]] = field(default_factory=list[Row[Any]])
-    events: list[Row[Any]] = field(default_factory=list[Row[Any]])
+    events: list[Event] = field(default_factory=list[Event])
 
 
-def tell(connection: Connection, run: str, subject: str) -> Told:
-    """The story of one id. Raises NotFound."""
+def tell(connection: Connection, config: Config, subject: str) -> Told:
+    """The story of one id, as far as it may be told. Raises NotFound."""
+    veil = veil_of(connection, config)
     query = sa.select(EVENTS).where(EVENTS.c.subject == subject).order_by(EVENTS.c.id.desc()).limit(EVENTS_SHOWN)
-    events = list(connection.execute(query))[::-1]
+    events = veil.events(connection, subject, list(connection.execute(query))[::-1])
     for noun, find in FINDERS.items():
-        found = find(connection, run, subject)
+        found = find(connection, config.run.name, subject, veil)
         if found is not None:
             facts, related, rollouts = found
             return Told(noun, subject, facts, related, rollouts, events)
@@ -76,8 +80,8 @@ def _row(connection: Connection, table: sa.Table, subject: str) -> Row[Any] | No
     return connection.execute(sa.select(table).where(next(iter(table.primary_key)) == subject)).first()
 
 
-def _rollout(connection: Connection, run: str, subject: str) -> Found | None:
-    row = browse.rollout(connection, subject)
+def _rollout(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
+    row = browse.rollout(connection, subject, veil)
     if row is None:
         return None
     facts = [("status", row.status), ("node", row.node), ("lease", row.lease), ("submission", row.submission)]
@@ -85,21 +89,21 @@ def _rollout(connection: Connection, run: str, subject: str) -> Found | None:
     facts += [("purpose", row.purpose), ("tokens", row.tokens), ("re-issued", "yes" if row.is_reissue else "no")]
     if row.batch_step is not None:
         facts.append(("trained in step", f"{run}-step-{row.batch_step}"))
-    audits = _audits(connection, AUDITS.c.submission == row.submission) if row.submission else []
+    audits = _audits(connection, AUDITS.c.submission == row.submission, veil) if row.submission else []
     drawn = [line for line in audits if subject in json.loads(line.rollouts)]
     return facts, [_audit_table("Audits that drew it", drawn)], [row]
 
 
-def _lease(connection: Connection, run: str, subject: str) -> Found | None:
+def _lease(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
     row = _row(connection, LEASES, subject)
     if row is None:
         return None
     facts = [("status", row.status), ("node", row.node), ("purpose", row.purpose), ("policy step", row.step)]
     facts += [("submission", row.submission), ("opened", Moment(row.opened_at)), ("expires", Moment(row.expires_at))]
-    return facts, [], browse.siblings(connection, ROLLOUTS.c.lease == subject)
+    return facts, [], browse.siblings(connection, ROLLOUTS.c.lease == subject, veil)
 
 
-def _group(connection: Connection, run: str, subject: str) -> Found | None:
+def _group(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
     row = _row(connection, GROUPS, subject)
     if row is None:
         return None
@@ -108,20 +112,20 @@ def _group(connection: Connection, run: str, subject: str) -> Found | None:
     facts.append(("has variance", {None: None, True: "yes", False: "no"}[row.is_informative]))
     if row.batch_step is not None:
         facts.append(("in the batch of", f"{run}-step-{row.batch_step}"))
-    return facts, [], browse.siblings(connection, ROLLOUTS.c.group == subject)
+    return facts, [], browse.siblings(connection, ROLLOUTS.c.group == subject, veil)
 
 
-def _audit(connection: Connection, run: str, subject: str) -> Found | None:
+def _audit(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
     row = _row(connection, AUDITS, subject)
-    if row is None:
+    if row is None or (veil.since is not None and row.step >= veil.since):
         return None
     facts = [("status", row.status), ("outcome", row.outcome), ("node", row.node), ("submission", row.submission)]
     facts += [("lease", row.lease), ("policy step", row.step), ("replayed by", row.claimed_by)]
     facts += [("tokens replayed", row.tokens), ("opened", Moment(row.opened_at))]
-    return facts, [], browse.siblings(connection, ROLLOUTS.c.rollout.in_(json.loads(row.rollouts)))
+    return facts, [], browse.siblings(connection, ROLLOUTS.c.rollout.in_(json.loads(row.rollouts)), veil)
 
 
-def _submission(connection: Connection, run: str, subject: str) -> Found | None:
+def _submission(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
     row = _row(connection, SUBMISSIONS, subject)
     if row is None:
         return None
@@ -131,22 +135,23 @@ def _submission(connection: Connection, run: str, subject: str) -> Found | None:
         ("tokens", row.tokens),
         ("generated in (its own word)", f"{row.generate_s:.2f} s"),
     ]
-    audits = _audit_table("Audits", _audits(connection, AUDITS.c.submission == subject))
-    return facts, [audits], browse.siblings(connection, ROLLOUTS.c.submission == subject)
+    audits = _audit_table("Audits", _audits(connection, AUDITS.c.submission == subject, veil))
+    return facts, [audits], browse.siblings(connection, ROLLOUTS.c.submission == subject, veil)
 
 
-def _task(connection: Connection, run: str, subject: str) -> Found | None:
+def _task(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
     row = _row(connection, TASKS, subject)
     if row is None:
         return None
     query = sa.select(GROUPS).where(GROUPS.c.task == subject).order_by(GROUPS.c.opened_at.desc()).limit(RELATED_SHOWN)
     rows = [(g.group, g.purpose, g.step, g.status, g.reward) for g in connection.execute(query)]
     facts = [("split", row.split), ("position", row.position), ("prompt", row.prompt)]
-    facts.append(("as the scorer gets it", row.payload.decode(errors="replace")))
+    if not veil.is_on:  # it holds the answer
+        facts.append(("as the scorer gets it", row.payload.decode(errors="replace")))
     return facts, [Related("Groups", ("group", "purpose", "policy step", "status", "mean reward"), rows)], []
 
 
-def _step(connection: Connection, run: str, subject: str) -> Found | None:
+def _step(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
     by_digest = sa.or_(STEPS.c.manifest_digest == subject, STEPS.c.weights_digest == subject)
     row = connection.execute(sa.select(STEPS).where(sa.or_(STEPS.c.id == subject, by_digest))).first()
     if row is None:
@@ -171,11 +176,11 @@ def _step(connection: Connection, run: str, subject: str) -> Found | None:
     return facts, [*related, Related("Metrics", ("name", "value"), metrics)], []
 
 
-def _node(connection: Connection, run: str, subject: str) -> Found | None:
+def _node(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
     row = _row(connection, NODES, subject)
     if row is None:
         return None
-    record = msgspec.msgpack.decode(row.record, type=NodeRecord)
+    record = veil.record(msgspec.msgpack.decode(row.record, type=NodeRecord))
     facts = [("name", row.name), ("role", row.role), ("standing", row.status if row.role == "worker" else "granted")]
     facts += [("hardware", describe(row.hardware)), ("engine", row.engine), ("profile", row.profile)]
     facts += [("phase", row.phase), ("loaded step", row.loaded_step if row.loaded_step >= 0 else None)]
@@ -183,20 +188,22 @@ def _node(connection: Connection, run: str, subject: str) -> Found | None:
     facts += [("last seen", Moment(row.seen_at)), ("serves shards at", row.url)]
     facts += [("credit", ledger.balance(connection, ledger.credit(subject)))]
     facts += [("escrow", ledger.balance(connection, ledger.escrow(subject)))]
-    facts += [("submissions", record.submissions), ("audited rollouts", record.audited_rollouts)]
-    facts += [("clean in a row", record.clean_rollouts), ("bad submissions", record.bad_submissions)]
-    facts += [("M", f"{record.statistic:.4g}"), ("most like", record.suspicion)]
+    facts += [("submissions", record.submissions)]
+    if not veil.is_on:
+        facts += [("audited rollouts", record.audited_rollouts), ("clean in a row", record.clean_rollouts)]
+        facts += [("bad submissions", record.bad_submissions), ("M", f"{record.statistic:.4g}")]
+        facts += [("most like", record.suspicion)]
     query = sa.select(LEASES).where(LEASES.c.node == subject).order_by(LEASES.c.opened_at.desc()).limit(20)
     leases = [
         (le.lease, le.purpose, le.step, le.status, Moment(le.opened_at), le.submission)
         for le in connection.execute(query)
     ]
     related = [Related("Latest leases", ("lease", "purpose", "policy step", "status", "opened", "submission"), leases)]
-    related.append(_audit_table("Latest audits", _audits(connection, AUDITS.c.node == subject)))
+    related.append(_audit_table("Latest audits", _audits(connection, AUDITS.c.node == subject, veil)))
     return facts, [_verdicts(connection, subject), *related], []
 
 
-def _run(connection: Connection, run: str, subject: str) -> Found | None:
+def _run(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
     row = _row(connection, RUNS, subject)
     if row is None:
         return None
@@ -209,7 +216,7 @@ def _run(connection: Connection, run: str, subject: str) -> Found | None:
 SHOWN = ("run", "model", "env", "generate", "learn", "lease", "trust", "eval")
 """Sections of the configuration that anybody may read; invites and database URLs are in the others."""
 
-FINDERS: dict[str, Callable[[Connection, str, str], Found | None]] = {
+FINDERS: dict[str, Callable[[Connection, str, str, Veil], Found | None]] = {
     "rollout": _rollout,
     "lease": _lease,
     "group": _group,
@@ -226,9 +233,9 @@ class Moment(float):
     """Unix seconds that are shown as a time."""
 
 
-def _audits(connection: Connection, which: Any) -> list[Any]:
+def _audits(connection: Connection, which: Any, veil: Veil) -> list[Any]:
     columns = (AUDITS.c.audit, AUDITS.c.status, AUDITS.c.outcome, AUDITS.c.step, AUDITS.c.rollouts, AUDITS.c.claimed_by)
-    query = sa.select(*columns, AUDITS.c.opened_at, AUDITS.c.submission).where(which)
+    query = sa.select(*columns, AUDITS.c.opened_at, AUDITS.c.submission).where(which, veil.audits())
     return list(connection.execute(query.order_by(AUDITS.c.opened_at.desc()).limit(20)))
 
 

@@ -7,10 +7,12 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from farflung.config import Config
 from farflung.dashboard.nodes import PAID, NodeLine, lines, tally
+from farflung.dashboard.veil import veil_of
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Signed, unseal
-from farflung.protocol.messages import EvalView, Event, NodeView, Relays, RelayView, Status, StepView, Story, Verdict
+from farflung.protocol.messages import EvalView, NodeView, Relays, RelayView, Status, StepView, Story, Verdict
 from farflung.store import db
 from farflung.store.book import Book
 from farflung.store.tables import (
@@ -25,6 +27,7 @@ from farflung.store.tables import (
     SUBMISSIONS,
     VERDICTS,
 )
+from farflung.trust.policy import probability_caught
 
 
 def manifest(connection: Connection, run: str, digest: str) -> Signed:
@@ -51,25 +54,23 @@ def logp_blob(connection: Connection, submission: str) -> str | None:
     return connection.execute(query).scalar()
 
 
-def story(connection: Connection, subject: str) -> Story:
-    """All events of one id. Raises NotFound."""
+def story(connection: Connection, config: Config, subject: str) -> Story:
+    """All events of one id that may be told. Raises NotFound."""
     rows = db.story(connection, subject)
     if not rows:
         raise NotFound(f"nothing is known of {subject[:64]!r}")
-    return Story(
-        subject=subject,
-        events=[
-            Event(at=r.at, noun=r.noun, subject=r.subject, before=r.before, after=r.after, detail=r.detail)
-            for r in rows
-        ],
-    )
+    events = veil_of(connection, config).events(connection, subject, rows)
+    if not events:
+        raise NotFound(f"what is known of {subject[:64]!r} is told once its step can no longer be trained on")
+    return Story(subject=subject, events=events)
 
 
 def status(connection: Connection, book: Book, now: float) -> Status:
     """The run at a glance."""
     config, latest = book.config, book.latest(connection)
     counts = tally(connection, book.run)
-    found = lines(connection, config, counts, latest.step, now)
+    veil = veil_of(connection, config)
+    found = lines(connection, config, counts, latest.step, now, veil)
     paid = [counts.scored.get(n.node, (0, 0)) for n in found if n.is_worker and n.status != "ejected"]
     return Status(
         run=book.run,
@@ -80,17 +81,19 @@ def status(connection: Connection, book: Book, now: float) -> Status:
         latest=latest,
         started_at=connection.execute(sa.select(RUNS.c.created_at).where(RUNS.c.run == book.run)).scalar_one(),
         now=now,
-        rollouts=dict(counts.statuses),
+        rollouts=veil.counts(counts.statuses),
         groups=_counts(connection, book, GROUPS),
         leases_open=_counts(connection, book, LEASES).get("open", 0),
         leases_reissued=reissued(connection, book.run),
-        audits=_counts(connection, book, AUDITS),
+        audits={} if veil.is_on else _counts(connection, book, AUDITS),
         accepted=sum(count for count, _ in paid),
         accepted_tokens=sum(tokens for _, tokens in paid),
         steps=steps(connection, book.run),
         evals=evals(connection, book.run),
         nodes=[_view(line) for line in found],
         verdicts=verdicts(connection, book.run),
+        brake=connection.execute(sa.select(RUNS.c.brake).where(RUNS.c.run == book.run)).scalar_one(),
+        catch={str(n): p for n, p in catch(connection, config).items()},
         warnings=warnings(connection),
     )
 
@@ -199,9 +202,31 @@ def verdicts(connection: Connection, run: str, *, latest: int = 0) -> list[Verdi
 
 def warnings(connection: Connection, most: int = 20) -> list[str]:
     """What a person should look at, the latest last."""
-    said = sa.and_(EVENTS.c.noun == "node", EVENTS.c.before == EVENTS.c.after, EVENTS.c.detail.like('{"warning"%'))
+    about = EVENTS.c.noun.in_(("node", "run"))
+    said = sa.and_(about, EVENTS.c.before == EVENTS.c.after, EVENTS.c.detail.like('%"warning"%'))
     rows = connection.execute(sa.select(EVENTS.c.detail).where(said).order_by(EVENTS.c.id.desc()).limit(most)).scalars()
     return [json.loads(detail)["warning"] for detail in reversed(list(rows))]
+
+
+LOOK_AHEAD = (10, 60, 200)
+CHEATED, POWER = 0.1, 0.9
+"""The cheat that the odds are told for: it takes a tenth of its rollouts from other noise, and nine in ten of the
+audits that hit one void it."""
+
+
+def catch(connection: Connection, config: Config) -> dict[int, float]:
+    """P(a trusted node that cheats on a tenth of its rollouts is found within n submissions), at the rate of the last
+    submissions of trusted nodes; by audits alone, the tripwire left out.
+    """
+    recent = (
+        sa.select(SUBMISSIONS.c.audit_probability)
+        .where(SUBMISSIONS.c.run == config.run.name, SUBMISSIONS.c.audit_probability < 1)
+        .order_by(SUBMISSIONS.c.received_at.desc())
+        .limit(50)
+    )
+    rates = list(connection.execute(recent).scalars())
+    rate = min(rates, default=config.trust.audit_floor)
+    return {n: probability_caught(n, CHEATED, rate, config.lease.rollouts, POWER) for n in LOOK_AHEAD}
 
 
 def open_verdict(document: bytes) -> Verdict:

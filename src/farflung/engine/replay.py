@@ -1,9 +1,13 @@
-"""Replays somebody's completions: one right-padded prefill, then the seeded pick at every position.
+"""Replays somebody's completions: one prefill, then the seeded pick at every position.
 
-Legend: B rows, T positions, N completion tokens of all rows, V vocabulary.
+Completions of one prompt, as a group's are, stand behind it in one row: the prompt is computed once, and an attention
+mask keeps them from seeing each other. Rows are padded on the right, where nothing can be seen from the left.
+
+Legend: B rows, T positions, K kept positions of all rows, N completion tokens of all items, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,19 +21,32 @@ Item = tuple[Request, Sequence[int]]
 _LOGITS_AT_ONCE = 1 << 26
 """Logits of one prefill (128 MiB in bf16); scored in float32 in slices of `_SCORES_AT_ONCE`."""
 _SCORES_AT_ONCE = 1 << 20
+_ROW_TOKENS = 512
+"""Most tokens of a row that several completions share; attention to what is masked grows with its square."""
+_WORTH_SHARING = 0.5
+"""A prompt shorter than this share of the completion is computed anew for each: masked attention would cost more."""
+
+
+class _Row(NamedTuple):
+    """A prompt and the indices of the items whose completions follow it."""
+
+    prompt_ids: tuple[int, ...]
+    members: tuple[int, ...]
+    width: int
+    """Tokens that are fed: the last one of a completion predicts nothing."""
+    scored: int
 
 
 def replay(model: PreTrainedModel, items: Sequence[Item], tokens_per_chunk: int) -> list[Replay]:
-    """Gap and margin at each completion token of each item, in order. Rows are chunked by length, padding included.
-
-    No attention mask is needed: what lies right of a position cannot reach it. Raises ValueError for ids that the
-    model does not have.
+    """Gap, margin and pick at each completion token of each item, in order. Raises ValueError for ids that the model
+    does not have.
     """
     vocab = model.config.get_text_config().vocab_size
     _refuse_strangers(items, vocab)
     found = [Replay(*np.zeros((3, 0), np.float32)) for _ in items]
-    for chunk in _chunks(items, tokens_per_chunk, _LOGITS_AT_ONCE // vocab):
-        for index, part in zip(chunk, _replay_chunk(model, [items[index] for index in chunk]), strict=True):
+    for chunk in _chunks(_rows(items), tokens_per_chunk, _LOGITS_AT_ONCE // vocab):
+        members = [index for row in chunk for index in row.members]
+        for index, part in zip(members, _replay_chunk(model, chunk, items), strict=True):
             found[index] = part
     return found
 
@@ -41,43 +58,99 @@ def _refuse_strangers(items: Sequence[Item], vocab: int) -> None:
             raise ValueError(f"item {index} has no prompt or token ids outside 0..{vocab - 1}: {strangers[:3]}")
 
 
-def _chunks(items: Sequence[Item], most_tokens: int, most_scored: int) -> Iterator[list[int]]:
-    """Indices of items, longest first, so that a chunk is as wide as its first row."""
+def _rows(items: Sequence[Item]) -> list[_Row]:
+    """Items that are not empty, those of one prompt together as far as `_ROW_TOKENS` go; the widest rows first."""
+    rows: dict[tuple[int, ...], list[_Row]] = {}
+    for index, (request, ids) in enumerate(items):
+        if ids:
+            of_prompt = rows.setdefault(request.prompt_ids, [])
+            is_worth = len(request.prompt_ids) >= _WORTH_SHARING * len(ids)
+            if is_worth and of_prompt and of_prompt[-1].width + len(ids) - 1 <= _ROW_TOKENS:
+                last = of_prompt[-1]
+                of_prompt[-1] = _Row(
+                    last.prompt_ids, (*last.members, index), last.width + len(ids) - 1, last.scored + len(ids)
+                )
+            else:
+                of_prompt.append(_Row(request.prompt_ids, (index,), len(request.prompt_ids) + len(ids) - 1, len(ids)))
+    return sorted((row for several in rows.values() for row in several), key=lambda row: -row.width)
 
-    def width(index: int) -> int:
-        return len(items[index][0].prompt_ids) + len(items[index][1])
 
-    chunk: list[int] = []
-    scored = 0
-    for index in sorted((i for i, (_, ids) in enumerate(items) if len(ids)), key=width, reverse=True):
-        size = len(items[index][1])
-        if chunk and (width(chunk[0]) * (len(chunk) + 1) > most_tokens or scored + size > most_scored):
-            yield chunk
-            chunk, scored = [], 0
-        chunk.append(index)
-        scored += size
+def _chunks(rows: Sequence[_Row], most_tokens: int, most_scored: int) -> Iterator[list[_Row]]:
+    """Rows that go through the model at once; a chunk is as wide as its first row, padding included."""
+    chunk: list[_Row] = []
+    for row in rows:
+        is_full = chunk and chunk[0].width * (len(chunk) + 1) > most_tokens
+        if is_full or sum(one.scored for one in chunk) + row.scored > most_scored:
+            if chunk:
+                yield chunk
+            chunk = []
+        chunk.append(row)
     if chunk:
         yield chunk
 
 
-def _replay_chunk(model: PreTrainedModel, items: Sequence[Item]) -> list[Replay]:
-    logits_NV = _completion_logits(model, items)
-    sizes = [len(ids) for _, ids in items]
-    seen_3N = _compare(logits_NV, items, sizes)
+def _replay_chunk(model: PreTrainedModel, rows: Sequence[_Row], items: Sequence[Item]) -> list[Replay]:
+    chosen = [items[index] for row in rows for index in row.members]
+    sizes = [len(ids) for _, ids in chosen]
+    seen_3N = _compare(_completion_logits(model, rows, items), chosen, sizes)
     return [Replay(*part_3R) for part_3R in np.split(seen_3N, np.cumsum(sizes)[:-1], axis=1)]
 
 
-def _completion_logits(model: PreTrainedModel, items: Sequence[Item]) -> torch.Tensor:
-    """Logits (N, V) of every completion token, row after row; the output head never sees the prompts."""
-    width = max(len(request.prompt_ids) + len(ids) for request, ids in items) - 1
-    ids_BT = torch.zeros(len(items), width, dtype=torch.long)
-    is_kept_BT = torch.zeros(len(items), width, dtype=torch.bool)
-    for row, (request, ids) in enumerate(items):
-        fed = (*request.prompt_ids, *ids)[:-1]
-        ids_BT[row, : len(fed)] = torch.tensor(fed)
-        is_kept_BT[row, len(fed) - len(ids) : len(fed)] = True
-    out = model(ids_BT.to(model.device), use_cache=False, logits_to_keep=is_kept_BT.to(model.device))
-    return out.logits.view(-1, out.logits.shape[-1])
+def _completion_logits(model: PreTrainedModel, rows: Sequence[_Row], items: Sequence[Item]) -> torch.Tensor:
+    """Logits (N, V) that predict every completion token, item after item; the output head never sees the prompts."""
+    width = rows[0].width
+    ids_BT, place_BT = torch.zeros(2, len(rows), width, dtype=torch.long)
+    owner_BT = torch.full((len(rows), width), -1)  # which completion a position belongs to; -1 for prompt and padding
+    is_kept_BT = torch.zeros(len(rows), width, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        _lay(row, items, ids_BT[b], place_BT[b], owner_BT[b])
+        is_kept_BT[b, len(row.prompt_ids) - 1 : row.width] = True
+    is_shared = any(len(row.members) > 1 for row in rows)
+    out = model(
+        ids_BT.to(model.device),
+        attention_mask=_mask(owner_BT, [len(row.prompt_ids) for row in rows]).to(model.device) if is_shared else None,
+        position_ids=place_BT.to(model.device) if is_shared else None,
+        use_cache=False,
+        logits_to_keep=is_kept_BT.to(model.device),
+    )
+    logits_KV = out.logits.view(-1, out.logits.shape[-1])
+    return logits_KV[torch.tensor(_predictors(rows, items), device=model.device)] if is_shared else logits_KV
+
+
+def _lay(row: _Row, items: Sequence[Item], ids_T: torch.Tensor, place_T: torch.Tensor, owner_T: torch.Tensor) -> None:
+    """Write a row: its prompt, then each completion but for its last token, numbered as if it stood there alone."""
+    start = len(row.prompt_ids)
+    ids_T[:start], place_T[:start] = torch.tensor(row.prompt_ids), torch.arange(start)
+    at = start
+    for index in row.members:
+        fed = list(items[index][1][:-1])
+        part = slice(at, at + len(fed))
+        ids_T[part] = torch.tensor(fed, dtype=torch.long)
+        place_T[part] = torch.arange(start, start + len(fed))
+        owner_T[part] = index
+        at = part.stop
+
+
+def _mask(owner_BT: torch.Tensor, prompts: Sequence[int]) -> torch.Tensor:
+    """Who sees whom, (B, 1, T, T): the prompt, and of one's own completion what came before; padding sees itself."""
+    column_T = torch.arange(owner_BT.shape[1])
+    is_prompt_BT = column_T < torch.tensor(prompts)[:, None]
+    is_own_BTT = owner_BT[:, :, None] == owner_BT[:, None, :]
+    return ((is_prompt_BT[:, None, :] | is_own_BTT) & (column_T <= column_T[:, None]))[:, None]
+
+
+def _predictors(rows: Sequence[_Row], items: Sequence[Item]) -> list[int]:
+    """Which of the kept positions predicts each completion token; the prompt's last predicts every first one."""
+    found: list[int] = []
+    base = 0
+    for row in rows:
+        at = base
+        for index in row.members:
+            size = len(items[index][1])
+            found += [base, *range(at + 1, at + size)]
+            at += size - 1
+        base = at + 1
+    return found
 
 
 def _compare(logits_NV: torch.Tensor, items: Sequence[Item], sizes: Sequence[int]) -> np.ndarray:

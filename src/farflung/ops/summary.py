@@ -158,9 +158,10 @@ def _work(connection: Connection, run: str, lines: list[Line], config: Config) -
     for line in last_per_process(lines).values():
         cpu[line["role"]] += line["cpu_s"]
         work[line["role"]] += line["work_cpu_s"]
+        work["proof"] += line["proof_cpu_s"]
     return {
         "cpu_s_by_role": {role: round(seconds, 2) for role, seconds in sorted(cpu.items())},
-        "verification_overhead": _ratio(work["validator"], work["worker"]),
+        "verification_overhead": _ratio(work["validator"] + work["proof"], work["worker"]),
         "verification_overhead_steady": _steady(connection, run, lines),
     }
 
@@ -185,7 +186,8 @@ def _steady(connection: Connection, run: str, lines: list[Line]) -> float | None
     gained: dict[str, float] = defaultdict(float)
     for key, line in after.items():
         gained[line["role"]] += line["work_cpu_s"] - (before[key]["work_cpu_s"] if key in before else 0.0)
-    return _ratio(gained["validator"], gained["worker"])
+        gained["proof"] += line["proof_cpu_s"] - (before[key]["proof_cpu_s"] if key in before else 0.0)
+    return _ratio(gained["validator"] + gained["proof"], gained["worker"])
 
 
 def _submitters(run: str) -> Any:

@@ -31,7 +31,8 @@ def run_in(folder: Path) -> Config:
     run = config.run.model_copy(update={"dir": place.parent})
     if place.name != config.run.name:
         raise ConfigError(f"{folder} holds the run {config.run.name!r}; call its folder by that name")
-    return config.model_copy(update={"run": run})
+    coordinator = config.coordinator.model_copy(update={"veil": False})  # whoever has the folder may see all of it
+    return config.model_copy(update={"run": run, "coordinator": coordinator})
 
 
 def desk_of(config: Config) -> pages.Desk:

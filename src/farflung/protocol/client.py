@@ -12,7 +12,7 @@ import httpx2
 import msgspec
 
 from farflung.protocol import wire
-from farflung.protocol.errors import Busy, Malformed, Refusal, TooLarge, Unavailable, Unreachable, by_code
+from farflung.protocol.errors import Busy, ConfigError, Malformed, Refusal, TooLarge, Unavailable, Unreachable, by_code
 from farflung.protocol.identity import Key, sign_request
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,10 @@ class Client:
     ) -> None:
         self.url, self.key, self.tag, self.patience_s, self.clock = url.rstrip("/"), key, tag, patience_s, clock
         timeout = httpx2.Timeout(60.0, connect=5.0)
-        self._http = httpx2.AsyncClient(base_url=self.url, transport=transport, timeout=timeout, trust_env=False)
+        try:
+            self._http = httpx2.AsyncClient(base_url=self.url, transport=transport, timeout=timeout, trust_env=False)
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise ConfigError(f"{self.url[:200]!r} is no address: {error}") from error
 
     async def close(self) -> None:
         """Hang up."""

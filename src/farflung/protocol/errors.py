@@ -20,6 +20,8 @@
         ├── TooLarge           413
         ├── OutOfRange         416
         ├── Rejected           422   a submission that fails sanity
+        │   ├── WrongWeights
+        │   └── FailedCanary
         ├── TooOld             426
         ├── Busy               429
         └── Unavailable        503
@@ -161,6 +163,12 @@ class WrongWeights(Rejected):
     """The engine holds other weights than those of the lease; load them anew and go on."""
 
     code = "wrong-weights"
+
+
+class FailedCanary(Rejected):
+    """This validator has not passed the step's canaries, so its evidence does not count; load the weights anew."""
+
+    code = "failed-canary"
 
 
 class TooOld(Refusal):

@@ -16,6 +16,7 @@ VERSION = 1
 
 MAX_TOKENS = 131_072
 MAX_SAMPLES = 4_096
+TRANSCRIPT_CHARS = 8 * MAX_TOKENS
 
 Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}(?!\n)$")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
@@ -33,7 +34,10 @@ Seed = Annotated[int, Meta(ge=0)]
 """Unsigned 64-bit; more than SQL or JavaScript numbers hold."""
 Purpose = Literal["train", "eval", "data"]
 Role = Literal["worker", "relay", "trainer", "validator", "scorer"]
-Url = Annotated[str, Meta(max_length=200, pattern=r"^(https?://[\w.:\[\]-]+)?(?!\n)$")]
+Url = Annotated[
+    str,
+    Meta(max_length=200, pattern=r"^(https?://([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?)?(?!\n)$"),
+]
 """Scheme, host and port, no path; empty for none."""
 
 
@@ -275,6 +279,8 @@ class Receipt(Message, frozen=True):
 
     run: Id
     node: Id
+    before: MaybeDigest
+    """SHA-256 of the payload of this node's receipt before: a chain in which none can be dropped quietly."""
     lease: Id
     submission: Digest
     rollouts: Count
@@ -290,6 +296,13 @@ class Heartbeat(Message, frozen=True):
     cpu_s: Seconds = 0.0
     work_cpu_s: Seconds = 0.0
     """CPU-seconds of the role's own work: generation (worker), replay and its weight loading (validator)."""
+    work_tokens: Count = 0
+    """Tokens that these made or replayed."""
+    made_cpu_s: Seconds = 0.0
+    """CPU-seconds that a validator generated for, when it evaluated."""
+    made_tokens: Count = 0
+    proof_cpu_s: Seconds = 0.0
+    """CPU-seconds that a worker spent on proof beyond generation."""
     sync_pause_s: Seconds = 0.0
     started_at: Seconds = 0.0
 
@@ -319,6 +332,7 @@ class ScoreJob(Message, frozen=True):
     task: Annotated[bytes, Meta(max_length=1 << 20)]
     """The task as JSON."""
     transcript: Annotated[str, Meta(max_length=8 * MAX_TOKENS)]
+    """Cut off there: tokens may be long."""
 
 
 class ScoreJobs(Message, frozen=True):
@@ -372,7 +386,15 @@ class AuditJob(Message, frozen=True):
     budget: int
     nonce: Digest
     probe: Digest
+    profile: Annotated[bytes, Meta(max_length=1 << 16)]
+    """The node's numerics profile as JSON."""
+    cap: float
+    """Likelihood ratio at which the evidence is decisive, so that the rest need not be replayed; 0 to replay all."""
     rollouts: Annotated[list[AuditRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
+    is_suspect: bool = False
+    """Whether this is the second opinion on a would-be ejection, and other explanations are to be tried."""
+    manifest_before: MaybeDigest = ""
+    """Of the step before, one of these explanations."""
 
 
 class AuditJobs(Message, frozen=True):
@@ -392,6 +414,13 @@ class RolloutEvidence(Message, frozen=True):
     """The policy's own probability of the seeded pick."""
 
 
+class Explanation(Message, frozen=True):
+    """The same rollouts, replayed as if a suspect had computed in another way."""
+
+    name: Name
+    rollouts: Annotated[list[RolloutEvidence], Meta(min_length=1, max_length=MAX_SAMPLES)]
+
+
 class Evidence(Message, frozen=True):
     """A validator's findings on one audit, sealed by its key. It judges nothing."""
 
@@ -400,8 +429,11 @@ class Evidence(Message, frozen=True):
     manifest: Digest
     profile: Name
     rollouts: Annotated[list[RolloutEvidence], Meta(min_length=1, max_length=MAX_SAMPLES)]
+    """The drawn rollouts in their order; only the first ones where these are decisive."""
     possession: MaybeDigest = ""
     """As in a submission, for the audit's nonce and probe."""
+    explanations: Annotated[list[Explanation], Meta(max_length=8)] = []
+    """Of a would-be ejection."""
 
 
 class Verdict(Message, frozen=True):
@@ -415,6 +447,8 @@ class Verdict(Message, frozen=True):
     threshold: float
     reason: Line
     decided_at: Seconds
+    diagnosis: Line = ""
+    """The explanation that fits best by far, such as the weights of the step before."""
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -443,6 +477,14 @@ class BatchGroup(Message, frozen=True):
     rollouts: Annotated[list[BatchRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
 
 
+class Canary(Message, frozen=True):
+    """A rollout that the trainer makes itself, so that validators can be tried on it."""
+
+    prompt_ids: Ids
+    seed: Seed
+    budget: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+
+
 class Batch(Message, frozen=True):
     """What a step consumes. Asked again, the same."""
 
@@ -456,6 +498,12 @@ class Batch(Message, frozen=True):
     """Key that chooses the slices of the new weights that the commit shows."""
     temperature: float
     groups: Annotated[list[BatchGroup], Meta(max_length=100_000)]
+    spare: Annotated[list[BatchGroup], Meta(max_length=100_000)] = []
+    """Some of the groups that were dropped for want of variance, for the tripwire alone: they were paid for."""
+    canaries: Annotated[list[Canary], Meta(max_length=64)] = []
+    """To be generated with the new weights and handed in with the commit."""
+    restores: Annotated[int, Meta(ge=-1, le=10**9)] = -1
+    """The earlier step whose weights and optimizer this one takes up again, without a batch; -1 for none."""
     committed: str = ""
     """Weights digest this step was committed with, if it was."""
 
@@ -493,6 +541,17 @@ class Commit(Message, frozen=True):
     """The bytes of the slices that the batch's probe chooses, in the published type."""
     probe_before: Probe = b""
     """The same slices of the step before, so that a node that still holds it can be told so."""
+    canaries: Annotated[list[Ids], Meta(max_length=64)] = []
+    """What the new weights say to the batch's canaries."""
+    restores: Annotated[int, Meta(ge=-1, le=10**9)] = -1
+    """As in the batch; a batch that was rolled back meanwhile cannot be committed."""
+
+
+class Rollback(Message, frozen=True):
+    """The operator takes up an earlier step again, and does without the work of some nodes."""
+
+    to_step: Step
+    without: Annotated[list[Id], Meta(max_length=1000)] = []
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------
@@ -561,6 +620,10 @@ class Status(Message, frozen=True):
     evals: list[EvalView]
     nodes: list[NodeView]
     verdicts: list[Verdict]
+    brake: str
+    """Why verdicts and training are held, empty if they are not."""
+    catch: dict[str, float]
+    """P(a trusted node that cheats on 10 % of its rollouts is found within n submissions), by n, at the floor."""
     warnings: list[str]
     """What a person should look at, the latest last: nodes and validators with other weights than they were told."""
 

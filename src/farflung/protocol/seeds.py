@@ -4,6 +4,7 @@
                                ├─▶ task key ─▶ task order    (which tasks the step opens)
                                ├─▶ audit key ─▶ audit draws  (which rollouts are replayed)
                                ├─▶ probe key ─▶ probe        (which slices of the weights an engine is asked for)
+                               ├─▶ canary key ─▶ canaries    (what validators are tried on)
                                └─▶ commitment                (published with the step's manifest)
 
 Everything hangs from the step secret, so its reveal, once the step can no longer be trained on, lets anyone check the
@@ -73,6 +74,11 @@ def task_key(step_secret: bytes) -> bytes:
 def probe_key(step_secret: bytes) -> bytes:
     """The key that chooses which slices of the step's weights an engine is asked for."""
     return derive(step_secret, "probe key")
+
+
+def canary_key(step_secret: bytes) -> bytes:
+    """The key of the step's canaries: their tasks, seeds and names."""
+    return derive(step_secret, "canary key")
 
 
 def audit_key(step_secret: bytes) -> bytes:

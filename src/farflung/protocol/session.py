@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 import psutil
@@ -77,17 +78,22 @@ class Figures:
     phase: str = "starting"
     loaded_step: int = -1
     work_cpu_s: float = 0.0
+    work_tokens: int = 0
+    made_cpu_s: float = 0.0
+    made_tokens: int = 0
+    proof_cpu_s: float = 0.0
     sync_pause_s: float = 0.0
     started_at: float = field(default_factory=time.time)
 
     @contextlib.contextmanager
-    def working(self):
-        """Count the CPU-seconds of this thread inside the block as work."""
+    def working(self, kind: Literal["work", "made", "proof"] = "work"):
+        """Count the CPU-seconds of this thread inside the block as work, or as generation or proof beside it."""
         before = time.thread_time()
         try:
             yield
         finally:
-            self.work_cpu_s += time.thread_time() - before
+            name = f"{kind}_cpu_s"
+            setattr(self, name, getattr(self, name) + time.thread_time() - before)
 
 
 class Session:
@@ -167,6 +173,10 @@ class Session:
             loaded_step=figures.loaded_step,
             cpu_s=cpu_s(),
             work_cpu_s=figures.work_cpu_s,
+            work_tokens=figures.work_tokens,
+            made_cpu_s=figures.made_cpu_s,
+            made_tokens=figures.made_tokens,
+            proof_cpu_s=figures.proof_cpu_s,
             sync_pause_s=figures.sync_pause_s,
             started_at=figures.started_at,
         )

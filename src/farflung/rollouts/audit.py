@@ -1,5 +1,6 @@
 """Coordinator: open audits, hand them out to validators, take claims back that lapse."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,15 @@ from sqlalchemy import Connection, Row
 from farflung.protocol import seeds
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import AuditJob, AuditRollout, Lease, SubmissionBody
-from farflung.rollouts.possession import audit_nonce
 from farflung.store.book import Book, new_id
 from farflung.store.db import move, record
-from farflung.store.tables import AUDITS, GROUPS, LEASES, ROLLOUTS, TASKS
+from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
+from farflung.trust.evidence import Profile, Profiles, to_json
+
+
+def audit_nonce(audit: str) -> str:
+    """The nonce of a validator's own show of possession, one per audit."""
+    return hashlib.sha256(audit.encode()).hexdigest()
 
 
 def open_audit(
@@ -49,7 +55,7 @@ def claim_audits(connection: Connection, book: Book, validator: str, limit: int,
     """
     _release(connection, book, now, AUDITS.c.claimed_until < now, why="the validator's claim lapsed")
     _release(connection, book, now, AUDITS.c.claimed_by == validator, why="the validator asks again")
-    is_open = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "open")
+    is_open = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "open", _may_answer(book, validator, now))
     since = sa.case((AUDITS.c.claimed_until > AUDITS.c.opened_at, AUDITS.c.claimed_until), else_=AUDITS.c.opened_at)
     first = sa.select(AUDITS.c.step).where(is_open).order_by(since, AUDITS.c.step).limit(1)
     rows = connection.execute(
@@ -69,6 +75,23 @@ def claim_audits(connection: Connection, book: Book, validator: str, limit: int,
     return rows
 
 
+def _may_answer(book: Book, validator: str, now: float) -> Any:
+    """Second opinions are for another validator than the first, where there is one."""
+    first = AUDITS.alias()
+    is_own = (
+        sa.select(first.c.audit)
+        .where(first.c.submission == AUDITS.c.submission, first.c.kind != "confirm", first.c.claimed_by == validator)
+        .exists()
+    )
+    others = sa.and_(
+        NODES.c.role == "validator",
+        NODES.c.node != validator,
+        NODES.c.seen_at > now - book.config.lease.lost_s,
+        NODES.c.phase != "gone",
+    )
+    return ~sa.and_(AUDITS.c.kind == "confirm", is_own, sa.select(NODES.c.node).where(others).exists())
+
+
 def _release(connection: Connection, book: Book, now: float, which: Any, why: str) -> None:
     query = sa.select(AUDITS.c.audit).where(AUDITS.c.run == book.run, AUDITS.c.status == "claimed", which)
     move(connection, "audit", list(connection.execute(query).scalars()), "claimed", "open", now, why=why)
@@ -82,7 +105,7 @@ def renew(connection: Connection, book: Book, node: str, now: float) -> None:
         connection.execute(table.update().where(mine, table.c.claimed_until > 0).values(claimed_until=until))
 
 
-def job(connection: Connection, book: Book, audit: Row[Any], body: SubmissionBody) -> AuditJob:
+def job(connection: Connection, book: Book, profiles: Profiles, audit: Row[Any], body: SubmissionBody) -> AuditJob:
     """One audit as a validator gets it: prompt, seed and budget are the coordinator's, only tokens the node's."""
     tokens = {rollout.rollout: rollout.ids for rollout in body.rollouts}
     drawn = msgspec.json.decode(audit.rollouts, type=list[str])
@@ -104,6 +127,10 @@ def job(connection: Connection, book: Book, audit: Row[Any], body: SubmissionBod
         budget=lease.budget,
         nonce=audit_nonce(audit.audit),
         probe=seeds.probe_key(secret).hex(),
+        profile=to_json(profile_of(connection, profiles, audit.submission)),
+        cap=0.0 if audit.kind == "confirm" else book.config.trust.cap,
+        is_suspect=audit.kind == "confirm",
+        manifest_before=_manifest_before(connection, book, audit.step) if audit.kind == "confirm" else "",
         rollouts=[
             AuditRollout(
                 rollout=row.rollout,
@@ -114,3 +141,14 @@ def job(connection: Connection, book: Book, audit: Row[Any], body: SubmissionBod
             for row in rows
         ],
     )
+
+
+def profile_of(connection: Connection, profiles: Profiles, submission: str) -> Profile:
+    """The numerics profile that a submission is judged by: the one its node had when it was handed in."""
+    query = sa.select(SUBMISSIONS.c.profile).where(SUBMISSIONS.c.submission == submission)
+    return profiles.of(connection.execute(query).scalar_one())
+
+
+def _manifest_before(connection: Connection, book: Book, step: int) -> str:
+    query = sa.select(STEPS.c.manifest_digest).where(STEPS.c.run == book.run, STEPS.c.step == step - 1)
+    return connection.execute(query).scalar() or ""

@@ -46,7 +46,8 @@ async def trip(session: Session, step: int, submissions: Sequence[str]) -> None:
 
 async def unaudited(session: Session, batch: Batch) -> list[Suspect]:
     """Every rollout of a batch that no audit has replayed in full, as the tripwire needs it."""
-    fresh = [(group, rollout) for group in batch.groups for rollout in group.rollouts if not rollout.is_audited]
+    groups = [*batch.groups, *batch.spare]
+    fresh = [(group, rollout) for group in groups for rollout in group.rollouts if not rollout.is_audited]
     tokens, _ = await _bodies(session, {rollout.submission for _, rollout in fresh})
     return [
         Suspect(

@@ -14,12 +14,16 @@ from sqlalchemy import Connection, Row
 from farflung.protocol import seeds
 from farflung.protocol.errors import Conflict, StepTaken
 from farflung.protocol.messages import Batch, BatchGroup, BatchRollout, Commit, Manifest
+from farflung.rollouts import brake, canary
 from farflung.rollouts.consequences import hold
 from farflung.rollouts.credit import audits_waiting, drop_groups
 from farflung.store import ledger
 from farflung.store.book import Book
 from farflung.store.db import move, record
-from farflung.store.tables import AUDITS, ENTRIES, GROUPS, NODES, ROLLOUTS, STEPS, TASKS
+from farflung.store.tables import AUDITS, ENTRIES, GROUPS, NODES, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
+
+SPARE_OF_256 = 64
+"""How many of 256 groups without variance the tripwire looks at."""
 
 
 def claim_step(connection: Connection, book: Book, step: int, now: float) -> Batch | str:
@@ -31,7 +35,7 @@ def claim_step(connection: Connection, book: Book, step: int, now: float) -> Bat
             raise Conflict(f"step {step} cannot be claimed: the latest is {latest}, claim {latest + 1}")
         if step > book.config.run.steps:
             return f"the run ends with step {book.config.run.steps}"
-        waits = _open_step(connection, book, step, now)
+        waits = brake.reason(connection, book.run) or _open_step(connection, book, step, now)
         if waits:
             return waits
         row = _step(connection, book, step)
@@ -102,13 +106,7 @@ def _take(connection: Connection, chosen: Sequence[Row[Any]], step: int, now: fl
 
 
 def _batch(connection: Connection, book: Book, row: Row[Any]) -> Batch:
-    groups = connection.execute(
-        sa.select(GROUPS, TASKS.c.prompt_ids)
-        .join(TASKS, TASKS.c.task == GROUPS.c.task)
-        .where(GROUPS.c.run == book.run, GROUPS.c.batch_step == row.step, GROUPS.c.status.in_(("batched", "trained")))
-        .order_by(GROUPS.c.step, GROUPS.c.task)
-    ).all()
-    rollouts = _rollouts(connection, book, {group.group: group for group in groups})
+    is_done = bool(row.weights_digest)
     return Batch(
         step=row.step,
         seen_groups=row.seen_groups,
@@ -116,23 +114,55 @@ def _batch(connection: Connection, book: Book, row: Row[Any]) -> Batch:
         secret_commitment=seeds.commitment(book.step_secret(row.step)).hex(),
         probe=seeds.probe_key(book.step_secret(row.step)).hex(),
         temperature=book.config.generate.temperature,
-        groups=[
-            BatchGroup(
-                group=g.group,
-                step=g.step,
-                manifest=book.manifest_of(connection, g.step),
-                prompt_ids=g.prompt_ids,
-                rollouts=rollouts[g.group],
-            )
-            for g in groups
-        ],
+        groups=_groups(connection, book, _of_step(book, row.step, ("batched", "trained")), sa.true()),
+        spare=[] if is_done else _spare(connection, book, row.step),
+        canaries=[] if is_done else canary.ask(connection, book, row.step),
+        restores=-1 if row.restores is None else row.restores,
         committed=row.weights_digest or "",
     )
 
 
-def _rollouts(connection: Connection, book: Book, groups: Mapping[str, Row[Any]]) -> dict[str, list[BatchRollout]]:
+def _of_step(book: Book, step: int, statuses: Sequence[str]) -> Any:
+    return sa.and_(GROUPS.c.run == book.run, GROUPS.c.batch_step == step, GROUPS.c.status.in_(statuses))
+
+
+def _spare(connection: Connection, book: Book, step: int) -> list[BatchGroup]:
+    """A keyed quarter of the groups without variance: nothing is learned from them, but they were paid for."""
+    query = sa.select(GROUPS.c.group).where(_of_step(book, step, ("dropped",)), ~GROUPS.c.is_informative)
+    key = seeds.audit_key(book.step_secret(step))
+    drawn = [g for g in connection.execute(query).scalars() if seeds.derive(key, "spare", g)[0] < SPARE_OF_256]
+    audited = sa.select(AUDITS.c.submission).where(AUDITS.c.run == book.run, AUDITS.c.kind == "suspicion")
+    return _groups(connection, book, GROUPS.c.group.in_(drawn), ROLLOUTS.c.submission.not_in(audited))
+
+
+def _groups(connection: Connection, book: Book, which: Any, rollouts: Any) -> list[BatchGroup]:
+    """Groups with those of their rollouts that the step consumes or consumed, or dropped."""
+    rows = connection.execute(
+        sa.select(GROUPS, TASKS.c.prompt_ids)
+        .join(TASKS, TASKS.c.task == GROUPS.c.task)
+        .where(which)
+        .order_by(GROUPS.c.step, GROUPS.c.task)
+    ).all()
+    found = _rollouts(connection, book, {row.group: row for row in rows}, rollouts)
+    return [
+        BatchGroup(
+            group=row.group,
+            step=row.step,
+            manifest=book.manifest_of(connection, row.step),
+            prompt_ids=row.prompt_ids,
+            rollouts=found[row.group],
+        )
+        for row in rows
+        if found[row.group]
+    ]
+
+
+def _rollouts(
+    connection: Connection, book: Book, groups: Mapping[str, Row[Any]], which: Any
+) -> dict[str, list[BatchRollout]]:
     found: dict[str, list[BatchRollout]] = {group: [] for group in groups}
-    query = sa.select(ROLLOUTS).where(ROLLOUTS.c.group.in_(groups), ROLLOUTS.c.status.in_(("batched", "trained")))
+    known = sa.and_(ROLLOUTS.c.status.in_(("batched", "trained", "dropped")), ROLLOUTS.c.reward.is_not(None))
+    query = sa.select(ROLLOUTS).where(ROLLOUTS.c.group.in_(groups), known, which)
     for row in connection.execute(query.order_by(ROLLOUTS.c.sample)):
         found[row.group].append(
             BatchRollout(
@@ -156,8 +186,8 @@ def trip(connection: Connection, book: Book, step: int, submissions: Sequence[st
     row = _step(connection, book, step)
     if row is None or row.status != "open":
         raise Conflict(f"step {step} is not open; the tripwire looks at a batch before it is trained on")
-    of_these = sa.and_(ROLLOUTS.c.submission.in_(submissions), ROLLOUTS.c.status == "batched")
-    nodes = list(connection.execute(sa.select(ROLLOUTS.c.node).where(of_these).distinct()).scalars())
+    of_these = SUBMISSIONS.c.submission.in_(submissions)
+    nodes = list(connection.execute(sa.select(SUBMISSIONS.c.node).where(of_these).distinct()).scalars())
     why = f"the tripwire of step {step}"
     opened = hold(connection, book, ROLLOUTS.c.submission.in_(submissions), why, now, live=("batched",))
     return opened + hold(connection, book, ROLLOUTS.c.node.in_(nodes), why, now)
@@ -185,6 +215,8 @@ def commit_step(
         if row.weights_digest != manifest.digest:
             raise StepTaken(f"step {manifest.step} is committed with weights {row.weights_digest[:12]}")
         return 0
+    if commit.restores != (-1 if row.restores is None else row.restores):
+        raise Conflict(f"step {manifest.step} was rolled back meanwhile; claim it again")
     _check_chain(connection, book, manifest)
     connection.execute(
         STEPS.update()
@@ -198,6 +230,7 @@ def commit_step(
             metrics=json.dumps(commit.metrics),
             probe=commit.probe,
             probe_before=commit.probe_before,
+            canaries=canary.keep(connection, book, manifest.step, commit.canaries),
         )
     )
     move(connection, "step", [row.id], "open", "committed", now, weights=manifest.digest)

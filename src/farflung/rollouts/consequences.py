@@ -35,13 +35,14 @@ def hold(
     """Hold untrained rollouts that no audit has passed, and have all of them replayed. Gives how many audits it opens.
 
     Batched ones are in the trainer's hands: only the trainer may ask for them to leave the batch, with their groups.
+    What was dropped, having no variance, was paid for all the same, and is replayed too while that can be burned.
     """
-    unproven = sa.and_(which, ROLLOUTS.c.run == book.run, ROLLOUTS.c.status.in_(live), ~ROLLOUTS.c.is_audited)
+    unproven = sa.and_(which, ROLLOUTS.c.run == book.run, ~ROLLOUTS.c.is_audited, _in_reach(connection, book, live))
     rows = connection.execute(sa.select(ROLLOUTS).where(unproven).order_by(ROLLOUTS.c.position)).all()
     for status in live:
         held = [row.rollout for row in rows if row.status == status]
         move(connection, "rollout", held, status, "held", now, why=why)
-    reopen(connection, [row.group for row in rows if row.status != "received"], now, why)
+    reopen(connection, [row.group for row in rows if row.status in ("accepted", "batched")], now, why)
     by_submission: dict[str, list[str]] = {}
     for row in rows:
         by_submission.setdefault(row.submission, []).append(row.rollout)
@@ -49,6 +50,16 @@ def hold(
         row = connection.execute(sa.select(SUBMISSIONS).where(SUBMISSIONS.c.submission == submission)).one()
         open_audit(connection, book, row, rollouts, "suspicion", now)
     return len(by_submission)
+
+
+def _in_reach(connection: Connection, book: Book, live: Sequence[str]) -> Any:
+    """Rollouts that are not trained on, or dropped and paid for but lately, and under no audit yet."""
+    oldest = book.latest(connection).step - book.config.coordinator.mature_steps
+    paid = sa.and_(ROLLOUTS.c.status == "dropped", ROLLOUTS.c.reward.is_not(None))
+    fresh = sa.select(GROUPS.c.group).where(GROUPS.c.run == book.run, GROUPS.c.step >= oldest)
+    waiting = sa.select(AUDITS.c.submission).where(AUDITS.c.status.in_(("open", "claimed")))
+    late = sa.and_(paid, ROLLOUTS.c.group.in_(fresh), ROLLOUTS.c.submission.not_in(waiting))
+    return sa.or_(ROLLOUTS.c.status.in_(live), late)
 
 
 def void(connection: Connection, book: Book, audit: Row[Any], bad: Sequence[str], now: float) -> None:
@@ -73,8 +84,9 @@ def void_rollouts(connection: Connection, book: Book, which: Any, cause: str, no
 def _burn(connection: Connection, book: Book, rows: Sequence[Row[Any]], node: str, now: float) -> None:
     """What was paid for these goes to nobody; no more of it than the escrow holds, for the rest has matured."""
     left = ledger.balance(connection, ledger.escrow(node))
+    burned = ledger.burned(connection, [row.rollout for row in rows])
     transfers: list[ledger.Transfer] = []
-    for row in rows:
+    for row in (row for row in rows if row.rollout not in burned):
         tokens = min(row.tokens, left)
         left -= tokens
         transfers.append(ledger.Transfer(row.rollout, ledger.escrow(node), ledger.BURNED, tokens))

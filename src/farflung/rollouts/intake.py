@@ -17,7 +17,7 @@ from farflung.protocol import seeds, wire
 from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, NotFound, Rejected
 from farflung.protocol.identity import Signed, seal, unseal
 from farflung.protocol.messages import Lease, Receipt, Submission, SubmissionBody, SubmittedRollout
-from farflung.rollouts import standing
+from farflung.rollouts import budget, standing
 from farflung.rollouts.audit import open_audit
 from farflung.store.blobs import digest_of
 from farflung.store.book import Book, node_row
@@ -127,7 +127,8 @@ def take(connection: Connection, book: Book, node: str, parcel: Parcel, logp_blo
     if sender.status == "ejected":
         raise Ejected(f"node {node} was ejected for failing verification")
     order = [rollout for rollout in parcel.tokens if rollout in _leased(connection, row.lease)]
-    receipt = _receipt(book, node, parcel, order, now)
+    receipt = _receipt(book, sender, parcel, order, now)
+    connection.execute(NODES.update().where(NODES.c.node == node).values(receipt=digest_of(receipt.payload)))
     connection.execute(
         LEASES.update()
         .where(LEASES.c.lease == row.lease)
@@ -156,10 +157,11 @@ def _leased(connection: Connection, lease: str) -> set[str]:
     return set(connection.execute(query).scalars())
 
 
-def _receipt(book: Book, node: str, parcel: Parcel, order: Sequence[str], now: float) -> Signed:
+def _receipt(book: Book, sender: Row[Any], parcel: Parcel, order: Sequence[str], now: float) -> Signed:
     receipt = Receipt(
         run=book.run,
-        node=node,
+        node=sender.node,
+        before=sender.receipt,
         lease=parcel.lease.lease,
         submission=parcel.digest,
         rollouts=len(order),
@@ -189,6 +191,7 @@ def _store(
         "tokens": sum(parcel.tokens.values()),
         "generate_s": parcel.generate_s,
         "logp_blob": logp,
+        "audit_probability": budget.probability(connection, book, standing.read(sender)),
     }
     return connection.execute(SUBMISSIONS.insert().values(row).returning(SUBMISSIONS)).one()
 
@@ -224,7 +227,8 @@ def _draw(
         node = submitted(standing.read(sender))
         standing.write(connection, sender.node, node)
         key = seeds.audit_key(book.step_secret(parcel.lease.step))
-        drawn = draw(key, parcel.lease.lease, bytes.fromhex(parcel.digest), len(order), node, standing.settings(book))
+        limit = submission.audit_probability
+        drawn = draw(key, parcel.lease.lease, bytes.fromhex(parcel.digest), len(order), limit)
         if drawn:
             held = [order[i] for i in drawn]
             open_audit(connection, book, submission, held, "draw", now)

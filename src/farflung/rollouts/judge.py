@@ -1,7 +1,7 @@
 """Coordinator: take signed evidence, fold it into the node's record, pronounce the verdict.
 
 Evidence is kept as it comes but folded per node in the order of submission: the test is valid for orders that are
-fixed before the evidence is known, and for no others.
+fixed before the evidence is known, and for no others. While the brake is on nothing is folded.
 """
 
 import logging
@@ -9,19 +9,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.protocol import wire
-from farflung.protocol.errors import Malformed, NotFound
+from farflung.protocol.errors import FailedCanary, Malformed, NotFound
 from farflung.protocol.identity import Signed, seal, unseal
 from farflung.protocol.messages import Evidence, RolloutEvidence, Verdict
-from farflung.rollouts import consequences, standing
-from farflung.rollouts.audit import open_audit
+from farflung.rollouts import brake, canary, consequences, standing
+from farflung.rollouts.audit import open_audit, profile_of
 from farflung.store.book import Book, node_row
 from farflung.store.db import move
 from farflung.store.tables import AUDITS, ROLLOUTS, SUBMISSIONS, VERDICTS
-from farflung.trust.evidence import Profile, Profiles, Seen, flips, is_bad, log_ratios
+from farflung.trust.diagnose import diagnose
+from farflung.trust.evidence import (
+    Profile,
+    Profiles,
+    Seen,
+    flips,
+    is_bad,
+    log_ratios,
+    mean_log_ratio,
+    submission_log_ratios,
+)
 from farflung.trust.record import Finding, NodeRecord, Outcome, confirm, fold, weigh
 
 log = logging.getLogger(__name__)
@@ -34,14 +45,21 @@ KIND = "evidence"
 def take_evidence(
     connection: Connection, book: Book, profiles: Profiles, validator: str, signed: Signed, now: float
 ) -> int:
-    """Keep one audit's evidence and fold what can be folded of that node. Gives 0 if it was there already."""
+    """Keep one audit's evidence and fold what can be folded of that node. Gives 0 if it was there already.
+
+    Raises FailedCanary for a validator that has not passed the canaries of the audit's step; anybody may answer then.
+    """
     evidence = unseal(signed, KIND, Evidence)
+    if (taken := canary.take(connection, book, profiles.run, validator, evidence, now)) is not None:
+        return taken
     audit = connection.execute(sa.select(AUDITS).where(AUDITS.c.audit == evidence.audit)).first()
     if audit is None or audit.run != book.run:
         raise NotFound(f"run {book.run!r} has no audit {evidence.audit}")
     if audit.status != "claimed" or audit.claimed_by != validator:
         return 0
-    _check(connection, book, audit, evidence, profiles.run)
+    if not canary.has_passed(connection, book, validator, audit.step):
+        raise FailedCanary(f"validator {validator} has not passed the canaries of step {audit.step}; claim again")
+    _check(connection, book, audit, evidence, profiles)
     connection.execute(
         AUDITS.update().where(AUDITS.c.audit == audit.audit).values(evidence=msgspec.msgpack.encode(signed))
     )
@@ -50,30 +68,51 @@ def take_evidence(
     return 1
 
 
-def _check(connection: Connection, book: Book, audit: Row[Any], evidence: Evidence, profile: Profile) -> None:
-    """Evidence must be about exactly the drawn rollouts, every token of them, under the leased weights and profile."""
+def _check(connection: Connection, book: Book, audit: Row[Any], evidence: Evidence, profiles: Profiles) -> None:
+    """Evidence must be about the drawn rollouts, every token of them, under the leased weights and the run's profile.
+
+    Of a submission whose first rollouts void it already, the rest may be left out.
+    """
     drawn = msgspec.json.decode(audit.rollouts, type=list[str])
-    found = [finding.rollout for finding in evidence.rollouts]
-    if sorted(found) != sorted(drawn):
+    found = [one.rollout for one in evidence.rollouts]
+    if found != drawn[: len(found)]:
         raise Malformed(f"audit {audit.audit} drew {drawn}; the evidence is about {found}")
-    if evidence.manifest != book.manifest_of(connection, audit.step) or evidence.profile != profile.name:
-        raise Malformed(f"audit {audit.audit} is of other weights or another profile than {profile.name!r}")
+    if evidence.manifest != book.manifest_of(connection, audit.step) or evidence.profile != profiles.run.name:
+        raise Malformed(f"audit {audit.audit} is of other weights or another profile than {profiles.run.name!r}")
     query = sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.tokens).where(ROLLOUTS.c.rollout.in_(drawn))
     tokens: dict[str, int] = {row.rollout: row.tokens for row in connection.execute(query)}
-    for found in evidence.rollouts:
-        if len(finding(profile, found).log_ratios) and len(_seen(found).gap) != tokens[found.rollout]:
-            raise Malformed(f"rollout {found.rollout} has {tokens[found.rollout]} tokens, its evidence another number")
+    findings = [finding(profile_of(connection, profiles, audit.submission), one) for one in evidence.rollouts]
+    for one in findings:
+        if one.tokens != tokens[one.rollout]:
+            raise Malformed(f"rollout {one.rollout} has {tokens[one.rollout]} tokens, its evidence {one.tokens}")
+    if len(found) < len(drawn) and (audit.kind == "confirm" or not is_decisive(findings, book.config.trust.cap)):
+        raise Malformed(f"audit {audit.audit} drew {len(drawn)} rollouts; the evidence on {len(found)} voids nothing")
+
+
+def is_decisive(findings: Sequence[Finding], cap: float) -> bool:
+    """Whether these findings void their submission."""
+    ratios = submission_log_ratios([np.array(one.log_ratios) for one in findings])
+    return is_bad(mean_log_ratio(ratios), cap)
+
+
+def fold_all(connection: Connection, book: Book, profiles: Profiles, now: float) -> None:
+    """Fold what was kept while the brake was on."""
+    waiting = sa.and_(AUDITS.c.run == book.run, AUDITS.c.outcome.is_(None), AUDITS.c.status == "done")
+    for node in list(connection.execute(sa.select(AUDITS.c.node).where(waiting).distinct()).scalars()):
+        _fold_in_order(connection, book, profiles, node, now)
 
 
 def _fold_in_order(connection: Connection, book: Book, profiles: Profiles, node: str, now: float) -> None:
     """Fold this node's answered audits, oldest submission first, up to the first that is still unanswered."""
     rows = connection.execute(
-        sa.select(AUDITS, SUBMISSIONS.c.profile)
+        sa.select(AUDITS, SUBMISSIONS.c.profile, SUBMISSIONS.c.audit_probability)
         .join(SUBMISSIONS, SUBMISSIONS.c.submission == AUDITS.c.submission)
         .where(AUDITS.c.node == node, AUDITS.c.outcome.is_(None), AUDITS.c.status != "cancelled")
         .order_by(AUDITS.c.kind != "confirm", AUDITS.c.kind != "suspicion", SUBMISSIONS.c.received_at, AUDITS.c.audit)
     ).all()
     for row in rows:
+        if brake.is_on(connection, book):
+            return
         if row.status == "done":
             _judge(connection, book, profiles.of(row.profile), row, now)
         elif row.kind != "suspicion":
@@ -85,26 +124,31 @@ FOLDS = {"draw": fold, "suspicion": weigh, "confirm": confirm}
 
 
 def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any], now: float) -> None:
-    findings = _findings(profile, audit)
+    evidence = unseal(msgspec.msgpack.decode(audit.evidence, type=Signed), KIND, Evidence)
+    findings = [finding(profile, one) for one in evidence.rollouts]
     node = node_row(connection, audit.node)
     before = standing.read(node)
     if before.status == "quarantined" and audit.kind == "draw":
         return  # it waits for the second opinion
-    after, outcome = FOLDS[audit.kind](before, findings, standing.settings(book))
+    was_trusted = audit.audit_probability < 1
+    after, outcome = FOLDS[audit.kind](before, findings, standing.settings(book), was_trusted=was_trusted)
     connection.execute(AUDITS.update().where(AUDITS.c.audit == audit.audit).values(outcome=outcome.kind))
     standing.write(connection, audit.node, after)
     if after.status != before.status:
         move(connection, "node", [audit.node], before.status, after.status, now, why=outcome.reason)
     _take_effect(connection, book, audit, findings, outcome, now)
     if outcome.kind != "ok":
-        _pronounce(connection, book, audit, after, outcome, now)
+        _pronounce(connection, book, audit, before, after, outcome, _diagnosis(profile, evidence), now)
+        brake.look(connection, book, audit.step, now)
 
 
-def _findings(profile: Profile, audit: Row[Any]) -> list[Finding]:
-    """The findings of an answered audit, in the order in which its rollouts were drawn."""
-    evidence = unseal(msgspec.msgpack.decode(audit.evidence, type=Signed), KIND, Evidence)
-    order = {rollout: i for i, rollout in enumerate(msgspec.json.decode(audit.rollouts, type=list[str]))}
-    return [finding(profile, found) for found in sorted(evidence.rollouts, key=lambda found: order[found.rollout])]
+def _diagnosis(profile: Profile, evidence: Evidence) -> str:
+    """What explains a suspect's rollouts, if the validator tried that."""
+    tried = {one.name: [_seen(found) for found in one.rollouts] for one in evidence.explanations}
+    try:
+        return diagnose(profile, [_seen(found) for found in evidence.rollouts], tried)
+    except ValueError as error:
+        raise Malformed(f"evidence on audit {evidence.audit}: {error}") from error
 
 
 def _take_effect(
@@ -119,7 +163,7 @@ def _take_effect(
             consequences.hold(connection, book, ROLLOUTS.c.node == audit.node, f"audit {audit.audit} failed", now)
         case "quarantine":
             submission = sa.select(SUBMISSIONS).where(SUBMISSIONS.c.submission == audit.submission)
-            rollouts = msgspec.json.decode(audit.rollouts, type=list[str])
+            rollouts = [found.rollout for found in findings]
             open_audit(connection, book, connection.execute(submission).one(), rollouts, "confirm", now)
             consequences.hold(connection, book, ROLLOUTS.c.node == audit.node, "its node is in quarantine", now)
         case "eject":
@@ -143,16 +187,25 @@ def _seen(found: RolloutEvidence) -> Seen:
 
 
 def _pronounce(
-    connection: Connection, book: Book, audit: Row[Any], record: NodeRecord, outcome: Outcome, now: float
+    connection: Connection,
+    book: Book,
+    audit: Row[Any],
+    before: NodeRecord,
+    record: NodeRecord,
+    outcome: Outcome,
+    diagnosis: str,
+    now: float,
 ) -> None:
+    reason = f"{outcome.reason}; explained by {diagnosis}" if diagnosis else outcome.reason
     verdict = Verdict(
         run=book.run,
         node=audit.node,
         audit=audit.audit,
         outcome=outcome.kind,
+        diagnosis=diagnosis,
         statistic=outcome.statistic,
         threshold=outcome.threshold,
-        reason=outcome.reason[:500],
+        reason=reason[:500],
         decided_at=now,
     )
     connection.execute(
@@ -160,6 +213,8 @@ def _pronounce(
             run=book.run,
             node=audit.node,
             outcome=verdict.outcome,
+            step=audit.step,
+            was_trusted=before.status == "trusted",
             submissions=record.submissions,
             document=msgspec.msgpack.encode(seal(book.key, "verdict", verdict)),
         )

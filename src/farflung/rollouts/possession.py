@@ -1,6 +1,5 @@
 """Coordinator: does an engine hold the weights it was told to compute with? A missed update is named, not punished."""
 
-import hashlib
 import logging
 
 import sqlalchemy as sa
@@ -8,17 +7,13 @@ from sqlalchemy import Connection
 
 from farflung.protocol import probe
 from farflung.protocol.messages import Evidence, Lease, Submission
+from farflung.rollouts.audit import audit_nonce
 from farflung.store.book import Book, node_row
 from farflung.store.db import end_leases, move, record
 from farflung.store.tables import AUDITS, LEASES, STEPS
 from farflung.trust.evidence import Profiles
 
 log = logging.getLogger(__name__)
-
-
-def audit_nonce(audit: str) -> str:
-    """The nonce of a validator's own answer, one per audit."""
-    return hashlib.sha256(audit.encode()).hexdigest()
 
 
 def of_submission(
@@ -34,7 +29,7 @@ def of_submission(
     why = f"node {node} computed lease {lease.lease} of step {lease.step} {wrong}"
     if _is_open(connection, lease.lease):
         end_leases(connection, [lease.lease], "returned", now, why=why, node=node)
-        _warn(connection, node, row.status, why, now)
+        warn(connection, node, why, now)
     return why
 
 
@@ -48,7 +43,7 @@ def of_evidence(connection: Connection, book: Book, validator: str, evidence: Ev
         return ""
     why = f"validator {validator} replayed audit {audit.audit} of step {audit.step} {wrong}"
     move(connection, "audit", [audit.audit], "claimed", "open", now, why=why)
-    _warn(connection, validator, node_row(connection, validator).status, why, now)
+    warn(connection, validator, why, now)
     return why
 
 
@@ -68,6 +63,8 @@ def _is_open(connection: Connection, lease: str) -> bool:
     return connection.execute(sa.select(LEASES.c.status).where(LEASES.c.lease == lease)).scalar() == "open"
 
 
-def _warn(connection: Connection, node: str, status: str, why: str, now: float) -> None:
+def warn(connection: Connection, node: str, why: str, now: float) -> None:
+    """Tell the operator, and whoever reads the node's story."""
+    status = node_row(connection, node).status
     record(connection, "node", [node], status, status, now, warning=why)
     log.warning("%s", why)

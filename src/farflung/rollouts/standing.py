@@ -12,7 +12,8 @@ from farflung.trust.record import NodeRecord, TrustSettings
 
 def settings(book: Book) -> TrustSettings:
     """The trust core's view of the configuration."""
-    return TrustSettings(**book.config.trust.model_dump(exclude={"probation_slots", "probation_waiting"}))
+    known = book.config.trust.model_dump()
+    return TrustSettings(**{name: known[name] for name in TrustSettings.__struct_fields__})
 
 
 def read(node: Row[Any]) -> NodeRecord:

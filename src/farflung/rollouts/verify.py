@@ -1,13 +1,33 @@
 """Validator: claim audits, replay the drawn rollouts under the leased weights, sign what was seen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from farflung.engine.base import Engine, Request
+import msgspec
+import numpy as np
+
+from farflung.engine.base import Engine, Replay, Request
 from farflung.protocol import wire
 from farflung.protocol.identity import Key, Signed, seal
-from farflung.protocol.messages import AuditJob, AuditJobs, Claim, Done, Evidence, Manifest, RolloutEvidence
+from farflung.protocol.messages import (
+    AuditJob,
+    AuditJobs,
+    Claim,
+    Done,
+    Evidence,
+    Explanation,
+    Manifest,
+    RolloutEvidence,
+)
 from farflung.protocol.session import Session
 from farflung.rollouts.submit import show_possession
+from farflung.trust.evidence import Seen, from_json, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
+
+FIRST = 2
+"""Rollouts of an audit that are replayed before the rest. What looks like a cheat's goes on one by one until it is
+decided, so that it costs no more than it must; what does not is replayed whole."""
+TEMPERATURES = (0.9, 1.1)
+"""Factors that are tried as explanations."""
+Item = tuple[Request, list[int]]
 
 
 async def claim(session: Session, limit: int, wait_s: float) -> Sequence[AuditJob]:
@@ -18,40 +38,85 @@ async def claim(session: Session, limit: int, wait_s: float) -> Sequence[AuditJo
 
 
 def replay(engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: str, profile: str) -> list[Evidence]:
-    """Evidence for every audit, from one pass over all their rollouts. The engine holds the audits' step."""
-    items = [
-        (
-            Request(tuple(wire.unpack_ids(rollout.prompt_ids).tolist()), rollout.seed, job.temperature, job.budget),
-            wire.unpack_ids(rollout.ids).tolist(),
-        )
-        for job in jobs
-        for rollout in job.rollouts
-    ]
-    seen = iter(engine.replay(items))
-    evidence: list[Evidence] = []
-    for job in jobs:
-        found = [(rollout.rollout, next(seen)) for rollout in job.rollouts]
-        rollouts = [
-            RolloutEvidence(
-                rollout=name,
-                gap=wire.pack_floats(r.gap),
-                margin=wire.pack_floats(r.margin),
-                pick=wire.pack_floats(r.pick),
-            )
-            for name, r in found
+    """Evidence for every audit, as much of it as it needs. The engine holds the audits' step."""
+    seen: list[list[Replay]] = [[] for _ in jobs]
+    while any(wanted := [more(job, found) for job, found in zip(jobs, seen, strict=True)]):
+        parts = [
+            items_of(job)[len(found) : len(found) + count] for job, found, count in zip(jobs, seen, wanted, strict=True)
         ]
-        shown = show_possession(engine, manifest, job.probe, job.nonce)
-        evidence.append(
-            Evidence(
-                run=run,
-                audit=job.audit,
-                manifest=job.manifest,
-                profile=profile,
-                possession=shown,
-                rollouts=rollouts,
-            )
+        for found, part in zip(seen, _replay_each(engine, parts), strict=True):
+            found += part
+    return [
+        Evidence(
+            run=run,
+            audit=job.audit,
+            manifest=job.manifest,
+            profile=profile,
+            rollouts=list(_told(job, found)),
+            possession=show_possession(engine, manifest, job.probe, job.nonce),
         )
-    return evidence
+        for job, found in zip(jobs, seen, strict=True)
+    ]
+
+
+def items_of(job: AuditJob, temperature: float = 1.0) -> list[Item]:
+    """What an engine replays of an audit; at `temperature` times the leased one."""
+    return [
+        (
+            Request(
+                tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, job.temperature * temperature, job.budget
+            ),
+            wire.unpack_ids(one.ids).tolist(),
+        )
+        for one in job.rollouts
+    ]
+
+
+def more(job: AuditJob, found: Sequence[Replay]) -> int:
+    """How many more rollouts to replay: none once these void the submission, for stopping is as valid as going on."""
+    left = len(job.rollouts) - len(found)
+    if not job.cap:
+        return left
+    if not found:
+        return min(left, FIRST)
+    profile = from_json(job.profile)
+    ratios = [log_ratios(profile, Seen(one.gap, one.margin, one.pick)) for one in found]
+    weight = mean_log_ratio(submission_log_ratios(ratios))
+    if is_bad(weight, job.cap):
+        return 0
+    return min(left, 1) if weight > 0 else left
+
+
+def _replay_each(engine: Engine, of_jobs: Sequence[Sequence[Item]]) -> list[list[Replay]]:
+    """One pass over all items, given back job by job."""
+    seen = engine.replay([item for items in of_jobs for item in items])
+    ends = np.cumsum([len(items) for items in of_jobs])
+    return [seen[end - len(items) : end] for end, items in zip(ends, of_jobs, strict=True)]
+
+
+def _told(job: AuditJob, found: Sequence[Replay]) -> Iterator[RolloutEvidence]:
+    for one, seen in zip(job.rollouts, found, strict=False):
+        gap, margin, pick = (wire.pack_floats(part) for part in (seen.gap, seen.margin, seen.pick))
+        yield RolloutEvidence(rollout=one.rollout, gap=gap, margin=margin, pick=pick)
+
+
+def explain(
+    engine: Engine, evidence: Evidence, job: AuditJob, loads: Sequence[tuple[str, Callable[[], None]]]
+) -> Evidence:
+    """The same evidence with what the rollouts look like under other explanations.
+
+    Other temperatures are tried with the weights in the engine, then each (name, load) of `loads`, which leaves its
+    weights there.
+    """
+    found = [
+        (f"temperature {factor:g} times the leased one", engine.replay(items_of(job, factor)))
+        for factor in TEMPERATURES
+    ]
+    for name, load in loads:
+        load()
+        found.append((name, engine.replay(items_of(job))))
+    told = [Explanation(name=name, rollouts=list(_told(job, seen))) for name, seen in found]
+    return msgspec.structs.replace(evidence, explanations=told)
 
 
 async def testify(session: Session, key: Key, evidence: Evidence) -> None:

@@ -6,7 +6,7 @@
 Every transfer writes two entries that cancel, so all accounts always sum to zero. Nothing that a worker says is in it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,12 @@ def balance(connection: Connection, account: str) -> int:
     """Tokens in one account."""
     total = sa.select(sa.func.coalesce(sa.func.sum(ENTRIES.c.tokens), 0)).where(ENTRIES.c.account == account)
     return int(connection.execute(total).scalar_one())
+
+
+def burned(connection: Connection, causes: Sequence[str]) -> set[str]:
+    """Which of these causes something was burned for already."""
+    query = sa.select(ENTRIES.c.cause).where(ENTRIES.c.cause.in_(causes), ENTRIES.c.account == BURNED)
+    return set(connection.execute(query).scalars())
 
 
 def balances(connection: Connection) -> dict[str, int]:

@@ -49,6 +49,7 @@ class Metrics:
             "started_at": beat.started_at,
             "cpu_s": beat.cpu_s,
             "work_cpu_s": beat.work_cpu_s,
+            "proof_cpu_s": beat.proof_cpu_s,
             "sync_pause_s": beat.sync_pause_s,
             "heard_at": now,
             "registered_at": since,

@@ -27,6 +27,8 @@ RUNS = Table(
     Column("config", Text, nullable=False),
     Column("secret", LargeBinary, nullable=False),
     Column("created_at", Float, nullable=False),
+    Column("brake", Text, nullable=False, default=""),
+    Column("brake_after", Integer, nullable=False, default=0),
 )
 NODES = Table(
     "nodes",
@@ -46,6 +48,8 @@ NODES = Table(
     Column("tokens_per_s", Float, nullable=False, default=0.0),
     Column("registered_at", Float, nullable=False),
     Column("seen_at", Float, nullable=False),
+    Column("receipt", Text, nullable=False, default=""),
+    Column("beat", LargeBinary, nullable=False, default=b""),
 )
 TASKS = Table(
     "tasks",
@@ -77,6 +81,8 @@ STEPS = Table(
     Column("metrics", Text),
     Column("probe", LargeBinary),
     Column("probe_before", LargeBinary),
+    Column("canaries", LargeBinary),
+    Column("restores", Integer),
     Column("opened_groups", Integer, nullable=False, default=0),
     Index("step_of_run", "run", "step", unique=True),
 )
@@ -171,6 +177,7 @@ SUBMISSIONS = Table(
     Column("tokens", Integer, nullable=False),
     Column("profile", Text, nullable=False, default=""),
     Column("generate_s", Float, nullable=False),
+    Column("audit_probability", Float, nullable=False, default=1.0),
     Column("logp_blob", Text),
 )
 AUDITS = Table(
@@ -195,6 +202,17 @@ AUDITS = Table(
     Index("audit_submission", "submission"),
     Index("audit_node", "node", "status"),
 )
+CHECKS = Table(
+    "checks",
+    metadata,
+    Column("check", Text, primary_key=True),
+    Column("run", Text, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("validator", Text, nullable=False),
+    Column("is_passed", sa.Boolean, nullable=False),
+    Column("at", Float, nullable=False),
+    Index("check_of_validator", "run", "step", "validator"),
+)
 VERDICTS = Table(
     "verdicts",
     metadata,
@@ -202,6 +220,8 @@ VERDICTS = Table(
     Column("run", Text, nullable=False),
     Column("node", Text, nullable=False),
     Column("outcome", Text, nullable=False),
+    Column("step", Integer, nullable=False, default=-1),
+    Column("was_trusted", sa.Boolean, nullable=False, default=False),
     Column("submissions", Integer, nullable=False),
     Column("document", LargeBinary, nullable=False),
 )

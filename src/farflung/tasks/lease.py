@@ -50,7 +50,8 @@ def issue(connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest,
 def _unproven(connection: Connection, book: Book, node: str) -> str:
     """Why a node on probation has to wait, or nothing: until its own last work is replayed, and for a slot.
 
-    The slots are few and shared by all new keys, so ten thousand of them slow only each other.
+    The slots are few and shared by all new keys, so ten thousand of them slow only each other. Whoever holds a lease or
+    waits for a replay has one.
     """
     query = (
         sa.select(AUDITS.c.node, sa.func.count())
@@ -62,8 +63,14 @@ def _unproven(connection: Connection, book: Book, node: str) -> str:
     if waiting.get(node, 0) >= book.config.trust.probation_waiting:
         return f"node {node} is on probation and what it sent waits for its replay"
     slots = book.config.trust.probation_slots
-    if node not in waiting and len(waiting) >= slots:
-        return f"{len(waiting)} nodes on probation wait for their replays; {slots} may at a time"
+    leased = (
+        sa.select(LEASES.c.node)
+        .join(NODES, NODES.c.node == LEASES.c.node)
+        .where(LEASES.c.run == book.run, LEASES.c.status == "open", NODES.c.status == "probation")
+    )
+    taken = {*waiting, *connection.execute(leased.where(NODES.c.role == "worker")).scalars()}
+    if node not in taken and len(taken) >= slots:
+        return f"{len(taken)} nodes on probation work or wait for their replays; {slots} may at a time"
     return ""
 
 
@@ -74,13 +81,16 @@ def _held(connection: Connection, run: str, node: str) -> Signed | None:
 
 
 def _pause_s(connection: Connection, book: Book, node: str, now: float) -> float:
-    """How long a node that hands leases back has to wait: 1 s after the first, twice that after each more.
+    """How long a node that hands leases back or lets them lapse has to wait: 1 s, and twice that after each more.
 
-    Otherwise one that refuses whatever it is given, because its disk is full, say, would be leased without end.
+    Otherwise one that refuses whatever it is given, because its disk is full, say, would be leased without end, and
+    keys that do nothing would take all work.
     """
     most_s = book.config.lease.lease_s
     query = sa.select(sa.func.count(), sa.func.max(LEASES.c.opened_at)).where(
-        LEASES.c.node == node, LEASES.c.status == "returned", LEASES.c.opened_at > now - 2 * most_s
+        LEASES.c.node == node,
+        LEASES.c.status.in_(("returned", "expired")),
+        LEASES.c.opened_at > now - 2 * most_s,
     )
     count, last = connection.execute(query).one()
     return last + min(2.0 ** min(count - 1, 30), most_s) - now if count else 0.0

@@ -1,18 +1,22 @@
 """What an audit says: likelihood ratios over replayed positions, and the test that may eject a key. Pure; no torch.
 
 A replay (`farflung.engine.base.Replay`) gives at each position the gap Δ between the two best scores, the margin by
-which the token that was sent lost, and π, the policy's own probability of the pick. A margin above a tie is a *flip*.
-Honest numerics flip near-ties and nothing else: calibration bounds the honest flip probability q₀(Δ) from above.
+which the token that was sent lost, and π, the policy's own probability of the pick. A margin above a tie is a *flip*,
+one above the profile's `far` a *far flip*. Honest numerics flip near-ties and nothing else: calibration bounds the
+honest probability q₀(Δ) of a near flip from above, and `far` is a multiple of the largest margin that it ever saw, so
+that a far flip is no rounding at all (q_far, one position in a million; what breaks a machine is forgiven by η).
 
 **Alternatives.** What a cheat does to q is known well enough without catching one. Whoever samples with other noise
 flips with probability 1 − π. Whatever shifts the scores (another temperature, fewer bits, other weights) by about s
 flips a gap Δ with probability falling as exp(−Δ/s). So q₁ ≥ q₀ comes from a short grid: four scales s, and "other
-noise" in three dilutions; each of them over the whole submission or over one rollout in eight. On SmolLM2 the best of
-the grid grows as fast as a q₁ fitted to the very cheat, to within a tenth, so none has to be calibrated.
+noise" in three dilutions, and tokens edited at two rates however sure the policy was of them; each of them over the
+whole submission or over one rollout in eight. On SmolLM2 the best of the grid grows as fast as a q₁ fitted to the very
+cheat, to within a tenth, so none has to be calibrated.
 
-**One submission.** LR = ∏ (q₁/q₀ if flip, else (1 − q₁)/(1 − q₀)) over its audited positions. If the honest flip
-probability p ≤ q₀ ≤ q₁ at every position, given the past, then E[factor] = p·q₁/q₀ + (1 − p)·(1 − q₁)/(1 − q₀) grows
-with p and is 1 at p = q₀, so E[LR] ≤ 1 whatever the prompt, the entropy or the routing. A share η of honest
+**One submission.** LR = ∏ over its audited positions of n₁/q₀ (near flip), f₁/q_far (far flip) or
+(1 − n₁ − f₁)/(1 − q₀ − q_far) (none), with n₁ ≥ q₀ and f₁ ≥ q_far. If the honest probabilities of the two kinds of flip
+are at most q₀ and q_far at every position, given the past, then the mean of a factor grows with each of them and is 1
+at these bounds, so E[LR] ≤ 1 whatever the prompt, the entropy or the routing. A share η of honest
 *submissions* may be arbitrarily bad (a flaky card, a driver update); the share is meant per submission, because such
 failures come in clumps, which a share per rollout would not forgive. With the cap c, E[min(LR, c)] ≤ 1 + c·η, so
 e = min(LR, c)/(1 + c·η) has E[e | past] ≤ 1. A missed weight update, which spoils one submission after the other, is
@@ -46,16 +50,24 @@ TIE: Final = 1e-5
 """A margin up to this is no flip: it is the rounding of the noise itself in float32."""
 EDGES: Final = (1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Inner edges of the gap bins, chosen before any data was seen; the last bin has no end."""
+FAR: Final = 1.0
+"""The least margin, in nats, that may be called far."""
+FAR_FACTOR: Final = 4.0
+"""A flip is far from this many times the largest honest margin on."""
+Q_FAR: Final = 1e-6
 CEILING: Final = 0.95
 """No flip probability is taken to be higher, so that no single position is worth infinitely much."""
 SCALES: Final = (0.12, 0.3, 0.8, 2.5)
 """By how much, in nats, the scores of a cheat may be shifted."""
 DILUTIONS: Final = (1.0, 0.125, 0.015625)
 """The share of tokens that a cheat may have taken from other noise."""
+EDITS: Final = (0.0625, 0.00390625)
+"""The share of tokens that a cheat may have replaced by what it likes."""
 SHARES: Final = (1.0, 0.125)
 """The share of rollouts that a cheat may have cheated on."""
 CAP: Final = 1000.0
-"""Three submissions at the cap eject a new key, if but one of the 14 alternatives is there: (1000/2)³/2/14 > 4·10⁶."""
+"""Three submissions at the cap quarantine a new key if but one of the 18 alternatives is there, though the process over
+all of its audits is only part of M (`farflung.trust.record`): 0.8·(1000/2)³/2/18 > 2·10⁶."""
 ETA: Final = 1e-3
 ALPHA: Final = 1e-6
 
@@ -93,6 +105,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Upper bound on the honest flip probability, per bin."""
     honest: Tally
     """The counts that `q0` was calibrated on."""
+    far: Annotated[float, Meta(ge=FAR)] = FAR
+    """Margin above which a flip is no rounding."""
+    q_far: Annotated[float, Meta(gt=0, le=1e-3)] = Q_FAR
+    """Upper bound on the honest probability of a far flip."""
     holds_published: bool = True
     """Whether an engine of this kind still has the published values, so that it can show possession of them."""
     power: Annotated[dict[str, float], Meta(max_length=32)] = {}
@@ -138,21 +154,30 @@ def from_json(data: bytes) -> Profile:
 
 # --- alternatives ----------------------------------------------------------------------------------------------------
 
-Flip = Callable[[Seen], np.ndarray]
-"""Flip probability at each position under some cheat."""
+Flip = Callable[[Seen, float], tuple[np.ndarray, np.ndarray]]
+"""Probabilities of a near and of a far flip at each position under some cheat, given where far begins."""
 
 
 def _shifted(scale: float) -> Flip:
-    return lambda seen: 0.5 * np.exp(-seen.gap / scale)
+    def flip(seen: Seen, far: float) -> tuple[np.ndarray, np.ndarray]:
+        any_flip, is_far = 0.5 * np.exp(-seen.gap / scale), math.exp(-far / scale)
+        return any_flip * (1 - is_far), any_flip * is_far
+
+    return flip
 
 
 def _other_noise(share: float) -> Flip:
-    return lambda seen: share * (1 - seen.pick)
+    return lambda seen, far: (share * (1 - seen.pick) / 2,) * 2
+
+
+def _edited(share: float) -> Flip:
+    return lambda seen, far: (np.zeros_like(seen.gap), np.full_like(seen.gap, share))
 
 
 CHEATS: Final[Mapping[str, Flip]] = {
     **{f"scores shifted by {scale:g}": _shifted(scale) for scale in SCALES},
     **{f"other noise at {share:g} of tokens": _other_noise(share) for share in DILUTIONS},
+    **{f"{share:.2g} of tokens replaced": _edited(share) for share in EDITS},
 }
 ALTERNATIVES: Final = tuple((cheat, share) for cheat in CHEATS for share in SHARES)
 """(cheat, share of rollouts), in the order of every array below."""
@@ -180,10 +205,22 @@ def flips(seen: Seen) -> int:
 def log_ratios(profile: Profile, seen: Seen) -> np.ndarray:
     """ln LR of one rollout against every cheat of `CHEATS`, shape (cheats,)."""
     check(seen)
-    q0 = np.array(profile.q0)[np.searchsorted(profile.edges, seen.gap, side="right")]
-    is_flip = np.asarray(seen.margin) > TIE
-    q1 = (np.clip(flip(seen), q0, CEILING) for flip in CHEATS.values())
-    return np.array([np.where(is_flip, np.log(q / q0), np.log((1 - q) / (1 - q0))).sum() for q in q1])
+    near0, far0, is_near, is_far = honest_odds(profile, seen)
+    found: list[float] = []
+    for flip in CHEATS.values():
+        near, far = flip(seen, profile.far)
+        near = np.clip(near, near0, CEILING)
+        far = np.clip(far, far0, np.maximum(far0, 0.99 - near))
+        none = np.log((1 - near - far) / (1 - near0 - far0))
+        found.append(np.where(is_far, np.log(far / far0), np.where(is_near, np.log(near / near0), none)).sum())
+    return np.array(found)
+
+
+def honest_odds(profile: Profile, seen: Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Bounds on the honest probabilities of a near and a far flip at each position, and whether there is one."""
+    near0 = np.array(profile.q0)[np.searchsorted(profile.edges, seen.gap, side="right")]
+    is_far = np.asarray(seen.margin) > profile.far
+    return near0, np.full(near0.shape, profile.q_far), (np.asarray(seen.margin) > TIE) & ~is_far, is_far
 
 
 def submission_log_ratios(rollouts: Sequence[np.ndarray]) -> np.ndarray:
@@ -266,13 +303,14 @@ def calibrate(
     Numerics flip a wider gap no more often than a narrow one, so a bin with little data takes the bound of the one
     before, and the bound of all wider ones together where that is lower.
     """
-    seen = tally(edges, honest)
+    honest = list(honest)
+    seen, worst = tally(edges, honest), max((float(one.margin.max(initial=0.0)) for one in honest), default=0.0)
     narrow = [_upper_bound(x, n, error) for x, n in zip(seen.flips, seen.positions, strict=True)]
     wide = [_upper_bound(sum(seen.flips[b:]), sum(seen.positions[b:]), error) for b in range(len(narrow))]
     floors = (_floor(low, tolerance, floor) for low in (0.0, *edges))
     bounds = (max(min(pair), low) for *pair, low in zip(narrow, _pooled(seen, wide), floors, strict=True))
     q0 = tuple(accumulate(bounds, min, initial=CEILING))[1:]
-    profile = Profile(name, edges, q0, seen)
+    profile = Profile(name, edges, q0, seen, far=max(FAR, FAR_FACTOR * worst))
     power = {cheat: growth(profile, samples) for cheat, samples in (cheats or {}).items()}
     return msgspec.structs.replace(profile, power=power)
 

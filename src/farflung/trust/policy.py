@@ -9,11 +9,12 @@ import math
 from farflung.protocol.seeds import derive
 from farflung.trust.record import NodeRecord, TrustSettings
 
-__all__ = ["NodeRecord", "TrustSettings", "audit_probability", "draw", "probability_caught"]
+__all__ = ["NodeRecord", "TrustSettings", "affordable", "audit_probability", "draw", "is_brake", "probability_caught"]
 
 
-def audit_probability(record: NodeRecord, settings: TrustSettings) -> float:
-    """Without trust 1: every rollout is audited. With trust it falls with the record.
+def audit_probability(record: NodeRecord, settings: TrustSettings, afford: float = 1.0) -> float:
+    """Without trust 1: every rollout is audited. With trust it falls with the record, and is never more than the
+    budget affords (`afford`) nor less than `audit_least`.
 
     It falls as 1 ÷ the clean record, down to a floor: the rule of BOINC's adaptive replication, where a host with n
     consecutive valid results has its next one replicated with probability 1/n (Anderson, BOINC: a platform for
@@ -21,18 +22,22 @@ def audit_probability(record: NodeRecord, settings: TrustSettings) -> float:
     """
     if record.status != "trusted":
         return 1.0
-    falling = settings.audit_scale / max(record.clean_rollouts, 1)
-    return min(1.0, max(settings.audit_floor, falling))
+    falling = max(settings.audit_floor, settings.audit_scale / max(record.clean_rollouts, 1))
+    return min(1.0, max(min(falling, afford), settings.audit_least))
 
 
-def draw(
-    audit_key: bytes, lease_id: str, digest: bytes, size: int, record: NodeRecord, settings: TrustSettings
-) -> tuple[int, ...]:
-    """The indices, rising, of the rollouts to audit in a submission of `size` with this digest.
+def affordable(budget: float, audit_s: float, generate_s: float) -> float:
+    """The audit probability at which auditing costs `budget` of generation, from CPU-seconds per token of either.
 
-    Without trust all of them, with trust every draw below the audit probability.
+    1 while one of them is unknown: then nothing is known to be too dear.
     """
-    limit = audit_probability(record, settings)
+    return min(1.0, budget * generate_s / audit_s) if audit_s > 0 and generate_s > 0 else 1.0
+
+
+def draw(audit_key: bytes, lease_id: str, digest: bytes, size: int, limit: float) -> tuple[int, ...]:
+    """The indices, rising, of the rollouts to audit in a submission of `size` with this digest: every draw below
+    the audit probability `limit`.
+    """
     return tuple(i for i in range(size) if _uniform(audit_key, lease_id, digest, i) < limit)
 
 
@@ -53,3 +58,11 @@ def probability_caught(n: int, cheat_fraction: float, audit_p: float, size: int,
     if found >= 1:
         return float(rollouts > 0)
     return -math.expm1(rollouts * math.log1p(-found))
+
+
+def is_brake(failed: int, good: int, share: float, least: int) -> bool:
+    """Whether so many of the nodes with a good record failed at once that the verifier is suspect, not they.
+
+    `least` keeps one cheat among twenty nodes from stopping a small run.
+    """
+    return failed >= least and failed > share * good

@@ -10,6 +10,10 @@ from msgspec import Meta
 
 from farflung.trust import evidence
 
+WHOLE = 0.8
+"""Weight of the process over all audits in M; a mixture of two processes with mean 1 has mean 1."""
+HARDER = 6
+"""After this many bad submissions probation grows no longer."""
 Standing = Literal["probation", "trusted", "quarantined", "ejected"]
 Count = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -26,11 +30,13 @@ class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cap: Annotated[float, Meta(gt=1)] = evidence.CAP
     """Most that one submission counts against a key; also the likelihood ratio at which it is void."""
     probation_rollouts: Annotated[int, Meta(ge=1)] = 64
-    """Clean audited rollouts in a row before a node is trusted."""
+    """Clean audited rollouts in a row before a node is trusted; twice as many after each bad submission."""
     audit_scale: Annotated[float, Meta(ge=0)] = 1.0
     """A trusted node's rollout is audited with this probability ÷ its clean rollouts, but not below the floor."""
     audit_floor: Share = 0.01
-    """Share of a trusted node's rollouts that is audited for ever."""
+    """Share of a trusted node's rollouts that is audited for ever, if the budget affords it."""
+    audit_least: Share = 0.002
+    """The same whatever the budget."""
 
 
 class NodeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,8 +49,13 @@ class NodeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     audited_tokens: Count = 0
     m: Process = (0.0,) * len(evidence.ALTERNATIVES)
     """M of the test against each of `evidence.ALTERNATIVES`."""
+    m_trusted: Process = (0.0,) * len(evidence.ALTERNATIVES)
+    """The same over the audits that were drawn while it was trusted, and k of these: honesty on probation, where all is
+    audited, is no evidence of honesty later."""
+    audited_trusted: Count = 0
     m_before: Process = ()
-    """M before the submission that put it over the threshold, while a second opinion on that one is awaited."""
+    """`m` before the submission that put it over the threshold, while a second opinion on that one is awaited."""
+    m_trusted_before: Process = ()
     clean_rollouts: Count = 0
     """Audited rollouts since the last bad submission."""
     bad_submissions: Count = 0
@@ -53,13 +64,14 @@ class NodeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def statistic(self) -> float:
-        """The evidence against this key so far: the mean of M over the alternatives."""
-        return sum(self.m) / len(self.m)
+        """The evidence against this key so far: the mean of M over alternatives and over both processes."""
+        whole, trusted = sum(self.m) / len(self.m), sum(self.m_trusted) / len(self.m_trusted)
+        return WHOLE * whole + (1 - WHOLE) * trusted
 
     @property
     def suspicion(self) -> str:
         """The alternative that explains it best, in words."""
-        return evidence.describe(int(np.argmax(self.m)))
+        return evidence.describe(int(np.argmax(np.maximum(self.m, self.m_trusted))))
 
 
 class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,8 +107,10 @@ def submitted(record: NodeRecord) -> NodeRecord:
     return msgspec.structs.replace(record, submissions=record.submissions + 1)
 
 
-def fold(record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings) -> tuple[NodeRecord, Outcome]:
-    """Take in the audit of one submission.
+def fold(
+    record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings, *, was_trusted: bool = False
+) -> tuple[NodeRecord, Outcome]:
+    """Take in the audit of one submission, drawn while the node `was_trusted` or not.
 
     Call it once per audit, and audits of one node in an order that does not depend on what they found. The test in
     `evidence` is valid for such orders only. Not for a quarantined node: what it sent waits for the second opinion.
@@ -104,16 +118,19 @@ def fold(record: NodeRecord, findings: Sequence[Finding], settings: TrustSetting
     if record.status == "ejected":
         return record, _already(record, settings)
     total = _total(findings)
-    after = _count(_advance(record, record.m, total, settings), findings)
+    after = _count(_advance(record, total, settings, was_trusted=was_trusted), findings)
     if evidence.is_ejected(after.statistic, settings.false_ejection_probability):
-        after = msgspec.structs.replace(_demote(after), status="quarantined", m_before=record.m)
+        after = msgspec.structs.replace(_demote(after), status="quarantined")
+        after = msgspec.structs.replace(after, m_before=record.m, m_trusted_before=record.m_trusted)
         return after, _exceed("quarantine", after, findings, settings)
     if evidence.is_bad(log_lr := evidence.mean_log_ratio(total), settings.cap):
         return _demote(after), _void(log_lr, findings, settings)
     return _promote(after, settings), _pass(after, findings, settings)
 
 
-def weigh(record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings) -> tuple[NodeRecord, Outcome]:
+def weigh(
+    record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings, *, was_trusted: bool = False
+) -> tuple[NodeRecord, Outcome]:
     """Take in an audit that was opened because of what the rollouts looked like.
 
     It may void them and send the node back to probation, where all that follows is audited and counted; but M stays as
@@ -131,17 +148,29 @@ def weigh(record: NodeRecord, findings: Sequence[Finding], settings: TrustSettin
     return after, _pass(after, findings, settings)
 
 
-def confirm(record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings) -> tuple[NodeRecord, Outcome]:
+def confirm(
+    record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings, *, was_trusted: bool = False
+) -> tuple[NodeRecord, Outcome]:
     """Take in the second opinion on the submission that put a node into quarantine: the milder of the two counts.
 
-    The test stays valid, since no e-value grows by it. Only for a quarantined node.
+    The test stays valid, since no e-value grows by it. Only for a quarantined node; `was_trusted` as in `fold`.
     """
-    one_less = msgspec.structs.replace(record, audited_submissions=record.audited_submissions - 1, m_before=())
-    after = _advance(one_less, record.m_before, _total(findings), settings)
-    after = msgspec.structs.replace(after, m=tuple(map(min, after.m, record.m)))
+    total = _total(findings)
+    before = msgspec.structs.replace(
+        record,
+        m=record.m_before,
+        m_trusted=record.m_trusted_before,
+        audited_submissions=record.audited_submissions - 1,
+        audited_trusted=record.audited_trusted - was_trusted,
+    )
+    after = _advance(before, total, settings, was_trusted=was_trusted)
+    milder = {name: tuple(map(min, getattr(after, name), getattr(record, name))) for name in ("m", "m_trusted")}
+    after = msgspec.structs.replace(after, m_before=(), m_trusted_before=(), **milder)
     if evidence.is_ejected(after.statistic, settings.false_ejection_probability):
         return msgspec.structs.replace(after, status="ejected"), _exceed("eject", after, findings, settings)
     released = msgspec.structs.replace(after, status="probation")
+    if evidence.is_bad(log_lr := evidence.mean_log_ratio(total), settings.cap):
+        return released, _void(log_lr, findings, settings)
     return released, _release(released, settings)
 
 
@@ -149,10 +178,15 @@ def _total(findings: Sequence[Finding]) -> np.ndarray:
     return evidence.submission_log_ratios([np.array(finding.log_ratios) for finding in findings])
 
 
-def _advance(record: NodeRecord, m: Sequence[float], log_ratios: np.ndarray, settings: TrustSettings) -> NodeRecord:
+def _advance(record: NodeRecord, log_ratios: np.ndarray, settings: TrustSettings, *, was_trusted: bool) -> NodeRecord:
+    """Both processes after one more audited submission; the one of the trusted time moves in that time alone."""
     e = evidence.e_values(log_ratios, settings.cap, settings.arbitrary_share)
-    folded, k = evidence.fold(np.array(m), record.audited_submissions, e)
-    return msgspec.structs.replace(record, m=tuple(folded.tolist()), audited_submissions=k)
+    m, k = evidence.fold(np.array(record.m), record.audited_submissions, e)
+    after = msgspec.structs.replace(record, m=tuple(m.tolist()), audited_submissions=k)
+    if not was_trusted:
+        return after
+    m, k = evidence.fold(np.array(record.m_trusted), record.audited_trusted, e)
+    return msgspec.structs.replace(after, m_trusted=tuple(m.tolist()), audited_trusted=k)
 
 
 def _count(record: NodeRecord, findings: Sequence[Finding]) -> NodeRecord:
@@ -171,7 +205,8 @@ def _demote(record: NodeRecord) -> NodeRecord:
 
 
 def _promote(record: NodeRecord, settings: TrustSettings) -> NodeRecord:
-    if record.status != "probation" or record.clean_rollouts < settings.probation_rollouts:
+    needed = settings.probation_rollouts << min(record.bad_submissions, HARDER)
+    if record.status != "probation" or record.clean_rollouts < needed:
         return record
     return msgspec.structs.replace(record, status="trusted")
 

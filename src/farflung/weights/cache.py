@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from farflung.protocol.client import Client
-from farflung.protocol.errors import FarflungError, Refusal, Unreachable, WeightsError
+from farflung.protocol.errors import ConfigError, FarflungError, Refusal, Unreachable, WeightsError
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest, Relays, Shard
 from farflung.protocol.session import Session
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 AT_ONCE = 4
 RELAYS_EVERY_S = 10.0
 RELAY_S = 5.0
+RELAYS_TRIED = 3
+"""Relays that are tried for one shard before the origin: any number of them may be dead."""
 SLOWEST_BYTES_PER_S = 250_000
 """A relay that takes longer than RELAY_S and this speed allow is given up: a slow drip must not hold a node."""
 SPARE_BYTES = 256 << 20
@@ -73,6 +75,10 @@ class Versions:
         if digest not in self._known:
             raise WeightsError(f"manifest {digest[:12]} was not fetched, or dropped for newer ones; fetch it first")
         return self._known[digest]
+
+    def has(self, digest: str) -> bool:
+        """Whether a manifest was fetched and is still here."""
+        return digest in self._known
 
     def discard(self, shard: str) -> None:
         """Give up a shard that the disk lost or changed; the versions that need it are fetched anew."""
@@ -134,7 +140,7 @@ class Versions:
 
     async def _download(self, shard: Shard) -> bytes:
         """A shard's bytes, from the first relay that has them right, else from the origin."""
-        for url in sources.order(self._relays, self._scores, self._rng):
+        for url in sources.order(self._relays, self._scores, self._rng)[:RELAYS_TRIED]:
             before = time.monotonic()
             try:
                 async with asyncio.timeout(RELAY_S + shard.size_bytes / SLOWEST_BYTES_PER_S):
@@ -173,6 +179,11 @@ class Versions:
             log.warning("no list of relays because=%s", error)
             return
         key = self.session.client.key
-        relays = {r.url: self._relays.pop(r.url, None) or Client(r.url, key, patience_s=0.0) for r in found.relays}
+        relays: dict[str, Client] = {}
+        for relay in found.relays:
+            try:
+                relays[relay.url] = self._relays.pop(relay.url, None) or Client(relay.url, key, patience_s=0.0)
+            except ConfigError as error:
+                log.warning("relay left out node=%s because=%s", relay.node, error)
         await self.close()  # those that are left are gone
         self._relays = relays

@@ -34,6 +34,17 @@ def upgrade() -> None:
     op.create_index("audit_node", "audits", ["node", "status"], unique=False)
     op.create_index("audit_submission", "audits", ["submission"], unique=False)
     op.create_table(
+        "checks",
+        sa.Column("check", sa.Text(), nullable=False),
+        sa.Column("run", sa.Text(), nullable=False),
+        sa.Column("step", sa.Integer(), nullable=False),
+        sa.Column("validator", sa.Text(), nullable=False),
+        sa.Column("is_passed", sa.Boolean(), nullable=False),
+        sa.Column("at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("check"),
+    )
+    op.create_index("check_of_validator", "checks", ["run", "step", "validator"], unique=False)
+    op.create_table(
         "entries",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("run", sa.Text(), nullable=False),
@@ -74,6 +85,8 @@ def upgrade() -> None:
         sa.Column("tokens_per_s", sa.Float(), nullable=False),
         sa.Column("registered_at", sa.Float(), nullable=False),
         sa.Column("seen_at", sa.Float(), nullable=False),
+        sa.Column("receipt", sa.Text(), nullable=False),
+        sa.Column("beat", sa.LargeBinary(), nullable=False),
         sa.CheckConstraint("status IN ('probation', 'trusted', 'quarantined', 'ejected')", name="node_status"),
         sa.PrimaryKeyConstraint("node"),
     )
@@ -84,6 +97,8 @@ def upgrade() -> None:
         sa.Column("config", sa.Text(), nullable=False),
         sa.Column("secret", sa.LargeBinary(), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("brake", sa.Text(), nullable=False),
+        sa.Column("brake_after", sa.Integer(), nullable=False),
         sa.CheckConstraint("status IN ('running', 'finishing', 'finished')", name="run_status"),
         sa.PrimaryKeyConstraint("run"),
     )
@@ -104,6 +119,8 @@ def upgrade() -> None:
         sa.Column("metrics", sa.Text(), nullable=True),
         sa.Column("probe", sa.LargeBinary(), nullable=True),
         sa.Column("probe_before", sa.LargeBinary(), nullable=True),
+        sa.Column("canaries", sa.LargeBinary(), nullable=True),
+        sa.Column("restores", sa.Integer(), nullable=True),
         sa.Column("opened_groups", sa.Integer(), nullable=False),
         sa.CheckConstraint("status IN ('open', 'committed')", name="step_status"),
         sa.PrimaryKeyConstraint("id"),
@@ -120,6 +137,7 @@ def upgrade() -> None:
         sa.Column("tokens", sa.Integer(), nullable=False),
         sa.Column("profile", sa.Text(), nullable=False),
         sa.Column("generate_s", sa.Float(), nullable=False),
+        sa.Column("audit_probability", sa.Float(), nullable=False),
         sa.Column("logp_blob", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("submission"),
     )
@@ -141,6 +159,8 @@ def upgrade() -> None:
         sa.Column("run", sa.Text(), nullable=False),
         sa.Column("node", sa.Text(), nullable=False),
         sa.Column("outcome", sa.Text(), nullable=False),
+        sa.Column("step", sa.Integer(), nullable=False),
+        sa.Column("was_trusted", sa.Boolean(), nullable=False),
         sa.Column("submissions", sa.Integer(), nullable=False),
         sa.Column("document", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
@@ -289,6 +309,8 @@ def downgrade() -> None:
     op.drop_index("entry_cause", table_name="entries")
     op.drop_index("entry_account", table_name="entries")
     op.drop_table("entries")
+    op.drop_index("check_of_validator", table_name="checks")
+    op.drop_table("checks")
     op.drop_index("audit_node", table_name="audits")
     op.drop_index("audit_submission", table_name="audits")
     op.drop_index("audit_status", table_name="audits")

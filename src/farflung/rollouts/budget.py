@@ -1,0 +1,32 @@
+"""Coordinator: how much of trusted nodes' work can be audited for the operator's budget.
+
+Both costs are measured on the operator's own validators, which replay and, when no audit waits, generate: no number of
+a worker's is in it.
+"""
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from farflung.protocol.messages import Heartbeat
+from farflung.rollouts import standing
+from farflung.store.book import Book
+from farflung.store.tables import NODES
+from farflung.trust.policy import affordable, audit_probability
+from farflung.trust.record import NodeRecord
+
+
+def probability(connection: Connection, book: Book, record: NodeRecord) -> float:
+    """The audit probability of a submission of a node with this record, now."""
+    return audit_probability(record, standing.settings(book), afford(connection, book))
+
+
+def afford(connection: Connection, book: Book) -> float:
+    """The audit probability that the budget affords, by what validators measured."""
+    rows = connection.execute(sa.select(NODES.c.beat).where(NODES.c.role == "validator", NODES.c.beat != b""))
+    beats = [msgspec.msgpack.decode(beat, type=Heartbeat) for beat in rows.scalars()]
+    audited, made = sum(beat.work_tokens for beat in beats), sum(beat.made_tokens for beat in beats)
+    if not audited or not made:
+        return 1.0
+    audit_s, generate_s = sum(beat.work_cpu_s for beat in beats) / audited, sum(b.made_cpu_s for b in beats) / made
+    return affordable(book.config.trust.audit_budget, audit_s, generate_s)
