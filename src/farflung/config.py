@@ -118,7 +118,7 @@ class TrustSection(Section):
         0.01, "Most that auditing trusted nodes may cost, as a share of what generation costs.", ge=0, le=1
     )
     canaries: int = setting(
-        2, "Rollouts of the trainer's own, each step, that a validator must judge rightly.", ge=0, le=64
+        1, "Rollouts of the trainer's own, each step, that a validator must judge rightly.", ge=0, le=64
     )
     brake_share: float = setting(
         0.05,
@@ -176,7 +176,10 @@ class WorkerSection(Section):
 
 class ValidatorSection(Section):
     threads: int = setting(1, "Torch threads.", ge=1)
-    claim: int = setting(8, "Audits claimed at once.", ge=1, le=1024)
+    claim: int = setting(32, "Audits claimed at once.", ge=1, le=1024)
+    linger_s: float = setting(
+        2.0, "Seconds that audits of trusted nodes may wait for company; many are replayed cheaper.", ge=0, le=600
+    )
     slots: int = setting(128, "Rollouts generated at once when evaluating.", ge=1, le=4096)
     metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 

@@ -232,7 +232,7 @@ class Coordinator:
             latest, now = self.book.latest(connection), self.clock()
             if canary.has_failed(connection, self.book, call.node, now - self.config.coordinator.claim_s):
                 return (), [], latest
-            rows = audit.claim_audits(connection, self.book, call.node, ask.limit, now)
+            rows = audit.claim_audits(connection, self.book, call.node, ask.limit, ask.linger_s, now)
             known = canary.jobs(connection, self.book, self.profiles.run, call.node, rows[0].step) if rows else []
             return rows, known, latest
 

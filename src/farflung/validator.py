@@ -78,7 +78,7 @@ class Validator:
     async def step(self) -> None:
         """Audits before anything else; then, if none waits, an evaluation."""
         self.session.figures.phase = "waiting"
-        jobs = await verify.claim(self.session, self.settings.claim, WAIT_S)
+        jobs = await verify.claim(self.session, self.settings.claim, WAIT_S, self.settings.linger_s)
         if jobs:
             await self._audit(jobs)
         else:

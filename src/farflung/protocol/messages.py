@@ -323,6 +323,8 @@ class Claim(Message, frozen=True):
 
     limit: Annotated[int, Meta(ge=1, le=1024)] = 32
     wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
+    linger_s: Annotated[float, Meta(ge=0, le=600)] = 0.0
+    """How long audits of trusted nodes may wait for company, for many are replayed cheaper than one by one."""
 
 
 class ScoreJob(Message, frozen=True):

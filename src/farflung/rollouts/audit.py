@@ -47,7 +47,9 @@ def open_audit(
     return audit
 
 
-def claim_audits(connection: Connection, book: Book, validator: str, limit: int, now: float) -> Sequence[Row[Any]]:
+def claim_audits(
+    connection: Connection, book: Book, validator: str, limit: int, linger_s: float, now: float
+) -> Sequence[Row[Any]]:
     """Open audits of one step, now this validator's for a while: that of the longest waiting, and others of its step.
 
     One that was claimed before and never answered waits from the end of that claim, so that an audit on which
@@ -57,6 +59,8 @@ def claim_audits(connection: Connection, book: Book, validator: str, limit: int,
     _release(connection, book, now, AUDITS.c.claimed_by == validator, why="the validator asks again")
     is_open = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "open", _may_answer(book, validator, now))
     since = sa.case((AUDITS.c.claimed_until > AUDITS.c.opened_at, AUDITS.c.claimed_until), else_=AUDITS.c.opened_at)
+    if not _is_worth_claiming(connection, is_open, limit, now - linger_s):
+        return []
     first = sa.select(AUDITS.c.step).where(is_open).order_by(since, AUDITS.c.step).limit(1)
     rows = connection.execute(
         sa.select(AUDITS)
@@ -73,6 +77,15 @@ def claim_audits(connection: Connection, book: Book, validator: str, limit: int,
         .values(claimed_by=validator, claimed_until=now + book.config.coordinator.claim_s)
     )
     return rows
+
+
+def _is_worth_claiming(connection: Connection, is_open: Any, limit: int, since: float) -> bool:
+    """Whether audits wait that are many, or old, or not the routine ones of trusted nodes."""
+    routine = sa.and_(AUDITS.c.kind == "draw", NODES.c.status == "trusted")
+    urgent = sa.func.sum(sa.case((sa.or_(~routine, AUDITS.c.opened_at <= since), 1), else_=0))
+    query = sa.select(sa.func.count(), urgent).join(NODES, NODES.c.node == AUDITS.c.node).where(is_open)
+    count, pressing = connection.execute(query).one()
+    return bool(pressing) or count >= limit
 
 
 def _may_answer(book: Book, validator: str, now: float) -> Any:

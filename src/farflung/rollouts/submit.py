@@ -1,6 +1,7 @@
 """Worker (and validator, when it evaluates): generate what a lease asks for and hand it in."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from farflung.engine.base import Completion, Engine, Request
 from farflung.protocol import probe, wire
@@ -52,8 +53,13 @@ def submission_of(
 
 def show_possession(engine: Engine, manifest: Manifest, probe_key: str, nonce: str) -> str:
     """The answer to a probe, from the weights in the engine."""
-    chosen = probe.slices(((t.name, t.shape) for t in manifest.tensors), bytes.fromhex(probe_key))
-    return probe.answer(nonce, engine.values(chosen))
+    return probe.answer(nonce, engine.values(slices_of(manifest, probe_key)))
+
+
+@lru_cache(maxsize=8)
+def slices_of(manifest: Manifest, probe_key: str) -> Sequence[probe.Slice]:
+    """The slices of a version's weights that a probe chooses."""
+    return probe.slices(((t.name, t.shape) for t in manifest.tensors), bytes.fromhex(probe_key))
 
 
 async def submit(session: Session, lease: Lease, submission: Submission) -> Signed:

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from farflung.engine.base import Engine, Replay, Request
-from farflung.protocol import wire
+from farflung.protocol import probe, wire
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import (
     AuditJob,
@@ -19,7 +19,7 @@ from farflung.protocol.messages import (
     RolloutEvidence,
 )
 from farflung.protocol.session import Session
-from farflung.rollouts.submit import show_possession
+from farflung.rollouts.submit import slices_of
 from farflung.trust.evidence import Seen, from_json, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
 
 FIRST = 2
@@ -30,9 +30,10 @@ TEMPERATURES = (0.9, 1.1)
 Item = tuple[Request, list[int]]
 
 
-async def claim(session: Session, limit: int, wait_s: float) -> Sequence[AuditJob]:
-    """Up to `limit` audits, all of one step."""
-    jobs = await session.client.post(session.path("audits/claim"), Claim(limit=limit, wait_s=wait_s), AuditJobs)
+async def claim(session: Session, limit: int, wait_s: float, linger_s: float) -> Sequence[AuditJob]:
+    """Up to `limit` audits, all of one step; those of trusted nodes alone once they wait `linger_s`."""
+    ask = Claim(limit=limit, wait_s=wait_s, linger_s=linger_s)
+    jobs = await session.client.post(session.path("audits/claim"), ask, AuditJobs)
     session.latest = jobs.latest
     return jobs.jobs
 
@@ -46,6 +47,8 @@ def replay(engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: st
         ]
         for found, part in zip(seen, _replay_each(engine, parts), strict=True):
             found += part
+    known = dict.fromkeys(job.probe for job in jobs)
+    held = {key: engine.values(slices_of(manifest, key)) for key in known}
     return [
         Evidence(
             run=run,
@@ -53,7 +56,7 @@ def replay(engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: st
             manifest=job.manifest,
             profile=profile,
             rollouts=list(_told(job, found)),
-            possession=show_possession(engine, manifest, job.probe, job.nonce),
+            possession=probe.answer(job.nonce, held[job.probe]),
         )
         for job, found in zip(jobs, seen, strict=True)
     ]
