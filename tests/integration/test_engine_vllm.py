@@ -1,6 +1,6 @@
 """The vLLM engine: against a stand-in that speaks vLLM's routes, and against a real server where one is named.
 
-    FARFLUNG_VLLM_URL=http://127.0.0.1:8000 FARFLUNG_VLLM_MODEL=models/smollm2-135m pytest tests/integration/test_engine_vllm.py
+    FARFLUNG_VLLM_URL=http://127.0.0.1:8000 FARFLUNG_VLLM_MODEL=models/smollm2-135m pytest -k real_server
 
 The real server holds other weights afterwards.
 """

@@ -154,7 +154,7 @@ class VllmEngine:
         return answer
 
     def _refuse_unseeded_server(self) -> None:
-        """A server with the noise refuses a nonsensical seed, one without takes no notice; without dev mode, no load."""
+        """With the noise, a server refuses a nonsensical seed; without dev mode, it knows no labels."""
         nonsense = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0, "extra_args": {SEED: ""}}}
         try:
             seeded = httpx2.post(f"{self.url}/inference/v1/generate", json=nonsense, timeout=_TIMEOUT_S)

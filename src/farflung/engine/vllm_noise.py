@@ -1,15 +1,18 @@
-"""Seeded noise inside vLLM: a logits processor, before a greedy pick. Runs in vLLM's environment, beside torch and numpy.
+"""Seeded noise inside vLLM: a logits processor that comes before a greedy pick. It runs in vLLM's environment.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logits-processors farflung.engine.vllm_noise:SeededNoise …
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --tokens-only --logits-processors farflung.engine.vllm_noise:SeededNoise
 
-A request brings its seed and temperature as extra arguments and has vLLM's own temperature at 0.
+Of this package it needs `seeded_rows` and `noise`, which need torch and numpy. A request brings its seed and
+temperature as extra arguments and has vLLM's own temperature at 0. Tried with vLLM 0.32 on CPUs.
 
 Legend: B rows of the batch, V vocabulary.
 """
 
 import torch
 from vllm import SamplingParams
+from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
 
 from farflung.engine.seeded_rows import Asked, SeededRows, add_noise, asked
@@ -22,10 +25,13 @@ class SeededNoise(LogitsProcessor, SlotLogitsProcessor):
     and tells with every step which row is whose.
     """
 
-    def __init__(self, vllm_config: object, device_or_requests: object, is_pin_memory: bool = False) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, place: torch.device | LogitsProcRequestState, is_pin_memory: bool = False
+    ) -> None:
+        """`place` is the device for the first runner, the state of all slots for the second."""
         self._rows = SeededRows()
         self._slots: dict[int, Asked] = {}
-        self._requests = device_or_requests
+        self._requests = place
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -59,15 +65,16 @@ class SeededNoise(LogitsProcessor, SlotLogitsProcessor):
             self._slots[req_idx] = wanted
         return wanted is not None
 
-    def apply(self, logits_BV: torch.Tensor, ctx: object = None) -> torch.Tensor:
+    def apply(self, logits_BV: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         """`logits / T + noise` in place."""
-        if ctx is None:
-            return self._rows.add_noise(logits_BV)
+        return self._rows.add_noise(logits_BV) if ctx is None else add_noise(logits_BV, self._places(ctx))
+
+    def _places(self, ctx: LogitsContext) -> list[tuple[int, Asked, int]]:
+        """(row, what it wants, position) of each seeded row. The token to be picked comes after the one at `pos`."""
         slots, position = ctx.expanded_idx_mapping.tolist(), ctx.pos.tolist()
         begin = self._requests.prompt_len.np
-        places = [
+        return [
             (row, self._slots[slot], position[row] + 1 - int(begin[slot]))
             for row, slot in enumerate(slots)
             if slot in self._slots
         ]
-        return add_noise(logits_BV, places)
