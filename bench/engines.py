@@ -109,7 +109,8 @@ def speed(
     for dtype in ("bf16", "fp32"):
         local = engine(SMOL, weights, Kind(f"torch-cpu-{dtype}", rows=ROWS), eos)
         row(f"local {dtype}, seeded", lambda local=local: _count(local.generate(work)))
-    row("transformers.generate bf16", lambda: _transformers(work, eos))
+    model = AutoModelForCausalLM.from_pretrained(SMOL, dtype=torch.bfloat16)
+    row("transformers.generate bf16", lambda: _transformers(model, work, eos))
     if served is not None:
         plain = Unseeded(served.url, served._folder, eos_ids=eos, max_rows=ROWS)
         plain._label = served._label
@@ -133,8 +134,7 @@ def _count(found: Sequence[Completion | None]) -> int:
     return sum(len(item.ids) for item in found if item is not None)
 
 
-def _transformers(work: Sequence[Request], eos: list[int]) -> int:
-    model = AutoModelForCausalLM.from_pretrained(SMOL, dtype=torch.bfloat16)
+def _transformers(model: Any, work: Sequence[Request], eos: list[int]) -> int:
     width = max(len(request.prompt_ids) for request in work)
     ids_BT = torch.tensor([(0,) * (width - len(r.prompt_ids)) + r.prompt_ids for r in work])
     mask_BT = torch.tensor([(0,) * (width - len(r.prompt_ids)) + (1,) * len(r.prompt_ids) for r in work])
@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--vllm-pid", type=int, default=0)
     parser.add_argument("--rollouts", type=Path, help="file that keeps vLLM's rollouts")
     parser.add_argument("--tokens", type=int, default=30_000, help="honest tokens at batch 64")
+    parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--profile", type=Path, help="where to write the profile")
     arguments = parser.parse_args()
     if not SMOL.exists():
@@ -286,7 +287,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if served is not None:
         served.load(weights.items())
     figures: dict[str, Any] = {"quick": arguments.quick, "cpu": torch.backends.cpu.get_cpu_capability()}
-    figures["speed"] = speed(known, weights, eos, served, arguments.vllm_pid)
+    if not arguments.no_speed:
+        figures["speed"] = speed(known, weights, eos, served, arguments.vllm_pid)
     made = rollouts(arguments.rollouts, served, known, arguments.tokens // (20 if arguments.quick else 1))
     if not made:
         return figures | {"vllm": f"skipped: {why}"}
