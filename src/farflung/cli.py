@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -114,6 +114,9 @@ def worker(
     root: str = "",
     slots: int = 64,
     threads: int = 1,
+    engine: Literal["local", "vllm"] = "local",
+    engine_url: str = WorkerSection().engine_url,
+    profile: str = "",
     patience_s: float = 60.0,
     metrics_port: int = 0,
     json: bool = False,
@@ -136,6 +139,12 @@ def worker(
         Rollouts generated at once.
     threads
         Torch threads.
+    engine
+        What generates: this process, or a vLLM server.
+    engine_url
+        Where the vLLM server is; it must read this node's files.
+    profile
+        Numerics profile to be judged by, one that the run admits; empty for the run's own.
     patience_s
         How long to wait for a coordinator that does not answer.
     metrics_port
@@ -150,7 +159,14 @@ def worker(
     folder.mkdir(parents=True, exist_ok=True)
     key = Key.load_or_make(folder / "key")
     pinned = bytes.fromhex(root) if root else None
-    settings = WorkerSection(slots=slots, threads=threads, metrics_port=metrics_port)
+    settings = WorkerSection(
+        slots=slots,
+        threads=threads,
+        engine=engine,
+        engine_url=engine_url,
+        profile=profile,
+        metrics_port=metrics_port,
+    )
     node = Worker(url, key, folder, settings, run=run, root=pinned, name=name, patience_s=patience_s)
     asyncio.run(node.run())
 
@@ -165,6 +181,9 @@ def join(
     invite: str = "",
     slots: int = 64,
     threads: int = 1,
+    engine: Literal["local", "vllm"] = "local",
+    engine_url: str = WorkerSection().engine_url,
+    profile: str = "",
     disk_gb: float = 0.0,
     memory_gb: float = 0.0,
     context: int = 0,
@@ -190,6 +209,12 @@ def join(
         Rollouts generated at once.
     threads
         Torch threads.
+    engine
+        What generates: this process, or a vLLM server.
+    engine_url
+        Where the vLLM server is; it must read this node's files.
+    profile
+        Numerics profile to be judged by, one that the run admits; empty for the run's own.
     disk_gb
         Most disk for weights; 0 for no bound but what is free.
     memory_gb
@@ -209,6 +234,9 @@ def join(
     settings = WorkerSection(
         slots=slots,
         threads=threads,
+        engine=engine,
+        engine_url=engine_url,
+        profile=profile,
         disk_gb=disk_gb,
         memory_gb=memory_gb,
         context=context,
@@ -391,6 +419,7 @@ def calibrate(
     prompts: Path | None = None,
     tokens: int = 80_000,
     threads: int = 1,
+    engine_url: str = "",
 ) -> None:
     """Measure how honest nodes of a numerics profile differ from a validator, and write the profile.
 
@@ -409,11 +438,13 @@ def calibrate(
         Tokens generated in large batches; small batches add a third of that.
     threads
         Torch threads.
+    engine_url
+        A vLLM server that generates, whose arithmetic the profile then is; empty for this process.
     """
     from farflung.ops.calibrate import write_profile
 
     start_logging()
-    write_profile(model, profile, out, prompts, tokens=tokens, threads=threads)
+    write_profile(model, profile, out, prompts, tokens=tokens, threads=threads, engine_url=engine_url)
 
 
 @app.command

@@ -14,6 +14,7 @@ from farflung.engine.base import Completion, Engine
 from farflung.engine.loading import model_bytes
 from farflung.engine.local import LocalEngine
 from farflung.engine.precision import arithmetic, rounded
+from farflung.engine.vllm import VllmEngine
 from farflung.protocol.client import Client
 from farflung.protocol.errors import (
     BadSignature,
@@ -97,22 +98,14 @@ class Worker:
             run=self._run,
             root=self._root,
             name=self.name,
-            engine="local",
+            engine=self.settings.engine,
             invite=self._invite,
             profile=self.settings.profile,
         )
         dtype, self._bits = arithmetic(self.settings.profile or self.session.info.profile)
         config = await fetch_model_config(self.session)
         refuse_oversize(config, dtype, self.settings.memory_gb)
-        self.engine = self.wrap(
-            LocalEngine.from_folder(
-                config,
-                dtype=dtype,
-                threads=self.settings.threads,
-                eos_ids=self.session.info.eos_ids,
-                max_rows=self.settings.slots,
-            )
-        )
+        self.engine = self.wrap(self._engine(config, dtype))
         self.weights = Versions(
             self.session,
             self.folder / "weights",
@@ -121,6 +114,14 @@ class Worker:
         )
         self._receipts = Receipts(self.folder)
         await self.session.beat()
+
+    def _engine(self, config: bytes, dtype: torch.dtype) -> Engine:
+        settings, eos_ids = self.settings, self.session.info.eos_ids
+        if settings.engine == "vllm":
+            return VllmEngine(settings.engine_url, self.folder / "vllm", eos_ids=eos_ids, max_rows=settings.slots)
+        return LocalEngine.from_folder(
+            config, dtype=dtype, threads=settings.threads, eos_ids=eos_ids, max_rows=settings.slots
+        )
 
     def drain(self) -> None:
         """Stop soon: what is complete is handed in, the rest goes back."""

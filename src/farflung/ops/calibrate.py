@@ -7,16 +7,19 @@ verifier's. In bfloat16 each is also replayed in float32, as the confirmation of
 import itertools
 import logging
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import torch
 
 from farflung.config import load
 from farflung.engine.base import Replay, Request
 from farflung.engine.local import LocalEngine
+from farflung.engine.vllm import VllmEngine
 from farflung.envs.base import Env
 from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
@@ -36,16 +39,24 @@ VERIFIERS = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32")}
 PROGRESS_S = 10.0
 
 
-def write_profile(model: str, name: str, out: Path, prompts: Path | None, *, tokens: int, threads: int) -> Profile:
-    """Generate, replay, calibrate, write. `tokens` are generated at the largest batch, parts of it at smaller ones."""
+def write_profile(
+    model: str, name: str, out: Path, prompts: Path | None, *, tokens: int, threads: int, engine_url: str = ""
+) -> Profile:
+    """Generate, replay, calibrate, write. `tokens` are generated at the largest batch, parts of it at smaller ones.
+
+    With the URL of a vLLM server it is that which generates; it no longer holds the values that were published.
+    """
     dtype = "bfloat16" if "bf16" in name else "float32"
     asked = _prompt_ids(Model(model), prompts)
     engines = {name: _engine(model, name, threads) for name in VERIFIERS[dtype]}
-    generator, verifiers = engines[dtype], list(engines.values())
-    honest = [s for rows, part in PARTS.items() for s in _samples(generator, verifiers, asked, rows, tokens * part)]
-    most = max(PARTS)
-    unseeded = list(_samples(generator, verifiers[:1], asked, most, tokens * UNSEEDED_PART, is_seeded=False))
+    with tempfile.TemporaryDirectory() as folder:
+        generator = _served(model, engine_url, Path(folder)) if engine_url else engines[dtype]
+        verifiers = list(engines.values())
+        honest = [s for rows, part in PARTS.items() for s in _samples(generator, verifiers, asked, rows, tokens * part)]
+        most = max(PARTS)
+        unseeded = list(_samples(generator, verifiers[:1], asked, most, tokens * UNSEEDED_PART, is_seeded=False))
     profile = calibrate(name, honest, {"unseeded": unseeded}, tolerance=TOLERANCE[dtype])
+    profile = msgspec.structs.replace(profile, holds_published=not engine_url)
     out.write_bytes(to_json(profile) + b"\n")
     _report(profile, honest, unseeded)
     return profile
@@ -80,8 +91,16 @@ def _engine(model: str, dtype: str, threads: int) -> LocalEngine:
     return engine
 
 
+def _served(model: str, url: str, folder: Path) -> VllmEngine:
+    from farflung.learner.policy import Policy
+
+    engine = VllmEngine(url, folder, eos_ids=Model(model).eos_ids)
+    engine.load(Policy.from_pretrained(model).tensors())
+    return engine
+
+
 def _samples(
-    generator: LocalEngine,
+    generator: LocalEngine | VllmEngine,
     verifiers: Sequence[LocalEngine],
     prompts: Sequence[tuple[int, ...]],
     rows: int,

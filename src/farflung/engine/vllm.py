@@ -1,0 +1,180 @@
+"""vLLM as an engine that generates: a server of its own, in an environment of its own, on this machine, by its URL.
+
+Tokens go in and come out; the noise is added inside by `farflung.engine.vllm_noise`. Weights go through a file: they
+are written beside the node's own, and the server is told to read them. Every load has a label of its own, which the
+server puts on each answer, so that one that was started again, and holds its first weights, is noticed at once.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from farflung.engine.base import Completion, Replay, Request
+from farflung.engine.loading import read_slices
+from farflung.engine.seeded_rows import SEED, TEMPERATURE
+from farflung.protocol.errors import ConfigError, Unreachable, WeightsError, WrongWeights
+from farflung.protocol.probe import Slice
+
+_FILE = "model.safetensors"
+_TIMEOUT_S = 600.0
+_LOOK_S = 0.1
+"""Seconds between two looks whether to stop."""
+_HOW = (
+    "start it as docs/run.md says: VLLM_SERVER_DEV_MODE=1, --tokens-only and "
+    "--logits-processors farflung.engine.vllm_noise:SeededNoise"
+)
+
+
+class VllmEngine:
+    """One policy in a vLLM server. It generates; to replay takes a verifier's own arithmetic, which this has not."""
+
+    def __init__(self, url: str, folder: Path, *, eos_ids: Iterable[int], max_rows: int = 64) -> None:
+        """Take a server that runs, and a folder that it can read. Raises Unreachable, or ConfigError for its settings.
+
+        At most `max_rows` requests are under way at once; the server queues what is more than its --max-num-seqs.
+        """
+        self.url, self.eos_ids, self.max_rows = url.rstrip("/"), frozenset(eos_ids), max_rows
+        self._folder, self._label = folder.resolve(), ""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_unseeded_server()
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights; no prefix that the server keeps outlives them. Raises WeightsError.
+
+        Takes memory for one copy beside the server's. The server must be able to read the folder at the same path.
+        """
+        self._label = ""
+        self._write(tensors)
+        told = {"method": "reload_weights", "kwargs": {"weights_path": str(self._folder)}}
+        self._tell("/collective_rpc", told)
+        if not self._tell("/reset_prefix_cache").json().get("success"):
+            raise WeightsError(f"vLLM at {self.url} keeps prefixes of the weights before: is it serving others too?")
+        label = secrets.token_hex(8)
+        self._tell("/update_weight_version", {"new_version": label})
+        self._label = label
+
+    def values(self, slices: Sequence[Slice]) -> bytes:
+        """These slices of the file that the server was last told to read, in bfloat16.
+
+        vLLM fuses and packs matrices, so the published values are not to be had from its memory: this shows a missed
+        fetch, and the label on every answer a missed load.
+        """
+        self._refuse_unloaded()
+        with safe_open(self._folder / _FILE, "pt") as file:
+            names = {part.name for part in slices} & set(file.keys())
+            return read_slices({name: file.get_tensor(name) for name in names}, slices)
+
+    def generate(
+        self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None
+    ) -> list[Completion | None]:
+        """Generate every request, in order. Once `should_stop` says yes, what is under way is aborted and stays None.
+
+        Raises WrongWeights if the server does not hold what was loaded, ConfigError if it cuts a completion short.
+        """
+        self._refuse_unloaded()
+        return asyncio.run(self._generate(requests, should_stop))
+
+    def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:
+        """Refused: replay is torch's. Raises ConfigError."""
+        raise ConfigError("vLLM generates only; replay needs the local engine")
+
+    async def _generate(
+        self, requests: Sequence[Request], should_stop: Callable[[], bool] | None
+    ) -> list[Completion | None]:
+        limits = httpx2.Limits(max_connections=self.max_rows)
+        timeout = httpx2.Timeout(_TIMEOUT_S, pool=None)
+        async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=timeout) as client:
+            tasks = [asyncio.create_task(self._complete(client, request)) for request in requests]
+            try:
+                await _until(tasks, should_stop)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            return [None if task.cancelled() else task.result() for task in tasks]
+
+    async def _complete(self, client: httpx2.AsyncClient, request: Request) -> Completion:
+        try:
+            answer = await client.post("/inference/v1/generate", json=self._body(request))
+        except httpx2.TransportError as error:
+            raise Unreachable(f"vLLM at {self.url} does not answer: {error!r}") from error
+        if answer.status_code != 200:
+            raise ConfigError(f"vLLM at {self.url} refuses to generate ({answer.status_code}): {answer.text[:300]}")
+        return self._completion(request, answer.json()["choices"][0])
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        seeded = {SEED: request.seed & 0xFFFFFFFFFFFFFFFF, TEMPERATURE: request.temperature}
+        sampling = {
+            "temperature": 0,
+            "max_tokens": request.budget,
+            "ignore_eos": True,
+            "stop_token_ids": sorted(self.eos_ids),
+            "logprobs": 0,
+            "detokenize": False,
+            "extra_args": seeded if request.temperature > 0 else {},
+        }
+        return {"token_ids": list(request.prompt_ids), "sampling_params": sampling}
+
+    def _completion(self, request: Request, choice: dict[str, Any]) -> Completion:
+        ids = tuple(choice["token_ids"])
+        labels = {span["version"] for span in choice["weight_versions"] or ()}
+        if labels != {self._label}:
+            raise WrongWeights(f"vLLM at {self.url} generated with weights {sorted(labels)}, not {self._label}")
+        if len(ids) < request.budget and (not ids or ids[-1] not in self.eos_ids):
+            raise ConfigError(
+                f"vLLM at {self.url} stopped after {len(ids)} of {request.budget} tokens "
+                f"({choice['finish_reason']}); give it a longer --max-model-len"
+            )
+        return Completion(ids, tuple(token["logprob"] for token in choice["logprobs"]["content"]))
+
+    def _write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        held: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors:
+            if name in held:
+                raise WeightsError(f"tensor {name} came twice")
+            held[name] = tensor.contiguous()
+        part = self._folder / (_FILE + ".part")
+        save_file(held, part)
+        part.replace(self._folder / _FILE)
+
+    def _tell(self, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
+        try:
+            answer = httpx2.post(self.url + path, json=body or {}, timeout=_TIMEOUT_S)
+        except httpx2.TransportError as error:
+            raise Unreachable(f"vLLM at {self.url} does not answer: {error!r}") from error
+        if answer.status_code != 200:
+            raise WeightsError(f"vLLM at {self.url} answers {path} with {answer.status_code}: {answer.text[:300]}")
+        return answer
+
+    def _refuse_unseeded_server(self) -> None:
+        """With the noise, a server refuses a nonsensical seed; without dev mode, it knows no labels."""
+        nonsense = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0, "extra_args": {SEED: ""}}}
+        try:
+            seeded = httpx2.post(f"{self.url}/inference/v1/generate", json=nonsense, timeout=_TIMEOUT_S)
+            labels = httpx2.get(f"{self.url}/weight_info", timeout=_TIMEOUT_S)
+        except httpx2.TransportError as error:
+            raise Unreachable(f"no vLLM answers at {self.url} ({error!r}); {_HOW}") from error
+        if seeded.status_code != 400 or SEED not in seeded.text:
+            raise ConfigError(f"vLLM at {self.url} adds no seeded noise (it answered {seeded.status_code}); {_HOW}")
+        if labels.status_code != 200:
+            raise ConfigError(f"vLLM at {self.url} lets nobody load weights; {_HOW}")
+
+    def _refuse_unloaded(self) -> None:
+        if not self._label:
+            raise WeightsError("the engine holds no complete weights; load all tensors of one step first")
+
+
+async def _until(tasks: Sequence[asyncio.Task[Completion]], should_stop: Callable[[], bool] | None) -> None:
+    """Wait until all are done, one fails, or somebody says stop."""
+    left: Iterable[asyncio.Task[Completion]] = tasks
+    while left and not (should_stop is not None and should_stop()):
+        done, left = await asyncio.wait(left, timeout=_LOOK_S)
+        for task in done:
+            task.result()

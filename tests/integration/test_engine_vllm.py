@@ -1,0 +1,222 @@
+"""The vLLM engine: against a stand-in that speaks vLLM's routes, and against a real server where one is named.
+
+    FARFLUNG_VLLM_URL=http://127.0.0.1:8000 FARFLUNG_VLLM_MODEL=models/smollm2-135m pytest -k real_server
+
+The real server holds other weights afterwards.
+"""
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from farflung.engine.base import Request  # noqa: E402
+from farflung.engine.local import LocalEngine  # noqa: E402
+from farflung.engine.seeded_rows import SEED, TEMPERATURE  # noqa: E402
+from farflung.engine.vllm import VllmEngine  # noqa: E402
+from farflung.protocol.errors import ConfigError, Unreachable, WeightsError, WrongWeights  # noqa: E402
+from farflung.protocol.probe import Slice  # noqa: E402
+
+REAL_URL, REAL_MODEL = os.environ.get("FARFLUNG_VLLM_URL", ""), os.environ.get("FARFLUNG_VLLM_MODEL", "")
+ASKED = [Request((5, 6, 7 + i), 2**63 + i, 0.8, 6) for i in range(5)]
+
+
+class StandIn(ThreadingHTTPServer):
+    """As much of a vLLM server as the engine speaks to; a local engine computes."""
+
+    daemon_threads = True
+
+    def __init__(self, engine: LocalEngine) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.engine, self.lock = engine, threading.Lock()
+        self.label, self.is_seeded, self.is_developing, self.longest, self.delay_s = "default", True, True, 99, 0.0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path != "/inference/v1/generate" and not self.is_developing:
+            return 404, {"detail": "Not Found"}
+        match path:
+            case "/inference/v1/generate":
+                return self._generate(body["token_ids"], body["sampling_params"])
+            case "/collective_rpc":
+                folder = Path(body["kwargs"]["weights_path"])
+                self.engine.load(load_file(folder / "model.safetensors").items())
+                return 200, {"results": [None]}
+            case "/reset_prefix_cache":
+                return 200, {"success": True}
+            case "/update_weight_version":
+                self.label = body["new_version"]
+        return 200, {"weight_version": self.label}
+
+    def _generate(self, prompt: list[int], sampling: dict[str, Any]) -> tuple[int, Any]:
+        seeded = sampling["extra_args"]
+        if self.is_seeded and not isinstance(seeded.get(SEED, 0), int):
+            return 400, {"error": {"message": f"{SEED} is nonsense"}}
+        if not isinstance(seeded.get(SEED, 0), int):
+            seeded = {}
+        time.sleep(self.delay_s)
+        budget = min(sampling["max_tokens"], self.longest)
+        request = Request(tuple(prompt), seeded.get(SEED, 0), seeded.get(TEMPERATURE, 0.0), budget)
+        with self.lock:
+            [said] = self.engine.generate([request])
+        assert said is not None
+        logp = {"content": [{"logprob": value} for value in said.logp]}
+        spans = [{"version": self.label, "start": 0, "end": len(said.ids)}]
+        choice = {"token_ids": said.ids, "logprobs": logp, "weight_versions": spans, "finish_reason": "length"}
+        return 200, {"choices": [choice]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: StandIn
+
+    def do_POST(self) -> None:
+        size = int(self.headers["content-length"])
+        self._say(*self.server.answer(self.path, json.loads(self.rfile.read(size))))
+
+    def do_GET(self) -> None:
+        self._say(*self.server.answer(self.path, {}))
+
+    def _say(self, status: int, body: Any) -> None:
+        data = json.dumps(body).encode()
+        with contextlib.suppress(BrokenPipeError):  # who stops does not wait for an answer
+            self.send_response(status)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(tiny_qwen) -> Iterator[StandIn]:
+    stand_in = StandIn(LocalEngine(tiny_qwen()))
+    thread = threading.Thread(target=stand_in.serve_forever, args=(0.01,))
+    thread.start()
+    yield stand_in
+    stand_in.shutdown()
+    thread.join()
+    stand_in.server_close()
+
+
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+
+
+@pytest.fixture
+def engine(server: StandIn, tmp_path: Path) -> VllmEngine:
+    return VllmEngine(server.url, tmp_path, eos_ids=server.engine.eos_ids, max_rows=2)
+
+
+def test_it_generates_what_the_seeds_say_in_order(server: StandIn, engine: VllmEngine) -> None:
+    engine.load(tensors(server.engine.model).items())
+    asked = [*ASKED, Request((3, 4), 0, 0.0, 5)]
+    for found, expected in zip(engine.generate(asked), server.engine.generate(asked), strict=True):
+        assert found is not None
+        assert expected is not None
+        assert found.ids == expected.ids
+        assert found.logp == pytest.approx(expected.logp, abs=1e-4)
+
+
+def test_weights_are_swapped_and_shown(server: StandIn, engine: VllmEngine) -> None:
+    held = tensors(server.engine.model)
+    engine.load((name, value * 1.5) for name, value in held.items())
+    assert all(torch.equal(server.engine.model.state_dict()[name], value * 1.5) for name, value in held.items())
+    name = next(iter(held))
+    expected = (held[name] * 1.5).flatten()[3:9].bfloat16().view(torch.int16).numpy().tobytes()
+    assert engine.values([Slice(name, 3, 9)]) == expected
+
+
+def test_nothing_is_done_before_weights_are_loaded(engine: VllmEngine) -> None:
+    with pytest.raises(WeightsError, match="load all tensors"):
+        engine.generate(ASKED)
+    with pytest.raises(WeightsError, match="load all tensors"):
+        engine.values([])
+
+
+def test_a_tensor_that_comes_twice_is_refused(server: StandIn, engine: VllmEngine) -> None:
+    one = next(iter(tensors(server.engine.model).items()))
+    with pytest.raises(WeightsError, match="twice"):
+        engine.load([one, one])
+
+
+def test_a_server_that_was_started_again_is_noticed(server: StandIn, engine: VllmEngine) -> None:
+    engine.load(tensors(server.engine.model).items())
+    server.label = "default"
+    with pytest.raises(WrongWeights, match="default"):
+        engine.generate(ASKED)
+
+
+def test_a_completion_that_the_server_cuts_short_is_refused(server: StandIn, engine: VllmEngine) -> None:
+    engine.load(tensors(server.engine.model).items())
+    server.longest = 1
+    with pytest.raises(ConfigError, match="max-model-len"):
+        engine.generate(ASKED)
+
+
+def test_stopping_leaves_what_is_under_way(server: StandIn, engine: VllmEngine) -> None:
+    engine.load(tensors(server.engine.model).items())
+    server.delay_s = 1.0
+    asked_at = time.monotonic()
+    assert engine.generate(ASKED, lambda: time.monotonic() > asked_at + 0.2) == [None] * len(ASKED)
+    assert time.monotonic() < asked_at + 0.9
+
+
+def test_it_does_not_replay(engine: VllmEngine) -> None:
+    with pytest.raises(ConfigError, match="generates only"):
+        engine.replay([])
+
+
+@pytest.mark.parametrize(
+    ("flaw", "says"), [({"is_seeded": False}, "no seeded noise"), ({"is_developing": False}, "nobody load weights")]
+)
+def test_a_server_without_what_is_needed_is_refused(
+    server: StandIn, tmp_path: Path, flaw: dict[str, bool], says: str
+) -> None:
+    vars(server).update(flaw)
+    with pytest.raises(ConfigError, match=says):
+        VllmEngine(server.url, tmp_path, eos_ids=[1])
+
+
+def test_a_server_that_is_not_there_is_said_to_be_unreachable(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable, match="no vLLM answers"):
+        VllmEngine("http://127.0.0.1:9", tmp_path, eos_ids=[1])
+
+
+# --- a real server ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not (REAL_URL and REAL_MODEL), reason="FARFLUNG_VLLM_URL and FARFLUNG_VLLM_MODEL name no server")
+def test_a_real_server_passes_replay_before_and_after_a_swap(tmp_path: Path) -> None:
+    first = {name: value.bfloat16() for name, value in load_file(Path(REAL_MODEL) / "model.safetensors").items()}
+    made = torch.Generator().manual_seed(1)
+    second = {n: (t.float() * (1 + 0.05 * torch.randn(t.shape, generator=made))).bfloat16() for n, t in first.items()}
+    verifier = LocalEngine.from_folder(REAL_MODEL, threads=1)
+    engine = VllmEngine(REAL_URL, tmp_path, eos_ids=[2, 0])
+    asked = [Request((504, 253, 357 + i % 3), 2**64 - 1 - i, (1.0, 0.7)[i % 2], 8 + i % 5) for i in range(24)]
+
+    def flips(weights: dict[str, torch.Tensor]) -> float:
+        verifier.load(weights.items())
+        items = [(request, item.ids) for request, item in zip(asked, said, strict=True) if item is not None]
+        return float(np.concatenate([one.margin > 1e-5 for one in verifier.replay(items)]).mean())
+
+    for weights, other in ((first, second), (second, first)):
+        engine.load(weights.items())
+        said = engine.generate(asked)
+        assert flips(weights) < 0.15 < 0.2 < flips(other)
