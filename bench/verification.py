@@ -1,17 +1,20 @@
 """What verification proves and what it costs: honest nodes across numerics, cheats on a real model, audits' price.
 
 Prints one JSON object as its last line. Honest rollouts are generated in one arithmetic and replayed in another;
-profiles are calibrated on the first policy, judged on the last one and on the hardest third of its tasks.
+profiles are calibrated on the first policy, judged on the last one and on the hardest third of its tasks. Pairs count
+where at least 1 % of the tokens are not the verifier's arg-max: the demo's model is too sure of itself for that, so a
+model of its shape with 1,024 tokens and random weights, whose near-ties are as common as SmolLM2's, gives the mass of
+the rollouts; it is trained on its own likeliest answers between its first policy and its last.
 `--quick` takes a twentieth of the tokens. SmolLM2 parts need models/smollm2-135m (scripts/get_smollm2.py); the last
-policy needs a finished run of examples/demo.toml (`--run DIR`), else the base model stands for both.
+policy of the demo's model needs a finished run of examples/demo.toml (`--run DIR`), else the base model stands for both.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +23,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from farflung.engine import decode
 from farflung.engine.base import Request
+from farflung.engine.loading import build
 from farflung.engine.local import LocalEngine
 from farflung.engine.precision import arithmetic, rounded
 from farflung.envs.sums import Sums
 from farflung.learner import checkpoint
+from farflung.rollouts.tripwire import tripped
+from farflung.rollouts.verify import FIRST
 from farflung.tasks.found import Model
 from farflung.trust import evidence
 from farflung.trust.evidence import Profile, Seen
@@ -38,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 TOY, SMOL = ROOT / "examples" / "base", ROOT / "models" / "smollm2-135m"
 SIZE = 16
 """Rollouts per submission."""
+SMOL_ROLLOUTS = 2000
 SETTINGS = TrustSettings()
 Tensors = dict[str, torch.Tensor]
 
@@ -131,8 +138,7 @@ PAIRS = (
 
 def honest(folder: Path, first: Tensors, last: Tensors, shapes: dict[str, Any], rng: np.random.Generator) -> dict:
     """Every pair: calibrated on the first policy, judged on the last. Gives figures and the e-values of submissions."""
-    model = Model(str(folder))
-    eos = sorted(model.eos_ids)
+    eos = shapes["eos"]
     rows: list[dict[str, Any]] = []
     e_values: list[np.ndarray] = []
     ejected = rollouts = tokens = 0
@@ -146,12 +152,13 @@ def honest(folder: Path, first: Tensors, last: Tensors, shapes: dict[str, Any], 
         asked = requests(rng, shapes["hard"], int(shapes["judge"] * share), t, budget)
         seen = list(play(generator_of[id(last)], verifier_of[id(last)], asked, threads=kind.threads))
         found = findings(profile, seen)
-        record = NodeRecord()
+        record, trips = NodeRecord(), 0
         for start in range(0, len(found) - SIZE + 1, SIZE):
             part = found[start : start + SIZE]
             total = evidence.submission_log_ratios([np.array(one.log_ratios) for one in part])
             e_values.append(evidence.e_values(total))
             record, outcome = fold(record, part, SETTINGS)
+            trips += bool(tripped((str(start), np.array(one.log_ratios)) for one in part))
             if outcome.kind == "quarantine":
                 record, outcome = confirm(record, part, SETTINGS)
                 ejected += outcome.kind == "eject"
@@ -161,9 +168,70 @@ def honest(folder: Path, first: Tensors, last: Tensors, shapes: dict[str, Any], 
         rows.append({"generator": kind.name, "verifier": against, "rollouts": len(found), "tokens": count,
                      "flipped": round(flips / count, 5),
                      "worst_log10_m": round(math.log10(max(record.statistic, 1e-300)), 1),
-                     "voided": record.bad_submissions, "calibrated_on": profile.honest.tokens})  # fmt: skip
+                     "voided": record.bad_submissions, "calibrated_on": profile.honest.tokens,
+                     "far": round(profile.far, 2), "counts": flips >= 0.01 * count,
+                     "tripwire_drop": trips / max(1, len(found) // SIZE)})  # fmt: skip
         say(f"honest {folder.name}: {rows[-1]}")
     return {"rows": rows, "e": e_values, "ejected": ejected, "rollouts": rollouts, "tokens": tokens}
+
+
+# --- a model with many near-ties -------------------------------------------------------------------------------------
+
+WIDE_VOCAB, WIDE_EOS, POLICIES, UPDATES = 1024, [2], 3, 5
+
+
+def wide(folder: Path, rng: np.random.Generator) -> list[Tensors]:
+    """Write config.json of a random model of the demo's shape into a folder; its first policy and later ones."""
+    config = json.loads((TOY / "config.json").read_text()) | {"vocab_size": WIDE_VOCAB}
+    (folder / "config.json").write_text(json.dumps(config))
+    made = torch.Generator().manual_seed(20261124)
+    model = build(folder, torch.float32)
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim == 2:
+            tensor.normal_(0, 0.25 if "embed" in name else 0.12, generator=made)
+    found = [published(model)]
+    for _ in range(POLICIES - 1):
+        sharpen(model, folder, rng)
+        found.append(published(model))
+    save_file(found[-1], folder / "model.safetensors")
+    return found
+
+
+def published(model: torch.nn.Module) -> Tensors:
+    """What would be published of it, tied twins once."""
+    twins: dict[int, str] = {}
+    named = {name: t for name, t in model.state_dict(keep_vars=True).items() if twins.setdefault(id(t), name) == name}
+    return {name: tensor.detach().bfloat16() for name, tensor in named.items()}
+
+
+def sharpen(model: Any, folder: Path, rng: np.random.Generator) -> None:
+    """A few updates towards the likelier half of its own answers."""
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for _ in range(UPDATES):
+        maker = engine(folder, published(model), Kind("torch-cpu-fp32"), WIDE_EOS)
+        asked = requests(rng, wide_prompts(rng, 64), 64, 1.0, 24)
+        said = [(request, done) for request, done in zip(asked, maker.generate(asked), strict=True) if done is not None]
+        said.sort(key=lambda pair: -statistics.fmean(pair[1].logp))
+        rows = [torch.tensor(request.prompt_ids + done.ids) for request, done in said[:32]]
+        loss = sum(model(input_ids=row[None], labels=row[None]).loss for row in rows) / len(rows)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.requires_grad_(False)
+
+
+def wide_prompts(rng: np.random.Generator, count: int) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in rng.integers(3, WIDE_VOCAB, (count, 8)).tolist()]
+
+
+def by_difficulty(folder: Path, weights: Tensors, rng: np.random.Generator, count: int) -> list[tuple[int, ...]]:
+    """Prompts, those last to which the policy is least sure of its answer."""
+    prompts = wide_prompts(rng, count)
+    maker = engine(folder, weights, Kind("torch-cpu-fp32"), WIDE_EOS)
+    said = maker.generate([Request(prompt, i, 1.0, 12) for i, prompt in enumerate(prompts)])
+    sure = [statistics.fmean(done.logp) if done else 0.0 for done in said]
+    return [prompts[i] for i in np.argsort(sure)[::-1]]
 
 
 def lives(e: np.ndarray, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
@@ -211,11 +279,26 @@ def cheats(weights: Tensors, vocab: int, rng: np.random.Generator) -> dict[str, 
     }
 
 
+def replayed(part: Sequence[Finding]) -> list[Finding]:
+    """What a validator replays of a submission (`farflung.rollouts.verify.more`): the first rollouts, one by one what
+    looks like a cheat's until it is decided, else all.
+    """
+    for count in range(FIRST, len(part)):
+        weight = evidence.mean_log_ratio(
+            evidence.submission_log_ratios([np.array(one.log_ratios) for one in part[:count]])
+        )
+        if evidence.is_bad(weight):
+            return list(part[:count])
+        if weight <= 0:
+            break
+    return list(part)
+
+
 def until_caught(submissions: Callable[[], list[Finding]], most: int = 400) -> tuple[int, int] | None:
     """(submissions, tokens) of a new node until it is ejected, every rollout audited; nothing if it never is."""
     record, tokens = NodeRecord(), 0
     for number in range(1, most + 1):
-        part = submissions()
+        part = replayed(submissions())
         tokens += sum(one.tokens for one in part)
         record, outcome = fold(record, part, SETTINGS)
         if outcome.kind == "quarantine":
@@ -225,13 +308,21 @@ def until_caught(submissions: Callable[[], list[Finding]], most: int = 400) -> t
     return None
 
 
-def power(folder: Path, profile: Profile, asked: Sequence[Request], against: str, rng: np.random.Generator, runs: int):
+QUICK_CHEATS = ("unseeded", "int4 weights", "temperature 0.9", "1 % of tokens edited")
+
+
+def power(
+    folder: Path, profile: Profile, asked: Sequence[Request], against: str, rng: np.random.Generator, runs: int,
+    only: Sequence[str] = (),
+):  # fmt: skip
     """Each cheat: growth in nats per token, and how long it lasts in lives resampled from its rollouts."""
     model, weights = Model(str(folder)), tensors(folder)
     eos, node = sorted(model.eos_ids), Kind("torch-cpu-bf16")
     verifier = engine(folder, weights, Kind(against), eos)
     rows: list[dict[str, Any]] = []
     for name, change in cheats(weights, model.vocab, rng).items():
+        if only and name not in only:
+            continue
         maker = engine(folder, change.get("weights", weights), node, eos)
         tricks = {key: change[key] for key in ("sent", "edit") if key in change}
         seen = list(play(maker, verifier, asked, **tricks))
@@ -268,10 +359,13 @@ def at_the_floor(good: Sequence[Finding], bad: Sequence[Finding], rng: np.random
                 bad[rng.integers(len(bad))] if rng.random() < 0.1 else good[rng.integers(len(good))]
                 for _ in range(SIZE)
             ]
-            drawn = [one for one in mine if rng.random() < audit_probability(record, SETTINGS)]
-            if drawn:
-                record, outcome = fold(record, drawn, SETTINGS)
-                is_over = outcome.kind == "quarantine" and confirm(record, drawn, SETTINGS)[1].kind == "eject"
+            p = audit_probability(record, SETTINGS)
+            if drawn := replayed([one for one in mine if rng.random() < p]):
+                record, outcome = fold(record, drawn, SETTINGS, was_trusted=p < 1)
+                second = (
+                    confirm(record, drawn, SETTINGS, was_trusted=p < 1)[1] if outcome.kind == "quarantine" else None
+                )
+                is_over = second is not None and second.kind == "eject"
         ends.append(number)
     return ends
 
@@ -330,18 +424,34 @@ def main() -> None:
     if arguments.run and (found := checkpoint.latest(arguments.run / "checkpoints")):
         last = tensors(found.path)
     shapes = {
-        "pairs": PAIRS, "budget": 32, "temperature": 2.0, "calibrate": int(5000 * part), "judge": int(15_000 * part),
+        "pairs": PAIRS[:3], "budget": 32, "temperature": 2.0, "calibrate": int(2000 * part), "judge": int(3000 * part),
+        "eos": sorted(model.eos_ids),
         "easy": toy_prompts(model, slice(0, 1024)), "hard": toy_prompts(model, slice(1024, None)),
     }  # fmt: skip
-    parts = [honest(TOY, first, last, shapes, rng)]
+    with tempfile.TemporaryDirectory() as name:
+        policies = wide(Path(name), rng)
+        prompts = by_difficulty(Path(name), policies[0], rng, 1536)
+        broad = {
+            "pairs": PAIRS, "budget": 16, "temperature": 1.0,
+            "calibrate": int(4000 * part), "judge": int(16_000 * part),
+            "easy": prompts[:1024], "hard": prompts[1024:], "eos": WIDE_EOS,
+        }  # fmt: skip
+        parts = [honest(Path(name), policies[0], policies[-1], broad, rng)]
+        behind = [honest(Path(name), policies[0], one, broad | {"pairs": PAIRS[:1], "judge": int(4000 * part)}, rng)
+                  for one in policies]  # fmt: skip
+    parts.append(honest(TOY, first, last, shapes, rng))
     figures: dict[str, Any] = {"quick": arguments.quick, "last_policy": str(bool(arguments.run))}
+    figures["tripwire_drop_by_staleness"] = {
+        str(POLICIES - 1 - i): one["rows"][0]["tripwire_drop"] for i, one in enumerate(behind)
+    }
     if SMOL.exists():
         smol = Model(str(SMOL))
         words = ("gravity", "a cell", "rain", "love", "Paris", "jazz", "salt", "a verb", "steel", "an atom", "history")
         prompts = [tuple(smol.prompt_ids(f"Explain in a few words what {word} is.")) for word in words]
-        count = max(64, int(1000 * part))
-        some = {"pairs": PAIRS[:2], "budget": 24, "temperature": 1.0, "calibrate": max(64, count // 3),
-                "judge": count, "easy": prompts[:8], "hard": prompts[8:]}  # fmt: skip
+        count = max(64, int(SMOL_ROLLOUTS * part))
+        some = {"pairs": ((Kind("torch-cpu-int8"), "torch-cpu-fp32", 1.0), (PAIRS[0][0], PAIRS[0][1], 0.15)),
+                "budget": 24, "temperature": 1.0, "calibrate": max(64, count // 5), "judge": count,
+                "easy": prompts[:8], "hard": prompts[8:], "eos": sorted(smol.eos_ids)}  # fmt: skip
         same = tensors(SMOL)
         parts.append(honest(SMOL, same, same, some, rng))
         figures |= _smol(rng, prompts, arguments.quick)
@@ -349,20 +459,20 @@ def main() -> None:
         figures["skipped"] = f"{SMOL} is missing: python scripts/get_smollm2.py"
     figures |= _sum_up(parts, rng, 1000 if not arguments.quick else 200)
     figures["verification_overhead_steady"] = _steady(arguments.run)
-    figures["toploc"] = "installed" if importlib.util.find_spec("toploc") else "skipped: no toploc in this environment"
+    figures["toploc"] = "bench/fingerprints.py measures it on the same activations"
     sys.stdout.write(json.dumps(figures) + "\n")
 
 
 def _smol(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], is_quick: bool) -> dict[str, Any]:
-    asked = requests(rng, prompts, 32 if is_quick else 96, 1.0, 24)
+    asked = requests(rng, prompts, 24 if is_quick else 96, 1.0, 24)
     maker = engine(SMOL, tensors(SMOL), Kind("torch-cpu-bf16"), sorted(Model(str(SMOL)).eos_ids))
     verifier = engine(SMOL, tensors(SMOL), Kind("torch-cpu-fp32"), sorted(Model(str(SMOL)).eos_ids))
-    known = list(play(maker, verifier, requests(rng, prompts, 128 if is_quick else 512, 1.0, 24)))
+    known = list(play(maker, verifier, requests(rng, prompts, 64 if is_quick else 512, 1.0, 24)))
     profile = evidence.calibrate("torch-cpu-bf16", known, tolerance=2e-3)
-    attacks = power(SMOL, profile, asked, "torch-cpu-fp32", rng, 20)
+    attacks = power(SMOL, profile, asked, "torch-cpu-fp32", rng, 20, QUICK_CHEATS if is_quick else ())
     sent = {"sent": lambda request: replace(request, seed=int(rng.integers(0, 2**63)))}
     bad = findings(profile, list(play(maker, verifier, asked, **sent)))
-    ends = at_the_floor(findings(profile, known), bad, rng, 40)
+    ends = at_the_floor(findings(profile, known), bad, rng, 200)
     attacks.append({
         "name": "unseeded on 10 % of rollouts, at the audit floor",
         "outcome": "caught" if max(ends) < 1000 else "worthless",
@@ -372,17 +482,19 @@ def _smol(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], is_quick
     })  # fmt: skip
     say(f"at the floor: {attacks[-1]}")
     return {"attacks": attacks, "calibrated_on": profile.honest.tokens} | price(
-        SMOL, rng, 5 if is_quick else 21, 32, prompts
+        SMOL, rng, 3 if is_quick else 21, 16, prompts
     )
 
 
 def _sum_up(parts: Sequence[dict[str, Any]], rng: np.random.Generator, count: int) -> dict[str, Any]:
     e = np.stack([values for part in parts for values in part["e"]])
+    counting = [row for part in parts for row in part["rows"] if row["counts"]]
     highest = lives(e, rng, count, 400)
     mean = e.mean(axis=1)
     return {
-        "honest_rollouts": sum(part["rollouts"] for part in parts),
-        "honest_tokens": sum(part["tokens"] for part in parts),
+        "honest_rollouts": sum(row["rollouts"] for row in counting),
+        "honest_tokens": sum(row["tokens"] for row in counting),
+        "honest_rollouts_of_all_pairs": sum(part["rollouts"] for part in parts),
         "honest_ejected": sum(part["ejected"] for part in parts),
         "honest_mean_e": float(mean.mean()),
         "honest_mean_e_interval": [float(mean.mean() + z * mean.std() / math.sqrt(len(mean))) for z in (-1.96, 1.96)],

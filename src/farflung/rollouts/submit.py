@@ -1,7 +1,6 @@
 """Worker (and validator, when it evaluates): generate what a lease asks for and hand it in."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 from farflung.engine.base import Completion, Engine, Request
 from farflung.protocol import probe, wire
@@ -56,7 +55,6 @@ def show_possession(engine: Engine, manifest: Manifest, probe_key: str, nonce: s
     return probe.answer(nonce, engine.values(slices_of(manifest, probe_key)))
 
 
-@lru_cache(maxsize=8)
 def slices_of(manifest: Manifest, probe_key: str) -> Sequence[probe.Slice]:
     """The slices of a version's weights that a probe chooses."""
     return probe.slices(((t.name, t.shape) for t in manifest.tensors), bytes.fromhex(probe_key))
