@@ -111,6 +111,9 @@ class TrustSection(Section):
     probation_slots: int = setting(16, "Nodes on probation whose work may wait for replay at a time.", ge=1)
     audit_scale: float = setting(1.0, "A trusted node is audited with this over its clean rollouts.", ge=0)
     audit_floor: float = setting(0.01, "Share of a trusted node's rollouts that is audited for ever.", ge=0, le=1)
+    fingerprint: bool = setting(
+        False, "Every rollout carries a fingerprint of the activations behind its first tokens, for audits to compare."
+    )
 
 
 class EvalSection(Section):

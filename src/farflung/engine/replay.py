@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Replay, Request
+from farflung.engine.fingerprint import sketches, tapped
 from farflung.engine.noise import gumbel
 
 Item = tuple[Request, Sequence[int]]
@@ -61,10 +62,13 @@ def _chunks(items: Sequence[Item], most_tokens: int, most_scored: int) -> Iterat
 
 
 def _replay_chunk(model: PreTrainedModel, items: Sequence[Item]) -> list[Replay]:
-    logits_NV = _completion_logits(model, items)
-    sizes = [len(ids) for _, ids in items]
+    requests, sizes = [request for request, _ in items], [len(ids) for _, ids in items]
+    with tapped(model, requests) as tap:
+        logits_NV = _completion_logits(model, items)
+    found = [None] * len(items) if tap is None else sketches(tap.fed_BD, requests, sizes)
     seen_3N = _compare(logits_NV, items, sizes)
-    return [Replay(*part_3R) for part_3R in np.split(seen_3N, np.cumsum(sizes)[:-1], axis=1)]
+    parts = np.split(seen_3N, np.cumsum(sizes)[:-1], axis=1)
+    return [Replay(*part_3R, sketch) for part_3R, sketch in zip(parts, found, strict=True)]
 
 
 def _completion_logits(model: PreTrainedModel, items: Sequence[Item]) -> torch.Tensor:

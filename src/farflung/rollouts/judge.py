@@ -15,12 +15,13 @@ from sqlalchemy import Connection, Row
 from farflung.protocol import wire
 from farflung.protocol.errors import Malformed, NotFound
 from farflung.protocol.identity import Signed, seal, unseal
-from farflung.protocol.messages import Evidence, RolloutEvidence, Verdict
+from farflung.protocol.messages import Evidence, Lease, RolloutEvidence, Verdict
 from farflung.rollouts import consequences, standing
 from farflung.rollouts.audit import open_audit
 from farflung.store.book import Book, node_row
 from farflung.store.db import move
-from farflung.store.tables import AUDITS, ROLLOUTS, SUBMISSIONS, VERDICTS
+from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS, VERDICTS
+from farflung.trust import fingerprint
 from farflung.trust.evidence import Profile, Profiles, Seen, flips, is_bad, log_ratios
 from farflung.trust.record import Finding, NodeRecord, Outcome, confirm, fold, weigh
 
@@ -60,9 +61,17 @@ def _check(connection: Connection, book: Book, audit: Row[Any], evidence: Eviden
         raise Malformed(f"audit {audit.audit} is of other weights or another profile than {profile.name!r}")
     query = sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.tokens).where(ROLLOUTS.c.rollout.in_(drawn))
     tokens: dict[str, int] = {row.rollout: row.tokens for row in connection.execute(query)}
+    asks = _asks_fingerprints(connection, audit)
     for found in evidence.rollouts:
+        if asks and found.distance is None:
+            raise Malformed(f"audit {audit.audit} asks for fingerprints; rollout {found.rollout} has no distance")
         if len(finding(profile, found).log_ratios) and len(_seen(found).gap) != tokens[found.rollout]:
             raise Malformed(f"rollout {found.rollout} has {tokens[found.rollout]} tokens, its evidence another number")
+
+
+def _asks_fingerprints(connection: Connection, audit: Row[Any]) -> bool:
+    sealed = connection.execute(sa.select(LEASES.c.document).where(LEASES.c.lease == audit.lease)).scalar_one()
+    return unseal(msgspec.msgpack.decode(sealed, type=Signed), "lease", Lease).fingerprint
 
 
 def _fold_in_order(connection: Connection, book: Book, profiles: Profiles, node: str, now: float) -> None:
@@ -91,6 +100,7 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
     if before.status == "quarantined" and audit.kind == "draw":
         return  # it waits for the second opinion
     after, outcome = FOLDS[audit.kind](before, findings, standing.settings(book))
+    after, outcome = fingerprint.judge(after, outcome, findings, profile.fingerprint)
     connection.execute(AUDITS.update().where(AUDITS.c.audit == audit.audit).values(outcome=outcome.kind))
     standing.write(connection, audit.node, after)
     if after.status != before.status:
@@ -114,7 +124,7 @@ def _take_effect(
         case "ok" | "release":
             consequences.clear(connection, audit, now)
         case "void":
-            bad = [found.rollout for found in findings if is_bad(found.log_lr, book.config.trust.cap)]
+            bad = [f.rollout for f in findings if f.is_far or is_bad(f.log_lr, book.config.trust.cap)]
             consequences.void(connection, book, audit, bad, now)
             consequences.hold(connection, book, ROLLOUTS.c.node == audit.node, f"audit {audit.audit} failed", now)
         case "quarantine":
@@ -135,7 +145,8 @@ def finding(profile: Profile, found: RolloutEvidence) -> Finding:
         ratios = log_ratios(profile, seen)
     except ValueError as error:
         raise Malformed(f"evidence on rollout {found.rollout}: {error}") from error
-    return Finding(found.rollout, len(seen.gap), flips(seen), tuple(ratios.tolist()))
+    far = found.distance is not None and fingerprint.is_far(found.distance, profile.fingerprint)
+    return Finding(found.rollout, len(seen.gap), flips(seen), tuple(ratios.tolist()), found.distance or 0.0, far)
 
 
 def _seen(found: RolloutEvidence) -> Seen:

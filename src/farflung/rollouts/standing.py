@@ -12,7 +12,9 @@ from farflung.trust.record import NodeRecord, TrustSettings
 
 def settings(book: Book) -> TrustSettings:
     """The trust core's view of the configuration."""
-    return TrustSettings(**book.config.trust.model_dump(exclude={"probation_slots", "probation_waiting"}))
+    return TrustSettings(
+        **book.config.trust.model_dump(exclude={"fingerprint", "probation_slots", "probation_waiting"})
+    )
 
 
 def read(node: Row[Any]) -> NodeRecord:

@@ -8,6 +8,7 @@ from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import AuditJob, AuditJobs, Claim, Done, Evidence, Manifest, RolloutEvidence
 from farflung.protocol.session import Session
 from farflung.rollouts.submit import show_possession
+from farflung.trust.fingerprint import distance
 
 
 async def claim(session: Session, limit: int, wait_s: float) -> Sequence[AuditJob]:
@@ -21,7 +22,13 @@ def replay(engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: st
     """Evidence for every audit, from one pass over all their rollouts. The engine holds the audits' step."""
     items = [
         (
-            Request(tuple(wire.unpack_ids(rollout.prompt_ids).tolist()), rollout.seed, job.temperature, job.budget),
+            Request(
+                tuple(wire.unpack_ids(rollout.prompt_ids).tolist()),
+                rollout.seed,
+                job.temperature,
+                job.budget,
+                job.fingerprint,
+            ),
             wire.unpack_ids(rollout.ids).tolist(),
         )
         for job in jobs
@@ -30,15 +37,16 @@ def replay(engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: st
     seen = iter(engine.replay(items))
     evidence: list[Evidence] = []
     for job in jobs:
-        found = [(rollout.rollout, next(seen)) for rollout in job.rollouts]
+        found = [(rollout, next(seen)) for rollout in job.rollouts]
         rollouts = [
             RolloutEvidence(
-                rollout=name,
+                rollout=rollout.rollout,
                 gap=wire.pack_floats(r.gap),
                 margin=wire.pack_floats(r.margin),
                 pick=wire.pack_floats(r.pick),
+                distance=None if r.sketch is None else distance(rollout.fingerprint, r.sketch),
             )
-            for name, r in found
+            for rollout, r in found
         ]
         shown = show_possession(engine, manifest, job.probe, job.nonce)
         evidence.append(

@@ -93,6 +93,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Upper bound on the honest flip probability, per bin."""
     honest: Tally
     """The counts that `q0` was calibrated on."""
+    fingerprint: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Farthest that an honest fingerprint may be (`farflung.trust.fingerprint`); 0 if that was not calibrated."""
     holds_published: bool = True
     """Whether an engine of this kind still has the published values, so that it can show possession of them."""
     power: Annotated[dict[str, float], Meta(max_length=32)] = {}
