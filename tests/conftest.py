@@ -20,8 +20,8 @@ import sqlalchemy as sa
 
 from farflung.config import Config
 from farflung.coordinator import Coordinator
-from farflung.protocol import messages as m
 from farflung.protocol import fingerprint, states, wire
+from farflung.protocol import messages as m
 from farflung.protocol.client import Client
 from farflung.protocol.identity import Key, Signed, seal, unseal
 from farflung.rollouts.archive import Archive

@@ -46,6 +46,7 @@ def test_a_fingerprint_comes_back_to_half_a_step() -> None:
 def test_numbers_beyond_the_range_are_sent_as_its_end() -> None:
     sent = wire.pack(np.full(wire.NUMBERS, -9.0))
     assert wire.unpack(sent).tolist() == [-127 * wire.STEP] * wire.NUMBERS
+    assert fingerprint.distance(sent, np.full(wire.NUMBERS, -9.0, np.float32)) == 0
 
 
 @pytest.mark.parametrize("sent", [b"", b"\0" * 31, b"\0" * 33, b"\x80" * 32])

@@ -41,10 +41,14 @@ def signs(nonce: str, width: int, positions: int = POSITIONS) -> np.ndarray[Any,
     return (2 * bits.astype(np.int8) - 1).reshape(positions, width, NUMBERS)
 
 
+def clipped(sketch_K: Floats) -> Floats:
+    """Numbers (K,) as far as they can be sent; a verifier clips its own, or 1 honest number in 16,000 would be far."""
+    return np.clip(sketch_K, -MOST * STEP, MOST * STEP)
+
+
 def pack(sketch_K: Any) -> bytes:
     """A fingerprint as it is sent. What lies beyond 127 steps is sent as 127."""
-    steps = np.rint(np.asarray(sketch_K, np.float32) / STEP)
-    return np.clip(steps, -MOST, MOST).astype(np.int8).tobytes()
+    return np.rint(clipped(np.asarray(sketch_K, np.float32)) / STEP).astype(np.int8).tobytes()
 
 
 def unpack(sent: bytes) -> Floats:

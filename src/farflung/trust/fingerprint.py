@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from farflung.protocol.errors import Malformed
-from farflung.protocol.fingerprint import Floats, unpack
+from farflung.protocol.fingerprint import Floats, clipped, unpack
 from farflung.trust.record import Finding, NodeRecord, Outcome
 
 SLACK: Final = 1.5
@@ -34,7 +34,7 @@ def distance(sent: bytes, seen_K: Floats) -> float:
     if not np.isfinite(seen_K).all():
         raise ValueError("the verifier's own activations are not finite; its weights or its arithmetic are broken")
     try:
-        return float(np.sqrt(np.mean(np.square(unpack(sent) - seen_K))))
+        return float(np.sqrt(np.mean(np.square(unpack(sent) - clipped(seen_K)))))
     except Malformed:
         return FARTHEST
 
