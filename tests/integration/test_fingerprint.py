@@ -1,4 +1,4 @@
-"""Fingerprints from the engine to the verdict: honest ones pass whatever the batch, every forgery of the gallery fails."""
+"""Fingerprints from the engine to the verdict: honest ones pass whatever the batch, forgeries of the gallery fail."""
 
 from dataclasses import replace
 

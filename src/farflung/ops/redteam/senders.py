@@ -99,7 +99,7 @@ class ForgedLogp(Attack):
 
 
 class ForgedFingerprint(Attack):
-    """Paid without reading the prompt: fingerprints that it kept from its first lease, and later ones; fingerprint."""
+    """Paid without reading the prompt: fingerprints that it kept from its first lease; fingerprint."""
 
     aim: ClassVar[Aim] = "pay"
 
@@ -114,7 +114,7 @@ class ForgedFingerprint(Attack):
 
 
 class ConstantFingerprint(Attack):
-    """Paid without any activations, the same bytes for every rollout; fingerprint, unless one byte fits them all."""
+    """Paid without any activations, the same bytes for every rollout; fingerprint."""
 
     aim: ClassVar[Aim] = "pay"
     value: ClassVar[int] = 20
