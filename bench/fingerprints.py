@@ -34,6 +34,7 @@ from farflung.engine.local import LocalEngine
 from farflung.engine.precision import rounded
 from farflung.protocol.fingerprint import signs
 from farflung.tasks.found import Model
+from farflung.trust.fingerprint import bound
 
 TOKENS = 16
 LENGTHS = (1, 2, 4, 8, 16)
@@ -344,6 +345,19 @@ def pooled(states: States, size: int = 16) -> dict[str, float]:
     return found
 
 
+def at_the_bound(states: States) -> dict[str, Any]:
+    """The share that the bound of a profile calibrated on these honest outputs fails, by number of tokens."""
+    far = CANDIDATES[KEPT]
+    honest = [float(far(*outputs(states, name, n)).max()) for name in honest_pairs(states) for n in LENGTHS]
+    most = bound(honest)
+    cheats = sorted({name.partition("|")[0] for name in states if not is_honest(name)})
+    failed = {
+        name: {n: round(float((far(*outputs(states, name, n)) > most).mean()), 4) for n in LENGTHS} for name in cheats
+    }
+    forged = {name: round(float((far(sent, seen) > most).mean()), 4) for name, sent, seen in forgeries(states, 1)}
+    return {"bound": round(most, 4), "failed": failed, "forged_one_token": forged}
+
+
 def price(rounds: int) -> dict[str, float]:
     """CPU time of generation with fingerprints over without, interleaved; and what the sketches alone take."""
     model, weights = Model(str(SMOL)), tensors(SMOL)
@@ -405,6 +419,7 @@ def main() -> None:
         "quick": arguments.quick,
         "kept": KEPT,
         "candidates": {name: compare(states, far) for name, far in CANDIDATES.items()},
+        "at_the_bound": at_the_bound(states),
         "copied_nearest": round(copied(states), 3),
         "submission_of_16_one_token_outputs": pooled(states),
         "price": price(3 if arguments.quick else 11),
