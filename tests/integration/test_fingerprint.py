@@ -262,6 +262,33 @@ def test_evidence_without_a_distance_decides_nothing(asking) -> None:
     asking.run(scenario)
 
 
+def test_a_distance_that_nobody_asked_for_decides_nothing(house) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        await house.work("ada")
+        (job,) = await house.claim_audits()
+        seeing = msgspec.structs.replace(job, fingerprint=NONCE)
+        signed = seal(house.named("val-1"), "evidence", house.evidence(seeing, lambda rollout: False))
+        with pytest.raises(errors.Malformed, match="a distance"):
+            await house.tell("val-1", f"audits/{job.audit}/evidence", signed, m.Done)
+
+    house.run(scenario)
+
+
+def test_a_verifier_that_computes_nonsense_gives_no_distance(asking, engine, monkeypatch) -> None:
+    monkeypatch.setattr(verify, "show_possession", lambda *_: "")
+    lease_of(asking)
+
+    async def scenario(house) -> None:
+        await house.work("bob")
+        jobs = await house.claim_audits()
+        engine.model.model.norm.weight.data.fill_(float("nan"))
+        (found,) = verify.replay(engine, None, jobs, "test", "torch-cpu-fp32")  # type: ignore[arg-type]
+        assert all(one.distance is None for one in found.rollouts)
+
+    asking.run(scenario)
+
+
 def test_a_profile_without_a_bound_passes_nothing(asking) -> None:
     profiles = asking.coordinator.profiles
     blind = msgspec.structs.replace(profiles.run, fingerprint=0.0)

@@ -63,8 +63,11 @@ def _check(connection: Connection, book: Book, audit: Row[Any], evidence: Eviden
     tokens: dict[str, int] = {row.rollout: row.tokens for row in connection.execute(query)}
     asks = _asks_fingerprints(connection, audit)
     for found in evidence.rollouts:
-        if asks and found.distance is None:
-            raise Malformed(f"audit {audit.audit} asks for fingerprints; rollout {found.rollout} has no distance")
+        if asks != (found.distance is not None):
+            raise Malformed(
+                f"audit {audit.audit} {'asks for' if asks else 'is without'} fingerprints; rollout {found.rollout} has "
+                f"{'no distance' if asks else 'a distance'}"
+            )
         if len(finding(profile, found).log_ratios) and len(_seen(found).gap) != tokens[found.rollout]:
             raise Malformed(f"rollout {found.rollout} has {tokens[found.rollout]} tokens, its evidence another number")
 

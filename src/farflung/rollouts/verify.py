@@ -2,10 +2,21 @@
 
 from collections.abc import Sequence
 
-from farflung.engine.base import Engine, Request
+import numpy as np
+
+from farflung.engine.base import Engine, Replay, Request
 from farflung.protocol import wire
 from farflung.protocol.identity import Key, Signed, seal
-from farflung.protocol.messages import AuditJob, AuditJobs, Claim, Done, Evidence, Manifest, RolloutEvidence
+from farflung.protocol.messages import (
+    AuditJob,
+    AuditJobs,
+    AuditRollout,
+    Claim,
+    Done,
+    Evidence,
+    Manifest,
+    RolloutEvidence,
+)
 from farflung.protocol.session import Session
 from farflung.rollouts.submit import show_possession
 from farflung.trust.fingerprint import distance
@@ -44,7 +55,7 @@ def replay(engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: st
                 gap=wire.pack_floats(r.gap),
                 margin=wire.pack_floats(r.margin),
                 pick=wire.pack_floats(r.pick),
-                distance=None if r.sketch is None else distance(rollout.fingerprint, r.sketch),
+                distance=_distance(rollout, r),
             )
             for rollout, r in found
         ]
@@ -60,6 +71,13 @@ def replay(engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: st
             )
         )
     return evidence
+
+
+def _distance(rollout: AuditRollout, seen: Replay) -> float | None:
+    """None also where this machine's own activations are not finite: evidence without a distance accuses nobody."""
+    if seen.sketch is None or not np.isfinite(seen.sketch).all():
+        return None
+    return distance(rollout.fingerprint, seen.sketch)
 
 
 async def testify(session: Session, key: Key, evidence: Evidence) -> None:
