@@ -3,7 +3,8 @@
 Prints one JSON object as its last line. Cheats and honest nodes generate 16 tokens; what their output head was fed is
 compared with what a verifier's prefill of the same text feeds it. Outputs of n tokens are stretches of n positions, so
 every rollout serves 16 ÷ n times. `detected` is the share farther away than every honest output; `auc` the chance that
-a cheat's output is farther than an honest one. `--quick` takes 16 prompts instead of 48. `--states FILE` keeps the
+a cheat's output is farther than an honest one. `--quick` takes 8 prompts instead of 48, and
+int4 and int8 alone of the cheats. `--states FILE` keeps the
 activations in a file and uses them the next time. `--toploc-python PATH`, an interpreter with toploc built from source
 (`pip install --no-build-isolation --no-binary toploc toploc`), adds that package on the same activations.
 Needs models/smollm2-135m (scripts/get_smollm2.py).
@@ -37,6 +38,7 @@ from farflung.tasks.found import Model
 from farflung.trust.fingerprint import bound
 
 TOKENS = 16
+QUICK = ("int4", "int8")
 LENGTHS = (1, 2, 4, 8, 16)
 NONCE, OTHER_NONCE = "ab" * 32, "cd" * 32
 WORDS = (
@@ -126,7 +128,7 @@ def one_token_changed(request: Request) -> Request:
     return replace(request, prompt_ids=tuple(ids))
 
 
-def collect(prompts: int) -> States:
+def collect(prompts: int, *, is_quick: bool = False) -> States:
     """Honest pairs of generator and verifier, and cheats against the float32 verifier."""
     model, weights = Model(str(SMOL)), tensors(SMOL)
     texts = [form.format(word) for word in WORDS for form in FORMS][:prompts]
@@ -159,7 +161,11 @@ def collect(prompts: int) -> States:
     note("fp32 x64", fed, prefill(exact, items))
     note("fp32 x64 vs bf16", fed, prefill(coarse, items))
     for name, other in weights_of_cheats(weights).items():
+        if is_quick and name not in QUICK:
+            continue
         play(name, engine(SMOL, other(), Kind("torch-cpu-bf16"), []), few, few)
+    if is_quick:
+        return found
     play("prompt, one token", coarse, few, [one_token_changed(request) for request in few])
     elsewhere = [replace(r, prompt_ids=o.prompt_ids) for r, o in zip(few, few[3:] + few[:3], strict=True)]
     play("other prompt", coarse, few, elsewhere)
@@ -412,7 +418,7 @@ def main() -> None:
     if arguments.states and arguments.states.exists():
         states = dict(np.load(arguments.states))
     else:
-        states = collect(16 if arguments.quick else 48)
+        states = collect(8 if arguments.quick else 48, is_quick=arguments.quick)
         if arguments.states:
             np.savez(arguments.states, **states)
     figures: dict[str, Any] = {
