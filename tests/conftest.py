@@ -20,8 +20,8 @@ import sqlalchemy as sa
 
 from farflung.config import Config
 from farflung.coordinator import Coordinator
+from farflung.protocol import fingerprint, states, wire
 from farflung.protocol import messages as m
-from farflung.protocol import states, wire
 from farflung.protocol.client import Client
 from farflung.protocol.identity import Key, Signed, seal, unseal
 from farflung.rollouts.archive import Archive
@@ -33,6 +33,7 @@ from farflung.store.metrics import Metrics
 from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, TABLE_OF
 from farflung.tasks.found import Model, found, seal_papers, weights_key
 from farflung.trust.evidence import Profile, Profiles, Tally
+from farflung.trust.fingerprint import distance
 from farflung.weights.manifest import target_digest
 
 BASE = Path(__file__).parents[1] / "examples" / "base"
@@ -46,7 +47,7 @@ def named(name: str) -> Key:
     return Key(hashlib.sha256(name.encode()).digest())
 
 
-PROFILE = Profiles(Profile("torch-cpu-fp32", (1.0,), (0.5, 0.001), Tally((1, 1), (0, 0))))
+PROFILE = Profiles(Profile("torch-cpu-fp32", (1.0,), (0.5, 0.001), Tally((1, 1), (0, 0)), fingerprint=0.25))
 """Beyond a gap of 1 a flip is worth a factor of 500."""
 GRANTS = {"trainer": "trainer", "scorer": "scorer", "val-1": "validator", "val-2": "validator"}
 
@@ -120,11 +121,20 @@ def tokens_of(seed: int) -> list[int]:
     return ids if length == BUDGET else [*ids[:-1], EOS]
 
 
+def sketch_of(seed: int) -> np.ndarray:
+    """The numbers of a fingerprint as if computed, which follow from the seed."""
+    return np.random.default_rng(seed).normal(size=fingerprint.NUMBERS).astype(np.float32)
+
+
 def honest(lease: m.Lease, *, keep: int | None = None, **fields: Any) -> m.Submission:
     """A submission whose tokens follow from the seeds; of the first `keep` samples only, if given."""
     samples = [sample for group in lease.groups for sample in group.samples]
     kept = samples if keep is None else samples[:keep]
-    rollouts = [m.SubmittedRollout(rollout=s.rollout, ids=wire.pack_ids(tokens_of(s.seed))) for s in kept]
+    shown = [fingerprint.pack(sketch_of(s.seed)) if lease.fingerprint else b"" for s in kept]
+    rollouts = [
+        m.SubmittedRollout(rollout=s.rollout, ids=wire.pack_ids(tokens_of(s.seed)), fingerprint=print_)
+        for s, print_ in zip(kept, shown, strict=True)
+    ]
     return m.Submission(rollouts=rollouts, partial=len(kept) < len(samples), **fields)
 
 
@@ -136,7 +146,9 @@ def evidence(job: m.AuditJob, bad: Callable[[str], bool], **changes: Any) -> m.E
         margin = np.full(size, 1.0 if bad(rollout.rollout) else 0.0)
         gap = wire.pack_floats(np.full(size, 1.5))
         pick = wire.pack_floats(np.full(size, 0.5))
-        seen.append(m.RolloutEvidence(rollout=rollout.rollout, gap=gap, margin=wire.pack_floats(margin), pick=pick))
+        far = distance(rollout.fingerprint, sketch_of(rollout.seed)) if job.fingerprint else None
+        floats = {"gap": gap, "margin": wire.pack_floats(margin), "pick": pick}
+        seen.append(m.RolloutEvidence(rollout=rollout.rollout, distance=far, **floats))
     fields = {"run": RUN, "audit": job.audit, "manifest": job.manifest, "profile": "torch-cpu-fp32", "rollouts": seen}
     return m.Evidence(**fields | changes)
 

@@ -127,6 +127,9 @@ class TrustSection(Section):
         le=1,
     )
     brake_nodes: int = setting(3, "Nodes with a good record that must fail in one step before they stop.", ge=1)
+    fingerprint: bool = setting(
+        False, "Every rollout carries a fingerprint of the activations behind its first tokens, for audits to compare."
+    )
 
 
 class EvalSection(Section):
@@ -180,7 +183,7 @@ class ValidatorSection(Section):
     threads: int = setting(1, "Torch threads.", ge=1)
     claim: int = setting(32, "Audits claimed at once.", ge=1, le=1024)
     linger_s: float = setting(
-        2.0, "Seconds that audits of trusted nodes may wait for company; many are replayed cheaper.", ge=0, le=600
+        4.0, "Seconds that audits of trusted nodes may wait for company; many are replayed cheaper.", ge=0, le=600
     )
     slots: int = setting(128, "Rollouts generated at once when evaluating.", ge=1, le=4096)
     metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)

@@ -22,7 +22,7 @@ from farflung.config import Config, save
 from farflung.dashboard import pages, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
-from farflung.protocol.errors import Forbidden, Malformed, NotFound, WrongWeights
+from farflung.protocol.errors import ConfigError, Forbidden, Malformed, NotFound, WrongWeights
 from farflung.protocol.identity import Key, Signed, node_id, unseal
 from farflung.protocol.server import BODY_BYTES, Call, Route, listen, mount
 from farflung.protocol.session import Index
@@ -497,8 +497,13 @@ def _number(call: Call, name: str) -> int:
 
 def load_profiles(config: Config) -> Profiles:
     """The numerics profiles that a run admits. Raises ConfigError."""
-    others = (load_profile(name) for name in config.model.profiles)
-    return Profiles(load_profile(config.model.profile), tuple(others))
+    run, *others = (load_profile(name) for name in (config.model.profile, *config.model.profiles))
+    blind = [profile.name for profile in (run, *others) if not profile.fingerprint]
+    if config.trust.fingerprint and blind:
+        raise ConfigError(
+            f"trust.fingerprint is set, but profile {blind[0]} bounds none; `farflung calibrate` makes one that does"
+        )
+    return Profiles(run, tuple(others))
 
 
 async def open_coordinator(config: Config) -> Coordinator:

@@ -15,6 +15,7 @@ from farflung.engine.loading import model_bytes
 from farflung.engine.local import LocalEngine
 from farflung.engine.precision import arithmetic, rounded
 from farflung.engine.vllm import VllmEngine
+from farflung.protocol import probe
 from farflung.protocol.client import Client
 from farflung.protocol.errors import (
     BadSignature,
@@ -32,7 +33,7 @@ from farflung.protocol.identity import Key
 from farflung.protocol.messages import Done, Empty, Lease, LeaseAnswer, LeaseRequest, Submission
 from farflung.protocol.session import Session
 from farflung.rollouts.receipts import Receipts
-from farflung.rollouts.submit import generate, open_lease, show_possession, submission_of, submit
+from farflung.rollouts.submit import generate, open_lease, slices_of, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
 
@@ -77,6 +78,8 @@ class Worker:
         self.engine: Engine
         self.weights: Versions
         self._prefetching: asyncio.Task[None] | None = None
+        self._held = ("", b"")
+        """A probe and the values of its slices in the engine."""
 
     async def run(self) -> None:
         """Work until the run ends, the node is ejected, or somebody says stop."""
@@ -165,7 +168,7 @@ class Worker:
         manifest = await self.weights.fetch(manifest_digest)
         if figures.loaded_step != manifest.step:
             before = time.monotonic()
-            figures.loaded_step = -1  # until the swap is whole: one that fails half-way leaves a mixture
+            figures.loaded_step, self._held = -1, ("", b"")  # until it is whole: half a swap leaves a mixture
             await asyncio.to_thread(self._swap, manifest_digest)
             figures.sync_pause_s, figures.loaded_step = time.monotonic() - before, manifest.step
 
@@ -184,11 +187,18 @@ class Worker:
         assigned = sum(len(group.samples) for group in lease.groups)
         taken_s = time.monotonic() - before
         with self.session.figures.working("proof"):
-            shown = show_possession(self.engine, self.weights.known(lease.manifest), lease.probe, lease.nonce)
+            shown = self._show(lease)
         submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
         self.session.figures.phase = "submitting"
         await self.send(lease, submission)
         log.info("submitted lease=%s step=%d rollouts=%d", lease.lease, lease.step, len(done))
+
+    def _show(self, lease: Lease) -> str:
+        """The answer to a lease's probe; the slices are read out of the engine once after each load."""
+        if lease.probe != self._held[0]:
+            slices = slices_of(self.weights.known(lease.manifest), lease.probe)
+            self._held = lease.probe, self.engine.values(slices)
+        return probe.answer(lease.nonce, self._held[1])
 
     async def send(self, lease: Lease, submission: Submission) -> None:
         """Hand a submission in, and keep the receipt."""

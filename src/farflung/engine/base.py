@@ -24,6 +24,8 @@ class Request:
     """0 is greedy: no noise at all."""
     budget: int
     """Most tokens to generate, the end-of-sequence token included."""
+    nonce: str = ""
+    """The lease's nonce where a fingerprint is asked for (`farflung.protocol.fingerprint`), else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class Completion:
     ids: tuple[int, ...]
     logp: tuple[float, ...]
     """Log-probability of each token at the sampling temperature; a metric, believed by nobody."""
+    fingerprint: bytes = b""
+    """The fingerprint of its first tokens, where the request asked for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class Replay:
     """Probability that the policy itself gives to the best-scored token, in (0, 1]; 1 when greedy.
 
     Somebody who samples from the policy with other noise sends another token with probability 1 - pick."""
+    sketch: np.ndarray | None = None
+    """The verifier's own fingerprint before it is rounded, float32 (NUMBERS,), where the request asked for one."""
 
 
 class Engine(Protocol):

@@ -1,6 +1,6 @@
 """The decode loop: a batch of requests through one Hugging Face causal LM with a KV cache and seeded noise.
 
-Legend: R requests, B live rows, T positions, V vocabulary, K positions of noise made ahead.
+Legend: R requests, B live rows, T positions, V vocabulary, D hidden size, K positions of noise made ahead.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from farflung.engine.base import Completion, Request
+from farflung.engine.fingerprint import Sketches, Tap, tapped
 from farflung.engine.noise import gumbel
 
 _NOISE_AHEAD = 1 << 16
@@ -25,12 +26,26 @@ def decode(
 
     Each token is argmax(logits / T + Gumbel noise), or argmax(logits) where T = 0; finished rows leave the batch.
     """
-    rows = _Rows(model, requests)
+    with tapped(model, requests) as tap:
+        return _decode(model, requests, eos_ids, should_stop, tap)
+
+
+def _decode(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    eos_ids: frozenset[int],
+    should_stop: Callable[[], bool] | None,
+    tap: Tap | None,
+) -> list[Completion | None]:
+    rows = _Rows(model, requests, tap)
+    sketches = None if rows.fed_BD is None else Sketches(requests, rows.fed_BD.shape[-1], model.device)
     sampler = _Sampler(requests, model.device)
     record = _Record(requests, eos_ids, model.device)
     for position in range(max(request.budget for request in requests)):
         if should_stop is not None and should_stop():
             break
+        if sketches is not None and rows.fed_BD is not None:
+            sketches.add(rows.fed_BD, record.row_B, position)
         token_B, logp_B = sampler.pick(rows.logits_BV, position)
         live_B = record.add(token_B, logp_B, position)
         if live_B is not None:
@@ -40,7 +55,7 @@ def decode(
             for part in (rows, sampler, record):
                 part.keep(live_B)
         rows.advance(token_B)
-    return record.completions()
+    return record.completions(sketches)
 
 
 class _Rows:
@@ -51,9 +66,11 @@ class _Rows:
     """
 
     logits_BV: torch.Tensor
+    fed_BD: torch.Tensor | None = None
+    """What the output head was fed for these logits, if there is a tap."""
 
-    def __init__(self, model: PreTrainedModel, requests: Sequence[Request]) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, requests: Sequence[Request], tap: Tap | None = None) -> None:
+        self._model, self._tap = model, tap
         self._cache = DynamicCache(config=model.config)
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
         width, horizon = max(map(len, prompts)), max(request.budget for request in requests)
@@ -68,6 +85,8 @@ class _Rows:
         asked_B = torch.tensor([row_of[request.prompt_ids] for request in requests], device=model.device)
         self.keep(asked_B)
         self.logits_BV = self.logits_BV[asked_B]
+        if self.fed_BD is not None:
+            self.fed_BD = self.fed_BD[asked_B]
 
     def advance(self, token_B: torch.Tensor) -> None:
         """Feed one token to each row."""
@@ -96,6 +115,8 @@ class _Rows:
             logits_to_keep=is_last_BT,
         )
         self.logits_BV = out.logits.view(len(ids_BT), -1)
+        if self._tap is not None:
+            self.fed_BD = self._tap.fed_BD
 
 
 class _Sampler:
@@ -142,30 +163,31 @@ class _Record:
         self._ids_RT = torch.zeros(len(requests), horizon, dtype=torch.long, device=device)
         self._logp_RT = torch.zeros(len(requests), horizon, device=device)
         self._length_R = torch.zeros(len(requests), dtype=torch.long, device=device)
-        self._row_B = torch.arange(len(requests), device=device)
+        self.row_B = torch.arange(len(requests), device=device)
         self._budget_B = torch.tensor([request.budget for request in requests], device=device)
         self._nearest = int(self._budget_B.min())
         self._eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
 
     def add(self, token_B: torch.Tensor, logp_B: torch.Tensor, position: int) -> torch.Tensor | None:
         """Note one token per live row; returns the rows that go on, or None if all do."""
-        self._ids_RT[self._row_B, position] = token_B
-        self._logp_RT[self._row_B, position] = logp_B
+        self._ids_RT[self.row_B, position] = token_B
+        self._logp_RT[self.row_B, position] = logp_B
         is_done_B = torch.isin(token_B, self._eos)
         if position + 1 >= self._nearest:
             is_done_B = is_done_B | (self._budget_B <= position + 1)
         if not is_done_B.any():
             return None
-        self._length_R[self._row_B[is_done_B]] = position + 1
+        self._length_R[self.row_B[is_done_B]] = position + 1
         return (~is_done_B).nonzero()[:, 0]
 
     def keep(self, live_B: torch.Tensor) -> None:
-        self._row_B, self._budget_B = self._row_B[live_B], self._budget_B[live_B]
+        self.row_B, self._budget_B = self.row_B[live_B], self._budget_B[live_B]
         self._nearest = int(self._budget_B.min())
 
-    def completions(self) -> list[Completion | None]:
+    def completions(self, sketches: Sketches | None) -> list[Completion | None]:
         ids, logp = self._ids_RT.tolist(), self._logp_RT.tolist()
+        shown = [b""] * len(ids) if sketches is None else sketches.packed()
         return [
-            Completion(tuple(ids[row][:length]), tuple(logp[row][:length])) if length else None
+            Completion(tuple(ids[row][:length]), tuple(logp[row][:length]), shown[row]) if length else None
             for row, length in enumerate(self._length_R.tolist())
         ]

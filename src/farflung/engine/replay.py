@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Replay, Request
+from farflung.engine.fingerprint import sketches, tapped
 from farflung.engine.noise import gumbel
 
 Item = tuple[Request, Sequence[int]]
@@ -91,13 +92,20 @@ def _chunks(rows: Sequence[_Row], most_tokens: int, most_scored: int) -> Iterato
 
 def _replay_chunk(model: PreTrainedModel, rows: Sequence[_Row], items: Sequence[Item]) -> list[Replay]:
     chosen = [items[index] for row in rows for index in row.members]
-    sizes = [len(ids) for _, ids in chosen]
-    seen_3N = _compare(_completion_logits(model, rows, items), chosen, sizes)
-    return [Replay(*part_3R) for part_3R in np.split(seen_3N, np.cumsum(sizes)[:-1], axis=1)]
+    requests, sizes = [request for request, _ in chosen], [len(ids) for _, ids in chosen]
+    with tapped(model, requests) as tap:
+        logits_KV = _kept_logits(model, rows, items)
+    predictor_N = torch.tensor(_predictors(rows, items), device=logits_KV.device)
+    is_shared = len(rows) < len(chosen)
+    logits_NV = logits_KV[predictor_N] if is_shared else logits_KV
+    found = [None] * len(chosen) if tap is None else sketches(tap.fed_BD[predictor_N], requests, sizes)
+    seen_3N = _compare(logits_NV, chosen, sizes)
+    parts = np.split(seen_3N, np.cumsum(sizes)[:-1], axis=1)
+    return [Replay(*part_3R, sketch) for part_3R, sketch in zip(parts, found, strict=True)]
 
 
-def _completion_logits(model: PreTrainedModel, rows: Sequence[_Row], items: Sequence[Item]) -> torch.Tensor:
-    """Logits (N, V) that predict every completion token, item after item; the output head never sees the prompts."""
+def _kept_logits(model: PreTrainedModel, rows: Sequence[_Row], items: Sequence[Item]) -> torch.Tensor:
+    """Logits (K, V) after each prompt and after each token that has a successor; the output head sees no others."""
     width = rows[0].width
     ids_BT, place_BT = torch.zeros(2, len(rows), width, dtype=torch.long)
     owner_BT = torch.full((len(rows), width), -1)  # which completion a position belongs to; -1 for prompt and padding
@@ -113,8 +121,7 @@ def _completion_logits(model: PreTrainedModel, rows: Sequence[_Row], items: Sequ
         use_cache=False,
         logits_to_keep=is_kept_BT.to(model.device),
     )
-    logits_KV = out.logits.view(-1, out.logits.shape[-1])
-    return logits_KV[torch.tensor(_predictors(rows, items), device=model.device)] if is_shared else logits_KV
+    return out.logits.view(-1, out.logits.shape[-1])
 
 
 def _lay(row: _Row, items: Sequence[Item], ids_T: torch.Tensor, place_T: torch.Tensor, owner_T: torch.Tensor) -> None:

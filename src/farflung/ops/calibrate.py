@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from farflung.config import load
-from farflung.engine.base import Replay, Request
+from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.envs.base import Env
@@ -25,10 +25,13 @@ from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
 from farflung.protocol.errors import ConfigError
 from farflung.tasks.found import Model
+from farflung.trust import fingerprint
 from farflung.trust.evidence import Profile, Seen, calibrate, flips, growth, to_json
 
 log = logging.getLogger(__name__)
-BUDGET = 32
+BUDGETS = (1, 32, 2, 32, 4, 32, 8)
+"""Most tokens of a rollout, in turn: fingerprints of few tokens are the farthest; an odd number of them, so that every
+prompt meets every budget."""
 PROMPTS = 1024
 REPLAYED_AT_LEAST = 16
 PARTS = {64: 1.0, 7: 0.25, 1: 0.0625}
@@ -52,11 +55,15 @@ def write_profile(
     with tempfile.TemporaryDirectory() as folder:
         generator = _served(model, engine_url, Path(folder)) if engine_url else engines[dtype]
         verifiers = list(engines.values())
-        honest = [s for rows, part in PARTS.items() for s in _samples(generator, verifiers, asked, rows, tokens * part)]
-        most = max(PARTS)
-        unseeded = list(_samples(generator, verifiers[:1], asked, most, tokens * UNSEEDED_PART, is_seeded=False))
+        played = [s for rows, part in PARTS.items() for s in _samples(generator, verifiers, asked, rows, tokens * part)]
+        honest, distances = [seen for seen, _ in played], [far for _, far in played if far is not None]
+        others = _samples(generator, verifiers[:1], asked, max(PARTS), tokens * UNSEEDED_PART, is_seeded=False)
+        unseeded = [seen for seen, _ in others]
     profile = calibrate(name, honest, {"unseeded": unseeded}, tolerance=TOLERANCE[dtype])
     profile = msgspec.structs.replace(profile, holds_published=not engine_url)
+    if distances:
+        profile = msgspec.structs.replace(profile, fingerprint=round(fingerprint.bound(distances), 4))
+        log.info("fingerprints farthest=%.4f bound=%.4f", max(distances), profile.fingerprint)
     out.write_bytes(to_json(profile) + b"\n")
     _report(profile, honest, unseeded)
     return profile
@@ -107,26 +114,36 @@ def _samples(
     tokens: float,
     *,
     is_seeded: bool = True,
-) -> Iterator[Seen]:
-    """What each verifier sees of each rollout: generated `rows` at a time, replayed many at a time."""
+) -> Iterator[tuple[Seen, float | None]]:
+    """What each verifier sees of each rollout, and how far its own fingerprint is from the one that was generated.
+
+    Generated `rows` at a time, replayed many at a time.
+    """
     generator.max_rows = rows
-    endless, chunk = itertools.cycle(prompts), max(rows, REPLAYED_AT_LEAST)
+    chunk, nonce = max(rows, REPLAYED_AT_LEAST), secrets.token_hex(32)
+    endless = zip(itertools.cycle(prompts), itertools.cycle(BUDGETS), strict=False)
     seen, said = 0, time.monotonic()
     while seen < tokens:
-        requests = [Request(prompt, secrets.randbits(64), 1.0, BUDGET) for prompt in itertools.islice(endless, chunk)]
+        requests = [
+            Request(prompt, secrets.randbits(64), 1.0, budget, nonce)
+            for prompt, budget in itertools.islice(endless, chunk)
+        ]
         made = requests if is_seeded else [replace(request, seed=secrets.randbits(64)) for request in requests]
         done = [completion for completion in generator.generate(made) if completion is not None]
         seen += sum(len(completion.ids) for completion in done)
         items = [(request, completion.ids) for request, completion in zip(requests, done, strict=True)]
         for verifier in verifiers:
-            yield from map(_sample, verifier.replay(items))
+            yield from map(_sample, done, verifier.replay(items))
         if time.monotonic() > said + PROGRESS_S or seen >= tokens:
             said = time.monotonic()
             log.info("generated rows=%d is_seeded=%s tokens=%d of=%d", rows, is_seeded, seen, tokens)
 
 
-def _sample(replay: Replay) -> Seen:
-    return Seen(replay.gap, replay.margin, replay.pick)
+def _sample(done: Completion, replay: Replay) -> tuple[Seen, float | None]:
+    """No distance where the engine makes no fingerprints."""
+    assert replay.sketch is not None, "every request here asks for a fingerprint"
+    far = fingerprint.distance(done.fingerprint, replay.sketch) if done.fingerprint else None
+    return Seen(replay.gap, replay.margin, replay.pick), far
 
 
 def _report(profile: Profile, honest: Sequence[Seen], unseeded: Sequence[Seen]) -> None:

@@ -25,6 +25,8 @@ Name = Annotated[str, Meta(max_length=80, pattern=r"^[\w .:/+@()-]*(?!\n)$")]
 Line = Annotated[str, Meta(max_length=500)]
 Ids = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 Floats = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
+Fingerprint = Annotated[bytes, Meta(max_length=32)]
+"""Signed bytes, of which `farflung.protocol.fingerprint` tells the meaning; empty for none."""
 Public = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
@@ -225,6 +227,8 @@ class Lease(Message, frozen=True):
     """Key that chooses the slices of the weights of which the submission shows possession."""
     expires_at: Seconds
     groups: Annotated[list[LeaseGroup], Meta(min_length=1, max_length=MAX_SAMPLES)]
+    fingerprint: bool = False
+    """Whether every rollout must carry a fingerprint, made with the nonce."""
 
 
 class LeaseRequest(Message, frozen=True):
@@ -247,15 +251,17 @@ class LeaseAnswer(Message, frozen=True):
     retry_after_s: Seconds = 0.0
 
 
-class SubmittedRollout(Message, frozen=True):
-    """One finished sample."""
+class SubmittedRollout(Message, frozen=True, omit_defaults=True):
+    """One finished sample; a fingerprint that is empty is left out."""
 
     rollout: Id
     ids: Ids
+    fingerprint: Fingerprint = b""
+    """Of the activations behind its first tokens, if the lease asks for it."""
 
 
 class SubmissionBody(Message, frozen=True):
-    """What is stored and hashed: lease, node and tokens, nothing else."""
+    """What is stored and hashed: lease, node, tokens and fingerprints, nothing else."""
 
     lease: Id
     node: Id
@@ -376,6 +382,8 @@ class AuditRollout(Message, frozen=True):
     prompt_ids: Ids
     seed: Seed
     ids: Ids
+    fingerprint: Fingerprint = b""
+    """As it was sent."""
 
 
 class AuditJob(Message, frozen=True):
@@ -397,6 +405,8 @@ class AuditJob(Message, frozen=True):
     """Whether this is the second opinion on a would-be ejection, and other explanations are to be tried."""
     manifest_before: MaybeDigest = ""
     """Of the step before, one of these explanations."""
+    fingerprint: MaybeDigest = ""
+    """The lease's nonce, with which the fingerprints were made; empty if none were asked for."""
 
 
 class AuditJobs(Message, frozen=True):
@@ -414,6 +424,8 @@ class RolloutEvidence(Message, frozen=True):
     margin: Floats
     pick: Floats
     """The policy's own probability of the seeded pick."""
+    distance: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+    """Of the fingerprint that was sent from the validator's own; required if the audit names a nonce for it."""
 
 
 class Explanation(Message, frozen=True):

@@ -120,7 +120,7 @@ def renew(connection: Connection, book: Book, node: str, now: float) -> None:
 
 def job(connection: Connection, book: Book, profiles: Profiles, audit: Row[Any], body: SubmissionBody) -> AuditJob:
     """One audit as a validator gets it: prompt, seed and budget are the coordinator's, only tokens the node's."""
-    tokens = {rollout.rollout: rollout.ids for rollout in body.rollouts}
+    sent = {rollout.rollout: rollout for rollout in body.rollouts}
     drawn = msgspec.json.decode(audit.rollouts, type=list[str])
     secret = book.step_secret(audit.step)
     sealed = connection.execute(sa.select(LEASES.c.document).where(LEASES.c.lease == audit.lease)).scalar_one()
@@ -144,12 +144,14 @@ def job(connection: Connection, book: Book, profiles: Profiles, audit: Row[Any],
         cap=0.0 if audit.kind == "confirm" else book.config.trust.cap,
         is_suspect=audit.kind == "confirm",
         manifest_before=_manifest_before(connection, book, audit.step) if audit.kind == "confirm" else "",
+        fingerprint=lease.nonce if lease.fingerprint else "",
         rollouts=[
             AuditRollout(
                 rollout=row.rollout,
                 prompt_ids=row.prompt_ids,
                 seed=seeds.sample_seed(secret, row.task, row.sample),
-                ids=tokens[row.rollout],
+                ids=sent[row.rollout].ids,
+                fingerprint=sent[row.rollout].fingerprint,
             )
             for row in rows
         ],

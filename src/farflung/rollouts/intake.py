@@ -14,7 +14,8 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.protocol import seeds, wire
-from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, NotFound, Rejected
+from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, Malformed, NotFound, Rejected
+from farflung.protocol.fingerprint import unpack
 from farflung.protocol.identity import Signed, seal, unseal
 from farflung.protocol.messages import Lease, Receipt, Submission, SubmissionBody, SubmittedRollout
 from farflung.rollouts import budget, standing
@@ -77,6 +78,8 @@ def inspect(lease: Lease, node: str, submission: Submission, vocab: int, eos_ids
     if not submission.partial and len(named) != len(assigned):
         raise Rejected(f"lease {lease.lease} assigns {len(assigned)} rollouts, {len(named)} came; send all of them")
     tokens = {r.rollout: _length(r, lease.budget, vocab, eos_ids) for r in submission.rollouts}
+    for rollout in submission.rollouts:
+        _check_fingerprint(rollout, lease)
     body = msgspec.msgpack.encode(SubmissionBody(lease=lease.lease, node=node, rollouts=list(submission.rollouts)))
     return Parcel(
         lease=lease,
@@ -102,6 +105,17 @@ def _length(rollout: SubmittedRollout, budget: int, vocab: int, eos_ids: frozens
     if not ends[-1] and len(ids) < budget:
         raise Rejected(f"rollout {rollout.rollout} stops after {len(ids)} of {budget} tokens without an end token")
     return len(ids)
+
+
+def _check_fingerprint(rollout: SubmittedRollout, lease: Lease) -> None:
+    """A missing fingerprint must not pass for a good one, nor one that nobody will look at be stored."""
+    if not lease.fingerprint and rollout.fingerprint:
+        raise Rejected(f"rollout {rollout.rollout} has a fingerprint; lease {lease.lease} asks for none")
+    if lease.fingerprint:
+        try:
+            unpack(rollout.fingerprint)
+        except Malformed as error:
+            raise Rejected(f"rollout {rollout.rollout}: {error}; lease {lease.lease} asks for one") from error
 
 
 def _logp(submission: Submission, tokens: dict[str, int]) -> bytes:

@@ -16,12 +16,13 @@ from sqlalchemy import Connection, Row
 from farflung.protocol import wire
 from farflung.protocol.errors import FailedCanary, Malformed, NotFound
 from farflung.protocol.identity import Signed, seal, unseal
-from farflung.protocol.messages import Evidence, RolloutEvidence, Verdict
+from farflung.protocol.messages import Evidence, Lease, RolloutEvidence, Verdict
 from farflung.rollouts import brake, canary, consequences, standing
 from farflung.rollouts.audit import open_audit, profile_of
 from farflung.store.book import Book, node_row
 from farflung.store.db import move
-from farflung.store.tables import AUDITS, ROLLOUTS, SUBMISSIONS, VERDICTS
+from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS, VERDICTS
+from farflung.trust import fingerprint
 from farflung.trust.diagnose import diagnose
 from farflung.trust.evidence import (
     Profile,
@@ -85,6 +86,7 @@ def _check(connection: Connection, book: Book, audit: Row[Any], evidence: Eviden
     for one in findings:
         if one.tokens != tokens[one.rollout]:
             raise Malformed(f"rollout {one.rollout} has {tokens[one.rollout]} tokens, its evidence {one.tokens}")
+    _check_fingerprints(connection, audit, evidence)
     if len(found) < len(drawn) and (audit.kind == "confirm" or not is_decisive(findings, book.config.trust.cap)):
         raise Malformed(f"audit {audit.audit} drew {len(drawn)} rollouts; the evidence on {len(found)} voids nothing")
 
@@ -100,6 +102,22 @@ def fold_all(connection: Connection, book: Book, profiles: Profiles, now: float)
     waiting = sa.and_(AUDITS.c.run == book.run, AUDITS.c.outcome.is_(None), AUDITS.c.status == "done")
     for node in list(connection.execute(sa.select(AUDITS.c.node).where(waiting).distinct()).scalars()):
         _fold_in_order(connection, book, profiles, node, now)
+
+
+def _check_fingerprints(connection: Connection, audit: Row[Any], evidence: Evidence) -> None:
+    """Distances must be there just where fingerprints were asked for."""
+    asks = _asks_fingerprints(connection, audit)
+    for found in evidence.rollouts:
+        if asks != (found.distance is not None):
+            raise Malformed(
+                f"audit {audit.audit} {'asks for' if asks else 'is without'} fingerprints; rollout {found.rollout} has "
+                f"{'no distance' if asks else 'a distance'}"
+            )
+
+
+def _asks_fingerprints(connection: Connection, audit: Row[Any]) -> bool:
+    sealed = connection.execute(sa.select(LEASES.c.document).where(LEASES.c.lease == audit.lease)).scalar_one()
+    return unseal(msgspec.msgpack.decode(sealed, type=Signed), "lease", Lease).fingerprint
 
 
 def _fold_in_order(connection: Connection, book: Book, profiles: Profiles, node: str, now: float) -> None:
@@ -132,6 +150,7 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
         return  # it waits for the second opinion
     was_trusted = audit.audit_probability < 1
     after, outcome = FOLDS[audit.kind](before, findings, standing.settings(book), was_trusted=was_trusted)
+    after, outcome = fingerprint.judge(after, outcome, findings, profile.fingerprint)
     connection.execute(AUDITS.update().where(AUDITS.c.audit == audit.audit).values(outcome=outcome.kind))
     standing.write(connection, audit.node, after)
     if after.status != before.status:
@@ -158,7 +177,7 @@ def _take_effect(
         case "ok" | "release":
             consequences.clear(connection, audit, now)
         case "void":
-            bad = [found.rollout for found in findings if is_bad(found.log_lr, book.config.trust.cap)]
+            bad = [f.rollout for f in findings if f.is_far or is_bad(f.log_lr, book.config.trust.cap)]
             consequences.void(connection, book, audit, bad, now)
             consequences.hold(connection, book, ROLLOUTS.c.node == audit.node, f"audit {audit.audit} failed", now)
         case "quarantine":
@@ -179,7 +198,8 @@ def finding(profile: Profile, found: RolloutEvidence) -> Finding:
         ratios = log_ratios(profile, seen)
     except ValueError as error:
         raise Malformed(f"evidence on rollout {found.rollout}: {error}") from error
-    return Finding(found.rollout, len(seen.gap), flips(seen), tuple(ratios.tolist()))
+    far = found.distance is not None and fingerprint.is_far(found.distance, profile.fingerprint)
+    return Finding(found.rollout, len(seen.gap), flips(seen), tuple(ratios.tolist()), found.distance or 0.0, far)
 
 
 def _seen(found: RolloutEvidence) -> Seen:

@@ -23,7 +23,13 @@ def requests_of(lease: Lease) -> list[tuple[str, Request]]:
     return [
         (
             sample.rollout,
-            Request(tuple(wire.unpack_ids(group.prompt_ids).tolist()), sample.seed, lease.temperature, lease.budget),
+            Request(
+                tuple(wire.unpack_ids(group.prompt_ids).tolist()),
+                sample.seed,
+                lease.temperature,
+                lease.budget,
+                lease.nonce if lease.fingerprint else "",
+            ),
         )
         for group in lease.groups
         for sample in group.samples
@@ -42,7 +48,10 @@ def submission_of(
 ) -> Submission:
     """The message that carries completed samples."""
     return Submission(
-        rollouts=[SubmittedRollout(rollout=rollout, ids=wire.pack_ids(item.ids)) for rollout, item in done],
+        rollouts=[
+            SubmittedRollout(rollout=rollout, ids=wire.pack_ids(item.ids), fingerprint=item.fingerprint)
+            for rollout, item in done
+        ],
         possession=possession,
         partial=len(done) < assigned,
         logp=[wire.pack_floats(item.logp) for _, item in done],

@@ -11,6 +11,7 @@ from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import (
     AuditJob,
     AuditJobs,
+    AuditRollout,
     Claim,
     Done,
     Evidence,
@@ -21,6 +22,7 @@ from farflung.protocol.messages import (
 from farflung.protocol.session import Session
 from farflung.rollouts.submit import slices_of
 from farflung.trust.evidence import Seen, from_json, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
+from farflung.trust.fingerprint import distance
 
 FIRST = 2
 """Rollouts of an audit that are replayed before the rest. What looks like a cheat's goes on one by one until it is
@@ -67,7 +69,11 @@ def items_of(job: AuditJob, temperature: float = 1.0) -> list[Item]:
     return [
         (
             Request(
-                tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, job.temperature * temperature, job.budget
+                tuple(wire.unpack_ids(one.prompt_ids).tolist()),
+                one.seed,
+                job.temperature * temperature,
+                job.budget,
+                job.fingerprint,
             ),
             wire.unpack_ids(one.ids).tolist(),
         )
@@ -100,7 +106,7 @@ def _replay_each(engine: Engine, of_jobs: Sequence[Sequence[Item]]) -> list[list
 def _told(job: AuditJob, found: Sequence[Replay]) -> Iterator[RolloutEvidence]:
     for one, seen in zip(job.rollouts, found, strict=False):
         gap, margin, pick = (wire.pack_floats(part) for part in (seen.gap, seen.margin, seen.pick))
-        yield RolloutEvidence(rollout=one.rollout, gap=gap, margin=margin, pick=pick)
+        yield RolloutEvidence(rollout=one.rollout, gap=gap, margin=margin, pick=pick, distance=_distance(one, seen))
 
 
 def explain(
@@ -120,6 +126,13 @@ def explain(
         found.append((name, engine.replay(items_of(job))))
     told = [Explanation(name=name, rollouts=list(_told(job, seen))) for name, seen in found]
     return msgspec.structs.replace(evidence, explanations=told)
+
+
+def _distance(rollout: AuditRollout, seen: Replay) -> float | None:
+    """None also where this machine's own activations are not finite: evidence without a distance accuses nobody."""
+    if seen.sketch is None or not np.isfinite(seen.sketch).all():
+        return None
+    return distance(rollout.fingerprint, seen.sketch)
 
 
 async def testify(session: Session, key: Key, evidence: Evidence) -> None:

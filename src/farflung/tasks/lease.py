@@ -312,6 +312,7 @@ def _document(
         budget=config.generate.budget,
         nonce=hashlib.sha256(seeds.derive(book.step_secret(step), "lease nonce", lease)).hexdigest(),
         probe=seeds.probe_key(book.step_secret(step)).hex(),
+        fingerprint=config.trust.fingerprint and purpose != "eval",
         expires_at=now + config.lease.lease_s,
         groups=list(_groups(connection, book.step_secret(step), shares, rows)),
     )
