@@ -6,7 +6,7 @@ where at least 1 % of the tokens are not the verifier's arg-max: the demo's mode
 model of its shape with 1,024 tokens and random weights, whose near-ties are as common as SmolLM2's, gives the mass of
 the rollouts; it is trained on its own likeliest answers between its first policy and its last.
 `--quick` takes a twentieth of the tokens. SmolLM2 parts need models/smollm2-135m (scripts/get_smollm2.py); the last
-policy of the demo's model needs a finished run of examples/demo.toml (`--run DIR`), else the base model stands for both.
+policy of the demo's model needs a finished run of it (`--run DIR`), else the base model stands for both.
 """
 
 import argparse

@@ -276,7 +276,7 @@ def test_a_distance_that_nobody_asked_for_decides_nothing(house) -> None:
 
 
 def test_a_verifier_that_computes_nonsense_gives_no_distance(asking, engine, monkeypatch) -> None:
-    monkeypatch.setattr(verify, "show_possession", lambda *_: "")
+    monkeypatch.setattr(verify, "slices_of", lambda *_: [])
     lease_of(asking)
 
     async def scenario(house) -> None:
@@ -307,7 +307,7 @@ def test_a_profile_without_a_bound_passes_nothing(asking) -> None:
 
 
 def test_what_a_worker_sends_a_validator_finds_near(asking, engine, monkeypatch) -> None:
-    monkeypatch.setattr(verify, "show_possession", lambda *_: "")
+    monkeypatch.setattr(verify, "slices_of", lambda *_: [])
     engine.eos_ids = frozenset({2})
     lease = lease_of(asking)
     done = generate(engine, lease, lambda: False)

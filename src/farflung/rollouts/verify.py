@@ -89,7 +89,10 @@ def more(job: AuditJob, found: Sequence[Replay]) -> int:
     if not found:
         return min(left, FIRST)
     profile = from_json(job.profile)
-    ratios = [log_ratios(profile, Seen(one.gap, one.margin, one.pick)) for one in found]
+    try:
+        ratios = [log_ratios(profile, Seen(one.gap, one.margin, one.pick)) for one in found]
+    except ValueError:  # this machine computes nonsense; the coordinator refuses it
+        return left
     weight = mean_log_ratio(submission_log_ratios(ratios))
     if is_bad(weight, job.cap):
         return 0
