@@ -18,6 +18,7 @@ GALLERY: dict[str, Callable[[], Attack]] = {
     "first-weights": texts.First,
     "pruned": texts.Pruned,
     "edited": texts.Edited,
+    "sure-edit": texts.SureEdit,
     "cut-short": texts.CutShort,
     "endless": texts.Endless,
     "verbose": texts.Verbose,
@@ -45,6 +46,7 @@ GALLERY: dict[str, Callable[[], Attack]] = {
     "sometimes": texts.Sometimes,
     "patient": texts.Patient,
     "easy-picking": senders.EasyPicking,
+    "many-keys": senders.ManyKeys,
     "near-tie": lambda: texts.NearTie(0.02),
     "margin-budget": texts.MarginBudget,
 }

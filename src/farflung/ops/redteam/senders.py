@@ -10,8 +10,19 @@ import msgspec
 from farflung.engine.base import Request
 from farflung.ops.redteam.base import Aim, Attack, Made
 from farflung.protocol import wire
+from farflung.protocol.client import Client
 from farflung.protocol.fingerprint import NUMBERS
-from farflung.protocol.messages import Lease, Status, Submission
+from farflung.protocol.identity import Key
+from farflung.protocol.messages import (
+    VERSION,
+    Lease,
+    LeaseAnswer,
+    LeaseRequest,
+    Register,
+    Status,
+    Submission,
+    Welcome,
+)
 from farflung.worker import Worker
 
 Body = Callable[[Submission], bytes]
@@ -160,6 +171,24 @@ class Replayed(Attack):
         if len(self._old) < len(requests):
             self._old = self.truth.generate(requests, should_stop)
         return list(self._old[: len(requests)])
+
+
+class ManyKeys(Attack):
+    """Work withheld from others: with every lease come keys that take leases and never submit; scheduling, for all new
+    keys together have few slots."""
+
+    aim: ClassVar[Aim] = "pay"
+    AT_ONCE: ClassVar[int] = 4
+
+    async def wants(self, worker: Worker, lease: Lease) -> bool:
+        for _ in range(self.AT_ONCE):
+            client = Client(worker.client.url, Key.make(), worker.client.tag, patience_s=0.0)
+            try:
+                await client.post("/v1/nodes", Register(version=VERSION), Welcome)
+                await client.post(worker.session.path("leases"), LeaseRequest(), LeaseAnswer)
+            finally:
+                await client.close()
+        return True
 
 
 class EasyPicking(Attack):

@@ -299,6 +299,25 @@ class Edited(Rewritten):
         return tuple(body)
 
 
+class SureEdit(Attack):
+    """Words of its own where nobody would look: it replaces one token that the policy was certain of; replay, for a
+    margin that no rounding makes weighs however sure the policy was."""
+
+    aim: ClassVar[Aim] = "poison"
+
+    def generate(self, requests: Sequence[Request], should_stop: Stop) -> Made:
+        found = self.truth.generate(requests, should_stop)
+        return [done and self._edited(request, done) for request, done in zip(requests, found, strict=True)]
+
+    def _edited(self, request: Request, done: Completion) -> Completion:
+        sure = [at for at, logp in enumerate(done.logp) if logp > -1e-4 and done.ids[at] not in self.truth.eos_ids]
+        if not sure or random.random() > 0.2:
+            return done
+        at, others = random.choice(sure), sorted(set(request.prompt_ids) - self.truth.eos_ids)
+        other = random.choice([token for token in others if token != done.ids[at]])
+        return _said((*done.ids[:at], other, *done.ids[at + 1 :]))
+
+
 class CutShort(Rewritten):
     """Paid for less work: stops half-way and says the end token; replay."""
 
