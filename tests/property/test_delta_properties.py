@@ -1,0 +1,106 @@
+"""Whatever two versions of a shard hold, the newer comes back bit for bit; a stranger's bytes break nothing."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from farflung.protocol.errors import WeightsError
+from farflung.weights import delta, numbers
+
+INTS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+ODD = {
+    1: [0x00, 0x80, 0x7F, 0xFF, 0x7C, 0xFC, 0x01, 0x81],
+    2: [0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x7FFF, 0x0001, 0x8001, 0x7C00],
+    4: [0x00000000, 0x80000000, 0x7F800000, 0x7FC00001, 0xFFFFFFFF, 0x7FFFFFFF, 0x00000001, 0x80000001],
+}
+"""Both zeros, infinities, NaNs with payloads, the smallest numbers: as fp8, bf16 or fp16, fp32."""
+
+
+@st.composite
+def versions(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Two versions of one tensor: noise, real-looking weights or odd values, of which none, some or all change."""
+    width = draw(st.sampled_from(sorted(INTS)))
+    size = draw(st.sampled_from([0, 1, 2, 7, 31, 300, 5000]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    old = rng.integers(0, 1 << 8 * width, size, dtype=np.uint64).astype(INTS[width])
+    if draw(st.booleans()) and width > 1:
+        small = (rng.normal(size=size) * 0.1).astype(np.float32).view(np.uint32)
+        old = (small >> (32 - 8 * width)).astype(INTS[width])
+    if size:
+        odd = rng.integers(0, size, min(size, 8))
+        old[odd] = rng.choice(np.array(ODD[width], INTS[width]), len(odd))
+    new = old.copy()
+    is_changed = rng.random(size) < draw(st.sampled_from([0.0, 0.003, 0.1, 0.5, 0.97, 1.0]))
+    moved = rng.integers(-3, 4, size).astype(f"i{width}").view(INTS[width])
+    new[is_changed] = (old + moved)[is_changed] if draw(st.booleans()) else rng.permutation(old)[is_changed]
+    return old, new
+
+
+shards = st.lists(versions(), min_size=1, max_size=5)
+
+
+def sizes(shard: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[int, int]]:
+    return [(old.size, old.itemsize) for old, _ in shard]
+
+
+def encoded(shard: list[tuple[np.ndarray, np.ndarray]]) -> bytes:
+    return delta.encode([old for old, _ in shard], [new for _, new in shard])
+
+
+@settings(deadline=None)
+@given(shards)
+def test_the_newer_version_comes_back_bit_for_bit(shard: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    olds = [old.copy() for old, _ in shard]
+    found = list(delta.decode(encoded(shard), olds, sizes(shard)))
+    assert [one.tobytes() for one in found] == [new.tobytes() for _, new in shard]
+    assert [one.tobytes() for one in olds] == [old.tobytes() for old, _ in shard], "the base is only read"
+
+
+@settings(deadline=None)
+@given(shards, st.data())
+def test_bytes_of_a_stranger_are_refused_or_come_to_tensors_of_the_right_size(
+    shard: list[tuple[np.ndarray, np.ndarray]], data: st.DataObject
+) -> None:
+    honest = bytearray(encoded(shard))
+    for _ in range(data.draw(st.integers(1, 3))):
+        honest[data.draw(st.integers(0, len(honest) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(honest)))
+    hostile = bytes(honest[:cut]) + data.draw(st.binary(max_size=4)) if data.draw(st.booleans()) else bytes(honest)
+    try:
+        found = list(delta.decode(hostile, [old for old, _ in shard], sizes(shard)))
+    except WeightsError:
+        return
+    assert [(one.size, one.itemsize) for one in found] == sizes(shard)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200), st.lists(st.tuples(st.integers(0, 1000), st.sampled_from([1, 2, 4])), max_size=4))
+def test_noise_is_refused_or_comes_to_tensors_of_the_right_size(data: bytes, sizes: list[tuple[int, int]]) -> None:
+    olds = [np.zeros(count, INTS[width]) for count, width in sizes]
+    try:
+        found = list(delta.decode(data, olds, sizes))
+    except WeightsError:
+        return
+    assert [(one.size, one.itemsize) for one in found] == sizes
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=50), st.sampled_from([1, 16, 300, 70_000, 2**32]))
+def test_numbers_come_back(values: list[int], below: int) -> None:
+    given_values = np.array([value % below for value in values], np.uint64)
+    writer = numbers.Writer()
+    writer.numbers(given_values)
+    reader = numbers.Reader(writer.done())
+    assert reader.numbers(len(given_values)).tolist() == given_values.tolist()
+    reader.finish()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 3000), st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.99, 1.0]), st.integers(0, 2**32))
+def test_bits_come_back(size: int, share: float, seed: int) -> None:
+    bits = np.random.default_rng(seed).random(size) < share
+    writer = numbers.Writer()
+    writer.bits(bits)
+    reader = numbers.Reader(writer.done())
+    assert reader.bits(size).tolist() == bits.tolist()
+    reader.finish()
