@@ -19,6 +19,7 @@ from farflung.rollouts import verify
 from farflung.rollouts.submit import generate, open_lease, show_possession, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
+from farflung.weights.patch import patch
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.5
@@ -66,7 +67,7 @@ class Validator:
             eos_ids=self.session.info.eos_ids,
             max_rows=self.settings.slots,
         )
-        self.weights = Versions(self.session, self.folder / "weights")
+        self.weights = Versions(self.session, self.folder / "weights", patch=patch)
 
     def stop(self) -> None:
         """Stop after the work in hand."""
@@ -105,7 +106,7 @@ class Validator:
         manifest = self.weights.known(digest)
         if self.session.figures.loaded_step != manifest.step:
             self.session.figures.loaded_step = -1  # until it is whole: half of another version would damn the honest
-            self.engine.load(tensors(self.weights, manifest))
+            self.engine.load(tensors(self.weights, digest))
             self.session.figures.loaded_step = manifest.step
 
     async def _evaluate(self) -> None:

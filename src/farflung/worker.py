@@ -33,6 +33,7 @@ from farflung.protocol.session import Session
 from farflung.rollouts.submit import generate, open_lease, show_possession, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
+from farflung.weights.patch import patch
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
@@ -117,6 +118,7 @@ class Worker:
             self.folder / "weights",
             keep=self.settings.keep_versions,
             limit_bytes=int(self.settings.disk_gb * 1e9),
+            patch=patch,
         )
         await self.session.beat()
 
@@ -167,7 +169,7 @@ class Worker:
             figures.sync_pause_s, figures.loaded_step = time.monotonic() - before, manifest.step
 
     def _swap(self, digest: str) -> None:
-        self.engine.load(rounded(tensors(self.weights, self.weights.known(digest)), self._bits))
+        self.engine.load(rounded(tensors(self.weights, digest), self._bits))
 
     async def _hand_in(self, lease: Lease) -> None:
         self.session.figures.phase = "generating"
