@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 from starlette.responses import Response
 
 from farflung.config import Config, save
-from farflung.dashboard import pages, views
+from farflung.dashboard import pages, versions, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
 from farflung.protocol.errors import Conflict, Forbidden, Malformed, NotFound, WeightsError, WrongWeights
@@ -125,6 +125,11 @@ class Coordinator:
         """The newest published step."""
         self._here(call)
         return await self.database.read(self.book.latest)
+
+    async def versions(self, call: Call) -> m.Weights:
+        """Versions of the weights: bytes, and how many nodes have them."""
+        self._here(call)
+        return await self.database.read(lambda c: versions.versions(c, self.book, self.clock()))
 
     async def relays(self, call: Call) -> m.Relays:
         """Relays that are online; their bytes are checked, so none needs trust."""
@@ -446,6 +451,7 @@ class Coordinator:
             Route("GET", "/v1/story/{id}", self.story, None, m.Story, signed=False),
             Route("POST", f"{run}/heartbeat", self.heartbeat, m.Heartbeat, m.Pulse),
             Route("GET", f"{run}/latest", self.latest, None, m.Latest, signed=False),
+            Route("GET", f"{run}/weights", self.versions, None, m.Weights, signed=False),
             Route("GET", f"{run}/relays", self.relays, None, m.Relays, signed=False),
             Route("GET", f"{run}/manifests/{{digest}}", self.manifest, None, Signed, signed=False),
             Route("GET", "/v1/blobs/{digest}", self.get_blob, signed=False),

@@ -598,6 +598,33 @@ class Status(Message, frozen=True):
     """What a person should look at, the latest last: nodes and validators with other weights than they were told."""
 
 
+class VersionView(Message, frozen=True):
+    """One version of the weights as people see it."""
+
+    step: int
+    manifest: Digest
+    full_bytes: int
+    """Bytes of all values."""
+    anchor_bytes: int
+    """Bytes of the whole weights as published, 0 where the step is no anchor."""
+    delta_bytes: int
+    """Bytes of the difference to the step before, 0 where there is none."""
+    nodes: int
+    """Nodes that are online and have it loaded."""
+    published_at: float
+
+
+class Weights(Message, frozen=True):
+    """The latest versions of a run, newest first."""
+
+    versions: list[VersionView]
+    nodes: int
+    """Nodes that are online and have any version loaded."""
+    note: str
+    """Why differences are large, empty where they are not."""
+    now: float
+
+
 class Event(Message, frozen=True):
     """One line of a story."""
 
