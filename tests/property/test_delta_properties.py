@@ -1,11 +1,19 @@
 """Whatever two versions of a shard hold, the newer comes back bit for bit; a stranger's bytes break nothing."""
 
+from hashlib import sha256
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farflung.protocol.errors import WeightsError
+from farflung.protocol import wire
+from farflung.protocol.errors import FarflungError, WeightsError
+from farflung.protocol.identity import Key, Signed, seal
+from farflung.protocol.messages import Manifest, Shard, Tensor
 from farflung.weights import delta, numbers
+from farflung.weights.manifest import KIND, check_shard, manifest_digest, open_manifest, target_digest
+from farflung.weights.patch import check_tensor
 
 INTS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 ODD = {
@@ -82,6 +90,58 @@ def test_noise_is_refused_or_comes_to_tensors_of_the_right_size(data: bytes, siz
     except WeightsError:
         return
     assert [(one.size, one.itemsize) for one in found] == sizes
+
+
+def sealed() -> tuple[Signed, bytes, np.ndarray, np.ndarray]:
+    """A manifest with one delta, the delta, and what it leads from and to."""
+    rng = np.random.default_rng(3)
+    old = ((rng.normal(size=500) * 0.05).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    new = old + (rng.random(500) < 0.1).astype(np.uint16)
+    data = delta.encode([old], [new])
+    tensor = Tensor(name="w", dtype="bfloat16", shape=[500], digest=sha256(new).hexdigest(), shard=0)
+    manifest = Manifest(
+        run="demo",
+        step=2,
+        base_step=1,
+        parent="1" * 64,
+        digest=target_digest([tensor]),
+        tensors=[tensor],
+        shards=[],
+        deltas=[Shard(digest=sha256(data).hexdigest(), size_bytes=len(data))],
+        secret_commitment="0" * 64,
+        made_at=0.0,
+        expires_at=1.0,
+    )
+    return seal(KEY, KIND, manifest), data, old, new
+
+
+KEY = Key(b"k" * 32)
+SIGNED, DATA, OLD, NEW = sealed()
+SEALED = wire.encode(SIGNED)
+
+
+@settings(deadline=None)
+@given(st.integers(0, len(SEALED) - 1), st.integers(1, 255))
+def test_no_changed_byte_of_a_manifest_is_taken(at: int, flip: int) -> None:
+    changed = SEALED[:at] + bytes([SEALED[at] ^ flip]) + SEALED[at + 1 :]
+    with pytest.raises(FarflungError):
+        open_manifest(wire.decode(changed, Signed), KEY.public, "demo", manifest_digest(SIGNED))
+
+
+@settings(deadline=None)
+@given(st.integers(0, len(DATA) - 1), st.integers(1, 255))
+def test_no_changed_byte_of_a_shard_is_taken_and_none_comes_to_the_digest(at: int, flip: int) -> None:
+    """Refused by its own digest; and were it not, by that of what it comes to."""
+    manifest = open_manifest(SIGNED, KEY.public, "demo", manifest_digest(SIGNED))
+    changed = DATA[:at] + bytes([DATA[at] ^ flip]) + DATA[at + 1 :]
+    with pytest.raises(WeightsError):
+        check_shard(changed, manifest.deltas[0].digest, manifest.deltas[0].size_bytes)
+    try:
+        (found,) = delta.decode(changed, [OLD], [(OLD.size, 2)])
+        check_tensor(manifest.tensors[0], found, manifest.step)
+    except WeightsError:
+        return
+    assert found.tobytes() == NEW.tobytes()
 
 
 @settings(deadline=None)

@@ -37,8 +37,8 @@ def why_large(lr: float, found: Sequence[VersionView | Version]) -> str:
         return ""
     return (
         f"Differences are large because a step of {lr:g} shows in every bfloat16 weight below about {256 * lr:.2g}, "
-        "which is most of a small model; at the 1e-6 usual for large ones it shows in one of 250, and 500 times less than "
-        "a whole copy travels."
+        "which is most of a small model; at the 1e-6 usual for large ones it shows in one of 250, and 500 times less "
+        "than a whole copy travels."
     )
 
 
