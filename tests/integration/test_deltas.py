@@ -192,7 +192,7 @@ def test_a_node_that_follows_fetches_differences_only(tmp_path: Path) -> None:
                 await versions.fetch(of.digests[step])
                 assert same(versions, of, step)
             assert of.origin.sent_bytes - whole_bytes < whole_bytes
-            assert not list(tmp_path.glob("*.part"))
+            assert not list(tmp_path.glob("*.draft"))
 
     asyncio.run(scene())
 
@@ -219,14 +219,14 @@ def test_a_restart_starts_from_what_is_on_disk(tmp_path: Path) -> None:
         async with run(steps=3) as of:
             async with node(of, tmp_path) as versions:
                 await versions.fetch(of.digests[2])
-            (tmp_path / "x.1.part").write_bytes(b"a crash left it")
+            (tmp_path / "x.draft").write_bytes(b"a crash left it")
             of.origin.sent.clear()
             await of.step()
             async with node(of, tmp_path) as versions:
                 await versions.fetch(of.digests[3])
                 assert same(versions, of, 3)
             assert len(of.origin.sent) == 2, "the deltas of one step"
-            assert not list(tmp_path.glob("*.part"))
+            assert not list(tmp_path.glob("*.draft"))
 
     asyncio.run(scene())
 

@@ -1,35 +1,25 @@
 """Worker, validator and relay: versions of the weights on this machine's disk, every byte checked before it is kept.
 
-Shards are kept in a folder under their digest, written beside and renamed, so a crash leaves no half shard and the
-next start downloads nothing twice. They come from whichever source answers; none of them needs to be trusted.
+Shards are kept in a folder under their digest, written beside and renamed when whole and right.
 A node patches a version together from one that is here, or the nearest anchor, and the deltas since, whichever is fewer
 bytes, and keeps the result; a relay keeps what others need for that.
 """
 
 import asyncio
 import logging
-import os
-import random
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from farflung.protocol.client import Client
-from farflung.protocol.errors import FarflungError, NotFound, Refusal, Unreachable, WeightsError
+from farflung.protocol.errors import NotFound, WeightsError
 from farflung.protocol.identity import Signed
-from farflung.protocol.messages import Manifest, Relays, Shard
+from farflung.protocol.messages import Manifest, Shard
 from farflung.protocol.session import Session
-from farflung.weights import sources
 from farflung.weights.chain import Link, Way, best_way, wants_more
-from farflung.weights.manifest import check_follows, check_shard, open_manifest
+from farflung.weights.download import PART, Downloads
+from farflung.weights.manifest import check_follows, open_manifest
 
 log = logging.getLogger(__name__)
-AT_ONCE = 4
-RELAYS_EVERY_S = 10.0
-RELAY_S = 5.0
-SLOWEST_BYTES_PER_S = 250_000
-"""A relay that takes longer than RELAY_S and this speed allow is given up: a slow drip must not hold a node."""
 SPARE_BYTES = 256 << 20
 """Disk that is never filled."""
 LONGEST_CHAIN = 1000
@@ -61,13 +51,10 @@ class Versions:
         self._ways: dict[str, Way] = {}
         """How each version came here, while it is on its way or kept for others."""
         self._locks: dict[str, asyncio.Lock] = {}
-        self._scores: dict[str, sources.Score] = {}
-        self._relays: dict[str, Client] = {}
-        self._asked_at = 0.0 if use_relays else float("inf")
-        self._rng = random.Random(session.client.key.id)
         folder.mkdir(parents=True, exist_ok=True)
-        for part in folder.glob("*.part"):  # a crash left it
-            part.unlink()
+        for draft in folder.glob("*.draft"):  # a crash left it
+            draft.unlink()
+        self._downloads = Downloads(session, folder, use_relays=use_relays)
 
     async def fetch(self, digest: str) -> Manifest:
         """Have a version on disk, safe to call twice at once. Raises WeightsError, BadSignature, NotFound."""
@@ -78,8 +65,7 @@ class Versions:
 
     async def close(self) -> None:
         """Hang up on all relays."""
-        for relay in self._relays.values():
-            await relay.close()
+        await self._downloads.close()
 
     def known(self, digest: str) -> Manifest:
         """A manifest that was fetched. Raises WeightsError."""
@@ -97,6 +83,15 @@ class Versions:
     def is_wanted(self, shard: str) -> bool:
         """Whether a shard belongs to a version that is here or on its way."""
         return any(shard == name for name in self._wanted())
+
+    def size_bytes(self, shard: str) -> int:
+        """Bytes of a shard that is here or on its way; 0 if it is neither."""
+        ways = (one for way in self._ways.values() for one in (*self._leading(way), *way.start[1].shards, *way.shards))
+        return next((one.size_bytes for one in ways if one.digest == shard), 0)
+
+    def partial(self, shard: str) -> Path:
+        """Where the bytes of a shard are that have come so far."""
+        return self.folder / f"{shard}{PART}"
 
     def path(self, shard: str) -> Path:
         """Where a shard is, or will be."""
@@ -133,7 +128,7 @@ class Versions:
             self._ways.pop(old, None)
         wanted = set(self._wanted())
         for path in self.folder.iterdir():
-            if not path.name.endswith(".part") and path.name not in wanted:
+            if path.suffix != ".draft" and path.name.removesuffix(PART) not in wanted:
                 path.unlink(missing_ok=True)
         return self._known[digest]
 
@@ -158,7 +153,7 @@ class Versions:
         self._refuse_oversize(manifest, way)
         self._ways[digest] = way
         try:
-            await self._shards([*self._leading(way), *way.shards])
+            await self._downloads.fetch([*self._leading(way), *way.shards])
             if self._patch is not None and way.steps:
                 await asyncio.to_thread(self._patch, way, self.whole, self.path)
         except WeightsError:
@@ -205,65 +200,6 @@ class Versions:
             return self._known[digest]
         signed = await self.session.client.get(self.session.path(f"manifests/{digest}"), Signed)
         return open_manifest(signed, self.session.weights_key, self.session.run, digest)
-
-    # --- shards ------------------------------------------------------------------------------------------------------
-
-    async def _shards(self, shards: list[Shard]) -> None:
-        await self._learn_relays()
-        limit = asyncio.Semaphore(AT_ONCE)
-
-        async def one(shard: Shard) -> None:
-            async with limit:
-                if not self.path(shard.digest).exists():
-                    self._keep(shard, await self._download(shard))
-
-        unlike = {shard.digest: shard for shard in shards}
-        await asyncio.gather(*(one(shard) for shard in unlike.values()))
-
-    async def _download(self, shard: Shard) -> bytes:
-        """A shard's bytes, from the first relay that has them right, else from the origin."""
-        for url in sources.order(self._relays, self._scores, self._rng):
-            before = time.monotonic()
-            try:
-                async with asyncio.timeout(RELAY_S + shard.size_bytes / SLOWEST_BYTES_PER_S):
-                    data = await self._relays[url].download(f"/v1/blobs/{shard.digest}", limit_bytes=shard.size_bytes)
-                check_shard(data, shard.digest, shard.size_bytes)
-            except (Unreachable, Refusal, WeightsError, TimeoutError) as error:
-                log.warning("relay failed url=%s shard=%s because=%s", url, shard.digest[:12], error or "too slow")
-                self._scores[url] = sources.failed(self._scores.get(url, sources.Score()))
-                continue
-            took_s = time.monotonic() - before
-            self._scores[url] = sources.succeeded(self._scores.get(url, sources.Score()), len(data), took_s)
-            return data
-        data = await self.session.client.download(f"/v1/blobs/{shard.digest}", limit_bytes=shard.size_bytes)
-        check_shard(data, shard.digest, shard.size_bytes)
-        return data
-
-    def _keep(self, shard: Shard, data: bytes) -> None:
-        partial = self.folder / f"{shard.digest}.{os.getpid()}.part"
-        try:
-            partial.write_bytes(data)
-            partial.rename(self.path(shard.digest))
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise WeightsError(
-                f"shard {shard.digest[:12]} cannot be kept in {self.folder}: {error.strerror}"
-            ) from error
-
-    async def _learn_relays(self) -> None:
-        """Ask the coordinator, now and then, which relays there are."""
-        if time.monotonic() - self._asked_at < RELAYS_EVERY_S:
-            return
-        self._asked_at = time.monotonic()
-        try:
-            found = await self.session.client.get(self.session.path("relays"), Relays)
-        except FarflungError as error:
-            log.warning("no list of relays because=%s", error)
-            return
-        key = self.session.client.key
-        relays = {r.url: self._relays.pop(r.url, None) or Client(r.url, key, patience_s=0.0) for r in found.relays}
-        await self.close()  # those that are left are gone
-        self._relays = relays
 
 
 def _way(chain: list[Link], held: set[str]) -> Way:

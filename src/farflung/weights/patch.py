@@ -5,7 +5,6 @@ manifest's order. It is written beside its place, and renamed only when every te
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def patch(way: Way, whole: Callable[[str], Path], path: ShardPath) -> None:
     Raises WeightsError, and leaves nothing behind, where a tensor does not come to its digest.
     """
     digest, manifest = way.steps[-1]
-    draft = whole(digest).with_suffix(f".{os.getpid()}.part")
+    draft = whole(digest).with_suffix(".draft")
     try:
         with draft.open("wb") as file:
             for tensor, values in _patched(way, whole, path):
