@@ -1,6 +1,9 @@
 """Differences on their way: publish, follow, join late, and everything that can go wrong in between."""
 
 import asyncio
+import os
+import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ from farflung.protocol.identity import Key, Signed
 from farflung.protocol.messages import Manifest, Relays, RunInfo
 from farflung.protocol.server import listen, problem_response
 from farflung.protocol.session import Session
+from farflung.weights import delta
 from farflung.weights import publish as publishing
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import tensors
@@ -311,5 +315,40 @@ def test_a_trainer_that_comes_back_with_other_weights_is_refused() -> None:
             of.publisher = Publisher(of.client, TRAINER, "test", 4)
             with pytest.raises(WeightsError, match="resume on the hardware"):
                 await of.publisher.rebase(cast(moved(of.weights, 0.01)), of.digests[-1])
+
+    asyncio.run(scene())
+
+
+def test_a_kill_in_the_middle_of_patching_leaves_nothing_that_counts(
+    tmp_path: Path,
+) -> None:
+    """A child patches, stops after the first shard and is killed with -9; the next start patches it whole."""
+
+    def patch_in_a_child(*arguments: Any) -> None:
+        child = os.fork()
+        if not child:
+            decode = delta.decode
+            delta.decode = lambda *given: (time.sleep(60) if given[2][0][0] < 60_000 else None, decode(*given))[1]
+            patch(*arguments)
+            os._exit(0)
+        while not any(draft.stat().st_size for draft in tmp_path.glob("*.draft")):
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise WeightsError("killed")
+
+    async def scene() -> None:
+        async with run(steps=2) as of:
+            async with node(of, tmp_path) as versions:
+                await versions.fetch(of.digests[0])
+                versions._patch = patch_in_a_child
+                with pytest.raises(WeightsError, match="killed"):
+                    await versions.fetch(of.digests[1])
+                assert list(tmp_path.glob("*.draft"))
+                assert not versions.whole(of.digests[1]).exists()
+            async with node(of, tmp_path) as versions:
+                assert not list(tmp_path.glob("*.draft"))
+                await versions.fetch(of.digests[1])
+                assert same(versions, of, 1)
 
     asyncio.run(scene())
