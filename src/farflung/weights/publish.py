@@ -20,7 +20,7 @@ from farflung.protocol.messages import Manifest, Shard, Tensor
 from farflung.weights import delta
 from farflung.weights.manifest import KIND, open_manifest, target_digest
 
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 32 << 20
 EXPIRES_S = 30 * 24 * 3600.0
 
 Named = tuple[str, torch.Tensor]
