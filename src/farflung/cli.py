@@ -331,6 +331,22 @@ def status(url: str, *, run: str = "") -> None:
 
 
 @app.command
+def weights(url: str, *, run: str = "") -> None:
+    """List the versions of a run's weights: bytes whole and as a difference, who has them, how old they are.
+
+    Parameters
+    ----------
+    url
+        The coordinator's address.
+    run
+        Which run, if the coordinator has several.
+    """
+    from farflung.ops.look import show_weights
+
+    asyncio.run(show_weights(url, run))
+
+
+@app.command
 def story(id: str, *, url: str) -> None:
     """Tell everything that happened to one id: a node, lease, rollout, group, step or audit.
 

@@ -81,6 +81,9 @@ class LearnSection(Section):
     autocast: bool = setting(False, "Train in bfloat16 with float32 master weights.")
     checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     checkpoint_every: int = setting(1, "Steps between checkpoints; those between are replayed after a crash.", ge=1)
+    anchor_every: int = setting(
+        16, "Steps between anchors, versions published whole; sooner when the deltas since come to a whole copy.", ge=1
+    )
     keep_checkpoints: int = setting(2, "Checkpoints kept.", ge=1)
     threads: int = setting(1, "Torch threads of the trainer.", ge=1)
     tripwire: bool = setting(

@@ -19,10 +19,18 @@ from sqlalchemy import Connection
 from starlette.responses import Response
 
 from farflung.config import Config, save
-from farflung.dashboard import pages, views
+from farflung.dashboard import pages, versions, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
-from farflung.protocol.errors import ConfigError, Forbidden, Malformed, NotFound, WrongWeights
+from farflung.protocol.errors import (
+    ConfigError,
+    Conflict,
+    Forbidden,
+    Malformed,
+    NotFound,
+    WeightsError,
+    WrongWeights,
+)
 from farflung.protocol.identity import Key, Signed, node_id, unseal
 from farflung.protocol.server import BODY_BYTES, Call, Route, listen, mount
 from farflung.protocol.session import Index
@@ -37,8 +45,8 @@ from farflung.tasks import admit, lease
 from farflung.tasks.found import Model, found, local_grants, seal_papers, weights_key
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
-from farflung.weights import origin
-from farflung.weights.manifest import manifest_digest, open_manifest
+from farflung.weights import collect, origin
+from farflung.weights.manifest import check_follows, manifest_digest, open_manifest
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -69,6 +77,7 @@ class Coordinator:
         self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
         self._changed = asyncio.Condition()
         self._started_at = clock()
+        self._collected_step = 0
         granted = self.config.coordinator.grants.items()
         self._roles = {node_id(bytes.fromhex(public)): role for public, role in granted}
 
@@ -124,6 +133,11 @@ class Coordinator:
         """The newest published step."""
         self._here(call)
         return await self.database.read(self.book.latest)
+
+    async def versions(self, call: Call) -> m.Weights:
+        """Versions of the weights: bytes, and how many nodes have them."""
+        self._here(call)
+        return await self.database.read(lambda c: versions.versions(c, self.book, self.clock()))
 
     async def relays(self, call: Call) -> m.Relays:
         """Relays that are online; their bytes are checked, so none needs trust."""
@@ -285,7 +299,8 @@ class Coordinator:
         manifest = open_manifest(commit.manifest, self.weights_key, self.book.run, digest)
         if manifest.step != _number(call, "step"):
             raise Malformed(f"the manifest is of step {manifest.step}, the path of {call.path['step']}")
-        for shard in manifest.shards:
+        await self._check_base(manifest)
+        for shard in (*manifest.shards, *manifest.deltas):
             if await self.blobs.size(shard.digest) != shard.size_bytes:
                 raise Malformed(f"shard {shard.digest[:12]} is stored with another size than the manifest's")
         figures = {name: value for name, value in commit.metrics.items() if math.isfinite(value)}  # JSON has no others
@@ -296,7 +311,25 @@ class Coordinator:
         )
         if changed:
             self.metrics.note_step(manifest, figures, self.clock())
+            await self._collect()
         return m.Done(changed=changed)
+
+    async def _check_base(self, manifest: m.Manifest) -> None:
+        """Refuse a difference to anything but the step before. Raises Conflict."""
+        if manifest.deltas:
+            signed = await self.database.read(lambda c: views.manifest(c, self.book.run, manifest.parent))
+            try:
+                check_follows(manifest, open_manifest(signed, self.weights_key, self.book.run, manifest.parent))
+            except WeightsError as error:
+                raise Conflict(str(error)) from error
+
+    async def _collect(self) -> None:
+        """Delete the shards that no version in use needs."""
+        spent, first = await self.database.read(lambda c: collect.spent(c, self.book, self._collected_step))
+        await self.blobs.delete(spent)
+        self._collected_step = first
+        if spent:
+            log.info("collected shards=%d before_step=%d", len(spent), first)
 
     async def trip(self, call: Call) -> m.Done:
         """The trainer's tripwire: submissions that leave the batch and are audited in full."""
@@ -457,6 +490,7 @@ class Coordinator:
             Route("GET", "/v1/story/{id}", self.story, None, m.Story, signed=False),
             Route("POST", f"{run}/heartbeat", self.heartbeat, m.Heartbeat, m.Pulse),
             Route("GET", f"{run}/latest", self.latest, None, m.Latest, signed=False),
+            Route("GET", f"{run}/weights", self.versions, None, m.Weights, signed=False),
             Route("GET", f"{run}/relays", self.relays, None, m.Relays, signed=False),
             Route("GET", f"{run}/manifests/{{digest}}", self.manifest, None, Signed, signed=False),
             Route("GET", "/v1/blobs/{digest}", self.get_blob, signed=False),

@@ -33,7 +33,8 @@ from farflung.trust.profiles import load_profile
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
 from farflung.weights.manifest import manifest_digest
-from farflung.weights.publish import digest_of, publish
+from farflung.weights.patch import patch
+from farflung.weights.publish import Publisher, digest_of
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
@@ -52,6 +53,7 @@ class Trainer:
         self.learner: Learner
         self._waited_s = 0.0
         self._sinks = Sinks(config)
+        self._publisher = Publisher(self.client, key, config.run.name, config.learn.anchor_every)
 
     async def run(self) -> None:
         """Train until the last step is committed or somebody says stop."""
@@ -81,7 +83,7 @@ class Trainer:
             eos_ids=self.session.info.eos_ids,
         )
         folder = self.config.folder / "nodes" / "trainer" / "weights"
-        self.weights = Versions(self.session, folder, use_relays=False)
+        self.weights = Versions(self.session, folder, use_relays=False, patch=patch)
         self._profile = load_profile(self.config.model.profile)
         self._loaded = ""
 
@@ -166,7 +168,7 @@ class Trainer:
     def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[tuple[str, np.ndarray]]:
         with self.session.figures.working():
             if self._loaded != digest:
-                self.engine.load(tensors(self.weights, self.weights.known(digest)))
+                self.engine.load(tensors(self.weights, digest))
                 self._loaded = digest
             return look(self.engine, part, temperature, self.config.generate.budget, self._profile)
 
@@ -174,6 +176,8 @@ class Trainer:
         self.session.figures.phase = f"training step {batch.step}"
         before = time.monotonic()
         held = self._show(batch)
+        if batch.step and not batch.committed and not self._publisher.has_base:
+            await self._publisher.rebase(self.learner.policy.tensors(), self.session.latest.manifest)
         trained = await self._learn(batch)
         train_s = time.monotonic() - before
         if batch.committed:
@@ -207,11 +211,8 @@ class Trainer:
     async def _publish(self, batch: Batch, trained: StepMetrics | None, train_s: float, held: bytes) -> None:
         self.session.figures.phase = f"publishing step {batch.step}"
         before = time.monotonic()
-        signed = await publish(
-            self.client,
-            self.key,
+        signed = await self._publisher.publish(
             self.learner.policy.tensors(),
-            run=self.session.run,
             step=batch.step,
             parent=self.session.latest.manifest,
             commitment=batch.secret_commitment,

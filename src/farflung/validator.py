@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from farflung.rollouts import verify
 from farflung.rollouts.submit import generate, open_lease, show_possession, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
+from farflung.weights.patch import patch
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.5
+RECENT = 32
+"""Claims over which the cost of an audited token is told."""
 
 
 class Validator:
@@ -44,6 +48,9 @@ class Validator:
         self.key, self.folder, self.settings, self.name = key, folder, settings, name
         self._run, self._root = run, root
         self.is_stopping = False
+        self._held: dict[str, bytes] = {}
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
+        """CPU-seconds and tokens of the latest claims."""
         self.session: Session
         self.engine: LocalEngine
         self.weights: Versions
@@ -68,7 +75,7 @@ class Validator:
             eos_ids=self.session.info.eos_ids,
             max_rows=self.settings.slots,
         )
-        self.weights = Versions(self.session, self.folder / "weights", use_relays=False)
+        self.weights = Versions(self.session, self.folder / "weights", use_relays=False, patch=patch)
 
     def stop(self) -> None:
         """Stop after the work in hand."""
@@ -101,11 +108,15 @@ class Validator:
         log.info("audited step=%d audits=%d", jobs[0].step, len(jobs))
 
     def _replay(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
-        with self.session.figures.working():
+        figures, before = self.session.figures, time.thread_time()
+        with figures.working():
             self._load(jobs[0].manifest)
             manifest = self.weights.known(jobs[0].manifest)
-            found = verify.replay(self.engine, manifest, jobs, self.session.run, self.session.info.profile)
-            self.session.figures.work_tokens += sum(len(one.gap) // 4 for e in found for one in e.rollouts)
+            about = (self.session.run, self.session.info.profile, self._held)
+            found = verify.replay(self.engine, manifest, jobs, *about)
+            tokens = sum(len(one.gap) // 4 for evidence in found for one in evidence.rollouts)
+            self._recent.append((time.thread_time() - before, tokens))
+            figures.recent_cpu_s, figures.recent_tokens = (sum(column) for column in zip(*self._recent, strict=True))
             return [
                 self._explain(job, evidence) if job.is_suspect else evidence
                 for job, evidence in zip(jobs, found, strict=True)
@@ -114,13 +125,14 @@ class Validator:
     def _explain(self, job: AuditJob, evidence: Evidence) -> Evidence:
         """Try what else could have made a suspect's rollouts; the engine ends with other weights than the leased."""
         self._load(job.manifest)
+        self._held.clear()
         self.session.figures.loaded_step = -1
-        named = list(tensors(self.weights, self.weights.known(job.manifest)))
+        named = list(tensors(self.weights, job.manifest))
         loads = [("weights rounded to int8", lambda: self.engine.load(rounded(named, 8)))]
         if job.manifest_before and self.weights.has(job.manifest_before):
             before = self.weights.known(job.manifest_before)
             name = f"the weights of step {before.step}: a weight update was missed"
-            loads.append((name, lambda: self.engine.load(tensors(self.weights, before))))
+            loads.append((name, lambda: self.engine.load(tensors(self.weights, job.manifest_before))))
         return verify.explain(self.engine, evidence, job, loads)
 
     async def _fetch_earlier(self, digest: str) -> None:
@@ -133,8 +145,9 @@ class Validator:
     def _load(self, digest: str) -> None:
         manifest = self.weights.known(digest)
         if self.session.figures.loaded_step != manifest.step:
+            self._held.clear()
             self.session.figures.loaded_step = -1  # until it is whole: half of another version would damn the honest
-            self.engine.load(tensors(self.weights, manifest))
+            self.engine.load(tensors(self.weights, digest))
             self.session.figures.loaded_step = manifest.step
 
     async def _evaluate(self) -> None:

@@ -36,6 +36,7 @@ from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, slices_of, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
+from farflung.weights.patch import patch
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
@@ -114,6 +115,7 @@ class Worker:
             self.folder / "weights",
             keep=self.settings.keep_versions,
             limit_bytes=int(self.settings.disk_gb * 1e9),
+            patch=patch,
         )
         self._receipts = Receipts(self.folder)
         await self.session.beat()
@@ -173,7 +175,7 @@ class Worker:
             figures.sync_pause_s, figures.loaded_step = time.monotonic() - before, manifest.step
 
     def _swap(self, digest: str) -> None:
-        self.engine.load(rounded(tensors(self.weights, self.weights.known(digest)), self._bits))
+        self.engine.load(rounded(tensors(self.weights, digest), self._bits))
 
     async def _hand_in(self, lease: Lease) -> None:
         self.session.figures.phase = "generating"

@@ -25,7 +25,7 @@ from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Manifest, Relays, RelayView, RunInfo, Shard
 from farflung.protocol.server import listen
 from farflung.protocol.session import Session
-from farflung.weights import cache
+from farflung.weights import cache, download
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import tensors
 from farflung.weights.manifest import KIND, manifest_digest, target_digest
@@ -197,7 +197,7 @@ HOSTILE = {
 
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "RELAY_S", 0.5)
+    monkeypatch.setattr(download, "RELAY_S", 0.5)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -215,8 +215,8 @@ def test_a_hostile_relay_costs_one_shard_and_its_own_reputation(name: str, tmp_p
             manifest = await versions.fetch(manifest_digest(signed))
             assert time.monotonic() - since < 10
             assert origin.asked == 1
-            assert versions._scores[url].success < 1
-            loaded = dict(tensors(versions, manifest))
+            assert versions._downloads.scores[url].success < 1
+            loaded = dict(tensors(versions, manifest_digest(signed)))
             assert all(torch.equal(loaded[key], WEIGHTS[key]) for key in WEIGHTS)
             assert {path.name for path in tmp_path.iterdir()} == {manifest.shards[0].digest}
             relay.close()
@@ -309,6 +309,6 @@ def test_a_shard_damaged_on_disk_is_refused_when_loaded(tmp_path: Path) -> None:
             path = versions.path(manifest.shards[0].digest)
             path.write_bytes(flipped(path.read_bytes())[1])
             with pytest.raises(WeightsError, match="hashes to"):
-                dict(tensors(versions, manifest))
+                dict(tensors(versions, manifest_digest(signed)))
 
     asyncio.run(scene())

@@ -132,8 +132,8 @@ class Version:
     weights_digest: str
     committed_at: float
     is_anchor: bool
-    shards: int
-    size_bytes: int
+    full_bytes: int
+    delta_bytes: int
     reward: float
     groups: int
     rollouts: int
@@ -182,9 +182,9 @@ def _version(row: Row[Any], trained: tuple[int, int, int, int], loaded: int) -> 
         manifest_digest=row.manifest_digest,
         weights_digest=row.weights_digest,
         committed_at=row.committed_at,
-        is_anchor=manifest.base_step == manifest.step,
-        shards=len(manifest.shards),
-        size_bytes=sum(shard.size_bytes for shard in manifest.shards),
+        is_anchor=bool(manifest.shards),
+        full_bytes=manifest.full_bytes,
+        delta_bytes=manifest.delta_bytes,
         reward=row.seen_reward,
         groups=groups,
         rollouts=rollouts,

@@ -159,11 +159,13 @@ def _step(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
     facts: list[Fact] = [("step", row.step), ("status", row.status), ("claimed", Moment(row.claimed_at))]
     if row.manifest is not None:
         manifest = browse.open_unchecked(row.manifest)
-        size_bytes = sum(shard.size_bytes for shard in manifest.shards)
         facts += [("committed", Moment(row.committed_at)), ("manifest", row.manifest_digest)]
         facts += [("weights digest", row.weights_digest), ("parent", manifest.parent), ("checkpoint", row.checkpoint)]
-        facts += [("kind", "anchor" if manifest.base_step == row.step else f"difference to step {manifest.base_step}")]
-        facts += [("tensors", len(manifest.tensors)), ("shards", f"{len(manifest.shards)}, {size_bytes:,} bytes")]
+        kinds = ["anchor"] * bool(manifest.shards) + [f"difference to step {manifest.base_step}"] * bool(
+            manifest.deltas
+        )
+        facts += [("kind", " and ".join(kinds)), ("tensors", len(manifest.tensors))]
+        facts += [("bytes whole", f"{manifest.full_bytes:,}"), ("bytes of the difference", f"{manifest.delta_bytes:,}")]
     metrics = sorted(json.loads(row.metrics or "{}").items())
     people = [
         (c.node, c.name, c.rollouts, c.submissions, c.tokens) for c in browse.contributors(connection, run, row.step)

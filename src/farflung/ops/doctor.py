@@ -152,7 +152,7 @@ async def _run(client: Client, run: str, folder: Path, root: bytes | None, statu
         return
     signed = await client.get(f"/v1/runs/{run}/manifests/{status.latest.manifest}", Signed)
     manifest = open_manifest(signed, keys["weights"], run, status.latest.manifest)
-    size_bytes = sum(shard.size_bytes for shard in manifest.shards)
+    size_bytes = manifest.full_bytes
     yield Finding("weights", True, f"step {manifest.step}, {size_bytes / 1e9:.3f} GB, signature and digest are right")
     yield _disk(folder, size_bytes)
     yield _memory(size_bytes)

@@ -10,21 +10,49 @@ from farflung.ops.screen import nodes_table, run_panel
 from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import Status, Story
+from farflung.protocol.messages import Status, Story, VersionView, Weights
 from farflung.protocol.session import Index
 
 
 async def show_status(url: str, run: str) -> None:
     """Print a run's header and nodes."""
     client = Client(url, Key.make(), patience_s=5.0)
-    index = await client.get("/v1", Index)
-    if not run and len(index.runs) != 1:
-        raise ConfigError(f"{url} has the runs {', '.join(index.runs)}; name one with --run")
-    status = await client.get(f"/v1/runs/{run or index.runs[0]}/status", Status)
+    status = await client.get(f"/v1/runs/{run or await _only_run(client)}/status", Status)
     await client.close()
     console = Console(highlight=False)
     console.print(run_panel(status))
     console.print(nodes_table(status, console.width))
+
+
+async def show_weights(url: str, run: str) -> None:
+    """Print the versions of a run's weights, newest first."""
+    client = Client(url, Key.make(), patience_s=5.0)
+    weights = await client.get(f"/v1/runs/{run or await _only_run(client)}/weights", Weights)
+    await client.close()
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("step", "kind", "whole", "difference", "ratio", "coverage", "age"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for view in weights.versions:
+        table.add_row(*_version_cells(view, weights))
+    console = Console(highlight=False)
+    console.print(table)
+    if weights.note:
+        console.print(weights.note, style="dim")
+
+
+def _version_cells(view: VersionView, weights: Weights) -> tuple[str, ...]:
+    kind = "anchor" if view.anchor_bytes else "difference"
+    difference = f"{view.delta_bytes:,}" if view.delta_bytes else "–"
+    ratio = f"{view.full_bytes / view.delta_bytes:.1f}×" if view.delta_bytes else "–"
+    coverage, age = f"{view.nodes}/{weights.nodes}", f"{max(0.0, weights.now - view.published_at):.0f} s"
+    return str(view.step), kind, f"{view.full_bytes:,}", difference, ratio, coverage, age
+
+
+async def _only_run(client: Client) -> str:
+    index = await client.get("/v1", Index)
+    if len(index.runs) != 1:
+        raise ConfigError(f"{client.url} has the runs {', '.join(index.runs)}; name one with --run")
+    return index.runs[0]
 
 
 async def tell_story(url: str, subject: str) -> None:

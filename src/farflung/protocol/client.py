@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
+import os
 import random
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
@@ -18,6 +19,7 @@ from farflung.protocol.identity import Key, sign_request
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 ANSWER_BYTES = 1 << 30
+PROBLEM_BYTES = 10_000
 
 
 class Client:
@@ -56,6 +58,13 @@ class Client:
         """Fetch a blob, cut off with TooLarge beyond `limit_bytes`."""
         return await self._patiently("GET", path, b"", signed, limit_bytes=limit_bytes)
 
+    async def download_into(self, path: str, file: BinaryIO, *, limit_bytes: int) -> None:
+        """Fetch a blob, going on from the bytes that the file has; cut off with TooLarge beyond `limit_bytes`.
+
+        Who does not know ranges sends it whole, and the file begins anew.
+        """
+        await self._insist(path, lambda: self._once_into(path, file, limit_bytes))
+
     async def put(self, path: str, body: bytes) -> None:
         """Upload bytes."""
         await self._patiently("PUT", path, body, True, {"content-type": "application/octet-stream"})
@@ -74,10 +83,13 @@ class Client:
         headers: dict[str, str] | None = None,
         limit_bytes: int = ANSWER_BYTES,
     ) -> bytes:
+        return await self._insist(path, lambda: self._once(method, path, body, signed, headers or {}, limit_bytes))
+
+    async def _insist(self, path: str, once: Callable[[], Awaitable[T]]) -> T:
         pause_s, since = 0.1, self.clock()
         while True:
             try:
-                return await self._once(method, path, body, signed, headers or {}, limit_bytes)
+                return await once()
             except (Unreachable, Unavailable, Busy) as error:
                 wait_s = getattr(error, "retry_after_s", None) or pause_s * random.uniform(0.5, 1.5)
                 if self.clock() + wait_s > since + self.patience_s:
@@ -102,6 +114,24 @@ class Client:
             raise _refusal(response, content)
         return content
 
+    async def _once_into(self, path: str, file: BinaryIO, limit_bytes: int) -> None:
+        start = file.seek(0, os.SEEK_END)
+        headers = {"accept-encoding": "identity"} | ({"range": f"bytes={start}-"} if start else {})
+        try:
+            async with self._http.stream("GET", path, headers=headers) as response:
+                if response.status_code >= 300:
+                    raise _refusal(response, await _bounded(response, PROBLEM_BYTES))
+                if response.status_code != 206:
+                    start = file.seek(0)
+                    file.truncate()
+                async for part in response.aiter_bytes():
+                    start += len(part)
+                    if start > limit_bytes:
+                        raise TooLarge(f"{response.url} sends more than {limit_bytes} bytes; it was cut off")
+                    file.write(part)
+        except (httpx2.TransportError, httpx2.DecodingError) as error:
+            raise Unreachable(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
+
 
 async def _bounded(response: Any, limit_bytes: int) -> bytes:
     """The body, unpacked, as far as it is sane: whoever answers may be out to fill this machine's memory."""
@@ -122,7 +152,7 @@ class _Problem(msgspec.Struct):
 
 def _refusal(response: Any, content: bytes) -> Refusal:
     try:
-        problem = msgspec.json.decode(content[:10_000], type=_Problem)
+        problem = msgspec.json.decode(content[:PROBLEM_BYTES], type=_Problem)
     except (msgspec.DecodeError, UnicodeDecodeError):
         problem = _Problem(detail=f"HTTP {response.status_code} from {response.url}")
     fallback = Unavailable if response.status_code >= 500 else Malformed

@@ -5,6 +5,7 @@ Every string and list has a bound and unknown fields are refused. Token ids trav
 because Python's `$` alone also matches before a last line feed.
 """
 
+import math
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -132,19 +133,33 @@ class Run(Message, frozen=True):
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
+_WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1, "float8_e5m2": 1}
+
+
 class Tensor(Message, frozen=True):
     """One tensor of a step, and the shard that carries it."""
 
     name: Annotated[str, Meta(max_length=300)]
-    dtype: Literal["bfloat16", "float16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
     shape: Annotated[list[Count], Meta(max_length=8)]
     digest: Digest
     """SHA-256 of its little-endian bytes."""
     shard: Annotated[int, Meta(ge=0, lt=100_000)]
+    """Number of the shard that carries it, in `shards` and in `deltas` alike."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of one value."""
+        return _WIDTHS[self.dtype]
+
+    @property
+    def values(self) -> int:
+        """How many values it has; a tensor without dimensions has one."""
+        return math.prod(self.shape)
 
 
 class Shard(Message, frozen=True):
-    """One write-once blob: a safetensors file."""
+    """One write-once blob: some tensors as a safetensors file, or their difference to the step before."""
 
     digest: Digest
     size_bytes: Count
@@ -156,17 +171,35 @@ class Manifest(Message, frozen=True):
     run: Id
     step: Step
     base_step: Step
-    """The step that the shards are a difference to; equal to `step` for an anchor."""
+    """The step that `deltas` are a difference to, that of `parent`; equal to `step` where there are none."""
     parent: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?(?!\n)$")]
     """Digest of the previous step's manifest, empty for the first."""
     digest: Digest
     """SHA-256 over the (name, digest) pairs of all tensors in order: what the weights must come to."""
     tensors: Annotated[list[Tensor], Meta(max_length=1_000_000)]
     shards: Annotated[list[Shard], Meta(max_length=100_000)]
+    """The whole weights; empty unless the step is an anchor."""
     secret_commitment: Digest
     """SHA-256 commitment to the secret that this step's seeds derive from."""
     made_at: Seconds
     expires_at: Seconds
+    deltas: Annotated[list[Shard], Meta(max_length=100_000)] = []
+    """The difference to the step before; empty where it would be no smaller, and for the first step."""
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of all values."""
+        return sum(tensor.values * tensor.width for tensor in self.tensors)
+
+    @property
+    def delta_bytes(self) -> int:
+        """Bytes of the difference to the step before."""
+        return sum(shard.size_bytes for shard in self.deltas)
+
+    @property
+    def anchor_bytes(self) -> int:
+        """Bytes of the whole weights as published."""
+        return sum(shard.size_bytes for shard in self.shards)
 
 
 class Latest(Message, frozen=True):
@@ -302,8 +335,10 @@ class Heartbeat(Message, frozen=True):
     cpu_s: Seconds = 0.0
     work_cpu_s: Seconds = 0.0
     """CPU-seconds of the role's own work: generation (worker), replay and its weight loading (validator)."""
-    work_tokens: Count = 0
-    """Tokens that these made or replayed."""
+    recent_cpu_s: Seconds = 0.0
+    """CPU-seconds of a validator's latest claims, weight loading included."""
+    recent_tokens: Count = 0
+    """Tokens that it replayed in them."""
     made_cpu_s: Seconds = 0.0
     """CPU-seconds that a validator generated for, when it evaluated."""
     made_tokens: Count = 0
@@ -640,6 +675,33 @@ class Status(Message, frozen=True):
     """P(a trusted node that cheats on 10 % of its rollouts is found within n submissions), by n, at the floor."""
     warnings: list[str]
     """What a person should look at, the latest last: nodes and validators with other weights than they were told."""
+
+
+class VersionView(Message, frozen=True):
+    """One version of the weights as people see it."""
+
+    step: int
+    manifest: Digest
+    full_bytes: int
+    """Bytes of all values."""
+    anchor_bytes: int
+    """Bytes of the whole weights as published, 0 where the step is no anchor."""
+    delta_bytes: int
+    """Bytes of the difference to the step before, 0 where there is none."""
+    nodes: int
+    """Nodes that are online and have it loaded."""
+    published_at: float
+
+
+class Weights(Message, frozen=True):
+    """The latest versions of a run, newest first."""
+
+    versions: list[VersionView]
+    nodes: int
+    """Nodes that are online and have any version loaded."""
+    note: str
+    """Why differences are large, empty where they are not."""
+    now: float
 
 
 class Event(Message, frozen=True):

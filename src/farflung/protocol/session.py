@@ -78,7 +78,8 @@ class Figures:
     phase: str = "starting"
     loaded_step: int = -1
     work_cpu_s: float = 0.0
-    work_tokens: int = 0
+    recent_cpu_s: float = 0.0
+    recent_tokens: int = 0
     made_cpu_s: float = 0.0
     made_tokens: int = 0
     proof_cpu_s: float = 0.0
@@ -173,7 +174,8 @@ class Session:
             loaded_step=figures.loaded_step,
             cpu_s=cpu_s(),
             work_cpu_s=figures.work_cpu_s,
-            work_tokens=figures.work_tokens,
+            recent_cpu_s=figures.recent_cpu_s,
+            recent_tokens=figures.recent_tokens,
             made_cpu_s=figures.made_cpu_s,
             made_tokens=figures.made_tokens,
             proof_cpu_s=figures.proof_cpu_s,

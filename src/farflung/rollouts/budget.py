@@ -25,8 +25,8 @@ def afford(connection: Connection, book: Book) -> float:
     """The audit probability that the budget affords, by what validators measured."""
     rows = connection.execute(sa.select(NODES.c.beat).where(NODES.c.role == "validator", NODES.c.beat != b""))
     beats = [msgspec.msgpack.decode(beat, type=Heartbeat) for beat in rows.scalars()]
-    audited, made = sum(beat.work_tokens for beat in beats), sum(beat.made_tokens for beat in beats)
+    audited, made = sum(beat.recent_tokens for beat in beats), sum(beat.made_tokens for beat in beats)
     if not audited or not made:
         return 1.0
-    audit_s, generate_s = sum(beat.work_cpu_s for beat in beats) / audited, sum(b.made_cpu_s for b in beats) / made
+    audit_s, generate_s = sum(beat.recent_cpu_s for beat in beats) / audited, sum(b.made_cpu_s for b in beats) / made
     return affordable(book.config.trust.audit_budget, audit_s, generate_s)

@@ -40,8 +40,13 @@ async def claim(session: Session, limit: int, wait_s: float, linger_s: float) ->
     return jobs.jobs
 
 
-def replay(engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: str, profile: str) -> list[Evidence]:
-    """Evidence for every audit, as much of it as it needs. The engine holds the audits' step."""
+def replay(
+    engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: str, profile: str, held: dict[str, bytes]
+) -> list[Evidence]:
+    """Evidence for every audit, as much of it as it needs. The engine holds the audits' step.
+
+    `held` keeps, by probe, the values of its slices in the engine; whoever loads other weights must empty it.
+    """
     seen: list[list[Replay]] = [[] for _ in jobs]
     while any(wanted := [more(job, found) for job, found in zip(jobs, seen, strict=True)]):
         parts = [
@@ -49,8 +54,8 @@ def replay(engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: st
         ]
         for found, part in zip(seen, _replay_each(engine, parts), strict=True):
             found += part
-    known = dict.fromkeys(job.probe for job in jobs)
-    held = {key: engine.values(slices_of(manifest, key)) for key in known}
+    for key in {job.probe for job in jobs} - set(held):
+        held[key] = engine.values(slices_of(manifest, key))
     return [
         Evidence(
             run=run,

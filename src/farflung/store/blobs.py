@@ -1,6 +1,8 @@
 """Content-addressed bytes: a folder when embedded, S3 when shared. Write-once; the key is the SHA-256."""
 
+import contextlib
 import hashlib
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import obstore
@@ -39,6 +41,12 @@ class Blobs:
             return bytes(await result.bytes_async())
         except FileNotFoundError:
             raise NotFound(f"there is no blob {digest}") from None
+
+    async def delete(self, digests: Sequence[str]) -> None:
+        """Forget these blobs; those that are gone already are no error."""
+        for digest in digests:
+            with contextlib.suppress(FileNotFoundError):
+                await obstore.delete_async(self._store, _path(digest))
 
     async def size(self, digest: str) -> int:
         """Size in bytes. Raises NotFound."""

@@ -57,8 +57,8 @@ class Metrics:
 
     def note_step(self, manifest: Manifest, metrics: dict[str, float], now: float) -> None:
         """A committed step."""
-        size_bytes = sum(shard.size_bytes for shard in manifest.shards)
-        self.write("step", now, step=manifest.step, weights_bytes=size_bytes, **metrics)
+        sizes = {"weights_bytes": manifest.full_bytes, "delta_bytes": manifest.delta_bytes}
+        self.write("step", now, step=manifest.step, **sizes, **metrics)
 
     def count_sent(self, size_bytes: int) -> None:
         """Bytes of weights that left here."""

@@ -1,74 +1,71 @@
 """Worker, validator and relay: versions of the weights on this machine's disk, every byte checked before it is kept.
 
-Shards are kept in a folder under their digest, written beside and renamed, so a crash leaves no half shard and the
-next start downloads nothing twice. They come from whichever source answers; none of them needs to be trusted.
+Shards are kept in a folder under their digest, written beside and renamed when whole and right.
+A node patches a version together from one that is here, or the nearest anchor, and the deltas since, whichever is fewer
+bytes, and keeps the result; a relay keeps what others need for that.
 """
 
 import asyncio
 import logging
-import os
-import random
 import shutil
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from farflung.protocol.client import Client
-from farflung.protocol.errors import ConfigError, FarflungError, Refusal, Unreachable, WeightsError
+from farflung.protocol.errors import NotFound, WeightsError
 from farflung.protocol.identity import Signed
-from farflung.protocol.messages import Manifest, Relays, Shard
+from farflung.protocol.messages import Manifest, Shard
 from farflung.protocol.session import Session
-from farflung.weights import sources
-from farflung.weights.manifest import check_shard, open_manifest
+from farflung.weights.chain import Link, Way, best_way, wants_more
+from farflung.weights.download import PART, Downloads
+from farflung.weights.manifest import check_follows, open_manifest
 
 log = logging.getLogger(__name__)
-AT_ONCE = 4
-RELAYS_EVERY_S = 10.0
-RELAY_S = 5.0
-RELAYS_TRIED = 3
-"""Relays that are tried for one shard before the origin: any number of them may be dead."""
-SLOWEST_BYTES_PER_S = 250_000
-"""A relay that takes longer than RELAY_S and this speed allow is given up: a slow drip must not hold a node."""
 SPARE_BYTES = 256 << 20
 """Disk that is never filled."""
+LONGEST_CHAIN = 1000
+WHOLE = ".whole"
+Patch = Callable[[Way, Callable[[str], Path], Callable[[str], Path]], None]
+"""Makes the last version of a way; given where patched versions and where shards are. Raises WeightsError."""
 
 
 class Versions:
     """The versions of one run's weights that this node has, the newest used ones kept.
 
     `limit_bytes` bounds what the folder may hold; a manifest that would need more is refused before a byte is fetched.
+    Without `patch` shards are kept and none is applied: that is a relay.
     """
 
     def __init__(
-        self, session: Session, folder: Path, *, keep: int = 3, limit_bytes: int = 0, use_relays: bool = True
+        self,
+        session: Session,
+        folder: Path,
+        *,
+        keep: int = 3,
+        limit_bytes: int = 0,
+        use_relays: bool = True,
+        patch: Patch | None = None,
     ) -> None:
         self.session, self.folder, self.keep, self.limit_bytes = session, folder, keep, limit_bytes
+        self._patch = patch
         self._known: dict[str, Manifest] = {}
-        self._coming: dict[str, Manifest] = {}
+        self._ways: dict[str, Way] = {}
+        """How each version came here, while it is on its way or kept for others."""
         self._locks: dict[str, asyncio.Lock] = {}
-        self._scores: dict[str, sources.Score] = {}
-        self._relays: dict[str, Client] = {}
-        self._asked_at = 0.0 if use_relays else float("inf")
-        self._rng = random.Random(session.client.key.id)
         folder.mkdir(parents=True, exist_ok=True)
+        for draft in folder.glob("*.draft"):  # a crash left it
+            draft.unlink()
+        self._downloads = Downloads(session, folder, use_relays=use_relays)
 
     async def fetch(self, digest: str) -> Manifest:
-        """Have every shard of this manifest on disk, safe to call twice at once. Raises WeightsError, BadSignature."""
+        """Have a version on disk, safe to call twice at once. Raises WeightsError, BadSignature, NotFound."""
         async with self._locks.setdefault(digest, asyncio.Lock()):
             if digest not in self._known:
-                manifest = await self._manifest(digest)
-                self._refuse_oversize(manifest)
-                self._coming[digest] = manifest
-                try:
-                    await self._shards(manifest)
-                    self._known[digest] = manifest
-                finally:
-                    del self._coming[digest]
+                self._known[digest] = await self._fetch(digest)
         return self._use(digest)
 
     async def close(self) -> None:
         """Hang up on all relays."""
-        for relay in self._relays.values():
-            await relay.close()
+        await self._downloads.close()
 
     def known(self, digest: str) -> Manifest:
         """A manifest that was fetched. Raises WeightsError."""
@@ -80,37 +77,118 @@ class Versions:
         """Whether a manifest was fetched and is still here."""
         return digest in self._known
 
-    def discard(self, shard: str) -> None:
-        """Give up a shard that the disk lost or changed; the versions that need it are fetched anew."""
-        self.path(shard).unlink(missing_ok=True)
-        for digest, manifest in list(self._known.items()):
-            if any(shard == s.digest for s in manifest.shards):
-                del self._known[digest]
+    def discard(self, digest: str) -> None:
+        """Give up a version that the disk lost or changed, with all that it was made of; it is fetched anew."""
+        manifest = self._known.pop(digest, None)
+        self._ways.pop(digest, None)
+        for path in (self.whole(digest), *(self.path(shard.digest) for shard in (manifest.shards if manifest else ()))):
+            path.unlink(missing_ok=True)
 
     def is_wanted(self, shard: str) -> bool:
         """Whether a shard belongs to a version that is here or on its way."""
-        return any(shard == s.digest for manifest in self._kept() for s in manifest.shards)
+        return any(shard == name for name in self._wanted())
+
+    def size_bytes(self, shard: str) -> int:
+        """Bytes of a shard that is here or on its way; 0 if it is neither."""
+        ways = (one for way in self._ways.values() for one in (*self._leading(way), *way.start[1].shards, *way.shards))
+        return next((one.size_bytes for one in ways if one.digest == shard), 0)
+
+    def partial(self, shard: str) -> Path:
+        """Where the bytes of a shard are that have come so far."""
+        return self.folder / f"{shard}{PART}"
 
     def path(self, shard: str) -> Path:
         """Where a shard is, or will be."""
         return self.folder / shard
 
-    def _kept(self) -> list[Manifest]:
-        return [*self._known.values(), *self._coming.values()]
+    def whole(self, digest: str) -> Path:
+        """Where a patched version is, or will be."""
+        return self.folder / f"{digest}{WHOLE}"
+
+    def _wanted(self) -> Iterator[str]:
+        """Names of all files that belong to a version that is here or on its way."""
+        for digest in self._known:
+            yield self.whole(digest).name
+        for way in self._ways.values():
+            yield from (shard.digest for shard in (*self._leading(way), *way.start[1].shards, *way.shards))
+            yield self.whole(way.start[0]).name
+
+    def _leading(self, way: Way) -> list[Shard]:
+        """The deltas that lead to where a way starts: a relay has them for nodes that come from the step before."""
+        return way.start[1].deltas if self._patch is None else []
+
+    def _is_held(self, digest: str, manifest: Manifest) -> bool:
+        """Whether a version is here whole; a relay starts from anchors alone, which others may need."""
+        if self._patch is None:
+            return False
+        has_shards = manifest.shards and all(self.path(shard.digest).exists() for shard in manifest.shards)
+        return bool(has_shards) or self.whole(digest).exists()
 
     def _use(self, digest: str) -> Manifest:
         """Mark a version as the one used last, and forget those not used for longest."""
         self._known[digest] = self._known.pop(digest)
         for old in list(self._known)[: -self.keep]:
             del self._known[old]
+            self._ways.pop(old, None)
+        wanted = set(self._wanted())
         for path in self.folder.iterdir():
-            if not path.name.endswith(".part") and not self.is_wanted(path.name):
+            if path.suffix != ".draft" and path.name.removesuffix(PART) not in wanted:
                 path.unlink(missing_ok=True)
         return self._known[digest]
 
-    def _refuse_oversize(self, manifest: Manifest) -> None:
-        need = sum(shard.size_bytes for shard in manifest.shards if not self.path(shard.digest).exists())
-        total = sum(shard.size_bytes for shard in manifest.shards)
+    # --- ways --------------------------------------------------------------------------------------------------------
+
+    async def _fetch(self, digest: str) -> Manifest:
+        chain = await self._chain(digest)
+        held = {one for one, manifest in chain if self._is_held(one, manifest)}
+        try:
+            await self._follow(_way(chain, held))
+        except NotFound as error:
+            if not held:
+                raise
+            log.warning("deltas are gone, starting from an anchor because=%s", error)
+            chain = await self._chain(digest, uses_held=False)
+            await self._follow(_way(chain, set()))
+        return chain[0][1]
+
+    async def _follow(self, way: Way) -> None:
+        """Fetch what a way needs and, unless this is a relay, patch the version together."""
+        digest, manifest = way.steps[-1] if way.steps else way.start
+        self._refuse_oversize(manifest, way)
+        self._ways[digest] = way
+        try:
+            await self._downloads.fetch([*self._leading(way), *way.shards])
+            if self._patch is not None and way.steps:
+                await asyncio.to_thread(self._patch, way, self.whole, self.path)
+        except WeightsError:
+            if way.is_held:
+                self.discard(way.start[0])  # what is here may be damaged: start from an anchor next time
+            raise
+        finally:
+            if self._patch is not None and way.steps:
+                del self._ways[digest]
+
+    async def _chain(self, digest: str, *, uses_held: bool = True) -> list[Link]:
+        """The version and its ancestors, as far back as a better way could begin. Raises WeightsError at a gap."""
+        chain = [(digest, await self._manifest(digest))]
+        known = dict(chain)
+
+        def is_held(one: str) -> bool:
+            return uses_held and self._is_held(one, known[one])
+
+        may_hold = uses_held and self._patch is not None
+        while parent := wants_more(chain, is_held, may_hold=may_hold):
+            if len(chain) == LONGEST_CHAIN:
+                raise WeightsError(f"no anchor in {LONGEST_CHAIN} steps before step {chain[0][1].step}")
+            known[parent] = await self._manifest(parent)
+            check_follows(chain[-1][1], known[parent])
+            chain.append((parent, known[parent]))
+        return chain
+
+    def _refuse_oversize(self, manifest: Manifest, way: Way) -> None:
+        missing = {shard.digest: shard.size_bytes for shard in way.shards if not self.path(shard.digest).exists()}
+        patched = manifest.full_bytes if self._patch is not None and way.steps else 0
+        need, total = sum(missing.values()) + patched, way.size_bytes + patched
         if self.limit_bytes and total > self.limit_bytes:
             raise WeightsError(
                 f"step {manifest.step} takes {total:,} bytes of disk, this node allows {self.limit_bytes:,}"
@@ -122,68 +200,14 @@ class Versions:
             )
 
     async def _manifest(self, digest: str) -> Manifest:
+        if digest in self._known:
+            return self._known[digest]
         signed = await self.session.client.get(self.session.path(f"manifests/{digest}"), Signed)
         return open_manifest(signed, self.session.weights_key, self.session.run, digest)
 
-    # --- shards ------------------------------------------------------------------------------------------------------
 
-    async def _shards(self, manifest: Manifest) -> None:
-        await self._learn_relays()
-        limit = asyncio.Semaphore(AT_ONCE)
-
-        async def one(shard: Shard) -> None:
-            async with limit:
-                if not self.path(shard.digest).exists():
-                    self._keep(shard, await self._download(shard))
-
-        await asyncio.gather(*(one(shard) for shard in manifest.shards))
-
-    async def _download(self, shard: Shard) -> bytes:
-        """A shard's bytes, from the first relay that has them right, else from the origin."""
-        for url in sources.order(self._relays, self._scores, self._rng)[:RELAYS_TRIED]:
-            before = time.monotonic()
-            try:
-                async with asyncio.timeout(RELAY_S + shard.size_bytes / SLOWEST_BYTES_PER_S):
-                    data = await self._relays[url].download(f"/v1/blobs/{shard.digest}", limit_bytes=shard.size_bytes)
-                check_shard(data, shard.digest, shard.size_bytes)
-            except (Unreachable, Refusal, WeightsError, TimeoutError) as error:
-                log.warning("relay failed url=%s shard=%s because=%s", url, shard.digest[:12], error or "too slow")
-                self._scores[url] = sources.failed(self._scores.get(url, sources.Score()))
-                continue
-            took_s = time.monotonic() - before
-            self._scores[url] = sources.succeeded(self._scores.get(url, sources.Score()), len(data), took_s)
-            return data
-        data = await self.session.client.download(f"/v1/blobs/{shard.digest}", limit_bytes=shard.size_bytes)
-        check_shard(data, shard.digest, shard.size_bytes)
-        return data
-
-    def _keep(self, shard: Shard, data: bytes) -> None:
-        partial = self.folder / f"{shard.digest}.{os.getpid()}.part"
-        try:
-            partial.write_bytes(data)
-            partial.rename(self.path(shard.digest))
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise WeightsError(
-                f"shard {shard.digest[:12]} cannot be kept in {self.folder}: {error.strerror}"
-            ) from error
-
-    async def _learn_relays(self) -> None:
-        """Ask the coordinator, now and then, which relays there are."""
-        if time.monotonic() - self._asked_at < RELAYS_EVERY_S:
-            return
-        self._asked_at = time.monotonic()
-        try:
-            found = await self.session.client.get(self.session.path("relays"), Relays)
-        except FarflungError as error:
-            log.warning("no list of relays because=%s", error)
-            return
-        key = self.session.client.key
-        relays: dict[str, Client] = {}
-        for relay in found.relays:
-            try:
-                relays[relay.url] = self._relays.pop(relay.url, None) or Client(relay.url, key, patience_s=0.0)
-            except ConfigError as error:
-                log.warning("relay left out node=%s because=%s", relay.node, error)
-        await self.close()  # those that are left are gone
-        self._relays = relays
+def _way(chain: list[Link], held: set[str]) -> Way:
+    way = best_way(chain, held.__contains__)
+    if way is None:
+        raise WeightsError(f"no anchor leads to step {chain[0][1].step}; its chain ends at step {chain[-1][1].step}")
+    return way

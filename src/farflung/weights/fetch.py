@@ -1,18 +1,16 @@
 """Worker and validator: the tensors of a version that is on disk, for an engine to load."""
 
-import hashlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from farflung.protocol.errors import WeightsError
-from farflung.protocol.messages import Manifest, Shard
+from farflung.protocol.messages import Tensor
 from farflung.protocol.session import Session
 from farflung.weights.cache import Versions
 from farflung.weights.manifest import check_shard
-from farflung.weights.publish import tensor_bytes
+from farflung.weights.patch import check_tensor, stored
 
 CONFIG_BYTES = 1 << 20
 
@@ -27,28 +25,21 @@ async def fetch_model_config(session: Session) -> bytes:
     return data
 
 
-def tensors(versions: Versions, manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a fetched manifest, its bytes checked against their digest. Raises WeightsError."""
-    for number, shard in enumerate(manifest.shards):
-        named = [tensor for tensor in manifest.tensors if tensor.shard == number]
-        loaded = _read(versions, shard)
-        if set(loaded) != {tensor.name for tensor in named}:
-            raise WeightsError(f"shard {shard.digest[:12]} does not hold the tensors its manifest names")
-        for tensor in named:
-            value = loaded[tensor.name]
-            if hashlib.sha256(tensor_bytes(value)).hexdigest() != tensor.digest:
-                raise WeightsError(f"tensor {tensor.name} of step {manifest.step} does not match its digest")
-            yield tensor.name, value
-
-
-def _read(versions: Versions, shard: Shard) -> dict[str, torch.Tensor]:
+def tensors(versions: Versions, digest: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a fetched version, its bytes checked against their digest. Raises WeightsError."""
+    manifest = versions.known(digest)
     try:
-        data = versions.path(shard.digest).read_bytes()
-        check_shard(data, shard.digest, shard.size_bytes)
-        return load(data)
+        for pieces in stored(digest, manifest, versions.whole, versions.path):
+            for tensor, values in pieces:
+                check_tensor(tensor, values, manifest.step)
+                yield tensor.name, _as_torch(tensor, values)
     except WeightsError:
-        versions.discard(shard.digest)
+        versions.discard(digest)
         raise
-    except (OSError, SafetensorError) as error:
-        versions.discard(shard.digest)
-        raise WeightsError(f"shard {shard.digest[:12]} cannot be read from {versions.folder}: {error}") from error
+
+
+def _as_torch(tensor: Tensor, values: np.ndarray) -> torch.Tensor:
+    dtype = getattr(torch, tensor.dtype)
+    if not values.size:
+        return torch.empty(tensor.shape, dtype=dtype)
+    return torch.from_numpy(np.array(values).view(np.uint8)).view(dtype).reshape(tensor.shape)

@@ -36,7 +36,43 @@ def open_manifest(signed: Signed, public: bytes, run: str, digest: str) -> Manif
         raise WeightsError(f"manifest {digest[:12]} belongs to run {manifest.run!r}, not {run!r}")
     if target_digest(manifest.tensors) != manifest.digest:
         raise WeightsError(f"manifest {digest[:12]} names tensors that do not come to its own digest")
+    _refuse_broken(manifest, digest)
     return manifest
+
+
+def check_follows(manifest: Manifest, parent: Manifest) -> None:
+    """Raises WeightsError unless the deltas of a manifest are a difference to just these weights."""
+    if manifest.base_step != parent.step:
+        raise WeightsError(
+            f"step {manifest.step} is a difference to step {manifest.base_step}, but its parent is step {parent.step}; "
+            "publish an anchor"
+        )
+    if [_place(tensor) for tensor in manifest.tensors] != [_place(tensor) for tensor in parent.tensors]:
+        raise WeightsError(f"step {manifest.step} is a difference, but step {parent.step} has other tensors")
+
+
+def by_shard(manifest: Manifest) -> list[list[Tensor]]:
+    """The tensors of each shard, in the manifest's order."""
+    found: list[list[Tensor]] = [[] for _ in manifest.shards or manifest.deltas]
+    for tensor in manifest.tensors:
+        found[tensor.shard].append(tensor)
+    return found
+
+
+def _place(tensor: Tensor) -> tuple[str, str, list[int], int]:
+    return tensor.name, tensor.dtype, tensor.shape, tensor.shard
+
+
+def _refuse_broken(manifest: Manifest, digest: str) -> None:
+    """Shards and deltas that do not fit each other, the tensors or the steps."""
+    counts = {len(shards) for shards in (manifest.shards, manifest.deltas) if shards}
+    if len(counts) > 1 or any(tensor.shard >= max(counts, default=0) for tensor in manifest.tensors):
+        raise WeightsError(f"manifest {digest[:12]} has tensors in shards that it does not name")
+    is_difference = manifest.base_step != manifest.step
+    if is_difference != bool(manifest.deltas) or manifest.base_step > manifest.step:
+        raise WeightsError(f"manifest {digest[:12]} of step {manifest.step} cannot differ from {manifest.base_step}")
+    if is_difference and not manifest.parent:
+        raise WeightsError(f"manifest {digest[:12]} is a difference to step {manifest.base_step}, but has no parent")
 
 
 def check_shard(data: bytes, digest: str, size_bytes: int) -> None:

@@ -1,18 +1,26 @@
-"""Trainer: turn tensors into hashed shards, upload them, and only then seal the manifest that names them."""
+"""Trainer: turn tensors into hashed shards, upload them, and only then seal the manifest that names them.
 
+A step is published as the difference to the step before, and whole as well every `anchor_every` steps, or sooner when
+the differences since the last anchor have come to the bytes of a whole copy.
+"""
+
+import asyncio
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
 from farflung.protocol.client import Client
+from farflung.protocol.errors import WeightsError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Manifest, Shard, Tensor
-from farflung.weights.manifest import KIND, target_digest
+from farflung.weights import delta
+from farflung.weights.manifest import KIND, open_manifest, target_digest
 
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 32 << 20
 EXPIRES_S = 30 * 24 * 3600.0
 
 Named = tuple[str, torch.Tensor]
@@ -34,31 +42,101 @@ def digest_of(tensors: Iterable[Named]) -> str:
     return target_digest(describe(name, tensor, 0) for name, tensor in tensors)
 
 
-async def publish(
-    client: Client, key: Key, tensors: Iterable[Named], *, run: str, step: int, parent: str, commitment: str, now: float
-) -> Signed:
-    """Upload every shard of this step, then seal its manifest (which is not sent: committing the step does that)."""
-    described: list[Tensor] = []
-    shards: list[Shard] = []
-    for number, chunk in enumerate(_chunks(tensors)):
-        data = save({name: tensor.contiguous() for name, tensor in chunk})
-        shard = Shard(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
-        await client.put(f"/v1/runs/{run}/blobs/{shard.digest}", data)
-        shards.append(shard)
-        described += [describe(name, tensor, number) for name, tensor in chunk]
-    manifest = Manifest(
-        run=run,
-        step=step,
-        base_step=step,
-        parent=parent,
-        digest=target_digest(described),
-        tensors=described,
-        shards=shards,
-        secret_commitment=commitment,
-        made_at=now,
-        expires_at=now + EXPIRES_S,
-    )
-    return seal(key, KIND, manifest)
+class Publisher:
+    """What was published last, as it was published: the base of the next difference.
+
+    A trainer that was restarted gives the weights it has before it trains on; they are refused unless they come to the
+    digest of the last manifest, so a difference is always to what nodes really have.
+    """
+
+    def __init__(self, client: Client, key: Key, run: str, anchor_every: int) -> None:
+        self.client, self.key, self.run, self.anchor_every = client, key, run, anchor_every
+        self._base: dict[str, torch.Tensor] = {}
+        self._chain_bytes = 0
+        """Bytes of the differences since the last anchor."""
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the last published step is in memory."""
+        return bool(self._base)
+
+    async def rebase(self, tensors: Iterable[Named], last: str) -> None:
+        """Take these tensors for the last published step, whose manifest is `last`. Raises WeightsError."""
+        self._base = dict(tensors)
+        chain = [await self._manifest(last)]
+        found = await asyncio.to_thread(digest_of, self._base.items())
+        if found != chain[0].digest:
+            raise WeightsError(
+                f"the trainer holds {found[:12]} where step {chain[0].step} was published as {chain[0].digest[:12]}; "
+                "resume on the hardware, torch and thread count that the run was trained with"
+            )
+        while not chain[-1].shards:
+            chain.append(await self._manifest(chain[-1].parent))
+        self._chain_bytes = sum(manifest.delta_bytes for manifest in chain[:-1])
+
+    async def publish(self, tensors: Iterable[Named], *, step: int, parent: str, commitment: str, now: float) -> Signed:
+        """Upload every shard of this step, then seal its manifest (which is not sent: committing the step does that).
+
+        Tensors are taken one shard at a time, and replace those of the step before.
+        """
+        described: list[Tensor] = []
+        deltas: list[Shard] = []
+        is_based, size = self.has_base, 0
+        for number, chunk in enumerate(_chunks(tensors)):
+            described += await asyncio.to_thread(_describe_all, chunk, number)
+            size += sum(tensor.nbytes for _, tensor in chunk)
+            if is_based:
+                deltas.append(await self._upload(await asyncio.to_thread(self._difference, chunk)))
+            self._base |= dict(chunk)
+        if sum(shard.size_bytes for shard in deltas) >= size:
+            deltas = []
+        self._chain_bytes += sum(shard.size_bytes for shard in deltas)
+        is_anchor = not is_based or step % self.anchor_every == 0 or self._chain_bytes >= size or not deltas
+        shards = [await self._upload(data) async for data in self._whole()] if is_anchor else []
+        self._chain_bytes = 0 if is_anchor else self._chain_bytes
+        manifest = Manifest(
+            run=self.run,
+            step=step,
+            base_step=step - 1 if deltas else step,
+            parent=parent,
+            digest=target_digest(described),
+            tensors=described,
+            shards=shards,
+            deltas=deltas,
+            secret_commitment=commitment,
+            made_at=now,
+            expires_at=now + EXPIRES_S,
+        )
+        return seal(self.key, KIND, manifest)
+
+    def _difference(self, chunk: list[Named]) -> bytes:
+        return delta.encode([_ints(self._base[name]) for name, _ in chunk], [_ints(tensor) for _, tensor in chunk])
+
+    async def _whole(self) -> AsyncIterator[bytes]:
+        for chunk in _chunks(self._base.items()):
+            yield await asyncio.to_thread(save, {name: tensor.contiguous() for name, tensor in chunk})
+
+    async def _upload(self, data: bytes) -> Shard:
+        shard = Shard(digest=await asyncio.to_thread(_sha256, data), size_bytes=len(data))
+        await self.client.put(f"/v1/runs/{self.run}/blobs/{shard.digest}", data)
+        return shard
+
+    async def _manifest(self, digest: str) -> Manifest:
+        signed = await self.client.get(f"/v1/runs/{self.run}/manifests/{digest}", Signed)
+        return open_manifest(signed, self.key.public, self.run, digest)
+
+
+def _describe_all(chunk: list[Named], shard: int) -> list[Tensor]:
+    return [describe(name, tensor, shard) for name, tensor in chunk]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _ints(tensor: torch.Tensor) -> np.ndarray:
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    return delta.as_ints(flat.view(torch.uint8).numpy(), tensor.element_size())
 
 
 def _dtype(tensor: torch.Tensor) -> Any:

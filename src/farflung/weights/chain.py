@@ -1,0 +1,59 @@
+"""Which versions lead to the one that is wanted: an anchor or a version at hand, and the deltas since. Pure."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from farflung.protocol.messages import Manifest, Shard
+
+Link = tuple[str, Manifest]
+"""A manifest and its digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How to come to a version."""
+
+    start: Link
+    """Where to start: a version at hand, or an anchor."""
+    is_held: bool
+    """Whether the start is at hand, so that its shards are not needed."""
+    steps: tuple[Link, ...]
+    """The versions whose deltas lead on from there, oldest first; the last is the one that is wanted."""
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All that must be fetched unless it is here."""
+        whole = [] if self.is_held else self.start[1].shards
+        return [*whole, *(shard for _, manifest in self.steps for shard in manifest.deltas)]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of those."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+
+def best_way(chain: Sequence[Link], is_held: Callable[[str], bool]) -> Way | None:
+    """The way with the fewest bytes along a chain that leads from the wanted version back to its ancestors."""
+    ways: list[Way] = []
+    for index, (digest, manifest) in enumerate(chain):
+        steps = tuple(reversed(chain[:index]))
+        if is_held(digest):
+            ways.append(Way((digest, manifest), True, steps))
+        if manifest.shards:
+            ways.append(Way((digest, manifest), False, steps))
+        if not manifest.deltas:
+            break
+    return min(ways, key=lambda way: way.size_bytes, default=None)
+
+
+def wants_more(chain: Sequence[Link], is_held: Callable[[str], bool], *, may_hold: bool) -> str:
+    """Digest of the manifest to look at next, empty when nothing further back can be a better way.
+
+    Beyond an anchor only a version at hand can be better, so without any (`may_hold`) the walk ends there.
+    """
+    digest, last = chain[-1]
+    best = best_way(chain, is_held)
+    if not last.deltas or is_held(digest) or (best is not None and not may_hold):
+        return ""
+    passed = sum(manifest.delta_bytes for _, manifest in chain)
+    return "" if best is not None and best.size_bytes <= passed else last.parent
