@@ -283,7 +283,7 @@ def test_a_verifier_that_computes_nonsense_gives_no_distance(asking, engine, mon
         await house.work("bob")
         jobs = await house.claim_audits()
         engine.model.model.norm.weight.data.fill_(float("nan"))
-        (found,) = verify.replay(engine, None, jobs, "test", "torch-cpu-fp32")  # type: ignore[arg-type]
+        (found,) = verify.replay(engine, None, jobs, "test", "torch-cpu-fp32", {})  # type: ignore[arg-type]
         assert all(one.distance is None for one in found.rollouts)
 
     asking.run(scenario)
@@ -316,7 +316,7 @@ def test_what_a_worker_sends_a_validator_finds_near(asking, engine, monkeypatch)
     async def scenario(house) -> None:
         await house.submit("ada", lease, sent)
         jobs = await house.claim_audits()
-        (found,) = verify.replay(engine, None, jobs, "test", "torch-cpu-fp32")  # type: ignore[arg-type]
+        (found,) = verify.replay(engine, None, jobs, "test", "torch-cpu-fp32", {})  # type: ignore[arg-type]
         assert all(one.distance is not None and one.distance < 0.015 for one in found.rollouts)
         assert all(len(unpack(one.fingerprint)) == NUMBERS for one in jobs[0].rollouts)
 
