@@ -57,8 +57,9 @@ def _in_reach(connection: Connection, book: Book, live: Sequence[str]) -> Any:
     oldest = book.latest(connection).step - book.config.coordinator.mature_steps
     paid = sa.and_(ROLLOUTS.c.status == "dropped", ROLLOUTS.c.reward.is_not(None))
     fresh = sa.select(GROUPS.c.group).where(GROUPS.c.run == book.run, GROUPS.c.step >= oldest)
-    waiting = sa.select(AUDITS.c.submission).where(AUDITS.c.status.in_(("open", "claimed")))
-    late = sa.and_(paid, ROLLOUTS.c.group.in_(fresh), ROLLOUTS.c.submission.not_in(waiting))
+    looked_at = sa.or_(AUDITS.c.status.in_(("open", "claimed")), AUDITS.c.kind == "suspicion")
+    known = sa.select(AUDITS.c.submission).where(AUDITS.c.run == book.run, looked_at)
+    late = sa.and_(paid, ROLLOUTS.c.group.in_(fresh), ROLLOUTS.c.submission.not_in(known))
     return sa.or_(ROLLOUTS.c.status.in_(live), late)
 
 
