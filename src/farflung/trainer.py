@@ -51,7 +51,7 @@ class Trainer:
         """The step whose weights are in memory; -1 before the base model counts as step 0."""
         self.session: Session
         self.learner: Learner
-        self._waited_s = 0.0
+        self._waited_s = self._checked_s = 0.0
         self._sinks = Sinks(config)
         self._publisher = Publisher(self.client, key, config.run.name, config.learn.anchor_every)
 
@@ -136,6 +136,7 @@ class Trainer:
             log.debug("step=%d waits because=%s", step, answer.reason)
             return
         batch = answer.batch
+        before, self._checked_s = time.monotonic(), 0.0
         if self.config.learn.tripwire and not batch.committed:
             while caught := await self._trip(batch):
                 log.warning("tripwire step=%d submissions=%d", step, len(caught))
@@ -143,6 +144,7 @@ class Trainer:
                 again = (await claim(self.session, step, WAIT_S)).batch
                 assert again is not None, "an open step keeps its batch"
                 batch = again
+            self._checked_s = time.monotonic() - before
         try:
             await self._take(batch)
         except Conflict as error:
@@ -259,11 +261,12 @@ class Trainer:
 
     def _metrics(self, batch: Batch, trained: StepMetrics | None) -> dict[str, float]:
         if trained is None:
-            return {"wait_s": self._waited_s}
+            return {"wait_s": self._waited_s, "tripwire_s": self._checked_s}
         figures = {name: float(getattr(trained, name)) for name in trained.__dataclass_fields__}
         staleness = [batch.step - 1 - group.step for group in batch.groups]
         return figures | {
             "wait_s": self._waited_s,
+            "tripwire_s": self._checked_s,
             "reward": batch.seen_reward,
             "staleness": sum(staleness) / max(1, len(staleness)),
             "informative_share": len(batch.groups) / max(1, batch.seen_groups),

@@ -101,6 +101,7 @@ def _row(connection: Connection, config: Config, name: str, honest_pay: float) -
         "outcome": _outcome(record, layer, gain, error),
         "layer": layer,
         "submissions": verdict[1] if verdict else len(lines),
+        "cheating_submissions": _cheating(lines[: verdict[1]] if verdict else lines),
         "audited_tokens": record.audited_tokens,
         "statistic": verdict[0].statistic if verdict else record.statistic,
         "threshold": verdict[0].threshold if verdict else 1 / config.trust.false_ejection_probability,
@@ -139,6 +140,11 @@ def _layer(connection: Connection, node: str, lines: Sequence[Row], verdict: tup
     if verdict:
         return "replay"
     return "scheduling" if any(line["answer"] == "returned" for line in lines) else ""
+
+
+def _cheating(lines: Sequence[Row]) -> int:
+    """Submissions in which something was not what the seeds give: with a sure policy a cheat often says the same."""
+    return sum(any(sent != seeded for _, sent, seeded in line["rollouts"]) for line in lines)
 
 
 def _tripped(connection: Connection, node: str) -> int:
@@ -232,12 +238,24 @@ def _text(path: Path) -> str:
 def show(rows: Sequence[Row]) -> None:
     """The table."""
     table = Table()
-    for name in ("attack", "outcome", "layer", "subs", "tokens", "statistic", "threshold", "gain", "poisoned"):
+    for name in (
+        "attack",
+        "outcome",
+        "layer",
+        "subs",
+        "cheating",
+        "tokens",
+        "statistic",
+        "threshold",
+        "gain",
+        "poisoned",
+    ):
         table.add_column(name, overflow="fold")
     for row in rows:
         gain = f"{row['gain']:+.3g} {row['aim']}"
         figures = (f"{row['statistic']:.3g}", f"{row['threshold']:.3g}", gain, str(row["poisoned_tokens_trained"]))
         table.add_row(
-            row["attack"], row["outcome"], row["layer"], str(row["submissions"]), str(row["audited_tokens"]), *figures
+            *(row["attack"], row["outcome"], row["layer"], str(row["submissions"]), str(row["cheating_submissions"])),
+            *(str(row["audited_tokens"]), *figures),
         )
     Console().print(table)
