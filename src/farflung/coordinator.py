@@ -550,7 +550,7 @@ async def open_coordinator(config: Config) -> Coordinator:
     await asyncio.to_thread(migrate, config.database_url)
     database, blobs = Database(config.database_url), Blobs(config.blobs_url)
     book = await found(config, database, model, key, time.time())
-    papers = await seal_papers(config, blobs, model, key, root, profiles.names)
+    papers = await seal_papers(config, blobs, model, key, root, profiles.digests)
     archive, metrics = Archive(Blobs(config.submissions_url), model.tokenizer), Metrics(folder / "metrics.jsonl")
     return Coordinator(book, papers, weights_key(config), profiles, archive, database, blobs, metrics)
 

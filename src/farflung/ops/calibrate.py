@@ -6,10 +6,11 @@ verifier's. In bfloat16 each is also replayed in float32, as the confirmation of
 
 import itertools
 import logging
+import math
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from farflung.envs.sums import Sums
 from farflung.protocol.errors import ConfigError
 from farflung.tasks.found import Model
 from farflung.trust import fingerprint
-from farflung.trust.evidence import Profile, Seen, calibrate, flips, growth, to_json
+from farflung.trust.evidence import ALPHA, Profile, Seen, calibrate, flips, growth, to_json
 
 log = logging.getLogger(__name__)
 BUDGETS = (1, 32, 2, 32, 4, 32, 8)
@@ -36,8 +37,14 @@ PROMPTS = 1024
 REPLAYED_AT_LEAST = 16
 PARTS = {64: 1.0, 7: 0.25, 1: 0.0625}
 """Rows generated at once, and the share of the tokens that is generated so: few rows are slow."""
-UNSEEDED_PART = 0.5
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+CHEAT_PART = 0.25
+CHEATS: dict[str, Callable[[Request], Request]] = {
+    "unseeded": lambda request: replace(request, seed=secrets.randbits(64)),
+    "temperature 0.9": lambda request: replace(request, temperature=0.9 * request.temperature),
+    "temperature 1.1": lambda request: replace(request, temperature=1.1 * request.temperature),
+}
+"""What a profile must still tell from honest work: it widens with the noise that it forgives."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-3}
 VERIFIERS = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32")}
 PROGRESS_S = 10.0
 
@@ -57,15 +64,17 @@ def write_profile(
         verifiers = list(engines.values())
         played = [s for rows, part in PARTS.items() for s in _samples(generator, verifiers, asked, rows, tokens * part)]
         honest, distances = [seen for seen, _ in played], [far for _, far in played if far is not None]
-        others = _samples(generator, verifiers[:1], asked, max(PARTS), tokens * UNSEEDED_PART, is_seeded=False)
-        unseeded = [seen for seen, _ in others]
-    profile = calibrate(name, honest, {"unseeded": unseeded}, tolerance=TOLERANCE[dtype])
+        cheats = {
+            cheat: [s for s, _ in _samples(generator, verifiers[:1], asked, max(PARTS), tokens * CHEAT_PART, change)]
+            for cheat, change in CHEATS.items()
+        }
+    profile = calibrate(name, honest, cheats, tolerance=TOLERANCE[dtype])
     profile = msgspec.structs.replace(profile, holds_published=not engine_url)
     if distances:
         profile = msgspec.structs.replace(profile, fingerprint=round(fingerprint.bound(distances), 4))
         log.info("fingerprints farthest=%.4f bound=%.4f", max(distances), profile.fingerprint)
     out.write_bytes(to_json(profile) + b"\n")
-    _report(profile, honest, unseeded)
+    _report(profile, {"honest": honest, **cheats})
     return profile
 
 
@@ -112,8 +121,7 @@ def _samples(
     prompts: Sequence[tuple[int, ...]],
     rows: int,
     tokens: float,
-    *,
-    is_seeded: bool = True,
+    change: Callable[[Request], Request] = lambda request: request,
 ) -> Iterator[tuple[Seen, float | None]]:
     """What each verifier sees of each rollout, and how far its own fingerprint is from the one that was generated.
 
@@ -128,15 +136,14 @@ def _samples(
             Request(prompt, secrets.randbits(64), 1.0, budget, nonce)
             for prompt, budget in itertools.islice(endless, chunk)
         ]
-        made = requests if is_seeded else [replace(request, seed=secrets.randbits(64)) for request in requests]
-        done = [completion for completion in generator.generate(made) if completion is not None]
+        done = [one for one in generator.generate([change(request) for request in requests]) if one is not None]
         seen += sum(len(completion.ids) for completion in done)
         items = [(request, completion.ids) for request, completion in zip(requests, done, strict=True)]
         for verifier in verifiers:
             yield from map(_sample, done, verifier.replay(items))
         if time.monotonic() > said + PROGRESS_S or seen >= tokens:
             said = time.monotonic()
-            log.info("generated rows=%d is_seeded=%s tokens=%d of=%d", rows, is_seeded, seen, tokens)
+            log.info("generated rows=%d tokens=%d of=%d", rows, seen, tokens)
 
 
 def _sample(done: Completion, replay: Replay) -> tuple[Seen, float | None]:
@@ -146,9 +153,13 @@ def _sample(done: Completion, replay: Replay) -> tuple[Seen, float | None]:
     return Seen(replay.gap, replay.margin, replay.pick), far
 
 
-def _report(profile: Profile, honest: Sequence[Seen], unseeded: Sequence[Seen]) -> None:
-    """What the profile is good for: how often the honest flip, and what a token of each kind weighs as evidence."""
-    for name, samples in (("honest", honest), ("unseeded", unseeded)):
-        tokens = sum(len(one.gap) for one in samples)
+def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:
+    """What the profile is good for: how often each kind flips, what a token weighs, and how many an ejection takes."""
+    for name, samples in played.items():
+        tokens, nats = sum(len(one.gap) for one in samples), growth(profile, samples)
         flipped = sum(map(flips, samples)) / tokens
-        log.info("%s tokens=%d flipped=%.4f nats_per_token=%.3f", name, tokens, flipped, growth(profile, samples))
+        needed = f"{math.log(1 / ALPHA) / nats:.0f}" if nats else "none suffice"
+        log.info("%s tokens=%d flipped=%.4f nats_per_token=%.3f ejection=%s", name, tokens, flipped, nats, needed)
+    told = [cheat for cheat in CHEATS if not profile.power.get(cheat)]
+    if told:
+        log.warning("profile=%s tells nothing of %s on these prompts: this policy is too sure", profile.name, told)

@@ -112,8 +112,9 @@ class RunInfo(Message, frozen=True):
     status: Name
     version: int
     profile: Name
-    profiles: Annotated[list[Name], Meta(max_length=64)]
-    """Numerics profiles that a node may pick from, the run's own among them."""
+    profiles: Annotated[dict[Name, MaybeDigest], Meta(max_length=64)]
+    """Numerics profiles that a node may pick, the run's own among them: name and SHA-256 of its JSON, so that
+    the operator cannot judge by other numbers than it signed."""
     dtype: Literal["float32", "bfloat16"]
     vocab: Count
     eos_ids: Annotated[list[int], Meta(max_length=64)]

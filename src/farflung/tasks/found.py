@@ -7,7 +7,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,18 +139,21 @@ async def found(config: Config, database: Database, model: Model, key: Key, now:
 
 
 async def seal_papers(
-    config: Config, blobs: Blobs, model: Model, key: Key, root: Key, profiles: Sequence[str] = ()
+    config: Config, blobs: Blobs, model: Model, key: Key, root: Key, profiles: Mapping[str, str] | None = None
 ) -> Run:
-    """What nodes check before they join: the root's delegations and the sealed description of the run."""
+    """What nodes check before they join: the root's delegations and the sealed description of the run.
+
+    `profiles` are the admitted numerics profiles, the run's own first: name → digest.
+    """
     run, until = config.run.name, time.time() + KEPT_S
-    profiles = profiles or [config.model.profile]
+    profiles = profiles or {config.model.profile: ""}
     info = RunInfo(
         run=run,
         coordinator=key.id,
         status="running",
         version=VERSION,
-        profile=profiles[0],
-        profiles=list(profiles),
+        profile=next(iter(profiles)),
+        profiles=dict(profiles),
         dtype=config.model.dtype,
         vocab=model.vocab,
         eos_ids=sorted(model.eos_ids),

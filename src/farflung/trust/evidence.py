@@ -37,6 +37,7 @@ Sources: Shafer, Shen, Vereshchagin & Vovk, Test martingales, Bayes factors and 
 & Shafer, Game-theoretic statistics and safe anytime-valid inference, 2023; Clopper & Pearson 1934 for the bound on q₀.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -141,7 +142,12 @@ class Profiles(NamedTuple):
     @property
     def names(self) -> list[str]:
         """All of their names, the run's own first."""
-        return [self.run.name, *(profile.name for profile in self.others)]
+        return list(self.digests)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each one's JSON by its name, the run's own first."""
+        return {one.name: hashlib.sha256(to_json(one)).hexdigest() for one in (self.run, *self.others)}
 
 
 def to_json(profile: Profile) -> bytes:
