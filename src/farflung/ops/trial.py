@@ -120,11 +120,9 @@ def _row(connection: Connection, config: Config, name: str, honest_pay: float) -
 
 
 def _outcome(record: NodeRecord, layer: str, gain: float, error: float) -> str:
-    """`caught` if ejected, quarantined or turned away; else `voided`, `worthless` or `not told apart`, as measured."""
-    if record.status in ("ejected", "quarantined") or layer in ("sanity", "identity", "possession"):
+    """`caught` if ejected, quarantined, void or turned away; else `worthless` or `not told apart`, as measured."""
+    if record.status in ("ejected", "quarantined") or layer in ("sanity", "identity", "possession", "replay"):
         return "caught"
-    if layer == "replay":
-        return "voided"
     return "worthless" if gain <= 2 * error else "not told apart"
 
 

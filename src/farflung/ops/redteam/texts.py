@@ -310,7 +310,7 @@ class SureEdit(Attack):
         return [done and self._edited(request, done) for request, done in zip(requests, found, strict=True)]
 
     def _edited(self, request: Request, done: Completion) -> Completion:
-        sure = [at for at, logp in enumerate(done.logp) if logp > -1e-4 and done.ids[at] not in self.truth.eos_ids]
+        sure = [at for at, logp in enumerate(done.logp) if logp > -0.02 and done.ids[at] not in self.truth.eos_ids]
         if not sure or random.random() > 0.2:
             return done
         at, others = random.choice(sure), sorted(set(request.prompt_ids) - self.truth.eos_ids)
