@@ -60,7 +60,7 @@ def test_outcomes_follow_from_what_was_measured() -> None:
     fresh = NodeRecord()
     assert _outcome(msgspec.structs.replace(fresh, status="ejected"), "replay", 9.0, 0.0) == "caught"
     assert _outcome(fresh, "sanity", 0.0, 0.0) == "caught"
-    assert _outcome(fresh, "replay", 0.0, 0.0) == "voided"
+    assert _outcome(fresh, "replay", 0.0, 0.0) == "caught"
     assert _outcome(fresh, "", 0.1, 0.06) == "worthless"
     assert _outcome(fresh, "", 0.1, 0.04) == "not told apart"
 
