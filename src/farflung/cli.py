@@ -464,7 +464,7 @@ def calibrate(
 
 
 @app.command
-def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7) -> None:
+def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7, times: int = 1) -> None:
     """Run the gallery of adversaries against runs of one's own, and print what came of each.
 
     Parameters
@@ -475,12 +475,14 @@ def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7) ->
         Names from the gallery with commas between them; empty for all.
     at_once
         Adversaries in one swarm; as many swarms follow one another as are needed.
+    times
+        How often each attack is run; the table then has medians.
     """
     from farflung.ops.redteam import GALLERY
     from farflung.ops.trial import run_trial, show
 
     names = attacks.split(",") if attacks else list(GALLERY)
-    show(run_trial(load(config, flags), names, at_once))
+    show(run_trial(load(config, flags), names, at_once, times))
 
 
 @app.command

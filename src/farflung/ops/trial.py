@@ -47,22 +47,29 @@ class Quiet(Screen):
         """Nothing."""
 
 
-def run_trial(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE) -> list[Row]:
-    """Every attack against a real run, some at a time; writes redteam.json. Raises ConfigError for an unknown one."""
+def run_trial(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE, times: int = 1) -> list[Row]:
+    """Every attack against real runs, so many times, some of them at once; writes redteam.json with a row for each.
+
+    Raises ConfigError for an unknown one.
+    """
     unknown = sorted(set(attacks) - set(GALLERY))
     if unknown:
         raise ConfigError(f"there is no attack {unknown[0]!r}; the gallery has {', '.join(GALLERY)}")
     rows: list[Row] = []
-    for number, start in enumerate(range(0, len(attacks), at_once), 1):
-        some = attacks[start : start + at_once]
+    cheats = [
+        Cheat(name=f"{attack}-{time}" if times > 1 else attack, attack=attack)
+        for attack in attacks
+        for time in range(1, times + 1)
+    ]
+    for number, start in enumerate(range(0, len(cheats), at_once), 1):
+        some = tuple(cheats[start : start + at_once])
         rows += _one_run(_with(config, some, f"{config.run.name}-{number}"))
     config.run.dir.mkdir(parents=True, exist_ok=True)
     (config.run.dir / f"{config.run.name}-redteam.json").write_text(json.dumps(rows, indent=2) + "\n")
     return rows
 
 
-def _with(config: Config, attacks: Sequence[str], name: str) -> Config:
-    cheats = tuple(Cheat(name=attack, attack=attack) for attack in attacks)
+def _with(config: Config, cheats: tuple[Cheat, ...], name: str) -> Config:
     swarm = config.swarm.model_copy(update={"cheats": cheats})
     return config.model_copy(update={"swarm": swarm, "run": config.run.model_copy(update={"name": name})})
 
@@ -75,7 +82,7 @@ def _one_run(config: Config) -> list[Row]:
     engine = open_engine(config.database_url)
     with engine.connect() as connection:
         honest = _honest_pay(connection, config)
-        rows = [_row(connection, config, cheat.name, honest) for cheat in config.swarm.cheats]
+        rows = [_row(connection, config, cheat, honest) for cheat in config.swarm.cheats]
     engine.dispose()
     return rows
 
@@ -83,25 +90,28 @@ def _one_run(config: Config) -> list[Row]:
 # --- one attack ------------------------------------------------------------------------------------------------------
 
 
-def _row(connection: Connection, config: Config, name: str, honest_pay: float) -> Row:
-    folder = config.folder / "nodes" / name
+def _row(connection: Connection, config: Config, cheat: Cheat, honest_pay: Sequence[float]) -> Row:
+    folder = config.folder / "nodes" / cheat.name
     lines = [json.loads(line) for line in _text(folder / LEDGER).splitlines()]
     node = Key.load_or_make(folder / "key").id
     record, verdict = _record(connection, node), _verdict(connection, node)
     gains = _gains(connection, config, lines)
     cpu_s = sum(line["cpu_s"] for line in lines)
-    kept = sum(ledger.balance(connection, account(node)) for account in (ledger.credit, ledger.escrow))
-    gains["pay"] = kept / cpu_s / honest_pay - 1 if cpu_s and honest_pay else 0.0
+    kept = _kept(connection, node)
+    usual = statistics.fmean(honest_pay) if honest_pay else 0.0
+    gains["pay"] = kept / cpu_s / usual - 1 if cpu_s and usual else 0.0
+    gains["pay_error"] = statistics.pstdev(honest_pay) / usual if usual else 0.0
     gains["poison"] = float(_poisoned(connection, lines))
-    aim = GALLERY[name]().aim
+    aim = GALLERY[cheat.attack]().aim
     layer = _layer(connection, node, lines, verdict)
     gain, error = gains[aim], gains.get(f"{aim}_error", 0.0)
     return {
-        "attack": name,
+        "attack": cheat.attack,
         "outcome": _outcome(record, layer, gain, error),
         "layer": layer,
         "submissions": verdict[1] if verdict else len(lines),
         "cheating_submissions": _cheating(lines[: verdict[1]] if verdict else lines),
+        "submissions_since_first": _since_first(lines[: verdict[1]] if verdict else lines),
         "audited_tokens": record.audited_tokens,
         "statistic": verdict[0].statistic if verdict else record.statistic,
         "threshold": verdict[0].threshold if verdict else 1 / config.trust.false_ejection_probability,
@@ -142,7 +152,16 @@ def _layer(connection: Connection, node: str, lines: Sequence[Row], verdict: tup
 
 def _cheating(lines: Sequence[Row]) -> int:
     """Submissions in which something was not what the seeds give: with a sure policy a cheat often says the same."""
-    return sum(any(sent != seeded for _, sent, seeded in line["rollouts"]) for line in lines)
+    return sum(map(_is_cheating, lines))
+
+
+def _is_cheating(line: Row) -> bool:
+    return any(sent != seeded for _, sent, seeded in line["rollouts"])
+
+
+def _since_first(lines: Sequence[Row]) -> int:
+    """Submissions from the first that was not what the seeds give on."""
+    return next((len(lines) - i for i, line in enumerate(lines) if _is_cheating(line)), 0)
 
 
 def _tripped(connection: Connection, node: str) -> int:
@@ -175,15 +194,19 @@ def _verdict(connection: Connection, node: str) -> tuple[Verdict, int] | None:
 # --- gains -----------------------------------------------------------------------------------------------------------
 
 
-def _honest_pay(connection: Connection, config: Config) -> float:
-    """Tokens kept per CPU-second of generation by the honest workers of the same run."""
+def _honest_pay(connection: Connection, config: Config) -> list[float]:
+    """Tokens kept per CPU-second of generation, by each honest worker of the same run."""
     names = {cheat.name for cheat in config.swarm.cheats}
     rows = connection.execute(sa.select(NODES.c.node, NODES.c.name).where(NODES.c.role == "worker")).all()
     honest = {row.node for row in rows if row.name not in names}
     lines = [json.loads(line) for line in _text(config.folder / "metrics.jsonl").splitlines()]
     cpu_s = {line["node"]: line["work_cpu_s"] for line in lines if line["kind"] == "node" and line["node"] in honest}
-    kept = sum(ledger.balance(connection, account(n)) for n in honest for account in (ledger.credit, ledger.escrow))
-    return kept / sum(cpu_s.values()) if sum(cpu_s.values()) else 0.0
+    return [_kept(connection, node) / taken_s for node, taken_s in cpu_s.items() if taken_s]
+
+
+def _kept(connection: Connection, node: str) -> int:
+    """Tokens that a node was paid and still has."""
+    return sum(ledger.balance(connection, account(node)) for account in (ledger.credit, ledger.escrow))
 
 
 def _gains(connection: Connection, config: Config, lines: Sequence[Row]) -> dict[str, float]:
@@ -234,14 +257,14 @@ def _text(path: Path) -> str:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """The table."""
+    """The table; of an attack that was run several times, medians."""
     table = Table()
     for name in (
         "attack",
         "outcome",
         "layer",
         "subs",
-        "cheating",
+        "from first",
         "tokens",
         "statistic",
         "threshold",
@@ -249,11 +272,23 @@ def show(rows: Sequence[Row]) -> None:
         "poisoned",
     ):
         table.add_column(name, overflow="fold")
-    for row in rows:
-        gain = f"{row['gain']:+.3g} {row['aim']}"
-        figures = (f"{row['statistic']:.3g}", f"{row['threshold']:.3g}", gain, str(row["poisoned_tokens_trained"]))
-        table.add_row(
-            *(row["attack"], row["outcome"], row["layer"], str(row["submissions"]), str(row["cheating_submissions"])),
-            *(str(row["audited_tokens"]), *figures),
-        )
+    for attack in dict.fromkeys(row["attack"] for row in rows):
+        table.add_row(*_line([row for row in rows if row["attack"] == attack]))
     Console().print(table)
+
+
+def _line(rows: Sequence[Row]) -> list[str]:
+    """One attack's line."""
+
+    def told(name: str) -> str:
+        values = {row[name]: None for row in rows}
+        return ", ".join(f"{v} {sum(row[name] == v for row in rows)}" if len(values) > 1 else str(v) for v in values)
+
+    def middle(name: str) -> float:
+        return statistics.median(row[name] for row in rows)
+
+    attack = f"{rows[0]['attack']} ×{len(rows)}" if len(rows) > 1 else rows[0]["attack"]
+    counts = [f"{middle(name):g}" for name in ("submissions", "submissions_since_first", "audited_tokens")]
+    figures = [f"{middle('statistic'):.3g}", f"{middle('threshold'):.3g}", f"{middle('gain'):+.3g} {rows[0]['aim']}"]
+    poisoned = str(sum(row["poisoned_tokens_trained"] for row in rows))
+    return [attack, told("outcome"), told("layer"), *counts, *figures, poisoned]

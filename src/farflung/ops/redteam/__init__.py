@@ -45,6 +45,7 @@ GALLERY: dict[str, Callable[[], Attack]] = {
     "one-layer": texts.OneLayer,
     "sometimes": texts.Sometimes,
     "patient": texts.Patient,
+    "patient-tenth": texts.PatientTenth,
     "easy-picking": senders.EasyPicking,
     "many-keys": senders.ManyKeys,
     "near-tie": lambda: texts.NearTie(0.02),

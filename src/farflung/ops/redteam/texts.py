@@ -383,3 +383,7 @@ class Patient(Unseeded):
 
     def generate(self, requests: Sequence[Request], should_stop: Stop) -> Made:
         return (super() if self.is_trusted else self.truth).generate(requests, should_stop)
+
+
+class PatientTenth(Patient, Sometimes):
+    """Honest until it is trusted, then unseeded on one rollout in ten; replay at the floor, and the tripwire."""
