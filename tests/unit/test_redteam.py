@@ -5,7 +5,7 @@ import gzip
 import msgspec
 import pytest
 
-from farflung.config import Config
+from farflung.config import Cheat, Config
 from farflung.engine.base import Completion
 from farflung.ops.redteam import GALLERY, senders, texts
 from farflung.ops.redteam.base import Attack, Cheating
@@ -71,6 +71,6 @@ def test_an_unknown_attack_is_refused_before_anything_starts() -> None:
 
 
 def test_a_swarm_has_the_adversaries_asked_for() -> None:
-    settings = _with(Config(), ["nan", "bomb"], "x-1")
+    settings = _with(Config(), (Cheat(name="nan", attack="nan"), Cheat(name="bomb-2", attack="bomb")), "x-1")
     assert settings.run.name == "x-1"
-    assert [(cheat.name, cheat.attack) for cheat in settings.swarm.cheats] == [("nan", "nan"), ("bomb", "bomb")]
+    assert [(cheat.name, cheat.attack) for cheat in settings.swarm.cheats] == [("nan", "nan"), ("bomb-2", "bomb")]
