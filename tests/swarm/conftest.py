@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 90.0
+WAIT_S = 200.0
 
 
 class Running:

@@ -7,7 +7,7 @@ import pytest
 
 from farflung.ops.summary import summarise
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
 
 
 def test_reward_rises_on_held_out_tasks(demo):
