@@ -308,7 +308,7 @@ def until_caught(submissions: Callable[[], list[Finding]], most: int = 400) -> t
     return None
 
 
-QUICK_CHEATS = ("unseeded", "int4 weights", "temperature 0.9", "1 % of tokens edited")
+QUICK_CHEATS = ("unseeded", "int4 weights", "temperature 0.9")
 
 
 def power(
@@ -448,9 +448,13 @@ def main() -> None:
         smol = Model(str(SMOL))
         words = ("gravity", "a cell", "rain", "love", "Paris", "jazz", "salt", "a verb", "steel", "an atom", "history")
         prompts = [tuple(smol.prompt_ids(f"Explain in a few words what {word} is.")) for word in words]
-        count = max(64, int(SMOL_ROLLOUTS * part))
-        some = {"pairs": ((Kind("torch-cpu-int8"), "torch-cpu-fp32", 1.0), (PAIRS[0][0], PAIRS[0][1], 0.15)),
-                "budget": 24, "temperature": 1.0, "calibrate": max(64, count // 5), "judge": count,
+        count = max(48, int(SMOL_ROLLOUTS * part))
+        pairs = (
+            PAIRS[2],
+            (PAIRS[0][0], PAIRS[0][1], 0.15),
+        )  # bfloat16 is emulated, and slow, where there is no AVX-512
+        some = {"pairs": pairs[:1] if arguments.quick else pairs,
+                "budget": 24, "temperature": 1.0, "calibrate": max(48, count // 5), "judge": count,
                 "easy": prompts[:8], "hard": prompts[8:], "eos": sorted(smol.eos_ids)}  # fmt: skip
         same = tensors(SMOL)
         parts.append(honest(SMOL, same, same, some, rng))
@@ -464,10 +468,10 @@ def main() -> None:
 
 
 def _smol(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], is_quick: bool) -> dict[str, Any]:
-    asked = requests(rng, prompts, 24 if is_quick else 96, 1.0, 24)
+    asked = requests(rng, prompts, 16 if is_quick else 96, 1.0, 24)
     maker = engine(SMOL, tensors(SMOL), Kind("torch-cpu-bf16"), sorted(Model(str(SMOL)).eos_ids))
     verifier = engine(SMOL, tensors(SMOL), Kind("torch-cpu-fp32"), sorted(Model(str(SMOL)).eos_ids))
-    known = list(play(maker, verifier, requests(rng, prompts, 64 if is_quick else 512, 1.0, 24)))
+    known = list(play(maker, verifier, requests(rng, prompts, 48 if is_quick else 512, 1.0, 24)))
     profile = evidence.calibrate("torch-cpu-bf16", known, tolerance=2e-3)
     attacks = power(SMOL, profile, asked, "torch-cpu-fp32", rng, 20, QUICK_CHEATS if is_quick else ())
     sent = {"sent": lambda request: replace(request, seed=int(rng.integers(0, 2**63)))}
@@ -482,7 +486,7 @@ def _smol(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], is_quick
     })  # fmt: skip
     say(f"at the floor: {attacks[-1]}")
     return {"attacks": attacks, "calibrated_on": profile.honest.tokens} | price(
-        SMOL, rng, 3 if is_quick else 21, 16, prompts
+        SMOL, rng, 3 if is_quick else 21, 8 if is_quick else 16, prompts
     )
 
 
