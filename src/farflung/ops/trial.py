@@ -131,7 +131,9 @@ def _row(connection: Connection, config: Config, cheat: Cheat, honest_pay: Seque
 
 def _outcome(record: NodeRecord, layer: str, gain: float, error: float) -> str:
     """`caught` if ejected, quarantined, void or turned away; else `worthless` or `not told apart`, as measured."""
-    if record.status in ("ejected", "quarantined") or layer in ("sanity", "identity", "possession", "replay"):
+    stopped = ("sanity", "identity", "possession", "replay")
+    is_void = layer == "tripwire" and record.bad_submissions > 0
+    if record.status in ("ejected", "quarantined") or layer in stopped or is_void:
         return "caught"
     return "worthless" if gain <= 2 * error else "not told apart"
 
