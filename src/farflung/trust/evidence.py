@@ -299,7 +299,7 @@ def calibrate(
     cheats: Mapping[str, Sequence[Seen]] | None = None,
     *,
     edges: tuple[float, ...] = EDGES,
-    tolerance: float = 2e-4,
+    tolerance: float = 1e-3,
     floor: float = 1e-4,
     error: float = 1e-3,
 ) -> Profile:
@@ -307,7 +307,7 @@ def calibrate(
 
     q₀ is the Clopper–Pearson upper bound, exceeded with probability `error` per bin, or `_floor` if that is higher:
     calibration on the validator's own machine may flip nothing at all, while honest nodes have other thread counts
-    and batch sizes. `tolerance` is the score noise that must be forgiven; 2e-4 is 20 times that of float32.
+    and batch sizes. `tolerance` is the score noise that must be forgiven; 1e-3 is 100 times that of float32.
     Numerics flip a wider gap no more often than a narrow one, so a bin with little data takes the bound of the one
     before, and the bound of all wider ones together where that is lower.
     """
