@@ -320,3 +320,31 @@ def test_while_a_step_is_open_nobody_sees_what_is_held_or_how_near_ejection_is(m
 
 def test_the_run_table_knows_no_brake_at_first(house) -> None:
     assert house.rows(sa.select(RUNS.c.brake, RUNS.c.brake_after)) == [("", 0)]
+
+
+# --- what is only odd ------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_that_only_looks_odd_is_leased_again_and_nobody_is_blamed(house) -> None:
+    """Two near flips in one rollout: far from voiding the submission, and yet nothing to learn from."""
+
+    async def scenario(house) -> None:
+        await house.step(0)
+        await house.work("ada")
+        (job,) = await house.claim_audits()
+        odd = max(job.rollouts, key=lambda one: len(one.ids)).rollout
+        found = house.evidence(job, lambda rollout: False)
+        rollouts = []
+        for one in found.rollouts:
+            margin = np.zeros(len(one.gap) // 4)
+            margin[:2] = 0.5 if one.rollout == odd else 0.0
+            sure = wire.pack_floats(np.full(len(margin), 0.9))
+            rollouts.append(msgspec.structs.replace(one, margin=wire.pack_floats(margin), pick=sure))
+        found = msgspec.structs.replace(found, rollouts=rollouts)
+        await house.tell("val-1", f"audits/{job.audit}/evidence", seal(house.named("val-1"), "evidence", found), m.Done)
+        assert house.row(ROLLOUTS, odd).status == "rejected"
+        assert house.row(NODES, house.named("ada").id).status == "trusted"
+        assert house.rows(sa.select(VERDICTS)) == []
+        assert house.statuses(ROLLOUTS) == {"received": 3, "rejected": 1}
+
+    house.run(scenario)

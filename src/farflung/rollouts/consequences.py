@@ -15,11 +15,16 @@ from farflung.store.db import end_leases, move
 from farflung.store.tables import AUDITS, GROUPS, LEASES, ROLLOUTS, SUBMISSIONS
 
 
-def clear(connection: Connection, audit: Row[Any], now: float) -> None:
-    """The audit passed: what it held back goes on to the scorers, or back to where it was if it was scored before."""
+def clear(connection: Connection, audit: Row[Any], odd: Sequence[str], now: float) -> None:
+    """The audit passed: what it held back goes on to the scorers, or back to where it was if it was scored before.
+
+    But for rollouts that look odd by themselves: nobody is blamed, and the sample is leased to somebody else.
+    """
     drawn = ROLLOUTS.c.rollout.in_(msgspec.json.decode(audit.rollouts, type=list[str]))
     connection.execute(ROLLOUTS.update().where(drawn).values(is_audited=True))
     held = sa.and_(drawn, ROLLOUTS.c.status == "held")
+    query = sa.select(ROLLOUTS.c.rollout).where(held, ROLLOUTS.c.rollout.in_(odd))
+    move(connection, "rollout", list(connection.execute(query).scalars()), "held", "rejected", now, audit=audit.audit)
     rows = connection.execute(sa.select(ROLLOUTS).where(held)).all()
     scored = [row for row in rows if row.reward is not None]
     fresh = [row.rollout for row in rows if row.reward is None]

@@ -25,6 +25,7 @@ from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS, VERDICT
 from farflung.trust import fingerprint
 from farflung.trust.diagnose import diagnose
 from farflung.trust.evidence import (
+    ODD,
     Profile,
     Profiles,
     Seen,
@@ -175,7 +176,8 @@ def _take_effect(
 ) -> None:
     match outcome.kind:
         case "ok" | "release":
-            consequences.clear(connection, audit, now)
+            odd = [found.rollout for found in findings if is_bad(found.log_lr, ODD)]
+            consequences.clear(connection, audit, odd, now)
         case "void":
             bad = [f.rollout for f in findings if f.is_far or is_bad(f.log_lr, book.config.trust.cap)]
             consequences.void(connection, book, audit, bad, now)

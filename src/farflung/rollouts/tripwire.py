@@ -11,7 +11,7 @@ import numpy as np
 
 from farflung.engine.base import Engine, Request
 from farflung.rollouts.batch import Suspect
-from farflung.trust.evidence import Profile, Seen, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
+from farflung.trust.evidence import ODD, Profile, Seen, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
 
 
 def look(
@@ -23,10 +23,6 @@ def look(
     return [(one.submission, log_ratios(profile, found)) for one, found in zip(suspects, seen, strict=True)]
 
 
-LIMIT = 10.0
-"""Likelihood ratio at which something trips: low, for a false alarm costs one audit, 1 in 10 of the honest at most."""
-
-
 def tripped(found: Iterable[tuple[str, np.ndarray]]) -> list[str]:
     """Submissions whose rollouts in this batch, together or one of them alone, look more like a cheat's."""
     of: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -36,4 +32,4 @@ def tripped(found: Iterable[tuple[str, np.ndarray]]) -> list[str]:
 
 
 def _trips(rows: Sequence[np.ndarray]) -> bool:
-    return is_bad(mean_log_ratio(submission_log_ratios(rows)), LIMIT)
+    return is_bad(mean_log_ratio(submission_log_ratios(rows)), ODD)

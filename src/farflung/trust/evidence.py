@@ -69,6 +69,8 @@ SHARES: Final = (1.0, 0.125)
 CAP: Final = 1000.0
 """Three submissions at the cap quarantine a new key if but one of the 18 alternatives is there, though the process over
 all of its audits is only part of M (`farflung.trust.record`): 0.8·(1000/2)³/2/18 > 2·10⁶."""
+ODD: Final = 10.0
+"""Likelihood ratio at which a rollout is not trained on, though nothing else follows: 1 in 10 of the honest at most."""
 ETA: Final = 1e-3
 ALPHA: Final = 1e-6
 
