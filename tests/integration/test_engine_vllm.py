@@ -36,7 +36,7 @@ ASKED = [Request((5, 6, 7 + i), 2**63 + i, 0.8, 6) for i in range(5)]
 class StandIn(ThreadingHTTPServer):
     """As much of a vLLM server as the engine speaks to; a local engine computes."""
 
-    daemon_threads = True
+    daemon_threads = False  # one that computes while the interpreter ends would abort it; closing waits for all
 
     def __init__(self, engine: LocalEngine) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
