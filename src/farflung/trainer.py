@@ -152,6 +152,7 @@ class Trainer:
             if again is None or again.restores < 0 or isinstance(error, StepTaken):
                 raise
             log.warning("step=%d begins again because=%s", step, error)  # rolled back while it was in training
+            self._publisher.forget()
             return
         self.done_step = step
         self.session.figures.loaded_step = step
@@ -178,7 +179,7 @@ class Trainer:
         self.session.figures.phase = f"training step {batch.step}"
         before = time.monotonic()
         held = self._show(batch)
-        if batch.step and not batch.committed and not self._publisher.has_base:
+        if batch.step and not batch.committed and batch.restores < 0 and not self._publisher.has_base:
             await self._publisher.rebase(self.learner.policy.tensors(), self.session.latest.manifest)
         trained = await self._learn(batch)
         train_s = time.monotonic() - before

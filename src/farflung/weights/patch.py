@@ -46,6 +46,8 @@ def stored(digest: str, manifest: Manifest, whole: Callable[[str], Path], path: 
     if whole(digest).exists():
         yield from _from_whole(whole(digest), manifest)
         return
+    if not manifest.shards:
+        raise WeightsError(f"step {manifest.step} is no anchor, and its patched copy is gone; fetch it anew")
     for shard, tensors in zip(manifest.shards, by_shard(manifest), strict=True):
         yield _from_shard(path(shard.digest), shard.digest, shard.size_bytes, tensors)
 

@@ -60,6 +60,10 @@ class Publisher:
         """Whether the last published step is in memory."""
         return bool(self._base)
 
+    def forget(self) -> None:
+        """What was published last was not committed: the next step is an anchor."""
+        self._base = {}
+
     async def rebase(self, tensors: Iterable[Named], last: str) -> None:
         """Take these tensors for the last published step, whose manifest is `last`. Raises WeightsError."""
         self._base = dict(tensors)
