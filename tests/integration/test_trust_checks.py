@@ -145,7 +145,7 @@ def seen(flipped: int, of: int = 20) -> list[Seen]:
 def test_the_explanation_under_which_the_flips_vanish_is_named() -> None:
     tried = {"int8": seen(5), "the weights of step 3": seen(0), "temperature": seen(4)}
     assert diagnose(PROFILE, seen(6), tried) == "the weights of step 3"
-    assert diagnose(PROFILE, seen(6), {"int8": seen(5), "temperature": seen(6)}) == "int8"
+    assert diagnose(PROFILE, seen(6), {"int8": seen(3), "temperature": seen(6)}) == "", "better, and still a cheat's"
     assert diagnose(PROFILE, seen(0), tried) == "", "nothing to explain"
     assert diagnose(PROFILE, seen(6), {}) == ""
     assert diagnose(PROFILE, seen(2, of=3), {"x": seen(0, of=3)}) == "", "too few tokens to say"

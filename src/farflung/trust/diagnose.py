@@ -2,7 +2,8 @@
 
 A validator replays the same rollouts under each explanation (other weights, another temperature). Under the true one
 the flips vanish but for near-ties. Each explanation has the likelihood of what was seen, as the profile's honest flip
-probabilities q₀(Δ) give it; the best one is named if it is likelier than the lease itself by a factor of `FACTOR`.
+probabilities q₀(Δ) give it; the best one is named if it is likelier than the lease itself by a factor of `FACTOR` and
+leaves nothing that looks like a cheat's.
 """
 
 import math
@@ -11,7 +12,15 @@ from typing import Final
 
 import numpy as np
 
-from farflung.trust.evidence import Profile, Seen, check, honest_odds
+from farflung.trust.evidence import (
+    Profile,
+    Seen,
+    check,
+    honest_odds,
+    log_ratios,
+    mean_log_ratio,
+    submission_log_ratios,
+)
 
 FACTOR: Final = 1000.0
 LEAST_TOKENS: Final = 8
@@ -34,4 +43,10 @@ def diagnose(profile: Profile, leased: Sequence[Seen], explanations: Mapping[str
         return ""
     fits = {name: log_likelihood(profile, seen) for name, seen in explanations.items()}
     best = max(fits, key=lambda name: fits[name])
-    return best if fits[best] - log_likelihood(profile, leased) >= math.log(FACTOR) else ""
+    is_better = fits[best] - log_likelihood(profile, leased) >= math.log(FACTOR)
+    return best if is_better and _looks_honest(profile, explanations[best]) else ""
+
+
+def _looks_honest(profile: Profile, seen: Sequence[Seen]) -> bool:
+    """Whether nothing is left to explain: else the best of several wrong explanations would be named."""
+    return mean_log_ratio(submission_log_ratios([log_ratios(profile, one) for one in seen])) <= 0
