@@ -14,12 +14,11 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
 import numpy as np
 
 from farflung.protocol.errors import Malformed
 from farflung.protocol.fingerprint import Floats, clipped, unpack
-from farflung.trust.record import Finding, NodeRecord, Outcome
+from farflung.trust.record import Finding, NodeRecord, Outcome, demote
 
 SLACK: Final = 1.5
 FARTHEST: Final = 1000.0
@@ -62,10 +61,4 @@ def judge(record: NodeRecord, outcome: Outcome, findings: Sequence[Finding], mos
         f"{len(far)} of {len(findings)} fingerprints are not of the leased model on the leased prompt: the farthest is "
         f"{worst:.3g} away, {most:.3g} is the most for its profile; the submission is void"
     )
-    return _demote(record), Outcome("void", worst if math.isfinite(worst) else FARTHEST, most, reason)
-
-
-def _demote(record: NodeRecord) -> NodeRecord:
-    status = record.status if record.status in ("quarantined", "ejected") else "probation"
-    bad = record.bad_submissions + 1
-    return msgspec.structs.replace(record, status=status, clean_rollouts=0, bad_submissions=bad)
+    return demote(record), Outcome("void", worst if math.isfinite(worst) else FARTHEST, most, reason)

@@ -124,11 +124,11 @@ def fold(
     total = _total(findings)
     after = _count(_advance(record, total, settings, was_trusted=was_trusted), findings)
     if evidence.is_ejected(after.statistic, settings.false_ejection_probability):
-        after = msgspec.structs.replace(_demote(after), status="quarantined")
+        after = msgspec.structs.replace(demote(after), status="quarantined")
         after = msgspec.structs.replace(after, m_before=record.m, m_trusted_before=record.m_trusted)
         return after, _exceed("quarantine", after, findings, settings)
     if evidence.is_bad(log_lr := evidence.mean_log_ratio(total), settings.cap):
-        return _demote(after), _void(log_lr, findings, settings)
+        return demote(after), _void(log_lr, findings, settings)
     return _promote(after, settings), _pass(after, findings, settings)
 
 
@@ -147,8 +147,7 @@ def weigh(
         audited_tokens=record.audited_tokens + sum(finding.tokens for finding in findings),
     )
     if evidence.is_bad(log_lr := evidence.mean_log_ratio(total), settings.cap):
-        status = record.status if record.status in ("quarantined", "ejected") else "probation"
-        return msgspec.structs.replace(_demote(after), status=status), _void(log_lr, findings, settings)
+        return demote(after), _void(log_lr, findings, settings)
     return after, _pass(after, findings, settings)
 
 
@@ -202,10 +201,11 @@ def _count(record: NodeRecord, findings: Sequence[Finding]) -> NodeRecord:
     )
 
 
-def _demote(record: NodeRecord) -> NodeRecord:
-    """Back to probation, where all is audited; the good beside the bad earn nothing."""
+def demote(record: NodeRecord) -> NodeRecord:
+    """Back to probation, where all is audited, unless it stands worse; the good beside the bad earn nothing."""
+    status = record.status if record.status in ("quarantined", "ejected") else "probation"
     bad = record.bad_submissions + 1
-    return msgspec.structs.replace(record, status="probation", clean_rollouts=0, bad_submissions=bad)
+    return msgspec.structs.replace(record, status=status, clean_rollouts=0, bad_submissions=bad)
 
 
 def _promote(record: NodeRecord, settings: TrustSettings) -> NodeRecord:
