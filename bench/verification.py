@@ -346,8 +346,17 @@ def power(
     return rows
 
 
-def at_the_floor(good: Sequence[Finding], bad: Sequence[Finding], rng: np.random.Generator, runs: int) -> list[int]:
-    """Submissions from its first cheat until a trusted node at the audit floor is caught, cheating on one in ten."""
+LOOKED = 0.625
+"""Share of submissions that the tripwire sees: half of the groups have variance, and of the others a quarter."""
+
+
+def at_the_floor(
+    good: Sequence[Finding], bad: Sequence[Finding], rng: np.random.Generator, runs: int, looked: float
+) -> list[int]:
+    """Submissions from its first cheat until a trusted node at the audit floor is caught, cheating on one in ten.
+
+    `looked` is the share of its submissions that the trainer's tripwire sees; what trips is audited in full.
+    """
     ends: list[int] = []
     trusted = NodeRecord("trusted", audited_submissions=40, audited_rollouts=500, clean_rollouts=500)
     for _ in range(runs):
@@ -360,7 +369,8 @@ def at_the_floor(good: Sequence[Finding], bad: Sequence[Finding], rng: np.random
                 for _ in range(SIZE)
             ]
             p = audit_probability(record, SETTINGS)
-            if drawn := replayed([one for one in mine if rng.random() < p]):
+            trips = rng.random() < looked and tripped(("s", np.array(one.log_ratios)) for one in mine)
+            if drawn := replayed([one for one in mine if trips or rng.random() < p]):
                 record, outcome = fold(record, drawn, SETTINGS, was_trusted=p < 1)
                 second = (
                     confirm(record, drawn, SETTINGS, was_trusted=p < 1)[1] if outcome.kind == "quarantine" else None
@@ -476,15 +486,17 @@ def _smol(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], is_quick
     attacks = power(SMOL, profile, asked, "torch-cpu-fp32", rng, 20, QUICK_CHEATS if is_quick else ())
     sent = {"sent": lambda request: replace(request, seed=int(rng.integers(0, 2**63)))}
     bad = findings(profile, list(play(maker, verifier, asked, **sent)))
-    ends = at_the_floor(findings(profile, known), bad, rng, 200)
-    attacks.append({
-        "name": "unseeded on 10 % of rollouts, at the audit floor",
-        "outcome": "caught" if max(ends) < 1000 else "worthless",
-        "layer": "replay", "submissions_until_caught": statistics.median(ends),
-        "tokens_until_caught": None, "gain": None,
-        "submissions_95th": float(np.quantile(ends, 0.95)),
-    })  # fmt: skip
-    say(f"at the floor: {attacks[-1]}")
+    good = findings(profile, known)
+    for layer, looked in (("tripwire", LOOKED), ("replay", 0.0)):
+        ends = at_the_floor(good, bad, rng, 200, looked)
+        attacks.append({
+            "name": "unseeded on 10 % of rollouts, at the audit floor" + ("" if looked else ", by audits alone"),
+            "outcome": "caught" if max(ends) < 1000 else "worthless",
+            "layer": layer, "submissions_until_caught": statistics.median(ends),
+            "tokens_until_caught": None, "gain": None,
+            "submissions_95th": float(np.quantile(ends, 0.95)),
+        })  # fmt: skip
+        say(f"at the floor: {attacks[-1]}")
     return {"attacks": attacks, "calibrated_on": profile.honest.tokens} | price(
         SMOL, rng, 3 if is_quick else 21, 8 if is_quick else 16, prompts
     )
