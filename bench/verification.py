@@ -284,12 +284,10 @@ def replayed(part: Sequence[Finding]) -> list[Finding]:
     looks like a cheat's until it is decided, else all.
     """
     for count in range(FIRST, len(part)):
-        weight = evidence.mean_log_ratio(
-            evidence.submission_log_ratios([np.array(one.log_ratios) for one in part[:count]])
-        )
-        if evidence.is_bad(weight):
+        total = evidence.submission_log_ratios([np.array(one.log_ratios) for one in part[:count]])
+        if evidence.is_void(total):
             return list(part[:count])
-        if weight <= 0:
+        if evidence.mean_log_ratio(total) <= 0:
             break
     return list(part)
 

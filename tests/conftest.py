@@ -17,6 +17,7 @@ import httpx2
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from hypothesis import settings
 
 from farflung.config import Config
 from farflung.coordinator import Coordinator
@@ -35,6 +36,9 @@ from farflung.tasks.found import Model, found, seal_papers, weights_key
 from farflung.trust.evidence import Profile, Profiles, Tally
 from farflung.trust.fingerprint import distance
 from farflung.weights.manifest import target_digest
+
+settings.register_profile("farflung", deadline=None)  # shared cores pause for half a second now and then
+settings.load_profile("farflung")
 
 BASE = Path(__file__).parents[1] / "examples" / "base"
 RUN, EOS, VOCAB, BUDGET, SAMPLES = "test", 2, 32, 8, 4
