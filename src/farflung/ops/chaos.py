@@ -64,8 +64,9 @@ def _one_run(config: Config, seconds: float, faults: list[Fault]) -> tuple[Row, 
     asyncio.run(storm.run())
     engine = open_engine(config.database_url)
     with engine.connect() as connection:
+        restarts = [line for line in storm.metrics.lines() if line["kind"] == "restart"]
         for fault in faults:
-            _settle(connection, fault)
+            _settle(connection, fault, restarts)
         figures = _figures(connection, storm)
         wrong = violations(connection, storm.config)
     engine.dispose()
@@ -282,8 +283,11 @@ class Storm(Swarm):
 # --- what the database says ------------------------------------------------------------------------------------------
 
 
-def _settle(connection: Connection, fault: Fault) -> None:
-    """When the fault showed and when its work was in other hands or done, from events with the coordinator's times."""
+def _settle(connection: Connection, fault: Fault, restarts: list[Row]) -> None:
+    """When the fault showed and when its work was in other hands or done, from events with the coordinator's times.
+
+    Of trainer, validator and scorer: when their end was seen, or, if they lived through it, when the fault was over.
+    """
     if fault.skipped or fault.role == "coordinator":
         return
     if fault.role == "worker":
@@ -296,7 +300,9 @@ def _settle(connection: Connection, fault: Fault) -> None:
         }[fault.role]
         done = sa.and_(EVENTS.c.noun == noun, EVENTS.c.after == after, EVENTS.c.at > fault.at + WATCH_S)
         at = connection.execute(sa.select(sa.func.min(EVENTS.c.at)).where(done)).scalar()
-        fault.detected_s = 0.0 if fault.kind in ("kill", "full-disk") else LASTS_S.get(fault.kind, 0.0)
+        seen = [line["at"] for line in restarts if line["name"] == fault.victim and line["at"] >= fault.at]
+        over = fault.at + LASTS_S.get(fault.kind, WAITED_S)
+        fault.detected_s = min([*seen, over]) - fault.at
         fault.recovered_s = None if at is None else max(0.0, at - fault.at - fault.detected_s)
     else:
         fault.detected_s = fault.recovered_s = 0.0  # a relay is nobody's only source; the throughput has its cost
