@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -144,8 +145,13 @@ class EvalSection(Section):
 class CoordinatorSection(Section):
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(0, "Port to listen on; 0 for any free one.", ge=0, le=65_535)
-    database: str = setting("", "SQLAlchemy URL; empty for SQLite in the run's folder.")
-    blobs: str = setting("", "Blob store URL; empty for a folder in the run's folder.")
+    database: str = setting(
+        "",
+        "`sqlite:////file` or `postgresql://user@host/name`; empty for SQLite in the run's folder.",
+    )
+    blobs: str = setting(
+        "", "`file:///folder` or `s3://bucket/prefix?endpoint=URL&region=NAME`; empty for a folder in the run's folder."
+    )
     veil: bool = setting(
         True, "Show nobody which rollouts are held for audit, nor M, until their step can no longer be trained on."
     )
@@ -263,7 +269,8 @@ class Config(Section):
     @property
     def submissions_url(self) -> str:
         """Where submissions are kept, apart from what anybody may fetch by digest."""
-        return f"{self.blobs_url.rstrip('/')}/submissions"
+        parts = urlsplit(self.blobs_url)
+        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/submissions"))
 
     def eval_steps(self, latest: int) -> list[int]:
         """The policy steps up to `latest` that are to be evaluated."""

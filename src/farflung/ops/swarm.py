@@ -27,6 +27,8 @@ from farflung.protocol.errors import ConfigError, FarflungError, Unreachable
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import NodeView, Status
 from farflung.protocol.server import listen
+from farflung.store.book import holds_run
+from farflung.store.db import shown
 from farflung.store.metrics import Metrics
 from farflung.tasks.found import local_grants
 
@@ -43,12 +45,17 @@ def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> Non
     folder = config.folder
     if not config.model.path:
         raise ConfigError("model.path is missing; name a folder of a Hugging Face causal LM or its hub id")
-    if resume and not (folder / "farflung.db").exists():
+    if resume and not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
     if folder.exists() and not resume:
         if not fresh:
             raise ConfigError(f"{folder} exists already; use --resume to go on, --fresh to throw it away")
         shutil.rmtree(folder)
+    if not resume and config.coordinator.database and holds_run(config.database_url, config.run.name):
+        raise ConfigError(
+            f"database {shown(config.database_url)} holds run {config.run.name!r} already; name another run or "
+            "database, or use --resume"
+        )
     (folder / "keys").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
 
