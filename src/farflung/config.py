@@ -159,6 +159,7 @@ class EvalSection(Section):
 class CoordinatorSection(Section):
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(0, "Port to listen on; 0 for any free one.", ge=0, le=65_535)
+    processes: int = setting(1, "Processes that answer on the one port, each on a core of its own.", ge=1, le=64)
     database: str = setting(
         "",
         "`sqlite:////file` or `postgresql://user@host/name`; empty for SQLite in the run's folder.",
