@@ -115,6 +115,7 @@ class Worker:
             self.folder / "weights",
             keep=self.settings.keep_versions,
             limit_bytes=int(self.settings.disk_gb * 1e9),
+            upstream=self.settings.upstream,
             patch=patch,
         )
         self._receipts = Receipts(self.folder)
