@@ -17,6 +17,7 @@ import httpx2
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from hypothesis import settings
 
 from farflung.config import Config
 from farflung.coordinator import Coordinator
@@ -35,6 +36,9 @@ from farflung.tasks.found import Model, found, seal_papers, weights_key
 from farflung.trust.evidence import Profile, Profiles, Tally
 from farflung.trust.fingerprint import distance
 from farflung.weights.manifest import target_digest
+
+settings.register_profile("farflung", deadline=None)  # shared cores pause for half a second now and then
+settings.load_profile("farflung")
 
 BASE = Path(__file__).parents[1] / "examples" / "base"
 RUN, EOS, VOCAB, BUDGET, SAMPLES = "test", 2, 32, 8, 4
@@ -89,14 +93,23 @@ def found_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_house(found_run: Path, tmp_path: Path) -> Iterable[Callable[..., "House"]]:
+def place() -> Callable[[], dict[str, str]]:
+    """Settings of database and blobs for each coordinator; here the embedded ones, in tests/contract every kind."""
+    return dict
+
+
+@pytest.fixture
+def make_house(
+    found_run: Path, tmp_path: Path, place: Callable[[], dict[str, str]]
+) -> Iterable[Callable[..., "House"]]:
     """Builds coordinators over copies of the founded run; sections of the settings may be changed."""
     houses: list[House] = []
 
     def make(**changes: dict[str, Any]) -> House:
         folder = tmp_path / str(len(houses))
         shutil.copytree(found_run, folder)
-        houses.append(asyncio.run(House.open(settings(folder, **changes))))
+        coordinator = place() | changes.pop("coordinator", {})
+        houses.append(asyncio.run(House.open(settings(folder, coordinator=coordinator, **changes))))
         return houses[-1]
 
     yield make
@@ -180,6 +193,8 @@ class House:
     async def open(cls, config: Config, clock: Clock | None = None) -> "House":
         """A coordinator over what is in the configured folder. Opening it again is a restart."""
         clock, key, model = clock or Clock(), named("coordinator"), Model(config.model.path)
+        if config.coordinator.database:
+            migrate(config.database_url)
         database, blobs = Database(config.database_url), Blobs(config.blobs_url)
         book: Book = await found(config, database, model, key, clock())
         papers = await seal_papers(config, blobs, model, key, named("root"))

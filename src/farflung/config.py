@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -71,14 +72,28 @@ class LearnSection(Section):
     lr: float = setting(1e-6, "Learning rate of AdamW.", gt=0)
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.", ge=0)
     minibatches: int = setting(1, "Optimizer steps per training step.", ge=1)
-    epsilon: float = setting(0.2, "Clip range of the ratio.", gt=0, lt=1)
+    beta1: float = setting(0.9, "AdamW's decay of the gradient's mean.", ge=0, lt=1)
+    beta2: float = setting(0.99, "AdamW's decay of the gradient's square.", ge=0, lt=1)
+    loss: Literal["grpo", "cispo", "gspo"] = setting(
+        "grpo", "Two-sided clip per token, clipped importance weights, or one ratio per rollout."
+    )
+    epsilon: float = setting(0.2, "Clip of the ratio below 1, and above where `epsilon_high` is 0.", gt=0, lt=1)
+    epsilon_high: float = setting(0.0, "Clip of the ratio above 1; 0 for `epsilon`.", ge=0)
     delta: float = setting(4.0, "Upper bound of the ratio where the advantage is negative.", gt=1)
     normalise: Literal["token", "sequence", "constant"] = setting("token", "How token losses are averaged.")
     divide_by_std: bool = setting(True, "Divide advantages by the group's standard deviation.")
+    kl: float = setting(0.0, "Weight of the KL to the base model, which is then held in memory too.", ge=0)
+    entropy: float = setting(0.0, "Weight of the entropy that is rewarded.", ge=0)
+    importance_cap: float = setting(
+        2.0, "Most that a stale token counts by its importance weight; 0 to take stale tokens as they are.", ge=0
+    )
     max_grad_norm: float = setting(1.0, "Gradient clipping.", gt=0)
     weight_decay: float = setting(0.0, "AdamW weight decay.", ge=0)
-    microbatch_tokens: int = setting(8192, "Padded tokens per forward pass.", ge=1)
-    autocast: bool = setting(False, "Train in bfloat16 with float32 master weights.")
+    microbatch_tokens: int = setting(8192, "Tokens per forward pass, padding included.", ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto",
+        "Arithmetic of training; masters are float32. `auto` is bfloat16 where the machine has it, else float32.",
+    )
     checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     checkpoint_every: int = setting(1, "Steps between checkpoints; those between are replayed after a crash.", ge=1)
     anchor_every: int = setting(
@@ -144,8 +159,13 @@ class EvalSection(Section):
 class CoordinatorSection(Section):
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(0, "Port to listen on; 0 for any free one.", ge=0, le=65_535)
-    database: str = setting("", "SQLAlchemy URL; empty for SQLite in the run's folder.")
-    blobs: str = setting("", "Blob store URL; empty for a folder in the run's folder.")
+    database: str = setting(
+        "",
+        "`sqlite:////file` or `postgresql://user@host/name`; empty for SQLite in the run's folder.",
+    )
+    blobs: str = setting(
+        "", "`file:///folder` or `s3://bucket/prefix?endpoint=URL&region=NAME`; empty for a folder in the run's folder."
+    )
     veil: bool = setting(
         True, "Show nobody which rollouts are held for audit, nor M, until their step can no longer be trained on."
     )
@@ -267,7 +287,8 @@ class Config(Section):
     @property
     def submissions_url(self) -> str:
         """Where submissions are kept, apart from what anybody may fetch by digest."""
-        return f"{self.blobs_url.rstrip('/')}/submissions"
+        parts = urlsplit(self.blobs_url)
+        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/submissions"))
 
     def eval_steps(self, latest: int) -> list[int]:
         """The policy steps up to `latest` that are to be evaluated."""

@@ -21,7 +21,7 @@ from farflung.protocol.messages import (
 )
 from farflung.protocol.session import Session
 from farflung.rollouts.submit import slices_of
-from farflung.trust.evidence import Seen, from_json, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
+from farflung.trust.evidence import Seen, from_json, is_void, log_ratios, mean_log_ratio, submission_log_ratios
 from farflung.trust.fingerprint import distance
 
 FIRST = 2
@@ -98,10 +98,10 @@ def more(job: AuditJob, found: Sequence[Replay]) -> int:
         ratios = [log_ratios(profile, Seen(one.gap, one.margin, one.pick)) for one in found]
     except ValueError:  # this machine computes nonsense; the coordinator refuses it
         return left
-    weight = mean_log_ratio(submission_log_ratios(ratios))
-    if is_bad(weight, job.cap):
+    total = submission_log_ratios(ratios)
+    if is_void(total, job.cap):
         return 0
-    return min(left, 1) if weight > 0 else left
+    return min(left, 1) if mean_log_ratio(total) > 0 else left
 
 
 def _replay_each(engine: Engine, of_jobs: Sequence[Sequence[Item]]) -> list[list[Replay]]:

@@ -12,6 +12,7 @@ from farflung.protocol import seeds
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Latest
+from farflung.store.db import migrate, open_engine
 from farflung.store.tables import NODES, RUNS, STEPS, TASKS
 
 
@@ -60,6 +61,16 @@ class Book:
 def step_secret(run_secret: bytes, step: int) -> bytes:
     """`seeds.step_secret`, remembered."""
     return seeds.step_secret(run_secret, step)
+
+
+def holds_run(url: str, run: str) -> bool:
+    """Whether the database at `url` has this run. Raises ConfigError if it cannot be reached."""
+    migrate(url)
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        found = connection.execute(sa.select(RUNS.c.run).where(RUNS.c.run == run)).first()
+    engine.dispose()
+    return found is not None
 
 
 def new_id(letter: str) -> str:

@@ -2,15 +2,18 @@
 
 All writes go through one thread that puts every waiting request into one transaction (each in its own savepoint) and
 answers them after the commit. So an acknowledged change is on disk, and a thousand small requests cost few commits.
+Coordinators that share a database write one after the other: each transaction begins by taking the database's one
+write lock, so no choice is ever made on rows that another is about to change.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +30,12 @@ T = TypeVar("T")
 MIGRATIONS = Path(__file__).with_name("migrations")
 MOST_IN_A_COMMIT = 256
 STORY_LINES = 12
+WRITE_LOCK = 0x6661_7266_6C75_6E67
+"""Key of PostgreSQL's advisory lock for writers; "farflung" in ASCII."""
+POSTGRES_OPTIONS = "-c idle_in_transaction_session_timeout=15000 -c lock_timeout=30000 -c statement_timeout=60000"
+"""A coordinator that vanished in a transaction must not keep the lock, nor one that waits for it wait for ever."""
+AWAY = (exc.OperationalError, exc.InterfaceError, exc.InternalError)
+"""What the drivers raise when the database is away, full or busy: the same request may well succeed later."""
 
 
 class Database:
@@ -51,8 +60,11 @@ class Database:
         """Run `query` on a connection of its own, off the event loop."""
 
         def run() -> T:
-            with self.engine.connect() as connection:
-                return query(connection)
+            try:
+                with self.engine.connect() as connection:
+                    return query(connection)
+            except AWAY as error:
+                raise away(error) from error
 
         return await asyncio.to_thread(run)
 
@@ -76,14 +88,15 @@ class Database:
     def _commit(self, batch: Sequence[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
         done: list[tuple[Future[Any], Any]] = []
         try:
-            with self.engine.begin() as connection:
+            with self.engine.connect() as connection, writing(connection):
                 for change, future in batch:
                     self._apply(connection, change, future, done)
-        except Exception as error:  # the commit itself failed: nobody's change happened
+        except Exception as error:  # the commit itself failed: nobody's change is acknowledged
             log.exception("commit failed requests=%d", len(batch))
+            answer = away(error) if isinstance(error, AWAY) else error
             for _, future in batch:
                 if not future.done():
-                    future.set_exception(error)
+                    future.set_exception(answer)
             return
         for future, result in done:
             future.set_result(result)
@@ -94,42 +107,89 @@ class Database:
             return
         try:
             with connection.begin_nested():
-                done.append((future, change(connection)))
+                result = change(connection)
+            done.append((future, result))
+        except AWAY:
+            raise  # the whole transaction is gone, not only this change
         except Exception as error:  # noqa: BLE001 - handed to whoever asked
             future.set_exception(error)
 
 
+@contextlib.contextmanager
+def writing(connection: Connection) -> Generator[None]:
+    """A transaction that holds the database's one write lock: BEGIN IMMEDIATE, or an advisory lock of PostgreSQL."""
+    connection.execution_options(writes=True)
+    with connection.begin():
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITE_LOCK)))
+        yield
+
+
+def away(error: BaseException) -> Unavailable:
+    """What to tell a client whose request the database could not serve; the reason is for the log alone."""
+    log.warning("database unavailable because=%s", str(error).splitlines()[0][:200])
+    return Unavailable("the database cannot serve this now; try again", retry_after_s=1)
+
+
 def open_engine(url: str) -> Engine:
+    options: dict[str, Any] = {}
+    if not url.startswith("sqlite"):
+        options = {"pool_pre_ping": True, "pool_size": 20, "connect_args": {"options": POSTGRES_OPTIONS}}
     try:
-        engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        engine = sa.create_engine(url, **options)
     except (exc.ArgumentError, ModuleNotFoundError) as error:
-        raise ConfigError(f"database URL {url!r} cannot be used: {error}") from error
+        raise ConfigError(f"database URL {shown(url)!r} cannot be used: {error}") from error
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
+def shown(url: str) -> str:
+    """A database URL without its password."""
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except exc.ArgumentError:
+        return url.partition(":")[0]
+
+
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # SQLAlchemy emits BEGIN itself, so that savepoints work
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+    for pragma in ("busy_timeout=10000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
 def migrate(url: str) -> None:
-    """Bring the schema of the database at `url` to this version's."""
+    """Bring the schema of the database at `url` to this version's; replicas that start together do it in turn."""
     from alembic import command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["engine"] = engine = open_engine(url)
-    command.upgrade(config, "head")
-    engine.dispose()
+    try:
+        with engine.connect() as connection, _alone(connection):
+            command.upgrade(config, "head")
+    except AWAY as error:
+        raise ConfigError(f"database {shown(url)} cannot be reached: {str(error).splitlines()[0][:200]}") from error
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def _alone(connection: Connection) -> Generator[None]:
+    """Hold a lock of PostgreSQL's for as long as this connection lives; SQLite's file is one machine's."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_lock(WRITE_LOCK + 1)))
+        connection.commit()
+    yield
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_unlock(WRITE_LOCK + 1)))
+        connection.commit()
 
 
 # --- statuses and stories --------------------------------------------------------------------------------------------

@@ -129,8 +129,7 @@ async def found(config: Config, database: Database, model: Model, key: Key, now:
     row = await database.read(lambda c: c.execute(sa.select(RUNS).where(RUNS.c.run == config.run.name)).first())
     if row is None:
         rows = await _tasks(config, model)
-        secret = _secret(config)
-        await database.write(lambda c: _write(c, config, secret, rows, now))
+        secret = await database.write(lambda c: _write(c, config, rows, now))
     else:
         secret = row.secret
         await database.write(lambda c: _resume(c, config, now))
@@ -234,8 +233,12 @@ def _rows(run: str, split: Split, tasks: Sequence[tuple[Any, Any]], model: Model
     return rows
 
 
-def _write(connection: Connection, config: Config, secret: bytes, tasks: list[dict[str, Any]], now: float) -> None:
+def _write(connection: Connection, config: Config, tasks: list[dict[str, Any]], now: float) -> bytes:
+    """Write the run down, unless another coordinator did meanwhile; gives its secret."""
     run = config.run.name
+    if (earlier := connection.execute(sa.select(RUNS.c.secret).where(RUNS.c.run == run)).scalar()) is not None:
+        return earlier
+    secret = _secret(config)
     connection.execute(
         RUNS.insert().values(
             run=run,
@@ -247,6 +250,7 @@ def _write(connection: Connection, config: Config, secret: bytes, tasks: list[di
     )
     connection.execute(TASKS.insert(), tasks)
     record(connection, "run", [run], "", "running", now, tasks=len(tasks))
+    return secret
 
 
 def _resume(connection: Connection, config: Config, now: float) -> None:
