@@ -457,7 +457,7 @@ servers, folder, number, marks = sys.argv[1].split(","), sys.argv[2], int(sys.ar
 
 def note(event):
     with open(marks, "a") as file:
-        file.write(json.dumps({"at": time.monotonic(), "event": event, "client": number}) + "\n")
+        file.write(json.dumps({"at": time.monotonic(), "event": event, "client": number}) + "\\n")
 
 node = ClientNode(servers, folder)
 note("ready")
@@ -503,7 +503,8 @@ def theirs(world: World, folder: Path, payload: Path, limit_s: float) -> tuple[f
         time.sleep(2)
         for number, node in enumerate(world.relays):
             data, env = place(f"middle-{number}")
-            middle = ("-m", "shardcast.middle_node", "--upstream", f"http://{world.origin.address}:8000")
+            middle = ("-c", "from shardcast.middle_node import main; main()")
+            middle += ("--upstream", f"http://{world.origin.address}:8000")
             processes.start(
                 node, f"middle-{number}", python, *middle, "--data-dir", str(data), "--check-interval", "1", env=env
             )

@@ -445,6 +445,45 @@ def key(path: Path) -> None:
 
 
 @app.command
+def keys(
+    action: Literal["show", "rotate"],
+    config: Path,
+    *flags: Flags,
+    purpose: str = "",
+    root: Path | None = None,
+    days: float = 365.0,
+    public: str = "",
+    revoke: bool = False,
+) -> None:
+    """Show which keys speak for a run, or have the root delegate another one in place of one that is old or lost.
+
+    Parameters
+    ----------
+    action
+        `show` prints the root's delegations, `rotate` adds one.
+    config
+        The run's TOML file, or the config.json in its folder.
+    purpose
+        What the key is for: coordinator, weights, receipts or verdicts.
+    root
+        File of the root's private key; without it, keys/root in the run's folder.
+    days
+        How long the delegation lasts.
+    public
+        Public key in hex to delegate to; without it a fresh one is made in the run's folder.
+    revoke
+        Refuse the keys that had this purpose before from now on; without it they are good until they expire.
+    """
+    from farflung.ops import keys as ops_keys
+
+    settings = load(config, flags)
+    if action == "show":
+        ops_keys.show(settings)
+    else:
+        ops_keys.rotate(settings, purpose, root, days, revoke=revoke, public=public)
+
+
+@app.command
 def calibrate(
     model: str,
     *,
@@ -560,10 +599,9 @@ def _url(url: str, config: Config) -> str:
 
 def _root(config: Config) -> bytes | None:
     """The root key of a run whose folder is on this machine; elsewhere the first one met is believed."""
-    from farflung.protocol.identity import Key
+    from farflung.tasks.keyring import root_of
 
-    path = config.folder / "keys" / "root"
-    return Key.load_or_make(path).public if path.exists() else None
+    return root_of(config.folder / "keys")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Delegation(Message, frozen=True):
     """The root key's word that another key may sign documents of one kind for one run until it expires."""
 
     run: Id
-    purpose: Literal["coordinator", "weights"]
+    purpose: Literal["coordinator", "weights", "receipts", "verdicts"]
     public: Public
     expires_at: Seconds
 

@@ -28,6 +28,10 @@ class Book:
     eos_ids: frozenset[int]
     tasks: tuple[tuple[str, int], ...]
     """Training tasks by position: id and number of prompt tokens."""
+    receipts: Key
+    """What receipts are signed with."""
+    verdicts: Key
+    """What verdicts are signed with."""
 
     def step_secret(self, step: int) -> bytes:
         """The secret that everything drawn at a step derives from."""

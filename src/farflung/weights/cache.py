@@ -229,7 +229,8 @@ class Versions:
         if digest in self._known:
             return self._known[digest]
         signed = await self.session.client.get(self.session.path(f"manifests/{digest}"), Signed)
-        return open_manifest(signed, self.session.weights_key, self.session.run, digest)
+        keys = await self.session.keys("weights", signed)
+        return open_manifest(signed, keys, self.session.run, digest)
 
 
 def _way(chain: list[Link], held: set[str]) -> Way:

@@ -5,7 +5,9 @@ What is passed on in flight is not checked yet: whoever fetches it checks it, an
 
 import asyncio
 import logging
+import os
 import re
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
@@ -85,17 +87,17 @@ class Mirror:
         """Bytes [start, end) of a file that may still grow; breaks off when it has not grown for a while."""
         with self._open(digest) as file:  # renamed when whole, it stays the same file
             file.seek(start)
-            stalled = 0
+            size, grown_at = 0, time.monotonic()
             while start < end:
-                data = file.read(min(PIECE_BYTES, end - start))
-                stalled = 0 if data else stalled + 1
-                if stalled > PATIENCE_S / GROW_S:
-                    raise Unavailable(f"shard {digest[:12]} stopped coming in")
-                start, self.sent_bytes = start + len(data), self.sent_bytes + len(data)
-                if data:
+                if data := file.read(min(PIECE_BYTES, end - start)):
+                    start, self.sent_bytes = start + len(data), self.sent_bytes + len(data)
                     yield data
-                else:
-                    await asyncio.sleep(GROW_S)
+                    continue
+                if size < (size := os.fstat(file.fileno()).st_size):
+                    grown_at = time.monotonic()
+                if time.monotonic() > grown_at + PATIENCE_S:
+                    raise Unavailable(f"shard {digest[:12]} stopped coming in")
+                await asyncio.sleep(GROW_S)
 
     def _open(self, digest: str) -> BinaryIO:
         try:
