@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,10 +17,10 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from farflung.protocol.client import Client
-from farflung.protocol.errors import BadSignature, FarflungError, WeightsError
+from farflung.protocol.errors import BadSignature, Busy, FarflungError, WeightsError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Manifest, Shard
-from farflung.weights import cache, download
+from farflung.weights import cache, download, pieces
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import tensors
 from farflung.weights.manifest import KIND, manifest_digest, target_digest
@@ -32,10 +33,12 @@ WEIGHTS = {"a": torch.arange(60_000, dtype=torch.bfloat16), "b": torch.ones(7, 5
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-def version(step: int = 3, key: Key = TRAINER, run: str = "test") -> tuple[Signed, bytes]:
+def version(
+    step: int = 3, key: Key = TRAINER, run: str = "test", weights: dict[str, torch.Tensor] = WEIGHTS
+) -> tuple[Signed, bytes]:
     """A sealed manifest with one shard, and the shard."""
-    shard = save(WEIGHTS)
-    described = [describe(name, tensor, 0) for name, tensor in WEIGHTS.items()]
+    shard = save(weights)
+    described = [describe(name, tensor, 0) for name, tensor in weights.items()]
     manifest = Manifest(
         run=run,
         step=step,
@@ -157,10 +160,111 @@ def test_a_hostile_relay_costs_one_shard_and_its_own_reputation(name: str, tmp_p
             assert time.monotonic() - since < 10
             assert len(origin.sent) == 1
             assert versions._downloads.scores[url].success < 1
+            assert versions.session.figures.trouble.startswith(f"relay {url}: "), "the page says what happened"
             loaded = dict(tensors(versions, manifest_digest(signed)))
             assert all(torch.equal(loaded[key], WEIGHTS[key]) for key in WEIGHTS)
             assert {path.name for path in tmp_path.iterdir()} == {manifest.shards[0].digest}
             relay.close()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_relay_among_honest_ones_is_found_out(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """The shard comes in pieces from all of them at once."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(pieces, "OVERDUE_S", 0.3)
+
+    async def scene() -> None:
+        signed, shard = version()
+        async with AsyncExitStack() as stack:
+            origin, honest = Source(signed, shard), Source(signed, shard)
+            origin_url = await stack.enter_async_context(served(origin.app()))
+            relay = await asyncio.start_server(HOSTILE[name](shard), "127.0.0.1", 0)
+            await stack.enter_async_context(relay)
+            url = f"http://127.0.0.1:{relay.sockets[0].getsockname()[1]}"
+            origin.relays = [url, await stack.enter_async_context(served(honest.app()))]
+            versions = await stack.enter_async_context(versions_of(origin_url, tmp_path))
+            await versions.fetch(manifest_digest(signed))
+            assert dict(tensors(versions, manifest_digest(signed))).keys() == WEIGHTS.keys()
+            scores = versions._downloads.scores
+            assert scores[url].success < scores[origin.relays[1]].success == 1
+            assert url in versions.session.figures.trouble
+            assert len(honest.sent) > 5
+            assert [path.name for path in tmp_path.iterdir()] == [hashlib.sha256(shard).hexdigest()]
+            relay.close()
+
+    asyncio.run(scene())
+
+
+def test_a_piece_that_lies_is_traced_to_its_relay(tmp_path: Path, monkeypatch: Any) -> None:
+    """Ranges are answered as asked for, with one wrong byte: only the whole shard shows it."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
+
+    async def scene() -> None:
+        signed, shard = version()
+        async with AsyncExitStack() as stack:
+            origin, honest, liar = (Source(signed, shard) for _ in range(3))
+            liar.blobs = {digest: bytes(len(data)) for digest, data in liar.blobs.items()}
+            origin_url, good, bad = [
+                await stack.enter_async_context(served(one.app())) for one in (origin, honest, liar)
+            ]
+            origin.relays = [good, bad]
+            versions = await stack.enter_async_context(versions_of(origin_url, tmp_path))
+            await versions.fetch(manifest_digest(signed))
+            scores = versions._downloads.scores
+            assert (scores[good].lies, scores[bad].lies >= 1) == (0, True)
+            assert dict(tensors(versions, manifest_digest(signed))).keys() == WEIGHTS.keys()
+
+    asyncio.run(scene())
+
+
+def test_a_relay_may_mirror_another(tmp_path: Path) -> None:
+    """Three in a row: the origin is asked once, and the last node gets it through all of them."""
+
+    async def scene() -> None:
+        signed, shard = version()
+        digest, origin = manifest_digest(signed), Source(signed, shard)
+        async with AsyncExitStack() as stack:
+            origin_url = await stack.enter_async_context(served(origin.app()))
+            upstream: tuple[str, ...] = ()
+            for number in range(3):
+                options = {"use_relays": False, "upstream": upstream}
+                own = await stack.enter_async_context(versions_of(origin_url, tmp_path / f"relay-{number}", **options))
+                mirror = Mirror(own)
+                await mirror.follow(digest)
+                app = Starlette(routes=[Route("/v1/blobs/{digest}", mirror.blob)])
+                upstream = (await stack.enter_async_context(served(app)),)
+            node = await stack.enter_async_context(versions_of(origin_url, tmp_path / "node", upstream=upstream))
+            await node.fetch(digest)
+            assert len(origin.sent) == 1
+            assert dict(tensors(node, digest)).keys() == WEIGHTS.keys()
+
+    asyncio.run(scene())
+
+
+def test_a_relay_sends_one_address_no_more_than_its_share(tmp_path: Path) -> None:
+    async def scene() -> None:
+        signed, shard = version()
+        origin, url = Source(signed, shard), f"/v1/blobs/{hashlib.sha256(shard).hexdigest()}"
+        origin.gate.clear()
+        async with AsyncExitStack() as stack:
+            origin_url = await stack.enter_async_context(served(origin.app()))
+            own = await stack.enter_async_context(versions_of(origin_url, tmp_path, use_relays=False))
+            mirror = Mirror(own, per_client=2)
+            following = asyncio.create_task(mirror.follow(manifest_digest(signed)))
+            app = Starlette(routes=[Route("/v1/blobs/{digest}", mirror.blob)])
+            relay = Client(await stack.enter_async_context(served(app)), STRANGER, patience_s=0.0)
+            greedy = [asyncio.create_task(relay.download(url)) for _ in range(2)]
+            while mirror._sending.total() < 2:
+                await asyncio.sleep(0.01)
+            with pytest.raises(Busy, match="ask another source"):
+                await relay.download(url)
+            origin.gate.set()
+            assert await asyncio.gather(*greedy) == [shard, shard]
+            await following
+            assert await relay.download(url) == shard, "places are free again"
+            await relay.close()
 
     asyncio.run(scene())
 
@@ -241,6 +345,54 @@ def test_a_version_beyond_the_disk_limit_is_refused_before_a_byte(tmp_path: Path
             with pytest.raises(WeightsError, match="this node allows 1,000"):
                 await versions.fetch(manifest_digest(signed))
             assert not origin.sent
+
+    asyncio.run(scene())
+
+
+def test_a_disk_that_fills_up_on_the_way_is_said_so_and_blames_nobody(tmp_path: Path, monkeypatch: Any) -> None:
+    """A real file system of 64 kB, which is larger the second time."""
+    monkeypatch.setattr(cache, "SPARE_BYTES", -(1 << 30))  # as if it was filled after the look at what is free
+    small = tmp_path / "disk"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+
+    async def scene() -> None:
+        signed, shard = version()
+        async with AsyncExitStack() as stack:
+            origin, honest = Source(signed, shard), Source(signed, shard)
+            origin_url, url = [await stack.enter_async_context(served(one.app())) for one in (origin, honest)]
+            origin.relays = [url]
+            versions = await stack.enter_async_context(versions_of(origin_url, small))
+            with pytest.raises(WeightsError, match="No space left"):
+                await versions.fetch(manifest_digest(signed))
+            assert "No space left" in versions.session.figures.trouble
+            assert url not in versions._downloads.scores
+            assert not list(small.iterdir())
+            subprocess.run(["mount", "-o", "remount,size=1m", str(small)], check=True)
+            await versions.fetch(manifest_digest(signed))
+            assert dict(tensors(versions, manifest_digest(signed))).keys() == WEIGHTS.keys()
+
+    try:
+        asyncio.run(scene())
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_older_version_makes_room_for_a_newer_one(tmp_path: Path) -> None:
+    async def scene() -> None:
+        signed, shard = version()
+        newer = {"a": WEIGHTS["a"] + 1}
+        later, more = version(step=4, weights=newer)
+        origin = Source(signed, shard)
+        origin.manifests[manifest_digest(later)] = later
+        origin.blobs[hashlib.sha256(more).hexdigest()] = more
+        limit = int(1.5 * len(shard))
+        async with served(origin.app()) as url, versions_of(url, tmp_path, limit_bytes=limit, patch=None) as versions:
+            await versions.fetch(manifest_digest(signed))
+            await versions.fetch(manifest_digest(later))
+            assert not versions.has(manifest_digest(signed))
+            assert [path.name for path in tmp_path.iterdir()] == [hashlib.sha256(more).hexdigest()]
 
     asyncio.run(scene())
 

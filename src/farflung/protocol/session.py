@@ -34,6 +34,7 @@ from farflung.protocol.messages import (
 
 log = logging.getLogger(__name__)
 HURRY_S = 5.0
+TROUBLE_CHARS = 300
 PURPOSES = ("coordinator", "weights", "receipts", "verdicts")
 """What the root delegates to keys of their own: the run's description and leases, and three kinds of documents."""
 AWAY_S = 3600.0
@@ -86,6 +87,8 @@ class Figures:
     made_tokens: int = 0
     proof_cpu_s: float = 0.0
     sync_pause_s: float = 0.0
+    trouble: str = ""
+    """What last went wrong with weights."""
     started_at: float = field(default_factory=time.time)
 
     @contextlib.contextmanager
@@ -196,6 +199,7 @@ class Session:
             proof_cpu_s=figures.proof_cpu_s,
             sync_pause_s=figures.sync_pause_s,
             started_at=figures.started_at,
+            trouble=figures.trouble[:TROUBLE_CHARS],
         )
         pulse = await self.client.post(self.path("heartbeat"), message, Pulse)
         self.latest = pulse.latest

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from farflung.protocol.errors import NotFound, WeightsError
+from farflung.protocol.errors import BadSignature, NotFound, WeightsError
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest, Shard
 from farflung.protocol.session import Session
@@ -54,7 +54,8 @@ class Versions:
         """How each version came here, while it is on its way or kept for others."""
         self._locks: dict[str, asyncio.Lock] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for draft in folder.glob("*.draft"):  # a crash left it
+        for draft in folder.glob("*.draft"):
+            session.figures.trouble = f"a crash left version {draft.name[:12]} half patched; it is patched anew"
             draft.unlink()
         self._downloads = Downloads(session, folder, use_relays=use_relays, upstream=upstream)
 
@@ -62,7 +63,11 @@ class Versions:
         """Have a version on disk, safe to call twice at once. Raises WeightsError, BadSignature, NotFound."""
         async with self._locks.setdefault(digest, asyncio.Lock()):
             if digest not in self._known:
-                self._known[digest] = await self._fetch(digest)
+                try:
+                    self._known[digest] = await self._fetch(digest)
+                except (WeightsError, BadSignature) as error:
+                    self.session.figures.trouble = str(error)
+                    raise
         return self._use(digest)
 
     async def close(self) -> None:
@@ -169,6 +174,8 @@ class Versions:
         except WeightsError:
             del self._ways[digest]
             raise
+        begins = way.start[1].step
+        log.info("fetching step=%d from=%d held=%s bytes=%d", manifest.step, begins, way.is_held, way.size_bytes)
         try:
             await self._downloads.fetch([*self._leading(way), *way.shards])
             if self._patch is not None and way.steps:

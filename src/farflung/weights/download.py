@@ -54,8 +54,6 @@ class Downloads:
     def __init__(self, session: Session, folder: Path, *, use_relays: bool, upstream: Sequence[str] = ()) -> None:
         self.session, self.folder = session, folder
         self.scores: dict[str, sources.Score] = {}
-        self.trouble = ""
-        """The last thing that went wrong, for people to read."""
         self._relays = {url: Client(url, session.client.key, patience_s=0.0) for url in upstream}
         self._busy: Counter[str] = Counter()
         self._asked_at = 0.0 if use_relays and not upstream else float("inf")
@@ -184,7 +182,7 @@ class Downloads:
 
     def _blame(self, url: str, shard: Shard, error: Exception) -> None:
         why = str(error) or "too slow"
-        self.trouble = f"relay {url}: {why}"
+        self.session.figures.trouble = f"relay {url}: {why}"
         log.warning("relay failed url=%s shard=%s because=%s", url, shard.digest[:12], why)
         is_lie = isinstance(error, (WeightsError, TooLarge))
         self.scores[url] = sources.failed(self._score(url), time.monotonic(), is_lie=is_lie)
