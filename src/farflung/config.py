@@ -192,6 +192,9 @@ class RelaySection(Section):
     keep_versions: int = setting(3, "Versions of the weights kept.", ge=1)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
     poll_s: float = setting(0.2, "Seconds between looks for a new version.", gt=0)
+    upstream: tuple[str, ...] = setting((), "Addresses of relays to mirror from; empty for the coordinator alone.")
+    per_client: int = setting(16, "Most shards sent to one address at a time.", ge=1)
+    at_once: int = setting(256, "Most shards sent at a time.", ge=1)
 
 
 class WorkerSection(Section):
@@ -203,6 +206,7 @@ class WorkerSection(Section):
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
     memory_gb: float = setting(0.0, "Most memory for the model; 0 for half of the machine's.", ge=0)
+    upstream: tuple[str, ...] = setting((), "Relays to fetch weights from; empty for those that the run lists.")
     context: int = setting(0, "Longest prompt and completion taken, in tokens; 0 for no limit.", ge=0)
     metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 

@@ -31,6 +31,7 @@ from farflung.store.book import holds_run
 from farflung.store.db import shown
 from farflung.store.metrics import Metrics
 from farflung.tasks.found import local_grants
+from farflung.tasks.keyring import root_of
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.25
@@ -129,7 +130,7 @@ class Swarm:
 
     async def _spawn_relay(self, name: str) -> None:
         folder = str(self.folder / "nodes" / name)
-        root = Key.load_or_make(self.folder / "keys" / "root").public.hex()
+        root = (root_of(self.folder / "keys") or b"").hex()
         await self._spawn(name, "relay", self.url, "--folder", folder, "--name", name, "--root", root)
 
     async def _until_it_answers(self) -> None:
