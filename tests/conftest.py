@@ -25,6 +25,7 @@ from farflung.protocol import fingerprint, states, wire
 from farflung.protocol import messages as m
 from farflung.protocol.client import Client
 from farflung.protocol.identity import Key, Signed, seal, unseal
+from farflung.protocol.session import PURPOSES, delegate
 from farflung.rollouts.archive import Archive
 from farflung.store import ledger
 from farflung.store.blobs import Blobs
@@ -33,6 +34,7 @@ from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, STEPS, TABLE_OF
 from farflung.tasks.found import Model, found, seal_papers, weights_key
+from farflung.tasks.keyring import Keyring
 from farflung.trust.evidence import Profile, Profiles, Tally
 from farflung.trust.fingerprint import distance
 from farflung.weights.manifest import target_digest
@@ -49,6 +51,13 @@ PATH = f"/v1/runs/{RUN}"
 def named(name: str) -> Key:
     """A key that follows from its name."""
     return Key(hashlib.sha256(name.encode()).digest())
+
+
+def ring(config: Config) -> Keyring:
+    """The root's word for the keys of a run; one key signs all but weights."""
+    root, run = named("root"), config.run.name
+    publics = dict.fromkeys(PURPOSES, named("coordinator").public) | {"weights": weights_key(config)}
+    return Keyring(root.public, tuple(delegate(root, run, purpose, publics[purpose], 4e9) for purpose in PURPOSES))
 
 
 PROFILE = Profiles(Profile("torch-cpu-fp32", (1.0,), (0.5, 0.001), Tally((1, 1), (0, 0)), fingerprint=0.25))
@@ -85,7 +94,7 @@ def found_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     async def make() -> None:
         database, model = Database(config.database_url), Model(config.model.path)
         await found(config, database, model, named("coordinator"), START)
-        await seal_papers(config, Blobs(config.blobs_url), model, named("coordinator"), named("root"))
+        await seal_papers(config, Blobs(config.blobs_url), model, named("coordinator"), ring(config))
         database.close()
 
     asyncio.run(make())
@@ -197,7 +206,7 @@ class House:
             migrate(config.database_url)
         database, blobs = Database(config.database_url), Blobs(config.blobs_url)
         book: Book = await found(config, database, model, key, clock())
-        papers = await seal_papers(config, blobs, model, key, named("root"))
+        papers = await seal_papers(config, blobs, model, key, ring(config))
         archive = Archive(Blobs(config.submissions_url), model.tokenizer)
         metrics = Metrics(config.folder / "metrics.jsonl")
         parts = (book, papers, weights_key(config), PROFILE, archive, database, blobs, metrics, clock)

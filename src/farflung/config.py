@@ -69,17 +69,35 @@ class LearnSection(Section):
     groups: int = setting(16, "Groups with variance in reward that make a step.", ge=1)
     oversample: float = setting(2.0, "A step also closes at this multiple of `groups` complete ones.", ge=1)
     max_staleness: int = setting(2, "Most steps between the policy that generated and the one trained.", ge=0)
+    lockstep: bool = setting(
+        False,
+        "Step s trains on the groups of policy s - 1 - max_staleness, all and only those: same run, same weights.",
+    )
     lr: float = setting(1e-6, "Learning rate of AdamW.", gt=0)
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.", ge=0)
     minibatches: int = setting(1, "Optimizer steps per training step.", ge=1)
-    epsilon: float = setting(0.2, "Clip range of the ratio.", gt=0, lt=1)
+    beta1: float = setting(0.9, "AdamW's decay of the gradient's mean.", ge=0, lt=1)
+    beta2: float = setting(0.99, "AdamW's decay of the gradient's square.", ge=0, lt=1)
+    loss: Literal["grpo", "cispo", "gspo"] = setting(
+        "grpo", "Two-sided clip per token, clipped importance weights, or one ratio per rollout."
+    )
+    epsilon: float = setting(0.2, "Clip of the ratio below 1, and above where `epsilon_high` is 0.", gt=0, lt=1)
+    epsilon_high: float = setting(0.0, "Clip of the ratio above 1; 0 for `epsilon`.", ge=0)
     delta: float = setting(4.0, "Upper bound of the ratio where the advantage is negative.", gt=1)
     normalise: Literal["token", "sequence", "constant"] = setting("token", "How token losses are averaged.")
     divide_by_std: bool = setting(True, "Divide advantages by the group's standard deviation.")
+    kl: float = setting(0.0, "Weight of the KL to the base model, which is then held in memory too.", ge=0)
+    entropy: float = setting(0.0, "Weight of the entropy that is rewarded.", ge=0)
+    importance_cap: float = setting(
+        2.0, "Most that a stale token counts by its importance weight; 0 to take stale tokens as they are.", ge=0
+    )
     max_grad_norm: float = setting(1.0, "Gradient clipping.", gt=0)
     weight_decay: float = setting(0.0, "AdamW weight decay.", ge=0)
-    microbatch_tokens: int = setting(8192, "Padded tokens per forward pass.", ge=1)
-    autocast: bool = setting(False, "Train in bfloat16 with float32 master weights.")
+    microbatch_tokens: int = setting(8192, "Tokens per forward pass, padding included.", ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto",
+        "Arithmetic of training; masters are float32. `auto` is bfloat16 where the machine has it, else float32.",
+    )
     checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     checkpoint_every: int = setting(1, "Steps between checkpoints; those between are replayed after a crash.", ge=1)
     anchor_every: int = setting(
@@ -174,6 +192,9 @@ class RelaySection(Section):
     keep_versions: int = setting(3, "Versions of the weights kept.", ge=1)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
     poll_s: float = setting(0.2, "Seconds between looks for a new version.", gt=0)
+    upstream: tuple[str, ...] = setting((), "Addresses of relays to mirror from; empty for the coordinator alone.")
+    per_client: int = setting(16, "Most shards sent to one address at a time.", ge=1)
+    at_once: int = setting(256, "Most shards sent at a time.", ge=1)
 
 
 class WorkerSection(Section):
@@ -186,6 +207,7 @@ class WorkerSection(Section):
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
     memory_gb: float = setting(0.0, "Most memory for the model; 0 for half of the machine's.", ge=0)
+    upstream: tuple[str, ...] = setting((), "Relays to fetch weights from; empty for those that the run lists.")
     context: int = setting(0, "Longest prompt and completion taken, in tokens; 0 for no limit.", ge=0)
     metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 
@@ -258,6 +280,10 @@ class Config(Section):
     chaos: ChaosSection = ChaosSection()
     prices: PricesSection = PricesSection()
     sinks: SinksSection = SinksSection()
+
+    def lockstep_groups(self, policy: int) -> int:
+        """Groups that are generated with the policy of a step, in lockstep: the first ones train on the base model."""
+        return self.learn.groups * (self.learn.max_staleness + 1 if policy == 0 else 1)
 
     @property
     def folder(self) -> Path:

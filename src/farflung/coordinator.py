@@ -35,7 +35,7 @@ from farflung.protocol.errors import (
     WeightsError,
     WrongWeights,
 )
-from farflung.protocol.identity import Key, Signed, node_id, unseal
+from farflung.protocol.identity import Key, Signed, Trusted, node_id, unseal
 from farflung.protocol.server import BODY_BYTES, Call, Queue, Route, listen, mount
 from farflung.protocol.session import Index
 from farflung.rollouts import audit, brake, canary, compose, credit, intake, judge, possession, rollback
@@ -45,7 +45,7 @@ from farflung.store.book import Book, node_row
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.store.tables import NODES
-from farflung.tasks import admit, lease
+from farflung.tasks import admit, keyring, lease
 from farflung.tasks.found import Model, found, local_grants, seal_papers, weights_key
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
@@ -75,7 +75,7 @@ class Coordinator:
         self,
         book: Book,
         papers: m.Run,
-        weights_key: bytes,
+        weights_keys: Trusted,
         profiles: Profiles,
         archive: Archive,
         database: Database,
@@ -83,7 +83,7 @@ class Coordinator:
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.book, self.papers, self.weights_key, self.profiles = book, papers, weights_key, profiles
+        self.book, self.papers, self.weights_keys, self.profiles = book, papers, weights_keys, profiles
         self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
         self._queues: defaultdict[str, Queue] = defaultdict(Queue)
         self._started_at = clock()
@@ -307,7 +307,7 @@ class Coordinator:
         await self._require(call, "trainer")
         commit: m.Commit = call.message
         digest = manifest_digest(commit.manifest)
-        manifest = open_manifest(commit.manifest, self.weights_key, self.book.run, digest)
+        manifest = open_manifest(commit.manifest, self.weights_keys, self.book.run, digest)
         if manifest.step != _number(call, "step"):
             raise Malformed(f"the manifest is of step {manifest.step}, the path of {call.path['step']}")
         await self._check_base(manifest)
@@ -330,7 +330,7 @@ class Coordinator:
         if manifest.deltas:
             signed = await self.database.read(lambda c: views.manifest(c, self.book.run, manifest.parent))
             try:
-                check_follows(manifest, open_manifest(signed, self.weights_key, self.book.run, manifest.parent))
+                check_follows(manifest, open_manifest(signed, self.weights_keys, self.book.run, manifest.parent))
             except WeightsError as error:
                 raise Conflict(str(error)) from error
 
@@ -557,15 +557,19 @@ async def open_coordinator(config: Config) -> Coordinator:
     """Everything a coordinator needs, from a configuration; the run is founded if it is new."""
     folder = config.folder
     (folder / "keys").mkdir(parents=True, exist_ok=True)
-    root = Key.load_or_make(folder / "keys" / "root")
-    key = Key.load_or_make(folder / "keys" / "coordinator")
+    signers = {name: Key.load_or_make(folder / "keys" / name) for name in ("coordinator", "receipts", "verdicts")}
+    key = signers["coordinator"]
+    publics = {name: one.public for name, one in signers.items()} | {"weights": weights_key(config)}
+    ring = keyring.delegated(folder / "keys", config.run.name, publics, time.time())
     model, profiles = Model(config.model.path), load_profiles(config)
     await asyncio.to_thread(migrate, config.database_url)
     database, blobs = Database(config.database_url), Blobs(config.blobs_url)
-    book = await found(config, database, model, key, time.time())
-    papers = await seal_papers(config, blobs, model, key, root, profiles.digests)
+    options = {"receipts": signers["receipts"], "verdicts": signers["verdicts"]}
+    book = await found(config, database, model, key, time.time(), **options)
+    papers = await seal_papers(config, blobs, model, key, ring, profiles.digests)
     archive, metrics = Archive(Blobs(config.submissions_url), model.tokenizer), Metrics(folder / "metrics.jsonl")
-    return Coordinator(book, papers, weights_key(config), profiles, archive, database, blobs, metrics)
+    weights = ring.live(config.run.name, "weights", time.time())
+    return Coordinator(book, papers, weights, profiles, archive, database, blobs, metrics)
 
 
 async def serve(config: Config) -> None:

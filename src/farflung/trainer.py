@@ -17,15 +17,19 @@ from farflung.engine.base import Request
 from farflung.engine.loading import read_slices
 from farflung.engine.local import LocalEngine
 from farflung.learner import checkpoint
+from farflung.learner.loss import Objective
 from farflung.learner.optimise import Learner, Optimisation, StepMetrics
 from farflung.learner.pack import Rollout, pack
 from farflung.learner.policy import Policy
+from farflung.learner.precision import compute_dtype
+from farflung.learner.warning import WINDOW, Sign, warn
 from farflung.protocol import probe, wire
 from farflung.protocol.client import Client
-from farflung.protocol.errors import Conflict, StepTaken, WeightsError
+from farflung.protocol.errors import BadSignature, Conflict, StepTaken, WeightsError
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Batch, Commit, Done
 from farflung.protocol.session import Session
+from farflung.rollouts import stale
 from farflung.rollouts.batch import Suspect, claim, fetch, trip, unaudited
 from farflung.rollouts.tripwire import look, tripped
 from farflung.store.sinks import Sinks
@@ -52,6 +56,7 @@ class Trainer:
         self.session: Session
         self.learner: Learner
         self._waited_s = self._checked_s = 0.0
+        self._signs: list[Sign] = []
         self._sinks = Sinks(config)
         self._publisher = Publisher(self.client, key, config.run.name, config.learn.anchor_every)
 
@@ -97,12 +102,12 @@ class Trainer:
         learn = self.config.learn
         torch.manual_seed(self.config.run.seed)
         torch.set_num_threads(learn.threads)
-        policy = Policy.from_pretrained(
-            self.config.model.path,
-            compute_dtype=torch.bfloat16 if learn.autocast else torch.float32,
-            is_checkpointed=learn.checkpointing,
-        )
-        self.learner = Learner(policy, optimisation(self.config))
+        dtype, why = compute_dtype(learn.precision)
+        log.info("training in=%s because=%s", dtype, why)
+        path = self.config.model.path
+        policy = Policy.from_pretrained(path, compute_dtype=dtype, is_checkpointed=learn.checkpointing)
+        reference = Policy.from_pretrained(path, compute_dtype=dtype) if learn.kl else None
+        self.learner = Learner(policy, optimisation(self.config), reference=reference)
 
     def _resume(self, most: int) -> int:
         """Load the latest checkpoint up to a step; gives its own, -1 if there is none and nothing was loaded."""
@@ -170,9 +175,7 @@ class Trainer:
 
     def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[tuple[str, np.ndarray]]:
         with self.session.figures.working():
-            if self._loaded != digest:
-                self.engine.load(tensors(self.weights, digest))
-                self._loaded = digest
+            self._hold(digest)
             return look(self.engine, part, temperature, self.config.generate.budget, self._profile)
 
     async def _take(self, batch: Batch) -> None:
@@ -180,7 +183,7 @@ class Trainer:
         before = time.monotonic()
         held = self._show(batch)
         if batch.step and not batch.committed and batch.restores < 0 and not self._publisher.has_base:
-            await self._publisher.rebase(self.learner.policy.tensors(), self.session.latest.manifest)
+            await self._rebase()
         trained = await self._learn(batch)
         train_s = time.monotonic() - before
         if batch.committed:
@@ -190,17 +193,57 @@ class Trainer:
         if batch.step % self.config.learn.checkpoint_every == 0:
             await asyncio.to_thread(self._save, batch.step)
 
+    async def _rebase(self) -> None:
+        """Publish differences to the last version, unless its key is revoked: then the next one is an anchor."""
+        self._publisher.trusted = self.session.papers.keys("weights", time.time())
+        try:
+            await self._publisher.rebase(self.learner.policy.tensors(), self.session.latest.manifest)
+        except BadSignature as error:
+            log.warning("the next step is an anchor because=%s", error)
+            self._publisher.forget()
+
     async def _learn(self, batch: Batch) -> StepMetrics | None:
         """One update, or the state of an earlier step again."""
         if batch.restores >= 0:
             await self._restore(batch.restores)
             return None
         rollouts = await fetch(self.session, batch, divide_by_std=self.config.learn.divide_by_std)
-        return await asyncio.to_thread(self._train, rollouts) if rollouts else None
+        if not rollouts:
+            return None
+        logp = await self._behaviour(batch, rollouts) if self.config.learn.importance_cap else {}
+        return await asyncio.to_thread(self._train, rollouts, logp)
 
-    def _train(self, rollouts: list[Rollout]) -> StepMetrics:
+    def _train(self, rollouts: list[Rollout], logp: stale.Logp) -> StepMetrics:
         with self.session.figures.working():
-            return self.learner.step(pack(rollouts, self.config.learn.microbatch_tokens))
+            tokens, can_share = self.config.learn.microbatch_tokens, self.learner.policy.can_share
+            packed = pack(rollouts, tokens, is_shared=can_share)
+            return self.learner.step(packed, stale.lay(packed, logp))
+
+    async def _behaviour(self, batch: Batch, rollouts: list[Rollout]) -> stale.Logp:
+        """What stale rollouts were worth to the weights they were leased at; of a committed step, as it was then."""
+        by_step = stale.stale(rollouts, batch.step - 1)
+        folder = self.checkpoints / "behaviour"
+        if not by_step:
+            return {}
+        if batch.committed:
+            return stale.kept(folder, batch.step)
+        logp: stale.Logp = {}
+        for step, digest in {group.step: group.manifest for group in batch.groups if group.step in by_step}.items():
+            await self.weights.fetch(digest)
+            logp |= await asyncio.to_thread(self._judge, digest, rollouts, by_step[step])
+        stale.keep(logp, folder, batch.step)
+        return logp
+
+    def _judge(self, digest: str, rollouts: list[Rollout], which: list[int]) -> stale.Logp:
+        with self.session.figures.working():
+            self._hold(digest)
+            return stale.behaviour(self.engine.model, rollouts, which, self.config.learn.microbatch_tokens)
+
+    def _hold(self, digest: str) -> None:
+        """Have these weights in the second engine."""
+        if self._loaded != digest:
+            self.engine.load(tensors(self.weights, digest))
+            self._loaded = digest
 
     async def _check_replay(self, batch: Batch) -> None:
         digest = await asyncio.to_thread(digest_of, self.learner.policy.tensors())
@@ -264,6 +307,9 @@ class Trainer:
         if trained is None:
             return {"wait_s": self._waited_s, "tripwire_s": self._checked_s}
         figures = {name: float(getattr(trained, name)) for name in trained.__dataclass_fields__}
+        self._signs = [*self._signs, Sign(trained.entropy, trained.clip_fraction)][-2 * WINDOW :]
+        if warning := warn(self._signs):
+            log.warning("step=%d %s", batch.step, warning)
         staleness = [batch.step - 1 - group.step for group in batch.groups]
         return figures | {
             "wait_s": self._waited_s,
@@ -271,6 +317,7 @@ class Trainer:
             "reward": batch.seen_reward,
             "staleness": sum(staleness) / max(1, len(staleness)),
             "informative_share": len(batch.groups) / max(1, batch.seen_groups),
+            "collapse_warning": float(bool(warning)),
         }
 
     def _save(self, step: int) -> Path:
@@ -282,12 +329,21 @@ def optimisation(config: Config) -> Optimisation:
     learn = config.learn
     return Optimisation(
         lr=learn.lr,
+        beta1=learn.beta1,
+        beta2=learn.beta2,
         weight_decay=learn.weight_decay,
         warmup_steps=learn.warmup_steps,
         max_grad_norm=learn.max_grad_norm,
         minibatches=learn.minibatches,
-        epsilon=learn.epsilon,
-        delta=learn.delta,
-        normalise=learn.normalise,
-        constant=float(config.generate.budget),
+        importance_cap=learn.importance_cap,
+        objective=Objective(
+            kind=learn.loss,
+            epsilon=learn.epsilon,
+            epsilon_high=learn.epsilon_high,
+            delta=learn.delta,
+            normalise=learn.normalise,
+            constant=float(config.generate.budget),
+            kl=learn.kl,
+            entropy=learn.entropy,
+        ),
     )

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,8 @@ pytest.importorskip("transformers")
 
 from farflung.engine.base import Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
-from farflung.learner import policy as policy_module  # noqa: E402
+from farflung.learner import forward, head  # noqa: E402
+from farflung.learner.loss import Objective  # noqa: E402
 from farflung.learner.optimise import Learner, Optimisation  # noqa: E402
 from farflung.learner.pack import Rollout, Segment, pack  # noqa: E402
 from farflung.learner.policy import Policy  # noqa: E402
@@ -42,30 +44,113 @@ def digest(learner: Learner) -> str:
     return sha.hexdigest()
 
 
-def test_logp_and_entropy_are_those_of_the_whole_softmax(tiny_qwen, monkeypatch) -> None:
+def plain_logp(policy: Policy, rollout: Rollout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy of each model token, by the model's own logits over one rollout alone."""
+    ids = torch.tensor([[token for segment in rollout.segments for token in segment.ids]])
+    is_model = torch.tensor([segment.source == "model" for segment in rollout.segments for _ in segment.ids])[1:]
+    whole = (policy.model(ids).logits[0] / temperature).log_softmax(-1)[:-1]
+    logp = whole.gather(-1, ids[0, 1:, None])[:, 0]
+    return logp[is_model], -(whole.exp() * whole).sum(-1)[is_model]
+
+
+def in_groups(count: int = 3, size: int = 4) -> list[Rollout]:
+    """Groups of rollouts that share a prompt, of uneven lengths."""
+    rng = random.Random(6)
+    found = []
+    for _ in range(count):
+        prompt = Segment("prompt", tuple(rng.randrange(2, 32) for _ in range(rng.randrange(6, 12))))
+        for _ in range(size):
+            ids = tuple(rng.randrange(2, 32) for _ in range(rng.randrange(1, 9)))
+            found.append(Rollout((prompt, Segment("model", ids)), rng.gauss(0, 1), 0.7))
+    return found
+
+
+@pytest.mark.parametrize("slicing", [1 << 25, 32 * 3])
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize("kind", ["linear head", "own head"])
+def test_logp_and_entropy_are_those_of_the_whole_softmax(tiny_qwen, monkeypatch, slicing, is_shared, kind) -> None:
     policy = Policy(tiny_qwen())
-    for slicing in (1 << 25, 32 * 3):
-        monkeypatch.setattr(policy_module, "_LOGITS_AT_ONCE", slicing)
-        for micro in pack(rollouts(temperature=0.7), 64):
-            logp_BT, entropy_BT = policy.logp_entropy_BT(micro)
-            whole = (policy.model(micro.ids_BT).logits / 0.7).log_softmax(-1)[:, :-1]
-            expected = whole.gather(-1, micro.ids_BT[:, 1:, None])[..., 0] * micro.mask_BT[:, 1:]
-            torch.testing.assert_close(logp_BT[:, 1:], expected, atol=1e-4, rtol=1e-4)
-            entropy = -(whole.exp() * whole).sum(-1) * micro.mask_BT[:, 1:]
-            torch.testing.assert_close(entropy_BT[:, 1:], entropy.detach(), atol=1e-4, rtol=1e-4)
-            assert not logp_BT[~micro.mask_BT].any()
+    assert policy.can_share
+    for module in (head, forward):
+        monkeypatch.setattr(module, "_LOGITS_AT_ONCE", slicing)
+    monkeypatch.setattr(policy, "_kind", forward.Kind(has_linear_head=kind == "linear head", can_share=True))
+    batch = [replace(one, temperature=0.7) for one in (*rollouts(), *in_groups())]
+    for micro in pack(batch, 64, is_shared=is_shared):
+        logp_BT, entropy_BT = policy.logp_entropy_BT(micro)
+        for b, index in enumerate(micro.index):
+            logp, entropy = plain_logp(policy, batch[index], 0.7)
+            torch.testing.assert_close(logp_BT[b][micro.mask_BT[b]], logp, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(entropy_BT[b][micro.mask_BT[b]], entropy, atol=1e-4, rtol=1e-4)
+        assert not logp_BT[~micro.mask_BT].any()
 
 
-def test_slices_and_activation_checkpoints_keep_the_gradient(tiny_qwen, monkeypatch) -> None:
-    def gradient(is_checkpointed: bool) -> torch.Tensor:
-        policy = Policy(tiny_qwen(), is_checkpointed=is_checkpointed)
-        for micro in pack(rollouts(), 64):
-            policy.logp_BT(micro).sum().backward()
+@pytest.mark.parametrize("entropy", [0.0, 0.01])
+def test_a_shared_prompt_changes_neither_loss_nor_gradient(tiny_qwen, monkeypatch, entropy: float) -> None:
+    def found(*, is_shared: bool, kept: int = 1 << 26, is_checkpointed: bool = False) -> tuple[float, torch.Tensor]:
+        monkeypatch.setattr(head, "_PROBABILITIES_KEPT", kept)
+        learner = Learner(
+            Policy(tiny_qwen(), is_checkpointed=is_checkpointed),
+            Optimisation(lr=1e-9, max_grad_norm=1e9, objective=Objective(entropy=entropy)),
+        )
+        metrics = learner.step(pack(in_groups(), 200, is_shared=is_shared))
+        return metrics.loss, torch.cat([parameter.grad.flatten() for parameter in learner.policy.model.parameters()])
+
+    plain_loss, plain = found(is_shared=False)
+    for settings in ({}, {"kept": 0}, {"kept": 0, "is_checkpointed": True}):
+        loss, gradient = found(is_shared=True, **settings)
+        assert loss == pytest.approx(plain_loss, abs=1e-6)
+        torch.testing.assert_close(gradient, plain, atol=1e-5, rtol=1e-3)
+
+
+def test_the_gradient_is_that_of_the_plain_softmax(tiny_qwen) -> None:
+    batch = in_groups()
+
+    def gradient(logp_of) -> torch.Tensor:
+        policy = Policy(tiny_qwen())
+        logp_of(policy).backward()
         return torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()])
 
-    whole = gradient(is_checkpointed=False)
-    monkeypatch.setattr(policy_module, "_LOGITS_AT_ONCE", 32 * 3)
-    torch.testing.assert_close(gradient(is_checkpointed=True), whole, atol=1e-4, rtol=1e-4)
+    fused = gradient(lambda policy: sum((policy.logp_BT(m) * m.adv_B[:, None]).sum() for m in pack(batch, 100)))
+    plain = gradient(lambda policy: sum(plain_logp(policy, one, 0.7)[0].sum() * one.advantage for one in batch))
+    torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-3)
+
+
+def test_entropy_has_the_gradient_that_autograd_finds() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(5, 8, generator=generator), torch.randn(11, 8, generator=generator)
+    bias, temperature = torch.randn(11, generator=generator), torch.tensor([0.5, 1.0, 1.5, 0.7, 1.0])
+    leaves = [tensor.double().requires_grad_() for tensor in (hidden, weight, bias)]
+    token = torch.arange(5)
+    score = (torch.nn.functional.linear(*leaves) / temperature[:, None]).log_softmax(1)
+    (score.gather(1, token[:, None]).sum() + 3 * -(score.exp() * score).sum()).backward()
+    mine = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+    logp, entropy = head.token_logp(*mine, token, temperature)
+    (logp.sum() + 3 * entropy.sum()).backward()
+    for leaf, other in zip(leaves, mine, strict=True):
+        torch.testing.assert_close(other.grad, leaf.grad.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_that_caps_its_logits_is_left_to_the_model() -> None:
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma2Config(**shape, num_key_value_heads=1, head_dim=8, vocab_size=32, final_logit_softcapping=0.1)
+    policy = Policy(AutoModelForCausalLM.from_config(config))
+    assert not policy._kind.has_linear_head
+    batch = in_groups()
+    for micro in pack(batch, 200, is_shared=policy.can_share):
+        logp_BT = policy.logp_BT(micro)
+        for b, index in enumerate(micro.index):
+            logp, _ = plain_logp(policy, batch[index], 0.7)
+            torch.testing.assert_close(logp_BT[b][micro.mask_BT[b]], logp, atol=1e-4, rtol=1e-4)
+
+
+def test_a_recurrent_model_is_fed_one_rollout_a_row() -> None:
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=32, state_size=4)
+    policy = Policy(AutoModelForCausalLM.from_config(config))
+    assert not policy.can_share
 
 
 def test_two_runs_from_the_same_state_end_in_the_same_bits(tiny_qwen) -> None:
@@ -111,7 +196,28 @@ def test_behaviour_logp_may_come_from_retained_weights(tiny_qwen) -> None:
     packed = pack(rollouts(), 64)
     with torch.no_grad():
         behaviour = [Policy(tiny_qwen(seed=1)).logp_BT(micro) for micro in packed]
-    assert Learner(Policy(tiny_qwen())).step(packed, behaviour).ratio_max > 1.5
+    stale = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3, importance_cap=1.5))
+    metrics = stale.step(packed, behaviour)
+    assert 0 < metrics.importance < 1.5
+    assert metrics.ratio_max == 1.0
+    fresh = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3))
+    assert fresh.step(packed).importance == 1.0
+    assert digest(fresh) != digest(stale)
+    with torch.no_grad():
+        own = [Policy(tiny_qwen()).logp_BT(micro) for micro in packed]
+    same = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3))
+    same.step(packed, own)
+    assert digest(same) == digest(fresh)
+
+
+def test_a_reference_holds_the_policy_back(tiny_qwen) -> None:
+    def moved(weight: float) -> float:
+        learner = Learner(
+            Policy(tiny_qwen()), Optimisation(lr=1e-3, objective=Objective(kl=weight)), reference=Policy(tiny_qwen())
+        )
+        return [learner.step(pack(rollouts(), 200)) for _ in range(6)][-1].kl
+
+    assert moved(0.0) > 2 * moved(10.0) > 0
 
 
 def test_microbatches_do_not_change_the_step(tiny_qwen) -> None:

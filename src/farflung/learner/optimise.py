@@ -1,16 +1,16 @@
-"""One optimizer step on a batch of rollouts: behaviour log-probabilities, loss, accumulation, clip, AdamW.
+"""One optimizer step on a batch of rollouts: old log-probabilities, loss, accumulation, clip, AdamW.
 
-Legend: B rollouts, T positions.
+Legend: B rollouts, T positions of their completions.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from farflung.learner.loss import LossParts, Normalise, clipped_loss, denominator, mismatch_kl
-from farflung.learner.pack import MicroBatch
+from farflung.learner.loss import LossParts, Objective, Sample, denominator, importance, mismatch_kl, policy_loss
+from farflung.learner.pack import MicroBatch, fill
 from farflung.learner.policy import Policy
 
 
@@ -27,11 +27,9 @@ class Optimisation:
     max_grad_norm: float = 1.0
     minibatches: int = 1
     """Optimizer updates per step; each takes its share of the micro-batches, dealt out in turn."""
-    epsilon: float = 0.2
-    delta: float = 4.0
-    normalise: Normalise = "token"
-    constant: float = 1.0
-    """Tokens per rollout that `normalise = "constant"` divides by; the token budget is the usual choice."""
+    importance_cap: float = 2.0
+    """Most that a stale token counts, where its behaviour log-probability is given."""
+    objective: Objective = field(default_factory=Objective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +48,22 @@ class StepMetrics:
     """Between the log-probabilities that workers sent and ours, over the tokens for which one came."""
     tokens: int
     lr: float
+    kl: float = 0.0
+    """To the reference, in nats per token; 0 without one."""
+    importance: float = 1.0
+    """Importance weight of stale tokens; 1 where none are given."""
+    fill: float = 1.0
+    """Share of the tokens fed to the model that are no padding."""
 
 
 class Learner:
     """A policy and its optimizer; `updates` counts optimizer updates since the beginning."""
 
-    def __init__(self, policy: Policy, settings: Optimisation | None = None) -> None:
-        self.policy = policy
+    def __init__(
+        self, policy: Policy, settings: Optimisation | None = None, *, reference: Policy | None = None
+    ) -> None:
+        """`reference` is what `objective.kl` pulls towards; it is only read."""
+        self.policy, self.reference = policy, reference
         self.settings = settings or Optimisation()
         self.updates = 0
         self.optimizer = torch.optim.AdamW(
@@ -67,64 +74,79 @@ class Learner:
             fused=True,
         )
 
-    def step(self, microbatches: Sequence[MicroBatch], old_logp: Sequence[torch.Tensor] | None = None) -> StepMetrics:
+    def step(self, microbatches: Sequence[MicroBatch], behaviour: Sequence[torch.Tensor] | None = None) -> StepMetrics:
         """Take one step; bit for bit the same from the same state, batch, machine and number of threads.
 
-        `old_logp` (B, T) per micro-batch is the behaviour policy's, recomputed on the trusted side from retained
-        weights. By default it is the present policy's as the step begins, so the first update has ratio 1.
+        `behaviour` (B, T) per micro-batch are log-probabilities under the weights that each rollout was leased at,
+        recomputed on the trusted side; stale tokens then count by `importance`. The ratio is always taken against the
+        policy as the step begins, so it is 1 in the first update.
         """
         tally = _Tally()
         with _deterministic():
-            if old_logp is None:
-                old_logp = self._behaviour(microbatches)
-            count = self.settings.minibatches
-            for k in range(min(count, len(microbatches))):
-                self._update(microbatches[k::count], old_logp[k::count] if old_logp else None, tally)
-        return tally.metrics(self._lr())
+            count = min(self.settings.minibatches, len(microbatches))
+            old = self._before(microbatches) if count > 1 else [None] * len(microbatches)
+            given = behaviour or [None] * len(microbatches)
+            for k in range(count):
+                self._update(list(zip(microbatches, old, given, strict=True))[k::count], tally)
+        return tally.metrics(self._lr(), fill(microbatches))
 
-    def _behaviour(self, microbatches: Sequence[MicroBatch]) -> list[torch.Tensor] | None:
-        """Log-probabilities before the first update; None if there is only one update, whose own pass yields them."""
-        if min(self.settings.minibatches, len(microbatches)) <= 1:
-            return None
+    def _before(self, microbatches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Log-probabilities before the first of several updates; of a single one, its own pass yields them."""
         with torch.no_grad():
             return [self.policy.logp_BT(micro) for micro in microbatches]
 
-    def _update(
-        self, microbatches: Sequence[MicroBatch], old_logp: Sequence[torch.Tensor] | None, tally: "_Tally"
-    ) -> None:
-        settings = self.settings
-        total = sum(denominator(micro.mask_BT, settings.normalise, settings.constant) for micro in microbatches)
+    def _update(self, parts: Sequence["_Part"], tally: "_Tally") -> None:
+        objective = self.settings.objective
+        total = sum(denominator(micro.mask_BT, objective.normalise, objective.constant) for micro, _, _ in parts)
         self.optimizer.zero_grad(set_to_none=True)
-        for k, micro in enumerate(microbatches):
-            loss = self._loss(micro.to(self.policy.device), old_logp[k] if old_logp else None, total, tally)
-            loss.backward()
+        for micro, old_logp_BT, behaviour_BT in parts:
+            self._loss(micro.to(self.policy.device), old_logp_BT, behaviour_BT, total, tally).backward()
         parameters = self.optimizer.param_groups[0]["params"]
-        tally.grad_norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)))
+        tally.grad_norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)))
         self.updates += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         self.optimizer.step()
 
-    def _loss(self, micro: MicroBatch, old_logp_BT: torch.Tensor | None, total: float, tally: "_Tally") -> torch.Tensor:
+    def _loss(
+        self,
+        micro: MicroBatch,
+        old_logp_BT: torch.Tensor | None,
+        behaviour_BT: torch.Tensor | None,
+        total: float,
+        tally: "_Tally",
+    ) -> torch.Tensor:
+        objective = self.settings.objective
         logp_BT, entropy_BT = self.policy.logp_entropy_BT(micro)
-        loss, parts = clipped_loss(
+        old_BT = logp_BT.detach() if old_logp_BT is None else old_logp_BT
+        weight_BT = None if behaviour_BT is None else importance(old_BT, behaviour_BT, self.settings.importance_cap)
+        sample = Sample(
             logp_BT,
-            logp_BT.detach() if old_logp_BT is None else old_logp_BT,
+            old_BT,
             micro.adv_B,
             micro.mask_BT,
-            epsilon=self.settings.epsilon,
-            delta=self.settings.delta,
-            normalise=self.settings.normalise,
-            constant=self.settings.constant,
-            total=total,
+            weight_BT,
+            self._reference(micro),
+            entropy_BT if objective.entropy else None,
         )
-        tally.add(float(loss.detach()), parts, float(entropy_BT.sum()))
-        tally.compare(micro, logp_BT.detach() if old_logp_BT is None else old_logp_BT)
+        loss, parts = policy_loss(sample, objective, total)
+        tally.add(float(loss.detach()), parts, float(entropy_BT.detach().sum()))
+        tally.compare(micro, old_BT, weight_BT)
         return loss
+
+    def _reference(self, micro: MicroBatch) -> torch.Tensor | None:
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            return self.reference.logp_BT(micro)
 
     def _lr(self) -> float:
         """Linear warm-up over the first updates, then constant."""
         return self.settings.lr * min(1.0, self.updates / max(self.settings.warmup_steps, 1))
+
+
+_Part = tuple[MicroBatch, torch.Tensor | None, torch.Tensor | None]
+"""A micro-batch, its old log-probabilities and those of its behaviour policy, each where there are any."""
 
 
 class _Tally:
@@ -133,7 +155,8 @@ class _Tally:
     def __init__(self) -> None:
         self.grad_norms: list[float] = []
         self._loss = self._clipped = self._ratio_sum = self._ratio_max = self._entropy = self._kl = 0.0
-        self._tokens = self._claimed = 0
+        self._reference_kl = self._weight = 0.0
+        self._tokens = self._claimed = self._weighed = 0
 
     def add(self, loss: float, parts: LossParts, entropy: float) -> None:
         self._loss += loss
@@ -142,16 +165,20 @@ class _Tally:
         self._ratio_sum += parts.ratio_sum
         self._ratio_max = max(self._ratio_max, parts.ratio_max)
         self._entropy += entropy
+        self._reference_kl += parts.kl_sum
 
-    def compare(self, micro: MicroBatch, logp_BT: torch.Tensor) -> None:
-        """Add the distance between what workers claimed and what we found, where they claimed anything."""
+    def compare(self, micro: MicroBatch, logp_BT: torch.Tensor, weight_BT: torch.Tensor | None) -> None:
+        """Add importance weights, and the distance between what workers claimed and what we found, if they did."""
+        if weight_BT is not None:
+            self._weight += float(weight_BT[micro.mask_BT].sum())
+            self._weighed += int(micro.mask_BT.sum())
         if micro.worker_logp_BT is None:
             return
         is_claimed_BT = micro.mask_BT & ~micro.worker_logp_BT.isnan()
         self._kl += mismatch_kl(micro.worker_logp_BT, logp_BT, is_claimed_BT)
         self._claimed += int(is_claimed_BT.sum())
 
-    def metrics(self, lr: float) -> StepMetrics:
+    def metrics(self, lr: float, fill: float) -> StepMetrics:
         tokens, updates = max(self._tokens, 1), max(len(self.grad_norms), 1)
         return StepMetrics(
             loss=self._loss / updates,
@@ -163,6 +190,9 @@ class _Tally:
             mismatch_kl=self._kl / max(self._claimed, 1),
             tokens=self._tokens,
             lr=lr,
+            kl=self._reference_kl / tokens,
+            importance=self._weight / self._weighed if self._weighed else 1.0,
+            fill=fill,
         )
 
 

@@ -1,15 +1,28 @@
-"""Packs rollouts into right-padded micro-batches of bounded size.
+"""Packs rollouts into micro-batches of bounded size: a prompt that several rollouts share is computed once.
 
-Legend: B rollouts of a micro-batch, T positions. The loss mask follows from where each segment came from.
+A *tree* is a prompt and the completions that follow it, side by side in one row; an attention mask keeps completions,
+and trees in one row, from seeing each other. Rows longer than `ROW_TOKENS` hold one rollout each and need no mask.
+
+    row      p0 p1 p2 | a0 a1 a2 | b0 b1 | q0 q1 | c0
+    place     0  1  2 |  3  4  5 |  3  4 |  0  1 |  2
+    tree      0  0  0 |  0  0  0 |  0  0 |  1  1 |  1
+    member   -1 -1 -1 |  0  0  0 |  1  1 | -1 -1 |  0
+
+Legend: B rollouts of a micro-batch, T positions of their completions, R fed rows of W tokens, N trained tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 Source = Literal["prompt", "model", "env"]
+
+ROW_TOKENS = 512
+"""Most tokens of a row that holds several completions; attention to what is masked grows with its square."""
+_WORTH_SHARING = 0.5
+"""A prompt shorter than this share of the completion is computed anew for each: masked attention would cost more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,74 +42,207 @@ class Rollout:
     temperature: float
     worker_logp: tuple[float, ...] | None = None
     """One number per model token, as the worker claims it: a metric, never part of the loss."""
+    step: int = -1
+    """The policy that it was leased at; -1 for the present one."""
 
     def __len__(self) -> int:
         return sum(len(segment.ids) for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """What the model is fed."""
+
+    ids_RW: torch.Tensor
+    """int64, 0 where padded, which is on the right."""
+    place_RW: torch.Tensor
+    tree_RW: torch.Tensor
+    """Which tree of the row a token belongs to, -1 for padding."""
+    member_RW: torch.Tensor
+    """Which completion of its tree, -1 for the prompt and for padding."""
+    predictor_N: torch.Tensor
+    """Place, counted over all rows, that predicts each trained token, in the order of `mask_BT`."""
+    is_plain: bool
+    """Whether each row is one rollout, so that causal attention is enough."""
+
+    def mask(self) -> torch.Tensor:
+        """Who sees whom, bool (R, 1, W, W): the prompt, and of one's own completion what came before."""
+        column_W = torch.arange(self.ids_RW.shape[1], device=self.ids_RW.device)
+        is_tree = self.tree_RW[:, :, None] == self.tree_RW[:, None, :]
+        is_seen = (self.member_RW[:, None, :] < 0) | (self.member_RW[:, :, None] == self.member_RW[:, None, :])
+        return (is_tree & is_seen & (column_W <= column_W[:, None]))[:, None]
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Rollouts that go through the model together. Row b is `rollouts[index[b]]` of what was packed."""
 
-    ids_BT: torch.Tensor
-    """int64, 0 where padded; position t of a row is its column t, so no position ids are needed."""
+    token_BT: torch.Tensor
+    """int64, what follows each prompt, 0 where padded."""
     mask_BT: torch.Tensor
-    """bool, True on tokens that the model wrote; never in column 0, which nothing predicts."""
+    """bool, True on tokens that the model wrote."""
     adv_B: torch.Tensor
     temperature_B: torch.Tensor
     """Sampling temperatures; 1 stands for greedy rollouts, whose log-probabilities are taken at 1."""
     index: tuple[int, ...]
+    rows: Rows
     worker_logp_BT: torch.Tensor | None = None
     """float32, NaN where the worker sent none."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
-        tensors = (self.ids_BT, self.mask_BT, self.adv_B, self.temperature_B)
-        worker = None if self.worker_logp_BT is None else self.worker_logp_BT.to(device)
-        return MicroBatch(*(tensor.to(device) for tensor in tensors), self.index, worker)
+        return replace(
+            self,
+            token_BT=self.token_BT.to(device),
+            mask_BT=self.mask_BT.to(device),
+            adv_B=self.adv_B.to(device),
+            temperature_B=self.temperature_B.to(device),
+            rows=Rows(*(_moved(getattr(self.rows, name), device) for name in Rows.__dataclass_fields__)),
+            worker_logp_BT=_moved(self.worker_logp_BT, device),
+        )
 
 
-def pack(rollouts: Sequence[Rollout], tokens_per_microbatch: int) -> list[MicroBatch]:
-    """Micro-batches of at most `tokens_per_microbatch` padded tokens, shortest rollouts first.
+@dataclass(slots=True)
+class _Tree:
+    """A prompt and the completions, by the index of their rollout, that follow it."""
 
-    Rollouts of like length share a batch. The order is a function of the rollouts alone: length, then place in the
-    sequence. A rollout longer than the bound gets a micro-batch of its own; empty ones are left out.
+    prompt: tuple[int, ...]
+    members: list[int] = field(default_factory=list)
+    width: int = 0
+    """Tokens that are fed: the last one of a completion predicts nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A rollout as prompt and completion."""
+
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    is_model: tuple[bool, ...]
+
+
+def pack(rollouts: Sequence[Rollout], tokens_per_microbatch: int, *, is_shared: bool = True) -> list[MicroBatch]:
+    """Micro-batches of at most `tokens_per_microbatch` fed tokens, padding included, longest rows first.
+
+    The order is a function of the rollouts alone. A rollout longer than the bound gets a micro-batch of its own; those
+    without anything to train on are left out. Without `is_shared` every row is one rollout, for models that do not
+    obey an attention mask.
     """
-    return [_batch(rollouts, chunk) for chunk in _chunks([len(rollout) for rollout in rollouts], tokens_per_microbatch)]
+    parts = {index: split for index, rollout in enumerate(rollouts) if any((split := _split(rollout)).is_model)}
+    trees = _trees(parts, min(ROW_TOKENS, tokens_per_microbatch) if is_shared else 0)
+    return [_batch(rollouts, parts, rows) for rows in _layouts(trees, tokens_per_microbatch, is_shared=is_shared)]
 
 
-def _chunks(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
-    chunk: list[int] = []
-    for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: lengths[i]):
-        if chunk and lengths[index] * (len(chunk) + 1) > most_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(index)
-    if chunk:
-        yield chunk
+def fill(microbatches: Sequence[MicroBatch]) -> float:
+    """Share of the fed tokens that are no padding; 1 if nothing is fed."""
+    fed = sum(micro.rows.ids_RW.numel() for micro in microbatches)
+    return sum(int((micro.rows.tree_RW >= 0).sum()) for micro in microbatches) / fed if fed else 1.0
 
 
-def _batch(rollouts: Sequence[Rollout], chunk: Sequence[int]) -> MicroBatch:
-    rows = [rollouts[index] for index in chunk]
-    shape = (len(rows), max(len(row) for row in rows))
-    ids_BT, mask_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+def _split(rollout: Rollout) -> _Parts:
+    """What comes before the first token of the model, at least one token, and what follows."""
+    flat = [(token, segment.source == "model") for segment in rollout.segments for token in segment.ids]
+    start = max(1, next((place for place, (_, is_model) in enumerate(flat) if is_model), len(flat)))
+    ids, is_model = tuple(token for token, _ in flat), tuple(is_model for _, is_model in flat)
+    return _Parts(ids[:start], ids[start:], is_model[start:])
+
+
+def _trees(parts: dict[int, _Parts], most_tokens: int) -> list[_Tree]:
+    """Rollouts of one prompt together as far as `most_tokens` go; the widest first."""
+    of_prompt: dict[tuple[int, ...], _Tree] = {}
+    trees: list[_Tree] = []
+    for index, part in parts.items():
+        tree = of_prompt.get(part.prompt)
+        more = len(part.ids) - 1
+        is_worth = len(part.prompt) >= _WORTH_SHARING * len(part.ids)
+        if tree is None or not is_worth or tree.width + more > most_tokens:
+            tree = _Tree(part.prompt, width=len(part.prompt))
+            trees.append(tree)
+            if is_worth:
+                of_prompt[part.prompt] = tree
+        tree.members.append(index)
+        tree.width += more
+    return sorted(trees, key=lambda tree: -tree.width)
+
+
+def _layouts(trees: Sequence[_Tree], most_tokens: int, *, is_shared: bool) -> Iterator[list[list[_Tree]]]:
+    """Rows that go through the model at once, each a list of trees; a short tree fills a longer row's rest."""
+    rows: list[list[_Tree]] = []
+    for tree in trees:
+        width = rows[0][0].width if rows else 0
+        is_masked = is_shared and width <= ROW_TOKENS
+        free = next((row for row in rows if is_masked and sum(t.width for t in row) + tree.width <= width), None)
+        if free is not None:
+            free.append(tree)
+            continue
+        is_other_kind = is_shared and width > ROW_TOKENS >= tree.width
+        if rows and (width * (len(rows) + 1) > most_tokens or is_other_kind):
+            yield rows
+            rows = []
+        rows.append([tree])
+    if rows:
+        yield rows
+
+
+def _batch(rollouts: Sequence[Rollout], parts: dict[int, _Parts], rows: Sequence[Sequence[_Tree]]) -> MicroBatch:
+    index = tuple(member for row in rows for tree in row for member in tree.members)
+    shape = (len(index), max(len(parts[member].ids) for member in index))
+    token_BT, mask_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     worker_logp_BT = torch.full(shape, float("nan"))
-    for b, row in enumerate(rows):
-        ids_BT[b, : len(row)] = torch.tensor([token for segment in row.segments for token in segment.ids])
-        mask_BT[b, : len(row)] = torch.tensor([s.source == "model" for s in row.segments for _ in s.ids])
-        _place_worker_logp(worker_logp_BT[b], mask_BT[b], row.worker_logp)
-    mask_BT[:, 0] = False
+    for b, member in enumerate(index):
+        part = parts[member]
+        token_BT[b, : len(part.ids)] = torch.tensor(part.ids)
+        mask_BT[b, : len(part.ids)] = torch.tensor(part.is_model)
+        _place_worker_logp(worker_logp_BT[b], mask_BT[b], rollouts[member].worker_logp)
+    chosen = [rollouts[member] for member in index]
     return MicroBatch(
-        ids_BT=ids_BT,
+        token_BT=token_BT,
         mask_BT=mask_BT,
-        adv_B=torch.tensor([row.advantage for row in rows]),
-        temperature_B=torch.tensor([row.temperature if row.temperature > 0 else 1.0 for row in rows]),
-        index=tuple(chunk),
-        worker_logp_BT=worker_logp_BT if any(row.worker_logp for row in rows) else None,
+        adv_B=torch.tensor([rollout.advantage for rollout in chosen]),
+        temperature_B=torch.tensor([rollout.temperature if rollout.temperature > 0 else 1.0 for rollout in chosen]),
+        index=index,
+        rows=_rows(parts, rows),
+        worker_logp_BT=worker_logp_BT if any(rollout.worker_logp for rollout in chosen) else None,
     )
+
+
+def _rows(parts: dict[int, _Parts], rows: Sequence[Sequence[_Tree]]) -> Rows:
+    width = max(sum(tree.width for tree in row) for row in rows)
+    ids_RW, place_RW = torch.zeros(2, len(rows), width, dtype=torch.long)
+    tree_RW, member_RW = torch.full((2, len(rows), width), -1)
+    predictor: list[int] = []
+    for r, row in enumerate(rows):
+        at = 0
+        for number, tree in enumerate(row):
+            columns = slice(at, at + tree.width)
+            ids, place, member, found = _lay(tree, parts)
+            ids_RW[r, columns], place_RW[r, columns] = torch.tensor(ids), torch.tensor(place)
+            tree_RW[r, columns], member_RW[r, columns] = number, torch.tensor(member)
+            predictor += [r * width + at + column for column in found]
+            at += tree.width
+    is_plain = all(len(row) == 1 and len(row[0].members) == 1 for row in rows)
+    return Rows(ids_RW, place_RW, tree_RW, member_RW, torch.tensor(predictor), is_plain)
+
+
+def _lay(tree: _Tree, parts: dict[int, _Parts]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Ids, places and members of a tree's tokens, and the column that predicts each of its trained tokens."""
+    start = len(tree.prompt)
+    ids, place, member, predictor = list(tree.prompt), list(range(start)), [-1] * start, []
+    for number, index in enumerate(tree.members):
+        part, at = parts[index], len(ids)
+        fed = part.ids[:-1]
+        ids += fed
+        place += range(start, start + len(fed))
+        member += [number] * len(fed)
+        predictor += [start - 1 if k == 0 else at + k - 1 for k, is_model in enumerate(part.is_model) if is_model]
+    return ids, place, member, predictor
 
 
 def _place_worker_logp(worker_logp_T: torch.Tensor, mask_T: torch.Tensor, claimed: tuple[float, ...] | None) -> None:
     """Write the worker's figures where the model's tokens are; a list of the wrong length says nothing."""
     if claimed is not None and len(claimed) == int(mask_T.sum()):
         worker_logp_T[mask_T] = torch.tensor(claimed)
+
+
+def _moved(value: torch.Tensor | bool | None, device: torch.device) -> torch.Tensor | bool | None:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -1,6 +1,6 @@
 """The policy in training: a Hugging Face causal LM with float32 masters, its log-probabilities and its publication.
 
-Legend: B rollouts, T positions, N trained tokens, V vocabulary.
+Legend: B rollouts, T positions of their completions.
 """
 
 from collections.abc import Iterator
@@ -8,14 +8,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from farflung.learner.forward import find_kind, logp_entropy_BT
 from farflung.learner.pack import MicroBatch
 from farflung.protocol.errors import ConfigError
-
-_LOGITS_AT_ONCE = 1 << 25
-"""float32 logits held at once (128 MiB): the softmax of more tokens is taken in slices, recomputed backwards."""
 
 
 class Policy:
@@ -37,6 +34,7 @@ class Policy:
         self.compute_dtype = compute_dtype
         if is_checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        self._kind = find_kind(model)
 
     @classmethod
     def from_pretrained(
@@ -67,23 +65,16 @@ class Policy:
 
     def logp_BT(self, micro: MicroBatch) -> torch.Tensor:
         """log softmax(logits / T) of each trained token given what precedes it, float32 (B, T); 0 off the mask."""
-        return self.logp_entropy_BT(micro, with_entropy=False)[0]
+        return self.logp_entropy_BT(micro)[0]
 
-    def logp_entropy_BT(
-        self, micro: MicroBatch, *, with_entropy: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `logp_BT`, and the entropy in nats of each of those distributions, without gradient, (B, T).
+    def logp_entropy_BT(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `logp_BT`, and the entropy in nats of each of those distributions, (B, T); both with gradient."""
+        return logp_entropy_BT(self.model, micro, self._kind, self._autocast)
 
-        The output head runs on trained positions only: prompts and padding cost it nothing.
-        """
-        micro = micro.to(self.device)
-        logits_NV = self._logits(micro)
-        token_N = micro.ids_BT[micro.mask_BT]
-        temperature_N = micro.temperature_B[:, None].expand_as(micro.mask_BT)[micro.mask_BT]
-        logp_N, entropy_N = _sliced_logp(logits_NV, token_N, temperature_N, with_entropy)
-        zeros_BT = torch.zeros(micro.mask_BT.shape, device=self.device)
-        entropy_BT = zeros_BT.masked_scatter(micro.mask_BT, entropy_N) if with_entropy else None
-        return zeros_BT.masked_scatter(micro.mask_BT, logp_N), entropy_BT
+    @property
+    def can_share(self) -> bool:
+        """Whether completions of one prompt may stand in one row: the model obeys an attention mask and places."""
+        return self._kind.can_share
 
     def tensors(self, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, torch.Tensor]]:
         """What is published: (name, tensor) of every parameter and buffer, cast from the masters, tied twins once."""
@@ -98,40 +89,6 @@ class Policy:
                 seen.add(id(tensor))
                 yield name, tensor.detach()
 
-    def _logits(self, micro: MicroBatch) -> torch.Tensor:
-        """Logits (N, V) that predict each trained token, row after row. Padding is on the right: causal is enough."""
-        is_kept_BT = micro.mask_BT[:, 1:]
-        with self._autocast():
-            out = self.model(micro.ids_BT[:, :-1], use_cache=False, logits_to_keep=is_kept_BT)
-        return out.logits.view(-1, out.logits.shape[-1])
-
     def _autocast(self) -> AbstractContextManager[None]:
         is_mixed = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, self.compute_dtype if is_mixed else torch.bfloat16, enabled=is_mixed)
-
-
-def _sliced_logp(
-    logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor, with_entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy (empty if not asked for) of N tokens, in slices where the float32 copy is large."""
-    height = max(1, _LOGITS_AT_ONCE // logits_NV.shape[1])
-    if len(token_N) <= height:
-        return _logp(logits_NV, token_N, temperature_N, with_entropy)
-    parts = [
-        checkpoint(_logp, *slices, with_entropy, use_reentrant=False)
-        for slices in zip(logits_NV.split(height), token_N.split(height), temperature_N.split(height), strict=True)
-    ]
-    return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])
-
-
-def _logp(
-    logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor, with_entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    score_NV = logits_NV.float() / temperature_N[:, None]
-    log_sum_N = score_NV.logsumexp(dim=1)
-    logp_N = score_NV.gather(1, token_N[:, None])[:, 0] - log_sum_N
-    if not with_entropy:
-        return logp_N, logp_N.new_zeros(0)
-    with torch.no_grad():
-        mean_score_N = ((score_NV - log_sum_N[:, None]).exp_() * score_NV).sum(dim=1)
-        return logp_N, log_sum_N - mean_score_N

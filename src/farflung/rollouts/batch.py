@@ -85,7 +85,7 @@ def _rollouts(
     shares = advantages(rewards, divide_by_std=divide_by_std)[0].tolist()
     for rollout, advantage in zip(group.rollouts, shares, strict=True):
         segments = (prompt, Segment("model", tokens[rollout.rollout]))
-        yield Rollout(segments, advantage, temperature, logp.get(rollout.rollout))
+        yield Rollout(segments, advantage, temperature, logp.get(rollout.rollout), group.step)
 
 
 async def _bodies(

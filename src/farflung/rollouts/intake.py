@@ -192,7 +192,7 @@ def _receipt(book: Book, sender: Row[Any], parcel: Parcel, order: Sequence[str],
         tokens=sum(parcel.tokens[rollout] for rollout in order),
         received_at=now,
     )
-    return seal(book.key, RECEIPT, receipt)
+    return seal(book.receipts, RECEIPT, receipt)
 
 
 def _store(

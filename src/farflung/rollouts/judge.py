@@ -238,7 +238,7 @@ def _pronounce(
             step=audit.step,
             was_trusted=before.status == "trusted",
             submissions=record.submissions,
-            document=msgspec.msgpack.encode(seal(book.key, "verdict", verdict)),
+            document=msgspec.msgpack.encode(seal(book.verdicts, "verdict", verdict)),
         )
     )
     log.info("verdict node=%s outcome=%s reason=%s", audit.node, verdict.outcome, verdict.reason)

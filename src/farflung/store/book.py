@@ -29,6 +29,10 @@ class Book:
     eos_ids: frozenset[int]
     tasks: tuple[tuple[str, int], ...]
     """Training tasks by position: id and number of prompt tokens."""
+    receipts: Key
+    """What receipts are signed with."""
+    verdicts: Key
+    """What verdicts are signed with."""
     orders: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
     """How far the tasks of recent steps are opened, so that nobody looks from the beginning for every lease."""
 

@@ -112,7 +112,7 @@ def _pause_s(connection: Connection, book: Book, node: str, now: float) -> float
 def _issue_train(
     connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, latest: int, now: float
 ) -> Signed | Wait:
-    settings = assign_settings(book)
+    settings = assign_settings(book, latest)
     groups = _open_groups(connection, book, latest - settings.max_staleness)
     asker = Asker(ask.loaded_step if ask.loaded_step >= 0 else None, ask.slots, ask.context or ANY_CONTEXT)
     plan = assign(
@@ -129,15 +129,21 @@ def _issue_train(
     return _write(connection, book, node.node, plan, "train", now)
 
 
-def assign_settings(book: Book) -> AssignSettings:
-    """The pure assignment's view of the configuration."""
+def assign_settings(book: Book, latest: int) -> AssignSettings:
+    """The pure assignment's view of the configuration.
+
+    In lockstep new groups are of the latest policy, as many as some step takes, and whatever is missing of an older
+    one is leased again for as long as its step waits.
+    """
     config = book.config
+    is_lockstep = config.learn.lockstep
+    ahead = int(config.learn.groups * max(config.lease.ahead, config.learn.oversample))
     return AssignSettings(
-        max_staleness=config.learn.max_staleness,
-        max_lag=config.lease.max_lag,
+        max_staleness=config.learn.max_staleness + is_lockstep,
+        max_lag=0 if is_lockstep else config.lease.max_lag,
         lease_rollouts=config.lease.rollouts,
         group_size=config.generate.samples,
-        groups_ahead=int(config.learn.groups * max(config.lease.ahead, config.learn.oversample)),
+        groups_ahead=config.lockstep_groups(latest) if is_lockstep else ahead,
     )
 
 
@@ -196,10 +202,13 @@ _GROUPS_NOW = sa.select(
 
 
 def _groups_now(connection: Connection, book: Book, latest: int) -> int:
-    """Groups in progress or waiting for the trainer.
+    """Groups in progress or waiting for the trainer; in lockstep, all that were ever opened at the latest policy.
 
     Open ones too old to be leased do not count: enough of them, each short of a sample, would end all leasing.
     """
+    if book.config.learn.lockstep:
+        of_latest = sa.and_(GROUPS.c.run == book.run, GROUPS.c.purpose == "train", GROUPS.c.step == latest)
+        return connection.execute(sa.select(sa.func.count()).where(of_latest)).scalar_one()
     oldest = latest - max(1, book.config.learn.max_staleness) + 1
     return int(connection.execute(_GROUPS_NOW, {"of": book.run, "oldest": oldest}).scalar_one())
 

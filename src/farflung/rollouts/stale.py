@@ -1,0 +1,80 @@
+"""Trainer: log-probabilities of stale rollouts under the weights that they were leased at, by its own computation.
+
+They decide how much a stale token counts, so they are written down before the step that uses them: replayed after a
+crash, the step must come to the same bits, and the old weights may be gone by then.
+
+Legend: B rollouts of a micro-batch, T positions of their completions, N tokens of one rollout.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from farflung.learner.forward import find_kind, logp_entropy_BT
+from farflung.learner.pack import MicroBatch, Rollout, pack
+from farflung.protocol.errors import WeightsError
+
+Logp = dict[int, torch.Tensor]
+"""By the index of a rollout, the log-probability of each of its model tokens, float32 (N,)."""
+
+
+def stale(rollouts: Sequence[Rollout], present: int) -> dict[int, list[int]]:
+    """Indices of the rollouts that an earlier policy than `present` generated, by its step."""
+    found: dict[int, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        if rollout.step < present:
+            found.setdefault(rollout.step, []).append(index)
+    return found
+
+
+@torch.no_grad()
+def behaviour(model: PreTrainedModel, rollouts: Sequence[Rollout], which: Sequence[int], tokens: int) -> Logp:
+    """Log-probabilities of some rollouts under a model, `tokens` at a time."""
+    kind, found = find_kind(model), {}
+    for micro in pack([rollouts[index] for index in which], tokens, is_shared=kind.can_share):
+        logp_BT, _ = logp_entropy_BT(model, micro, kind, lambda: torch.autocast("cpu", enabled=False))
+        for b, place in enumerate(micro.index):
+            found[which[place]] = logp_BT[b][micro.mask_BT[b]]
+    return found
+
+
+def lay(packed: Sequence[MicroBatch], logp: Logp) -> list[torch.Tensor] | None:
+    """The same as (B, T) per micro-batch, not-a-number where a rollout is fresh; None if all are."""
+    if not logp:
+        return None
+    found = []
+    for micro in packed:
+        logp_BT = torch.full(micro.mask_BT.shape, float("nan"))
+        for b, index in enumerate(micro.index):
+            if index in logp:
+                logp_BT[b][micro.mask_BT[b]] = logp[index]
+        found.append(logp_BT)
+    return found
+
+
+def keep(logp: Logp, folder: Path, step: int) -> None:
+    """Write a step's log-probabilities, complete or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f"{_name(step)}.part"
+    save_file({str(index): values.contiguous() for index, values in logp.items()}, draft)
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    draft.replace(folder / _name(step))
+
+
+def kept(folder: Path, step: int) -> Logp:
+    """What was written for a step. Raises WeightsError if it is gone."""
+    path = folder / _name(step)
+    if not path.exists():
+        raise WeightsError(
+            f"{path} is missing; step {step} trained on stale rollouts and cannot be replayed without it"
+        )
+    return {int(index): values for index, values in load_file(path).items()}
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}.safetensors"
