@@ -146,11 +146,13 @@ def writing(connection: Connection) -> Generator[None]:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITE_LOCK)))
         acts = list[Callable[[], None]]()
-        connection.info.update(events=list[Event](), memo=dict[Any, Any](), acts=acts)
+        info = connection.info  # a connection that is lost meanwhile has none
+        info.update(events=list[Event](), memo=dict[Any, Any](), acts=acts)
         try:
             yield
         finally:
-            del connection.info["events"], connection.info["memo"], connection.info["acts"]
+            for name in ("events", "memo", "acts"):
+                info.pop(name, None)
     for act in acts:
         act()
 
