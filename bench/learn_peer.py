@@ -3,8 +3,9 @@
     python learn_peer.py SPEC.json STEPS.jsonl
 
 SPEC names model, tasks, groups, samples, budget, lr, betas, seed, threads, is_bf16, most_steps and until. One line is
-written per step: its number, seconds since training began, mean reward and completion tokens. Training ends once the
-mean reward of five steps reaches `until`. The reward is the last number of the reply, compared as farflung compares it.
+written per step: its number, wall and CPU-seconds since training began, mean reward and completion tokens. Training
+ends once the mean reward of five steps reaches `until`. The reward is the last number of the reply, compared as
+farflung compares it.
 """
 
 import json
@@ -30,18 +31,18 @@ class Curve(TrainerCallback):
     """Writes a line per step and stops where the peer has learned enough."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rewards, self.began = path, [], 0.0
+        self.path, self.rewards, self.began, self.cpu_began = path, [], 0.0, 0.0
 
     def on_train_begin(self, args, state, control, **more) -> None:
-        self.began = time.monotonic()
+        self.began, self.cpu_began = time.monotonic(), time.process_time()
 
     def on_log(self, args, state, control, logs=None, **more) -> None:
         if "reward" not in (logs or {}):
             return
         self.rewards.append(logs["reward"])
         tokens = round(logs["completions/mean_length"] * SPEC["groups"] * SPEC["samples"])
-        seconds = time.monotonic() - self.began
-        line = {"step": state.global_step, "at_s": seconds, "reward": logs["reward"], "tokens": tokens}
+        seconds, cpu_s = time.monotonic() - self.began, time.process_time() - self.cpu_began
+        line = {"step": state.global_step, "at_s": seconds, "cpu_s": cpu_s, "reward": logs["reward"], "tokens": tokens}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         last = self.rewards[-WINDOW:]

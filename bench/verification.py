@@ -33,7 +33,6 @@ from farflung.engine.precision import arithmetic, rounded
 from farflung.envs.sums import Sums
 from farflung.learner import checkpoint
 from farflung.rollouts.tripwire import tripped
-from farflung.rollouts.verify import FIRST
 from farflung.tasks.found import Model
 from farflung.trust import evidence
 from farflung.trust.evidence import Profile, Seen
@@ -286,15 +285,15 @@ def cheats(weights: Tensors, vocab: int, rng: np.random.Generator) -> dict[str, 
 
 
 def replayed(part: Sequence[Finding]) -> list[Finding]:
-    """What a validator replays of a submission (`farflung.rollouts.verify.more`): the first rollouts, one by one what
-    looks like a cheat's until it is decided, else all.
+    """What a validator replays of a submission (`farflung.rollouts.verify.more`): until it is decided, one by one what
+    looks like a cheat's, else as many again.
     """
-    for count in range(FIRST, len(part)):
+    count = 1
+    while count < len(part):
         total = evidence.submission_log_ratios([np.array(one.log_ratios) for one in part[:count]])
         if evidence.is_void(total):
             return list(part[:count])
-        if evidence.mean_log_ratio(total) <= 0:
-            break
+        count += 1 if evidence.mean_log_ratio(total) > 0 else count
     return list(part)
 
 
@@ -515,6 +514,7 @@ def _sum_up(parts: Sequence[dict[str, Any]], rng: np.random.Generator, count: in
         "honest_tokens": sum(row["tokens"] for row in counting),
         "honest_rollouts_of_all_pairs": sum(part["rollouts"] for part in parts),
         "honest_ejected": sum(part["ejected"] for part in parts),
+        "honest_voided": sum(row["voided"] for row in counting),
         "honest_mean_e": float(mean.mean()),
         "honest_mean_e_interval": [float(mean.mean() + z * mean.std() / math.sqrt(len(mean))) for z in (-1.96, 1.96)],
         "honest_lives": count,

@@ -32,7 +32,7 @@ from farflung.store.blobs import Blobs
 from farflung.store.book import Book
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
-from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, TABLE_OF
+from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, STEPS, TABLE_OF
 from farflung.tasks.found import Model, found, seal_papers, weights_key
 from farflung.tasks.keyring import Keyring
 from farflung.trust.evidence import Profile, Profiles, Tally
@@ -453,7 +453,11 @@ class House:
         held = defaultdict(Counter)
         for row in self.rows(sa.select(ROLLOUTS.c.group, ROLLOUTS.c.status)):
             held[row.group][row.status] += 1
+        open_groups = self.statuses(GROUPS, purpose="train")["open"]
+        assert sum(row.open_groups for row in self.rows(sa.select(STEPS.c.open_groups))) == open_groups
         for group in self.rows(sa.select(GROUPS)):
+            owned = sum(count for status, count in held[group.group].items() if status in LIVE_ROLLOUT)
+            assert group.free == group.samples - owned, (group, held[group.group])
             whole = {"complete": "accepted", "batched": "batched", "trained": "trained"}.get(group.status)
             if whole:
                 assert held[group.group][whole] == group.samples, (group, held[group.group])

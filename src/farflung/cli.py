@@ -58,10 +58,10 @@ def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, 
 @app.command
 def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
     """Admit nodes, hand out leases, take rollouts in, keep records and ledger."""
-    from farflung.coordinator import serve
+    from farflung.ops.fleet import serve_all
 
     start_logging(json)
-    asyncio.run(serve(load(config, flags)))
+    serve_all(load(config, flags))
 
 
 @app.command

@@ -69,6 +69,10 @@ class LearnSection(Section):
     groups: int = setting(16, "Groups with variance in reward that make a step.", ge=1)
     oversample: float = setting(2.0, "A step also closes at this multiple of `groups` complete ones.", ge=1)
     max_staleness: int = setting(2, "Most steps between the policy that generated and the one trained.", ge=0)
+    lockstep: bool = setting(
+        False,
+        "Step s trains on the groups of policy s - 1 - max_staleness, all and only those: same run, same weights.",
+    )
     lr: float = setting(1e-6, "Learning rate of AdamW.", gt=0)
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.", ge=0)
     minibatches: int = setting(1, "Optimizer steps per training step.", ge=1)
@@ -159,6 +163,7 @@ class EvalSection(Section):
 class CoordinatorSection(Section):
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(0, "Port to listen on; 0 for any free one.", ge=0, le=65_535)
+    processes: int = setting(1, "Processes that answer on the one port, each on a core of its own.", ge=1, le=64)
     database: str = setting(
         "",
         "`sqlite:////file` or `postgresql://user@host/name`; empty for SQLite in the run's folder.",
@@ -268,6 +273,10 @@ class Config(Section):
     swarm: SwarmSection = SwarmSection()
     prices: PricesSection = PricesSection()
     sinks: SinksSection = SinksSection()
+
+    def lockstep_groups(self, policy: int) -> int:
+        """Groups that are generated with the policy of a step, in lockstep: the first ones train on the base model."""
+        return self.learn.groups * (self.learn.max_staleness + 1 if policy == 0 else 1)
 
     @property
     def folder(self) -> Path:

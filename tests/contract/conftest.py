@@ -1,4 +1,4 @@
-"""Every kind of store: SQLite and a real PostgreSQL, a folder and S3. Each test has a database and bucket of its own."""
+"""Every kind of store: SQLite and a real PostgreSQL, a folder and S3. Each test has a database and a bucket."""
 
 import itertools
 import urllib.request

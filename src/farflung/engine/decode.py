@@ -6,9 +6,10 @@ Legend: R requests, B live rows, T positions, V vocabulary, D hidden size, K pos
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from farflung.engine.base import Completion, Request
+from farflung.engine.cache import RoomyCache, compacted
 from farflung.engine.fingerprint import Sketches, Tap, tapped
 from farflung.engine.noise import gumbel
 
@@ -71,9 +72,9 @@ class _Rows:
 
     def __init__(self, model: PreTrainedModel, requests: Sequence[Request], tap: Tap | None = None) -> None:
         self._model, self._tap = model, tap
-        self._cache = DynamicCache(config=model.config)
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
         width, horizon = max(map(len, prompts)), max(request.budget for request in requests)
+        self._cache = RoomyCache(model, width + horizon)
         start_B1 = torch.tensor([[width - len(prompt)] for prompt in prompts], device=model.device)
         column_T = torch.arange(width + horizon, device=model.device)
         self._mask_BT = (column_T >= start_B1).long() if start_B1.any() else None
@@ -83,7 +84,8 @@ class _Rows:
         self._forward(ids_BT, self._place_BT[:, :width])
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
         asked_B = torch.tensor([row_of[request.prompt_ids] for request in requests], device=model.device)
-        self.keep(asked_B)
+        self._cache.spread(asked_B)
+        self._choose(asked_B)
         self.logits_BV = self.logits_BV[asked_B]
         if self.fed_BD is not None:
             self.fed_BD = self.fed_BD[asked_B]
@@ -95,8 +97,11 @@ class _Rows:
         self._forward(token_B[:, None], place_B1)
 
     def keep(self, live_B: torch.Tensor) -> None:
-        """Go on with these rows, some perhaps more than once; the logits are the caller's to make anew."""
-        self._cache.reorder_cache(live_B)
+        """Go on with these rows; the logits are the caller's to make anew."""
+        self._cache.keep(live_B)
+        self._choose(live_B)
+
+    def _choose(self, live_B: torch.Tensor) -> None:
         self._place_BT = self._place_BT[live_B]
         if self._mask_BT is not None:
             self._mask_BT = self._mask_BT[live_B]
@@ -110,7 +115,7 @@ class _Rows:
             input_ids=ids_BT,
             position_ids=place_BT,
             attention_mask=mask_BT,
-            past_key_values=self._cache,
+            past_key_values=self._cache.layers,
             use_cache=True,
             logits_to_keep=is_last_BT,
         )
@@ -178,7 +183,7 @@ class _Record:
         if not is_done_B.any():
             return None
         self._length_R[self.row_B[is_done_B]] = position + 1
-        return (~is_done_B).nonzero()[:, 0]
+        return compacted(~is_done_B)
 
     def keep(self, live_B: torch.Tensor) -> None:
         self.row_B, self._budget_B = self.row_B[live_B], self._budget_B[live_B]

@@ -101,7 +101,7 @@ class Client:
             try:
                 return await once()
             except (Unreachable, Unavailable, Busy) as error:
-                wait_s = getattr(error, "retry_after_s", None) or pause_s * random.uniform(0.5, 1.5)
+                wait_s = (getattr(error, "retry_after_s", None) or pause_s) * random.uniform(0.75, 1.5)
                 if self.clock() + wait_s > since + self.patience_s:
                     raise
                 log.info("retrying path=%s in_s=%.1f because=%s", path, wait_s, error)

@@ -49,11 +49,14 @@ def _step(connection: Connection, book: Book, step: int) -> Row[Any] | None:
 
 def _open_step(connection: Connection, book: Book, step: int, now: float) -> str:
     """Choose the groups of a new step; gives what it waits for, or nothing once it is open. Step 0 takes none."""
-    chosen: list[Row[Any]] = []
+    chosen: list[Row[Any]] | None = []
     if step > 0:
-        ready = _ready(connection, book, step)
-        chosen = choose(ready, book.config.learn.groups, book.config.learn.oversample)
-        if not chosen:
+        if book.config.learn.lockstep:
+            ready, chosen = _lockstep(connection, book, step)
+        else:
+            ready = _ready(connection, book, step)
+            chosen = choose(ready, book.config.learn.groups, book.config.learn.oversample)
+        if chosen is None:
             useful = sum(row.is_informative for row in ready)
             return f"{useful} of {book.config.learn.groups} groups are ready ({len(ready)} complete)"
     identity = f"{book.run}-step-{step}"
@@ -85,14 +88,34 @@ def _ready(connection: Connection, book: Book, step: int) -> Sequence[Row[Any]]:
     return connection.execute(query.order_by(GROUPS.c.step, GROUPS.c.group)).all()
 
 
-def choose(ready: Sequence[Any], groups: int, oversample: float) -> list[Any]:
-    """The first groups that hold `groups` informative ones, or `oversample` times as many of any kind; else none."""
+def _lockstep(connection: Connection, book: Book, step: int) -> tuple[Sequence[Row[Any]], list[Row[Any]] | None]:
+    """What is complete of the groups that this step is bound to, and the step's share of them once all are.
+
+    They are those of one policy; the base model's are dealt out to the first steps in the order of their tasks. A group
+    that was dropped leaves the step smaller: none takes its place.
+    """
+    config = book.config
+    policy = max(0, step - 1 - config.learn.max_staleness)
+    query = sa.select(GROUPS).where(GROUPS.c.run == book.run, GROUPS.c.purpose == "train", GROUPS.c.step == policy)
+    rows = connection.execute(query.order_by(GROUPS.c.task)).all()
+    ready = [row for row in rows if row.status == "complete"]
+    is_whole = len(rows) >= config.lockstep_groups(policy) and all(row.status != "open" for row in rows)
+    first = (step - 1) * config.learn.groups if policy == 0 else 0
+    share = rows[first : first + config.learn.groups]
+    return ready, [row for row in share if row.status == "complete"] if is_whole else None
+
+
+def choose(ready: Sequence[Any], groups: int, oversample: float) -> list[Any] | None:
+    """The first groups that hold `groups` informative ones, or `oversample` times as many of any kind.
+
+    None if there are too few.
+    """
     useful = 0
     for count, row in enumerate(ready, 1):
         useful += bool(row.is_informative)
         if useful >= groups or count >= groups * oversample:
             return list(ready[:count])
-    return []
+    return None
 
 
 def _take(connection: Connection, chosen: Sequence[Row[Any]], step: int, now: float) -> None:
