@@ -127,7 +127,7 @@ def ours(folder: Path, seed: int, most_steps: int, until: float, threads: int) -
             "lr": LR,
             "beta1": BETAS[0],
             "beta2": BETAS[1],
-            "microbatch_tokens": 2048,
+            "microbatch_tokens": 1024,
             "checkpoint_every": 8,
             "threads": threads,
         },

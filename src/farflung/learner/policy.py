@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from farflung.learner.dither import dithered
 from farflung.learner.forward import find_kind, logp_entropy_BT
 from farflung.learner.pack import MicroBatch
 from farflung.learner.ranks import Ranks, shard, whole
@@ -26,6 +27,7 @@ class Policy:
         *,
         compute_dtype: torch.dtype = torch.float32,
         is_checkpointed: bool = False,
+        is_dithered: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         """Take a model; its parameters become float32. `is_checkpointed` trades a second forward pass for memory.
@@ -35,7 +37,7 @@ class Policy:
         the model is sharded, and every rank must do the same with it in the same order.
         """
         self.model = model.float().train(is_checkpointed)
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.is_dithered = compute_dtype, is_dithered
         if is_checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.ranks = ranks or Ranks()
@@ -52,6 +54,7 @@ class Policy:
         compute_dtype: torch.dtype = torch.float32,
         is_checkpointed: bool = False,
         device: str = "cpu",
+        is_dithered: bool = False,
         ranks: Ranks | None = None,
     ) -> "Policy":
         """Load a folder or a hub id; safetensors only, no remote code. Raises ConfigError if there is no such model."""
@@ -66,7 +69,13 @@ class Policy:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"no model at {str(source)!r}; give a folder or a model hub id ({reason})") from error
-        return cls(model.to(device), compute_dtype=compute_dtype, is_checkpointed=is_checkpointed, ranks=ranks)
+        return cls(
+            model.to(device),
+            compute_dtype=compute_dtype,
+            is_checkpointed=is_checkpointed,
+            is_dithered=is_dithered,
+            ranks=ranks,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -85,10 +94,14 @@ class Policy:
         """Whether completions of one prompt may stand in one row: the model obeys an attention mask and places."""
         return self._kind.can_share
 
-    def tensors(self, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is published: (name, tensor) of every parameter and buffer, cast from the masters, tied twins once."""
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is published: (name, bfloat16) of every parameter and buffer, cast from the masters, tied twins once."""
         for name, tensor in self.masters():
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
+            yield name, self.rounded(tensor) if tensor.is_floating_point() else tensor.clone()
+
+    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A whole master as it is published."""
+        return dithered(tensor) if self.is_dithered and tensor.dtype == torch.float32 else tensor.to(torch.bfloat16)
 
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the float32 masters themselves, whole, tied twins once, in the model's order."""
