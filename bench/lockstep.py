@@ -3,8 +3,8 @@
     python bench/lockstep.py [--quick] [--kills 20] [--seed 0]
 
 Runs the demo's model in lockstep once undisturbed, then again while its trainer is killed at random moments, and
-compares the digest of every step. Then without lockstep, with kills: there each replayed step must come to its
-own recorded digest, or the trainer stops. Prints one JSON object as its last line.
+compares the digest of every step. Then once more without lockstep, with kills: there each replayed step must come to
+its own recorded digest, or the trainer stops. Prints one JSON object as its last line.
 """
 
 import argparse

@@ -6,7 +6,7 @@ where at least 1 % of the tokens are not the verifier's arg-max: the demo's mode
 model of its shape with 1,024 tokens and random weights, whose near-ties are as common as SmolLM2's, gives the mass of
 the rollouts; it is trained on its own likeliest answers between its first policy and its last.
 `--quick` takes a twentieth of the tokens. SmolLM2 parts need models/smollm2-135m (scripts/get_smollm2.py); the last
-policy of the demo's model needs a finished run of it (`--run DIR`), else the base model stands for both.
+policies need finished runs (`--run DIR` of the demo's model, `--smol DIR`), else the base models stand for both.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from farflung.engine.precision import arithmetic, rounded
 from farflung.envs.sums import Sums
 from farflung.learner import checkpoint
 from farflung.rollouts.tripwire import tripped
-from farflung.rollouts.verify import FIRST
 from farflung.tasks.found import Model
 from farflung.trust import evidence
 from farflung.trust.evidence import Profile, Seen
@@ -114,6 +113,12 @@ def requests(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], count
     chosen = rng.integers(0, len(prompts), count)
     seeds = rng.integers(0, 2**63, count)
     return [Request(prompts[i], int(seed), t, budget) for i, seed in zip(chosen, seeds, strict=True)]
+
+
+def policies_of(base: Path, run: Path | None) -> tuple[Tensors, Tensors]:
+    """The first policy of a run of a base model, and the last one if the run is at hand."""
+    found = checkpoint.latest(run / "checkpoints") if run else None
+    return tensors(base), tensors(found.path if found else base)
 
 
 def toy_prompts(model: Model, part: slice) -> list[tuple[int, ...]]:
@@ -280,17 +285,15 @@ def cheats(weights: Tensors, vocab: int, rng: np.random.Generator) -> dict[str, 
 
 
 def replayed(part: Sequence[Finding]) -> list[Finding]:
-    """What a validator replays of a submission (`farflung.rollouts.verify.more`): the first rollouts, one by one what
-    looks like a cheat's until it is decided, else all.
+    """What a validator replays of a submission (`farflung.rollouts.verify.more`): until it is decided, one by one what
+    looks like a cheat's, else as many again.
     """
-    for count in range(FIRST, len(part)):
-        weight = evidence.mean_log_ratio(
-            evidence.submission_log_ratios([np.array(one.log_ratios) for one in part[:count]])
-        )
-        if evidence.is_bad(weight):
+    count = 1
+    while count < len(part):
+        total = evidence.submission_log_ratios([np.array(one.log_ratios) for one in part[:count]])
+        if evidence.is_void(total):
             return list(part[:count])
-        if weight <= 0:
-            break
+        count += 1 if evidence.mean_log_ratio(total) > 0 else count
     return list(part)
 
 
@@ -426,13 +429,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--run", type=Path, help="folder of a finished run of examples/demo.toml")
+    parser.add_argument("--smol", type=Path, help="folder of a finished run of examples/smollm2-sums.toml")
     arguments = parser.parse_args()
     rng = np.random.default_rng(20261124)
     part = 0.05 if arguments.quick else 1.0
     model = Model(str(TOY))
-    first = last = tensors(TOY)
-    if arguments.run and (found := checkpoint.latest(arguments.run / "checkpoints")):
-        last = tensors(found.path)
+    first, last = policies_of(TOY, arguments.run)
     shapes = {
         "pairs": PAIRS[:3], "budget": 32, "temperature": 2.0, "calibrate": int(2000 * part), "judge": int(3000 * part),
         "eos": sorted(model.eos_ids),
@@ -450,7 +452,8 @@ def main() -> None:
         behind = [honest(Path(name), policies[0], one, broad | {"pairs": PAIRS[:1], "judge": int(4000 * part)}, rng)
                   for one in policies]  # fmt: skip
     parts.append(honest(TOY, first, last, shapes, rng))
-    figures: dict[str, Any] = {"quick": arguments.quick, "last_policy": str(bool(arguments.run))}
+    figures: dict[str, Any] = {"quick": arguments.quick, "last_policy": bool(arguments.run),
+                               "smol_last_policy": bool(arguments.smol)}  # fmt: skip
     figures["tripwire_drop_by_staleness"] = {
         str(POLICIES - 1 - i): one["rows"][0]["tripwire_drop"] for i, one in enumerate(behind)
     }
@@ -466,8 +469,7 @@ def main() -> None:
         some = {"pairs": pairs[:1] if arguments.quick else pairs,
                 "budget": 24, "temperature": 1.0, "calibrate": max(48, count // 5), "judge": count,
                 "easy": prompts[:8], "hard": prompts[8:], "eos": sorted(smol.eos_ids)}  # fmt: skip
-        same = tensors(SMOL)
-        parts.append(honest(SMOL, same, same, some, rng))
+        parts.append(honest(SMOL, *policies_of(SMOL, arguments.smol), some, rng))
         figures |= _smol(rng, prompts, arguments.quick)
     else:
         figures["skipped"] = f"{SMOL} is missing: python scripts/get_smollm2.py"
@@ -512,6 +514,7 @@ def _sum_up(parts: Sequence[dict[str, Any]], rng: np.random.Generator, count: in
         "honest_tokens": sum(row["tokens"] for row in counting),
         "honest_rollouts_of_all_pairs": sum(part["rollouts"] for part in parts),
         "honest_ejected": sum(part["ejected"] for part in parts),
+        "honest_voided": sum(row["voided"] for row in counting),
         "honest_mean_e": float(mean.mean()),
         "honest_mean_e_interval": [float(mean.mean() + z * mean.std() / math.sqrt(len(mean))) for z in (-1.96, 1.96)],
         "honest_lives": count,

@@ -17,6 +17,7 @@ import httpx2
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from hypothesis import settings
 
 from farflung.config import Config
 from farflung.coordinator import Coordinator
@@ -24,17 +25,22 @@ from farflung.protocol import fingerprint, states, wire
 from farflung.protocol import messages as m
 from farflung.protocol.client import Client
 from farflung.protocol.identity import Key, Signed, seal, unseal
+from farflung.protocol.session import PURPOSES, delegate
 from farflung.rollouts.archive import Archive
 from farflung.store import ledger
 from farflung.store.blobs import Blobs
 from farflung.store.book import Book
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
-from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, TABLE_OF
+from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, STEPS, TABLE_OF
 from farflung.tasks.found import Model, found, seal_papers, weights_key
+from farflung.tasks.keyring import Keyring
 from farflung.trust.evidence import Profile, Profiles, Tally
 from farflung.trust.fingerprint import distance
 from farflung.weights.manifest import target_digest
+
+settings.register_profile("farflung", deadline=None)  # shared cores pause for half a second now and then
+settings.load_profile("farflung")
 
 BASE = Path(__file__).parents[1] / "examples" / "base"
 RUN, EOS, VOCAB, BUDGET, SAMPLES = "test", 2, 32, 8, 4
@@ -45,6 +51,13 @@ PATH = f"/v1/runs/{RUN}"
 def named(name: str) -> Key:
     """A key that follows from its name."""
     return Key(hashlib.sha256(name.encode()).digest())
+
+
+def ring(config: Config) -> Keyring:
+    """The root's word for the keys of a run; one key signs all but weights."""
+    root, run = named("root"), config.run.name
+    publics = dict.fromkeys(PURPOSES, named("coordinator").public) | {"weights": weights_key(config)}
+    return Keyring(root.public, tuple(delegate(root, run, purpose, publics[purpose], 4e9) for purpose in PURPOSES))
 
 
 PROFILE = Profiles(Profile("torch-cpu-fp32", (1.0,), (0.5, 0.001), Tally((1, 1), (0, 0)), fingerprint=0.25))
@@ -81,7 +94,7 @@ def found_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     async def make() -> None:
         database, model = Database(config.database_url), Model(config.model.path)
         await found(config, database, model, named("coordinator"), START)
-        await seal_papers(config, Blobs(config.blobs_url), model, named("coordinator"), named("root"))
+        await seal_papers(config, Blobs(config.blobs_url), model, named("coordinator"), ring(config))
         database.close()
 
     asyncio.run(make())
@@ -89,14 +102,23 @@ def found_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_house(found_run: Path, tmp_path: Path) -> Iterable[Callable[..., "House"]]:
+def place() -> Callable[[], dict[str, str]]:
+    """Settings of database and blobs for each coordinator; here the embedded ones, in tests/contract every kind."""
+    return dict
+
+
+@pytest.fixture
+def make_house(
+    found_run: Path, tmp_path: Path, place: Callable[[], dict[str, str]]
+) -> Iterable[Callable[..., "House"]]:
     """Builds coordinators over copies of the founded run; sections of the settings may be changed."""
     houses: list[House] = []
 
     def make(**changes: dict[str, Any]) -> House:
         folder = tmp_path / str(len(houses))
         shutil.copytree(found_run, folder)
-        houses.append(asyncio.run(House.open(settings(folder, **changes))))
+        coordinator = place() | changes.pop("coordinator", {})
+        houses.append(asyncio.run(House.open(settings(folder, coordinator=coordinator, **changes))))
         return houses[-1]
 
     yield make
@@ -180,9 +202,11 @@ class House:
     async def open(cls, config: Config, clock: Clock | None = None) -> "House":
         """A coordinator over what is in the configured folder. Opening it again is a restart."""
         clock, key, model = clock or Clock(), named("coordinator"), Model(config.model.path)
+        if config.coordinator.database:
+            migrate(config.database_url)
         database, blobs = Database(config.database_url), Blobs(config.blobs_url)
         book: Book = await found(config, database, model, key, clock())
-        papers = await seal_papers(config, blobs, model, key, named("root"))
+        papers = await seal_papers(config, blobs, model, key, ring(config))
         archive = Archive(Blobs(config.submissions_url), model.tokenizer)
         metrics = Metrics(config.folder / "metrics.jsonl")
         parts = (book, papers, weights_key(config), PROFILE, archive, database, blobs, metrics, clock)
@@ -429,7 +453,11 @@ class House:
         held = defaultdict(Counter)
         for row in self.rows(sa.select(ROLLOUTS.c.group, ROLLOUTS.c.status)):
             held[row.group][row.status] += 1
+        open_groups = self.statuses(GROUPS, purpose="train")["open"]
+        assert sum(row.open_groups for row in self.rows(sa.select(STEPS.c.open_groups))) == open_groups
         for group in self.rows(sa.select(GROUPS)):
+            owned = sum(count for status, count in held[group.group].items() if status in LIVE_ROLLOUT)
+            assert group.free == group.samples - owned, (group, held[group.group])
             whole = {"complete": "accepted", "batched": "batched", "trained": "trained"}.get(group.status)
             if whole:
                 assert held[group.group][whole] == group.samples, (group, held[group.group])

@@ -1,13 +1,14 @@
 """The command line. Each command is a few lines: read the configuration, start the role, say what went wrong."""
 
 import asyncio
+import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from farflung.config import Config, WorkerSection, load
+from farflung.config import Config, RelaySection, WorkerSection, load
 from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError, FarflungError
 
@@ -57,10 +58,10 @@ def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, 
 @app.command
 def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
     """Admit nodes, hand out leases, take rollouts in, keep records and ledger."""
-    from farflung.coordinator import serve
+    from farflung.ops.fleet import serve_all
 
     start_logging(json)
-    asyncio.run(serve(load(config, flags)))
+    serve_all(load(config, flags))
 
 
 @app.command
@@ -118,6 +119,8 @@ def worker(
     engine_url: str = WorkerSection().engine_url,
     profile: str = "",
     patience_s: float = 60.0,
+    relay_port: int = 0,
+    relay_url: str = "",
     metrics_port: int = 0,
     json: bool = False,
 ) -> None:
@@ -147,6 +150,10 @@ def worker(
         Numerics profile to be judged by, one that the run admits; empty for the run's own.
     patience_s
         How long to wait for a coordinator that does not answer.
+    relay_port
+        Open port to be a relay at as well, on all addresses; 0 to be none.
+    relay_url
+        Where nodes reach that relay, such as http://worker.example:7000.
     metrics_port
         Port on 127.0.0.1 for Prometheus; 0 for none.
     json
@@ -167,8 +174,17 @@ def worker(
         profile=profile,
         metrics_port=metrics_port,
     )
-    node = Worker(url, key, folder, settings, run=run, root=pinned, name=name, patience_s=patience_s)
-    asyncio.run(node.run())
+    options: Any = {"run": run, "root": pinned, "name": name}
+    with contextlib.ExitStack() as stack:
+        if relay_port:
+            from farflung.ops.beside import relay_beside
+
+            if not relay_url:
+                raise ConfigError("--relay-port needs --relay-url, where nodes reach it: http://this-machine:port")
+            own = RelaySection(host="0.0.0.0", port=relay_port, public_url=relay_url)
+            address = stack.enter_context(relay_beside(url, folder, own, **options))
+            settings = settings.model_copy(update={"upstream": (address,)})
+        asyncio.run(Worker(url, key, folder, settings, patience_s=patience_s, **options).run())
 
 
 @app.command
@@ -274,6 +290,7 @@ def relay(
     host: str = "127.0.0.1",
     port: int = 0,
     public_url: str = "",
+    upstream: str = "",
     disk_gb: float = 0.0,
     json: bool = False,
 ) -> None:
@@ -297,19 +314,20 @@ def relay(
         Port to listen on; 0 for any free one.
     public_url
         Where nodes reach it, such as http://relay.example:7000; empty for host and port.
+    upstream
+        Addresses of relays to mirror from, with commas between them; empty for the coordinator alone.
     disk_gb
         Most disk for weights; 0 for no bound but what is free.
     json
         Log as JSON.
     """
-    from farflung.config import RelaySection
     from farflung.protocol.identity import Key
     from farflung.relay import Relay
 
     start_logging(json)
     folder.mkdir(parents=True, exist_ok=True)
     key = Key.load_or_make(folder / "key")
-    settings = RelaySection(host=host, port=port, public_url=public_url, disk_gb=disk_gb)
+    settings = RelaySection(host=host, port=port, public_url=public_url, upstream=_list(upstream), disk_gb=disk_gb)
     pinned = bytes.fromhex(root) if root else None
     asyncio.run(Relay(url, key, folder, settings, run=run, root=pinned, name=name).run())
 
@@ -427,6 +445,45 @@ def key(path: Path) -> None:
 
 
 @app.command
+def keys(
+    action: Literal["show", "rotate"],
+    config: Path,
+    *flags: Flags,
+    purpose: str = "",
+    root: Path | None = None,
+    days: float = 365.0,
+    public: str = "",
+    revoke: bool = False,
+) -> None:
+    """Show which keys speak for a run, or have the root delegate another one in place of one that is old or lost.
+
+    Parameters
+    ----------
+    action
+        `show` prints the root's delegations, `rotate` adds one.
+    config
+        The run's TOML file, or the config.json in its folder.
+    purpose
+        What the key is for: coordinator, weights, receipts or verdicts.
+    root
+        File of the root's private key; without it, keys/root in the run's folder.
+    days
+        How long the delegation lasts.
+    public
+        Public key in hex to delegate to; without it a fresh one is made in the run's folder.
+    revoke
+        Refuse the keys that had this purpose before from now on; without it they are good until they expire.
+    """
+    from farflung.ops import keys as ops_keys
+
+    settings = load(config, flags)
+    if action == "show":
+        ops_keys.show(settings)
+    else:
+        ops_keys.rotate(settings, purpose, root, days, revoke=revoke, public=public)
+
+
+@app.command
 def calibrate(
     model: str,
     *,
@@ -526,6 +583,10 @@ def rollback(config: Path, *flags: Flags, to_step: int, without: tuple[str, ...]
     asyncio.run(roll_back(_url(url, settings), settings, to_step, without))
 
 
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _url(url: str, config: Config) -> str:
     """The coordinator's address: given, or as the coordinator of the same folder wrote it."""
     if url:
@@ -538,10 +599,9 @@ def _url(url: str, config: Config) -> str:
 
 def _root(config: Config) -> bytes | None:
     """The root key of a run whose folder is on this machine; elsewhere the first one met is believed."""
-    from farflung.protocol.identity import Key
+    from farflung.tasks.keyring import root_of
 
-    path = config.folder / "keys" / "root"
-    return Key.load_or_make(path).public if path.exists() else None
+    return root_of(config.folder / "keys")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -166,8 +167,14 @@ class EvalSection(Section):
 class CoordinatorSection(Section):
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(0, "Port to listen on; 0 for any free one.", ge=0, le=65_535)
-    database: str = setting("", "SQLAlchemy URL; empty for SQLite in the run's folder.")
-    blobs: str = setting("", "Blob store URL; empty for a folder in the run's folder.")
+    processes: int = setting(1, "Processes that answer on the one port, each on a core of its own.", ge=1, le=64)
+    database: str = setting(
+        "",
+        "`sqlite:////file` or `postgresql://user@host/name`; empty for SQLite in the run's folder.",
+    )
+    blobs: str = setting(
+        "", "`file:///folder` or `s3://bucket/prefix?endpoint=URL&region=NAME`; empty for a folder in the run's folder."
+    )
     veil: bool = setting(
         True, "Show nobody which rollouts are held for audit, nor M, until their step can no longer be trained on."
     )
@@ -189,6 +196,9 @@ class RelaySection(Section):
     keep_versions: int = setting(3, "Versions of the weights kept.", ge=1)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
     poll_s: float = setting(0.2, "Seconds between looks for a new version.", gt=0)
+    upstream: tuple[str, ...] = setting((), "Addresses of relays to mirror from; empty for the coordinator alone.")
+    per_client: int = setting(16, "Most shards sent to one address at a time.", ge=1)
+    at_once: int = setting(256, "Most shards sent at a time.", ge=1)
 
 
 class WorkerSection(Section):
@@ -200,6 +210,7 @@ class WorkerSection(Section):
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
     memory_gb: float = setting(0.0, "Most memory for the model; 0 for half of the machine's.", ge=0)
+    upstream: tuple[str, ...] = setting((), "Relays to fetch weights from; empty for those that the run lists.")
     context: int = setting(0, "Longest prompt and completion taken, in tokens; 0 for no limit.", ge=0)
     metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 
@@ -289,7 +300,8 @@ class Config(Section):
     @property
     def submissions_url(self) -> str:
         """Where submissions are kept, apart from what anybody may fetch by digest."""
-        return f"{self.blobs_url.rstrip('/')}/submissions"
+        parts = urlsplit(self.blobs_url)
+        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/submissions"))
 
     def eval_steps(self, latest: int) -> list[int]:
         """The policy steps up to `latest` that are to be evaluated."""

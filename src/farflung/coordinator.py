@@ -7,12 +7,16 @@ import asyncio
 import logging
 import math
 import re
+import sys
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
+import sqlalchemy as sa
 import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Connection
@@ -31,8 +35,8 @@ from farflung.protocol.errors import (
     WeightsError,
     WrongWeights,
 )
-from farflung.protocol.identity import Key, Signed, node_id, unseal
-from farflung.protocol.server import BODY_BYTES, Call, Route, listen, mount
+from farflung.protocol.identity import Key, Signed, Trusted, node_id, unseal
+from farflung.protocol.server import BODY_BYTES, Call, Queue, Route, listen, mount
 from farflung.protocol.session import Index
 from farflung.rollouts import audit, brake, canary, compose, credit, intake, judge, possession, rollback
 from farflung.rollouts.archive import Archive
@@ -41,7 +45,7 @@ from farflung.store.book import Book, node_row
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.store.tables import NODES
-from farflung.tasks import admit, lease
+from farflung.tasks import admit, keyring, lease
 from farflung.tasks.found import Model, found, local_grants, seal_papers, weights_key
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
@@ -51,11 +55,17 @@ from farflung.weights.manifest import check_follows, manifest_digest, open_manif
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SWEEP_S = 0.25
-POLL_S = 0.5
+SWITCH_S = 0.0005
+"""How long the database's writer may keep the interpreter from the one that answers; 5 ms, Python's own, is an age."""
 BLOB_BYTES = 1 << 30
 MANY_BYTES = 256 << 20
+SMALL_BYTES = 64 << 10
+"""A submission up to this size is inspected where it is read: handing it to a thread would take longer."""
 SAMPLE_BYTES, TOKEN_BYTES = 256, 16
 """What a rollout and each of its tokens may take in a submission: id and log-probability, in base64."""
+
+SEEN = NODES.update().where(NODES.c.node == sa.bindparam("id")).values(seen_at=sa.bindparam("at"))
+BEAT = SEEN.values(phase=sa.bindparam("phase_"), loaded_step=sa.bindparam("step"), beat=sa.bindparam("encoded"))
 
 
 class Coordinator:
@@ -65,7 +75,7 @@ class Coordinator:
         self,
         book: Book,
         papers: m.Run,
-        weights_key: bytes,
+        weights_keys: Trusted,
         profiles: Profiles,
         archive: Archive,
         database: Database,
@@ -73,9 +83,9 @@ class Coordinator:
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.book, self.papers, self.weights_key, self.profiles = book, papers, weights_key, profiles
+        self.book, self.papers, self.weights_keys, self.profiles = book, papers, weights_keys, profiles
         self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
-        self._changed = asyncio.Condition()
+        self._queues: defaultdict[str, Queue] = defaultdict(Queue)
         self._started_at = clock()
         self._collected_step = 0
         granted = self.config.coordinator.grants.items()
@@ -114,11 +124,8 @@ class Coordinator:
 
         def note(connection: Connection) -> m.Pulse:
             row = node_row(connection, call.node)
-            connection.execute(
-                NODES.update()
-                .where(NODES.c.node == call.node)
-                .values(seen_at=now, phase=beat.phase, loaded_step=beat.loaded_step, beat=msgspec.msgpack.encode(beat))
-            )
+            said = {"phase_": beat.phase, "step": beat.loaded_step, "encoded": msgspec.msgpack.encode(beat)}
+            connection.execute(BEAT, {"id": call.node, "at": now} | said)
             self.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
             if call.node in self._roles:
                 audit.renew(connection, self.book, call.node, now)
@@ -180,31 +187,35 @@ class Coordinator:
                 raise Forbidden(
                     f"node {call.node} is registered as {row.role!r}; register as a worker to be leased work"
                 )
-            connection.execute(NODES.update().where(NODES.c.node == call.node).values(seen_at=self.clock()))
+            connection.execute(SEEN, {"id": call.node, "at": self.clock()})
             found = lease.issue(connection, self.book, row, ask, self.clock())
             latest = self.book.latest(connection)
             if isinstance(found, Signed):
                 return m.LeaseAnswer(latest=latest, lease=found)
-            return m.LeaseAnswer(latest=latest, reason=found.reason, retry_after_s=POLL_S)
+            return m.LeaseAnswer(latest=latest, reason=found.reason, retry_after_s=self._queues["lease"].pause_s())
 
-        return await self._poll(issue, lambda answer: answer.lease is not None, ask.wait_s)
+        return await self._poll("lease", issue, lambda answer: answer.lease is not None, ask.wait_s)
 
     async def submission(self, call: Call) -> Signed:
         """Take a lease's rollouts in; gives a sealed receipt, the same one if they are sent again."""
-        self._here(call)
-        row, leased = await self.database.read(lambda c: intake.lease_of(c, call.path["lease"], call.node))
+        row, leased = call.request.state.lease
         ids = self.book.vocab, self.book.eos_ids
-        parcel = await asyncio.to_thread(intake.inspect, leased, call.node, call.message, *ids)
+        inspect = partial(intake.inspect, leased, call.node, call.message, *ids)
+        parcel = inspect() if len(call.body) <= SMALL_BYTES else await asyncio.to_thread(inspect)
         if (earlier := intake.receipt_of(row, parcel, self.clock())) is not None:
             return earlier
-        await self._check_weights(
-            lambda c: possession.of_submission(
-                c, self.book, self.profiles, call.node, leased, call.message, self.clock()
-            )
-        )
         await self.archive.blobs.put(parcel.body, parcel.digest)
         logp = await self.archive.blobs.put(parcel.logp) if parcel.logp else None
-        return await self._write(lambda c: intake.take(c, self.book, call.node, parcel, logp, self.clock()))
+
+        def take(connection: Connection) -> Signed | str:
+            now = self.clock()
+            found = possession.of_submission(connection, self.book, self.profiles, call.node, leased, call.message, now)
+            return found or intake.take(connection, self.book, call.node, parcel, logp, now)
+
+        receipt = await self._write(take)
+        if isinstance(receipt, str):
+            raise WrongWeights(receipt)
+        return receipt
 
     async def give_back(self, call: Call) -> m.Done:
         """A node that leaves hands its lease back."""
@@ -222,7 +233,7 @@ class Coordinator:
             credit.claim_scores(c, self.book, call.node, ask.limit, self.clock()),
             self.book.latest(c),
         )
-        rows, latest = await self._poll(claim, lambda answer: bool(answer[0]), ask.wait_s)
+        rows, latest = await self._poll("score", claim, lambda answer: bool(answer[0]), ask.wait_s)
         return m.ScoreJobs(latest=latest, jobs=[await self._score_job(row) for row in rows])
 
     async def _score_job(self, row: Any) -> m.ScoreJob:
@@ -250,7 +261,7 @@ class Coordinator:
             known = canary.jobs(connection, self.book, self.profiles.run, call.node, rows[0].step) if rows else []
             return rows, known, latest
 
-        rows, known, latest = await self._poll(claim, lambda answer: bool(answer[0]), ask.wait_s)
+        rows, known, latest = await self._poll("audit", claim, lambda answer: bool(answer[0]), ask.wait_s)
         return m.AuditJobs(latest=latest, jobs=[*known, *[await self._audit_job(row) for row in rows]])
 
     async def _audit_job(self, row: Any) -> m.AuditJob:
@@ -289,14 +300,14 @@ class Coordinator:
                 return m.BatchAnswer(latest=latest, reason=found)
             return m.BatchAnswer(latest=latest, batch=found)
 
-        return await self._poll(claim, lambda answer: answer.batch is not None, call.message.wait_s)
+        return await self._poll("step", claim, lambda answer: answer.batch is not None, call.message.wait_s)
 
     async def commit_step(self, call: Call) -> m.Done:
         """End a step: its weights are published, its rollouts trained."""
         await self._require(call, "trainer")
         commit: m.Commit = call.message
         digest = manifest_digest(commit.manifest)
-        manifest = open_manifest(commit.manifest, self.weights_key, self.book.run, digest)
+        manifest = open_manifest(commit.manifest, self.weights_keys, self.book.run, digest)
         if manifest.step != _number(call, "step"):
             raise Malformed(f"the manifest is of step {manifest.step}, the path of {call.path['step']}")
         await self._check_base(manifest)
@@ -319,7 +330,7 @@ class Coordinator:
         if manifest.deltas:
             signed = await self.database.read(lambda c: views.manifest(c, self.book.run, manifest.parent))
             try:
-                check_follows(manifest, open_manifest(signed, self.weights_key, self.book.run, manifest.parent))
+                check_follows(manifest, open_manifest(signed, self.weights_keys, self.book.run, manifest.parent))
             except WeightsError as error:
                 raise Conflict(str(error)) from error
 
@@ -395,7 +406,8 @@ class Coordinator:
     async def _submission_gate(self, call: Call) -> int:
         """A submission may be as large as its lease can fill, in JSON, with log-probabilities, and no larger."""
         self._here(call)
-        _, leased = await self.database.read(lambda c: intake.lease_of(c, call.path["lease"], call.node))
+        row, leased = await self.database.read(lambda c: intake.lease_of(c, call.path["lease"], call.node))
+        call.request.state.lease = row, leased
         samples = sum(len(group.samples) for group in leased.groups)
         return BODY_BYTES + samples * (SAMPLE_BYTES + leased.budget * TOKEN_BYTES)
 
@@ -423,31 +435,32 @@ class Coordinator:
     async def _write(self, change: Callable[[Connection], T]) -> T:
         """A transaction; whoever polls for work looks again after it."""
         result = await self.database.write(change)
-        async with self._changed:
-            self._changed.notify_all()
+        self._wake()
         return result
 
-    async def _poll(self, ask: Callable[[Connection], T], is_something: Callable[[T], bool], wait_s: float) -> T:
-        """Ask until there is something or the time is up, again after each change."""
-        until = time.monotonic() + wait_s
+    def _wake(self) -> None:
+        for queue in self._queues.values():
+            queue.wake()
+
+    async def _poll(
+        self, kind: str, ask: Callable[[Connection], T], is_something: Callable[[T], bool], wait_s: float
+    ) -> T:
+        """Ask until there is something or the time is up, again when something changed and it is this one's turn."""
+        until, queue = time.monotonic() + wait_s, self._queues[kind]
         while True:
             answer = await self.database.write(ask)
-            left_s = until - time.monotonic()
-            if is_something(answer) or left_s <= 0:
+            if is_something(answer):
+                queue.wake(1)
                 return answer
-            try:
-                async with asyncio.timeout(min(left_s, POLL_S)), self._changed:
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+            if not await queue.wait(until - time.monotonic()):
+                return answer
 
     async def sweep(self) -> None:
         """For ever: take lapsed leases back, end the run when it is done, write metrics."""
         while True:
             try:
-                if await self.database.write(self._sweep_once):
-                    async with self._changed:
-                        self._changed.notify_all()
+                await self.database.write(self._sweep_once)
+                self._wake()  # another coordinator may have changed something, or a time has come
                 own = m.Heartbeat(cpu_s=time.process_time(), started_at=self._started_at)
                 self.metrics.note_node(self.book.key.id, "coordinator", self._started_at, own, self.clock())
                 self.metrics.flush(self.clock())
@@ -544,20 +557,25 @@ async def open_coordinator(config: Config) -> Coordinator:
     """Everything a coordinator needs, from a configuration; the run is founded if it is new."""
     folder = config.folder
     (folder / "keys").mkdir(parents=True, exist_ok=True)
-    root = Key.load_or_make(folder / "keys" / "root")
-    key = Key.load_or_make(folder / "keys" / "coordinator")
+    signers = {name: Key.load_or_make(folder / "keys" / name) for name in ("coordinator", "receipts", "verdicts")}
+    key = signers["coordinator"]
+    publics = {name: one.public for name, one in signers.items()} | {"weights": weights_key(config)}
+    ring = keyring.delegated(folder / "keys", config.run.name, publics, time.time())
     model, profiles = Model(config.model.path), load_profiles(config)
     await asyncio.to_thread(migrate, config.database_url)
     database, blobs = Database(config.database_url), Blobs(config.blobs_url)
-    book = await found(config, database, model, key, time.time())
-    papers = await seal_papers(config, blobs, model, key, root, profiles.digests)
+    options = {"receipts": signers["receipts"], "verdicts": signers["verdicts"]}
+    book = await found(config, database, model, key, time.time(), **options)
+    papers = await seal_papers(config, blobs, model, key, ring, profiles.digests)
     archive, metrics = Archive(Blobs(config.submissions_url), model.tokenizer), Metrics(folder / "metrics.jsonl")
-    return Coordinator(book, papers, weights_key(config), profiles, archive, database, blobs, metrics)
+    weights = ring.live(config.run.name, "weights", time.time())
+    return Coordinator(book, papers, weights, profiles, archive, database, blobs, metrics)
 
 
 async def serve(config: Config) -> None:
-    """Run a coordinator until it is told to stop."""
-    listener = listen(config.coordinator.host, config.coordinator.port)
+    """Run a coordinator until it is told to stop. One of several processes on a port begins and ends no stay."""
+    is_one_of_many = config.coordinator.processes > 1
+    listener = listen(config.coordinator.host, config.coordinator.port, is_shared=is_one_of_many)
     config = local_grants(config)
     coordinator = await open_coordinator(config)
     host, port = listener.getsockname()[:2]
@@ -565,8 +583,9 @@ async def serve(config: Config) -> None:
     (config.folder / "coordinator.url").write_text(f"http://{host}:{port}\n")
     if not (config.folder / "config.json").exists():
         save(config, config.folder / "config.json")
-    is_by_hand = coordinator.metrics.begin(time.time())
+    is_by_hand = not is_one_of_many and coordinator.metrics.begin(time.time())
     options = uvicorn.Config(coordinator.app(), log_level="warning", timeout_graceful_shutdown=2, access_log=False)
+    sys.setswitchinterval(SWITCH_S)
     try:
         await pages.Server(options).serve(sockets=[listener])
     finally:

@@ -22,6 +22,8 @@ from farflung.weights.cache import Versions
 from farflung.weights.mirror import Mirror
 
 log = logging.getLogger(__name__)
+KEEP_ALIVE_S = 60
+"""Longer than nodes keep an idle line, so that none asks over one that is just being hung up."""
 
 
 class Relay:
@@ -42,7 +44,7 @@ class Relay:
         self._run, self._root = run, root
         self.session: Session
         self.mirror: Mirror
-        self._server: uvicorn.Server
+        self._server: uvicorn.Server | None = None
 
     async def run(self) -> None:
         """Mirror and serve until the run ends or somebody says stop."""
@@ -59,10 +61,19 @@ class Relay:
                     keep=self.settings.keep_versions,
                     limit_bytes=int(self.settings.disk_gb * 1e9),
                     use_relays=False,
-                )
+                    upstream=self.settings.upstream,
+                ),
+                per_client=self.settings.per_client,
+                at_once=self.settings.at_once,
             )
             log.info("relaying url=%s run=%s", url, self.session.run)
-            options = uvicorn.Config(self.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+            options = uvicorn.Config(
+                self.app(),
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=2,
+                timeout_keep_alive=KEEP_ALIVE_S,
+            )
             self._server = uvicorn.Server(options)
             await self._server.serve(sockets=[listener])
         await self.session.say_goodbye()
@@ -70,7 +81,8 @@ class Relay:
 
     def stop(self) -> None:
         """Stop serving."""
-        self._server.should_exit = True
+        if self._server is not None:
+            self._server.should_exit = True
 
     def app(self) -> Starlette:
         """The HTTP application: shards, and a word on how it does."""

@@ -25,7 +25,7 @@ from farflung.learner.precision import compute_dtype
 from farflung.learner.warning import WINDOW, Sign, warn
 from farflung.protocol import probe, wire
 from farflung.protocol.client import Client
-from farflung.protocol.errors import Conflict, StepTaken, WeightsError
+from farflung.protocol.errors import BadSignature, Conflict, StepTaken, WeightsError
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Batch, Commit, Done
 from farflung.protocol.session import Session
@@ -188,7 +188,7 @@ class Trainer:
         before = time.monotonic()
         held = self._show(batch)
         if batch.step and not batch.committed and batch.restores < 0 and not self._publisher.has_base:
-            await self._publisher.rebase(self.learner.policy.tensors(), self.session.latest.manifest)
+            await self._rebase()
         trained = await self._learn(batch)
         train_s = time.monotonic() - before
         if batch.committed:
@@ -197,6 +197,15 @@ class Trainer:
             await self._publish(batch, trained, train_s, held)
         if batch.step % self.config.learn.checkpoint_every == 0:
             await asyncio.to_thread(self._save, batch.step)
+
+    async def _rebase(self) -> None:
+        """Publish differences to the last version, unless its key is revoked: then the next one is an anchor."""
+        self._publisher.trusted = self.session.papers.keys("weights", time.time())
+        try:
+            await self._publisher.rebase(self.learner.policy.tensors(), self.session.latest.manifest)
+        except BadSignature as error:
+            log.warning("the next step is an anchor because=%s", error)
+            self._publisher.forget()
 
     async def _learn(self, batch: Batch) -> StepMetrics | None:
         """One update, or the state of an earlier step again."""

@@ -166,7 +166,7 @@ class Validator:
         return done
 
     async def _hand_in(self, signed: Signed) -> None:
-        lease = open_lease(self.session, signed)
+        lease = await open_lease(self.session, signed)
         self.session.figures.phase = "evaluating"
         await self.weights.fetch(lease.manifest)
         before = time.monotonic()

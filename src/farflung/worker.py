@@ -115,6 +115,7 @@ class Worker:
             self.folder / "weights",
             keep=self.settings.keep_versions,
             limit_bytes=int(self.settings.disk_gb * 1e9),
+            upstream=self.settings.upstream,
             patch=patch,
         )
         self._receipts = Receipts(self.folder)
@@ -148,7 +149,7 @@ class Worker:
             log.debug("no lease because=%s", answer.reason)
             await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
             return
-        await self._work(open_lease(self.session, answer.lease))
+        await self._work(await open_lease(self.session, answer.lease))
 
     async def _work(self, lease: Lease) -> None:
         try:
@@ -204,7 +205,8 @@ class Worker:
 
     async def send(self, lease: Lease, submission: Submission) -> None:
         """Hand a submission in, and keep the receipt."""
-        self._receipts.keep(await submit(self.session, lease, submission), self.session.coordinator_key)
+        receipt = await submit(self.session, lease, submission)
+        self._receipts.keep(receipt, await self.session.keys("receipts", receipt))
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
         with self.session.figures.working():

@@ -1,5 +1,7 @@
 """The tables in code and the tables that the migrations make are the same ones."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ from farflung.store.db import migrate, open_engine
 from farflung.store.tables import metadata
 
 
-@pytest.fixture
-def schemas(tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def schemas(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a database has after the migrations, and after `metadata.create_all`."""
-    migrated, created = (f"sqlite:///{tmp_path / name}.db" for name in ("migrated", "created"))
+    if request.param == "sqlite":
+        migrated, created = (f"sqlite:///{tmp_path / name}.db" for name in ("migrated", "created"))
+    else:
+        migrated, created = (request.getfixturevalue("new_postgres")() for _ in range(2))
+    migrate(migrated)
     migrate(migrated)
     engine = open_engine(created)
     metadata.create_all(engine)
@@ -39,11 +45,14 @@ def table(found: sa.Inspector, name: str) -> dict[str, Any]:
             (f["constrained_columns"], f["referred_table"], f["referred_columns"]) for f in found.get_foreign_keys(name)
         ),
         "checks": {c["name"]: " ".join(c["sqltext"].split()) for c in found.get_check_constraints(name)},
-        "indices": {
-            i["name"]: (i["column_names"], bool(i["unique"]), str(i.get("dialect_options", {}).get("sqlite_where")))
-            for i in found.get_indexes(name)
-        },
+        "indices": {i["name"]: (i["column_names"], bool(i["unique"]), where(i)) for i in found.get_indexes(name)},
     }
+
+
+def where(index: Any) -> str:
+    """The condition of a partial index."""
+    options = index.get("dialect_options", {})
+    return str(options.get("sqlite_where", options.get("postgresql_where")))
 
 
 def test_migrations_make_the_tables_of_the_code(schemas: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -53,18 +62,24 @@ def test_migrations_make_the_tables_of_the_code(schemas: tuple[dict[str, Any], d
         assert migrated[name] == said, f"table {name} differs; edit tables.py and the migration together"
 
 
-def test_downgrade_leaves_nothing(tmp_path: Path) -> None:
+def test_downgrade_leaves_nothing(database_url: str) -> None:
     from alembic import command
     from alembic.config import Config
 
     from farflung.store.db import MIGRATIONS
 
-    url = f"sqlite:///{tmp_path / 'down.db'}"
-    migrate(url)
+    migrate(database_url)
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
-    config.attributes["engine"] = engine = open_engine(url)
+    config.attributes["engine"] = engine = open_engine(database_url)
     command.downgrade(config, "base")
     left = sa.inspect(engine).get_table_names()
     engine.dispose()
     assert left == ["alembic_version"]
+
+
+def test_replicas_that_start_together_migrate_in_turn(new_postgres: Callable[[], str]) -> None:
+    url = new_postgres()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(migrate, [url] * 4))
+    assert schema(url).keys() == metadata.tables.keys()

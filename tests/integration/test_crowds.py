@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
+from farflung.protocol.session import Figures
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS
 from farflung.weights.download import RELAYS_TRIED, Downloads
@@ -45,7 +46,7 @@ def test_dead_relays_are_given_up_for_the_origin(house, tmp_path, monkeypatch) -
             file.write(data)
 
     class Session:
-        client = Origin()
+        client, figures = Origin(), Figures()
 
     async def scenario(_) -> None:
         found = Downloads(Session(), tmp_path, use_relays=False)

@@ -14,6 +14,7 @@ from farflung.dashboard.veil import Veil
 from farflung.ops.report import write_report
 from farflung.ops.summary import write_summary
 from farflung.ops.view import app_of, desk_of, run_in
+from farflung.protocol import messages as m
 from farflung.protocol.errors import ConfigError
 from farflung.store.tables import GROUPS, LEASES, ROLLOUTS
 
@@ -53,6 +54,21 @@ def test_every_page_is_sent_with_its_guards(house) -> None:
         assert answer.headers["x-frame-options"] == "DENY"
         assert not re.search(r"""(src|href)=["']?(https?:)?//""", answer.text), f"{path} asks another host"
         assert not re.search(r"<script(?![^>]* src=)|\son\w+=|\sstyle=|javascript:", answer.text), path
+
+
+def test_the_weights_page_says_what_went_wrong_in_the_nodes_own_words(house) -> None:
+    said = "relay http://<b>liar</b>:7000: shard 1234 hashes to 5678"
+
+    async def scenario(house) -> None:
+        await house.step(0)
+        ada = await house.client("ada")
+        await ada.post("/v1/runs/test/heartbeat", m.Heartbeat(trouble=said), m.Pulse)
+        weights = await ada.get("/v1/runs/test/weights", m.Weights)
+        assert [(one.name, one.said) for one in weights.troubles] == [("ada", said)]
+
+    house.run(scenario)
+    (page,) = get(house.coordinator.app(), "/weights")
+    assert "relay http://&lt;b&gt;liar&lt;/b&gt;:7000: shard 1234 hashes to 5678" in page.text
 
 
 def test_static_files_are_guarded_and_kept(house) -> None:

@@ -11,19 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
-from farflung.protocol import wire
 from farflung.protocol.client import Client
-from farflung.protocol.errors import NotFound, WeightsError
-from farflung.protocol.identity import Key, Signed
-from farflung.protocol.messages import Manifest, Relays, RunInfo
-from farflung.protocol.server import listen, problem_response
-from farflung.protocol.session import Session
+from farflung.protocol.errors import WeightsError
+from farflung.protocol.messages import Manifest
 from farflung.weights import delta
 from farflung.weights import publish as publishing
 from farflung.weights.cache import Versions
@@ -32,8 +23,8 @@ from farflung.weights.manifest import manifest_digest, open_manifest
 from farflung.weights.mirror import Mirror
 from farflung.weights.patch import patch
 from farflung.weights.publish import Publisher
+from standin import TRAINER, Source, served, session_with
 
-TRAINER, NODE = Key(b"t" * 32), Key(b"s" * 32)
 Weights = dict[str, torch.Tensor]
 
 
@@ -56,62 +47,12 @@ def cast(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, tensor.bfloat16()) for name, tensor in weights.items())
 
 
-class Origin:
-    """Manifests and blobs in memory, over a real socket; counts the bytes that it sends."""
-
-    def __init__(self) -> None:
-        self.blobs: dict[str, bytes] = {}
-        self.manifests: dict[str, Signed] = {}
-        self.sent: list[str] = []
-        self.listener = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        routes = [
-            Route("/v1/runs/test/manifests/{digest}", self.manifest),
-            Route("/v1/runs/test/relays", self.relays),
-            Route("/v1/runs/test/blobs/{digest}", self.put, methods=["PUT"]),
-            Route("/v1/blobs/{digest}", self.blob),
-        ]
-        self.server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="warning"))
-
-    @property
-    def sent_bytes(self) -> int:
-        return sum(len(self.blobs[digest]) for digest in self.sent)
-
-    async def manifest(self, request: Request) -> Response:
-        return Response(wire.encode(self.manifests[request.path_params["digest"]]))
-
-    async def relays(self, request: Request) -> Response:
-        return Response(wire.encode(Relays(relays=[])))
-
-    async def put(self, request: Request) -> Response:
-        self.blobs[request.path_params["digest"]] = await request.body()
-        return Response()
-
-    async def blob(self, request: Request) -> Response:
-        digest = request.path_params["digest"]
-        if digest not in self.blobs:
-            return problem_response(NotFound(f"there is no blob {digest}"))
-        self.sent.append(digest)
-        return Response(self.blobs[digest])
-
-    async def __aenter__(self) -> "Origin":
-        self.task = asyncio.create_task(self.server.serve(sockets=[self.listener]))
-        while not self.server.started:
-            await asyncio.sleep(0.01)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        await self.task
-        self.listener.close()
-
-
 class Run:
     """A trainer's side: weights that move, step after step, and what was published of them."""
 
-    def __init__(self, origin: Origin, anchor_every: int = 16) -> None:
-        self.origin, self.weights = origin, first_weights()
-        self.client = Client(origin.url, TRAINER, patience_s=1.0)
+    def __init__(self, origin: Source, url: str, anchor_every: int = 16) -> None:
+        self.origin, self.url, self.weights = origin, url, first_weights()
+        self.client = Client(url, TRAINER, patience_s=1.0)
         self.publisher = Publisher(self.client, TRAINER, "test", anchor_every)
         self.digests: list[str] = []
         self.published: list[Weights] = []
@@ -133,42 +74,23 @@ class Run:
 
 @asynccontextmanager
 async def run(anchor_every: int = 16, steps: int = 0) -> AsyncIterator[Run]:
-    async with Origin() as origin:
-        found = Run(origin, anchor_every)
+    origin = Source()
+    async with served(origin.app()) as url:
+        found = Run(origin, url, anchor_every)
         for _ in range(steps):
             await found.step()
         yield found
         await found.client.close()
 
 
-def session_with(url: str) -> Session:
-    info = RunInfo(
-        run="test",
-        coordinator="n1",
-        status="running",
-        version=1,
-        profile="",
-        profiles=[],
-        dtype="float32",
-        vocab=32,
-        eos_ids=[2],
-        model_files=[],
-        max_staleness=2,
-        heartbeat_s=1.0,
-    )
-    keys = {"coordinator": NODE.public, "weights": TRAINER.public}
-    return Session(Client(url, NODE, patience_s=1.0), "test", info, keys)
-
-
 @asynccontextmanager
 async def node(of: Run, folder: Path, **options: Any) -> AsyncIterator[Versions]:
-    session = session_with(of.origin.url)
-    versions = Versions(session, folder, **({"patch": patch} | options))
-    try:
-        yield versions
-    finally:
-        await versions.close()
-        await session.client.close()
+    async with session_with(of.url) as session:
+        versions = Versions(session, folder, **({"patch": patch} | options))
+        try:
+            yield versions
+        finally:
+            await versions.close()
 
 
 def same(versions: Versions, of: Run, step: int) -> bool:
@@ -348,6 +270,7 @@ def test_a_kill_in_the_middle_of_patching_leaves_nothing_that_counts(
                 assert not versions.whole(of.digests[1]).exists()
             async with node(of, tmp_path) as versions:
                 assert not list(tmp_path.glob("*.draft"))
+                assert "half patched" in versions.session.figures.trouble
                 await versions.fetch(of.digests[1])
                 assert same(versions, of, 1)
 

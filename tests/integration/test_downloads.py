@@ -2,31 +2,23 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from farflung.protocol import wire
 from farflung.protocol.client import Client
 from farflung.protocol.errors import Unreachable
-from farflung.protocol.identity import Key, Signed, seal
-from farflung.protocol.messages import Manifest, Relays, RunInfo, Shard, Tensor
-from farflung.protocol.server import listen
-from farflung.protocol.session import Session
+from farflung.protocol.identity import Signed, seal
+from farflung.protocol.messages import Manifest, Shard, Tensor
 from farflung.weights.cache import Versions
 from farflung.weights.download import Downloads
 from farflung.weights.manifest import KIND, manifest_digest, target_digest
 from farflung.weights.mirror import Mirror
 from farflung.weights.origin import byte_range
+from standin import NODE, TRAINER, Source, served, session_with
 
-TRAINER, NODE = Key(b"t" * 32), Key(b"s" * 32)
 DATA = bytes(range(256)) * 4000
 SHARD = Shard(digest=hashlib.sha256(DATA).hexdigest(), size_bytes=len(DATA))
 
@@ -48,88 +40,11 @@ def sealed() -> Signed:
     return seal(TRAINER, KIND, manifest)
 
 
-class Origin:
-    """Serves the one shard by range; `breaks` says where each answer ends early, `gate` holds the rest back."""
-
-    def __init__(self) -> None:
-        self.breaks: list[int] = []
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.ranges: list[str] = []
-
-    async def blob(self, request: Request) -> Response:
-        asked = request.headers.get("range", "")
-        self.ranges.append(asked)
-        start, end = byte_range(asked, len(DATA))
-        until = start + self.breaks.pop(0) if self.breaks else end
-        headers = {"content-length": str(end - start), "content-range": f"bytes {start}-{end - 1}/{len(DATA)}"}
-        return StreamingResponse(self.body(start, until, until < end), 206 if asked else 200, headers)
-
-    async def body(self, start: int, until: int, breaks: bool) -> AsyncIterator[bytes]:
-        for at in range(start, until, 1000):
-            if at > 5000:
-                await self.gate.wait()
-            yield DATA[at : min(at + 1000, until)]
-        if breaks:
-            await asyncio.sleep(0.05)
-            raise ConnectionError("breaks off")
-
-    async def manifest(self, request: Request) -> Response:
-        return Response(wire.encode(sealed()))
-
-    async def relays(self, request: Request) -> Response:
-        return Response(wire.encode(Relays(relays=[])))
-
-    def app(self) -> Starlette:
-        return Starlette(
-            routes=[
-                Route("/v1/blobs/{digest}", self.blob),
-                Route("/v1/runs/test/manifests/{digest}", self.manifest),
-                Route("/v1/runs/test/relays", self.relays),
-            ]
-        )
-
-
-@asynccontextmanager
-async def served(app: Starlette) -> AsyncIterator[str]:
-    listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-    task = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started:
-        await asyncio.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    await task
-    listener.close()
-
-
-@asynccontextmanager
-async def session_with(url: str) -> AsyncIterator[Session]:
-    info = RunInfo(
-        run="test",
-        coordinator="n1",
-        status="running",
-        version=1,
-        profile="",
-        profiles=[],
-        dtype="float32",
-        vocab=32,
-        eos_ids=[2],
-        model_files=[],
-        max_staleness=2,
-        heartbeat_s=1.0,
-    )
-    keys = {"coordinator": NODE.public, "weights": TRAINER.public}
-    session = Session(Client(url, NODE, patience_s=2.0), "test", info, keys)
-    yield session
-    await session.client.close()
-
-
 def test_a_download_goes_on_where_it_broke_off(tmp_path: Path) -> None:
     async def scene() -> None:
-        origin = Origin()
+        origin = Source(sealed(), DATA)
         origin.breaks = [300_000, 200_000]
-        async with served(origin.app()) as url, session_with(url) as session:
+        async with served(origin.app()) as url, session_with(url, 2.0) as session:
             await Downloads(session, tmp_path, use_relays=False).fetch([SHARD])
         assert (tmp_path / SHARD.digest).read_bytes() == DATA
         starts = [int(asked.removeprefix("bytes=").removesuffix("-") or 0) for asked in origin.ranges]
@@ -140,9 +55,9 @@ def test_a_download_goes_on_where_it_broke_off(tmp_path: Path) -> None:
 
 def test_a_restart_goes_on_from_what_is_on_disk(tmp_path: Path) -> None:
     async def scene() -> None:
-        origin = Origin()
+        origin = Source(sealed(), DATA)
         (tmp_path / f"{SHARD.digest}.part").write_bytes(DATA[:700_000])
-        async with served(origin.app()) as url, session_with(url) as session:
+        async with served(origin.app()) as url, session_with(url, 2.0) as session:
             await Downloads(session, tmp_path, use_relays=False).fetch([SHARD])
         assert origin.ranges == ["bytes=700000-"]
         assert [path.name for path in tmp_path.iterdir()] == [SHARD.digest]
@@ -153,9 +68,9 @@ def test_a_restart_goes_on_from_what_is_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [100, len(DATA), len(DATA) + 7], ids=["some", "all", "too much"])
 def test_wrong_bytes_on_disk_are_fetched_anew(size: int, tmp_path: Path) -> None:
     async def scene() -> None:
-        origin = Origin()
+        origin = Source(sealed(), DATA)
         (tmp_path / f"{SHARD.digest}.part").write_bytes(b"\1" * size)
-        async with served(origin.app()) as url, session_with(url) as session:
+        async with served(origin.app()) as url, session_with(url, 2.0) as session:
             await Downloads(session, tmp_path, use_relays=False).fetch([SHARD])
         assert (tmp_path / SHARD.digest).read_bytes() == DATA
         assert origin.ranges[-1] == ""
@@ -165,9 +80,9 @@ def test_wrong_bytes_on_disk_are_fetched_anew(size: int, tmp_path: Path) -> None
 
 def test_what_came_before_nobody_answers_is_kept(tmp_path: Path) -> None:
     async def scene() -> None:
-        origin = Origin()
+        origin = Source(sealed(), DATA)
         origin.breaks = [1000] * 99
-        async with served(origin.app()) as url, session_with(url) as session:
+        async with served(origin.app()) as url, session_with(url, 2.0) as session:
             session.client.patience_s = 0.0
             with pytest.raises(Unreachable):
                 await Downloads(session, tmp_path, use_relays=False).fetch([SHARD])
@@ -179,9 +94,9 @@ def test_what_came_before_nobody_answers_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asked", ["", "bytes=2000-9999"], ids=["whole", "a range"])
 def test_a_relay_passes_on_what_is_still_coming_in(asked: str, tmp_path: Path) -> None:
     async def scene() -> None:
-        origin = Origin()
+        origin = Source(sealed(), DATA)
         origin.gate.clear()
-        async with served(origin.app()) as url, session_with(url) as session:
+        async with served(origin.app()) as url, session_with(url, 2.0) as session:
             versions = Versions(session, tmp_path, use_relays=False)
             mirror = Mirror(versions)
             relay = Starlette(routes=[Route("/v1/blobs/{digest}", mirror.blob)])

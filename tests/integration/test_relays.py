@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,36 +12,33 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from safetensors.torch import save
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 
-from farflung.protocol import wire
 from farflung.protocol.client import Client
-from farflung.protocol.errors import BadSignature, FarflungError, WeightsError
+from farflung.protocol.errors import BadSignature, Busy, FarflungError, WeightsError
 from farflung.protocol.identity import Key, Signed, seal
-from farflung.protocol.messages import Manifest, Relays, RelayView, RunInfo, Shard
-from farflung.protocol.server import listen
-from farflung.protocol.session import Session
-from farflung.weights import cache, download
+from farflung.protocol.messages import Manifest, Shard
+from farflung.weights import cache, download, pieces
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import tensors
 from farflung.weights.manifest import KIND, manifest_digest, target_digest
 from farflung.weights.mirror import Mirror
 from farflung.weights.publish import describe
+from standin import TRAINER, Source, papers, served, session_with
 
-TRAINER, STRANGER = Key(b"t" * 32), Key(b"s" * 32)
+STRANGER = Key(b"x" * 32)
 WEIGHTS = {"a": torch.arange(60_000, dtype=torch.bfloat16), "b": torch.ones(7, 5, dtype=torch.bfloat16)}
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-def version(step: int = 3, key: Key = TRAINER, run: str = "test") -> tuple[Signed, bytes]:
+def version(
+    step: int = 3, key: Key = TRAINER, run: str = "test", weights: dict[str, torch.Tensor] = WEIGHTS
+) -> tuple[Signed, bytes]:
     """A sealed manifest with one shard, and the shard."""
-    shard = save(WEIGHTS)
-    described = [describe(name, tensor, 0) for name, tensor in WEIGHTS.items()]
+    shard = save(weights)
+    described = [describe(name, tensor, 0) for name, tensor in weights.items()]
     manifest = Manifest(
         run=run,
         step=step,
@@ -56,69 +54,14 @@ def version(step: int = 3, key: Key = TRAINER, run: str = "test") -> tuple[Signe
     return seal(key, KIND, manifest), shard
 
 
-class Origin:
-    """A coordinator as far as weights go, on a real socket, that counts what it is asked for."""
-
-    def __init__(self, signed: Signed, shard: bytes) -> None:
-        self.signed, self.shard, self.relays, self.asked = signed, shard, [], 0
-        self.listener = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        routes = [
-            Route("/v1/runs/test/manifests/{digest}", self.manifest),
-            Route("/v1/runs/test/relays", self.list),
-            Route("/v1/blobs/{digest}", self.blob),
-        ]
-        self.server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="warning"))
-
-    async def manifest(self, request: Request) -> Response:
-        return Response(wire.encode(self.signed))
-
-    async def list(self, request: Request) -> Response:
-        return Response(wire.encode(Relays(relays=[RelayView(node=f"n{i}", url=u) for i, u in enumerate(self.relays)])))
-
-    async def blob(self, request: Request) -> Response:
-        self.asked += 1
-        return Response(self.shard)
-
-    async def __aenter__(self) -> "Origin":
-        self.task = asyncio.create_task(self.server.serve(sockets=[self.listener]))
-        while not self.server.started:
-            await asyncio.sleep(0.01)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        await self.task
-        self.listener.close()
-
-
-def session_with(url: str) -> Session:
-    info = RunInfo(
-        run="test",
-        coordinator="n1",
-        status="running",
-        version=1,
-        profile="",
-        profiles=[],
-        dtype="float32",
-        vocab=32,
-        eos_ids=[2],
-        model_files=[],
-        max_staleness=2,
-        heartbeat_s=1.0,
-    )
-    keys = {"coordinator": STRANGER.public, "weights": TRAINER.public}
-    return Session(Client(url, STRANGER, patience_s=1.0), "test", info, keys)
-
-
 @asynccontextmanager
 async def versions_of(url: str, folder: Path, **options: Any) -> AsyncIterator[Versions]:
-    versions = Versions(session_with(url), folder, **options)
-    try:
-        yield versions
-    finally:
-        await versions.close()
-        await versions.session.client.close()
+    async with session_with(url) as session:
+        versions = Versions(session, folder, **options)
+        try:
+            yield versions
+        finally:
+            await versions.close()
 
 
 # --- relays that are not what they should be -------------------------------------------------------------------------
@@ -205,21 +148,123 @@ def test_a_hostile_relay_costs_one_shard_and_its_own_reputation(name: str, tmp_p
     async def scene() -> None:
         signed, shard = version()
         async with AsyncExitStack() as stack:
-            origin = await stack.enter_async_context(Origin(signed, shard))
+            origin = Source(signed, shard)
+            origin_url = await stack.enter_async_context(served(origin.app()))
             relay = await asyncio.start_server(HOSTILE[name](shard), "127.0.0.1", 0)
             await stack.enter_async_context(relay)
             url = f"http://127.0.0.1:{relay.sockets[0].getsockname()[1]}"
             origin.relays = [url]
-            versions = await stack.enter_async_context(versions_of(origin.url, tmp_path))
+            versions = await stack.enter_async_context(versions_of(origin_url, tmp_path))
             since = time.monotonic()
             manifest = await versions.fetch(manifest_digest(signed))
             assert time.monotonic() - since < 10
-            assert origin.asked == 1
+            assert len(origin.sent) == 1
             assert versions._downloads.scores[url].success < 1
+            assert versions.session.figures.trouble.startswith(f"relay {url}: "), "the page says what happened"
             loaded = dict(tensors(versions, manifest_digest(signed)))
             assert all(torch.equal(loaded[key], WEIGHTS[key]) for key in WEIGHTS)
             assert {path.name for path in tmp_path.iterdir()} == {manifest.shards[0].digest}
             relay.close()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_relay_among_honest_ones_is_found_out(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """The shard comes in pieces from all of them at once."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(pieces, "OVERDUE_S", 0.3)
+
+    async def scene() -> None:
+        signed, shard = version()
+        async with AsyncExitStack() as stack:
+            origin, honest = Source(signed, shard), Source(signed, shard)
+            origin_url = await stack.enter_async_context(served(origin.app()))
+            relay = await asyncio.start_server(HOSTILE[name](shard), "127.0.0.1", 0)
+            await stack.enter_async_context(relay)
+            url = f"http://127.0.0.1:{relay.sockets[0].getsockname()[1]}"
+            origin.relays = [url, await stack.enter_async_context(served(honest.app()))]
+            versions = await stack.enter_async_context(versions_of(origin_url, tmp_path))
+            await versions.fetch(manifest_digest(signed))
+            assert dict(tensors(versions, manifest_digest(signed))).keys() == WEIGHTS.keys()
+            scores = versions._downloads.scores
+            assert scores[url].success < scores[origin.relays[1]].success == 1
+            assert url in versions.session.figures.trouble
+            assert len(honest.sent) > 5
+            assert [path.name for path in tmp_path.iterdir()] == [hashlib.sha256(shard).hexdigest()]
+            relay.close()
+
+    asyncio.run(scene())
+
+
+def test_a_piece_that_lies_is_traced_to_its_relay(tmp_path: Path, monkeypatch: Any) -> None:
+    """Ranges are answered as asked for, with one wrong byte: only the whole shard shows it."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
+
+    async def scene() -> None:
+        signed, shard = version()
+        async with AsyncExitStack() as stack:
+            origin, honest, liar = (Source(signed, shard) for _ in range(3))
+            liar.blobs = {digest: bytes(len(data)) for digest, data in liar.blobs.items()}
+            origin_url, good, bad = [
+                await stack.enter_async_context(served(one.app())) for one in (origin, honest, liar)
+            ]
+            origin.relays = [good, bad]
+            versions = await stack.enter_async_context(versions_of(origin_url, tmp_path))
+            await versions.fetch(manifest_digest(signed))
+            scores = versions._downloads.scores
+            assert (scores[good].lies, scores[bad].lies >= 1) == (0, True)
+            assert dict(tensors(versions, manifest_digest(signed))).keys() == WEIGHTS.keys()
+
+    asyncio.run(scene())
+
+
+def test_a_relay_may_mirror_another(tmp_path: Path) -> None:
+    """Three in a row: the origin is asked once, and the last node gets it through all of them."""
+
+    async def scene() -> None:
+        signed, shard = version()
+        digest, origin = manifest_digest(signed), Source(signed, shard)
+        async with AsyncExitStack() as stack:
+            origin_url = await stack.enter_async_context(served(origin.app()))
+            upstream: tuple[str, ...] = ()
+            for number in range(3):
+                options = {"use_relays": False, "upstream": upstream}
+                own = await stack.enter_async_context(versions_of(origin_url, tmp_path / f"relay-{number}", **options))
+                mirror = Mirror(own)
+                await mirror.follow(digest)
+                app = Starlette(routes=[Route("/v1/blobs/{digest}", mirror.blob)])
+                upstream = (await stack.enter_async_context(served(app)),)
+            node = await stack.enter_async_context(versions_of(origin_url, tmp_path / "node", upstream=upstream))
+            await node.fetch(digest)
+            assert len(origin.sent) == 1
+            assert dict(tensors(node, digest)).keys() == WEIGHTS.keys()
+
+    asyncio.run(scene())
+
+
+def test_a_relay_sends_one_address_no_more_than_its_share(tmp_path: Path) -> None:
+    async def scene() -> None:
+        signed, shard = version()
+        origin, url = Source(signed, shard), f"/v1/blobs/{hashlib.sha256(shard).hexdigest()}"
+        origin.gate.clear()
+        async with AsyncExitStack() as stack:
+            origin_url = await stack.enter_async_context(served(origin.app()))
+            own = await stack.enter_async_context(versions_of(origin_url, tmp_path, use_relays=False))
+            mirror = Mirror(own, per_client=2)
+            following = asyncio.create_task(mirror.follow(manifest_digest(signed)))
+            app = Starlette(routes=[Route("/v1/blobs/{digest}", mirror.blob)])
+            relay = Client(await stack.enter_async_context(served(app)), STRANGER, patience_s=0.0)
+            greedy = [asyncio.create_task(relay.download(url)) for _ in range(2)]
+            while mirror._sending.total() < 2:
+                await asyncio.sleep(0.01)
+            with pytest.raises(Busy, match="ask another source"):
+                await relay.download(url)
+            origin.gate.set()
+            assert await asyncio.gather(*greedy) == [shard, shard]
+            await following
+            assert await relay.download(url) == shard, "places are free again"
+            await relay.close()
 
     asyncio.run(scene())
 
@@ -229,19 +274,17 @@ def test_an_honest_relay_spares_the_origin(tmp_path: Path) -> None:
         signed, shard = version()
         digest = manifest_digest(signed)
         async with AsyncExitStack() as stack:
-            origin = await stack.enter_async_context(Origin(signed, shard))
-            own = await stack.enter_async_context(versions_of(origin.url, tmp_path / "relay", use_relays=False))
+            origin = Source(signed, shard)
+            origin_url = await stack.enter_async_context(served(origin.app()))
+            own = await stack.enter_async_context(versions_of(origin_url, tmp_path / "relay", use_relays=False))
             mirror = Mirror(own)
             await mirror.follow(digest)
             app = Starlette(routes=[Route("/v1/blobs/{digest}", mirror.blob)])
-            listener = listen("127.0.0.1", 0)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-            serving = asyncio.create_task(server.serve(sockets=[listener]))
-            origin.relays = [f"http://127.0.0.1:{listener.getsockname()[1]}"]
+            origin.relays = [await stack.enter_async_context(served(app))]
             for number in range(3):
-                async with versions_of(origin.url, tmp_path / str(number)) as versions:
+                async with versions_of(origin_url, tmp_path / str(number)) as versions:
                     await versions.fetch(digest)
-            assert origin.asked == 1, "the relay's own copy and no other"
+            assert len(origin.sent) == 1, "the relay's own copy and no other"
             relay = Client(origin.relays[0], STRANGER, patience_s=0.0)
             part = await relay._http.get(
                 f"/v1/blobs/{hashlib.sha256(shard).hexdigest()}", headers={"range": "bytes=5-9"}
@@ -250,9 +293,6 @@ def test_an_honest_relay_spares_the_origin(tmp_path: Path) -> None:
             with pytest.raises(FarflungError, match="no version"):
                 await relay.download(f"/v1/blobs/{'0' * 64}")
             await relay.close()
-            server.should_exit = True
-            await serving
-            listener.close()
 
     asyncio.run(scene())
 
@@ -271,7 +311,9 @@ def test_an_honest_relay_spares_the_origin(tmp_path: Path) -> None:
 )
 def test_a_wrong_manifest_is_refused(asked: Signed, sent: Signed, error: type[Exception], tmp_path: Path) -> None:
     async def scene() -> None:
-        async with Origin(sent, version()[1]) as origin, versions_of(origin.url, tmp_path) as versions:
+        origin = Source()
+        origin.manifests[manifest_digest(asked)] = sent
+        async with served(origin.app()) as origin_url, versions_of(origin_url, tmp_path) as versions:
             with pytest.raises(error):
                 await versions.fetch(manifest_digest(asked))
         assert list(tmp_path.iterdir()) == []
@@ -279,13 +321,78 @@ def test_a_wrong_manifest_is_refused(asked: Signed, sent: Signed, error: type[Ex
     asyncio.run(scene())
 
 
+def test_a_rotated_key_is_accepted_by_the_roots_word(tmp_path: Path) -> None:
+    """In the middle of a stay: the manifest is by a key that the node has never met."""
+
+    async def scene() -> None:
+        signed, shard = version(key=STRANGER)
+        origin = Source(signed, shard)
+        async with served(origin.app()) as url, versions_of(url, tmp_path) as versions:
+            with pytest.raises(BadSignature):
+                await versions.fetch(manifest_digest(signed))
+            origin.papers = papers(TRAINER.public, STRANGER.public)
+            await versions.fetch(manifest_digest(signed))
+            assert dict(tensors(versions, manifest_digest(signed))).keys() == WEIGHTS.keys()
+
+    asyncio.run(scene())
+
+
 def test_a_version_beyond_the_disk_limit_is_refused_before_a_byte(tmp_path: Path) -> None:
     async def scene() -> None:
         signed, shard = version()
-        async with Origin(signed, shard) as origin, versions_of(origin.url, tmp_path, limit_bytes=1000) as versions:
+        origin = Source(signed, shard)
+        async with served(origin.app()) as origin_url, versions_of(origin_url, tmp_path, limit_bytes=1000) as versions:
             with pytest.raises(WeightsError, match="this node allows 1,000"):
                 await versions.fetch(manifest_digest(signed))
-            assert origin.asked == 0
+            assert not origin.sent
+
+    asyncio.run(scene())
+
+
+def test_a_disk_that_fills_up_on_the_way_is_said_so_and_blames_nobody(tmp_path: Path, monkeypatch: Any) -> None:
+    """A real file system of 64 kB, which is larger the second time."""
+    monkeypatch.setattr(cache, "SPARE_BYTES", -(1 << 30))  # as if it was filled after the look at what is free
+    small = tmp_path / "disk"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+
+    async def scene() -> None:
+        signed, shard = version()
+        async with AsyncExitStack() as stack:
+            origin, honest = Source(signed, shard), Source(signed, shard)
+            origin_url, url = [await stack.enter_async_context(served(one.app())) for one in (origin, honest)]
+            origin.relays = [url]
+            versions = await stack.enter_async_context(versions_of(origin_url, small))
+            with pytest.raises(WeightsError, match="No space left"):
+                await versions.fetch(manifest_digest(signed))
+            assert "No space left" in versions.session.figures.trouble
+            assert url not in versions._downloads.scores
+            assert not list(small.iterdir())
+            subprocess.run(["mount", "-o", "remount,size=1m", str(small)], check=True)
+            await versions.fetch(manifest_digest(signed))
+            assert dict(tensors(versions, manifest_digest(signed))).keys() == WEIGHTS.keys()
+
+    try:
+        asyncio.run(scene())
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_older_version_makes_room_for_a_newer_one(tmp_path: Path) -> None:
+    async def scene() -> None:
+        signed, shard = version()
+        newer = {"a": WEIGHTS["a"] + 1}
+        later, more = version(step=4, weights=newer)
+        origin = Source(signed, shard)
+        origin.manifests[manifest_digest(later)] = later
+        origin.blobs[hashlib.sha256(more).hexdigest()] = more
+        limit = int(1.5 * len(shard))
+        async with served(origin.app()) as url, versions_of(url, tmp_path, limit_bytes=limit, patch=None) as versions:
+            await versions.fetch(manifest_digest(signed))
+            await versions.fetch(manifest_digest(later))
+            assert not versions.has(manifest_digest(signed))
+            assert [path.name for path in tmp_path.iterdir()] == [hashlib.sha256(more).hexdigest()]
 
     asyncio.run(scene())
 
@@ -294,7 +401,8 @@ def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     async def scene() -> None:
         signed, shard = version()
         monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=cache.SPARE_BYTES + 10))
-        async with Origin(signed, shard) as origin, versions_of(origin.url, tmp_path) as versions:
+        origin = Source(signed, shard)
+        async with served(origin.app()) as origin_url, versions_of(origin_url, tmp_path) as versions:
             with pytest.raises(WeightsError, match="bytes more disk"):
                 await versions.fetch(manifest_digest(signed))
 
@@ -304,7 +412,8 @@ def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_shard_damaged_on_disk_is_refused_when_loaded(tmp_path: Path) -> None:
     async def scene() -> None:
         signed, shard = version()
-        async with Origin(signed, shard) as origin, versions_of(origin.url, tmp_path) as versions:
+        origin = Source(signed, shard)
+        async with served(origin.app()) as origin_url, versions_of(origin_url, tmp_path) as versions:
             manifest = await versions.fetch(manifest_digest(signed))
             path = versions.path(manifest.shards[0].digest)
             path.write_bytes(flipped(path.read_bytes())[1])

@@ -55,6 +55,12 @@ def test_every_figure_of_the_contract_is_there_and_recomputes_to_the_same(demo):
     assert unmeasured == set()
 
 
+def test_weights_travel_and_swapping_them_takes_no_time(demo):
+    summary = demo.summary()
+    assert 0 < summary["weights_sent_bytes_per_step"] < 20 * summary["weights_full_bytes"], "for ten nodes"
+    assert 0 < summary["sync_pause_s"] < 2
+
+
 def test_the_first_reward_comes_soon(demo):
     assert 0 < demo.summary()["first_reward_s"] < 60
 

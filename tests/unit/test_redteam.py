@@ -2,18 +2,16 @@
 
 import gzip
 
-import msgspec
 import pytest
 
 from farflung.config import Cheat, Config
 from farflung.engine.base import Completion
 from farflung.ops.redteam import GALLERY, senders, texts
 from farflung.ops.redteam.base import Attack, Cheating
-from farflung.ops.trial import _outcome, _with, run_trial
+from farflung.ops.trial import _more_pay, _outcome, _with, pay_error, run_trial
 from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError, Malformed
 from farflung.protocol.messages import Submission, SubmittedRollout
-from farflung.trust.record import NodeRecord
 
 SENT = Submission(rollouts=[SubmittedRollout(rollout="r1", ids=wire.pack_ids([1, 2, 3]))])
 
@@ -57,12 +55,23 @@ def test_what_an_attack_does_not_bend_is_the_true_engine_s() -> None:
 
 
 def test_outcomes_follow_from_what_was_measured() -> None:
-    fresh = NodeRecord()
-    assert _outcome(msgspec.structs.replace(fresh, status="ejected"), "replay", 9.0, 0.0) == "caught"
-    assert _outcome(fresh, "sanity", 0.0, 0.0) == "caught"
-    assert _outcome(fresh, "replay", 0.0, 0.0) == "caught"
-    assert _outcome(fresh, "", 0.1, 0.06) == "worthless"
-    assert _outcome(fresh, "", 0.1, 0.04) == "not told apart"
+    quiet = {"status": "probation", "layer": "", "bad_submissions": 0, "gain": 0.0, "gain_error": 0.0}
+    assert _outcome(quiet | {"status": "ejected", "gain": 9.0}) == "caught"
+    assert _outcome(quiet | {"layer": "sanity"}) == "caught"
+    assert _outcome(quiet | {"layer": "tripwire"}) == "worthless"
+    assert _outcome(quiet | {"layer": "tripwire", "bad_submissions": 1}) == "caught"
+    assert _outcome(quiet | {"gain": 0.1, "gain_error": 0.06}) == "worthless"
+    assert _outcome(quiet | {"gain": 0.1, "gain_error": 0.04}) == "not told apart"
+
+
+def test_pay_is_compared_within_a_swarm() -> None:
+    assert _more_pay((500, 1.0), [(900, 3.0), (1100, 3.0)]) == pytest.approx((-0.5, 0.5))
+    assert _more_pay((0, 0.0), [(900, 3.0)]) == (0.0, 0.0)
+
+
+def test_the_error_of_pay_is_pooled_over_swarms_of_unlike_speed() -> None:
+    assert pay_error([[90.0, 110.0], [9.0, 11.0]]) == pytest.approx((0.04 / 2 * 1.5) ** 0.5)
+    assert pay_error([[100.0], []]) == 0.0
 
 
 def test_an_unknown_attack_is_refused_before_anything_starts() -> None:

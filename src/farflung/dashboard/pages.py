@@ -25,7 +25,7 @@ from farflung.dashboard.meter import Meter
 from farflung.dashboard.nodes import DESCENDING, SORTS, ordered
 from farflung.dashboard.snapshot import Snapshot, take
 from farflung.dashboard.veil import veil_of
-from farflung.dashboard.versions import why_large
+from farflung.dashboard.versions import troubles, why_large
 from farflung.protocol.errors import NotFound, Unavailable
 from farflung.protocol.states import statuses
 from farflung.rollouts.archive import Archive
@@ -132,9 +132,11 @@ class Pages:
         loaded = Counter(node.loaded_step for node in s.nodes if node.is_present or s.status == "finished")
         run = self.desk.config.run.name
         versions = await self.desk.database.read(lambda c: browse.weights(c, run, until, loaded))
+        since = self.desk.clock() - self.desk.config.lease.lost_s if s.status != "finished" else 0.0
+        said = await self.desk.database.read(lambda c: troubles(c, since))
         note, newer = why_large(self.desk.config.learn.lr, versions), min(s.step, until + browse.STEPS_A_PAGE)
         return self._page("weights.html", page="weights", s=s, versions=versions, note=note, present=loaded.total(),
-                          until=until, newer=newer, most=browse.STEPS_A_PAGE)  # fmt: skip
+                          troubles=said, until=until, newer=newer, most=browse.STEPS_A_PAGE)  # fmt: skip
 
     async def ledger(self, request: Request) -> Response:
         """Who holds how much credit, and why."""

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.dashboard.browse import Version, open_unchecked
-from farflung.protocol.messages import Manifest, VersionView, Weights
+from farflung.protocol.messages import Heartbeat, Manifest, Trouble, VersionView, Weights
 from farflung.store.book import Book
 from farflung.store.tables import NODES, STEPS
 
-SHOWN = 50
+SHOWN, ASKED = 50, 1000
 POOR_RATIO = 20.0
 """Whole over difference below which the page says why."""
 
@@ -23,7 +24,23 @@ def versions(connection: Connection, book: Book, now: float) -> Weights:
     )
     rows = connection.execute(query.order_by(STEPS.c.step.desc()).limit(SHOWN))
     found = [_view(digest, open_unchecked(sealed), at, loaded) for digest, sealed, at in rows]
-    return Weights(versions=found, nodes=sum(loaded.values()), note=why_large(book.config.learn.lr, found), now=now)
+    return Weights(
+        versions=found,
+        nodes=sum(loaded.values()),
+        troubles=troubles(connection, now - book.config.lease.lost_s),
+        note=why_large(book.config.learn.lr, found),
+        now=now,
+    )
+
+
+def troubles(connection: Connection, since: float) -> list[Trouble]:
+    """What nodes heard of since a time say went wrong with weights, those heard last first."""
+    query = sa.select(NODES.c.node, NODES.c.name, NODES.c.beat).where(NODES.c.seen_at >= since, NODES.c.beat != b"")
+    found: list[Trouble] = []
+    for node, name, beat in connection.execute(query.order_by(NODES.c.seen_at.desc()).limit(ASKED)):
+        said = msgspec.msgpack.decode(beat, type=Heartbeat).trouble
+        found += [Trouble(node=node, name=name, said=said)] if said else []
+    return found[:SHOWN]
 
 
 def why_large(lr: float, found: Sequence[VersionView | Version]) -> str:

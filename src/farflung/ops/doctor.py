@@ -142,7 +142,7 @@ def _clock(theirs: float) -> Finding:
 async def _run(client: Client, run: str, folder: Path, root: bytes | None, status: Status) -> AsyncIterator[Finding]:
     papers = await client.get(f"/v1/runs/{run}", Run)
     try:
-        _, keys = check_run(papers, run, root)
+        checked = check_run(papers, run, root)
     except FarflungError as error:
         yield Finding("papers", False, str(error), "ask the operator for the right address; do not join")
         return
@@ -151,7 +151,7 @@ async def _run(client: Client, run: str, folder: Path, root: bytes | None, statu
         yield Finding("weights", True, "none published yet")
         return
     signed = await client.get(f"/v1/runs/{run}/manifests/{status.latest.manifest}", Signed)
-    manifest = open_manifest(signed, keys["weights"], run, status.latest.manifest)
+    manifest = open_manifest(signed, checked.keys("weights", time.time()), run, status.latest.manifest)
     size_bytes = manifest.full_bytes
     yield Finding("weights", True, f"step {manifest.step}, {size_bytes / 1e9:.3f} GB, signature and digest are right")
     yield _disk(folder, size_bytes)

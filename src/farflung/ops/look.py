@@ -36,6 +36,8 @@ async def show_weights(url: str, run: str) -> None:
         table.add_row(*_version_cells(view, weights))
     console = Console(highlight=False)
     console.print(table)
+    for trouble in weights.troubles:
+        console.print(f"{trouble.name}: {trouble.said}", markup=False)
     if weights.note:
         console.print(weights.note, style="dim")
 

@@ -22,6 +22,7 @@ from farflung.config import load
 from farflung.ops.logs import start_logging
 from farflung.protocol.errors import FarflungError
 from farflung.protocol.identity import Key
+from farflung.tasks.keyring import root_of
 
 POLL_S = 0.1
 GRACE_S = 10.0
@@ -97,7 +98,7 @@ async def _role(order: dict[str, Any], config: Any) -> None:
     name, url = order["name"], order["url"]
     folder = config.folder / "nodes" / name
     folder.mkdir(parents=True, exist_ok=True)
-    root = Key.load_or_make(config.folder / "keys" / "root").public
+    root = root_of(config.folder / "keys")
     if order["role"] == "trainer":
         await Trainer(url, Key.load_or_make(config.folder / "keys" / "trainer"), config, root=root).run()
     elif order["role"] == "validator":

@@ -27,13 +27,16 @@ from farflung.protocol.errors import ConfigError, FarflungError, Unreachable
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import NodeView, Status
 from farflung.protocol.server import listen
+from farflung.store.book import holds_run
+from farflung.store.db import shown
 from farflung.store.metrics import Metrics
 from farflung.tasks.found import local_grants
+from farflung.tasks.keyring import root_of
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.25
 SETTLE_S = 0.5
-START_S = 60.0
+START_S = 240.0
 STOP_S = 15.0
 MOST_RESTARTS = 20
 
@@ -43,12 +46,17 @@ def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> Non
     folder = config.folder
     if not config.model.path:
         raise ConfigError("model.path is missing; name a folder of a Hugging Face causal LM or its hub id")
-    if resume and not (folder / "farflung.db").exists():
+    if resume and not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
     if folder.exists() and not resume:
         if not fresh:
             raise ConfigError(f"{folder} exists already; use --resume to go on, --fresh to throw it away")
         shutil.rmtree(folder)
+    if not resume and config.coordinator.database and holds_run(config.database_url, config.run.name):
+        raise ConfigError(
+            f"database {shown(config.database_url)} holds run {config.run.name!r} already; name another run or "
+            "database, or use --resume"
+        )
     (folder / "keys").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
 
@@ -118,11 +126,11 @@ class Swarm:
     async def _spawn_coordinator(self) -> None:
         process = await self._spawn("coordinator", "coordinator", str(self.path))
         if not await _first(self._until_it_answers(), process):
-            raise ConfigError(_last_words(self.folder / "logs" / "coordinator.log"))
+            raise ConfigError(_last_words(process, self.folder / "logs" / "coordinator.log"))
 
     async def _spawn_relay(self, name: str) -> None:
         folder = str(self.folder / "nodes" / name)
-        root = Key.load_or_make(self.folder / "keys" / "root").public.hex()
+        root = (root_of(self.folder / "keys") or b"").hex()
         await self._spawn(name, "relay", self.url, "--folder", folder, "--name", name, "--root", root)
 
     async def _until_it_answers(self) -> None:
@@ -140,7 +148,7 @@ class Swarm:
         process = await self._spawn("nursery", module="farflung.ops.nursery", pipes=True)
         self._listening = asyncio.create_task(self._listen(process))
         if not await _first(self._ready.wait(), process):
-            raise ConfigError(_last_words(self.folder / "logs" / "nursery.log"))
+            raise ConfigError(_last_words(process, self.folder / "logs" / "nursery.log"))
 
     async def _spawn(
         self, name: str, *arguments: str, module: str = "farflung", pipes: bool = False
@@ -298,7 +306,9 @@ def _free_port(config: Config) -> int:
         return probe.getsockname()[1]
 
 
-def _last_words(path: Path) -> str:
-    """The last line of a log, without our own prefix."""
+def _last_words(process: asyncio.subprocess.Process, path: Path) -> str:
+    """Why a process did not start: the last line of its log, without our own prefix, or that it takes too long."""
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    return (lines[-1] if lines else f"nothing in {path}").removeprefix("farflung: ")
+    if process.returncode is None:
+        return f"{path.stem} is not ready after {START_S:.0f} s; is this machine very busy? Its log is {path}"
+    return (lines[-1] if lines else f"{path.stem} ended with nothing in {path}").removeprefix("farflung: ")

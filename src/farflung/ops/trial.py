@@ -37,7 +37,11 @@ AT_ONCE = 7
 """Adversaries in one swarm."""
 IDENTITY = {"bad-signature", "replayed", "clock-skew", "forbidden", "not-found"}
 POSSESSION = {"wrong-weights"}
+WIDTH = 160
+"""Of the table where it goes to a file."""
 Row = dict[str, Any]
+Pay = tuple[int, float]
+"""Tokens that a node was paid and still has, and the CPU-seconds that it generated for."""
 
 
 class Quiet(Screen):
@@ -56,6 +60,7 @@ def run_trial(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE, ti
     if unknown:
         raise ConfigError(f"there is no attack {unknown[0]!r}; the gallery has {', '.join(GALLERY)}")
     rows: list[Row] = []
+    honest: list[list[float]] = []
     cheats = [
         Cheat(name=f"{attack}-{time}" if times > 1 else attack, attack=attack)
         for attack in attacks
@@ -63,7 +68,12 @@ def run_trial(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE, ti
     ]
     for number, start in enumerate(range(0, len(cheats), at_once), 1):
         some = tuple(cheats[start : start + at_once])
-        rows += _one_run(_with(config, some, f"{config.run.name}-{number}"))
+        found, pay = _one_run(_with(config, some, f"{config.run.name}-{number}"))
+        rows, honest = rows + found, [*honest, pay]
+    error = pay_error(honest)
+    for row in rows:
+        row["gain_error"] = error if row["aim"] == "pay" else row["gain_error"]
+        row["outcome"] = _outcome(row)
     config.run.dir.mkdir(parents=True, exist_ok=True)
     (config.run.dir / f"{config.run.name}-redteam.json").write_text(json.dumps(rows, indent=2) + "\n")
     return rows
@@ -74,23 +84,33 @@ def _with(config: Config, cheats: tuple[Cheat, ...], name: str) -> Config:
     return config.model_copy(update={"swarm": swarm, "run": config.run.model_copy(update={"name": name})})
 
 
-def _one_run(config: Config) -> list[Row]:
+def pay_error(honest: Sequence[Sequence[float]]) -> float:
+    """Standard deviation of one more honest worker's pay about the others' mean, in shares of that, over swarms."""
+    of_each = [[pay / statistics.fmean(swarm) for pay in swarm] for swarm in honest if sum(swarm)]
+    squares = sum((pay - 1) ** 2 for swarm in of_each for pay in swarm)
+    freedom = sum(len(swarm) - 1 for swarm in of_each)
+    least = min((len(swarm) for swarm in of_each), default=1)
+    return math.sqrt(squares / freedom * (1 + 1 / least)) if freedom else 0.0
+
+
+def _one_run(config: Config) -> tuple[list[Row], list[float]]:
+    """Its adversaries, and the pay of its honest workers."""
     prepare(config, fresh=True)
     swarm = Swarm(config, is_plain=True)
     swarm.screen = Quiet(swarm.config, is_plain=True)
     asyncio.run(swarm.run())
     engine = open_engine(config.database_url)
     with engine.connect() as connection:
-        honest = _honest_pay(connection, config)
+        honest = _honest(connection, config)
         rows = [_row(connection, config, cheat, honest) for cheat in config.swarm.cheats]
     engine.dispose()
-    return rows
+    return rows, [tokens for tokens, _ in honest]
 
 
 # --- one attack ------------------------------------------------------------------------------------------------------
 
 
-def _row(connection: Connection, config: Config, cheat: Cheat, honest_pay: Sequence[float]) -> Row:
+def _row(connection: Connection, config: Config, cheat: Cheat, honest: Sequence[Pay]) -> Row:
     folder = config.folder / "nodes" / cheat.name
     lines = [json.loads(line) for line in _text(folder / LEDGER).splitlines()]
     node = Key.load_or_make(folder / "key").id
@@ -98,16 +118,12 @@ def _row(connection: Connection, config: Config, cheat: Cheat, honest_pay: Seque
     gains = _gains(connection, config, lines)
     cpu_s = sum(line["cpu_s"] for line in lines)
     kept = _kept(connection, node)
-    usual = statistics.fmean(honest_pay) if honest_pay else 0.0
-    gains["pay"] = kept / cpu_s / usual - 1 if cpu_s and usual else 0.0
-    gains["pay_error"] = statistics.pstdev(honest_pay) / usual if usual else 0.0
+    gains["pay"], per_cpu_s = _more_pay((kept, cpu_s), honest)
     gains["poison"] = float(_poisoned(connection, lines))
     aim = GALLERY[cheat.attack]().aim
     layer = _layer(connection, node, lines, verdict)
-    gain, error = gains[aim], gains.get(f"{aim}_error", 0.0)
     return {
         "attack": cheat.attack,
-        "outcome": _outcome(record, layer, gain, error),
         "layer": layer,
         "submissions": verdict[1] if verdict else len(lines),
         "cheating_submissions": _cheating(lines[: verdict[1]] if verdict else lines),
@@ -117,9 +133,11 @@ def _row(connection: Connection, config: Config, cheat: Cheat, honest_pay: Seque
         "threshold": verdict[0].threshold if verdict else 1 / config.trust.false_ejection_probability,
         "verdict": verdict[0].outcome if verdict else "",
         "status": record.status,
+        "bad_submissions": record.bad_submissions,
         "aim": aim,
-        "gain": gain,
-        "gain_error": error,
+        "gain": gains[aim],
+        "gain_error": gains.get(f"{aim}_error", 0.0),
+        "pay_per_cpu_s": per_cpu_s,
         "tokens_kept": kept,
         "cpu_s": round(cpu_s, 3),
         "poisoned_tokens_trained": int(gains["poison"]),
@@ -129,13 +147,13 @@ def _row(connection: Connection, config: Config, cheat: Cheat, honest_pay: Seque
     }
 
 
-def _outcome(record: NodeRecord, layer: str, gain: float, error: float) -> str:
+def _outcome(row: Row) -> str:
     """`caught` if ejected, quarantined, void or turned away; else `worthless` or `not told apart`, as measured."""
     stopped = ("sanity", "identity", "possession", "replay")
-    is_void = layer == "tripwire" and record.bad_submissions > 0
-    if record.status in ("ejected", "quarantined") or layer in stopped or is_void:
+    is_void = row["layer"] == "tripwire" and row["bad_submissions"] > 0
+    if row["status"] in ("ejected", "quarantined") or row["layer"] in stopped or is_void:
         return "caught"
-    return "worthless" if gain <= 2 * error else "not told apart"
+    return "worthless" if row["gain"] <= 2 * row["gain_error"] else "not told apart"
 
 
 def _layer(connection: Connection, node: str, lines: Sequence[Row], verdict: tuple[Verdict, int] | None) -> str:
@@ -196,14 +214,22 @@ def _verdict(connection: Connection, node: str) -> tuple[Verdict, int] | None:
 # --- gains -----------------------------------------------------------------------------------------------------------
 
 
-def _honest_pay(connection: Connection, config: Config) -> list[float]:
-    """Tokens kept per CPU-second of generation, by each honest worker of the same run."""
+def _more_pay(mine: Pay, honest: Sequence[Pay]) -> tuple[float, float]:
+    """By how much more of the mean honest worker's pay it kept: in the same time, and per CPU-second of generation."""
+    if not mine[1] or not sum(tokens for tokens, _ in honest):
+        return 0.0, 0.0
+    per_cpu_s = statistics.fmean(tokens / cpu_s for tokens, cpu_s in honest)
+    return mine[0] / statistics.fmean(tokens for tokens, _ in honest) - 1, mine[0] / mine[1] / per_cpu_s - 1
+
+
+def _honest(connection: Connection, config: Config) -> list[Pay]:
+    """What each honest worker of the same run kept, and what it generated for."""
     names = {cheat.name for cheat in config.swarm.cheats}
     rows = connection.execute(sa.select(NODES.c.node, NODES.c.name).where(NODES.c.role == "worker")).all()
     honest = {row.node for row in rows if row.name not in names}
     lines = [json.loads(line) for line in _text(config.folder / "metrics.jsonl").splitlines()]
     cpu_s = {line["node"]: line["work_cpu_s"] for line in lines if line["kind"] == "node" and line["node"] in honest}
-    return [_kept(connection, node) / taken_s for node, taken_s in cpu_s.items() if taken_s]
+    return [(_kept(connection, node), taken_s) for node, taken_s in cpu_s.items() if taken_s]
 
 
 def _kept(connection: Connection, node: str) -> int:
@@ -276,7 +302,8 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(name, overflow="fold")
     for attack in dict.fromkeys(row["attack"] for row in rows):
         table.add_row(*_line([row for row in rows if row["attack"] == attack]))
-    Console().print(table)
+    console = Console()
+    Console(width=console.width if console.is_terminal else WIDTH).print(table)
 
 
 def _line(rows: Sequence[Row]) -> list[str]:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -328,12 +328,18 @@ def seal(key: Key, kind: str, document: msgspec.Struct) -> Signed:
     return Signed(kind, payload, key.public, key.sign(_sealed_bytes(kind, payload)))
 
 
-def unseal(signed: Signed, kind: str, type: type[T], *, public: bytes | None = None) -> T:
-    """Open a signed document, by `public` where one key alone will do. Raises BadSignature."""
+Trusted = bytes | Collection[bytes]
+"""A public key, or several of which each will do."""
+
+
+def unseal(signed: Signed, kind: str, type: type[T], *, public: Trusted | None = None) -> T:
+    """Open a signed document, by `public` where not every key will do. Raises BadSignature."""
     if signed.kind != kind:
         raise BadSignature(f"this is a signed {signed.kind!r}, not a {kind!r}")
-    if public is not None and signed.public != public:
-        raise BadSignature(f"the {kind} is signed by {node_id(signed.public)}, not by {node_id(public)}")
+    trusted = [public] if isinstance(public, bytes) else public
+    if trusted is not None and signed.public not in trusted:
+        those = " or ".join(node_id(one) for one in trusted) or "anybody who may"  # type: ignore[arg-type]
+        raise BadSignature(f"the {kind} is signed by {node_id(signed.public)}, not by {those}")
     if not verify(signed.public, signed.signature, _sealed_bytes(kind, signed.payload)):
         raise BadSignature(f"the signature of this {kind} does not verify")
     try:

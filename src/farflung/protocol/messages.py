@@ -91,7 +91,7 @@ class Delegation(Message, frozen=True):
     """The root key's word that another key may sign documents of one kind for one run until it expires."""
 
     run: Id
-    purpose: Literal["coordinator", "weights"]
+    purpose: Literal["coordinator", "weights", "receipts", "verdicts"]
     public: Public
     expires_at: Seconds
 
@@ -347,6 +347,8 @@ class Heartbeat(Message, frozen=True):
     """CPU-seconds that a worker spent on proof beyond generation."""
     sync_pause_s: Seconds = 0.0
     started_at: Seconds = 0.0
+    trouble: Line = ""
+    """What last went wrong with weights on this node, such as a relay that lied, in its own words."""
 
 
 class Pulse(Message, frozen=True):
@@ -694,12 +696,22 @@ class VersionView(Message, frozen=True):
     published_at: float
 
 
+class Trouble(Message, frozen=True):
+    """What last went wrong with weights on one node, in its own words."""
+
+    node: Id
+    name: Name
+    said: Line
+
+
 class Weights(Message, frozen=True):
     """The latest versions of a run, newest first."""
 
     versions: list[VersionView]
     nodes: int
     """Nodes that are online and have any version loaded."""
+    troubles: list[Trouble]
+    """Of nodes that are online, those heard last first."""
     note: str
     """Why differences are large, empty where they are not."""
     now: float

@@ -34,6 +34,9 @@ from farflung.protocol.messages import (
 
 log = logging.getLogger(__name__)
 HURRY_S = 5.0
+TROUBLE_CHARS = 300
+PURPOSES = ("coordinator", "weights", "receipts", "verdicts")
+"""What the root delegates to keys of their own: the run's description and leases, and three kinds of documents."""
 AWAY_S = 3600.0
 """Once a node is in, it waits this long for a coordinator that is away."""
 
@@ -84,6 +87,8 @@ class Figures:
     made_tokens: int = 0
     proof_cpu_s: float = 0.0
     sync_pause_s: float = 0.0
+    trouble: str = ""
+    """What last went wrong with weights."""
     started_at: float = field(default_factory=time.time)
 
     @contextlib.contextmanager
@@ -100,9 +105,9 @@ class Figures:
 class Session:
     """One node in one run."""
 
-    def __init__(self, client: Client, run: str, info: RunInfo, keys: dict[str, bytes]) -> None:
-        self.client, self.run, self.info, self.figures = client, run, info, Figures()
-        self.coordinator_key, self.weights_key = keys["coordinator"], keys["weights"]
+    def __init__(self, client: Client, run: str, root: bytes, papers: "Papers") -> None:
+        self.client, self.run, self.root, self.papers, self.figures = client, run, root, papers, Figures()
+        info = papers.info
         self.latest = Latest(status=info.status, step=-1, manifest="")
         self.lost: set[str] = set()
         """Leases that the coordinator has given to others."""
@@ -131,8 +136,9 @@ class Session:
         client.tag = index.coordinator
         run = run or _only(index.runs)
         answer = await client.get(f"/v1/runs/{run}", Run)
-        info, keys = check_run(answer, run, root)
-        if not index.coordinator == info.coordinator == node_id(keys["coordinator"]):
+        papers = check_run(answer, run, root)
+        info = papers.info
+        if not index.coordinator == info.coordinator == node_id(answer.info.public):
             raise BadSignature(  # else it could pass on at another coordinator what this node signs for it
                 f"{client.url} calls itself {index.coordinator}, but run {run!r} is kept by {info.coordinator}"
             )
@@ -148,7 +154,19 @@ class Session:
         )
         await client.post("/v1/nodes", register, Welcome)
         client.patience_s = max(client.patience_s, AWAY_S)
-        return cls(client, run, info, keys)
+        return cls(client, run, answer.root, papers)
+
+    @property
+    def info(self) -> RunInfo:
+        """What the coordinator says of the run."""
+        return self.papers.info
+
+    async def keys(self, purpose: str, signed: Signed) -> list[bytes]:
+        """The keys delegated for a purpose; the papers are read again where this document is by none of them."""
+        if signed.public not in self.papers.keys(purpose, time.time()):
+            answer = await self.client.get(f"/v1/runs/{self.run}", Run)
+            self.papers = check_run(answer, self.run, self.root)
+        return self.papers.keys(purpose, time.time())
 
     def path(self, rest: str) -> str:
         """A path of this run."""
@@ -181,6 +199,7 @@ class Session:
             proof_cpu_s=figures.proof_cpu_s,
             sync_pause_s=figures.sync_pause_s,
             started_at=figures.started_at,
+            trouble=figures.trouble[:TROUBLE_CHARS],
         )
         pulse = await self.client.post(self.path("heartbeat"), message, Pulse)
         self.latest = pulse.latest
@@ -236,20 +255,36 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
             loop.add_signal_handler(number, stop)
 
 
-def check_run(answer: Run, run: str, root: bytes | None) -> tuple[RunInfo, dict[str, bytes]]:
-    """Follow root → delegation → info. Gives the info and the delegated keys by purpose. Raises BadSignature."""
+@dataclass(frozen=True)
+class Papers:
+    """What a run's root and coordinator say of it, checked."""
+
+    info: RunInfo
+    delegations: tuple[Delegation, ...]
+
+    def keys(self, purpose: str, now: float) -> list[bytes]:
+        """Public keys that the root lets sign documents of one kind, those that are expired left out."""
+        return [one.public for one in self.delegations if one.purpose == purpose and one.expires_at > now]
+
+
+def check_run(answer: Run, run: str, root: bytes | None) -> Papers:
+    """Follow root → delegations → info. Raises BadSignature."""
     if root is not None and answer.root != root:
         raise BadSignature(
             f"run {run!r} is vouched for by root {node_id(answer.root)}, not by {node_id(root)} of the address"
         )
-    delegations = [unseal(signed, "delegation", Delegation, public=answer.root) for signed in answer.delegations]
-    keys = {d.purpose: d.public for d in delegations if d.run == run and d.expires_at > time.time()}
-    if set(keys) != {"coordinator", "weights"}:
-        raise BadSignature(f"the root of run {run!r} has delegated {sorted(keys)}, coordinator and weights are needed")
-    info = unseal(answer.info, "run", RunInfo, public=keys["coordinator"])
+    found = [unseal(signed, "delegation", Delegation, public=answer.root) for signed in answer.delegations]
+    now = time.time()
+    live = tuple(one for one in found if one.run == run and one.expires_at > now)
+    if missing := set(PURPOSES) - {one.purpose for one in live}:
+        raise BadSignature(
+            f"the root of run {run!r} has delegated no key for {' and '.join(sorted(missing))}, or it has expired"
+        )
+    coordinators = [one.public for one in live if one.purpose == "coordinator"]
+    info = unseal(answer.info, "run", RunInfo, public=coordinators)
     if info.run != run:
         raise BadSignature(f"asked for run {run!r}, got the info of {info.run!r}")
-    return info, keys
+    return Papers(info, live)
 
 
 def delegate(root: Key, run: str, purpose: str, public: bytes, expires_at: float) -> Signed:

@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from farflung.protocol.messages import Heartbeat
 from farflung.rollouts import standing
 from farflung.store.book import Book
+from farflung.store.db import memo
 from farflung.store.tables import NODES
 from farflung.trust.policy import affordable, audit_probability
 from farflung.trust.record import NodeRecord
@@ -18,7 +19,8 @@ from farflung.trust.record import NodeRecord
 
 def probability(connection: Connection, book: Book, record: NodeRecord) -> float:
     """The audit probability of a submission of a node with this record, now."""
-    return audit_probability(record, standing.settings(book), afford(connection, book))
+    affordable_ = memo(connection, "afford", lambda: afford(connection, book))
+    return audit_probability(record, standing.settings(book), affordable_)
 
 
 def afford(connection: Connection, book: Book) -> float:

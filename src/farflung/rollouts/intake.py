@@ -6,6 +6,7 @@ one sent again gets the same receipt.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ from sqlalchemy import Connection, Row
 from farflung.protocol import seeds, wire
 from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, Malformed, NotFound, Rejected
 from farflung.protocol.fingerprint import unpack
-from farflung.protocol.identity import Signed, seal, unseal
+from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Lease, Receipt, Submission, SubmissionBody, SubmittedRollout
 from farflung.rollouts import budget, standing
 from farflung.rollouts.audit import open_audit
@@ -45,14 +46,17 @@ class Parcel:
     """The node's own log-probabilities, a metric; empty when it sent none."""
 
 
+_LEASE = sa.select(LEASES).where(LEASES.c.lease == sa.bindparam("id"))
+
+
 def lease_of(connection: Connection, lease: str, node: str) -> tuple[Row[Any], Lease]:
     """A lease and its document, for its owner. Raises NotFound or Forbidden."""
-    row = connection.execute(sa.select(LEASES).where(LEASES.c.lease == lease)).first()
+    row = connection.execute(_LEASE, {"id": lease}).first()
     if row is None:
         raise NotFound(f"there is no lease {lease}")
     if row.node != node:
         raise Forbidden(f"lease {lease} belongs to node {row.node}, not to {node}")
-    return row, unseal(msgspec.msgpack.decode(row.document, type=Signed), "lease", Lease)
+    return row, msgspec.msgpack.decode(msgspec.msgpack.decode(row.document, type=Signed).payload, type=Lease)
 
 
 def receipt_of(row: Row[Any], parcel: Parcel, now: float) -> Signed | None:
@@ -140,20 +144,24 @@ def take(connection: Connection, book: Book, node: str, parcel: Parcel, logp_blo
     sender = node_row(connection, node)
     if sender.status == "ejected":
         raise Ejected(f"node {node} was ejected for failing verification")
-    order = [rollout for rollout in parcel.tokens if rollout in _leased(connection, row.lease)]
+    leased = _leased(connection, row.lease)
+    order = [rollout for rollout in parcel.tokens if rollout in leased]
     receipt = _receipt(book, sender, parcel, order, now)
-    connection.execute(NODES.update().where(NODES.c.node == node).values(receipt=digest_of(receipt.payload)))
-    connection.execute(
-        LEASES.update()
-        .where(LEASES.c.lease == row.lease)
-        .values(submission=parcel.digest, receipt=msgspec.msgpack.encode(receipt))
-    )
+    sealed = msgspec.msgpack.encode(receipt)
+    connection.execute(_SUBMITTED, {"id": row.lease, "digest": parcel.digest, "sealed": sealed})
     submission = _store(connection, book, sender, parcel, logp_blob, order, now)
     _set_places(connection, parcel, order)
     _draw(connection, book, sender, submission, parcel, order, now)
     end_leases(connection, [row.lease], "submitted", now, submission=parcel.digest, rollouts=len(order))
-    _measure_speed(connection, node, parcel, now - row.opened_at)
+    _remember(connection, sender, parcel, receipt, now - row.opened_at)
     return receipt
+
+
+_SUBMITTED = (
+    LEASES.update()
+    .where(LEASES.c.lease == sa.bindparam("id"))
+    .values(submission=sa.bindparam("digest"), receipt=sa.bindparam("sealed"))
+)
 
 
 def give_back(connection: Connection, lease: str, node: str, now: float) -> int:
@@ -167,8 +175,10 @@ def give_back(connection: Connection, lease: str, node: str, now: float) -> int:
 
 def _leased(connection: Connection, lease: str) -> set[str]:
     """Rollouts of a lease that still wait for their tokens; a stale group's have been let go."""
-    query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.lease == lease, ROLLOUTS.c.status == "leased")
-    return set(connection.execute(query).scalars())
+    return set(connection.execute(_WAITING, {"id": lease}).scalars())
+
+
+_WAITING = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.lease == sa.bindparam("id"), ROLLOUTS.c.status == "leased")
 
 
 def _receipt(book: Book, sender: Row[Any], parcel: Parcel, order: Sequence[str], now: float) -> Signed:
@@ -182,7 +192,7 @@ def _receipt(book: Book, sender: Row[Any], parcel: Parcel, order: Sequence[str],
         tokens=sum(parcel.tokens[rollout] for rollout in order),
         received_at=now,
     )
-    return seal(book.key, RECEIPT, receipt)
+    return seal(book.receipts, RECEIPT, receipt)
 
 
 def _store(
@@ -193,7 +203,7 @@ def _store(
     logp: str | None,
     order: Sequence[str],
     now: float,
-) -> Row[Any]:
+) -> SimpleNamespace:
     row = {
         "submission": parcel.digest,
         "run": book.run,
@@ -207,7 +217,8 @@ def _store(
         "logp_blob": logp,
         "audit_probability": budget.probability(connection, book, standing.read(sender)),
     }
-    return connection.execute(SUBMISSIONS.insert().values(row).returning(SUBMISSIONS)).one()
+    connection.execute(SUBMISSIONS.insert(), row)
+    return SimpleNamespace(**row)
 
 
 def _set_places(connection: Connection, parcel: Parcel, order: Sequence[str]) -> None:
@@ -216,18 +227,26 @@ def _set_places(connection: Connection, parcel: Parcel, order: Sequence[str]) ->
     if not order:
         return
     connection.execute(
-        ROLLOUTS.update()
-        .where(ROLLOUTS.c.rollout == sa.bindparam("id"))
-        .values(submission=parcel.digest, position=sa.bindparam("place"), tokens=sa.bindparam("length")),
-        [{"id": rollout, "place": place[rollout], "length": parcel.tokens[rollout]} for rollout in order],
+        _PLACED,
+        [
+            {"id": rollout, "digest": parcel.digest, "place": place[rollout], "length": parcel.tokens[rollout]}
+            for rollout in order
+        ],
     )
+
+
+_PLACED = (
+    ROLLOUTS.update()
+    .where(ROLLOUTS.c.rollout == sa.bindparam("id"))
+    .values(submission=sa.bindparam("digest"), position=sa.bindparam("place"), tokens=sa.bindparam("length"))
+)
 
 
 def _draw(
     connection: Connection,
     book: Book,
     sender: Row[Any],
-    submission: Row[Any],
+    submission: Any,
     parcel: Parcel,
     order: Sequence[str],
     now: float,
@@ -251,9 +270,16 @@ def _draw(
     move(connection, "rollout", free, "leased", "received", now, submission=parcel.digest)
 
 
-def _measure_speed(connection: Connection, node: str, parcel: Parcel, took_s: float) -> None:
-    """Tokens per second from lease to submission by the coordinator's clock, smoothed."""
+def _remember(connection: Connection, sender: Row[Any], parcel: Parcel, receipt: Signed, took_s: float) -> None:
+    """Of the node: its last receipt, and tokens per second from lease to submission by our clock, smoothed."""
     speed = sum(parcel.tokens.values()) / max(took_s, 1e-3)
-    old = NODES.c.tokens_per_s
-    smoothed = sa.case((old == 0, speed), else_=0.7 * old + 0.3 * speed)
-    connection.execute(NODES.update().where(NODES.c.node == node).values(tokens_per_s=smoothed))
+    smoothed = 0.7 * sender.tokens_per_s + 0.3 * speed if sender.tokens_per_s else speed
+    values = {"id": sender.node, "last": digest_of(receipt.payload), "speed": smoothed}
+    connection.execute(_REMEMBERED, values)
+
+
+_REMEMBERED = (
+    NODES.update()
+    .where(NODES.c.node == sa.bindparam("id"))
+    .values(receipt=sa.bindparam("last"), tokens_per_s=sa.bindparam("speed"))
+)

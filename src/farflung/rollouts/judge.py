@@ -31,8 +31,8 @@ from farflung.trust.evidence import (
     Seen,
     flips,
     is_bad,
+    is_void,
     log_ratios,
-    mean_log_ratio,
     submission_log_ratios,
 )
 from farflung.trust.record import Finding, NodeRecord, Outcome, confirm, fold, weigh
@@ -95,7 +95,7 @@ def _check(connection: Connection, book: Book, audit: Row[Any], evidence: Eviden
 def is_decisive(findings: Sequence[Finding], cap: float) -> bool:
     """Whether these findings void their submission."""
     ratios = submission_log_ratios([np.array(one.log_ratios) for one in findings])
-    return is_bad(mean_log_ratio(ratios), cap)
+    return is_void(ratios, cap)
 
 
 def fold_all(connection: Connection, book: Book, profiles: Profiles, now: float) -> None:
@@ -238,7 +238,7 @@ def _pronounce(
             step=audit.step,
             was_trusted=before.status == "trusted",
             submissions=record.submissions,
-            document=msgspec.msgpack.encode(seal(book.key, "verdict", verdict)),
+            document=msgspec.msgpack.encode(seal(book.verdicts, "verdict", verdict)),
         )
     )
     log.info("verdict node=%s outcome=%s reason=%s", audit.node, verdict.outcome, verdict.reason)

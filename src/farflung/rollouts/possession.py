@@ -9,7 +9,7 @@ from farflung.protocol import probe
 from farflung.protocol.messages import Evidence, Lease, Submission
 from farflung.rollouts.audit import audit_nonce
 from farflung.store.book import Book, node_row
-from farflung.store.db import end_leases, move, record
+from farflung.store.db import end_leases, memo, move, record
 from farflung.store.tables import AUDITS, LEASES, STEPS
 from farflung.trust.evidence import Profiles
 
@@ -47,9 +47,14 @@ def of_evidence(connection: Connection, book: Book, validator: str, evidence: Ev
     return why
 
 
+_PROBE = sa.select(STEPS.c.probe, STEPS.c.probe_before).where(
+    STEPS.c.run == sa.bindparam("of"), STEPS.c.step == sa.bindparam("at")
+)
+
+
 def _compare(connection: Connection, book: Book, step: int, nonce: str, sent: str) -> str:
-    this = sa.and_(STEPS.c.run == book.run, STEPS.c.step == step)
-    row = connection.execute(sa.select(STEPS.c.probe, STEPS.c.probe_before).where(this)).one()
+    this = {"of": book.run, "at": step}
+    row = memo(connection, ("probe", book.run, step), lambda: connection.execute(_PROBE, this).one())
     if not row.probe or sent == probe.answer(nonce, row.probe):
         return ""
     if not sent:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from farflung.protocol.identity import Signed, unseal
+from farflung.protocol.identity import Signed, Trusted, unseal
 from farflung.protocol.messages import Receipt
 
 log = logging.getLogger(__name__)
@@ -23,9 +23,9 @@ class Receipts:
         if lines:
             self._last = _digest(msgspec.json.decode(lines[-1], type=Signed))
 
-    def keep(self, signed: Signed, coordinator: bytes) -> bool:
+    def keep(self, signed: Signed, trusted: Trusted) -> bool:
         """Keep a receipt; gives whether it follows the last one. Raises BadSignature if it is not the coordinator's."""
-        receipt, digest = unseal(signed, "receipt", Receipt, public=coordinator), _digest(signed)
+        receipt, digest = unseal(signed, "receipt", Receipt, public=trusted), _digest(signed)
         if digest == self._last:
             return True
         is_next = not self._last or receipt.before == self._last

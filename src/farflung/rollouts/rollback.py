@@ -53,7 +53,7 @@ def _eject(connection: Connection, book: Book, node: str, why: str, now: float) 
         run=book.run, node=node, audit="none", outcome="eject", statistic=0.0, threshold=0.0, reason=reason,
         decided_at=now,
     )  # fmt: skip
-    document = msgspec.msgpack.encode(seal(book.key, "verdict", verdict))
+    document = msgspec.msgpack.encode(seal(book.verdicts, "verdict", verdict))
     values = {"run": book.run, "node": node, "outcome": "eject", "submissions": standing.read(row).submissions}
     connection.execute(VERDICTS.insert().values(values | {"document": document}))
 

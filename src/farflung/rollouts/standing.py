@@ -3,6 +3,7 @@
 from typing import Any
 
 import msgspec
+import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.store.book import Book
@@ -12,8 +13,7 @@ from farflung.trust.record import NodeRecord, TrustSettings
 
 def settings(book: Book) -> TrustSettings:
     """The trust core's view of the configuration."""
-    known = book.config.trust.model_dump()
-    return TrustSettings(**{name: known[name] for name in TrustSettings.__struct_fields__})
+    return TrustSettings(**{name: getattr(book.config.trust, name) for name in TrustSettings.__struct_fields__})
 
 
 def read(node: Row[Any]) -> NodeRecord:
@@ -23,4 +23,7 @@ def read(node: Row[Any]) -> NodeRecord:
 
 def write(connection: Connection, node: str, record: NodeRecord) -> None:
     """Keep a record. Its status stands in the row too, which `move` changes."""
-    connection.execute(NODES.update().where(NODES.c.node == node).values(record=msgspec.msgpack.encode(record)))
+    connection.execute(_WRITTEN, {"id": node, "encoded": msgspec.msgpack.encode(record)})
+
+
+_WRITTEN = NODES.update().where(NODES.c.node == sa.bindparam("id")).values(record=sa.bindparam("encoded"))

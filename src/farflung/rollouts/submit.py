@@ -10,9 +10,9 @@ from farflung.protocol.messages import Lease, Manifest, Submission, SubmittedRol
 from farflung.protocol.session import Session
 
 
-def open_lease(session: Session, signed: Signed) -> Lease:
+async def open_lease(session: Session, signed: Signed) -> Lease:
     """Check that a lease is the coordinator's word and this node's. Raises BadSignature."""
-    lease = unseal(signed, "lease", Lease, public=session.coordinator_key)
+    lease = unseal(signed, "lease", Lease, public=await session.keys("coordinator", signed))
     if lease.node != session.client.key.id or lease.run != session.run:
         raise BadSignature(f"lease {lease.lease} is for node {lease.node} of run {lease.run!r}")
     return lease

@@ -21,12 +21,9 @@ from farflung.protocol.messages import (
 )
 from farflung.protocol.session import Session
 from farflung.rollouts.submit import slices_of
-from farflung.trust.evidence import Seen, from_json, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
+from farflung.trust.evidence import Seen, from_json, is_void, log_ratios, mean_log_ratio, submission_log_ratios
 from farflung.trust.fingerprint import distance
 
-FIRST = 2
-"""Rollouts of an audit that are replayed before the rest. What looks like a cheat's goes on one by one until it is
-decided, so that it costs no more than it must; what does not is replayed whole."""
 TEMPERATURES = (0.9, 1.1)
 """Factors that are tried as explanations."""
 Item = tuple[Request, list[int]]
@@ -87,21 +84,25 @@ def items_of(job: AuditJob, temperature: float = 1.0) -> list[Item]:
 
 
 def more(job: AuditJob, found: Sequence[Replay]) -> int:
-    """How many more rollouts to replay: none once these void the submission, for stopping is as valid as going on."""
+    """How many more rollouts to replay: none once these void the submission, for stopping is as valid as going on.
+
+    What looks like a cheat's goes on one by one, so that it costs no more tokens than it must; else as many again as
+    are done, so that the honest cost few passes.
+    """
     left = len(job.rollouts) - len(found)
     if not job.cap:
         return left
     if not found:
-        return min(left, FIRST)
+        return 1
     profile = from_json(job.profile)
     try:
         ratios = [log_ratios(profile, Seen(one.gap, one.margin, one.pick)) for one in found]
     except ValueError:  # this machine computes nonsense; the coordinator refuses it
         return left
-    weight = mean_log_ratio(submission_log_ratios(ratios))
-    if is_bad(weight, job.cap):
+    total = submission_log_ratios(ratios)
+    if is_void(total, job.cap):
         return 0
-    return min(left, 1) if weight > 0 else left
+    return min(left, 1 if mean_log_ratio(total) > 0 else len(found))
 
 
 def _replay_each(engine: Engine, of_jobs: Sequence[Sequence[Item]]) -> list[list[Replay]]:

@@ -2,14 +2,20 @@
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
-from urllib.parse import urlsplit
+from collections.abc import Generator, Sequence
+from datetime import timedelta
+from urllib.parse import parse_qsl, urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
+from obstore.store import LocalStore, MemoryStore, ObjectStore, S3Store
 
 from farflung.protocol.errors import ConfigError, NotFound, Unavailable
+
+S3_PATIENCE = timedelta(seconds=10)
+"""How long an S3 store that does not answer is asked again before the client is told to come back."""
+S3_OPTIONS = ("endpoint", "region")
+SIGNED_S = 600
 
 
 def digest_of(data: bytes) -> str:
@@ -18,49 +24,60 @@ def digest_of(data: bytes) -> str:
 
 
 class Blobs:
-    """Bytes by digest at `file:///folder`, `memory://` or `s3://bucket/prefix`."""
+    """Bytes by digest at `file:///folder`, `memory://` or `s3://bucket/prefix?endpoint=URL&region=NAME`.
+
+    Credentials of S3 come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or the machine's role, never
+    from the URL, which is written beside the run.
+    """
 
     def __init__(self, url: str) -> None:
         self._store = _open(url)
 
     async def put(self, data: bytes, digest: str | None = None) -> str:
-        """Store bytes and give their digest; those that are there already are left alone."""
+        """Store bytes and give their digest; those that are there already are left alone. Raises Unavailable."""
         digest = digest or digest_of(data)
-        try:
+        with _told(digest, "stored"), contextlib.suppress(AlreadyExistsError):  # same digest, same bytes
             await obstore.put_async(self._store, _path(digest), data, mode="create")
-        except AlreadyExistsError:
-            pass  # same digest, same bytes
-        except BaseError as error:
-            raise Unavailable(f"blob {digest[:12]} cannot be stored: {_first_line(error)}") from error
         return digest
 
     async def get(self, digest: str) -> bytes:
-        """All bytes of a blob. Raises NotFound."""
-        try:
+        """All bytes of a blob. Raises NotFound or Unavailable."""
+        with _told(digest, "read"):
             result = await obstore.get_async(self._store, _path(digest))
             return bytes(await result.bytes_async())
-        except FileNotFoundError:
-            raise NotFound(f"there is no blob {digest}") from None
 
     async def delete(self, digests: Sequence[str]) -> None:
-        """Forget these blobs; those that are gone already are no error."""
+        """Forget these blobs; those that are gone already are no error. Raises Unavailable."""
         for digest in digests:
-            with contextlib.suppress(FileNotFoundError):
+            with _told(digest, "deleted"), contextlib.suppress(FileNotFoundError):
                 await obstore.delete_async(self._store, _path(digest))
 
     async def size(self, digest: str) -> int:
-        """Size in bytes. Raises NotFound."""
-        try:
+        """Size in bytes. Raises NotFound or Unavailable."""
+        with _told(digest, "found"):
             return (await obstore.head_async(self._store, _path(digest)))["size"]
-        except FileNotFoundError:
-            raise NotFound(f"there is no blob {digest}") from None
 
     async def get_range(self, digest: str, start: int, end: int) -> bytes:
-        """Bytes [start, end) of a blob. Raises NotFound."""
-        try:
+        """Bytes [start, end) of a blob. Raises NotFound or Unavailable."""
+        with _told(digest, "read"):
             return bytes(await obstore.get_range_async(self._store, _path(digest), start=start, end=end))
-        except FileNotFoundError:
-            raise NotFound(f"there is no blob {digest}") from None
+
+    async def signed_url(self, digest: str) -> str:
+        """Where anybody may fetch a blob from the store itself for SIGNED_S seconds; empty if it has no such thing."""
+        if not isinstance(self._store, S3Store):
+            return ""
+        return await obstore.sign_async(self._store, "GET", _path(digest), timedelta(seconds=SIGNED_S))
+
+
+@contextlib.contextmanager
+def _told(digest: str, done: str) -> Generator[None]:
+    """The store's errors as ours."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFound(f"there is no blob {digest}") from None
+    except BaseError as error:
+        raise Unavailable(f"blob {digest[:12]} cannot be {done}: {_first_line(error)}", retry_after_s=1) from error
 
 
 def _path(digest: str) -> str:
@@ -74,10 +91,26 @@ def _first_line(error: BaseException) -> str:
 def _open(url: str) -> ObjectStore:
     parts = urlsplit(url)
     try:
-        if parts.scheme == "file":
-            return LocalStore(parts.path, mkdir=True, automatic_cleanup=False)
-        if parts.scheme == "memory":
-            return MemoryStore()
-        return from_url(url)
+        match parts.scheme:
+            case "file":
+                return LocalStore(parts.path, mkdir=True, automatic_cleanup=False)
+            case "memory":
+                return MemoryStore()
+            case "s3":
+                return _open_s3(parts.netloc, parts.path.strip("/"), dict(parse_qsl(parts.query)))
+            case _:
+                raise ValueError("the scheme is none of file, memory and s3")
     except (BaseError, OSError, ValueError) as error:
         raise ConfigError(f"blob store {url!r} cannot be opened: {_first_line(error)}") from error
+
+
+def _open_s3(bucket: str, prefix: str, options: dict[str, str]) -> S3Store:
+    if unknown := sorted(set(options) - set(S3_OPTIONS)):
+        raise ValueError(f"an S3 URL takes {' and '.join(S3_OPTIONS)}, not {unknown[0]}")
+    return S3Store(
+        bucket,
+        prefix=prefix or None,
+        config={name: value for name, value in options.items() if value},  # type: ignore[arg-type]
+        client_options={"allow_http": options.get("endpoint", "").startswith("http://"), "timeout": S3_PATIENCE},
+        retry_config={"max_retries": 5, "retry_timeout": S3_PATIENCE},
+    )

@@ -1,8 +1,9 @@
 """One run as the coordinator keeps it: the values that never change, and the few questions every hop asks of it."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
@@ -12,6 +13,7 @@ from farflung.protocol import seeds
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Latest
+from farflung.store.db import memo, migrate, open_engine
 from farflung.store.tables import NODES, RUNS, STEPS, TASKS
 
 
@@ -27,6 +29,12 @@ class Book:
     eos_ids: frozenset[int]
     tasks: tuple[tuple[str, int], ...]
     """Training tasks by position: id and number of prompt tokens."""
+    receipts: Key
+    """What receipts are signed with."""
+    verdicts: Key
+    """What verdicts are signed with."""
+    orders: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
+    """How far the tasks of recent steps are opened, so that nobody looks from the beginning for every lease."""
 
     def step_secret(self, step: int) -> bytes:
         """The secret that everything drawn at a step derives from."""
@@ -38,6 +46,9 @@ class Book:
 
     def latest(self, connection: Connection) -> Latest:
         """The newest committed step."""
+        return memo(connection, ("latest", self.run), lambda: self._latest(connection))
+
+    def _latest(self, connection: Connection) -> Latest:
         row = connection.execute(
             sa.select(STEPS.c.step, STEPS.c.manifest_digest)
             .where(STEPS.c.run == self.run, STEPS.c.status == "committed")
@@ -49,6 +60,9 @@ class Book:
 
     def manifest_of(self, connection: Connection, step: int) -> str:
         """Digest of the sealed manifest of a committed step."""
+        return memo(connection, ("manifest", self.run, step), lambda: self._manifest_of(connection, step))
+
+    def _manifest_of(self, connection: Connection, step: int) -> str:
         query = sa.select(STEPS.c.manifest_digest).where(STEPS.c.run == self.run, STEPS.c.step == step)
         digest = connection.execute(query).scalar_one_or_none()
         if digest is None:
@@ -62,14 +76,27 @@ def step_secret(run_secret: bytes, step: int) -> bytes:
     return seeds.step_secret(run_secret, step)
 
 
+def holds_run(url: str, run: str) -> bool:
+    """Whether the database at `url` has this run. Raises ConfigError if it cannot be reached."""
+    migrate(url)
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        found = connection.execute(sa.select(RUNS.c.run).where(RUNS.c.run == run)).first()
+    engine.dispose()
+    return found is not None
+
+
 def new_id(letter: str) -> str:
     """A fresh random id whose first letter tells its noun."""
     return letter + secrets.token_hex(6)
 
 
+_NODE = sa.select(NODES).where(NODES.c.node == sa.bindparam("id"))
+
+
 def node_row(connection: Connection, node: str) -> Row[tuple[object, ...]]:
     """A registered node. Raises NotFound."""
-    row = connection.execute(sa.select(NODES).where(NODES.c.node == node)).first()
+    row = connection.execute(_NODE, {"id": node}).first()
     if row is None:
         raise NotFound(f"node {node} is not registered here; POST /v1/nodes first")
     return row

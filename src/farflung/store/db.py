@@ -2,16 +2,20 @@
 
 All writes go through one thread that puts every waiting request into one transaction (each in its own savepoint) and
 answers them after the commit. So an acknowledged change is on disk, and a thousand small requests cost few commits.
+Coordinators that share a database write one after the other: each transaction begins by taking the database's one
+write lock, so no choice is ever made on rows that another is about to change.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,13 +24,26 @@ from sqlalchemy import Connection, Engine, Row, event, exc
 
 from farflung.protocol import states
 from farflung.protocol.errors import ConfigError, IllegalTransition, Unavailable
-from farflung.store.tables import EVENTS, ROLLOUTS, TABLE_OF, metadata
+from farflung.store.tables import EVENTS, GROUPS, ROLLOUTS, STEPS, TABLE_OF, metadata
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Event = dict[str, Any]
+Waiting = tuple[Callable[[Connection], Any], Future[Any]]
 MIGRATIONS = Path(__file__).with_name("migrations")
 MOST_IN_A_COMMIT = 256
+MOST_WAITING = 2000
+"""Changes that may wait for the writer; more are refused with 503, for nobody waits so long."""
 STORY_LINES = 12
+WRITE_LOCK = 0x6661_7266_6C75_6E67
+"""Key of PostgreSQL's advisory lock for writers; "farflung" in ASCII."""
+POSTGRES_OPTIONS = "-c idle_in_transaction_session_timeout=15000 -c lock_timeout=30000 -c statement_timeout=60000"
+"""A coordinator that vanished in a transaction must not keep the lock, nor one that waits for it wait for ever."""
+SQLITE_AWAY = {
+    getattr(sqlite3, f"SQLITE_{name}")
+    for name in ("BUSY", "LOCKED", "IOERR", "FULL", "CANTOPEN", "READONLY", "PROTOCOL")
+}
+"""Codes of a file that is locked, full or gone, unlike those of a statement that is wrong."""
 
 
 class Database:
@@ -34,7 +51,9 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = open_engine(url)
-        self._queue: queue.Queue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.Queue(maxsize=10_000)
+        self._queue: queue.Queue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.Queue(
+            maxsize=MOST_WAITING
+        )
         self._thread = threading.Thread(target=self._run, name="database-writer", daemon=True)
         self._thread.start()
 
@@ -51,8 +70,11 @@ class Database:
         """Run `query` on a connection of its own, off the event loop."""
 
         def run() -> T:
-            with self.engine.connect() as connection:
-                return query(connection)
+            try:
+                with self.engine.connect() as connection:
+                    return query(connection)
+            except exc.DBAPIError as error:
+                raise told(error) from error
 
         return await asyncio.to_thread(run)
 
@@ -76,14 +98,16 @@ class Database:
     def _commit(self, batch: Sequence[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
         done: list[tuple[Future[Any], Any]] = []
         try:
-            with self.engine.begin() as connection:
+            with self.engine.connect() as connection, writing(connection):
                 for change, future in batch:
                     self._apply(connection, change, future, done)
-        except Exception as error:  # the commit itself failed: nobody's change happened
-            log.exception("commit failed requests=%d", len(batch))
+                flush_events(connection)
+        except Exception as error:  # the commit itself failed: nobody's change is acknowledged
+            log.warning("commit failed requests=%d", len(batch), exc_info=not is_away(error))
+            answer = told(error)
             for _, future in batch:
                 if not future.done():
-                    future.set_exception(error)
+                    future.set_exception(answer)
             return
         for future, result in done:
             future.set_result(result)
@@ -92,44 +116,121 @@ class Database:
     def _apply(connection: Connection, change: Any, future: Future[Any], done: list[tuple[Future[Any], Any]]) -> None:
         if not future.set_running_or_notify_cancel():
             return
+        events = connection.info["events"]
+        before = len(events)
+        connection.exec_driver_sql("SAVEPOINT change")
         try:
-            with connection.begin_nested():
-                done.append((future, change(connection)))
-        except Exception as error:  # noqa: BLE001 - handed to whoever asked
+            result = change(connection)
+        except Exception as error:
+            if is_away(error):
+                raise  # the whole transaction is gone, not only this change
+            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT change")
+            del events[before:]
+            connection.info["memo"].clear()
             future.set_exception(error)
+        else:
+            done.append((future, result))
+        connection.exec_driver_sql("RELEASE SAVEPOINT change")
+
+
+@contextlib.contextmanager
+def writing(connection: Connection) -> Generator[None]:
+    """A transaction that holds the database's one write lock: BEGIN IMMEDIATE, or an advisory lock of PostgreSQL."""
+    connection.execution_options(writes=True)
+    with connection.begin():
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITE_LOCK)))
+        acts = list[Callable[[], None]]()
+        connection.info.update(events=list[Event](), memo=dict[Any, Any](), acts=acts)
+        try:
+            yield
+        finally:
+            del connection.info["events"], connection.info["memo"], connection.info["acts"]
+    for act in acts:
+        act()
+
+
+def after_commit(connection: Connection, act: Callable[[], None]) -> None:
+    """Do something in memory once what it rests on is in the database; nothing outside of a shared transaction."""
+    if "acts" in connection.info:
+        connection.info["acts"].append(act)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the database is away, full or busy, so that the same request may well succeed later."""
+    if not isinstance(error, exc.OperationalError | exc.InterfaceError | exc.InternalError):
+        return False
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    return code is None or code & 0xFF in SQLITE_AWAY
+
+
+def told(error: Exception) -> Exception:
+    """The error for a client whose request the database could not serve; the reason is for the log alone."""
+    if not is_away(error):
+        return error
+    log.warning("database unavailable because=%s", str(error).splitlines()[0][:200])
+    return Unavailable("the database cannot serve this now; try again", retry_after_s=1)
 
 
 def open_engine(url: str) -> Engine:
+    options: dict[str, Any] = {}
+    if not url.startswith("sqlite"):
+        options = {"pool_pre_ping": True, "pool_size": 20, "connect_args": {"options": POSTGRES_OPTIONS}}
     try:
-        engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        engine = sa.create_engine(url, **options)
     except (exc.ArgumentError, ModuleNotFoundError) as error:
-        raise ConfigError(f"database URL {url!r} cannot be used: {error}") from error
+        raise ConfigError(f"database URL {shown(url)!r} cannot be used: {error}") from error
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
+def shown(url: str) -> str:
+    """A database URL without its password."""
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except exc.ArgumentError:
+        return url.partition(":")[0]
+
+
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # SQLAlchemy emits BEGIN itself, so that savepoints work
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+    for pragma in ("busy_timeout=10000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
 def migrate(url: str) -> None:
-    """Bring the schema of the database at `url` to this version's."""
+    """Bring the schema of the database at `url` to this version's; replicas that start together do it in turn."""
     from alembic import command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["engine"] = engine = open_engine(url)
-    command.upgrade(config, "head")
-    engine.dispose()
+    try:
+        with engine.connect() as connection, _alone(connection):
+            command.upgrade(config, "head")
+    except exc.OperationalError as error:
+        raise ConfigError(f"database {shown(url)} cannot be reached: {str(error).splitlines()[0][:200]}") from error
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def _alone(connection: Connection) -> Generator[None]:
+    """Hold a lock of PostgreSQL's for as long as this connection lives; SQLite's file is one machine's."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_lock(WRITE_LOCK + 1)))
+        connection.commit()
+    yield
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_unlock(WRITE_LOCK + 1)))
+        connection.commit()
 
 
 # --- statuses and stories --------------------------------------------------------------------------------------------
@@ -141,8 +242,29 @@ def record(
     """Append one event per id."""
     text = json.dumps(detail, sort_keys=True) if detail else ""
     rows = [{"at": at, "noun": noun, "subject": i, "before": before, "after": after, "detail": text} for i in ids]
+    waiting: list[Event] | None = connection.info.get("events")
+    if waiting is not None:
+        waiting += rows
+    elif rows:
+        connection.execute(EVENTS.insert(), rows)
+
+
+def flush_events(connection: Connection) -> None:
+    """Write the events of a shared transaction at once: one statement for all of its requests."""
+    rows: list[Event] = connection.info.get("events", [])
     if rows:
         connection.execute(EVENTS.insert(), rows)
+        rows.clear()
+
+
+def memo(connection: Connection, name: Hashable, ask: Callable[[], T]) -> T:
+    """What `ask` gives, asked once in a shared transaction; `move` forgets it all when a run or step changes."""
+    known: dict[Hashable, Any] | None = connection.info.get("memo")
+    if known is None:
+        return ask()
+    if name not in known:
+        known[name] = ask()
+    return known[name]
 
 
 def move(
@@ -155,14 +277,44 @@ def move(
     if not ids:
         return
     states.check(noun, ids[0], before, after)
-    table = TABLE_OF[noun]
-    key = next(iter(table.primary_key))
-    changed = connection.execute(
-        table.update().where(key.in_(ids), table.c.status == before).values(status=after)
-    ).rowcount
+    values = {"ids": list(ids), "was": before, "becomes": after}
+    changed = connection.execute(_move_statement(noun), values).rowcount
     if changed != len(ids):
         _complain(connection, noun, ids, before, after)
     record(connection, noun, ids, before, after, at, **detail)
+    if noun in ("run", "step") and "memo" in connection.info:
+        connection.info["memo"].clear()
+    if noun == "rollout" and after in states.REOPENING:
+        _free(connection, ids)
+    if noun == "group" and "open" in (before, after):
+        _count_open(connection, ids, 1 if after == "open" else -1)
+
+
+@cache
+def _move_statement(noun: str) -> sa.Update:
+    table = TABLE_OF[noun]
+    key = next(iter(table.primary_key))
+    which = key.in_(sa.bindparam("ids", expanding=True)), table.c.status == sa.bindparam("was")
+    return table.update().where(*which).values(status=sa.bindparam("becomes"))
+
+
+def _free(connection: Connection, rollouts: Sequence[str]) -> None:
+    """Their samples are nobody's again."""
+    query = sa.select(ROLLOUTS.c.group, sa.func.count()).where(ROLLOUTS.c.rollout.in_(rollouts))
+    rows = [{"of": row[0], "more": row[1]} for row in connection.execute(query.group_by(ROLLOUTS.c.group))]
+    more = GROUPS.c.free + sa.bindparam("more")
+    connection.execute(GROUPS.update().where(GROUPS.c.group == sa.bindparam("of")).values(free=more), rows)
+
+
+def _count_open(connection: Connection, groups: Sequence[str], sign: int) -> None:
+    """Keep count of the open training groups of each step, so that nobody has to count them for every lease."""
+    which = sa.and_(GROUPS.c.group.in_(groups), GROUPS.c.purpose == "train")
+    query = sa.select(GROUPS.c.run, GROUPS.c.step, sa.func.count()).where(which).group_by(GROUPS.c.run, GROUPS.c.step)
+    rows = [{"r": row[0], "s": row[1], "more": sign * row[2]} for row in connection.execute(query)]
+    this = sa.and_(STEPS.c.run == sa.bindparam("r"), STEPS.c.step == sa.bindparam("s"))
+    more = STEPS.c.open_groups + sa.bindparam("more")
+    if rows:
+        connection.execute(STEPS.update().where(this).values(open_groups=more), rows)
 
 
 def _complain(connection: Connection, noun: str, ids: Sequence[str], before: str, after: str) -> None:
@@ -177,15 +329,21 @@ def _complain(connection: Connection, noun: str, ids: Sequence[str], before: str
     )
 
 
+_LEASED = sa.select(ROLLOUTS.c.rollout).where(
+    ROLLOUTS.c.lease.in_(sa.bindparam("leases", expanding=True)), ROLLOUTS.c.status == "leased"
+)
+
+
 def end_leases(connection: Connection, leases: Sequence[str], after: str, at: float, **detail: Any) -> None:
     """Close open leases and free what nobody submitted of them."""
     move(connection, "lease", leases, "open", after, at, **detail)
-    query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.lease.in_(leases), ROLLOUTS.c.status == "leased")
-    move(connection, "rollout", list(connection.execute(query).scalars()), "leased", "expired", at, **detail)
+    left = connection.execute(_LEASED, {"leases": list(leases)}).scalars()
+    move(connection, "rollout", list(left), "leased", "expired", at, **detail)
 
 
 def story(connection: Connection, subject: str) -> Sequence[Row[Any]]:
     """All events of one id, oldest first."""
+    flush_events(connection)
     return connection.execute(sa.select(EVENTS).where(EVENTS.c.subject == subject).order_by(EVENTS.c.id)).all()
 
 

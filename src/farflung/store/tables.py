@@ -83,7 +83,7 @@ STEPS = Table(
     Column("probe_before", LargeBinary),
     Column("canaries", LargeBinary),
     Column("restores", Integer),
-    Column("opened_groups", Integer, nullable=False, default=0),
+    Column("open_groups", Integer, nullable=False, default=0),
     Index("step_of_run", "run", "step", unique=True),
 )
 GROUPS = Table(
@@ -95,6 +95,7 @@ GROUPS = Table(
     Column("step", Integer, nullable=False),
     Column("purpose", Text, nullable=False),
     Column("samples", Integer, nullable=False),
+    Column("free", Integer, nullable=False),
     *_status("group"),
     Column("opened_at", Float, nullable=False),
     Column("batch_step", Integer),
@@ -102,6 +103,14 @@ GROUPS = Table(
     Column("is_informative", sa.Boolean),
     Index("group_of_run", "run", "purpose", "status", "step"),
     Index("group_batch", "run", "batch_step"),
+    Index(
+        "group_free",
+        "run",
+        "purpose",
+        "step",
+        sqlite_where=sa.text("status = 'open' AND free > 0"),
+        postgresql_where=sa.text("status = 'open' AND free > 0"),
+    ),
     Index("group_task", "task"),
 )
 LEASES = Table(

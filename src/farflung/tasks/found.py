@@ -24,14 +24,13 @@ from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, seal
 from farflung.protocol.messages import VERSION, File, Run, RunInfo
-from farflung.protocol.session import delegate
 from farflung.store.blobs import Blobs
 from farflung.store.book import Book, train_tasks
 from farflung.store.db import Database, move, record
 from farflung.store.tables import RUNS, STEPS, TASKS
+from farflung.tasks.keyring import Keyring
 
 MODEL_FILES = ("config.json", "generation_config.json")
-KEPT_S = 365 * 24 * 3600.0
 MOST_PROMPT_TOKENS = 131_072
 
 
@@ -124,28 +123,37 @@ def local_grants(config: Config) -> Config:
     return config.model_copy(update={"coordinator": coordinator})
 
 
-async def found(config: Config, database: Database, model: Model, key: Key, now: float) -> Book:
-    """The run of this configuration, made if it is not in the database yet."""
+async def found(
+    config: Config,
+    database: Database,
+    model: Model,
+    key: Key,
+    now: float,
+    *,
+    receipts: Key | None = None,
+    verdicts: Key | None = None,
+) -> Book:
+    """The run of this configuration, made if it is not in the database yet. `key` signs what no other key is for."""
     row = await database.read(lambda c: c.execute(sa.select(RUNS).where(RUNS.c.run == config.run.name)).first())
     if row is None:
         rows = await _tasks(config, model)
-        secret = _secret(config)
-        await database.write(lambda c: _write(c, config, secret, rows, now))
+        secret = await database.write(lambda c: _write(c, config, rows, now))
     else:
         secret = row.secret
         await database.write(lambda c: _resume(c, config, now))
     tasks = await database.read(lambda c: train_tasks(c, config.run.name))
-    return Book(config.run.name, config, secret, key, model.vocab, model.eos_ids, tasks)
+    vocabulary = model.vocab, model.eos_ids
+    return Book(config.run.name, config, secret, key, *vocabulary, tasks, receipts or key, verdicts or key)
 
 
 async def seal_papers(
-    config: Config, blobs: Blobs, model: Model, key: Key, root: Key, profiles: Mapping[str, str] | None = None
+    config: Config, blobs: Blobs, model: Model, key: Key, ring: Keyring, profiles: Mapping[str, str] | None = None
 ) -> Run:
     """What nodes check before they join: the root's delegations and the sealed description of the run.
 
     `profiles` are the admitted numerics profiles, the run's own first: name → digest.
     """
-    run, until = config.run.name, time.time() + KEPT_S
+    run = config.run.name
     profiles = profiles or {config.model.profile: ""}
     info = RunInfo(
         run=run,
@@ -161,11 +169,7 @@ async def seal_papers(
         max_staleness=config.learn.max_staleness,
         heartbeat_s=config.lease.heartbeat_s,
     )
-    delegations = [
-        delegate(root, run, "coordinator", key.public, until),
-        delegate(root, run, "weights", weights_key(config), until),
-    ]
-    return Run(root=root.public, delegations=delegations, info=seal(key, "run", info))
+    return Run(root=ring.root, delegations=ring.live_signed(time.time()), info=seal(key, "run", info))
 
 
 def weights_key(config: Config) -> bytes:
@@ -234,8 +238,12 @@ def _rows(run: str, split: Split, tasks: Sequence[tuple[Any, Any]], model: Model
     return rows
 
 
-def _write(connection: Connection, config: Config, secret: bytes, tasks: list[dict[str, Any]], now: float) -> None:
+def _write(connection: Connection, config: Config, tasks: list[dict[str, Any]], now: float) -> bytes:
+    """Write the run down, unless another coordinator did meanwhile; gives its secret."""
     run = config.run.name
+    if (earlier := connection.execute(sa.select(RUNS.c.secret).where(RUNS.c.run == run)).scalar()) is not None:
+        return earlier
+    secret = _secret(config)
     connection.execute(
         RUNS.insert().values(
             run=run,
@@ -247,6 +255,7 @@ def _write(connection: Connection, config: Config, secret: bytes, tasks: list[di
     )
     connection.execute(TASKS.insert(), tasks)
     record(connection, "run", [run], "", "running", now, tasks=len(tasks))
+    return secret
 
 
 def _resume(connection: Connection, config: Config, now: float) -> None:

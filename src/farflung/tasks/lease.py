@@ -4,9 +4,10 @@ A node has at most one open lease. Asking again, after a lost answer or a crash,
 """
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -19,12 +20,15 @@ from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Lease, LeaseGroup, LeaseRequest, Sample
 from farflung.protocol.states import REOPENING
 from farflung.store.book import Book, new_id
-from farflung.store.db import end_leases, record
-from farflung.store.tables import AUDITS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, TASKS
+from farflung.store.db import after_commit, end_leases, record
+from farflung.store.tables import AUDITS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, STEPS, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Share, Wait, assign, task_order
 
 KIND = "lease"
 ANY_CONTEXT = 1 << 40
+ORDERS_KEPT = 8
+LOOK_AHEAD, MOST_LOOK_AHEAD = 4, 256
+"""Tasks looked up at once when groups are opened: few at first, for mostly the first will do."""
 
 
 def issue(connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, now: float) -> Signed | Wait:
@@ -74,10 +78,21 @@ def _unproven(connection: Connection, book: Book, node: str) -> str:
     return ""
 
 
+_HELD = sa.select(LEASES.c.document).where(
+    LEASES.c.node == sa.bindparam("id"), LEASES.c.run == sa.bindparam("of"), LEASES.c.status == "open"
+)
+
+
 def _held(connection: Connection, run: str, node: str) -> Signed | None:
-    query = sa.select(LEASES.c.document).where(LEASES.c.node == node, LEASES.c.run == run, LEASES.c.status == "open")
-    document = connection.execute(query).scalar()
+    document = connection.execute(_HELD, {"id": node, "of": run}).scalar()
     return None if document is None else msgspec.msgpack.decode(document, type=Signed)
+
+
+_ABANDONED = sa.select(sa.func.count(), sa.func.max(LEASES.c.opened_at)).where(
+    LEASES.c.node == sa.bindparam("id"),
+    LEASES.c.status.in_(("returned", "expired")),
+    LEASES.c.opened_at > sa.bindparam("since"),
+)
 
 
 def _pause_s(connection: Connection, book: Book, node: str, now: float) -> float:
@@ -87,12 +102,7 @@ def _pause_s(connection: Connection, book: Book, node: str, now: float) -> float
     keys that do nothing would take all work.
     """
     most_s = book.config.lease.lease_s
-    query = sa.select(sa.func.count(), sa.func.max(LEASES.c.opened_at)).where(
-        LEASES.c.node == node,
-        LEASES.c.status.in_(("returned", "expired")),
-        LEASES.c.opened_at > now - 2 * most_s,
-    )
-    count, last = connection.execute(query).one()
+    count, last = connection.execute(_ABANDONED, {"id": node, "since": now - 2 * most_s}).one()
     return last + min(2.0 ** min(count - 1, 30), most_s) - now if count else 0.0
 
 
@@ -151,21 +161,27 @@ def _unfilled(connection: Connection, book: Book, latest: int) -> int:
     return next((p for p in policies if opened.get(p, 0) < book.config.lockstep_groups(p)), latest)
 
 
+_OPEN_GROUPS = (
+    sa.select(GROUPS, sa.func.length(TASKS.c.prompt_ids).label("prompt_bytes"))
+    .join(TASKS, TASKS.c.task == GROUPS.c.task)
+    .where(
+        GROUPS.c.run == sa.bindparam("of"),
+        GROUPS.c.purpose == "train",
+        GROUPS.c.status == sa.literal_column("'open'"),  # not a parameter, or SQLite does not see that
+        GROUPS.c.free > sa.literal_column("0"),  # the index `group_free` will do
+        GROUPS.c.step >= sa.bindparam("oldest"),
+    )
+)
+
+
 def _open_groups(connection: Connection, book: Book, oldest: int) -> Sequence[Row[Any]]:
-    return connection.execute(
-        sa.select(GROUPS, sa.func.length(TASKS.c.prompt_ids).label("prompt_bytes"))
-        .join(TASKS, TASKS.c.task == GROUPS.c.task)
-        .where(
-            GROUPS.c.run == book.run,
-            GROUPS.c.purpose == "train",
-            GROUPS.c.status == "open",
-            GROUPS.c.step >= oldest,
-        )
-    ).all()
+    return connection.execute(_OPEN_GROUPS, {"of": book.run, "oldest": oldest}).all()
 
 
 def _open_samples(connection: Connection, book: Book, groups: Sequence[Row[Any]]) -> Iterator[OpenSamples]:
     """Samples of these groups that nobody has, those that somebody had before apart from the rest."""
+    if not groups:
+        return
     owned, reopened = _owners(connection, [row.group for row in groups])
     for row in groups:
         free = set(range(row.samples)) - owned[row.group]
@@ -175,13 +191,28 @@ def _open_samples(connection: Connection, book: Book, groups: Sequence[Row[Any]]
                 yield OpenSamples(row.group, row.task, row.step, tuple(sorted(samples)), needed, at)
 
 
+_OWNERS = sa.select(ROLLOUTS.c.group, ROLLOUTS.c.sample, ROLLOUTS.c.status).where(
+    ROLLOUTS.c.group.in_(sa.bindparam("groups", expanding=True))
+)
+
+
 def _owners(connection: Connection, groups: Sequence[str]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
-    query = sa.select(ROLLOUTS.c.group, ROLLOUTS.c.sample, ROLLOUTS.c.status).where(ROLLOUTS.c.group.in_(groups))
     owned: dict[str, set[int]] = defaultdict(set)
     reopened: dict[str, set[int]] = defaultdict(set)
-    for group, sample, status in connection.execute(query):
+    for group, sample, status in connection.execute(_OWNERS, {"groups": groups}):
         (reopened if status in REOPENING else owned)[group].add(sample)
     return owned, reopened
+
+
+_GROUPS_NOW = sa.select(
+    sa.select(sa.func.count())
+    .select_from(GROUPS)
+    .where(GROUPS.c.run == sa.bindparam("of"), GROUPS.c.purpose == "train", GROUPS.c.status == "complete")
+    .scalar_subquery()
+    + sa.select(sa.func.coalesce(sa.func.sum(STEPS.c.open_groups), 0))
+    .where(STEPS.c.run == sa.bindparam("of"), STEPS.c.step >= sa.bindparam("oldest"))
+    .scalar_subquery()
+)
 
 
 def _groups_now(connection: Connection, book: Book, latest: int) -> int:
@@ -193,37 +224,61 @@ def _groups_now(connection: Connection, book: Book, latest: int) -> int:
         of_latest = sa.and_(GROUPS.c.run == book.run, GROUPS.c.purpose == "train", GROUPS.c.step == latest)
         return connection.execute(sa.select(sa.func.count()).where(of_latest)).scalar_one()
     oldest = latest - max(1, book.config.learn.max_staleness) + 1
-    is_alive = sa.or_(GROUPS.c.status == "complete", sa.and_(GROUPS.c.status == "open", GROUPS.c.step >= oldest))
-    query = sa.select(sa.func.count()).where(GROUPS.c.run == book.run, GROUPS.c.purpose == "train", is_alive)
-    return connection.execute(query).scalar_one()
+    return int(connection.execute(_GROUPS_NOW, {"of": book.run, "oldest": oldest}).scalar_one())
 
 
 def _next_tasks(connection: Connection, book: Book, step: int) -> Iterator[NextTask]:
     """Tasks not opened at this step yet, in the order that its secret draws."""
-    query = sa.select(GROUPS.c.task).where(GROUPS.c.run == book.run, GROUPS.c.step == step, GROUPS.c.purpose == "train")
-    opened = set(connection.execute(query).scalars())
-    for position in _order(book.step_secret(step), step, len(book.tasks)):
-        task, prompt_tokens = book.tasks[position]
-        if task not in opened:
+    order = _order(book, step)
+    start, size = order.begin, LOOK_AHEAD
+    while positions := order.from_(start, size):
+        opened = _opened(connection, book, step, [book.tasks[position][0] for position in positions])
+        found = [book.tasks[position] for position in positions]
+        left = [number for number, (task, _) in enumerate(found) if task not in opened]
+        if start == order.begin:
+            after_commit(connection, partial(order.skip_to, start + min(left, default=len(found))))
+        for number in left:
+            task, prompt_tokens = found[number]
             yield NextTask(task, prompt_tokens + book.config.generate.budget)
+        start, size = start + size, MOST_LOOK_AHEAD
 
 
-@lru_cache(maxsize=8)
-def _order(secret: bytes, step: int, count: int) -> Sequence[int]:
-    return _Lazily(task_order(secret, step, count))  # type: ignore[return-value]
+_OPENED = sa.select(GROUPS.c.task).where(
+    GROUPS.c.task.in_(sa.bindparam("tasks", expanding=True)),
+    GROUPS.c.run == sa.bindparam("of"),
+    GROUPS.c.step == sa.bindparam("at"),
+    GROUPS.c.purpose == "train",
+)
 
 
-class _Lazily:
-    """A sequence read from an iterator as far as somebody looked, and no further."""
+def _opened(connection: Connection, book: Book, step: int, tasks: Sequence[str]) -> set[str]:
+    """Which of these have a group at this step."""
+    return set(connection.execute(_OPENED, {"tasks": tasks, "of": book.run, "at": step}).scalars())
+
+
+class _Order:
+    """The order of one step's tasks, drawn as far as somebody looked. All before `begin` are opened, and stay so."""
 
     def __init__(self, source: Iterator[int]) -> None:
-        self._source, self._seen = source, list[int]()
+        self._source, self._seen, self.begin = source, list[int](), 0
 
-    def __iter__(self) -> Iterator[int]:
-        yield from self._seen
-        for item in self._source:
-            self._seen.append(item)
-            yield item
+    def from_(self, start: int, size: int) -> list[int]:
+        """Up to `size` tasks from place `start` on."""
+        self._seen += itertools.islice(self._source, max(0, start + size - len(self._seen)))
+        return self._seen[start : start + size]
+
+    def skip_to(self, begin: int) -> None:
+        """Never look at what is before this place again."""
+        self.begin = max(self.begin, begin)
+
+
+def _order(book: Book, step: int) -> _Order:
+    """Kept with the book, for two databases may have opened different tasks of one order."""
+    if step not in book.orders:
+        for old in sorted(book.orders)[: 1 - ORDERS_KEPT]:
+            del book.orders[old]
+        book.orders[step] = _Order(task_order(book.step_secret(step), step, len(book.tasks)))
+    return book.orders[step]
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -276,27 +331,34 @@ def _write(connection: Connection, book: Book, node: str, plan: Plan, purpose: s
     ]
     document = _document(connection, book, lease, node, plan.step, purpose, shares, rows, now)
     signed = seal(book.key, KIND, document)
-    connection.execute(
-        LEASES.insert().values(
-            lease=lease,
-            run=book.run,
-            node=node,
-            step=plan.step,
-            purpose=purpose,
-            status="open",
-            opened_at=now,
-            expires_at=document.expires_at,
-            document=msgspec.msgpack.encode(signed),
-        )
-    )
-    _, reopened = _owners(connection, [share.group for share in plan.continued if share.group])
+    opened = {"lease": lease, "run": book.run, "node": node, "step": plan.step, "purpose": purpose, "status": "open"}
+    opened |= {"opened_at": now, "expires_at": document.expires_at, "document": msgspec.msgpack.encode(signed)}
+    connection.execute(LEASES.insert(), opened)
+    before = [share.group for share in plan.continued if share.group]
+    _, reopened = _owners(connection, before) if before else ({}, dict[str, set[int]]())
     for row in rows:
         row |= {"run": book.run, "lease": lease, "node": node, "status": "leased"}
-        row["is_reissue"] = row["sample"] in reopened[row["group"]]
+        row["is_reissue"] = row["sample"] in reopened.get(row["group"], ())
     connection.execute(ROLLOUTS.insert(), rows)
+    _take(connection, plan.continued)
     record(connection, "lease", [lease], "", "open", now, node=node, step=plan.step, rollouts=len(rows))
     record(connection, "rollout", [row["rollout"] for row in rows], "", "leased", now, lease=lease, node=node)
     return signed
+
+
+def _take(connection: Connection, shares: Sequence[Share]) -> None:
+    """These samples of groups that were open before are free no more."""
+    rows = [{"of": share.group, "fewer": len(share.samples)} for share in shares if share.group]
+    if rows:
+        fewer = GROUPS.c.free - sa.bindparam("fewer")
+        connection.execute(GROUPS.update().where(GROUPS.c.group == sa.bindparam("of")).values(free=fewer), rows)
+
+
+_MORE_OPEN = (
+    STEPS.update()
+    .where(STEPS.c.run == sa.bindparam("of"), STEPS.c.step == sa.bindparam("at"))
+    .values(open_groups=STEPS.c.open_groups + sa.bindparam("more"))
+)
 
 
 def _open(connection: Connection, book: Book, plan: Plan, purpose: str, now: float) -> list[Share]:
@@ -305,9 +367,13 @@ def _open(connection: Connection, book: Book, plan: Plan, purpose: str, now: flo
     shares = [Share(new_id("g"), share.task, share.samples) for share in plan.opened]
     common = {"run": book.run, "step": plan.step, "purpose": purpose, "status": "open", "opened_at": now}
     samples = 1 if purpose == "eval" else book.config.generate.samples
+    common |= {"samples": samples}
     connection.execute(
-        GROUPS.insert(), [common | {"group": share.group, "task": share.task, "samples": samples} for share in shares]
+        GROUPS.insert(),
+        [common | {"group": s.group, "task": s.task, "free": samples - len(s.samples)} for s in shares],
     )
+    if purpose == "train":
+        connection.execute(_MORE_OPEN, {"of": book.run, "at": plan.step, "more": len(shares)})
     record(connection, "group", [str(share.group) for share in shares], "", "open", now, step=plan.step)
     return shares
 
@@ -355,8 +421,10 @@ def _groups(
 
 
 def _prompts(connection: Connection, tasks: Sequence[str]) -> dict[str, bytes]:
-    query = sa.select(TASKS.c.task, TASKS.c.prompt_ids).where(TASKS.c.task.in_(tasks))
-    return {row.task: row.prompt_ids for row in connection.execute(query)}
+    return {row.task: row.prompt_ids for row in connection.execute(_PROMPTS, {"tasks": tasks})}
+
+
+_PROMPTS = sa.select(TASKS.c.task, TASKS.c.prompt_ids).where(TASKS.c.task.in_(sa.bindparam("tasks", expanding=True)))
 
 
 # --- taking back -----------------------------------------------------------------------------------------------------
@@ -379,7 +447,15 @@ def expire(connection: Connection, book: Book, now: float) -> int:
 
 def lost_leases(connection: Connection, node: str, since: float) -> list[str]:
     """Leases that were lately taken from a node."""
-    query = sa.select(LEASES.c.lease).where(
-        LEASES.c.node == node, LEASES.c.status.in_(("expired", "void")), LEASES.c.opened_at > since
+    return list(connection.execute(_LOST, {"id": node, "since": since}).scalars())
+
+
+_LOST = (
+    sa.select(LEASES.c.lease)
+    .where(
+        LEASES.c.node == sa.bindparam("id"),
+        LEASES.c.status.in_(("expired", "void")),
+        LEASES.c.opened_at > sa.bindparam("since"),
     )
-    return list(connection.execute(query.limit(1000)).scalars())
+    .limit(1000)
+)

@@ -256,11 +256,18 @@ def e_values(log_ratios: np.ndarray, cap: float = CAP, eta: float = ETA) -> np.n
 
 
 def is_bad(log_ratio: float, cap: float = CAP) -> bool:
-    """Whether to void a submission (or reject a rollout) whose mean LR is at the cap.
-
-    By Markov's inequality that happens to 1/cap + η of the honest at most. It never ejects by itself.
-    """
+    """Whether to reject a rollout whose mean LR is at the cap; of the honest 1/cap + η at most (Markov)."""
     return log_ratio >= math.log(cap)
+
+
+def is_void(log_ratios: np.ndarray, cap: float = CAP) -> bool:
+    """Whether a submission's LR against any one alternative is at the cap: there it weighs all it can, so that an audit
+    may stop, and the submission is void.
+
+    That happens to alternatives/cap + η of the honest at most (Markov). It never ejects by itself. A mean over the
+    alternatives instead would cost ln(alternatives) nats more of every submission.
+    """
+    return is_bad(float(log_ratios.max()), cap)
 
 
 # --- one key ---------------------------------------------------------------------------------------------------------

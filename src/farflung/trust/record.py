@@ -28,7 +28,7 @@ class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arbitrary_share: Share = evidence.ETA
     """Share η of honest submissions that may be arbitrarily bad."""
     cap: Annotated[float, Meta(gt=1)] = evidence.CAP
-    """Most that one submission counts against a key; also the likelihood ratio at which it is void."""
+    """Most that one submission counts against a key; also the likelihood ratio of one alternative that voids it."""
     probation_rollouts: Annotated[int, Meta(ge=1)] = 64
     """Clean audited rollouts in a row before a node is trusted; twice as many after each bad submission."""
     audit_scale: Annotated[float, Meta(ge=0)] = 1.0
@@ -127,8 +127,8 @@ def fold(
         after = msgspec.structs.replace(demote(after), status="quarantined")
         after = msgspec.structs.replace(after, m_before=record.m, m_trusted_before=record.m_trusted)
         return after, _exceed("quarantine", after, findings, settings)
-    if evidence.is_bad(log_lr := evidence.mean_log_ratio(total), settings.cap):
-        return demote(after), _void(log_lr, findings, settings)
+    if evidence.is_void(total, settings.cap):
+        return demote(after), _void(total, findings, settings)
     return _promote(after, settings), _pass(after, findings, settings)
 
 
@@ -146,8 +146,8 @@ def weigh(
         audited_rollouts=record.audited_rollouts + len(findings),
         audited_tokens=record.audited_tokens + sum(finding.tokens for finding in findings),
     )
-    if evidence.is_bad(log_lr := evidence.mean_log_ratio(total), settings.cap):
-        return demote(after), _void(log_lr, findings, settings)
+    if evidence.is_void(total, settings.cap):
+        return demote(after), _void(total, findings, settings)
     return after, _pass(after, findings, settings)
 
 
@@ -172,8 +172,8 @@ def confirm(
     if evidence.is_ejected(after.statistic, settings.false_ejection_probability):
         return msgspec.structs.replace(after, status="ejected"), _exceed("eject", after, findings, settings)
     released = msgspec.structs.replace(after, status="probation")
-    if evidence.is_bad(log_lr := evidence.mean_log_ratio(total), settings.cap):
-        return released, _void(log_lr, findings, settings)
+    if evidence.is_void(total, settings.cap):
+        return released, _void(total, findings, settings)
     return released, _release(released, settings)
 
 
@@ -225,9 +225,10 @@ def _pass(record: NodeRecord, findings: Sequence[Finding], settings: TrustSettin
     return Outcome("ok", m, limit, reason)
 
 
-def _void(log_lr: float, findings: Sequence[Finding], settings: TrustSettings) -> Outcome:
+def _void(log_ratios: np.ndarray, findings: Sequence[Finding], settings: TrustSettings) -> Outcome:
+    log_lr, likeliest = float(log_ratios.max()), evidence.describe(int(log_ratios.argmax()))
     reason = (
-        f"{_flips(findings)}: the likelihood ratio {_power(log_lr)} is not below {settings.cap:.3g}, "
+        f"{_flips(findings)}: the likelihood ratio {_power(log_lr)} for {likeliest} is not below {settings.cap:.3g}, "
         "so the submission is void"
     )
     return Outcome("void", math.exp(min(log_lr, 690.0)), settings.cap, reason)

@@ -8,10 +8,10 @@ bytes, and keeps the result; a relay keeps what others need for that.
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from farflung.protocol.errors import NotFound, WeightsError
+from farflung.protocol.errors import BadSignature, NotFound, WeightsError
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest, Shard
 from farflung.protocol.session import Session
@@ -31,8 +31,9 @@ Patch = Callable[[Way, Callable[[str], Path], Callable[[str], Path]], None]
 class Versions:
     """The versions of one run's weights that this node has, the newest used ones kept.
 
-    `limit_bytes` bounds what the folder may hold; a manifest that would need more is refused before a byte is fetched.
-    Without `patch` shards are kept and none is applied: that is a relay.
+    `limit_bytes` bounds what the folder may hold: older versions go to make room for a newer one, and one that would
+    need more by itself is refused before a byte is fetched. `upstream` are relays to fetch from instead of those that
+    the run lists. Without `patch` shards are kept and none is applied: that is a relay.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Versions:
         keep: int = 3,
         limit_bytes: int = 0,
         use_relays: bool = True,
+        upstream: Sequence[str] = (),
         patch: Patch | None = None,
     ) -> None:
         self.session, self.folder, self.keep, self.limit_bytes = session, folder, keep, limit_bytes
@@ -52,15 +54,20 @@ class Versions:
         """How each version came here, while it is on its way or kept for others."""
         self._locks: dict[str, asyncio.Lock] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for draft in folder.glob("*.draft"):  # a crash left it
+        for draft in folder.glob("*.draft"):
+            session.figures.trouble = f"a crash left version {draft.name[:12]} half patched; it is patched anew"
             draft.unlink()
-        self._downloads = Downloads(session, folder, use_relays=use_relays)
+        self._downloads = Downloads(session, folder, use_relays=use_relays, upstream=upstream)
 
     async def fetch(self, digest: str) -> Manifest:
         """Have a version on disk, safe to call twice at once. Raises WeightsError, BadSignature, NotFound."""
         async with self._locks.setdefault(digest, asyncio.Lock()):
             if digest not in self._known:
-                self._known[digest] = await self._fetch(digest)
+                try:
+                    self._known[digest] = await self._fetch(digest)
+                except (WeightsError, BadSignature) as error:
+                    self.session.figures.trouble = str(error)
+                    raise
         return self._use(digest)
 
     async def close(self) -> None:
@@ -128,13 +135,20 @@ class Versions:
         """Mark a version as the one used last, and forget those not used for longest."""
         self._known[digest] = self._known.pop(digest)
         for old in list(self._known)[: -self.keep]:
-            del self._known[old]
-            self._ways.pop(old, None)
+            self._forget(old)
+        self._sweep()
+        return self._known[digest]
+
+    def _forget(self, digest: str) -> None:
+        del self._known[digest]
+        self._ways.pop(digest, None)
+
+    def _sweep(self) -> None:
+        """Delete the files of versions that are not here any more."""
         wanted = set(self._wanted())
         for path in self.folder.iterdir():
             if path.suffix != ".draft" and path.name.removesuffix(PART) not in wanted:
                 path.unlink(missing_ok=True)
-        return self._known[digest]
 
     # --- ways --------------------------------------------------------------------------------------------------------
 
@@ -154,8 +168,14 @@ class Versions:
     async def _follow(self, way: Way) -> None:
         """Fetch what a way needs and, unless this is a relay, patch the version together."""
         digest, manifest = way.steps[-1] if way.steps else way.start
-        self._refuse_oversize(manifest, way)
         self._ways[digest] = way
+        try:
+            self._make_room(digest, manifest, way)
+        except WeightsError:
+            del self._ways[digest]
+            raise
+        begins = way.start[1].step
+        log.info("fetching step=%d from=%d held=%s bytes=%d", manifest.step, begins, way.is_held, way.size_bytes)
         try:
             await self._downloads.fetch([*self._leading(way), *way.shards])
             if self._patch is not None and way.steps:
@@ -185,25 +205,39 @@ class Versions:
             chain.append((parent, known[parent]))
         return chain
 
-    def _refuse_oversize(self, manifest: Manifest, way: Way) -> None:
-        missing = {shard.digest: shard.size_bytes for shard in way.shards if not self.path(shard.digest).exists()}
+    def _make_room(self, digest: str, manifest: Manifest, way: Way) -> None:
+        """Let go of the versions used longest ago until this one fits. Raises WeightsError if it cannot."""
         patched = manifest.full_bytes if self._patch is not None and way.steps else 0
-        need, total = sum(missing.values()) + patched, way.size_bytes + patched
+        needed = {shard.digest: shard.size_bytes for shard in (*self._leading(way), *way.shards)}
+        total = sum(needed.values()) + patched
         if self.limit_bytes and total > self.limit_bytes:
             raise WeightsError(
                 f"step {manifest.step} takes {total:,} bytes of disk, this node allows {self.limit_bytes:,}"
             )
+        missing = patched + sum(size for one, size in needed.items() if not self.path(one).exists())
+        for old in [one for one in self._known if one not in (digest, way.start[0])]:
+            if self._fits(missing):
+                break
+            log.info("making room step=%d for=%d", self._known[old].step, manifest.step)
+            self._forget(old)
+            self._sweep()
         free = shutil.disk_usage(self.folder).free - SPARE_BYTES
-        if need > free:
+        if missing > free:
             raise WeightsError(
-                f"step {manifest.step} needs {need:,} bytes more disk, {free:,} are free in {self.folder}"
+                f"step {manifest.step} needs {missing:,} bytes more disk, {free:,} are free in {self.folder}"
             )
+
+    def _fits(self, more_bytes: int) -> bool:
+        held = sum(path.stat().st_size for path in self.folder.iterdir())
+        free = shutil.disk_usage(self.folder).free - SPARE_BYTES
+        return more_bytes <= free and not 0 < self.limit_bytes < held + more_bytes
 
     async def _manifest(self, digest: str) -> Manifest:
         if digest in self._known:
             return self._known[digest]
         signed = await self.session.client.get(self.session.path(f"manifests/{digest}"), Signed)
-        return open_manifest(signed, self.session.weights_key, self.session.run, digest)
+        keys = await self.session.keys("weights", signed)
+        return open_manifest(signed, keys, self.session.run, digest)
 
 
 def _way(chain: list[Link], held: set[str]) -> Way:

@@ -9,34 +9,54 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from farflung.protocol.client import Client
-from farflung.protocol.errors import ConfigError, FarflungError, Refusal, TooLarge, Unreachable, WeightsError
+from farflung.protocol.errors import (
+    Busy,
+    ConfigError,
+    FarflungError,
+    NotFound,
+    Refusal,
+    TooLarge,
+    Unavailable,
+    Unreachable,
+    WeightsError,
+)
 from farflung.protocol.messages import Relays, Shard
 from farflung.protocol.session import Session
-from farflung.weights import sources
+from farflung.weights import pieces, sources
 
 log = logging.getLogger(__name__)
 PART = ".part"
 AT_ONCE = 4
 RELAYS_EVERY_S = 10.0
 RELAY_S = 5.0
+RELAYS_AT_ONCE = 4
+"""Relays that send pieces of one shard at the same time."""
 RELAYS_TRIED = 3
 """Relays that are tried for one shard before the origin: any number of them may be dead."""
 SLOWEST_BYTES_PER_S = 250_000
 """A relay that takes longer than RELAY_S and this speed allow is given up: a slow drip must not hold a node."""
 
 
+class NoRoom(WeightsError):
+    """This machine's disk does not take a shard; no source is to blame."""
+
+
 class Downloads:
     """Fetches shards into a folder, four at a time."""
 
-    def __init__(self, session: Session, folder: Path, *, use_relays: bool) -> None:
+    def __init__(self, session: Session, folder: Path, *, use_relays: bool, upstream: Sequence[str] = ()) -> None:
         self.session, self.folder = session, folder
         self.scores: dict[str, sources.Score] = {}
-        self._relays: dict[str, Client] = {}
-        self._asked_at = 0.0 if use_relays else float("inf")
+        self._relays = {url: Client(url, session.client.key, patience_s=0.0) for url in upstream}
+        self._busy: Counter[str] = Counter()
+        self._asked_at = 0.0 if use_relays and not upstream else float("inf")
         self._rng = random.Random(session.client.key.id)
         self._limit = asyncio.Semaphore(AT_ONCE)
         self._locks: dict[str, asyncio.Lock] = {}
@@ -60,19 +80,112 @@ class Downloads:
             self._locks.pop(shard.digest, None)
 
     async def _from_anyone(self, shard: Shard) -> None:
-        """The first relay that has it right, else the origin."""
-        for url in sources.order(self._relays, self.scores, self._rng)[:RELAYS_TRIED]:
-            before, score = time.monotonic(), self.scores.get(url, sources.Score())
+        """Several relays at once, else the first one that has it right, else the origin."""
+        urls = sources.order(self._relays, self.scores, self._busy, time.monotonic(), self._rng)
+        came_from: dict[int, str] = {}
+        if shard.size_bytes > pieces.PIECE_BYTES and len(urls) > 1:
+            came_from = await self._from_many(urls[:RELAYS_AT_ONCE], shard)
+            if (self.folder / shard.digest).exists():
+                return
+            urls = sources.order(self._relays, self.scores, self._busy, time.monotonic(), self._rng)
+        await self._from_one(urls[:RELAYS_TRIED], shard)
+        self._find_liars(shard, came_from)
+
+    async def _from_one(self, urls: Sequence[str], shard: Shard) -> None:
+        """The first of these relays that has it right, else the origin."""
+        for url in urls:
+            self._busy[url] += 1
             try:
-                async with asyncio.timeout(RELAY_S + shard.size_bytes / SLOWEST_BYTES_PER_S):
-                    size_bytes = await self._from(self._relays[url], shard)
-            except (Unreachable, Refusal, WeightsError, TimeoutError) as error:
-                log.warning("relay failed url=%s shard=%s because=%s", url, shard.digest[:12], error or "too slow")
-                self.scores[url] = sources.failed(score)
-                continue
-            self.scores[url] = sources.succeeded(score, size_bytes, time.monotonic() - before)
-            return
+                if await self._from_relay(url, shard):
+                    return
+            finally:
+                self._busy[url] -= 1
         await self._from(self.session.client, shard)
+
+    async def _from_many(self, urls: Sequence[str], shard: Shard) -> dict[int, str]:
+        """Pieces from several relays. Gives which came from whom, if they come to something else than the shard."""
+        part = self.folder / f"{shard.digest}{PART}"
+        try:
+            with part.open("ab", buffering=0) as file:
+                found = pieces.Pieces(file, shard.size_bytes, partial(self._piece, shard))
+                is_whole = await found.fetch(urls)
+            self._mark_slow(found, shard)
+            if is_whole:
+                await asyncio.to_thread(_check, part, shard)
+                part.rename(self.folder / shard.digest)
+        except WeightsError as error:
+            log.warning("pieces do not fit shard=%s because=%s", shard.digest[:12], error)
+            part.rename(self._bad(shard))
+            return found.came_from
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise NoRoom(f"shard {shard.digest[:12]} cannot be kept here: {error.strerror}") from error
+        return {}
+
+    def _mark_slow(self, found: pieces.Pieces, shard: Shard) -> None:
+        """Others outran these relays: one that sent nothing at all failed, one that sent some is a little behind."""
+        for url in found.slow:
+            if url in found.came_from.values():
+                self.scores[url] = sources.refused(self._score(url))
+            else:
+                self._blame(url, shard, TimeoutError())
+
+    async def _piece(self, shard: Shard, url: str, start: int, end: int) -> bytes | None:
+        """Bytes [start, end) of a shard from a relay, None if it fails; its score follows."""
+        before = time.monotonic()
+        async with self._judged(url, shard, end - start):
+            data = await self._relays[url].download_range(f"/v1/blobs/{shard.digest}", start, end)
+            self._praise(url, end - start, before)
+            return data
+        return None
+
+    def _find_liars(self, shard: Shard, came_from: dict[int, str]) -> None:
+        """The right shard is here: whoever sent pieces that differ from it lied."""
+        if not came_from:
+            return
+        with self._bad(shard).open("rb") as bad, (self.folder / shard.digest).open("rb") as good:
+            liars = pieces.wrong(bad, good, came_from)
+        for url in liars:
+            self._blame(url, shard, WeightsError(f"pieces of shard {shard.digest[:12]} were wrong"))
+        self._bad(shard).unlink()
+
+    def _bad(self, shard: Shard) -> Path:
+        return self.folder / f"{shard.digest}.bad"
+
+    async def _from_relay(self, url: str, shard: Shard) -> bool:
+        """Whether a relay had it right; its score follows."""
+        before = time.monotonic()
+        async with self._judged(url, shard, shard.size_bytes):
+            self._praise(url, await self._from(self._relays[url], shard), before)
+            return True
+        return False
+
+    @asynccontextmanager
+    async def _judged(self, url: str, shard: Shard, size_bytes: int) -> AsyncIterator[None]:
+        """What a relay does inside counts for its score: errors end here, and so does it if it is too slow."""
+        try:
+            async with asyncio.timeout(RELAY_S + size_bytes / SLOWEST_BYTES_PER_S):
+                yield
+        except NoRoom:
+            raise
+        except (NotFound, Unavailable, Busy) as error:
+            log.info("relay passed over url=%s shard=%s because=%s", url, shard.digest[:12], error)
+            self.scores[url] = sources.refused(self._score(url))
+        except (Unreachable, Refusal, WeightsError, TimeoutError) as error:
+            self._blame(url, shard, error)
+
+    def _score(self, url: str) -> sources.Score:
+        return self.scores.get(url, sources.Score())
+
+    def _praise(self, url: str, size_bytes: int, since: float) -> None:
+        self.scores[url] = sources.succeeded(self._score(url), size_bytes, time.monotonic() - since)
+
+    def _blame(self, url: str, shard: Shard, error: Exception) -> None:
+        why = str(error) or "too slow"
+        self.session.figures.trouble = f"relay {url}: {why}"
+        log.warning("relay failed url=%s shard=%s because=%s", url, shard.digest[:12], why)
+        is_lie = isinstance(error, (WeightsError, TooLarge))
+        self.scores[url] = sources.failed(self._score(url), time.monotonic(), is_lie=is_lie)
 
     async def _from(self, source: Client, shard: Shard) -> int:
         """Fetch what is missing from one source; gives how many bytes that were."""
@@ -90,7 +203,7 @@ class Downloads:
             return await self._from(source, shard)  # some of it came from another source: who lied is not known
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise WeightsError(f"shard {shard.digest[:12]} cannot be kept here: {error.strerror}") from error
+            raise NoRoom(f"shard {shard.digest[:12]} cannot be kept here: {error.strerror}") from error
         part.rename(self.folder / shard.digest)
         return shard.size_bytes - before
 

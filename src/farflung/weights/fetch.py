@@ -33,7 +33,8 @@ def tensors(versions: Versions, digest: str) -> Iterator[tuple[str, torch.Tensor
             for tensor, values in pieces:
                 check_tensor(tensor, values, manifest.step)
                 yield tensor.name, _as_torch(tensor, values)
-    except WeightsError:
+    except WeightsError as error:
+        versions.session.figures.trouble = str(error)
         versions.discard(digest)
         raise
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 
 from farflung.protocol.errors import WeightsError
-from farflung.protocol.identity import Signed, unseal
+from farflung.protocol.identity import Signed, Trusted, unseal
 from farflung.protocol.messages import Manifest, Tensor
 
 KIND = "manifest"
@@ -23,8 +23,8 @@ def manifest_digest(signed: Signed) -> str:
     return hashlib.sha256(signed.payload).hexdigest()
 
 
-def open_manifest(signed: Signed, public: bytes, run: str, digest: str) -> Manifest:
-    """Check a sealed manifest against the weights key, the run and the digest that was asked for.
+def open_manifest(signed: Signed, public: Trusted, run: str, digest: str) -> Manifest:
+    """Check a sealed manifest against the weights keys, the run and the digest that was asked for.
 
     Raises BadSignature or WeightsError.
     """

@@ -6,7 +6,7 @@ the differences since the last anchor have come to the bytes of a whole copy.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,8 @@ class Publisher:
 
     def __init__(self, client: Client, key: Key, run: str, anchor_every: int) -> None:
         self.client, self.key, self.run, self.anchor_every = client, key, run, anchor_every
+        self.trusted: Collection[bytes] = (key.public,)
+        """Whose manifests this trainer builds on: its own, and those of the keys that its own key followed."""
         self._base: dict[str, torch.Tensor] = {}
         self._chain_bytes = 0
         """Bytes of the differences since the last anchor."""
@@ -127,7 +129,7 @@ class Publisher:
 
     async def _manifest(self, digest: str) -> Manifest:
         signed = await self.client.get(f"/v1/runs/{self.run}/manifests/{digest}", Signed)
-        return open_manifest(signed, self.key.public, self.run, digest)
+        return open_manifest(signed, self.trusted, self.run, digest)
 
 
 def _describe_all(chunk: list[Named], shard: int) -> list[Tensor]:

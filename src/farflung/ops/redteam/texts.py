@@ -192,7 +192,7 @@ class MarginBudget(Attack):
         e = evidence.e_values(total, self.trust.cap, self.trust.arbitrary_share)
         m, k = evidence.fold(self.m, self.k, e)
         limit = 0.01 / self.trust.false_ejection_probability
-        if m.mean() >= limit or evidence.mean_log_ratio(total) >= np.log(self.trust.cap) - 1:
+        if m.mean() >= limit or total.max() >= np.log(self.trust.cap) - 1:
             return False
         self.m, self.k = m, k
         return True

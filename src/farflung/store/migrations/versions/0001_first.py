@@ -121,7 +121,7 @@ def upgrade() -> None:
         sa.Column("probe_before", sa.LargeBinary(), nullable=True),
         sa.Column("canaries", sa.LargeBinary(), nullable=True),
         sa.Column("restores", sa.Integer(), nullable=True),
-        sa.Column("opened_groups", sa.Integer(), nullable=False),
+        sa.Column("open_groups", sa.Integer(), nullable=False),
         sa.CheckConstraint("status IN ('open', 'committed')", name="step_status"),
         sa.PrimaryKeyConstraint("id"),
     )
@@ -173,6 +173,7 @@ def upgrade() -> None:
         sa.Column("step", sa.Integer(), nullable=False),
         sa.Column("purpose", sa.Text(), nullable=False),
         sa.Column("samples", sa.Integer(), nullable=False),
+        sa.Column("free", sa.Integer(), nullable=False),
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("opened_at", sa.Float(), nullable=False),
         sa.Column("batch_step", sa.Integer(), nullable=True),
@@ -187,6 +188,14 @@ def upgrade() -> None:
     )
     op.create_index("group_batch", "groups", ["run", "batch_step"], unique=False)
     op.create_index("group_task", "groups", ["task"], unique=False)
+    op.create_index(
+        "group_free",
+        "groups",
+        ["run", "purpose", "step"],
+        unique=False,
+        sqlite_where=sa.text("status = 'open' AND free > 0"),
+        postgresql_where=sa.text("status = 'open' AND free > 0"),
+    )
     op.create_index("group_of_run", "groups", ["run", "purpose", "status", "step"], unique=False)
     op.create_table(
         "leases",
@@ -293,6 +302,7 @@ def downgrade() -> None:
     op.drop_index("lease_node", table_name="leases")
     op.drop_table("leases")
     op.drop_index("group_batch", table_name="groups")
+    op.drop_index("group_free", table_name="groups")
     op.drop_index("group_task", table_name="groups")
     op.drop_index("group_of_run", table_name="groups")
     op.drop_table("groups")

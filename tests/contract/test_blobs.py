@@ -1,0 +1,77 @@
+"""Blobs behave the same in a folder and in S3."""
+
+import asyncio
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from farflung.protocol.errors import ConfigError, NotFound, Unavailable
+from farflung.store.blobs import Blobs, digest_of
+
+DATA = bytes(range(256)) * 10
+
+
+def test_what_is_put_is_got_whole_and_by_range(blobs_url: str) -> None:
+    async def scene() -> None:
+        blobs = Blobs(blobs_url)
+        digest = await blobs.put(DATA)
+        assert digest == digest_of(DATA)
+        assert await blobs.put(DATA) == digest
+        assert await Blobs(blobs_url).get(digest) == DATA
+        assert await blobs.size(digest) == len(DATA)
+        assert await blobs.get_range(digest, 100, 300) == DATA[100:300]
+
+    asyncio.run(scene())
+
+
+def test_what_is_there_is_never_written_over(blobs_url: str) -> None:
+    async def scene() -> None:
+        blobs = Blobs(blobs_url)
+        digest = await blobs.put(DATA)
+        assert await blobs.put(b"something else", digest) == digest
+        assert await blobs.get(digest) == DATA
+
+    asyncio.run(scene())
+
+
+def test_what_is_not_there_is_not_found(blobs_url: str) -> None:
+    async def scene() -> None:
+        blobs, absent = Blobs(blobs_url), "0" * 64
+        for ask in (blobs.get(absent), blobs.size(absent), blobs.get_range(absent, 0, 1)):
+            with pytest.raises(NotFound, match=absent):
+                await ask
+        digest = await blobs.put(DATA)
+        await blobs.delete([absent, digest])
+        with pytest.raises(NotFound):
+            await blobs.size(digest)
+
+    asyncio.run(scene())
+
+
+def test_s3_alone_signs_urls_that_need_no_key(new_s3, tmp_path: Path) -> None:
+    async def scene() -> tuple[str, str]:
+        shared, folder = Blobs(new_s3()), Blobs(f"file://{tmp_path}")
+        return await shared.signed_url(await shared.put(DATA)), await folder.signed_url(await folder.put(DATA))
+
+    signed, none = asyncio.run(scene())
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(signed) as answer:
+        assert answer.read() == DATA
+    assert none == ""
+
+
+def test_a_store_that_is_away_says_come_back(new_s3, monkeypatch) -> None:
+    from farflung.store import blobs as module
+
+    monkeypatch.setattr(module, "S3_PATIENCE", module.timedelta(seconds=1))
+    away = Blobs("s3://bucket/folder?endpoint=http://127.0.0.1:9&region=us-east-1")
+    with pytest.raises(Unavailable, match="cannot be stored") as told:
+        asyncio.run(away.put(DATA))
+    assert told.value.retry_after_s == 1
+
+
+def test_a_url_that_names_no_store_says_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="none of file, memory and s3"):
+        Blobs("ftp://somewhere")
+    with pytest.raises(ConfigError, match="takes endpoint and region, not key"):
+        Blobs("s3://bucket/folder?key=secret")
