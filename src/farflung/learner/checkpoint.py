@@ -24,6 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from farflung.learner.dither import publishable
 from farflung.learner.optimise import Learner
 from farflung.learner.ranks import Ranks, local, meet, share_of, told
 from farflung.protocol.errors import ConfigError
@@ -75,6 +76,13 @@ def load(learner: Learner, path: Path) -> int:
     learner.updates = state["updates"]
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))
     return state["step"]
+
+
+def published(path: Path, *, is_dithered: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """What was published of a checkpoint's step: its masters in bfloat16. Raises ConfigError if it is incomplete."""
+    _refuse_incomplete(path)
+    for name, tensor in _read(path, "model").items():
+        yield name, publishable(tensor, is_dithered=is_dithered)
 
 
 def complete(root: Path) -> list[Checkpoint]:

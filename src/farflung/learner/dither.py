@@ -16,6 +16,13 @@ _STRIDE = 40_503
 """Odd, near 2^16 over the golden ratio: any run of its multiples modulo 2^16 is spread evenly."""
 
 
+def publishable(tensor: torch.Tensor, *, is_dithered: bool) -> torch.Tensor:
+    """A master as it is published: floats in bfloat16, anything else as it is."""
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    return dithered(tensor) if is_dithered and tensor.dtype == torch.float32 else tensor.to(torch.bfloat16)
+
+
 def dithered(tensor: torch.Tensor) -> torch.Tensor:
     """float32 to bfloat16, each value to one of its two neighbours, up as often as it lies near the upper one."""
     bits = tensor.contiguous().view(torch.int32).flatten()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from farflung.learner.dither import dithered
+from farflung.learner.dither import publishable
 from farflung.learner.forward import find_kind, logp_entropy_BT
 from farflung.learner.pack import MicroBatch
 from farflung.learner.ranks import Ranks, shard, whole
@@ -97,11 +97,11 @@ class Policy:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What is published: (name, bfloat16) of every parameter and buffer, cast from the masters, tied twins once."""
         for name, tensor in self.masters():
-            yield name, self.rounded(tensor) if tensor.is_floating_point() else tensor.clone()
+            yield name, self.rounded(tensor)
 
     def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
         """A whole master as it is published."""
-        return dithered(tensor) if self.is_dithered and tensor.dtype == torch.float32 else tensor.to(torch.bfloat16)
+        return publishable(tensor, is_dithered=self.is_dithered)
 
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the float32 masters themselves, whole, tied twins once, in the model's order."""
