@@ -60,7 +60,7 @@ def _kill_often(process: subprocess.Popen[str], folder: Path, steps: int, kills:
             time.sleep(rng.uniform(0, 4))
             os.kill(pid, signal.SIGKILL)
             killed, last = killed + 1, pid
-            say(f"{folder.name}: killed the trainer ({killed} of {kills}) after step {done}")
+            say(f"{folder.parent.name}: killed the trainer ({killed} of {kills}) after step {done}")
         time.sleep(0.2)
     return killed
 
@@ -104,9 +104,10 @@ def main() -> int:
     steps, kills = (6, 4) if asked.quick else (asked.steps, asked.kills)
     rng = random.Random(asked.seed)
     with tempfile.TemporaryDirectory(prefix="farflung-lockstep-") as scratch:
-        whole = run(Path(scratch) / "whole", steps, 0, rng, LOCKSTEP)
-        killed = run(Path(scratch) / "killed", steps, kills, rng, LOCKSTEP)
-        free = run(Path(scratch) / "free", steps, max(2, kills // 4), rng, ())
+        # One name for all: the ids of tasks, and so the seeds of their samples, depend on it.
+        whole = run(Path(scratch) / "whole" / "run", steps, 0, rng, LOCKSTEP)
+        killed = run(Path(scratch) / "killed" / "run", steps, kills, rng, LOCKSTEP)
+        free = run(Path(scratch) / "free" / "run", steps, max(2, kills // 4), rng, ())
     found = {
         "steps": steps,
         "kills": killed["kills"],

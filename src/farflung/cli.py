@@ -56,6 +56,24 @@ def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, 
 
 
 @app.command
+def export(run: Path, out: Path, step: int | None = None) -> None:
+    """Write a run's policy as a plain Hugging Face folder with a model card.
+
+    Parameters
+    ----------
+    run
+        Folder of the run, such as runs/demo.
+    out
+        Folder to write; it must not exist.
+    step
+        A step whose checkpoint is kept; the newest by default.
+    """
+    from farflung.ops import export as exporting
+
+    sys.stdout.write(f"{out}: the policy of step {exporting.export(run, out, step)}\n")
+
+
+@app.command
 def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
     """Admit nodes, hand out leases, take rollouts in, keep records and ledger."""
     from farflung.ops.fleet import serve_all

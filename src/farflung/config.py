@@ -98,6 +98,10 @@ class LearnSection(Section):
         "auto",
         "Arithmetic of training; masters are float32. `auto` is bfloat16 where the machine has it, else float32.",
     )
+    rounding: Literal["dithered", "nearest"] = setting(
+        "dithered",
+        "How masters become the bfloat16 that is published: small updates show at once, or once they add up.",
+    )
     checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     checkpoint_every: int = setting(1, "Steps between checkpoints; those between are replayed after a crash.", ge=1)
     anchor_every: int = setting(

@@ -105,7 +105,12 @@ class Trainer:
         dtype, why = compute_dtype(learn.precision)
         log.info("training in=%s because=%s", dtype, why)
         path = self.config.model.path
-        policy = Policy.from_pretrained(path, compute_dtype=dtype, is_checkpointed=learn.checkpointing)
+        policy = Policy.from_pretrained(
+            path,
+            compute_dtype=dtype,
+            is_checkpointed=learn.checkpointing,
+            is_dithered=learn.rounding == "dithered",
+        )
         reference = Policy.from_pretrained(path, compute_dtype=dtype) if learn.kl else None
         self.learner = Learner(policy, optimisation(self.config), reference=reference)
 
@@ -299,9 +304,10 @@ class Trainer:
 
     def _show(self, batch: Batch) -> bytes:
         """The slices that the batch's probe chooses, of the weights as they are now."""
-        masters = dict(self.learner.policy.masters())
-        shapes = ((name, tensor.shape) for name, tensor in masters.items())
-        return read_slices(masters, probe.slices(shapes, bytes.fromhex(batch.probe)))
+        policy, masters = self.learner.policy, dict(self.learner.policy.masters())
+        slices = probe.slices(((name, tensor.shape) for name, tensor in masters.items()), bytes.fromhex(batch.probe))
+        chosen = {part.name for part in slices}
+        return read_slices({name: policy.rounded(masters[name]) for name in chosen}, slices)
 
     def _metrics(self, batch: Batch, trained: StepMetrics | None) -> dict[str, float]:
         if trained is None:

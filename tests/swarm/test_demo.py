@@ -5,7 +5,9 @@ import sqlite3
 
 import pytest
 
+from farflung.ops.export import export
 from farflung.ops.summary import summarise
+from farflung.protocol.errors import ConfigError
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
 
@@ -68,3 +70,17 @@ def test_the_first_reward_comes_soon(demo):
 def test_the_end_shows_answers_before_and_after(demo):
     assert "Five held-out questions, before and after" in demo.output
     assert "killed doomed-1" in demo.output
+
+
+def test_the_policy_can_be_exported_and_loaded_without_farflung(demo, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "model"
+    assert export(demo.folder, out) == demo.summary()["steps"]
+    card = (out / "README.md").read_text()
+    assert f"{demo.summary()['eval_after']:.3f} greedily on 256 tasks (95 %: " in card
+    assert "base_model: base" in card
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.bfloat16"}
+    with pytest.raises(ConfigError, match="exists already"):
+        export(demo.folder, out)

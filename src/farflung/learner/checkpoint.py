@@ -7,7 +7,8 @@
     ├── state.json              step, optimizer updates, torch's random state
     └── COMPLETE                sizes of the files above; written last
 
-It is written beside its place, flushed to disk and renamed, so a crash leaves the previous checkpoints whole.
+Of several ranks each writes its own shards, `model-00000-of-00002.safetensors` and so on; any number can go on from
+them. It is written beside its place, flushed to disk and renamed, so a crash leaves the previous checkpoints whole.
 """
 
 import json
@@ -20,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from farflung.learner.dither import publishable
 from farflung.learner.optimise import Learner
+from farflung.learner.ranks import Ranks, local, meet, share_of, told
 from farflung.protocol.errors import ConfigError
 
 _MARKER = "COMPLETE"
@@ -41,14 +45,19 @@ class Checkpoint:
 def save(learner: Learner, step: int, root: Path, *, keep: int = 2) -> Checkpoint:
     """Write the checkpoint of `step` under `root`, replacing one of the same step, and keep the newest `keep`."""
     root.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root))
-    _write(learner, step, draft)
+    ranks = learner.policy.ranks
+    draft = Path(told(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root) if ranks.rank == 0 else "", ranks))
     place = root / f"step-{step:06d}"
-    if place.exists():
-        place.rename(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root))
-    draft.rename(place)
-    _sync(root)
-    _prune(root, keep)
+    _write_tensors(learner, draft, ranks)
+    meet(ranks)
+    if ranks.rank == 0:
+        _write_rest(learner, step, draft)
+        if place.exists():
+            place.rename(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root))
+        draft.rename(place)
+        _sync(root)
+        _prune(root, keep)
+    meet(ranks)
     return Checkpoint(step, place)
 
 
@@ -59,14 +68,21 @@ def load(learner: Learner, path: Path) -> int:
     """
     _refuse_incomplete(path)
     try:
-        _fill_masters(learner, load_file(path / "model.safetensors"))
-        _fill_optimizer(learner, load_file(path / "optimizer.safetensors"))
+        _fill_masters(learner, _read(path, "model"))
+        _fill_optimizer(learner, _read(path, "optimizer"))
     except (KeyError, RuntimeError) as error:
         raise ConfigError(f"checkpoint {path} is of another model: {error}") from error
     state = json.loads((path / "state.json").read_text())
     learner.updates = state["updates"]
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))
     return state["step"]
+
+
+def published(path: Path, *, is_dithered: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """What was published of a checkpoint's step: its masters in bfloat16. Raises ConfigError if it is incomplete."""
+    _refuse_incomplete(path)
+    for name, tensor in _read(path, "model").items():
+        yield name, publishable(tensor, is_dithered=is_dithered)
 
 
 def complete(root: Path) -> list[Checkpoint]:
@@ -79,11 +95,16 @@ def latest(root: Path) -> Checkpoint | None:
     return max(_found(root), key=lambda checkpoint: checkpoint.step, default=None)
 
 
-def _write(learner: Learner, step: int, folder: Path) -> None:
+def _write_tensors(learner: Learner, folder: Path, ranks: Ranks) -> None:
+    part = "" if ranks.is_alone else f"-{ranks.rank:05d}-of-{ranks.world:05d}"
+    masters = {name: local(tensor).cpu().contiguous() for name, tensor in learner.policy.shards()}
+    # The metadata is what Hugging Face asks of a file of weights.
+    save_file(masters, folder / f"model{part}.safetensors", metadata={"format": "pt"})
+    save_file(dict(_optimizer_tensors(learner)), folder / f"optimizer{part}.safetensors")
+
+
+def _write_rest(learner: Learner, step: int, folder: Path) -> None:
     learner.policy.model.config.save_pretrained(folder)
-    masters = {name: tensor.cpu().contiguous() for name, tensor in learner.policy.masters()}
-    save_file(masters, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(dict(_optimizer_tensors(learner)), folder / "optimizer.safetensors")
     state = {"step": step, "updates": learner.updates, "torch_rng": torch.get_rng_state().numpy().tobytes().hex()}
     (folder / "state.json").write_text(json.dumps(state))
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
@@ -94,19 +115,29 @@ def _write(learner: Learner, step: int, folder: Path) -> None:
     _sync(folder)
 
 
+def _read(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Whole tensors by name, the shards of several ranks put together in their order; counters are everybody's."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for path in sorted(folder.glob(f"{kind}*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                parts.setdefault(name, []).append(file.get_tensor(name))
+    return {name: found[0] if found[0].ndim == 0 else torch.cat(found) for name, found in parts.items()}
+
+
 def _optimizer_tensors(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in learner.policy.model.named_parameters():
         for key, value in learner.optimizer.state.get(parameter, {}).items():
-            yield f"{key}/{name}", value.cpu().contiguous()
+            yield f"{key}/{name}", local(value).cpu().contiguous()
 
 
 @torch.no_grad()
 def _fill_masters(learner: Learner, saved: dict[str, torch.Tensor]) -> None:
-    masters = dict(learner.policy.masters())
+    masters = dict(learner.policy.shards())
     if masters.keys() != saved.keys():
         raise KeyError(f"tensors differ, one of them is {min(masters.keys() ^ saved.keys())}")
     for name, tensor in masters.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(share_of(saved[name], tensor))
 
 
 def _fill_optimizer(learner: Learner, saved: dict[str, torch.Tensor]) -> None:
@@ -115,7 +146,9 @@ def _fill_optimizer(learner: Learner, saved: dict[str, torch.Tensor]) -> None:
     for key, value in saved.items():
         state, name = key.split("/", 1)
         # The step counter stays a scalar where AdamW keeps it; the moments live with their parameter.
-        learner.optimizer.state[parameters[name]][state] = value.to(parameters[name].device)
+        place = parameters[name]
+        value = value if value.ndim == 0 else share_of(value.to(place.device), place)
+        learner.optimizer.state[place][state] = value
 
 
 def _found(root: Path) -> Iterator[Checkpoint]:

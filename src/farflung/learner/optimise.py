@@ -12,6 +12,7 @@ import torch
 from farflung.learner.loss import LossParts, Objective, Sample, denominator, importance, mismatch_kl, policy_loss
 from farflung.learner.pack import MicroBatch, fill
 from farflung.learner.policy import Policy
+from farflung.learner.ranks import Ranks, add_up, deal, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,28 +82,35 @@ class Learner:
         recomputed on the trusted side; stale tokens then count by `importance`. The ratio is always taken against the
         policy as the step begins, so it is 1 in the first update.
         """
-        tally = _Tally()
+        tally, ranks = _Tally(), self.policy.ranks
+        count = min(self.settings.minibatches, len(microbatches))
+        given = list(zip(microbatches, behaviour or [None] * len(microbatches), strict=True))
         with _deterministic():
-            count = min(self.settings.minibatches, len(microbatches))
-            old = self._before(microbatches) if count > 1 else [None] * len(microbatches)
-            given = behaviour or [None] * len(microbatches)
-            for k in range(count):
-                self._update(list(zip(microbatches, old, given, strict=True))[k::count], tally)
-        return tally.metrics(self._lr(), fill(microbatches))
+            updates = [(deal(given[k::count], ranks), self._total(microbatches[k::count])) for k in range(count)]
+            old = [self._before(parts) if count > 1 else [None] * len(parts) for parts, _ in updates]
+            for (parts, total), old_logp in zip(updates, old, strict=True):
+                self._update(parts, old_logp, total, tally)
+        return tally.metrics(self._lr(), fill(microbatches), ranks)
 
-    def _before(self, microbatches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    def _total(self, microbatches: Sequence[MicroBatch]) -> float:
+        objective = self.settings.objective
+        return sum(denominator(micro.mask_BT, objective.normalise, objective.constant) for micro in microbatches)
+
+    def _before(self, parts: Sequence["_Part"]) -> list[torch.Tensor]:
         """Log-probabilities before the first of several updates; of a single one, its own pass yields them."""
         with torch.no_grad():
-            return [self.policy.logp_BT(micro) for micro in microbatches]
+            return [self.policy.logp_BT(micro) for (micro, _), _ in parts]
 
-    def _update(self, parts: Sequence["_Part"], tally: "_Tally") -> None:
-        objective = self.settings.objective
-        total = sum(denominator(micro.mask_BT, objective.normalise, objective.constant) for micro, _, _ in parts)
+    def _update(
+        self, parts: Sequence["_Part"], old_logp: Sequence[torch.Tensor | None], total: float, tally: "_Tally"
+    ) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        for micro, old_logp_BT, behaviour_BT in parts:
-            self._loss(micro.to(self.policy.device), old_logp_BT, behaviour_BT, total, tally).backward()
+        for ((micro, behaviour_BT), counts), old_logp_BT in zip(parts, old_logp, strict=True):
+            seen = tally if counts else _Tally()
+            loss = self._loss(micro.to(self.policy.device), old_logp_BT, behaviour_BT, total, seen)
+            (loss * self.policy.ranks.world * counts).backward()  # the reduction takes the mean over ranks
         parameters = self.optimizer.param_groups[0]["params"]
-        tally.grad_norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)))
+        tally.grad_norms.append(float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))))
         self.updates += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
@@ -145,8 +153,8 @@ class Learner:
         return self.settings.lr * min(1.0, self.updates / max(self.settings.warmup_steps, 1))
 
 
-_Part = tuple[MicroBatch, torch.Tensor | None, torch.Tensor | None]
-"""A micro-batch, its old log-probabilities and those of its behaviour policy, each where there are any."""
+_Part = tuple[tuple[MicroBatch, torch.Tensor | None], bool]
+"""A micro-batch, the log-probabilities of its behaviour policy, where there are any, and whether it counts here."""
 
 
 class _Tally:
@@ -178,20 +186,24 @@ class _Tally:
         self._kl += mismatch_kl(micro.worker_logp_BT, logp_BT, is_claimed_BT)
         self._claimed += int(is_claimed_BT.sum())
 
-    def metrics(self, lr: float, fill: float) -> StepMetrics:
-        tokens, updates = max(self._tokens, 1), max(len(self.grad_norms), 1)
+    def metrics(self, lr: float, fill: float, ranks: Ranks) -> StepMetrics:
+        sums = (self._loss, self._clipped, self._ratio_sum, self._entropy, self._kl, self._reference_kl, self._weight)
+        counts = (self._tokens, self._claimed, self._weighed)
+        loss, clipped, ratio, entropy, kl, reference_kl, weight, *totals = add_up((*sums, *counts), ranks)
+        tokens, claimed, weighed = (int(total) for total in totals)
+        updates = max(len(self.grad_norms), 1)
         return StepMetrics(
-            loss=self._loss / updates,
+            loss=loss / updates,
             grad_norm=sum(self.grad_norms) / updates,
-            clip_fraction=self._clipped / tokens,
-            ratio_mean=self._ratio_sum / tokens,
-            ratio_max=self._ratio_max,
-            entropy=self._entropy / tokens,
-            mismatch_kl=self._kl / max(self._claimed, 1),
-            tokens=self._tokens,
+            clip_fraction=clipped / max(tokens, 1),
+            ratio_mean=ratio / max(tokens, 1),
+            ratio_max=add_up((self._ratio_max,), ranks, is_most=True)[0],
+            entropy=entropy / max(tokens, 1),
+            mismatch_kl=kl / max(claimed, 1),
+            tokens=tokens,
             lr=lr,
-            kl=self._reference_kl / tokens,
-            importance=self._weight / self._weighed if self._weighed else 1.0,
+            kl=reference_kl / max(tokens, 1),
+            importance=weight / weighed if weighed else 1.0,
             fill=fill,
         )
 

@@ -5,13 +5,16 @@ Legend: B rollouts, T positions of their completions.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from farflung.learner.dither import publishable
 from farflung.learner.forward import find_kind, logp_entropy_BT
 from farflung.learner.pack import MicroBatch
+from farflung.learner.ranks import Ranks, shard, whole
 from farflung.protocol.errors import ConfigError
 
 
@@ -24,17 +27,24 @@ class Policy:
         *,
         compute_dtype: torch.dtype = torch.float32,
         is_checkpointed: bool = False,
+        is_dithered: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         """Take a model; its parameters become float32. `is_checkpointed` trades a second forward pass for memory.
 
         Dropout stays off, or the ratio of the first update would not be 1; but transformers checkpoints activations
-        in training mode only, so there a model with dropout must have it set to 0 in its config.
+        in training mode only, so there a model with dropout must have it set to 0 in its config. With several `ranks`
+        the model is sharded, and every rank must do the same with it in the same order.
         """
         self.model = model.float().train(is_checkpointed)
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.is_dithered = compute_dtype, is_dithered
         if is_checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        self.ranks = ranks or Ranks()
         self._kind = find_kind(model)
+        if not self.ranks.is_alone:
+            shard(model)  # a sharded head has weights only while the whole model runs
+            self._kind = replace(self._kind, has_linear_head=False)
 
     @classmethod
     def from_pretrained(
@@ -44,6 +54,8 @@ class Policy:
         compute_dtype: torch.dtype = torch.float32,
         is_checkpointed: bool = False,
         device: str = "cpu",
+        is_dithered: bool = False,
+        ranks: Ranks | None = None,
     ) -> "Policy":
         """Load a folder or a hub id; safetensors only, no remote code. Raises ConfigError if there is no such model."""
         try:
@@ -57,7 +69,13 @@ class Policy:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"no model at {str(source)!r}; give a folder or a model hub id ({reason})") from error
-        return cls(model.to(device), compute_dtype=compute_dtype, is_checkpointed=is_checkpointed)
+        return cls(
+            model.to(device),
+            compute_dtype=compute_dtype,
+            is_checkpointed=is_checkpointed,
+            is_dithered=is_dithered,
+            ranks=ranks,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -76,13 +94,22 @@ class Policy:
         """Whether completions of one prompt may stand in one row: the model obeys an attention mask and places."""
         return self._kind.can_share
 
-    def tensors(self, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is published: (name, tensor) of every parameter and buffer, cast from the masters, tied twins once."""
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is published: (name, bfloat16) of every parameter and buffer, cast from the masters, tied twins once."""
         for name, tensor in self.masters():
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
+            yield name, self.rounded(tensor)
+
+    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A whole master as it is published."""
+        return publishable(tensor, is_dithered=self.is_dithered)
 
     def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of the float32 masters themselves, tied twins once, in the model's order."""
+        """(name, tensor) of the float32 masters themselves, whole, tied twins once, in the model's order."""
+        for name, tensor in self.shards():
+            yield name, whole(tensor)
+
+    def shards(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same as this rank holds them."""
         seen: set[int] = set()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if id(tensor) not in seen:

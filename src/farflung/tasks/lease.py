@@ -112,6 +112,8 @@ def _pause_s(connection: Connection, book: Book, node: str, now: float) -> float
 def _issue_train(
     connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, latest: int, now: float
 ) -> Signed | Wait:
+    if book.config.learn.lockstep:
+        latest = _unfilled(connection, book, latest)
     settings = assign_settings(book, latest)
     groups = _open_groups(connection, book, latest - settings.max_staleness)
     asker = Asker(ask.loaded_step if ask.loaded_step >= 0 else None, ask.slots, ask.context or ANY_CONTEXT)
@@ -132,8 +134,8 @@ def _issue_train(
 def assign_settings(book: Book, latest: int) -> AssignSettings:
     """The pure assignment's view of the configuration.
 
-    In lockstep new groups are of the latest policy, as many as some step takes, and whatever is missing of an older
-    one is leased again for as long as its step waits.
+    In lockstep new groups are of one policy, as many as some step takes, and whatever is missing of an older one is
+    leased again for as long as its step waits.
     """
     config = book.config
     is_lockstep = config.learn.lockstep
@@ -145,6 +147,18 @@ def assign_settings(book: Book, latest: int) -> AssignSettings:
         group_size=config.generate.samples,
         groups_ahead=config.lockstep_groups(latest) if is_lockstep else ahead,
     )
+
+
+def _unfilled(connection: Connection, book: Book, latest: int) -> int:
+    """In lockstep, the oldest policy that a step to come trains on and that has groups to open still, else the latest.
+
+    The next step may be committed before all groups of this one are opened: they are opened none the less.
+    """
+    of_run = sa.and_(GROUPS.c.run == book.run, GROUPS.c.purpose == "train")
+    query = sa.select(GROUPS.c.step, sa.func.count()).where(of_run).group_by(GROUPS.c.step)
+    opened: dict[int, int] = {row[0]: row[1] for row in connection.execute(query)}
+    policies = range(max(0, latest - book.config.learn.max_staleness), latest + 1)
+    return next((p for p in policies if opened.get(p, 0) < book.config.lockstep_groups(p)), latest)
 
 
 _OPEN_GROUPS = (
