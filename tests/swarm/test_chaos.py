@@ -22,7 +22,7 @@ def test_the_schedule_follows_from_the_seed_and_reaches_every_role():
 
 def test_a_run_does_not_care(tmp_path):
     command = [sys.executable, "-m", "farflung", "chaos", str(ROOT / "examples" / "chaos.toml"), "--json"]
-    command += ["--minutes", "1.5", "--run.dir", str(tmp_path), "--chaos.every_s", "7"]
+    command += ["--minutes", "1.2", "--run.dir", str(tmp_path), "--chaos.every_s", "6"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])

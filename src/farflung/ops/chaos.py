@@ -45,7 +45,7 @@ def run_chaos(config: Config, minutes: float, *, is_quiet: bool = False) -> Row:
     """A run without faults, then one with them; gives what is printed as JSON. Raises ConfigError."""
     if not config.worker.pace_tokens_per_s:
         raise ConfigError("worker.pace_tokens_per_s is 0; set a pace that this machine keeps with half of its cores")
-    calm, _ = _one_run(_named(config, "calm"), max(30.0, 60 * minutes * BASELINE_SHARE), [])
+    calm, _ = _one_run(_named(config, "calm"), max(20.0, 60 * minutes * BASELINE_SHARE), [])
     faults = schedule(config.chaos.seed, 60 * minutes, config.chaos.every_s)
     stormy, wrong = _one_run(_named(config, "storm"), 60 * minutes, faults)
     result = _result(faults, calm, stormy, wrong)
