@@ -75,6 +75,7 @@ SECTIONS = {
     "relay": "Relays of `farflung run`. A relay that is started by hand takes flags of its own.",
     "scorer": "The scorer and its child processes.",
     "swarm": "What `farflung run` starts on this machine.",
+    "chaos": "Faults of `farflung chaos`.",
     "prices": "What an hour of each role costs, for `cost_usd` in the summary.",
     "sinks": "Where step metrics go besides `metrics.jsonl`; the package named must be installed.",
 }

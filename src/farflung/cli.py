@@ -561,6 +561,28 @@ def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7, ti
 
 
 @app.command
+def chaos(config: Path, *flags: Flags, minutes: float = 30.0, json: bool = False) -> None:
+    """Run a swarm on this machine, break every role of it on a seeded schedule, and say what each fault cost.
+
+    Parameters
+    ----------
+    config
+        A TOML file, such as examples/chaos.toml.
+    minutes
+        How long faults go on; the same run without faults comes first, for a quarter of that.
+    json
+        Print nothing but one line of JSON at the end.
+    """
+    import json as json_module
+
+    from farflung.ops.chaos import run_chaos
+
+    result = run_chaos(load(config, flags), minutes, is_quiet=json)
+    sys.stdout.write(json_module.dumps(result) + "\n")
+    sys.exit(1 if result["invariant_violations"] else 0)
+
+
+@app.command
 def brake(config: Path, *flags: Flags, release: bool = False, url: str = "") -> None:
     """Say whether verdicts and training are held because too many good nodes failed at once, or let them go on.
 

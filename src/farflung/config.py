@@ -206,6 +206,7 @@ class WorkerSection(Section):
     engine_url: str = setting("http://127.0.0.1:8000", "Where the vLLM server is; it must read this node's files.")
     profile: str = setting("", "Numerics profile to compute in, one that the run admits; empty for the run's own.")
     slots: int = setting(64, "Rollouts generated at once.", ge=1, le=4096)
+    pace_tokens_per_s: float = setting(0.0, "Most tokens generated in a second, on average; 0 for no limit.", ge=0)
     threads: int = setting(1, "Torch threads.", ge=1)
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
@@ -246,6 +247,11 @@ class SwarmSection(Section):
     relays: int = setting(0, "Relays.", ge=0, le=8)
 
 
+class ChaosSection(Section):
+    every_s: float = setting(25.0, "Seconds between faults.", gt=0)
+    seed: int = setting(0, "Seed of the schedule of faults.")
+
+
 class PricesSection(Section):
     worker_usd_per_hour: float = setting(0.22, "One worker: a consumer card as rented in 2026.", ge=0)
     trainer_usd_per_hour: float = setting(2.0, "The trainer: one data-centre accelerator as rented in 2026.", ge=0)
@@ -275,6 +281,7 @@ class Config(Section):
     relay: RelaySection = RelaySection()
     scorer: ScorerSection = ScorerSection()
     swarm: SwarmSection = SwarmSection()
+    chaos: ChaosSection = ChaosSection()
     prices: PricesSection = PricesSection()
     sinks: SinksSection = SinksSection()
 

@@ -40,6 +40,8 @@ from farflung.weights.patch import patch
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
+CATCH_UP_S = 10.0
+"""How far a paced worker may have fallen behind its pace, by faults not its own, and still make up for it."""
 Wrap = Callable[[Engine], Engine]
 
 
@@ -79,6 +81,7 @@ class Worker:
         self.engine: Engine
         self.weights: Versions
         self._prefetching: asyncio.Task[None] | None = None
+        self._paced_at = time.monotonic()
         self._held = ("", b"")
         """A probe and the values of its slices in the engine."""
 
@@ -182,6 +185,7 @@ class Worker:
         self.session.figures.phase = "generating"
         before = time.monotonic()
         done = await asyncio.to_thread(self._generate, lease)
+        await self._keep_pace(done)
         if lease.lease in self.session.lost:
             raise LeaseGone(f"lease {lease.lease} was given to another")
         if not done:
@@ -195,6 +199,15 @@ class Worker:
         self.session.figures.phase = "submitting"
         await self.send(lease, submission)
         log.info("submitted lease=%s step=%d rollouts=%d", lease.lease, lease.step, len(done))
+
+    async def _keep_pace(self, done: list[tuple[str, Completion]]) -> None:
+        """Be no faster than was asked for, over the last few seconds."""
+        pace = self.settings.pace_tokens_per_s
+        if pace:
+            self._paced_at = max(self._paced_at, time.monotonic() - CATCH_UP_S)
+            self._paced_at += sum(len(completion.ids) for _, completion in done) / pace
+            while (left_s := self._paced_at - time.monotonic()) > 0 and not self.is_stopping:
+                await asyncio.sleep(min(left_s, 0.1))
 
     def _show(self, lease: Lease) -> str:
         """The answer to a lease's probe; the slices are read out of the engine once after each load."""

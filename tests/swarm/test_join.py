@@ -11,7 +11,7 @@ import time
 import httpx2
 import pytest
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 
 
 def test_a_stranger_joins_works_leaves_and_is_told_what_it_earned(start, tmp_path):

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from farflung.config import load
 from farflung.ops.logs import start_logging
+from farflung.protocol.client import set_skew
 from farflung.protocol.errors import FarflungError
 from farflung.protocol.identity import Key
 from farflung.tasks.keyring import root_of
@@ -73,6 +74,7 @@ def _live(order: dict[str, Any]) -> NoReturn:
     try:
         die_with_parent()
         config = load(Path(order["config"]))
+        set_skew(order.get("skew_s", 0.0))
         _log_to(config.folder / "logs" / f"{order['name']}.log")
         start_logging()
         asyncio.run(_role(order, config))

@@ -78,6 +78,7 @@ class Swarm:
         self.restarts: dict[str, int] = {}
         self.killed: set[str] = set()
         self.is_stopping = False
+        self.most_restarts = MOST_RESTARTS
         self._ready = asyncio.Event()
 
     async def run(self) -> int:
@@ -168,9 +169,14 @@ class Swarm:
         self.processes[name] = process
         return process
 
+    def url_for(self, name: str) -> str:
+        """Where a role finds the coordinator."""
+        return self.url
+
     def _order(self, name: str, role: str, attack: str = "") -> None:
         """Have the nursery fork a role."""
-        order = {"name": name, "role": role, "config": str(self.path), "url": self.url, "attack": attack}
+        order = {"name": name, "role": role, "config": str(self.path), "url": self.url_for(name), "attack": attack}
+        order = self.orders.get(name, {}) | order
         self.orders[name] = order
         stdin = self.processes["nursery"].stdin
         assert stdin is not None, "the nursery was started with pipes"
@@ -198,8 +204,8 @@ class Swarm:
         self.restarts[name] = self.restarts.get(name, 0) + 1
         self.screen.note(f"{name} ended with {code}, starting it again")
         self.metrics.write("restart", time.time(), name=name, code=code)
-        if self.restarts[name] > MOST_RESTARTS:
-            self.screen.note(f"{name} ended {MOST_RESTARTS} times; see logs/{name}.log")
+        if self.restarts[name] > self.most_restarts:
+            self.screen.note(f"{name} ended {self.most_restarts} times; see logs/{name}.log")
             self.is_stopping = True
         elif name in self.orders:
             asyncio.get_running_loop().call_later(0.5, self._order_again, name)

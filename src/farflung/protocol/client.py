@@ -24,6 +24,22 @@ ANSWER_BYTES = 1 << 30
 PROBLEM_BYTES = 10_000
 READ_BYTES, WORTH_BYTES, NAP_S = 1 << 16, 1 << 18, 0.2
 """A large download whose last read brought less than READ_BYTES waits for WORTH_BYTES to come, at most NAP_S."""
+LONGEST_PAUSE_S = 2.0
+"""Between tries, at first 0.1 s; no two nodes pause as long, so that they do not all come at once."""
+
+
+_skew_s = 0.0
+
+
+def set_skew(seconds: float) -> None:
+    """Have every client of this process sign as if its clock were so far ahead: a fault that `farflung chaos` makes."""
+    global _skew_s
+    _skew_s = seconds
+
+
+def wall_clock() -> float:
+    """Seconds since 1970 by this process's clock."""
+    return time.time() + _skew_s
 
 
 class Client:
@@ -41,7 +57,7 @@ class Client:
         *,
         patience_s: float = 60.0,
         transport: Any = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = wall_clock,
     ) -> None:
         self.url, self.key, self.tag, self.patience_s, self.clock = url.rstrip("/"), key, tag, patience_s, clock
         timeout = httpx2.Timeout(60.0, connect=5.0)
@@ -106,7 +122,7 @@ class Client:
                     raise
                 log.info("retrying path=%s in_s=%.1f because=%s", path, wait_s, error)
             await asyncio.sleep(wait_s)
-            pause_s = min(2 * pause_s, 5.0)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _once(
         self, method: str, path: str, body: bytes, signed: bool, headers: dict[str, str], limit_bytes: int

@@ -26,6 +26,11 @@ from farflung.protocol import states
 from farflung.protocol.errors import ConfigError, IllegalTransition, Unavailable
 from farflung.store.tables import EVENTS, GROUPS, ROLLOUTS, STEPS, TABLE_OF, metadata
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Event = dict[str, Any]
@@ -137,7 +142,7 @@ class Database:
 def writing(connection: Connection) -> Generator[None]:
     """A transaction that holds the database's one write lock: BEGIN IMMEDIATE, or an advisory lock of PostgreSQL."""
     connection.execution_options(writes=True)
-    with connection.begin():
+    with _turn(connection), connection.begin():
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITE_LOCK)))
         acts = list[Callable[[], None]]()
@@ -148,6 +153,18 @@ def writing(connection: Connection) -> Generator[None]:
             del connection.info["events"], connection.info["memo"], connection.info["acts"]
     for act in acts:
         act()
+
+
+@contextlib.contextmanager
+def _turn(connection: Connection) -> Generator[None]:
+    """Wait in line with the other processes of this machine: SQLite itself looks for its lock only now and then."""
+    path = connection.engine.url.database
+    if fcntl is None or connection.dialect.name != "sqlite" or not path or path == ":memory:":
+        yield
+        return
+    with open(f"{path}-turn", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def after_commit(connection: Connection, act: Callable[[], None]) -> None:

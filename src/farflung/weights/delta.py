@@ -232,7 +232,8 @@ def _compare(old: np.ndarray, new: np.ndarray, edges: Sequence[int]) -> _Changes
     places = [where.compress(bits) for where, bits in zip(classes, flags, strict=True)]
     top = _NONE
     if np.count_nonzero(is_changed) > sum(map(len, places)):
-        top = _where(is_changed & (magnitude >= edges[-1]) if edges else is_changed)
+        top = _where(is_changed)
+        top = top.compress(magnitude.take(top) >= edges[-1]) if edges else top
     where = np.concatenate([top, *places])
     ends = np.cumsum([len(top), *map(len, places)])[:-1]
     return _Changes(old.size, flags, top, np.split(_distance(old.take(where), new.take(where)), ends))

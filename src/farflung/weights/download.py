@@ -87,7 +87,7 @@ class Downloads:
             came_from = await self._from_many(urls[:RELAYS_AT_ONCE], shard)
             if (self.folder / shard.digest).exists():
                 return
-            urls = sources.order(self._relays, self.scores, self._busy, time.monotonic(), self._rng)
+            urls = [url for url in urls if url in came_from.values()]  # those that sent nothing have had their chance
         await self._from_one(urls[:RELAYS_TRIED], shard)
         self._find_liars(shard, came_from)
 
@@ -103,16 +103,17 @@ class Downloads:
         await self._from(self.session.client, shard)
 
     async def _from_many(self, urls: Sequence[str], shard: Shard) -> dict[int, str]:
-        """Pieces from several relays. Gives which came from whom, if they come to something else than the shard."""
+        """Pieces from several relays. Gives which came from whom, if they do not come to the shard."""
         part = self.folder / f"{shard.digest}{PART}"
         try:
             with part.open("ab", buffering=0) as file:
                 found = pieces.Pieces(file, shard.size_bytes, partial(self._piece, shard))
                 is_whole = await found.fetch(urls)
             self._mark_slow(found, shard)
-            if is_whole:
-                await asyncio.to_thread(_check, part, shard)
-                part.rename(self.folder / shard.digest)
+            if not is_whole:
+                return found.came_from
+            await asyncio.to_thread(_check, part, shard)
+            part.rename(self.folder / shard.digest)
         except WeightsError as error:
             log.warning("pieces do not fit shard=%s because=%s", shard.digest[:12], error)
             part.rename(self._bad(shard))
@@ -141,7 +142,7 @@ class Downloads:
 
     def _find_liars(self, shard: Shard, came_from: dict[int, str]) -> None:
         """The right shard is here: whoever sent pieces that differ from it lied."""
-        if not came_from:
+        if not self._bad(shard).exists():
             return
         with self._bad(shard).open("rb") as bad, (self.folder / shard.digest).open("rb") as good:
             liars = pieces.wrong(bad, good, came_from)
