@@ -5,7 +5,6 @@ and compared with the digest that the coordinator recorded for the step.
 """
 
 import json
-import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,8 @@ def export(folder: Path, out: Path, step: int | None = None) -> int:
     if not fitting:
         raise ConfigError(f"{folder / 'checkpoints'} has no checkpoint of step {step}; leave --step out for the newest")
     chosen = fitting[-1]
-    tensors = dict(checkpoint.published(chosen.path, is_dithered=config.learn.rounding == "dithered"))
+    found = dict(checkpoint.published(chosen.path, is_dithered=config.learn.rounding == "dithered"))
+    tensors = {name: found[name] for name in _names(chosen.path) if name in found}  # a digest depends on the order
     digest, recorded = digest_of(tensors.items()), _recorded(folder, config, chosen.step)
     if recorded and digest != recorded:
         raise WeightsError(f"step {chosen.step} comes to {digest[:12]}, it was published as {recorded[:12]}")
@@ -81,6 +81,16 @@ def _share(value: float | None) -> str:
     return "some" if value is None else f"{value:.1%}"
 
 
+def _names(checkpoint: Path) -> list[str]:
+    """The names of a model's tensors in its own order."""
+    import torch
+
+    from farflung.engine.loading import build
+
+    with torch.device("meta"):
+        return list(build(checkpoint, torch.bfloat16).state_dict())
+
+
 def _figures(folder: Path) -> dict[str, Any]:
     """summary.json, computed anew where the run left none."""
     from farflung.ops.summary import summarise
@@ -102,7 +112,8 @@ def _recorded(folder: Path, config: Config, step: int) -> str:
 
 
 def _copy_rest(config: Config, checkpoint: Path, out: Path) -> None:
-    shutil.copyfile(checkpoint / "config.json", out / "config.json")
+    fields = json.loads((checkpoint / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(fields | {"dtype": "bfloat16"}, indent=2) + "\n")
     model = Model(config.model.path)
     for name in FILES:
         if (data := model.file(name)) is not None:
