@@ -3,13 +3,20 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-swarm test-rest check bench clean
 
 demo: .venv/installed
 	$(BIN)/farflung run examples/demo.toml --fresh --run.seed $(SEED)
 
+# Whole swarms on one core, everything else on the other.
 test: check
-	$(BIN)/pytest
+	@$(MAKE) --no-print-directory -j2 test-swarm test-rest
+
+test-swarm: .venv/installed
+	$(BIN)/pytest tests/swarm
+
+test-rest: .venv/installed
+	$(BIN)/pytest --ignore tests/swarm
 
 check: .venv/installed
 	$(BIN)/ruff check
