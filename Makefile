@@ -8,15 +8,17 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/farflung run examples/demo.toml --fresh --run.seed $(SEED)
 
-# Whole swarms on one core, everything else on the other.
+# Whole swarms on one core, everything else on the other, and with it as many swarms as that has time for.
+OTHER_SWARMS := tests/swarm/test_lockstep.py tests/swarm/test_redteam.py tests/swarm/test_rollback.py
+
 test: check
 	@$(MAKE) --no-print-directory -j2 test-swarm test-rest
 
 test-swarm: .venv/installed
-	$(BIN)/pytest tests/swarm
+	$(BIN)/pytest tests/swarm $(OTHER_SWARMS:%=--ignore=%)
 
 test-rest: .venv/installed
-	$(BIN)/pytest --ignore tests/swarm
+	$(BIN)/pytest tests/unit tests/property tests/contract tests/integration tests/web $(OTHER_SWARMS)
 
 check: .venv/installed
 	$(BIN)/ruff check
