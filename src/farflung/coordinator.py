@@ -55,6 +55,8 @@ from farflung.weights.manifest import check_follows, manifest_digest, open_manif
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SWEEP_S = 0.25
+BACKLOG = 2048
+"""Connections that wait to be accepted."""
 SWITCH_S = 0.0005
 """How long the database's writer may keep the interpreter from the one that answers; 5 ms, Python's own, is an age."""
 BLOB_BYTES = 1 << 30
@@ -578,13 +580,16 @@ async def serve(config: Config) -> None:
     listener = listen(config.coordinator.host, config.coordinator.port, is_shared=is_one_of_many)
     config = local_grants(config)
     coordinator = await open_coordinator(config)
+    listener.listen(BACKLOG)  # who reads the line below may call at once: the call waits until it is taken
     host, port = listener.getsockname()[:2]
     log.info("listening url=http://%s:%d run=%s", host, port, config.run.name)
     (config.folder / "coordinator.url").write_text(f"http://{host}:{port}\n")
     if not (config.folder / "config.json").exists():
         save(config, config.folder / "config.json")
     is_by_hand = not is_one_of_many and coordinator.metrics.begin(time.time())
-    options = uvicorn.Config(coordinator.app(), log_level="warning", timeout_graceful_shutdown=2, access_log=False)
+    options = uvicorn.Config(
+        coordinator.app(), log_level="warning", timeout_graceful_shutdown=2, access_log=False, backlog=BACKLOG
+    )
     sys.setswitchinterval(SWITCH_S)
     try:
         await pages.Server(options).serve(sockets=[listener])
