@@ -276,13 +276,12 @@ class Coordinator:
         signed: Signed = call.message
         if signed.public != call.public:
             raise Forbidden("evidence must be sealed by the key that sends it")
-        if (about := unseal(signed, judge.KIND, m.Evidence).audit) != call.path["audit"]:
-            raise Malformed(f"this evidence is about audit {about}, the path names {call.path['audit']}")
-        await self._check_weights(
-            lambda c: possession.of_evidence(
-                c, self.book, call.node, unseal(signed, judge.KIND, m.Evidence), self.clock()
-            )
-        )
+        said = unseal(signed, judge.KIND, m.Evidence)
+        if said.audit != call.path["audit"]:
+            raise Malformed(f"this evidence is about audit {said.audit}, the path names {call.path['audit']}")
+        # what follows from wrong weights is committed before they are refused
+        if wrong := await self._write(lambda c: possession.of_evidence(c, self.book, call.node, said, self.clock())):
+            raise WrongWeights(wrong)
         changed = await self._write(
             lambda c: judge.take_evidence(c, self.book, self.profiles, call.node, signed, self.clock())
         )
@@ -412,11 +411,6 @@ class Coordinator:
         call.request.state.lease = row, leased
         samples = sum(len(group.samples) for group in leased.groups)
         return BODY_BYTES + samples * (SAMPLE_BYTES + leased.budget * TOKEN_BYTES)
-
-    async def _check_weights(self, check: Callable[[Connection], str]) -> None:
-        """Raise WrongWeights after what follows from it is committed."""
-        if complaint := await self._write(check):
-            raise WrongWeights(complaint)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,6 @@ def fuzz(house, app, operation, name, mode) -> Counter:
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
         max_examples=EXAMPLES,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Phase.generate],

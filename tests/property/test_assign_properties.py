@@ -169,11 +169,11 @@ class World(RuleBasedStateMachine):
 
 
 TestWorld = World.TestCase
-TestWorld.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestWorld.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 @given(st.binary(min_size=32, max_size=32), st.integers(0, 10**9), st.integers(0, 70))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_order_is_a_permutation(secret: bytes, step: int, count: int) -> None:
     order = list(task_order(secret, step, count))
     assert sorted(order) == list(range(count))

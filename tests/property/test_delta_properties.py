@@ -4,7 +4,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from farflung.protocol import wire
@@ -55,7 +55,6 @@ def encoded(shard: list[tuple[np.ndarray, np.ndarray]]) -> bytes:
     return delta.encode([old for old, _ in shard], [new for _, new in shard])
 
 
-@settings(deadline=None)
 @given(shards)
 def test_the_newer_version_comes_back_bit_for_bit(shard: list[tuple[np.ndarray, np.ndarray]]) -> None:
     olds = [old.copy() for old, _ in shard]
@@ -64,7 +63,6 @@ def test_the_newer_version_comes_back_bit_for_bit(shard: list[tuple[np.ndarray, 
     assert [one.tobytes() for one in olds] == [old.tobytes() for old, _ in shard], "the base is only read"
 
 
-@settings(deadline=None)
 @given(shards, st.data())
 def test_bytes_of_a_stranger_are_refused_or_come_to_tensors_of_the_right_size(
     shard: list[tuple[np.ndarray, np.ndarray]], data: st.DataObject
@@ -81,7 +79,6 @@ def test_bytes_of_a_stranger_are_refused_or_come_to_tensors_of_the_right_size(
     assert [(one.size, one.itemsize) for one in found] == sizes(shard)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200), st.lists(st.tuples(st.integers(0, 1000), st.sampled_from([1, 2, 4])), max_size=4))
 def test_noise_is_refused_or_comes_to_tensors_of_the_right_size(data: bytes, sizes: list[tuple[int, int]]) -> None:
     olds = [np.zeros(count, INTS[width]) for count, width in sizes]
@@ -120,7 +117,6 @@ SIGNED, DATA, OLD, NEW = sealed()
 SEALED = wire.encode(SIGNED)
 
 
-@settings(deadline=None)
 @given(st.integers(0, len(SEALED) - 1), st.integers(1, 255))
 def test_no_changed_byte_of_a_manifest_is_taken(at: int, flip: int) -> None:
     changed = SEALED[:at] + bytes([SEALED[at] ^ flip]) + SEALED[at + 1 :]
@@ -128,7 +124,6 @@ def test_no_changed_byte_of_a_manifest_is_taken(at: int, flip: int) -> None:
         open_manifest(wire.decode(changed, Signed), KEY.public, "demo", manifest_digest(SIGNED))
 
 
-@settings(deadline=None)
 @given(st.integers(0, len(DATA) - 1), st.integers(1, 255))
 def test_no_changed_byte_of_a_shard_is_taken_and_none_comes_to_the_digest(at: int, flip: int) -> None:
     """Refused by its own digest; and were it not, by that of what it comes to."""
@@ -144,7 +139,6 @@ def test_no_changed_byte_of_a_shard_is_taken_and_none_comes_to_the_digest(at: in
     assert found.tobytes() == NEW.tobytes()
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=50), st.sampled_from([1, 16, 300, 70_000, 2**32]))
 def test_numbers_come_back(values: list[int], below: int) -> None:
     given_values = np.array([value % below for value in values], np.uint64)
@@ -155,7 +149,6 @@ def test_numbers_come_back(values: list[int], below: int) -> None:
     reader.finish()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 3000), st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.99, 1.0]), st.integers(0, 2**32))
 def test_bits_come_back(size: int, share: float, seed: int) -> None:
     bits = np.random.default_rng(seed).random(size) < share

@@ -19,7 +19,7 @@ WHOLE = st.integers(min_value=100, max_value=999)
 
 
 @given(st.integers(1, 4), st.integers(2, 4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_sum_is_in_both_splits(digits, terms):
     env = Sums(digits, terms)
     train, held_out = ({env.prompt(task) for task in islice(env.tasks(split), 60)} for split in ("train", "eval"))
@@ -28,7 +28,7 @@ def test_no_sum_is_in_both_splits(digits, terms):
 
 
 @given(st.sampled_from(["chain_sum", "products", "syllogism", "letter_counting"]), st.integers(1, 80))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_no_reasoning_gym_question_is_in_both_splits_or_twice(name, size):
     pytest.importorskip("reasoning_gym")
     env = ReasoningGym(name, size=size)

@@ -11,7 +11,7 @@ positions = st.integers(0, 2**32 - 1)
 rows = st.lists(st.tuples(seeds, positions), min_size=1, max_size=6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows, st.integers(1, 3000))
 def test_a_row_does_not_depend_on_its_batch(pairs: list[tuple[int, int]], vocab: int) -> None:
     together = noise.bits_numpy([s for s, _ in pairs], [p for _, p in pairs], vocab)
@@ -19,7 +19,7 @@ def test_a_row_does_not_depend_on_its_batch(pairs: list[tuple[int, int]], vocab:
     assert np.array_equal(together, alone)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows, st.integers(1, 3000))
 def test_torch_and_numpy_agree_bit_for_bit(pairs: list[tuple[int, int]], vocab: int) -> None:
     seed_B, position_B = [s for s, _ in pairs], [p for _, p in pairs]
@@ -27,14 +27,14 @@ def test_torch_and_numpy_agree_bit_for_bit(pairs: list[tuple[int, int]], vocab: 
     assert np.array_equal(by_torch, noise.bits_numpy(seed_B, position_B, vocab))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seeds, seeds, positions)
 def test_different_seeds_have_different_keys(one: int, other: int, position: int) -> None:
     a, b = noise.row_keys([one, other], position)
     assert (one == other) == (a[0] == a[1] and b[0] == b[1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seeds, positions, st.integers(0, 2**31))
 def test_noise_is_finite(seed: int, position: int, token: int) -> None:
     assert bool(noise.gumbel_at([seed], [position], [token]).isfinite().all())

@@ -31,7 +31,7 @@ def seen_by(micro: MicroBatch, place: int) -> list[int]:
     return [int(micro.rows.ids_RW[r, k]) for k in visible]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rollouts, st.integers(1, 80), st.booleans())
 def test_every_rollout_is_packed_once_within_the_bound(batch: list[Rollout], bound: int, is_shared: bool) -> None:
     packed = pack(batch, bound, is_shared=is_shared)
@@ -39,7 +39,7 @@ def test_every_rollout_is_packed_once_within_the_bound(batch: list[Rollout], bou
     assert all(micro.rows.ids_RW.numel() <= bound or len(micro.index) == 1 for micro in packed)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rollouts, st.integers(1, 80), st.booleans())
 def test_each_trained_token_is_predicted_from_all_that_precedes_it(
     batch: list[Rollout], bound: int, is_shared: bool
@@ -56,7 +56,7 @@ def test_each_trained_token_is_predicted_from_all_that_precedes_it(
         assert next(places, None) is None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rollouts, st.integers(1, 80))
 def test_the_same_rollouts_pack_the_same(batch: list[Rollout], bound: int) -> None:
     for one, other in zip(pack(batch, bound), pack(list(batch), bound), strict=True):

@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -302,8 +303,7 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(name, overflow="fold")
     for attack in dict.fromkeys(row["attack"] for row in rows):
         table.add_row(*_line([row for row in rows if row["attack"] == attack]))
-    console = Console()
-    Console(width=console.width if console.is_terminal else WIDTH).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def _line(rows: Sequence[Row]) -> list[str]:
