@@ -308,7 +308,10 @@ class Coordinator:
         await self._require(call, "trainer")
         commit: m.Commit = call.message
         digest = manifest_digest(commit.manifest)
-        manifest = open_manifest(commit.manifest, self.weights_keys, self.book.run, digest)
+        try:
+            manifest = open_manifest(commit.manifest, self.weights_keys, self.book.run, digest)
+        except WeightsError as error:
+            raise Malformed(str(error)) from error
         if manifest.step != _number(call, "step"):
             raise Malformed(f"the manifest is of step {manifest.step}, the path of {call.path['step']}")
         await self._check_base(manifest)
