@@ -68,7 +68,7 @@ SECTIONS = {
     "learn": "The trainer: groups, loss, optimizer, memory, checkpoints.",
     "lease": "How work is handed out and when it is taken back.",
     "trust": "How much is audited and when a node is ejected.",
-    "eval": "Evaluation on held-out tasks, greedily, by the validators.",
+    "eval": "Evaluation on held-out tasks by the validators, greedily and by samples for pass@k.",
     "coordinator": "Where the coordinator listens and keeps its state, and whom it trusts with which role.",
     "worker": "Workers of `farflung run`. A worker that is started by hand takes flags of its own.",
     "validator": "Validators.",

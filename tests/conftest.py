@@ -76,7 +76,7 @@ def settings(folder: Path, **changes: dict[str, Any]) -> Config:
         "learn": {"groups": 2, "max_staleness": 2},
         "lease": {"rollouts": 4, "lease_s": 100.0, "lost_s": 40.0, "heartbeat_s": 5.0},
         "trust": {"probation_rollouts": 4, "probation_waiting": 99},
-        "eval": {"tasks": 2},
+        "eval": {"tasks": 2, "every": 0, "samples": 0},
         "coordinator": {"grants": {named(name).public.hex(): role for name, role in GRANTS.items()}, "veil": False},
     }
     for section, values in changes.items():

@@ -9,10 +9,10 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from farflung.protocol.errors import ConfigError
 
@@ -160,8 +160,19 @@ class TrustSection(Section):
 
 class EvalSection(Section):
     tasks: int = setting(512, "Held-out tasks per evaluation; 0 for none.", ge=0)
-    every: int = setting(0, "Steps between evaluations; 0 for the first and last policy only.", ge=0)
+    every: int = setting(20, "Steps between evaluations; 0 for the first and last policy only.", ge=0)
+    samples: int = setting(
+        8, "Answers sampled to each of `sampled_tasks`, for pass@k; 0 for greedy evaluation alone.", ge=0, le=1024
+    )
+    k: int = setting(4, "Pass@k is the chance that one of so many answers is right; at most `samples`.", ge=1, le=1024)
+    sampled_tasks: int = setting(64, "Held-out tasks that are sampled, the first ones.", ge=0)
     rollouts: int = setting(128, "Rollouts per eval lease.", ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _k_of_samples(self) -> Self:
+        if self.samples and self.k > self.samples:
+            raise ValueError(f"pass@{self.k} cannot be estimated from {self.samples} samples; lower k or raise samples")
+        return self
 
 
 class CoordinatorSection(Section):

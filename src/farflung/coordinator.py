@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 from starlette.responses import Response
 
 from farflung.config import Config, save
-from farflung.dashboard import pages, versions, views
+from farflung.dashboard import heldout, pages, versions, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
 from farflung.protocol.admin import bears, read_token
@@ -98,6 +98,8 @@ class Coordinator:
             Buckets(per_s, per_s * limits.rate_burst_s, what=what)
             for per_s, what in ((limits.rate_per_key, "node"), (limits.rate_per_address, "address"))
         )
+        self._noted = set[int]()
+        """Policy steps whose evaluation has its line in metrics.jsonl."""
         granted = self.config.coordinator.grants.items()
         self._roles = {node_id(bytes.fromhex(public)): role for public, role in granted}
 
@@ -472,6 +474,7 @@ class Coordinator:
         """For ever: take lapsed leases back, end the run when it is done, write metrics."""
         while True:
             try:
+                await self._note_evals()
                 await self.database.write(self._sweep_once)
                 self._wake()  # another coordinator may have changed something, or a time has come
                 own = m.Heartbeat(cpu_s=time.process_time(), started_at=self._started_at)
@@ -480,6 +483,15 @@ class Coordinator:
             except Exception:
                 log.exception("sweep failed, going on")  # without a sweep no lease would ever lapse
             await asyncio.sleep(SWEEP_S)
+
+    async def _note_evals(self) -> None:
+        """Write down evaluations that are through, before the last of them ends the run."""
+        latest = (await self.database.read(self.book.latest)).step
+        if set(self.config.eval_steps(latest)) - self._noted:
+            found = await self.database.read(lambda c: heldout.finished(c, self.config))
+            if {view.step for view in found} - self._noted:
+                await asyncio.to_thread(self.metrics.note_evals, found, self.clock())
+            self._noted |= {view.step for view in found}
 
     def _sweep_once(self, connection: Connection) -> bool:
         now = self.clock()

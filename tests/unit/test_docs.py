@@ -172,7 +172,7 @@ def _written(module: ModuleType) -> dict[str, set[str]]:
 def test_every_kind_and_field_of_metrics_jsonl_is_in_the_metrics_page() -> None:
     text = page("metrics.md").split("## `metrics.jsonl`")[1]
     written = _written(metrics) | _written(swarm)
-    assert {"start", "end", "step", "node", "sent", "kill", "restart"} <= set(written)
+    assert {"start", "end", "step", "eval", "node", "sent", "kill", "restart"} <= set(written)
     assert set(written) <= in_code(text)
     assert {name for names in written.values() for name in names} <= in_code(text)
     assert _keys_of_dicts(metrics.Metrics.note_node) <= in_code(text)

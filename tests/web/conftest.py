@@ -80,7 +80,7 @@ async def begin(house: Any) -> None:
 @pytest.fixture
 def site(make_house: Callable[..., Any]) -> Iterable[Site]:
     """A run in its first steps."""
-    site = Site(apart(lambda: make_house(run={"steps": 9})))
+    site = Site(apart(lambda: make_house(run={"steps": 9}, eval={"every": 1, "tasks": 4, "samples": 4, "k": 2})))
     try:
         site.play(begin)
         yield site

@@ -1,5 +1,6 @@
 """What people see: curves that move, tables that sort, stories that open; narrow, dark, without scripts, attacked."""
 
+import json
 import re
 
 import pytest
@@ -35,6 +36,28 @@ def test_the_curve_moves_without_a_reload(site, look) -> None:
     page.wait_for_selector("#head >> text=step 2")
     assert page.evaluate("window.here"), "the page was loaded again"
     assert page.locator('[data-curve="reward"] canvas').count() == 1
+
+
+async def evaluated(house) -> None:
+    """Every evaluation that is due."""
+    while (lease := await house.ask("val-1")) is not None:
+        await house.submit("val-1", lease)
+        await house.score()
+
+
+def test_held_out_scores_come_with_pass_at_k_and_their_bands(site, look) -> None:
+    page = look("/", viewport={"width": 1200, "height": 900})
+    page.wait_for_selector("#link.up")
+    box = page.locator('[data-curve="heldout"]')
+    assert (box.get_attribute("data-count"), page.locator(".key.also").inner_text()) == ("0", "pass@2")
+    site.play(evaluated)
+    while len(json.loads(page.get_attribute("#curves", "data-points") or "")["passk"]) < 2:
+        page.wait_for_timeout(50)
+    assert box.get_attribute("data-count") == "2"
+    assert box.locator(".u-legend th").all_inner_texts() == ["step", "pass@1", "from", "to", "pass@2", "from", "to"]
+    bare = look("/", java_script_enabled=False)
+    assert bare.locator('[data-curve="heldout"] polygon').count() == 2
+    assert bare.locator('[data-curve="heldout"] circle').count() == 4
 
 
 def test_the_nodes_table_is_live(site, look) -> None:

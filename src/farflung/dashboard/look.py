@@ -31,6 +31,8 @@ STATES = (
 TEXT_SHOWN = 20_000
 POINTS = 600
 Point = tuple[float, float]
+Spot = tuple[float, ...]
+"""A step and its value, with the ends of an interval where there is one."""
 
 
 def environment(**shared: Any) -> Environment:
@@ -181,42 +183,70 @@ def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
     return [(chunk[-1][0], sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
 
 
-def curves(steps: Sequence[StepView], evals: Sequence[EvalView]) -> dict[str, list[Point]]:
-    """The curves of a run as lists of (step, value)."""
+def curves(steps: Sequence[StepView], evals: Sequence[EvalView]) -> dict[str, list[Spot]]:
+    """The curves of a run as lists of (step, value), those of held-out tasks with the ends of their intervals."""
+    sampled = [view for view in evals if view.pass_k is not None]
     return {
-        "reward": [(x, round(y, 5)) for x, y in thin([(step.step, step.reward) for step in steps])],
-        "heldout": [(view.step, round(view.score, 5)) for view in evals],
+        "reward": [_rounded(x, y) for x, y in thin([(step.step, step.reward) for step in steps])],
+        "heldout": [_rounded(view.step, view.score, view.low, view.high) for view in evals],
+        "passk": [_rounded(v.step, v.pass_k or 0.0, v.pass_k_low or 0.0, v.pass_k_high or 0.0) for v in sampled],
     }
+
+
+def _rounded(step: float, *values: float) -> Spot:
+    return (step, *(round(value, 5) for value in values))
 
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640.0, 220.0, 36.0, 24.0, 10.0, 10.0
 
 
-def curve(points: Sequence[Point], label: str, until: float = 1.0) -> Markup:
-    """Values in [0, 1] over steps 0 … `until` as SVG, coloured by the page's style."""
-    last = max([until, 1.0, *(x for x, _ in points)])
+def curve(points: Sequence[Spot], label: str, until: float = 1.0, also: Sequence[Spot] = ()) -> Markup:
+    """Values in [0, 1] over steps 0 … `until` as SVG, coloured by the page's style; `also` is a second line.
 
-    def place(x: float, y: float) -> Point:
-        return (
-            round(LEFT + x / last * (WIDTH - LEFT - RIGHT), 1),
-            round(TOP + (1 - min(1.0, max(0.0, y))) * (HEIGHT - TOP - BOTTOM), 1),
-        )
+    A point with four numbers has the ends of an interval, drawn as a band.
+    """
+    last = max([until, 1.0, *(spot[0] for spot in [*points, *also])])
+    parts = [*_axes(last), *_line(also, last, " also"), *_line(points, last)]
+    return Markup('<svg class="curve" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, label, Markup("").join(parts)
+    )
 
-    grid = [Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, place(0, y)[1], WIDTH - RIGHT) for y in TICKS]
+
+def _place(x: float, y: float, last: float) -> Point:
+    return (
+        round(LEFT + x / last * (WIDTH - LEFT - RIGHT), 1),
+        round(TOP + (1 - min(1.0, max(0.0, y))) * (HEIGHT - TOP - BOTTOM), 1),
+    )
+
+
+def _axes(last: float) -> list[Markup]:
+    heights = [(y, _place(0, y, last)[1]) for y in TICKS]
+    grid = [Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, height, WIDTH - RIGHT) for _, height in heights]
     marks = [
-        Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 6, place(0, y)[1] + 4, f"{y:g}")
-        for y in TICKS
+        Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 6, height + 4, f"{y:g}")
+        for y, height in heights
     ]
     marks += [
-        Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(place(x, 0)[0], HEIGHT - 6, anchor, f"{x:g}")
+        Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(
+            _place(x, 0, last)[0], HEIGHT - 6, anchor, f"{x:g}"
+        )
         for x, anchor in ((0, "start"), (last, "end"))
     ]
-    spots = [place(x, y) for x, y in points]
-    line = Markup('<polyline class="line" points="{}"/>').format(" ".join(f"{x},{y}" for x, y in spots))
-    dots = [Markup('<circle class="dot" cx="{}" cy="{}" r="3"/>').format(x, y) for x, y in spots if len(spots) <= 60]
-    return Markup('<svg class="curve" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, HEIGHT, label, Markup("").join([*grid, *marks, line, *dots])
-    )
+    return grid + marks
+
+
+def _line(points: Sequence[Spot], last: float, kind: str = "") -> list[Markup]:
+    """One line with its band and its dots."""
+    lows, highs = ([_place(p[0], p[i], last) for p in points if len(p) == 4] for i in (2, 3))
+    spots = [_place(p[0], p[1], last) for p in points]
+    band = Markup('<polygon class="band{}" points="{}"/>').format(kind, _joined(highs + lows[::-1]))
+    line = Markup('<polyline class="line{}" points="{}"/>').format(kind, _joined(spots))
+    dots = [Markup('<circle class="dot{}" cx="{}" cy="{}" r="3"/>').format(kind, x, y) for x, y in spots]
+    return [*([band] if lows else []), *([line] if spots or not kind else []), *(dots if len(spots) <= 60 else [])]
+
+
+def _joined(spots: Sequence[Point]) -> str:
+    return " ".join(f"{x},{y}" for x, y in spots)
 
 
 TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)

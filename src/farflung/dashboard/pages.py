@@ -84,7 +84,9 @@ class Pages:
         """The run at a glance."""
         s = await self.live.snapshot()
         points = curves(s.steps, s.evals)
-        return self._page("home.html", s=s, points=points, page="home", table=_table(s, request))
+        held_out = self.desk.config.eval
+        k = held_out.k if held_out.samples else 0
+        return self._page("home.html", s=s, points=points, k=k, page="home", table=_table(s, request))
 
     async def nodes(self, request: Request) -> Response:
         """The nodes table alone, for htmx."""

@@ -27,6 +27,8 @@ class RunFigures(Collector):
         )
         evals = {(str(view.step),): view.score for view in status.evals}
         yield _gauge("farflung_eval_score", "Held-out score by policy step.", evals, ("step",))
+        passed = {(str(view.step),): view.pass_k for view in status.evals if view.pass_k is not None}
+        yield _gauge("farflung_eval_pass_k", "Held-out pass@k by policy step; k is eval.k.", passed, ("step",))
         online = Counter((node.role, node.status) for node in status.nodes if node.is_online)
         yield _gauge("farflung_nodes_online", "Nodes heard of lately.", online, ("role", "status"))
         yield _gauge("farflung_rollouts", "Rollouts by status.", _by(status.rollouts), ("status",))

@@ -8,19 +8,17 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.config import Config
-from farflung.dashboard import views
+from farflung.dashboard import heldout, views
 from farflung.dashboard.meter import Meter
 from farflung.dashboard.nodes import NodeLine, Tally, lines, tally
 from farflung.dashboard.veil import veil_of
 from farflung.protocol.messages import EvalView, StepView, Verdict
 from farflung.store.ledger import ISSUED
-from farflung.store.tables import AUDITS, ENTRIES, GROUPS, RUNS, STEPS, TASKS
+from farflung.store.tables import AUDITS, ENTRIES, GROUPS, RUNS, STEPS
 
 RATE_S = 600.0
 """The rate of accepted rollouts is taken over the last ten minutes."""
 VERDICTS = 50
-THROUGH = 0.98
-"""Share of its tasks that an evaluation must have; a few may be unscorable."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def take(connection: Connection, config: Config, meter: Meter, now: float) -> Sn
         now=now,
         wall_s=wall_s,
         steps=views.steps(connection, run),
-        evals=_evals(connection, config),
+        evals=heldout.shown(connection, config),
         nodes=lines(connection, config, counts, latest, now, veil),
         counts=replace(counts, statuses=veil.counts(counts.statuses)),
         groups=_groups(connection, run),
@@ -148,13 +146,6 @@ def take(connection: Connection, config: Config, meter: Meter, now: float) -> Sn
         overhead=overhead,
         verdicts=views.verdicts(connection, run, latest=VERDICTS),
     )
-
-
-def _evals(connection: Connection, config: Config) -> list[EvalView]:
-    """Held-out scores of evaluations that are through; while one goes on, its easy tasks may be done first."""
-    query = sa.select(sa.func.count()).where(TASKS.c.run == config.run.name, TASKS.c.split == "eval")
-    tasks = min(config.eval.tasks, connection.execute(query).scalar_one())
-    return [view for view in views.evals(connection, config.run.name) if view.tasks >= THROUGH * tasks]
 
 
 def _groups(connection: Connection, run: str) -> dict[str, int]:

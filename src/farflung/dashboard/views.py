@@ -8,11 +8,12 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.config import Config
+from farflung.dashboard.heldout import evals
 from farflung.dashboard.nodes import PAID, NodeLine, lines, tally
 from farflung.dashboard.veil import veil_of
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Signed, unseal
-from farflung.protocol.messages import EvalView, NodeView, Relays, RelayView, Status, StepView, Story, Verdict
+from farflung.protocol.messages import NodeView, Relays, RelayView, Status, StepView, Story, Verdict
 from farflung.store import db
 from farflung.store.book import Book
 from farflung.store.tables import (
@@ -89,7 +90,7 @@ def status(connection: Connection, book: Book, now: float) -> Status:
         accepted=sum(count for count, _ in paid),
         accepted_tokens=sum(tokens for _, tokens in paid),
         steps=steps(connection, book.run),
-        evals=evals(connection, book.run),
+        evals=evals(connection, config),
         nodes=[_view(line) for line in found],
         verdicts=verdicts(connection, book.run),
         brake=connection.execute(sa.select(RUNS.c.brake).where(RUNS.c.run == book.run)).scalar_one(),
@@ -157,17 +158,6 @@ def steps(connection: Connection, run: str) -> list[StepView]:
         )
         for r in rows
     ]
-
-
-def evals(connection: Connection, run: str) -> list[EvalView]:
-    """Held-out scores of policies whose evaluation has begun."""
-    rows = connection.execute(
-        sa.select(GROUPS.c.step, sa.func.avg(GROUPS.c.reward), sa.func.count())
-        .where(GROUPS.c.run == run, GROUPS.c.purpose == "eval", GROUPS.c.status == "complete")
-        .group_by(GROUPS.c.step)
-        .order_by(GROUPS.c.step)
-    )
-    return [EvalView(step=row[0], score=row[1], tasks=row[2]) for row in rows]
 
 
 def _view(line: NodeLine) -> NodeView:

@@ -11,6 +11,8 @@ from farflung.ops.view import desk_of, run_in
 FIGURES = (
     ("held-out score before", "eval_before", "share"),
     ("held-out score after", "eval_after", "share"),
+    ("held-out pass@k before", "pass_k_before", "share"),
+    ("held-out pass@k after", "pass_k_after", "share"),
     ("training reward, first step", "reward_first", "share"),
     ("training reward, last step", "reward_last", "share"),
     ("steps", "steps", "count"),

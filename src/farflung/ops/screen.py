@@ -14,7 +14,7 @@ from rich.text import Text
 
 from farflung.config import Config
 from farflung.ops.examples import Pair, five_answers
-from farflung.protocol.messages import NodeView, Status
+from farflung.protocol.messages import EvalView, NodeView, Status
 
 LINE_EVERY_S = 10.0
 BARS = "▁▂▃▄▅▆▇█"
@@ -94,13 +94,18 @@ def one_line(status: Status) -> str:
     )
 
 
+def _held_out(view: EvalView) -> str:
+    chance = "" if view.pass_k is None else f", pass@{view.k} {view.pass_k:.3f}"
+    return f"step {view.step}: {view.score:.3f} ({view.tasks}){chance}"
+
+
 def run_panel(status: Status) -> Panel:
     """Header: where the run stands."""
     grid = Table.grid(padding=(0, 3))
     rewards = [step.reward for step in status.steps]
     first = f"{rewards[0]:.2f}" if rewards else "–"
     now = f"{rewards[-1]:.2f}" if rewards else "–"
-    evals = "  ".join(f"step {e.step}: {e.score:.3f} ({e.tasks})" for e in status.evals) or "–"
+    evals = "  ".join(_held_out(e) for e in status.evals) or "–"
     bar = ProgressBar(total=max(1, status.steps_total), completed=max(0, status.latest.step), width=40)
     grid.add_row("step", bar, f"{max(0, status.latest.step)}/{status.steps_total}  {status.status}")
     grid.add_row("reward", Text(spark(rewards), style="cyan"), f"{first} → {now}")
@@ -183,7 +188,11 @@ def print_summary(console: Console, s: dict[str, Any], folder: Path) -> None:
     console.print()
     if s["eval_before"] is not None and s["eval_after"] is not None:
         gain = f"held-out score {s['eval_before']:.3f} → [bold green]{s['eval_after']:.3f}[/]"
+        low, high = s["eval_after_interval"]
+        gain += f" (95 %: {low:.3f} to {high:.3f})"
         console.print(f"{gain} on {s['eval_tasks']} tasks, after {s['steps']} steps in {s['wall_s']:.0f} s")
+    if s["pass_k_before"] is not None and s["pass_k_after"] is not None:
+        console.print(f"held-out pass@{s['pass_k']} {s['pass_k_before']:.3f} → {s['pass_k_after']:.3f}")
     for node in s["nodes_ejected"]:
         console.print(
             f"ejected [bold red]{node['name']}[/] ({node['true_role']}) after {node['submissions_until_caught']} "

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.config import Config, load
-from farflung.dashboard import views
+from farflung.dashboard import heldout, views
 from farflung.dashboard.meter import cost_usd, last_per_process
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key
+from farflung.protocol.messages import EvalView
 from farflung.store.db import open_engine
 from farflung.store.metrics import Metrics
 from farflung.store.tables import AUDITS, EVENTS, NODES, ROLLOUTS, SUBMISSIONS, VERDICTS
@@ -104,13 +106,26 @@ def _first_reward(connection: Connection, run: str, start: float) -> float | Non
 
 
 def _evals(connection: Connection, config: Config) -> dict[str, Any]:
-    found = {view.step: view for view in views.evals(connection, config.run.name)}
+    held_out = heldout.evals(connection, config)
+    found = {view.step: view for view in held_out}
     before, after = found.get(0), found.get(config.run.steps)
     return {
         "eval_before": before.score if before else None,
         "eval_after": after.score if after else None,
         "eval_tasks": after.tasks if after else before.tasks if before else 0,
+        "eval_before_interval": [before.low, before.high] if before else None,
+        "eval_after_interval": [after.low, after.high] if after else None,
+        "pass_k": config.eval.k if config.eval.samples else None,
+        "pass_k_before": before.pass_k if before else None,
+        "pass_k_after": after.pass_k if after else None,
+        "pass_k_before_interval": _span_of_pass_k(before),
+        "pass_k_after_interval": _span_of_pass_k(after),
+        "evals": [msgspec.to_builtins(view) for view in held_out],
     }
+
+
+def _span_of_pass_k(view: EvalView | None) -> list[float | None] | None:
+    return None if view is None or view.pass_k is None else [view.pass_k_low, view.pass_k_high]
 
 
 def _tokens(connection: Connection, run: str) -> dict[str, int]:

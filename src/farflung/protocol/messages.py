@@ -643,11 +643,20 @@ class StepView(Message, frozen=True):
 
 
 class EvalView(Message, frozen=True):
-    """Held-out score of one step."""
+    """Held-out score of one step; `low` and `high` hold the true one by 95 % (Wilson)."""
 
     step: int
     score: float
+    """Mean reward of one greedy answer to each task: pass@1."""
     tasks: int
+    low: float
+    high: float
+    pass_k: float | None = None
+    """The chance that one of `k` sampled answers is right (Chen et al. 2021); None where nothing was sampled."""
+    pass_k_low: float | None = None
+    pass_k_high: float | None = None
+    pass_k_tasks: int = 0
+    k: int = 0
 
 
 class Status(Message, frozen=True):

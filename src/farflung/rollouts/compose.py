@@ -17,7 +17,7 @@ from farflung.protocol.messages import Batch, BatchGroup, BatchRollout, Commit, 
 from farflung.rollouts import brake, canary
 from farflung.rollouts.consequences import hold
 from farflung.rollouts.credit import audits_waiting, drop_groups
-from farflung.store import ledger
+from farflung.store import heldout, ledger
 from farflung.store.book import Book
 from farflung.store.db import move, record
 from farflung.store.tables import AUDITS, ENTRIES, GROUPS, NODES, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
@@ -322,19 +322,7 @@ def finish(connection: Connection, book: Book, now: float) -> bool:
     """End a run once its last policy is evaluated and no audit waits; what nodes in good standing earned is theirs."""
     if book.status(connection) != "finishing":
         return False
-    due = book.config.eval_steps(book.config.run.steps)
-    tasks = connection.execute(
-        sa.select(sa.func.count()).where(TASKS.c.run == book.run, TASKS.c.split == "eval")
-    ).scalar_one()
-    done = connection.execute(
-        sa.select(sa.func.count()).where(
-            GROUPS.c.run == book.run,
-            GROUPS.c.purpose == "eval",
-            GROUPS.c.status.in_(("complete", "dropped")),  # dropped: it cannot be scored, and never will be
-            GROUPS.c.step.in_(due),
-        )
-    ).scalar_one()
-    if done < len(due) * min(tasks, book.config.eval.tasks):
+    if any(heldout.left(connection, book.config, book.config.run.steps)):
         return False
     if audits_waiting(connection, book):
         return False

@@ -12,6 +12,7 @@ from farflung.protocol.messages import ScoreResult
 from farflung.store import ledger
 from farflung.store.book import Book
 from farflung.store.db import move, record
+from farflung.store.heldout import HELD_OUT
 from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, TASKS
 
 
@@ -71,7 +72,7 @@ def _accept(
         .values(reward=sa.bindparam("r"), parts=sa.bindparam("p"), answer=sa.bindparam("a")),
         [_score_values(given[row.rollout]) for row in rows],
     )
-    paid = [row for row in rows if row.purpose != "eval"]
+    paid = [row for row in rows if row.purpose not in HELD_OUT]
     ledger.post(connection, (_pay(row) for row in paid), book.run, now)
     for group in dict.fromkeys(row.group for row in rows):
         complete(connection, group, now)

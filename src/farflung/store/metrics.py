@@ -4,11 +4,13 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from farflung.protocol.messages import Heartbeat, Manifest
+import msgspec
+
+from farflung.protocol.messages import EvalView, Heartbeat, Manifest
 
 NODES_EVERY_S = 2.0
 
@@ -59,6 +61,13 @@ class Metrics:
         """A committed step."""
         sizes = {"weights_bytes": manifest.full_bytes, "delta_bytes": manifest.delta_bytes}
         self.write("step", now, step=manifest.step, **sizes, **metrics)
+
+    def note_evals(self, views: Iterable[EvalView], now: float) -> None:
+        """Evaluations that are through; those that have a line are passed over."""
+        noted = {line["step"] for line in self.lines() if line["kind"] == "eval"}
+        for view in views:
+            if view.step not in noted:
+                self.write("eval", now, **msgspec.to_builtins(view))
 
     def count_sent(self, size_bytes: int) -> None:
         """Bytes of weights that left here."""

@@ -19,9 +19,11 @@ from farflung.protocol.errors import Ejected
 from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Lease, LeaseGroup, LeaseRequest, Sample
 from farflung.protocol.states import REOPENING
+from farflung.store import heldout
 from farflung.store.book import Book, new_id
 from farflung.store.db import after_commit, end_leases, record
-from farflung.store.tables import AUDITS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, STEPS, TASKS
+from farflung.store.heldout import HELD_OUT, Part
+from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Share, Wait, assign, task_order
 
 KIND = "lease"
@@ -288,35 +290,32 @@ def _issue_eval(
     connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, latest: int, now: float
 ) -> Signed | Wait:
     size = min(ask.slots, book.config.eval.rollouts)
-    for step in book.config.eval_steps(latest):
-        tasks = _eval_tasks(connection, book, step)[:size]
-        if tasks:
-            shares = tuple(Share(group, task, (0,)) for group, task in tasks)
+    for step, part in heldout.left(connection, book.config, latest):
+        shares = _eval_shares(connection, book, step, part, max(1, size // part.samples))
+        if shares:
             plan = Plan(step, tuple(s for s in shares if s.group), tuple(s for s in shares if not s.group))
-            return _write(connection, book, node.node, plan, "eval", now)
+            return _write(connection, book, node.node, plan, part.purpose, now)
     return Wait("nothing to evaluate")
 
 
-def _eval_tasks(connection: Connection, book: Book, step: int) -> list[tuple[str | None, str]]:
-    """(group or None, task) of every held-out task at this step that nobody has."""
-    live = (
-        sa.select(ROLLOUTS.c.group)
-        .where(ROLLOUTS.c.run == book.run, ROLLOUTS.c.status.in_(LIVE_ROLLOUT))
-        .scalar_subquery()
-    )
-    this = sa.and_(GROUPS.c.task == TASKS.c.task, GROUPS.c.step == step, GROUPS.c.purpose == "eval")
+def _eval_shares(connection: Connection, book: Book, step: int, part: Part, most: int) -> list[Share]:
+    """The samples that nobody has of up to `most` held-out tasks at this step."""
+    this = sa.and_(GROUPS.c.task == TASKS.c.task, GROUPS.c.step == step, GROUPS.c.purpose == part.purpose)
     rows = connection.execute(
-        sa.select(GROUPS.c.group, TASKS.c.task)
+        sa.select(GROUPS.c.group, GROUPS.c.samples, TASKS.c.task)
         .select_from(TASKS.outerjoin(GROUPS, this))
         .where(
             TASKS.c.run == book.run,
             TASKS.c.split == "eval",
-            TASKS.c.position < book.config.eval.tasks,
-            sa.or_(GROUPS.c.group.is_(None), GROUPS.c.group.not_in(live)),
+            TASKS.c.position < part.tasks,
+            sa.or_(GROUPS.c.group.is_(None), sa.and_(GROUPS.c.status == "open", GROUPS.c.free > 0)),
         )
         .order_by(TASKS.c.position)
-    )
-    return [(row[0], row[1]) for row in rows]
+        .limit(most)
+    ).all()
+    owned, _ = _owners(connection, [row.group for row in rows if row.group])
+    free = [(row, set(range(row.samples or part.samples)) - owned.get(row.group, set())) for row in rows]
+    return [Share(row.group, row.task, tuple(sorted(samples))) for row, samples in free if samples]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -329,9 +328,11 @@ def _write(connection: Connection, book: Book, node: str, plan: Plan, purpose: s
     rows = [
         {"rollout": new_id("r"), "group": share.group, "sample": sample} for share in shares for sample in share.samples
     ]
-    document = _document(connection, book, lease, node, plan.step, purpose, shares, rows, now)
+    told = "eval" if purpose in HELD_OUT else purpose
+    heat = next((part.temperature for part in heldout.parts(book.config) if part.purpose == purpose), None)
+    document = _document(connection, book, lease, node, plan.step, told, heat, shares, rows, now)
     signed = seal(book.key, KIND, document)
-    opened = {"lease": lease, "run": book.run, "node": node, "step": plan.step, "purpose": purpose, "status": "open"}
+    opened = {"lease": lease, "run": book.run, "node": node, "step": plan.step, "purpose": told, "status": "open"}
     opened |= {"opened_at": now, "expires_at": document.expires_at, "document": msgspec.msgpack.encode(signed)}
     connection.execute(LEASES.insert(), opened)
     before = [share.group for share in plan.continued if share.group]
@@ -366,7 +367,8 @@ def _open(connection: Connection, book: Book, plan: Plan, purpose: str, now: flo
         return []
     shares = [Share(new_id("g"), share.task, share.samples) for share in plan.opened]
     common = {"run": book.run, "step": plan.step, "purpose": purpose, "status": "open", "opened_at": now}
-    samples = 1 if purpose == "eval" else book.config.generate.samples
+    held_out = {part.purpose: part.samples for part in heldout.parts(book.config)}
+    samples = held_out.get(purpose, book.config.generate.samples)
     common |= {"samples": samples}
     connection.execute(
         GROUPS.insert(),
@@ -385,6 +387,7 @@ def _document(
     node: str,
     step: int,
     purpose: Any,
+    temperature: float | None,
     shares: Sequence[Share],
     rows: Sequence[dict[str, Any]],
     now: float,
@@ -397,7 +400,7 @@ def _document(
         purpose=purpose,
         step=step,
         manifest=book.manifest_of(connection, step),
-        temperature=0.0 if purpose == "eval" else config.generate.temperature,
+        temperature=config.generate.temperature if temperature is None else temperature,
         budget=config.generate.budget,
         nonce=hashlib.sha256(seeds.derive(book.step_secret(step), "lease nonce", lease)).hexdigest(),
         probe=seeds.probe_key(book.step_secret(step)).hex(),

@@ -8,8 +8,9 @@ from sqlalchemy import Connection
 
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest
+from farflung.store import heldout
 from farflung.store.book import Book
-from farflung.store.tables import AUDITS, GROUPS, LEASES, STEPS, TASKS
+from farflung.store.tables import AUDITS, GROUPS, LEASES, STEPS
 
 SPARE_STEPS = 8
 """Latest steps that stay even when nothing names them: a node may be about to fetch one, a validator to confirm."""
@@ -34,7 +35,8 @@ def needless(manifests: Mapping[int, Manifest], oldest: int) -> tuple[list[str],
 def oldest_in_use(connection: Connection, book: Book) -> int:
     """The first step that a lease, an audit, a group on its way to a batch or an evaluation still needs."""
     latest = book.latest(connection).step
-    steps = [latest - book.config.learn.max_staleness - SPARE_STEPS, *_unevaluated(connection, book, latest)]
+    steps = [latest - book.config.learn.max_staleness - SPARE_STEPS]
+    steps += [step for step, _ in heldout.left(connection, book.config, latest)]
     for table, statuses in (
         (LEASES, ("open",)),
         (AUDITS, ("open", "claimed")),
@@ -46,18 +48,6 @@ def oldest_in_use(connection: Connection, book: Book) -> int:
         first = connection.execute(sa.select(sa.func.min(table.c.step)).where(is_used)).scalar_one()
         steps += [] if first is None else [first]
     return max(0, min(steps))
-
-
-def _unevaluated(connection: Connection, book: Book, latest: int) -> Iterator[int]:
-    """Steps that are to be evaluated on held-out tasks, and are not done."""
-    held_out = sa.and_(TASKS.c.run == book.run, TASKS.c.split == "eval", TASKS.c.position < book.config.eval.tasks)
-    tasks = connection.execute(sa.select(sa.func.count()).where(held_out)).scalar_one()
-    for step in book.config.eval_steps(latest):
-        is_done = sa.and_(
-            GROUPS.c.run == book.run, GROUPS.c.step == step, GROUPS.c.purpose == "eval", GROUPS.c.status != "open"
-        )
-        if connection.execute(sa.select(sa.func.count()).where(is_done)).scalar_one() < tasks:
-            yield step
 
 
 def _manifests(connection: Connection, book: Book, since: int) -> Iterator[tuple[int, Manifest]]:

@@ -1,0 +1,59 @@
+"""Evaluations of a run: which policy steps are due, on how many held-out tasks, and which are through. Read only.
+
+An evaluation has two parts. In `eval` groups each task is answered once, greedily; in `sampled` groups the first of the
+tasks are answered several times at the run's temperature, for pass@k. Leases call both `eval`: neither is trained on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from farflung.config import Config
+from farflung.store.tables import GROUPS, TASKS
+
+GREEDY, SAMPLED = "eval", "sampled"
+HELD_OUT = (GREEDY, SAMPLED)
+"""Purposes of groups that nobody is paid for and that are never audited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of every evaluation."""
+
+    purpose: str
+    tasks: int
+    """Most tasks, the first ones by position."""
+    samples: int
+    temperature: float
+
+
+def parts(config: Config) -> tuple[Part, ...]:
+    """What an evaluation consists of."""
+    held_out = config.eval
+    greedy = Part(GREEDY, held_out.tasks, 1, 0.0)
+    sampled = Part(SAMPLED, min(held_out.tasks, held_out.sampled_tasks), held_out.samples, config.generate.temperature)
+    return tuple(part for part in (greedy, sampled) if part.tasks and part.samples)
+
+
+def size(connection: Connection, config: Config, part: Part) -> int:
+    """Held-out tasks that a part has."""
+    held_out = sa.and_(TASKS.c.run == config.run.name, TASKS.c.split == "eval", TASKS.c.position < part.tasks)
+    query = sa.select(sa.func.count()).where(held_out)
+    return connection.execute(query).scalar_one()
+
+
+def left(connection: Connection, config: Config, latest: int) -> Iterator[tuple[int, Part]]:
+    """(step, part) of the evaluations that are due up to a step and not through, oldest first."""
+    done, sizes = _done(connection, config.run.name), [(part, size(connection, config, part)) for part in parts(config)]
+    for step in config.eval_steps(latest):
+        yield from ((step, part) for part, tasks in sizes if done.get((step, part.purpose), 0) < tasks)
+
+
+def _done(connection: Connection, run: str) -> dict[tuple[int, str], int]:
+    """Groups by step and purpose that are scored, or dropped: those cannot be scored and never will be."""
+    is_done = sa.and_(GROUPS.c.purpose.in_(HELD_OUT), GROUPS.c.status.in_(("complete", "dropped")))
+    query = sa.select(GROUPS.c.step, GROUPS.c.purpose, sa.func.count()).where(GROUPS.c.run == run, is_done)
+    rows = connection.execute(query.group_by(GROUPS.c.step, GROUPS.c.purpose))
+    return {(row[0], row[1]): row[2] for row in rows}
