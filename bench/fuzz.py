@@ -11,6 +11,7 @@ line is JSON; the exit is 1 if anything broke.
 import argparse
 import asyncio
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -53,7 +54,7 @@ def feed(inputs: int, seed: int, folder: Path) -> dict[str, Any]:
     with warnings.catch_warnings(action="error"):
         for part in range(10):
             for one, chance in zip(found, chances, strict=True):
-                share = round(inputs * one.weight / total * (part + 1) / 10) - counts[one.name]
+                share = math.ceil(inputs * one.weight / total * (part + 1) / 10) - counts[one.name]
                 counts[one.name] += share
                 crashes.update(_tried(one, chance, share))
             rss_start = rss_start or process.memory_info().rss

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,7 +51,7 @@ def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, 
     """
     from farflung.ops.swarm import Swarm, prepare
 
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     prepare(settings, resume=resume, fresh=fresh)
     sys.exit(asyncio.run(Swarm(settings, is_plain=plain or not sys.stdout.isatty()).run()))
 
@@ -79,7 +80,7 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
     from farflung.ops.fleet import serve_all
 
     start_logging(json)
-    serve_all(load(config, flags))
+    serve_all(_settings(config, flags))
 
 
 @app.command
@@ -89,7 +90,7 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
     from farflung.trainer import Trainer
 
     start_logging(json)
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     key = Key.load_or_make(settings.folder / "keys" / "trainer")
     asyncio.run(Trainer(_url(url, settings), key, settings, root=_root(settings)).run())
 
@@ -101,7 +102,7 @@ def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator
     from farflung.validator import Validator
 
     start_logging(json)
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     key = Key.load_or_make(settings.folder / "keys" / name)
     folder = settings.folder / "nodes" / name
     asyncio.run(
@@ -118,7 +119,7 @@ def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", jso
     from farflung.scorer import Scorer
 
     start_logging(json)
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     key = Key.load_or_make(settings.folder / "keys" / name)
     asyncio.run(Scorer(_url(url, settings), key, settings, root=_root(settings), name=name).run())
 
@@ -494,7 +495,7 @@ def keys(
     """
     from farflung.ops import keys as ops_keys
 
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     if action == "show":
         ops_keys.show(settings)
     else:
@@ -557,7 +558,7 @@ def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7, ti
     from farflung.ops.trial import run_trial, show
 
     names = attacks.split(",") if attacks else list(GALLERY)
-    show(run_trial(load(config, flags), names, at_once, times))
+    show(run_trial(_settings(config, flags), names, at_once, times))
 
 
 @app.command
@@ -577,7 +578,7 @@ def chaos(config: Path, *flags: Flags, minutes: float = 30.0, json: bool = False
 
     from farflung.ops.chaos import run_chaos
 
-    result = run_chaos(load(config, flags), minutes, is_quiet=json)
+    result = run_chaos(_settings(config, flags), minutes, is_quiet=json)
     sys.stdout.write(json_module.dumps(result) + "\n")
     sys.exit(1 if result["invariant_violations"] else 0)
 
@@ -597,7 +598,7 @@ def brake(config: Path, *flags: Flags, release: bool = False, url: str = "") -> 
     """
     from farflung.ops.operate import release_brake, show_brake
 
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     tell = release_brake if release else show_brake
     asyncio.run(tell(_url(url, settings), settings))
 
@@ -619,12 +620,22 @@ def rollback(config: Path, *flags: Flags, to_step: int, without: tuple[str, ...]
     """
     from farflung.ops.operate import roll_back
 
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     asyncio.run(roll_back(_url(url, settings), settings, to_step, without))
 
 
 def _list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _settings(config: Path, flags: tuple[str, ...]) -> Config:
+    """What is configured; this process and those that it starts trust the authority that is named there."""
+    from farflung.protocol.client import CA_VARIABLE
+
+    settings = load(config, flags)
+    if settings.coordinator.tls_ca:
+        os.environ[CA_VARIABLE] = str(Path(settings.coordinator.tls_ca).resolve())
+    return settings
 
 
 def _url(url: str, config: Config) -> str:

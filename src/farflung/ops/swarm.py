@@ -70,7 +70,7 @@ class Swarm:
         self.config = _settled(config)
         self.folder = self.config.folder
         self.path = self.folder / "config.json"
-        self.url = f"http://{self.config.coordinator.host}:{self.config.coordinator.port}"
+        self.url = f"{self.config.scheme}://{self.config.coordinator.host}:{self.config.coordinator.port}"
         self.client = Client(self.url, Key.make(), patience_s=0.0)
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.screen = Screen(self.config, is_plain=is_plain)
