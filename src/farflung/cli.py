@@ -449,6 +449,38 @@ def summary(folder: Path) -> None:
 
 
 @app.command
+def backup(config: Path, *flags: Flags, to: Path) -> None:
+    """Copy a run while it goes: keys, checkpoints, database, blobs, so that `farflung restore` can go on from there.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file, or the config.json in its folder.
+    to
+        A folder that is not there yet.
+    """
+    from farflung.ops.backup import back_up
+
+    sys.stdout.write(asyncio.run(back_up(_settings(config, flags), to)) + "\n")
+
+
+@app.command
+def restore(backup: Path, *, to: Path) -> None:
+    """Make a run's folder from a backup, and check that everything in it holds together.
+
+    Parameters
+    ----------
+    backup
+        What `farflung backup` made.
+    to
+        The folder of runs, such as runs; the run gets its own there, which must not exist.
+    """
+    from farflung.ops.backup import restore as bring_back
+
+    sys.stdout.write(asyncio.run(bring_back(backup, to)) + "\n")
+
+
+@app.command
 def key(path: Path) -> None:
     """Show the key in a file, made if there is none: what an operator needs to grant it a role or to admit it.
 

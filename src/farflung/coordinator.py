@@ -6,6 +6,7 @@ Nothing in its memory matters: kill it at any moment, start it again, and nodes 
 import asyncio
 import logging
 import math
+import random
 import re
 import sys
 import time
@@ -40,7 +41,7 @@ from farflung.protocol.identity import Key, Signed, Trusted, node_id, unseal
 from farflung.protocol.limits import Buckets, ByAddress
 from farflung.protocol.server import BODY_BYTES, Call, Queue, Route, listen, mount
 from farflung.protocol.session import Index
-from farflung.rollouts import audit, brake, canary, compose, credit, intake, judge, possession, rollback
+from farflung.rollouts import audit, brake, canary, compose, credit, intake, judge, orphans, possession, rollback
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs, digest_of
 from farflung.store.book import Book, node_row
@@ -57,6 +58,7 @@ from farflung.weights.manifest import check_follows, manifest_digest, open_manif
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SWEEP_S = 0.25
+TIDY_S, ORPHAN_S = 900.0, 3600.0
 BACKLOG = 2048
 """Connections that wait to be accepted."""
 SWITCH_S = 0.0005
@@ -391,7 +393,11 @@ class Coordinator:
         """The log-probabilities that a node sent along with a submission, for the trainer's mismatch metric."""
         await self._require(call, "trainer")
         blob = await self.database.read(lambda c: views.logp_blob(c, _digest(call)))
-        return Response(await self.archive.blobs.get(blob) if blob else b"", media_type="application/octet-stream")
+        try:
+            found = await self.archive.blobs.get(blob) if blob else b""
+        except NotFound:  # the same bytes, sent with a refused submission, were collected meanwhile: a metric less
+            found = b""
+        return Response(found, media_type="application/octet-stream")
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -493,6 +499,22 @@ class Coordinator:
                 await asyncio.to_thread(self.metrics.note_evals, found, self.clock())
             self._noted |= {view.step for view in found}
 
+    async def tidy(self) -> None:
+        """For ever, now and then: delete bodies of submissions that were refused."""
+        while True:
+            await asyncio.sleep(TIDY_S * random.uniform(0.5, 1.5))
+            try:
+                await self.tidy_once(time.time())
+            except Exception:
+                log.exception("tidying failed, going on")
+
+    async def tidy_once(self, now: float) -> int:
+        """Once; `now` by the clock of the blob store."""
+        count = await orphans.collect(self.archive.blobs, self.database, now - ORPHAN_S - self.config.lease.lease_s)
+        if count:
+            log.info("collected bodies=%d of refused submissions", count)
+        return count
+
     def _sweep_once(self, connection: Connection) -> bool:
         now = self.clock()
         return bool(lease.expire(connection, self.book, now)) | compose.finish(connection, self.book, now)
@@ -502,9 +524,10 @@ class Coordinator:
 
         @asynccontextmanager
         async def life(_: FastAPI) -> AsyncIterator[None]:
-            sweeping = asyncio.create_task(self.sweep())
+            for_ever = [asyncio.create_task(self.sweep()), asyncio.create_task(self.tidy())]
             yield
-            sweeping.cancel()
+            for task in for_ever:
+                task.cancel()
             self.metrics.flush(self.clock(), force=True)
 
         app = FastAPI(
