@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import os
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, Parameter
 
@@ -461,7 +462,7 @@ def backup(config: Path, *flags: Flags, to: Path) -> None:
     """
     from farflung.ops.backup import back_up
 
-    sys.stdout.write(asyncio.run(back_up(_settings(config, flags), to)) + "\n")
+    _end_with(back_up(_settings(config, flags), to))
 
 
 @app.command
@@ -477,7 +478,7 @@ def restore(backup: Path, *, to: Path) -> None:
     """
     from farflung.ops.backup import restore as bring_back
 
-    sys.stdout.write(asyncio.run(bring_back(backup, to)) + "\n")
+    _end_with(bring_back(backup, to))
 
 
 @app.command
@@ -682,6 +683,18 @@ def rollback(config: Path, *flags: Flags, to_step: int, without: tuple[str, ...]
 
     settings = _settings(config, flags)
     asyncio.run(roll_back(_url(url, settings), settings, to_step, without))
+
+
+def _end_with(main: Coroutine[Any, Any, str]) -> NoReturn:
+    """Say what came of it and end at once: the blob store's threads may not outlive the interpreter (it aborts)."""
+    try:
+        sys.stdout.write(asyncio.run(main) + "\n")
+        code = 0
+    except FarflungError as error:
+        code = _complain(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _list(text: str) -> tuple[str, ...]:

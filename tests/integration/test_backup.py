@@ -2,12 +2,15 @@
 
 import asyncio
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import sqlalchemy as sa
 
+from farflung.config import save
 from farflung.ops import backup
 from farflung.ops.invariants import violations
 from farflung.protocol.errors import ConfigError, Rejected
@@ -117,3 +120,32 @@ def test_bodies_of_refused_submissions_are_collected_and_others_stay(house) -> N
         assert digest_of(b"the body of a submission that was refused") == orphan
 
     house.run(scenario)
+
+
+def test_both_commands_say_what_came_of_it(house, tmp_path) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        await house.work("ada")
+
+    house.run(scenario)
+    save(house.config, house.config.folder / "config.json")
+
+    def farflung(*arguments: object) -> tuple[int, str]:
+        command = [sys.executable, "-m", "farflung", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = farflung("backup", house.config.folder / "config.json", "--to", tmp_path / "copy")
+    assert (code, "backed up run 'test'" in said) == (0, True), said
+    code, said = farflung("restore", tmp_path / "copy", "--to", tmp_path / "elsewhere")
+    assert (code, "restored to" in said) == (0, True), said
+    code, said = farflung("restore", tmp_path / "copy", "--to", tmp_path / "elsewhere")
+    assert (code, "exists already" in said) == (2, True), said
+    shown = house.config.model_copy(
+        update={
+            "coordinator": house.config.coordinator.model_copy(update={"database": "postgresql://nobody@nowhere/x"})
+        }
+    )
+    save(shown, house.config.folder / "config.json")
+    code, said = farflung("backup", house.config.folder / "config.json", "--to", tmp_path / "other")
+    assert (code, "use pg_dump" in said) == (2, True), said
