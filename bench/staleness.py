@@ -29,7 +29,7 @@ from farflung.envs.sums import Sums
 from farflung.learner.filters import is_informative
 from farflung.learner.loss import advantages
 from farflung.learner.optimise import Learner, Optimisation
-from farflung.learner.pack import Rollout, Segment, pack
+from farflung.learner.pack import Rollout, Segment, lay, pack
 from farflung.learner.policy import Policy
 from farflung.rollouts import stale
 from farflung.tasks.found import Model
@@ -106,7 +106,7 @@ def _train(world: World, learner: Learner, batch: Made, present: int, *, is_weig
         for indices in which.values():
             logp |= stale.behaviour(world.engine.model, batch.rollouts, indices, 8192)
     if packed:
-        learner.step(packed, stale.lay(packed, logp))
+        learner.step(packed, lay(packed, logp))
 
 
 def main() -> int:

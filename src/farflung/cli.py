@@ -86,14 +86,19 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
 
 @app.command
 def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> None:
-    """Claim batches, take steps, publish weights."""
+    """Claim batches, take steps, publish weights; started by torchrun, over all of its processes."""
+    from farflung.learner.ranks import join as meet
     from farflung.protocol.identity import Key
-    from farflung.trainer import Trainer
+    from farflung.trainer import Trainer, follow
 
     start_logging(json)
     settings = _settings(config, flags)
+    ranks = meet()
+    if ranks.rank:
+        follow(settings, ranks)
+        return
     key = Key.load_or_make(settings.folder / "keys" / "trainer")
-    asyncio.run(Trainer(_url(url, settings), key, settings, root=_root(settings)).run())
+    asyncio.run(Trainer(_url(url, settings), key, settings, root=_root(settings), ranks=ranks).run())
 
 
 @app.command

@@ -6,10 +6,10 @@ and must come to the recorded weights, bit for bit.
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,13 @@ from farflung.engine.base import Request
 from farflung.engine.loading import read_slices
 from farflung.engine.local import LocalEngine
 from farflung.learner import checkpoint, room
+from farflung.learner.crew import Crew
 from farflung.learner.loss import Objective
 from farflung.learner.optimise import Learner, Optimisation, StepMetrics
-from farflung.learner.pack import Rollout, pack
+from farflung.learner.pack import Rollout
 from farflung.learner.policy import Policy
 from farflung.learner.precision import compute_dtype
+from farflung.learner.ranks import Ranks
 from farflung.learner.warning import WINDOW, Sign, warn
 from farflung.protocol import probe, wire
 from farflung.protocol.client import Client
@@ -50,14 +52,16 @@ WAIT_S = 5.0
 class Trainer:
     """The run's one trainer."""
 
-    def __init__(self, url: str, key: Key, config: Config, *, root: bytes | None = None) -> None:
+    def __init__(
+        self, url: str, key: Key, config: Config, *, root: bytes | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.client, self.key, self.config, self._root = Client(url, key), key, config, root
         self.checkpoints = config.folder / "checkpoints"
         self.is_stopping = False
         self.done_step = -1
         """The step whose weights are in memory; -1 before the base model counts as step 0."""
         self.session: Session
-        self.learner: Learner
+        self.crew = crew_of(config, ranks or Ranks())
         self._waited_s = self._checked_s = 0.0
         self._signs: list[Sign] = []
         self._sinks = Sinks(config)
@@ -74,6 +78,7 @@ class Trainer:
                 await self._arm()
                 while not self.is_stopping and self.done_step < self.config.run.steps:
                     await self.step()
+                self.crew.end()
             finally:
                 self._sinks.finish()
 
@@ -97,25 +102,8 @@ class Trainer:
 
     def load(self) -> None:
         """The base model, or the latest checkpoint."""
-        self._begin()
+        self.crew.begin()
         self.done_step = self._resume(self.config.run.steps)
-
-    def _begin(self) -> None:
-        """The base model."""
-        learn = self.config.learn
-        torch.manual_seed(self.config.run.seed)
-        torch.set_num_threads(learn.threads)
-        dtype, why = compute_dtype(learn.precision)
-        log.info("training in=%s because=%s", dtype, why)
-        path = self.config.model.path
-        policy = Policy.from_pretrained(
-            path,
-            compute_dtype=dtype,
-            is_checkpointed=learn.checkpointing,
-            is_dithered=learn.rounding == "dithered",
-        )
-        reference = Policy.from_pretrained(path, compute_dtype=dtype) if learn.kl else None
-        self.learner = Learner(policy, optimisation(self.config), reference=reference)
 
     def _resume(self, most: int) -> int:
         """Load the latest checkpoint up to a step; gives its own, -1 if there is none and nothing was loaded."""
@@ -123,7 +111,7 @@ class Trainer:
         if not fitting:
             return -1
         log.info("resumed step=%d from=%s", fitting[-1].step, fitting[-1].path)
-        return checkpoint.load(self.learner, fitting[-1].path)
+        return self.crew.resume(fitting[-1].path)
 
     async def _restore(self, step: int) -> None:
         """Bring weights and optimizer back to where they were after an earlier step, by its checkpoint or by replay."""
@@ -131,7 +119,7 @@ class Trainer:
         log.warning("restoring step=%d", step)
         done = await asyncio.to_thread(self._resume, step)
         if done < 0:
-            await asyncio.to_thread(self._begin)
+            await asyncio.to_thread(self.crew.begin)
         for number in range(done + 1, step + 1):
             batch = (await claim(self.session, number, WAIT_S)).batch
             assert batch is not None, "a committed step keeps its batch"
@@ -147,6 +135,7 @@ class Trainer:
         self._waited_s += time.monotonic() - before
         if answer.batch is None:
             log.debug("step=%d waits because=%s", step, answer.reason)
+            self.crew.wait()
             return
         batch = answer.batch
         before, self._checked_s = time.monotonic(), 0.0
@@ -199,13 +188,13 @@ class Trainer:
         else:
             await self._publish(batch, trained, train_s, held)
         if batch.step % self.config.learn.checkpoint_every == 0:
-            await self._with_room("a checkpoint", lambda: asyncio.to_thread(self._save, batch.step))
+            await self._with_room("a checkpoint", lambda: asyncio.to_thread(self.crew.save, batch.step))
 
     async def _rebase(self) -> None:
         """Publish differences to the last version, unless its key is revoked: then the next one is an anchor."""
         self._publisher.trusted = self.session.papers.keys("weights", time.time())
         try:
-            await self._publisher.rebase(self.learner.policy.tensors(), self.session.latest.manifest)
+            await self._publisher.rebase(self.crew.tensors(), self.session.latest.manifest)
         except BadSignature as error:
             log.warning("the next step is an anchor because=%s", error)
             self._publisher.forget()
@@ -223,9 +212,7 @@ class Trainer:
 
     def _train(self, rollouts: list[Rollout], logp: stale.Logp) -> StepMetrics:
         with self.session.figures.working():
-            tokens, can_share = self.config.learn.microbatch_tokens, self.learner.policy.can_share
-            packed = pack(rollouts, tokens, is_shared=can_share)
-            return self.learner.step(packed, stale.lay(packed, logp))
+            return self.crew.train(rollouts, logp)
 
     async def _behaviour(self, batch: Batch, rollouts: list[Rollout]) -> stale.Logp:
         """What stale rollouts were worth to the weights they were leased at; of a committed step, as it was then."""
@@ -266,7 +253,7 @@ class Trainer:
             self._loaded = digest
 
     async def _check_replay(self, batch: Batch) -> None:
-        digest = await asyncio.to_thread(digest_of, self.learner.policy.tensors())
+        digest = await asyncio.to_thread(digest_of, self.crew.tensors())
         if digest != batch.committed:
             raise WeightsError(
                 f"replayed step {batch.step} comes to {digest[:12]}, it was committed with {batch.committed[:12]}; "
@@ -278,7 +265,7 @@ class Trainer:
         self.session.figures.phase = f"publishing step {batch.step}"
         before = time.monotonic()
         signed = await self._publisher.publish(
-            self.learner.policy.tensors(),
+            self.crew.tensors(),
             step=batch.step,
             parent=self.session.latest.manifest,
             commitment=batch.secret_commitment,
@@ -309,7 +296,7 @@ class Trainer:
 
     def _answer(self, batch: Batch, digest: str) -> list[bytes]:
         """What the weights as they are now say to the batch's canaries; the tripwire finds them loaded."""
-        self.engine.load(self.learner.policy.tensors())
+        self.engine.load(self.crew.tensors())
         self._loaded = digest
         asked = [
             Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, batch.temperature, one.budget)
@@ -319,10 +306,11 @@ class Trainer:
 
     def _show(self, batch: Batch) -> bytes:
         """The slices that the batch's probe chooses, of the weights as they are now."""
-        policy, masters = self.learner.policy, dict(self.learner.policy.masters())
-        slices = probe.slices(((name, tensor.shape) for name, tensor in masters.items()), bytes.fromhex(batch.probe))
-        chosen = {part.name for part in slices}
-        return read_slices({name: policy.rounded(masters[name]) for name in chosen}, slices)
+        policy = self.crew.learner.policy
+        shapes = ((name, tensor.shape) for name, tensor in policy.shards())
+        slices = probe.slices(shapes, bytes.fromhex(batch.probe))
+        masters = self.crew.masters(sorted({part.name for part in slices}))
+        return read_slices({name: policy.rounded(tensor) for name, tensor in masters}, slices)
 
     def _metrics(self, batch: Batch, trained: StepMetrics | None) -> dict[str, float]:
         if trained is None:
@@ -341,8 +329,42 @@ class Trainer:
             "collapse_warning": float(bool(warning)),
         }
 
-    def _save(self, step: int) -> Path:
-        return checkpoint.save(self.learner, step, self.checkpoints, keep=self.config.learn.keep_checkpoints).path
+
+def follow(config: Config, ranks: Ranks) -> None:
+    """Train beside rank 0, which alone knows the coordinator, until it says that all is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 is told too; it finishes its step, and needs us for that
+    crew_of(config, ranks).follow()
+
+
+def crew_of(config: Config, ranks: Ranks) -> Crew:
+    """This process's part of the learner."""
+    learn, folder = config.learn, config.folder / "checkpoints"
+    return Crew(
+        lambda: build(config, ranks),
+        folder,
+        microbatch_tokens=learn.microbatch_tokens,
+        keep=learn.keep_checkpoints,
+        ranks=ranks,
+    )
+
+
+def build(config: Config, ranks: Ranks) -> Learner:
+    """The learner as it begins, with the base model; the same on every rank."""
+    learn, path = config.learn, config.model.path
+    torch.manual_seed(config.run.seed)
+    torch.set_num_threads(learn.threads)
+    dtype, why = compute_dtype(learn.precision)
+    log.info("training in=%s because=%s rank=%d of=%d", dtype, why, ranks.rank, ranks.world)
+    policy = Policy.from_pretrained(
+        path,
+        compute_dtype=dtype,
+        is_checkpointed=learn.checkpointing,
+        is_dithered=learn.rounding == "dithered",
+        ranks=ranks,
+    )
+    reference = Policy.from_pretrained(path, compute_dtype=dtype) if learn.kl else None
+    return Learner(policy, optimisation(config), reference=reference)
 
 
 def optimisation(config: Config) -> Optimisation:

@@ -11,7 +11,7 @@ and trees in one row, from seeing each other. Rows longer than `ROW_TOKENS` hold
 Legend: B rollouts of a micro-batch, T positions of their completions, R fed rows of W tokens, N trained tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -246,3 +246,17 @@ def _place_worker_logp(worker_logp_T: torch.Tensor, mask_T: torch.Tensor, claime
 
 def _moved(value: torch.Tensor | bool | None, device: torch.device) -> torch.Tensor | bool | None:
     return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def lay(packed: Sequence[MicroBatch], logp: Mapping[int, torch.Tensor]) -> list[torch.Tensor] | None:
+    """Log-probabilities by index of rollout, laid out as (B, T) per micro-batch, else not-a-number; None for none."""
+    if not logp:
+        return None
+    found = []
+    for micro in packed:
+        logp_BT = torch.full(micro.mask_BT.shape, float("nan"))
+        for b, index in enumerate(micro.index):
+            if index in logp:
+                logp_BT[b][micro.mask_BT[b]] = logp[index]
+        found.append(logp_BT)
+    return found

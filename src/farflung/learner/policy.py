@@ -3,7 +3,7 @@
 Legend: B rollouts, T positions of their completions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -103,10 +103,11 @@ class Policy:
         """A whole master as it is published."""
         return publishable(tensor, is_dithered=self.is_dithered)
 
-    def masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of the float32 masters themselves, whole, tied twins once, in the model's order."""
+    def masters(self, names: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of the float32 masters, whole, tied twins once, in the model's order; of some names or all."""
         for name, tensor in self.shards():
-            yield name, whole(tensor)
+            if not names or name in names:
+                yield name, whole(tensor)
 
     def shards(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The same as this rank holds them."""

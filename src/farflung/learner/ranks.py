@@ -6,6 +6,7 @@ Every rank packs the same micro-batches and takes its share of them; gradients a
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+
+PATIENCE_H = 6.0
+"""How long ranks wait for rank 0, which may be uploading weights; one that dies ends the others at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,8 @@ def join() -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=PATIENCE_H))
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
@@ -70,12 +75,21 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def broadcast(data: bytes, ranks: Ranks) -> bytes:
+    """Rank 0's bytes, on every rank; what the others give is not looked at."""
+    if ranks.is_alone:
+        return data
+    size = torch.tensor([len(data)], dtype=torch.int64)
+    dist.broadcast(size, 0)
+    sent = torch.frombuffer(bytearray(data), dtype=torch.uint8) if ranks.rank == 0 and data else None
+    box = torch.empty(int(size), dtype=torch.uint8) if sent is None else sent
+    dist.broadcast(box, 0)
+    return box.numpy().tobytes()
+
+
 def told(text: str, ranks: Ranks) -> str:
     """Rank 0's text, on every rank."""
-    box = [text]
-    if not ranks.is_alone:
-        dist.broadcast_object_list(box)
-    return box[0]
+    return broadcast(text.encode(), ranks).decode()
 
 
 def meet(ranks: Ranks) -> None:

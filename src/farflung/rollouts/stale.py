@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from farflung.learner.forward import find_kind, logp_entropy_BT
-from farflung.learner.pack import MicroBatch, Rollout, pack
+from farflung.learner.pack import Rollout, pack
 from farflung.protocol.errors import WeightsError
 
 Logp = dict[int, torch.Tensor]
@@ -39,20 +39,6 @@ def behaviour(model: PreTrainedModel, rollouts: Sequence[Rollout], which: Sequen
         logp_BT, _ = logp_entropy_BT(model, micro, kind, lambda: torch.autocast("cpu", enabled=False))
         for b, place in enumerate(micro.index):
             found[which[place]] = logp_BT[b][micro.mask_BT[b]]
-    return found
-
-
-def lay(packed: Sequence[MicroBatch], logp: Logp) -> list[torch.Tensor] | None:
-    """The same as (B, T) per micro-batch, not-a-number where a rollout is fresh; None if all are."""
-    if not logp:
-        return None
-    found = []
-    for micro in packed:
-        logp_BT = torch.full(micro.mask_BT.shape, float("nan"))
-        for b, index in enumerate(micro.index):
-            if index in logp:
-                logp_BT[b][micro.mask_BT[b]] = logp[index]
-        found.append(logp_BT)
     return found
 
 

@@ -1,0 +1,146 @@
+"""A learner on all ranks: rank 0 says what is next, the others do the same with their shards.
+
+What crosses the ranks is msgpack of the structs below, never a pickle: rank 0 made it of bytes that strangers sent.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import load, save
+
+from farflung.learner import checkpoint
+from farflung.learner.optimise import Learner, StepMetrics
+from farflung.learner.pack import Rollout, lay, pack
+from farflung.learner.ranks import Ranks, broadcast
+
+Logp = dict[int, torch.Tensor]
+
+
+class Order(msgspec.Struct, frozen=True, tag=True):
+    """What all ranks do next; this one does nothing, and shows that rank 0 is alive."""
+
+
+class Begin(Order, frozen=True):
+    """Make the learner, with the base model."""
+
+
+class Resume(Order, frozen=True):
+    """Load a checkpoint."""
+
+    path: str
+
+
+class Train(Order, frozen=True):
+    """Take a step."""
+
+    rollouts: tuple[Rollout, ...]
+    behaviour: bytes
+    """Log-probabilities of stale rollouts, as safetensors by index."""
+
+
+class Gather(Order, frozen=True):
+    """Put masters together; of all names if none is given."""
+
+    names: tuple[str, ...]
+
+
+class Save(Order, frozen=True):
+    """Write a checkpoint."""
+
+    step: int
+
+
+class End(Order, frozen=True):
+    """Leave."""
+
+
+Orders = Order | Begin | Resume | Train | Gather | Save | End
+
+
+class Crew:
+    """The learner of one process; on rank 0 every call is done by all. `make` builds it, the same on each."""
+
+    def __init__(
+        self, make: Callable[[], Learner], folder: Path, *, microbatch_tokens: int, keep: int, ranks: Ranks
+    ) -> None:
+        self._make, self._folder, self._tokens, self._keep, self.ranks = make, folder, microbatch_tokens, keep, ranks
+        self.learner: Learner
+
+    # --- what rank 0 calls -------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """The base model."""
+        self._do(Begin())
+
+    def resume(self, path: Path) -> int:
+        """A checkpoint; gives its step."""
+        return int(self._do(Resume(str(path))) or 0)
+
+    def train(self, rollouts: Sequence[Rollout], behaviour: Logp) -> StepMetrics:
+        """One step."""
+        kept = save({str(index): values.contiguous() for index, values in behaviour.items()})
+        found = self._do(Train(tuple(rollouts), kept))
+        assert isinstance(found, StepMetrics), "a step has metrics"
+        return found
+
+    def save(self, step: int) -> None:
+        """A checkpoint of this step, among the newest few."""
+        self._do(Save(step))
+
+    def masters(self, names: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of the float32 masters, whole; take all of them before anything else is asked."""
+        self._tell(Gather(tuple(names)))
+        return self.learner.policy.masters(names)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is published: the masters in bfloat16."""
+        return ((name, self.learner.policy.rounded(tensor)) for name, tensor in self.masters())
+
+    def wait(self) -> None:
+        """Nothing to do yet."""
+        self._tell(Order())
+
+    def end(self) -> None:
+        """Send the others home."""
+        self._tell(End())
+
+    # --- what every rank does ----------------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Do what rank 0 says, to the end."""
+        while not isinstance(order := self._hear(), End):
+            self._obey(order)
+
+    def _do(self, order: Orders) -> StepMetrics | int | None:
+        self._tell(order)
+        return self._obey(order)
+
+    def _obey(self, order: Orders) -> StepMetrics | int | None:
+        match order:
+            case Begin():
+                self.learner = self._make()
+            case Resume(path=path):
+                return checkpoint.load(self.learner, Path(path))
+            case Train(rollouts=rollouts, behaviour=behaviour):
+                return self._step(rollouts, {int(name): values for name, values in load(behaviour).items()})
+            case Save(step=step):
+                checkpoint.save(self.learner, step, self._folder, keep=self._keep)
+            case Gather(names=names):
+                for _ in self.learner.policy.masters(names):
+                    continue
+            case _:
+                return None
+        return None
+
+    def _step(self, rollouts: Sequence[Rollout], behaviour: Logp) -> StepMetrics:
+        packed = pack(rollouts, self._tokens, is_shared=self.learner.policy.can_share)
+        return self.learner.step(packed, lay(packed, behaviour))
+
+    def _tell(self, order: Orders) -> None:
+        if not self.ranks.is_alone:
+            broadcast(msgspec.msgpack.encode(order), self.ranks)
+
+    def _hear(self) -> Orders:
+        return msgspec.msgpack.decode(broadcast(b"", self.ranks), type=Orders)

@@ -1,0 +1,168 @@
+"""The trainer on two processes, as torchrun starts it, against a real coordinator: it trains as one process does."""
+
+import asyncio
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import uvicorn
+
+pytest.importorskip("torch")
+from tests.conftest import Clock, House, named
+
+from farflung.config import Config, save
+from farflung.protocol import messages as m
+from farflung.protocol import probe
+from farflung.protocol.client import Client
+from farflung.protocol.identity import seal
+from farflung.protocol.server import listen
+from farflung.store.tables import STEPS
+from farflung.trainer import Trainer
+
+WAIT_S = 240.0
+METRICS = ("loss", "grad_norm", "entropy", "ratio_mean", "tokens", "importance", "reward")
+
+
+class Now(Clock):
+    """The time of day, which a test may move."""
+
+    def __call__(self) -> float:
+        return time.time() + self.now - Clock.now
+
+
+class Site:
+    """A coordinator on a socket."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        listener = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        options = uvicorn.Config(house.coordinator.app(), log_level="error", timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(options)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[listener])))
+        self._thread.start()
+        # Over the socket, for what polls there waits on that thread's event loop.
+        house.line = lambda name: Client(self.url, named(name), house.coordinator.book.key.id, clock=house.clock)
+
+    def config(self, steps: int) -> Config:
+        """The trainer's own: it leaves after so many steps."""
+        run = self.house.config.run
+        return self.house.config.model_copy(update={"run": run.model_copy(update={"steps": steps})})
+
+    def play(self, steps: int) -> None:
+        """Rollouts for the trainer, until it has committed so many steps."""
+
+        async def scenario(house: House) -> None:
+            until = time.monotonic() + WAIT_S
+            while _committed(house) < steps:
+                assert time.monotonic() < until, f"no step {steps} after {WAIT_S:.0f} s"
+                if _committed(house) >= 0 and (lease := await house.ask("ada")) is not None:
+                    shown = possession(house, lease.step, lease.nonce)
+                    await house.submit("ada", lease, house.honest(lease, possession=shown))
+                    await audit(house)
+                    await house.score()
+                await asyncio.sleep(0.05)
+
+        self.house.run(scenario)
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+def _committed(house: House) -> int:
+    lines = [line["step"] for line in house.coordinator.metrics.lines() if line["kind"] == "step"]
+    return max(lines, default=-1)
+
+
+def possession(house: House, step: int, nonce: str) -> str:
+    """What an engine with the weights of a step answers to its probe."""
+    (row,) = house.rows(sa.select(STEPS.c.probe).where(STEPS.c.step == step))
+    return probe.answer(nonce, row.probe)
+
+
+async def audit(house: House) -> None:
+    """Find nothing wrong."""
+    while jobs := await house.claim_audits():
+        for job in jobs:
+            shown = possession(house, job.step, job.nonce)
+            sealed = seal(named("val-1"), "evidence", house.evidence(job, lambda _: False, possession=shown))
+            await house.tell("val-1", f"audits/{job.audit}/evidence", sealed, m.Done)
+
+
+def steps_of(house: House) -> list[dict[str, Any]]:
+    """What each trained step came to."""
+    return [line for line in house.coordinator.metrics.lines() if line["kind"] == "step" and line["step"]]
+
+
+def alone(site: Site, steps: int) -> None:
+    """The trainer in this process, to the end of its steps."""
+    trainer = Trainer(site.url, named("trainer"), site.config(steps))
+    thread = threading.Thread(target=lambda: asyncio.run(trainer.run()), daemon=True)
+    thread.start()
+    site.play(steps)
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+
+
+def by_torchrun(site: Site, steps: int, folder: Path) -> None:
+    """The same on two processes."""
+    keys = site.house.config.folder / "keys"
+    keys.mkdir(exist_ok=True)
+    (keys / "trainer").write_text(named("trainer").seed.hex() + "\n")
+    save(site.config(steps), folder / "trainer.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port())]
+    command += ["-m", "farflung", "trainer", str(folder / "trainer.json"), "--url", site.url]
+    child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    try:
+        site.play(steps)
+        errors = child.communicate(timeout=WAIT_S)[1].decode()
+    finally:
+        child.kill()
+    assert child.returncode == 0, errors
+    assert "rank=1 of=2" in errors
+
+
+def port() -> int:
+    return 20_000 + os.getpid() % 20_000
+
+
+@pytest.fixture
+def sites(make_house) -> Iterator[Any]:
+    made: list[Site] = []
+
+    def make() -> Site:
+        house = make_house(
+            run={"steps": 4},
+            eval={"tasks": 0},
+            trust={"canaries": 0},
+            learn={"tripwire": False, "lr": 1e-3, "minibatches": 2, "lockstep": True, "max_staleness": 0},
+        )
+        house.clock = house.coordinator.clock = Now()
+        made.append(Site(house))
+        return made[-1]
+
+    yield make
+    for site in made:
+        site.close()
+
+
+@pytest.mark.timeout(3 * WAIT_S)
+def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(sites, tmp_path: Path) -> None:
+    one, two = sites(), sites()
+    alone(one, 3)
+    by_torchrun(two, 2, tmp_path)
+    folder = two.house.config.folder / "checkpoints" / "step-000002"
+    assert len(list(folder.glob("model-*-of-00002.safetensors"))) == 2
+    alone(two, 3)
+    for single, double in itertools.zip_longest(steps_of(one.house), steps_of(two.house)):
+        for name in METRICS:
+            assert single[name] == pytest.approx(double[name], rel=5e-3, abs=1e-4), (single["step"], name)
