@@ -120,6 +120,8 @@ class LearnSection(Section):
         "dithered",
         "How masters become the bfloat16 that is published: small updates show at once, or once they add up.",
     )
+    lora_rank: int = setting(0, "Train adapters of this rank and nothing else; 0 for all weights.", ge=0, le=4096)
+    lora_scale: float = setting(2.0, "What an adapter's product is multiplied by.", gt=0)
     checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     checkpoint_every: int = setting(1, "Steps between checkpoints; those between are replayed after a crash.", ge=1)
     anchor_every: int = setting(

@@ -362,6 +362,8 @@ def build(config: Config, ranks: Ranks) -> Learner:
         is_checkpointed=learn.checkpointing,
         is_dithered=learn.rounding == "dithered",
         ranks=ranks,
+        lora_rank=learn.lora_rank,
+        lora_scale=learn.lora_scale,
     )
     reference = Policy.from_pretrained(path, compute_dtype=dtype) if learn.kl else None
     return Learner(policy, optimisation(config), reference=reference)

@@ -3,6 +3,7 @@
     step-000012/
     ├── config.json             the folder is also a Hugging Face checkpoint
     ├── model.safetensors       float32 masters
+    ├── adapter.safetensors     with learn.lora_rank, the adapters; the masters above have them merged
     ├── optimizer.safetensors   AdamW's moments, `<state>/<parameter>`
     ├── state.json              step, optimizer updates, torch's random state
     └── COMPLETE                sizes of the files above; written last
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from farflung.learner.dither import publishable
+from farflung.learner.lora import adapters
 from farflung.learner.optimise import Learner
 from farflung.learner.ranks import Ranks, local, meet, share_of, told
 from farflung.protocol.errors import ConfigError
@@ -73,7 +75,7 @@ def load(learner: Learner, path: Path) -> int:
     """
     _refuse_incomplete(path)
     try:
-        _fill_masters(learner, _read(path, "model"))
+        _fill(learner, path)
         _fill_optimizer(learner, _read(path, "optimizer"))
     except (KeyError, RuntimeError) as error:
         raise ConfigError(f"checkpoint {path} is of another model: {error}") from error
@@ -103,6 +105,8 @@ def latest(root: Path) -> Checkpoint | None:
 def _write_tensors(learner: Learner, folder: Path, ranks: Ranks) -> None:
     part = "" if ranks.is_alone else f"-{ranks.rank:05d}-of-{ranks.world:05d}"
     masters = {name: local(tensor).cpu().contiguous() for name, tensor in learner.policy.shards()}
+    if own := {name: parameter.detach().cpu() for name, parameter in adapters(learner.policy.model)}:
+        save_file(own, folder / "adapter.safetensors")
     # The metadata is what Hugging Face asks of a file of weights.
     save_file(masters, folder / f"model{part}.safetensors", metadata={"format": "pt"})
     save_file(dict(_optimizer_tensors(learner)), folder / f"optimizer{part}.safetensors")
@@ -134,6 +138,18 @@ def _optimizer_tensors(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in learner.policy.model.named_parameters():
         for key, value in learner.optimizer.state.get(parameter, {}).items():
             yield f"{key}/{name}", local(value).cpu().contiguous()
+
+
+@torch.no_grad()
+def _fill(learner: Learner, path: Path) -> None:
+    """Masters, or adapters where nothing else is trained: then the learner has the base model in it already."""
+    own, saved = dict(adapters(learner.policy.model)), _read(path, "adapter")
+    if own.keys() != saved.keys():
+        raise KeyError(f"it has {len(saved)} adapter tensors, learn.lora_rank asks for {len(own)}")
+    for name, parameter in own.items():
+        parameter.copy_(saved[name])
+    if not own:
+        _fill_masters(learner, _read(path, "model"))
 
 
 @torch.no_grad()

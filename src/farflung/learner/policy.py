@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from farflung.learner.dither import publishable
 from farflung.learner.forward import find_kind, logp_entropy_BT
+from farflung.learner.lora import adapt, merged
 from farflung.learner.pack import MicroBatch
 from farflung.learner.ranks import Ranks, shard, whole
 from farflung.protocol.errors import ConfigError
@@ -29,18 +30,28 @@ class Policy:
         is_checkpointed: bool = False,
         is_dithered: bool = False,
         ranks: Ranks | None = None,
+        lora_rank: int = 0,
+        lora_scale: float = 2.0,
     ) -> None:
         """Take a model; its parameters become float32. `is_checkpointed` trades a second forward pass for memory.
 
         Dropout stays off, or the ratio of the first update would not be 1; but transformers checkpoints activations
         in training mode only, so there a model with dropout must have it set to 0 in its config. With several `ranks`
-        the model is sharded, and every rank must do the same with it in the same order.
+        the model is sharded, and every rank must do the same with it in the same order. With a `lora_rank` only
+        adapters are trained; not on several ranks. Raises ConfigError.
         """
         self.model = model.float().train(is_checkpointed)
         self.compute_dtype, self.is_dithered = compute_dtype, is_dithered
         if is_checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.ranks = ranks or Ranks()
+        self._names = list(model.state_dict())
+        if lora_rank:
+            if not self.ranks.is_alone:
+                raise ConfigError(
+                    f"learn.lora_rank = {lora_rank} works in one process; start the trainer without torchrun"
+                )
+            adapt(model, lora_rank, lora_scale)
         self._kind = find_kind(model)
         if not self.ranks.is_alone:
             shard(model)  # a sharded head has weights only while the whole model runs
@@ -56,6 +67,8 @@ class Policy:
         device: str = "cpu",
         is_dithered: bool = False,
         ranks: Ranks | None = None,
+        lora_rank: int = 0,
+        lora_scale: float = 2.0,
     ) -> "Policy":
         """Load a folder or a hub id; safetensors only, no remote code. Raises ConfigError if there is no such model."""
         try:
@@ -75,6 +88,8 @@ class Policy:
             is_checkpointed=is_checkpointed,
             is_dithered=is_dithered,
             ranks=ranks,
+            lora_rank=lora_rank,
+            lora_scale=lora_scale,
         )
 
     @property
@@ -110,10 +125,12 @@ class Policy:
                 yield name, whole(tensor)
 
     def shards(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same as this rank holds them."""
+        """The same as this rank holds them, adapters merged."""
         seen: set[int] = set()
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
+        state = self.model.state_dict(keep_vars=True)
+        for name in self._names:
+            tensor = state[name] if name in state else merged(self.model, name)
+            if name not in state or id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield name, tensor.detach()
 

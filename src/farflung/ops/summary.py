@@ -249,7 +249,7 @@ def _cheats(config: Config) -> Iterator[tuple[str, str]]:
 def _trainer(steps: list[Any]) -> dict[str, Any]:
     metrics = [step.metrics for step in steps]
     waited = sum(m.get("wait_s", 0.0) for m in metrics)
-    busy = sum(m.get("train_s", 0.0) + m.get("publish_s", 0.0) for m in metrics)
+    busy = sum(m.get(part, 0.0) for m in metrics for part in ("tripwire_s", "train_s", "publish_s"))
     return {
         "trainer_idle_fraction": _ratio(waited, waited + busy),
         "staleness_mean": _mean([m["staleness"] for m in metrics if "staleness" in m]),

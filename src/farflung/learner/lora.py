@@ -1,0 +1,54 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W is frozen, W + scale · B A is what the model computes with.
+
+B begins at zero, so the first policy is the base model to the bit. A and B are all that the optimizer knows.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+from farflung.protocol.errors import ConfigError
+
+_PART = "parametrizations.weight."
+
+
+class Adapter(torch.nn.Module):
+    """What is added to one matrix of shape (out, in)."""
+
+    def __init__(self, weight: torch.Tensor, rank: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.A = torch.nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
+        self.B = torch.nn.Parameter(torch.zeros(weight.shape[0], rank))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The matrix with its adapter."""
+        return weight + self.scale * (self.B @ self.A)
+
+
+def adapt(model: PreTrainedModel, rank: int, scale: float) -> None:
+    """Freeze a model, in place, but for an adapter on every linear layer other than its output head.
+
+    Raises ConfigError where there is no such layer.
+    """
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if type(m) is torch.nn.Linear and m is not head]
+    if not linears:
+        raise ConfigError(f"learn.lora_rank = {rank}: a {type(model).__name__} has no linear layers to adapt")
+    model.requires_grad_(requires_grad=False)
+    for linear in linears:
+        parametrize.register_parametrization(linear, "weight", Adapter(linear.weight, rank, scale))
+
+
+@torch.no_grad()
+def merged(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """A weight by the name that it had before, with its adapter in it."""
+    module, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(module), leaf).detach()
+
+
+def adapters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of every A and B; none of a model that is not adapted."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if f"{_PART}0." in name)
