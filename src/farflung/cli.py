@@ -573,6 +573,34 @@ def calibrate(
 
 
 @app.command
+def sift(config: Path, *flags: Flags, out: Path, samples: int = 8, low: float = 0.1, high: float = 0.9) -> None:
+    """Sample the base model on a run's training tasks, and write those that it gets right neither never nor always.
+
+    Parameters
+    ----------
+    config
+        The TOML file of a run; env.train_tasks tasks of its environment are tried.
+    out
+        File to write, for env.keep of the same run.
+    samples
+        Answers to each task.
+    low
+        Smallest share of right answers that is kept.
+    high
+        Largest share that is kept.
+    """
+    import asyncio
+
+    from farflung.ops.sift import Band
+    from farflung.ops.sift import sift as choose
+
+    start_logging()
+    chosen, tried = asyncio.run(choose(load(config, flags), out, Band(samples, low, high)))
+    sys.stdout.write(f"kept {len(chosen)} of {tried} tasks, those with {low:.0%} to {high:.0%} of {samples} right; ")
+    sys.stdout.write(f'train on them with env.keep = "{out}"\n')
+
+
+@app.command
 def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7, times: int = 1) -> None:
     """Run the gallery of adversaries against runs of one's own, and print what came of each.
 

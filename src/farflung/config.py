@@ -56,7 +56,25 @@ class EnvSection(Section):
     args: dict[str, Any] = setting({}, "Keyword arguments of the environment.")
     train_tasks: int = setting(4096, "Training tasks taken from the environment.", ge=1, le=1_000_000)
     eval_tasks: int = setting(512, "Held-out tasks taken from the environment.", ge=0, le=100_000)
+    keep: str = setting("", "File of `farflung sift`: train on its tasks only; empty for all.")
+    lengths: tuple[int, ...] = setting(
+        (), "Lengths in tokens, one of which each prompt names, drawn from the task and `run.seed`; empty for none."
+    )
+    length_weight: float = setting(
+        0.0003, "Taken from a training reward for each token that the length is off its target.", ge=0
+    )
+    length_prompt: str = setting(
+        "{prompt}\nThink for about {tokens} tokens before you answer.", "How a prompt names its length."
+    )
     python: str = setting("", "Interpreter for the environment, when it needs packages of its own; empty for this one.")
+
+    @model_validator(mode="after")
+    def _lengths_are_told(self) -> Self:
+        if any(length < 1 for length in self.lengths):
+            raise ValueError(f"lengths {self.lengths} are numbers of tokens, each at least 1")
+        if self.lengths and not ("{prompt}" in self.length_prompt and "{tokens}" in self.length_prompt):
+            raise ValueError(f"length_prompt {self.length_prompt!r} must hold {{prompt}} and {{tokens}}")
+        return self
 
 
 class GenerateSection(Section):
@@ -314,6 +332,12 @@ class Config(Section):
     prices: PricesSection = PricesSection()
     sinks: SinksSection = SinksSection()
 
+    @model_validator(mode="after")
+    def _lengths_within_budget(self) -> Self:
+        if self.env.lengths and max(self.env.lengths) > self.generate.budget:
+            raise ValueError(f"env.lengths {self.env.lengths} go beyond generate.budget = {self.generate.budget}")
+        return self
+
     def lockstep_groups(self, policy: int) -> int:
         """Groups that are generated with the policy of a step, in lockstep: the first ones train on the base model."""
         return self.learn.groups * (self.learn.max_staleness + 1 if policy == 0 else 1)
@@ -433,6 +457,8 @@ def _anchor(config: Config, base: Path) -> Config:
     name, colon, attribute = env.name.partition(":")
     if name.endswith((".py", ".jsonl")) and (base / name).exists():
         env = env.model_copy(update={"name": str((base / name).resolve()) + colon + attribute})
+    if env.keep and (base / env.keep).exists():
+        env = env.model_copy(update={"keep": str((base / env.keep).resolve())})
     return config.model_copy(update={"model": model, "env": env})
 
 

@@ -16,7 +16,18 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 
 def test_a_stranger_joins_works_leaves_and_is_told_what_it_earned(start, tmp_path):
     running = start(
-        "--run.steps", "8", "--eval.tasks", "64", "--swarm.workers", "2", "--swarm.kill", "0", "--swarm.relays", "1"
+        "--run.steps",
+        "8",
+        "--eval.tasks",
+        "64",
+        "--eval.samples",
+        "0",
+        "--swarm.workers",
+        "2",
+        "--swarm.kill",
+        "0",
+        "--swarm.relays",
+        "1",
     )
     running.wait_for(lambda status: status["latest"]["step"] >= 1)
     folder = tmp_path / "home"

@@ -7,7 +7,20 @@ import sys
 import pytest
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
-SMALL = ("--run.steps", "6", "--eval.tasks", "64", "--swarm.kill", "0", "--swarm.cheats", "[]", "--swarm.workers", "3")
+SMALL = (
+    "--run.steps",
+    "6",
+    "--eval.tasks",
+    "64",
+    "--eval.samples",
+    "0",
+    "--swarm.kill",
+    "0",
+    "--swarm.cheats",
+    "[]",
+    "--swarm.workers",
+    "3",
+)
 
 
 def test_a_run_takes_up_an_earlier_step_and_does_without_a_node(start):

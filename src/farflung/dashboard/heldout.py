@@ -7,13 +7,11 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.config import Config
+from farflung.learner.difficulty import RIGHT
 from farflung.learner.estimate import interval, pass_at_k
 from farflung.protocol.messages import EvalView
 from farflung.store import heldout
 from farflung.store.tables import GROUPS, ROLLOUTS
-
-RIGHT = 0.99
-"""Reward from which an answer counts as right: environments may give part of it for part of an answer."""
 
 
 def evals(connection: Connection, config: Config) -> list[EvalView]:

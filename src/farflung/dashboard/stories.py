@@ -13,6 +13,7 @@ from farflung.config import Config
 from farflung.dashboard import browse, views
 from farflung.dashboard.nodes import describe
 from farflung.dashboard.veil import Veil, veil_of
+from farflung.learner.difficulty import Count, pass_rate
 from farflung.protocol.errors import NotFound
 from farflung.protocol.messages import Event
 from farflung.store import ledger
@@ -145,7 +146,13 @@ def _task(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
         return None
     query = sa.select(GROUPS).where(GROUPS.c.task == subject).order_by(GROUPS.c.opened_at.desc()).limit(RELATED_SHOWN)
     rows = [(g.group, g.purpose, g.step, g.status, g.reward) for g in connection.execute(query)]
-    facts = [("split", row.split), ("position", row.position), ("prompt", row.prompt)]
+    facts: list[Fact] = [("split", row.split), ("position", row.position), ("prompt", row.prompt)]
+    if row.target:
+        facts.append(("length asked for", f"{row.target} tokens"))
+    if row.tried:
+        count = Count(row.tried, row.right, row.tokens)
+        facts.append(("pass rate, running", f"{pass_rate(count):.2f}, from {row.tried:.0f} samples"))
+        facts.append(("tokens a sample takes", f"{row.tokens / row.tried:.0f}"))
     if not veil.is_on:  # it holds the answer
         facts.append(("as the scorer gets it", row.payload.decode(errors="replace")))
     return facts, [Related("Groups", ("group", "purpose", "policy step", "status", "mean reward"), rows)], []

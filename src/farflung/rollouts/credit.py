@@ -1,12 +1,15 @@
 """Coordinator: hand transcripts to scorers, take their rewards, pay for accepted tokens, complete groups."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
+from farflung.envs.length import penalty
+from farflung.learner.difficulty import RIGHT, Count, add
 from farflung.learner.filters import is_informative
 from farflung.protocol.messages import ScoreResult
 from farflung.store import ledger
@@ -43,8 +46,9 @@ def take_scores(connection: Connection, book: Book, scorer: str, results: Sequen
     """Accept what was scored by this scorer, count the faults of what was not; gives how many rows changed."""
     given = {result.rollout: result for result in results}
     rows = connection.execute(
-        sa.select(ROLLOUTS, GROUPS.c.purpose)
+        sa.select(ROLLOUTS, GROUPS.c.purpose, GROUPS.c.task, TASKS.c.target)
         .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+        .join(TASKS, TASKS.c.task == GROUPS.c.task)
         .where(ROLLOUTS.c.rollout.in_(given), ROLLOUTS.c.status == "received", ROLLOUTS.c.claimed_by == scorer)
     ).all()
     scored = [row for row in rows if not given[row.rollout].error]
@@ -70,17 +74,47 @@ def _accept(
         ROLLOUTS.update()
         .where(ROLLOUTS.c.rollout == sa.bindparam("id"))
         .values(reward=sa.bindparam("r"), parts=sa.bindparam("p"), answer=sa.bindparam("a")),
-        [_score_values(given[row.rollout]) for row in rows],
+        [_score_values(row, given[row.rollout], book.config.env.length_weight) for row in rows],
     )
+    _learn_difficulty(connection, [row for row in rows if row.purpose == "train"], given)
     paid = [row for row in rows if row.purpose not in HELD_OUT]
     ledger.post(connection, (_pay(row) for row in paid), book.run, now)
     for group in dict.fromkeys(row.group for row in rows):
         complete(connection, group, now)
 
 
-def _score_values(result: ScoreResult) -> dict[str, Any]:
+def _score_values(row: Row[Any], result: ScoreResult, weight: float) -> dict[str, Any]:
+    """What is written down; only a training reward depends on the length, a held-out one is right or wrong."""
     answer = result.answer.replace("\0", "\ufffd")  # a model may write NUL, which PostgreSQL takes in no text
-    return {"id": result.rollout, "r": result.reward, "p": json.dumps(result.parts), "a": answer}
+    off = penalty(row.tokens, row.target, weight)
+    parts = result.parts | ({"task": result.reward, "length": -off} if row.target else {})
+    reward = result.reward if row.purpose in HELD_OUT else result.reward - off
+    return {"id": result.rollout, "r": reward, "p": json.dumps(parts), "a": answer}
+
+
+_TASKS_OF = sa.select(TASKS.c.task, TASKS.c.tried, TASKS.c.right, TASKS.c.tokens).where(
+    TASKS.c.task.in_(sa.bindparam("of", expanding=True))
+)
+_COUNTED = (
+    TASKS.update()
+    .where(TASKS.c.task == sa.bindparam("id"))
+    .values(tried=sa.bindparam("t"), right=sa.bindparam("r"), tokens=sa.bindparam("k"))
+)
+
+
+def _learn_difficulty(connection: Connection, rows: Sequence[Row[Any]], given: dict[str, ScoreResult]) -> None:
+    """Keep the running count of each task, for whoever chooses what to lease."""
+    if not rows:
+        return
+    seen: dict[str, list[tuple[bool, int]]] = defaultdict(list)
+    for row in rows:
+        seen[row.task].append((given[row.rollout].reward >= RIGHT, row.tokens))
+    counts = {row.task: Count(*row[1:]) for row in connection.execute(_TASKS_OF, {"of": list(seen)})}
+    for task, found in seen.items():
+        tokens = sum(length for _, length in found)
+        counts[task] = add(counts[task], len(found), sum(is_right for is_right, _ in found), tokens)
+    written = [{"id": task, "t": c.tried, "r": c.right, "k": c.tokens} for task, c in sorted(counts.items())]
+    connection.execute(_COUNTED, written)
 
 
 def _pay(row: Row[Any]) -> ledger.Transfer:

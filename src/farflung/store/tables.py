@@ -61,6 +61,10 @@ TASKS = Table(
     Column("payload", LargeBinary, nullable=False),
     Column("prompt", Text, nullable=False),
     Column("prompt_ids", LargeBinary, nullable=False),
+    Column("target", Integer, nullable=False, default=0),
+    Column("tried", Float, nullable=False, default=0.0),
+    Column("right", Float, nullable=False, default=0.0),
+    Column("tokens", Float, nullable=False, default=0.0),
     Index("task_position", "run", "split", "position", unique=True),
 )
 STEPS = Table(

@@ -8,18 +8,20 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import sqlalchemy as sa
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sqlalchemy import Connection
 from tokenizers import Tokenizer
 
 from farflung.config import Config, Role
+from farflung.envs import length
 from farflung.envs.base import Split
 from farflung.envs.child import ScorerChild
+from farflung.learner.difficulty import Count, add
 from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, seal
@@ -28,6 +30,7 @@ from farflung.store.blobs import Blobs
 from farflung.store.book import Book, train_tasks
 from farflung.store.db import Database, move, record
 from farflung.store.tables import RUNS, STEPS, TASKS
+from farflung.tasks import kept
 from farflung.tasks.keyring import Keyring
 
 MODEL_FILES = ("config.json", "generation_config.json")
@@ -199,24 +202,39 @@ async def _tasks(config: Config, model: Model) -> list[dict[str, Any]]:
     env = config.env
     options = {"python": env.python} if env.python else {}
     async with ScorerChild(env.name, env.args, **options) as child:
-        rows = [
-            *_rows(config.run.name, "train", await child.tasks("train", env.train_tasks), model),
-            *_rows(config.run.name, "eval", await child.tasks("eval", env.eval_tasks), model),
-        ]
+        train, held_out = await child.tasks("train", env.train_tasks), await child.tasks("eval", env.eval_tasks)
+    only = kept.read(env.keep) if env.keep else {}
+    if env.keep:
+        train = [(task, prompt) for task, prompt in train if kept.identity(task) in only]
+    rows = [*_rows(config, "train", train, model, only), *_rows(config, "eval", held_out, model, {})]
     count = sum(row["split"] == "train" for row in rows)
     need = int(config.learn.groups * config.learn.oversample)
     if count < need:
         raise ConfigError(
-            f"environment {env.name!r} has {count} training tasks; a step may need {need}, each once, so give it "
-            "more, or lower learn.groups"
+            f"environment {env.name!r} has {count} training tasks{_of(env.keep)}; a step may need {need}, each once, "
+            "so give it more, or lower learn.groups"
         )
     return rows
 
 
-def _rows(run: str, split: Split, tasks: Sequence[tuple[Any, Any]], model: Model) -> list[dict[str, Any]]:
+def _of(keep: str) -> str:
+    return f" that are in {keep}" if keep else ""
+
+
+def told(config: Config, task: Any, prompt: Any) -> tuple[Any, int]:
+    """A task's prompt with the length that it is to have, and that length; 0 for none."""
+    env = config.env
+    target = length.target_of(kept.payload(task), config.run.seed, env.lengths)
+    return length.tell(prompt, target, env.length_prompt), target
+
+
+def _rows(
+    config: Config, split: Split, tasks: Sequence[tuple[Any, Any]], model: Model, known: Mapping[str, kept.Kept]
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for position, (task, prompt) in enumerate(tasks):
-        payload = msgspec.json.encode(task, order="sorted")
+    run = config.run.name
+    for position, (task, asked) in enumerate(tasks):
+        payload, (prompt, target) = kept.payload(task), told(config, task, asked)
         identity = hashlib.sha256(f"{run}/{split}/".encode() + payload).hexdigest()
         ids = model.prompt_ids(prompt)
         if not 1 <= len(ids) <= MOST_PROMPT_TOKENS:
@@ -233,9 +251,17 @@ def _rows(run: str, split: Split, tasks: Sequence[tuple[Any, Any]], model: Model
                 "payload": payload,
                 "prompt": shown,
                 "prompt_ids": wire.pack_ids(ids),
+                "target": target,
+                **_known(known.get(kept.identity(task))),
             }
         )
     return rows
+
+
+def _known(before: kept.Kept | None) -> dict[str, float]:
+    """What the sieve says of a task's difficulty."""
+    count = add(Count(), before.tried, before.right, before.tokens) if before else Count()
+    return asdict(count)
 
 
 def _write(connection: Connection, config: Config, tasks: list[dict[str, Any]], now: float) -> bytes:

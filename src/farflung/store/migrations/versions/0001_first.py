@@ -150,6 +150,10 @@ def upgrade() -> None:
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("prompt", sa.Text(), nullable=False),
         sa.Column("prompt_ids", sa.LargeBinary(), nullable=False),
+        sa.Column("target", sa.Integer(), nullable=False),
+        sa.Column("tried", sa.Float(), nullable=False),
+        sa.Column("right", sa.Float(), nullable=False),
+        sa.Column("tokens", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("task"),
     )
     op.create_index("task_position", "tasks", ["run", "split", "position"], unique=True)

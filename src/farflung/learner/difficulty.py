@@ -1,0 +1,48 @@
+"""How hard a task is at present: a running count of what was tried and what was right. Pure, no torch.
+
+Old samples fade, for the policy that gave them is gone: the counts never stand for more than `WINDOW` samples.
+"""
+
+from dataclasses import dataclass
+
+WINDOW = 64.0
+"""Samples that the counts of a task stand for at most."""
+RIGHT = 0.99
+"""Reward from which an answer counts as right: environments may give part of it for part of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What is known of one task; `right` and `tokens` are out of `tried` samples, faded alike."""
+
+    tried: float = 0.0
+    right: float = 0.0
+    tokens: float = 0.0
+
+
+def add(count: Count, tried: int, right: int, tokens: int) -> Count:
+    """The count with some samples more. Raises ValueError for numbers that no group has."""
+    if not 0 <= right <= tried or tokens < 0:
+        raise ValueError(f"{right} right of {tried} samples with {tokens} tokens: no group has that")
+    if not tried:
+        return count
+    kept = min(1.0, max(0.0, WINDOW - tried) / count.tried) if count.tried else 0.0
+    whole = Count(kept * count.tried + tried, kept * count.right + right, kept * count.tokens + tokens)
+    share = min(1.0, WINDOW / whole.tried)  # a group larger than the window
+    return Count(share * whole.tried, share * whole.right, share * whole.tokens)
+
+
+def pass_rate(count: Count) -> float:
+    """The chance that a sample is right, in (0, 1): the mean of the posterior of a uniform prior (Laplace)."""
+    return (count.right + 1.0) / (count.tried + 2.0)
+
+
+def tokens_needed(count: Count, budget: int) -> float:
+    """Tokens that a sample takes on average, at most `budget`, which is also the guess for a task nobody tried."""
+    return min(float(budget), count.tokens / count.tried) if count.tried else float(budget)
+
+
+def worth(count: Count) -> float:
+    """How much a group of this task has to teach, in (0, 1]: 4 p (1 - p), the reward's variance over its largest."""
+    rate = pass_rate(count)
+    return 4.0 * rate * (1.0 - rate)
