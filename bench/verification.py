@@ -286,14 +286,14 @@ def cheats(weights: Tensors, vocab: int, rng: np.random.Generator) -> dict[str, 
 
 def replayed(part: Sequence[Finding]) -> list[Finding]:
     """What a validator replays of a submission (`farflung.rollouts.verify.more`): until it is decided, one by one what
-    looks like a cheat's, else as many again.
+    a cheat explains better, else as many again.
     """
     count = 1
     while count < len(part):
         total = evidence.submission_log_ratios([np.array(one.log_ratios) for one in part[:count]])
         if evidence.is_void(total):
             return list(part[:count])
-        count += 1 if evidence.mean_log_ratio(total) > 0 else count
+        count += 1 if total.max() > 0 else count
     return list(part)
 
 
@@ -485,7 +485,10 @@ def _smol(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], is_quick
     verifier = engine(SMOL, tensors(SMOL), Kind("torch-cpu-fp32"), sorted(Model(str(SMOL)).eos_ids))
     known = list(play(maker, verifier, requests(rng, prompts, 48 if is_quick else 512, 1.0, 24)))
     profile = evidence.calibrate("torch-cpu-bf16", known, tolerance=2e-3)
-    attacks = power(SMOL, profile, asked, "torch-cpu-fp32", rng, 20, QUICK_CHEATS if is_quick else ())
+    attacks = power(SMOL, profile, asked, "torch-cpu-fp32", rng, 100, QUICK_CHEATS if is_quick else ())
+    if not is_quick:  # an audit takes whole rollouts, so short ones come nearer to the bound
+        brief = power(SMOL, profile, requests(rng, prompts, 288, 1.0, 8), "torch-cpu-fp32", rng, 100)
+        attacks += [row | {"name": f"{row['name']}, at most 8 tokens"} for row in brief]
     sent = {"sent": lambda request: replace(request, seed=int(rng.integers(0, 2**63)))}
     bad = findings(profile, list(play(maker, verifier, asked, **sent)))
     good = findings(profile, known)

@@ -3,7 +3,8 @@
 Prints one JSON object as its last line. Trains with float32 masters on right and wrong answers to sums, then encodes
 and applies what would be published. Needs models/smollm2-135m (scripts/get_smollm2.py). `--peers DIR` also runs other
 projects' codecs on the same pairs: DIR/grail and DIR/SkyRL are their checkouts, which need the package zstandard.
-`--keep DIR` keeps the trained pairs there and takes them from there. `--quick` trains on less and times once.
+`--keep DIR` keeps the trained pairs there and takes them from there. Masters are rounded as a run rounds them
+(`learn.rounding`), or with `--nearest` each to its neighbour. `--quick` trains on less and times once.
 """
 
 import argparse
@@ -58,10 +59,10 @@ def batch(model: Model, rng: np.random.Generator, problems: int) -> list[Rollout
     return rollouts
 
 
-def trained(lr: float, problems: int) -> Pair:
+def trained(lr: float, problems: int, *, is_dithered: bool) -> Pair:
     """What is published of the last step but one and of the last."""
     model, rng = Model(str(SMOL)), np.random.default_rng(1)
-    learner = Learner(Policy.from_pretrained(SMOL), Optimisation(lr=lr, max_grad_norm=0.1))
+    learner = Learner(Policy.from_pretrained(SMOL, is_dithered=is_dithered), Optimisation(lr=lr, max_grad_norm=0.1))
     published: list[Tensors] = []
     for number in range(1, STEPS + 1):
         metrics = learner.step(pack(batch(model, rng, problems), 1024))
@@ -71,12 +72,12 @@ def trained(lr: float, problems: int) -> Pair:
     return published[0], published[1]
 
 
-def pair(lr: float, problems: int, keep: Path | None) -> Pair:
+def pair(lr: float, problems: int, keep: Path | None, *, is_dithered: bool) -> Pair:
     """As `trained`, from disk where it was done before."""
     files = [keep / f"{lr:.0e}-{step}.safetensors" for step in (STEPS - 1, STEPS)] if keep else []
     if files and all(file.exists() for file in files):
         return load_file(files[0]), load_file(files[1])
-    found = trained(lr, problems)
+    found = trained(lr, problems, is_dithered=is_dithered)
     for file, tensors in zip(files, found, strict=False):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, file)
@@ -234,7 +235,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peers", type=Path, help="folder with checkouts of grail and SkyRL")
     parser.add_argument("--keep", type=Path, help="folder for the trained pairs")
+    parser.add_argument("--nearest", action="store_true", help="round masters to nearest instead of dithering")
     arguments = parser.parse_args()
+    is_dithered = not arguments.nearest
     if not SMOL.exists():
         sys.stdout.write(
             json.dumps({"rows": [], "skipped": f"{SMOL} is missing: python scripts/get_smollm2.py"}) + "\n"
@@ -244,9 +247,11 @@ def main() -> None:
     codecs, notes = find_peers(arguments.peers)
     rows = []
     for lr in RATES:
-        before, after = pair(lr, 2 if arguments.quick else 8, arguments.keep)
+        before, after = pair(lr, 2 if arguments.quick else 8, arguments.keep, is_dithered=is_dithered)
         rows.append(row(lr, before, after, codecs, 1 if arguments.quick else 5))
-    sys.stdout.write(json.dumps({"rows": rows, "peers": notes, "quick": arguments.quick}) + "\n")
+    sys.stdout.write(
+        json.dumps({"rows": rows, "peers": notes, "dithered": is_dithered, "quick": arguments.quick}) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -164,6 +164,8 @@ def _routes() -> str:
 def _who(route: Route) -> str:
     if not route.signed:
         return "anybody, unsigned"
+    if route.path.startswith("/v1/admin/"):
+        return "the operator"
     role = re.search(r'_require\(call, "(\w+)"\)', inspect.getsource(route.handler))
     return role[1] if role else "any registered node" if route.path != "/v1/nodes" else "any key"
 

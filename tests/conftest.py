@@ -23,6 +23,7 @@ from farflung.config import Config
 from farflung.coordinator import Coordinator
 from farflung.protocol import fingerprint, states, wire
 from farflung.protocol import messages as m
+from farflung.protocol.admin import read_token
 from farflung.protocol.client import Client
 from farflung.protocol.identity import Key, Signed, seal, unseal
 from farflung.protocol.session import PURPOSES, delegate
@@ -197,6 +198,7 @@ class House:
     honest = staticmethod(honest)
     evidence = staticmethod(evidence)
     path = PATH
+    admin_path = f"/v1/admin/runs/{RUN}"
 
     @classmethod
     async def open(cls, config: Config, clock: Clock | None = None) -> "House":
@@ -210,7 +212,8 @@ class House:
         archive = Archive(Blobs(config.submissions_url), model.tokenizer)
         metrics = Metrics(config.folder / "metrics.jsonl")
         parts = (book, papers, weights_key(config), PROFILE, archive, database, blobs, metrics, clock)
-        return cls(config, Coordinator(*parts), clock)
+        token = read_token(config.coordinator.admin_token_file, {})
+        return cls(config, Coordinator(*parts, admin_token=token), clock)
 
     def close(self) -> None:
         """Let go of the database."""

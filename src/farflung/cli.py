@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import os
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, Parameter
 
@@ -50,7 +52,7 @@ def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, 
     """
     from farflung.ops.swarm import Swarm, prepare
 
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     prepare(settings, resume=resume, fresh=fresh)
     sys.exit(asyncio.run(Swarm(settings, is_plain=plain or not sys.stdout.isatty()).run()))
 
@@ -79,7 +81,7 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
     from farflung.ops.fleet import serve_all
 
     start_logging(json)
-    serve_all(load(config, flags))
+    serve_all(_settings(config, flags))
 
 
 @app.command
@@ -90,7 +92,7 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
     from farflung.trainer import Trainer, follow
 
     start_logging(json)
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     ranks = meet()
     if ranks.rank:
         follow(settings, ranks)
@@ -106,7 +108,7 @@ def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator
     from farflung.validator import Validator
 
     start_logging(json)
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     key = Key.load_or_make(settings.folder / "keys" / name)
     folder = settings.folder / "nodes" / name
     asyncio.run(
@@ -123,7 +125,7 @@ def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", jso
     from farflung.scorer import Scorer
 
     start_logging(json)
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     key = Key.load_or_make(settings.folder / "keys" / name)
     asyncio.run(Scorer(_url(url, settings), key, settings, root=_root(settings), name=name).run())
 
@@ -453,6 +455,38 @@ def summary(folder: Path) -> None:
 
 
 @app.command
+def backup(config: Path, *flags: Flags, to: Path) -> None:
+    """Copy a run while it goes: keys, checkpoints, database, blobs, so that `farflung restore` can go on from there.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file, or the config.json in its folder.
+    to
+        A folder that is not there yet.
+    """
+    from farflung.ops.backup import back_up
+
+    _end_with(back_up(_settings(config, flags), to))
+
+
+@app.command
+def restore(backup: Path, *, to: Path) -> None:
+    """Make a run's folder from a backup, and check that everything in it holds together.
+
+    Parameters
+    ----------
+    backup
+        What `farflung backup` made.
+    to
+        The folder of runs, such as runs; the run gets its own there, which must not exist.
+    """
+    from farflung.ops.backup import restore as bring_back
+
+    _end_with(bring_back(backup, to))
+
+
+@app.command
 def key(path: Path) -> None:
     """Show the key in a file, made if there is none: what an operator needs to grant it a role or to admit it.
 
@@ -499,7 +533,7 @@ def keys(
     """
     from farflung.ops import keys as ops_keys
 
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     if action == "show":
         ops_keys.show(settings)
     else:
@@ -590,7 +624,7 @@ def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7, ti
     from farflung.ops.trial import run_trial, show
 
     names = attacks.split(",") if attacks else list(GALLERY)
-    show(run_trial(load(config, flags), names, at_once, times))
+    show(run_trial(_settings(config, flags), names, at_once, times))
 
 
 @app.command
@@ -610,7 +644,7 @@ def chaos(config: Path, *flags: Flags, minutes: float = 30.0, json: bool = False
 
     from farflung.ops.chaos import run_chaos
 
-    result = run_chaos(load(config, flags), minutes, is_quiet=json)
+    result = run_chaos(_settings(config, flags), minutes, is_quiet=json)
     sys.stdout.write(json_module.dumps(result) + "\n")
     sys.exit(1 if result["invariant_violations"] else 0)
 
@@ -630,7 +664,7 @@ def brake(config: Path, *flags: Flags, release: bool = False, url: str = "") -> 
     """
     from farflung.ops.operate import release_brake, show_brake
 
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     tell = release_brake if release else show_brake
     asyncio.run(tell(_url(url, settings), settings))
 
@@ -652,12 +686,34 @@ def rollback(config: Path, *flags: Flags, to_step: int, without: tuple[str, ...]
     """
     from farflung.ops.operate import roll_back
 
-    settings = load(config, flags)
+    settings = _settings(config, flags)
     asyncio.run(roll_back(_url(url, settings), settings, to_step, without))
+
+
+def _end_with(main: Coroutine[Any, Any, str]) -> NoReturn:
+    """Say what came of it and end at once: the blob store's threads may not outlive the interpreter (it aborts)."""
+    try:
+        sys.stdout.write(asyncio.run(main) + "\n")
+        code = 0
+    except FarflungError as error:
+        code = _complain(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _settings(config: Path, flags: tuple[str, ...]) -> Config:
+    """What is configured; this process and those that it starts trust the authority that is named there."""
+    from farflung.protocol.client import CA_VARIABLE
+
+    settings = load(config, flags)
+    if settings.coordinator.tls_ca:
+        os.environ[CA_VARIABLE] = str(Path(settings.coordinator.tls_ca).resolve())
+    return settings
 
 
 def _url(url: str, config: Config) -> str:

@@ -215,6 +215,24 @@ class CoordinatorSection(Section):
     )
     invites: tuple[str, ...] = setting((), "Invite tokens; give each to one person, and take it out to withdraw it.")
     allow: tuple[str, ...] = setting((), "Node ids that may join when admission is `allow`.")
+    admin_token_file: str = setting(
+        "", "File with the token that admin routes ask for; FARFLUNG_ADMIN_TOKEN goes before it. Else the key does."
+    )
+    rate_per_key: float = setting(
+        200.0, "Most requests of one key in a second, on average; 0 for no limit. Granted roles have none.", ge=0
+    )
+    rate_per_address: float = setting(
+        2000.0, "Most requests from one address (IPv6: /64) in a second, on average; 0 for no limit.", ge=0
+    )
+    rate_burst_s: float = setting(10.0, "Seconds of these rates that may come at once.", ge=0.01, le=3600)
+    proxies: tuple[str, ...] = setting(
+        (), "Addresses of proxies whose X-Forwarded-For is believed; `*` for any, if nothing else can reach it."
+    )
+    tls_cert: str = setting("", "PEM file of the certificate and its chain, to speak https; with `tls_key`.")
+    tls_key: str = setting("", "PEM file of its private key.")
+    tls_ca: str = setting(
+        "", "PEM file of an authority that roles trust beside the usual ones; for join, FARFLUNG_CA_FILE names it."
+    )
     minimum_version: int = setting(1, "Oldest protocol version that may join.", ge=0)
     claim_s: float = setting(30.0, "Seconds that a scorer or validator may keep what it claimed.", gt=0)
     mature_steps: int = setting(2, "Steps until credit leaves escrow.", ge=0)
@@ -330,6 +348,11 @@ class Config(Section):
     def folder(self) -> Path:
         """Where the run keeps its files."""
         return self.run.dir / self.run.name
+
+    @property
+    def scheme(self) -> Literal["http", "https"]:
+        """How the coordinator is spoken to where no proxy is in front."""
+        return "https" if self.coordinator.tls_cert else "http"
 
     @property
     def database_url(self) -> str:

@@ -6,6 +6,7 @@ Nothing in its memory matters: kill it at any moment, start it again, and nodes 
 import asyncio
 import logging
 import math
+import random
 import re
 import sys
 import time
@@ -26,6 +27,7 @@ from farflung.config import Config, save
 from farflung.dashboard import heldout, pages, versions, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
+from farflung.protocol.admin import bears, read_token
 from farflung.protocol.errors import (
     ConfigError,
     Conflict,
@@ -36,9 +38,10 @@ from farflung.protocol.errors import (
     WrongWeights,
 )
 from farflung.protocol.identity import Key, Signed, Trusted, node_id, unseal
+from farflung.protocol.limits import Buckets, ByAddress
 from farflung.protocol.server import BODY_BYTES, Call, Queue, Route, listen, mount
 from farflung.protocol.session import Index
-from farflung.rollouts import audit, brake, canary, compose, credit, intake, judge, possession, rollback
+from farflung.rollouts import audit, brake, canary, compose, credit, intake, judge, orphans, possession, rollback
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs, digest_of
 from farflung.store.book import Book, node_row
@@ -55,6 +58,7 @@ from farflung.weights.manifest import check_follows, manifest_digest, open_manif
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SWEEP_S = 0.25
+TIDY_S, ORPHAN_S = 900.0, 3600.0
 BACKLOG = 2048
 """Connections that wait to be accepted."""
 SWITCH_S = 0.0005
@@ -84,12 +88,18 @@ class Coordinator:
         blobs: Blobs,
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
+        admin_token: str = "",
     ) -> None:
         self.book, self.papers, self.weights_keys, self.profiles = book, papers, weights_keys, profiles
         self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
         self._queues: defaultdict[str, Queue] = defaultdict(Queue)
         self._started_at = clock()
         self._collected_step = 0
+        self._admin_token, limits = admin_token, self.config.coordinator
+        self._by_key, self._by_address = (
+            Buckets(per_s, per_s * limits.rate_burst_s, what=what)
+            for per_s, what in ((limits.rate_per_key, "node"), (limits.rate_per_address, "address"))
+        )
         self._noted = set[int]()
         """Policy steps whose evaluation has its line in metrics.jsonl."""
         granted = self.config.coordinator.grants.items()
@@ -310,7 +320,10 @@ class Coordinator:
         await self._require(call, "trainer")
         commit: m.Commit = call.message
         digest = manifest_digest(commit.manifest)
-        manifest = open_manifest(commit.manifest, self.weights_keys, self.book.run, digest)
+        try:
+            manifest = open_manifest(commit.manifest, self.weights_keys, self.book.run, digest)
+        except WeightsError as error:
+            raise Malformed(str(error)) from error
         if manifest.step != _number(call, "step"):
             raise Malformed(f"the manifest is of step {manifest.step}, the path of {call.path['step']}")
         await self._check_base(manifest)
@@ -380,7 +393,11 @@ class Coordinator:
         """The log-probabilities that a node sent along with a submission, for the trainer's mismatch metric."""
         await self._require(call, "trainer")
         blob = await self.database.read(lambda c: views.logp_blob(c, _digest(call)))
-        return Response(await self.archive.blobs.get(blob) if blob else b"", media_type="application/octet-stream")
+        try:
+            found = await self.archive.blobs.get(blob) if blob else b""
+        except NotFound:  # the same bytes, sent with a refused submission, were collected meanwhile: a metric less
+            found = b""
+        return Response(found, media_type="application/octet-stream")
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -426,7 +443,13 @@ class Coordinator:
             raise Forbidden(f"this route is for the role {role!r}, which node {call.node} is not granted")
 
     def _require_operator(self, call: Call) -> None:
+        """Who carries the token, or, in a run without one, signs with the coordinator's own key. Raises Forbidden."""
         self._here(call)
+        if self._admin_token:
+            if not bears(call.request.headers.get("authorization", ""), self._admin_token):
+                log.warning("admin refused node=%s path=%s", call.node, call.request.scope["path"])
+                raise Forbidden("this route is for the operator: send the admin token, Authorization: Bearer TOKEN")
+            return
         if call.node != self.book.key.id:
             raise Forbidden("this route is for the operator: sign with the coordinator's own key")
 
@@ -476,6 +499,22 @@ class Coordinator:
                 await asyncio.to_thread(self.metrics.note_evals, found, self.clock())
             self._noted |= {view.step for view in found}
 
+    async def tidy(self) -> None:
+        """For ever, now and then: delete bodies of submissions that were refused."""
+        while True:
+            await asyncio.sleep(TIDY_S * random.uniform(0.5, 1.5))
+            try:
+                await self.tidy_once(time.time())
+            except Exception:
+                log.exception("tidying failed, going on")
+
+    async def tidy_once(self, now: float) -> int:
+        """Once; `now` by the clock of the blob store."""
+        count = await orphans.collect(self.archive.blobs, self.database, now - ORPHAN_S - self.config.lease.lease_s)
+        if count:
+            log.info("collected bodies=%d of refused submissions", count)
+        return count
+
     def _sweep_once(self, connection: Connection) -> bool:
         now = self.clock()
         return bool(lease.expire(connection, self.book, now)) | compose.finish(connection, self.book, now)
@@ -485,21 +524,28 @@ class Coordinator:
 
         @asynccontextmanager
         async def life(_: FastAPI) -> AsyncIterator[None]:
-            sweeping = asyncio.create_task(self.sweep())
+            for_ever = [asyncio.create_task(self.sweep()), asyncio.create_task(self.tidy())]
             yield
-            sweeping.cancel()
+            for task in for_ever:
+                task.cancel()
             self.metrics.flush(self.clock(), force=True)
 
         app = FastAPI(
             title="farflung coordinator", version=str(m.VERSION), lifespan=life, docs_url=None, redoc_url=None
         )
-        mount(app, self.routes(), self.book.key.id, self.clock)
+        mount(app, self.routes(), self.book.key.id, self.clock, self._count)
         pages.mount(app, pages.Desk(self.config, self.database, self.archive, self.metrics.path, self.clock))
+        app.add_middleware(ByAddress, buckets=self._by_address)
         return app
+
+    def _count(self, node: str) -> None:
+        """One request more of a node. Raises Busy, but for the operator's own roles, which have a whole run's work."""
+        if node not in self._roles:
+            self._by_key.take(node, time.monotonic())
 
     def routes(self) -> list[Route]:
         """The protocol, one line each."""
-        run, leased = "/v1/runs/{run}", self._submission_gate
+        run, admin, leased = "/v1/runs/{run}", "/v1/admin/runs/{run}", self._submission_gate
         scorer, validator = self._gate("scorer", MANY_BYTES), self._gate("validator", MANY_BYTES)
         trainer = self._gate("trainer", BLOB_BYTES)
         return [
@@ -526,10 +572,10 @@ class Coordinator:
             Route("POST", f"{run}/steps/{{step}}/claim", self.claim_step, m.ClaimStep, m.BatchAnswer),
             Route("POST", f"{run}/steps/{{step}}/trip", self.trip, m.Trips, m.Done, gate=trainer),
             Route("POST", f"{run}/steps/{{step}}/commit", self.commit_step, m.Commit, m.Done, gate=trainer),
-            Route("POST", f"{run}/brake/release", self.release_brake, m.Empty, m.Done),
-            Route("POST", f"{run}/rollback", self.roll_back, m.Rollback, m.Done),
             Route("GET", f"{run}/submissions/{{digest}}", self.submission_body),
             Route("GET", f"{run}/submissions/{{digest}}/logp", self.logp_body),
+            Route("POST", f"{admin}/brake/release", self.release_brake, m.Empty, m.Done),
+            Route("POST", f"{admin}/rollback", self.roll_back, m.Rollback, m.Done),
         ]
 
 
@@ -577,7 +623,34 @@ async def open_coordinator(config: Config) -> Coordinator:
     papers = await seal_papers(config, blobs, model, key, ring, profiles.digests)
     archive, metrics = Archive(Blobs(config.submissions_url), model.tokenizer), Metrics(folder / "metrics.jsonl")
     weights = ring.live(config.run.name, "weights", time.time())
-    return Coordinator(book, papers, weights, profiles, archive, database, blobs, metrics)
+    token = read_token(config.coordinator.admin_token_file)
+    return Coordinator(book, papers, weights, profiles, archive, database, blobs, metrics, admin_token=token)
+
+
+def _server_options(config: Config, app: FastAPI) -> uvicorn.Config:
+    """How the server speaks. Raises ConfigError for a certificate that is none."""
+    settings = config.coordinator
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise ConfigError("coordinator.tls_cert and coordinator.tls_key go together; one of them is missing")
+    options = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+        access_log=False,
+        backlog=BACKLOG,
+        proxy_headers=bool(settings.proxies),
+        forwarded_allow_ips=list(settings.proxies),
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None,
+    )
+    try:
+        options.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"coordinator.tls_cert {settings.tls_cert} and tls_key {settings.tls_key} are no certificate with its key: "
+            f"{error}"
+        ) from error
+    return options
 
 
 async def serve(config: Config) -> None:
@@ -586,16 +659,15 @@ async def serve(config: Config) -> None:
     listener = listen(config.coordinator.host, config.coordinator.port, is_shared=is_one_of_many)
     config = local_grants(config)
     coordinator = await open_coordinator(config)
+    options = _server_options(config, coordinator.app())
     listener.listen(BACKLOG)  # who reads the line below may call at once: the call waits until it is taken
     host, port = listener.getsockname()[:2]
-    log.info("listening url=http://%s:%d run=%s", host, port, config.run.name)
-    (config.folder / "coordinator.url").write_text(f"http://{host}:{port}\n")
+    url = f"{config.scheme}://{host}:{port}"
+    log.info("listening url=%s run=%s", url, config.run.name)
+    (config.folder / "coordinator.url").write_text(f"{url}\n")
     if not (config.folder / "config.json").exists():
         save(config, config.folder / "config.json")
     is_by_hand = not is_one_of_many and coordinator.metrics.begin(time.time())
-    options = uvicorn.Config(
-        coordinator.app(), log_level="warning", timeout_graceful_shutdown=2, access_log=False, backlog=BACKLOG
-    )
     sys.setswitchinterval(SWITCH_S)
     try:
         await pages.Server(options).serve(sockets=[listener])

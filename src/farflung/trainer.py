@@ -8,6 +8,9 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +19,7 @@ from farflung.config import Config
 from farflung.engine.base import Request
 from farflung.engine.loading import read_slices
 from farflung.engine.local import LocalEngine
-from farflung.learner import checkpoint
+from farflung.learner import checkpoint, room
 from farflung.learner.crew import Crew
 from farflung.learner.loss import Objective
 from farflung.learner.optimise import Learner, Optimisation, StepMetrics
@@ -162,7 +165,7 @@ class Trainer:
         suspects = await unaudited(self.session, batch)
         found: list[tuple[str, np.ndarray]] = []
         for digest in sorted({one.manifest for one in suspects}):
-            await self.weights.fetch(digest)
+            await self._fetch(digest)
             part = [one for one in suspects if one.manifest == digest]
             found += await asyncio.to_thread(self._look, digest, part, batch.temperature)
         return tripped(found)
@@ -185,7 +188,7 @@ class Trainer:
         else:
             await self._publish(batch, trained, train_s, held)
         if batch.step % self.config.learn.checkpoint_every == 0:
-            await asyncio.to_thread(self.crew.save, batch.step)
+            await self._with_room("a checkpoint", lambda: asyncio.to_thread(self.crew.save, batch.step))
 
     async def _rebase(self) -> None:
         """Publish differences to the last version, unless its key is revoked: then the next one is an anchor."""
@@ -221,15 +224,27 @@ class Trainer:
             return stale.kept(folder, batch.step)
         logp: stale.Logp = {}
         for step, digest in {group.step: group.manifest for group in batch.groups if group.step in by_step}.items():
-            await self.weights.fetch(digest)
+            await self._fetch(digest)
             logp |= await asyncio.to_thread(self._judge, digest, rollouts, by_step[step])
-        stale.keep(logp, folder, batch.step)
+        keep = partial(asyncio.to_thread, stale.keep, logp, folder, batch.step)
+        await self._with_room("what stale rollouts were worth", keep)
         return logp
 
     def _judge(self, digest: str, rollouts: list[Rollout], which: list[int]) -> stale.Logp:
         with self.session.figures.working():
             self._hold(digest)
             return stale.behaviour(self.engine.model, rollouts, which, self.config.learn.microbatch_tokens)
+
+    async def _fetch(self, digest: str) -> None:
+        await self._with_room("weights", lambda: self.weights.fetch(digest))
+
+    async def _with_room(self, what: str, write: Callable[[], Awaitable[Any]]) -> None:
+        """Write something, once there is room for it."""
+
+        def say(trouble: str) -> None:
+            self.session.figures.trouble = trouble
+
+        await room.patiently(what, write, say, lambda: self.is_stopping)
 
     def _hold(self, digest: str) -> None:
         """Have these weights in the second engine."""

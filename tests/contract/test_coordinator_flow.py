@@ -4,7 +4,7 @@ import pytest
 import sqlalchemy as sa
 
 from farflung.protocol import messages as m
-from farflung.protocol.errors import Conflict, Ejected, LeaseGone, StepTaken
+from farflung.protocol.errors import Conflict, Ejected, LeaseGone, Malformed, StepTaken
 from farflung.protocol.identity import Signed, seal
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, EVENTS, GROUPS, LEASES, NODES, ROLLOUTS, RUNS, STEPS, VERDICTS
@@ -397,6 +397,8 @@ def test_steps_come_in_turn_and_once(house) -> None:
             await house.commit(batch, parent="0" * 64)
         with pytest.raises(Conflict, match="another secret"):
             await house.commit(batch, secret_commitment="0" * 64)
+        with pytest.raises(Malformed, match="do not come to its own digest"):
+            await house.commit(batch, digest="0" * 64)
         await house.commit(batch)
         assert (await house.claim_step(1)).committed == house.row(STEPS, "test-step-1").weights_digest
         assert (await house.claim_step(1)).groups == batch.groups

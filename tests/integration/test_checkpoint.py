@@ -1,7 +1,9 @@
 """Checkpoints: complete or absent, and a resumed run ends in the same bits as one that never stopped."""
 
+import asyncio
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from farflung.learner import checkpoint  # noqa: E402
+from farflung.learner import checkpoint, room  # noqa: E402
 from farflung.learner.optimise import Learner, Optimisation  # noqa: E402
 from farflung.learner.pack import Rollout, Segment, pack  # noqa: E402
 from farflung.learner.policy import Policy  # noqa: E402
@@ -117,6 +119,38 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(learner, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
 
 
+def test_a_full_disk_is_waited_out(learner, tmp_path: Path, monkeypatch) -> None:
+    """A real file system that the first checkpoint fits, the second does not, until it is larger."""
+    small = tmp_path / "disk"
+    small.mkdir()
+    one = learner()
+    one.step(batch(1))
+    size_bytes = sum(file.stat().st_size for file in checkpoint.save(one, 1, tmp_path / "free").path.iterdir())
+    options = f"size={size_bytes * 3 // 2}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    monkeypatch.setattr(room, "LOOK_S", 0.05)
+    said: list[str] = []
+
+    def hear(trouble: str) -> None:
+        said.append(trouble)
+        assert [path.name for path in small.iterdir()] == ["step-000001"] or not trouble, "half a checkpoint stays"
+        if len(said) == 3:
+            subprocess.run(["mount", "-o", f"remount,size={size_bytes * 4}", str(small)], check=True)
+
+    async def write(step: int) -> checkpoint.Checkpoint:
+        return await asyncio.to_thread(checkpoint.save, one, step, small)
+
+    try:
+        checkpoint.save(one, 1, small)
+        saved = asyncio.run(room.patiently("a checkpoint", lambda: write(2), hear, lambda: False))
+        assert said[0].startswith("waits for room on its disk to write a checkpoint: ")
+        assert (len(said), said[-1]) == (4, "")
+        assert checkpoint.latest(small) == saved
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
 def test_a_checkpoint_of_another_model_is_refused(learner, tmp_path: Path) -> None:
     saved = checkpoint.save(learner(), 1, tmp_path)
     for changes in ({"num_hidden_layers": 1}, {"hidden_size": 32}):
@@ -129,3 +163,20 @@ def test_nothing_in_the_folder_is_a_pickle(learner, tmp_path: Path) -> None:
     names = {path.name for path in saved.path.iterdir()}
     assert names == {"config.json", "model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"}
     assert json.loads((saved.path / "state.json").read_text())["step"] == 1
+
+
+@pytest.mark.parametrize("error", [OSError(2, "No such file"), ValueError("(os error 2)")])
+def test_what_is_no_full_disk_is_raised_at_once(error: Exception) -> None:
+    async def write() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        asyncio.run(room.patiently("a checkpoint", write, pytest.fail, lambda: False))
+
+
+def test_a_trainer_that_is_told_to_stop_does_not_wait_for_room() -> None:
+    async def write() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        asyncio.run(room.patiently("a checkpoint", write, pytest.fail, lambda: True))

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -16,6 +19,7 @@ from farflung.protocol.identity import sign_request
 from farflung.protocol.server import listen
 
 EXAMPLES = 4
+ROOT = Path(__file__).parents[2]
 KNOWN = {"run": "test", "step": "1"}
 ROLES = {"worker": "eve", "trainer": "trainer", "scorer": "scorer", "validator": "val-1"}
 
@@ -141,3 +145,15 @@ def test_a_slow_loris_is_cut_off(house, host, monkeypatch) -> None:
     answer = asyncio.run(scene())
     assert b" 400 " in answer.split(b"\r\n")[0]
     assert b"did not arrive within" in answer
+
+
+@pytest.mark.swarm
+def test_odd_bytes_break_neither_decoders_nor_a_real_coordinator() -> None:
+    """The small version of bench/fuzz.py, on another seed."""
+    command = [sys.executable, str(ROOT / "bench" / "fuzz.py"), "--inputs", "4000", "--requests", "400", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, (figures, done.stderr[-2000:])
+    assert figures["inputs"] >= 3900
+    assert figures["statuses"]["200"] > 100
+    assert figures["statuses"]["400"] > 50

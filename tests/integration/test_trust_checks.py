@@ -123,10 +123,10 @@ def test_when_many_good_nodes_fail_at_once_nothing_is_judged_until_the_operator_
         assert batch.batch is None
         assert "suspect" in batch.reason
         with pytest.raises(errors.Forbidden, match="the operator"):
-            await house.tell("ada", "brake/release", m.Empty(), m.Done)
+            await (await house.client("ada")).post(f"{house.admin_path}/brake/release", m.Empty(), m.Done)
         operator = house.line("coordinator")
-        assert (await operator.post(f"{house.path}/brake/release", m.Empty(), m.Done)).changed == 1
-        assert (await operator.post(f"{house.path}/brake/release", m.Empty(), m.Done)).changed in (0, 1)
+        assert (await operator.post(f"{house.admin_path}/brake/release", m.Empty(), m.Done)).changed == 1
+        assert (await operator.post(f"{house.admin_path}/brake/release", m.Empty(), m.Done)).changed in (0, 1)
         await operator.close()
 
     crowd.run(scenario)
@@ -226,7 +226,7 @@ async def roll_back(house, to_step: int, *without: str, name: str = "coordinator
     operator = house.line(name)
     ask = m.Rollback(to_step=to_step, without=[house.named(one).id for one in without])
     try:
-        return (await operator.post(f"{house.path}/rollback", ask, m.Done)).changed
+        return (await operator.post(f"{house.admin_path}/rollback", ask, m.Done)).changed
     finally:
         await operator.close()
 

@@ -73,7 +73,7 @@ def test_the_bound_fails_if_bad_submissions_are_folded_first() -> None:
     rng = np.random.default_rng(SEED)
     e = -np.sort(-two_points(rng, PATHS * 100).reshape(PATHS, 100) / 2, axis=1)
     m = e[:, 0] / 2
-    assert (m >= 250).mean() > 0.05
+    assert (m >= evidence.CAP / 4).mean() > 0.05
 
 
 # --- hypothesis ------------------------------------------------------------------------------------------------------

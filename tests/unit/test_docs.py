@@ -224,3 +224,14 @@ def test_decisions_have_their_four_parts() -> None:
     for path in (DOCS / "decisions").glob("*.md"):
         for part in ("**Context.**", "**Options.**", "**Choice.**", "**What would change it.**"):
             assert part in path.read_text(), f"{path.name} lacks {part}"
+
+
+def test_every_threat_names_tests_that_exist() -> None:
+    table = page("security.md").partition("## Threats")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|") and "`" in line.rpartition(" | ")[2]]
+    assert len(rows) >= 20
+    for row in rows:
+        named = re.findall(r"`(\w+/test_\w+\.py)`", row)
+        assert named, row
+        for file in named:
+            assert (ROOT / "tests" / file).exists(), file

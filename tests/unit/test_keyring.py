@@ -145,3 +145,10 @@ def test_papers_name_the_live_keys_only() -> None:
     old, new = (delegate(ROOT, "test", "weights", KEY.public, NOW + age) for age in (-1, 1))
     assert keyring.Keyring(ROOT.public, (old, new)).live_signed(NOW) == [new]
     assert Papers(info(), ()).keys("weights", NOW) == []
+
+
+@pytest.mark.parametrize("data", [b"{}", b"[", b'["\xff"]', b"\xff\xfe"])
+def test_a_file_that_is_no_list_of_delegations_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "delegations.json").write_bytes(data)
+    with pytest.raises(ConfigError, match="no list of delegations"):
+        keyring.read(tmp_path)

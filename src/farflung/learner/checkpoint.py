@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from farflung.learner.dither import publishable
@@ -50,10 +50,15 @@ def save(learner: Learner, step: int, root: Path, *, keep: int = 2) -> Checkpoin
     ranks = learner.policy.ranks
     draft = Path(told(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root) if ranks.rank == 0 else "", ranks))
     place = root / f"step-{step:06d}"
-    _write_tensors(learner, draft, ranks)
-    meet(ranks)
+    try:
+        _write_tensors(learner, draft, ranks)
+        meet(ranks)
+        if ranks.rank == 0:
+            _write_rest(learner, step, draft)
+    except (OSError, SafetensorError):
+        shutil.rmtree(draft, ignore_errors=True)  # on a full disk, half of one would keep the next from fitting
+        raise
     if ranks.rank == 0:
-        _write_rest(learner, step, draft)
         if place.exists():
             place.rename(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root))
         draft.rename(place)

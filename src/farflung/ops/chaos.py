@@ -319,6 +319,13 @@ def _settle_lease(connection: Connection, fault: Fault) -> None:
     lost = connection.execute(sa.select(ROLLOUTS).where(ROLLOUTS.c.lease == fault.lease)).all()
     again = [_leased_again(connection, row, end.at) for row in lost if row.status == "expired"]
     fault.recovered_s = max((at - end.at for at in again if at is not None), default=0.0)
+    fault.lost_tokens = sum(_made_again(connection, row) for row in lost if row.status == "expired")
+
+
+def _made_again(connection: Connection, row: Any) -> int:
+    """Tokens that somebody else made of a sample: the same seed gives the same text, so no more of it was lost."""
+    same = sa.and_(ROLLOUTS.c.group == row.group, ROLLOUTS.c.sample == row.sample, ROLLOUTS.c.rollout != row.rollout)
+    return connection.execute(sa.select(sa.func.max(ROLLOUTS.c.tokens)).where(same)).scalar() or 0
 
 
 def _leased_again(connection: Connection, row: Any, since: float) -> float | None:
@@ -379,6 +386,7 @@ def _result(faults: list[Fault], calm: Row, stormy: Row, wrong: list[str]) -> Ro
         "recovery_median_s": _median([f.recovered_s for f in noticed if f.recovered_s is not None]),
         "recovery_trainer_median_s": _median(of_trainer),
         "recovery_trainer_max_s": round(max(of_trainer), 2) if of_trainer else None,
+        "lost_tokens": sum(fault.lost_tokens for fault in done),
         "never_recovered": [f"{f.kind} {f.victim}" for f in noticed if f.recovered_s is None],
         "invariant_violations": len(wrong),
         "violations": wrong[:20],
@@ -389,10 +397,12 @@ def _result(faults: list[Fault], calm: Row, stormy: Row, wrong: list[str]) -> Ro
 
 def show(faults: list[Fault], result: Row) -> None:
     """A table for people."""
-    table = Table("at s", "fault", "victim", "detected s", "recovered s", "lost lease", box=None)
+    table = Table("at s", "fault", "victim", "detected s", "recovered s", "lost tokens", "lost lease", box=None)
     for fault in faults:
         seen = [f"{value:.2f}" if value is not None else "–" for value in (fault.detected_s, fault.recovered_s)]
-        table.add_row(f"{fault.due_s:.0f}", fault.kind, fault.victim, *seen, fault.skipped or fault.lease)
+        table.add_row(
+            f"{fault.due_s:.0f}", fault.kind, fault.victim, *seen, str(fault.lost_tokens), fault.skipped or fault.lease
+        )
     console = Console(highlight=False)
     console.print(table)
     for sentence in result["violations"]:

@@ -47,6 +47,7 @@ class Fault:
     recovered_s: float | None = None
     """From detection on."""
     lost_tokens: int = 0
+    """What others made of its unfinished samples: the most that the victim had made in vain."""
 
 
 def schedule(seed: int, seconds: float, every_s: float) -> list[Fault]:

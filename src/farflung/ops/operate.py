@@ -1,20 +1,23 @@
-"""Commands of the operator, signed with the coordinator's own key: release the brake, roll back."""
+"""Commands of the operator, with the admin token or the coordinator's own key: release the brake, roll back."""
 
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 
 from farflung.config import Config
+from farflung.protocol.admin import read_token
 from farflung.protocol.client import Client
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Done, Empty, Rollback, Status
 from farflung.protocol.session import Index
+
+ADMIN = "/v1/admin"
 
 
 async def release_brake(url: str, config: Config) -> None:
     """Let verdicts and training go on."""
 
     async def ask(client: Client, path: str) -> str:
-        done = await client.post(f"{path}/brake/release", Empty(), Done)
+        done = await client.post(f"{ADMIN}{path}/brake/release", Empty(), Done)
         return "the brake is released" if done.changed else "the brake was not on"
 
     await _tell(url, config, ask)
@@ -24,7 +27,7 @@ async def show_brake(url: str, config: Config) -> None:
     """Say whether the brake is on, and why."""
 
     async def ask(client: Client, path: str) -> str:
-        return (await client.get(f"{path}/status", Status)).brake or "the brake is off"
+        return (await client.get(f"/v1{path}/status", Status)).brake or "the brake is off"
 
     await _tell(url, config, ask)
 
@@ -33,7 +36,7 @@ async def roll_back(url: str, config: Config, to_step: int, without: Sequence[st
     """Have the next step restore an earlier one."""
 
     async def ask(client: Client, path: str) -> str:
-        done = await client.post(f"{path}/rollback", Rollback(to_step=to_step, without=list(without)), Done)
+        done = await client.post(f"{ADMIN}{path}/rollback", Rollback(to_step=to_step, without=list(without)), Done)
         told = f", without {', '.join(without)}" if without else ""
         return f"step {done.changed} takes up step {to_step} again{told}"
 
@@ -42,8 +45,9 @@ async def roll_back(url: str, config: Config, to_step: int, without: Sequence[st
 
 async def _tell(url: str, config: Config, ask: Callable[[Client, str], Awaitable[str]]) -> None:
     client = Client(url, Key.load_or_make(config.folder / "keys" / "coordinator"), patience_s=5.0)
+    client.admin_token = read_token(config.coordinator.admin_token_file)
     try:
         client.tag = (await client.get("/v1", Index)).coordinator
-        sys.stdout.write(await ask(client, f"/v1/runs/{config.run.name}") + "\n")
+        sys.stdout.write(await ask(client, f"/runs/{config.run.name}") + "\n")
     finally:
         await client.close()

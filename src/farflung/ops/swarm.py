@@ -34,7 +34,9 @@ from farflung.tasks.found import local_grants
 from farflung.tasks.keyring import root_of
 
 log = logging.getLogger(__name__)
-LOOK_S = 0.25
+LOOK_S = 1.0
+DOOMED_LOOK_S = 0.25
+"""While a worker is still to be killed in the middle of a lease."""
 SETTLE_S = 0.5
 START_S = 240.0
 STOP_S = 15.0
@@ -68,7 +70,7 @@ class Swarm:
         self.config = _settled(config)
         self.folder = self.config.folder
         self.path = self.folder / "config.json"
-        self.url = f"http://{self.config.coordinator.host}:{self.config.coordinator.port}"
+        self.url = f"{self.config.scheme}://{self.config.coordinator.host}:{self.config.coordinator.port}"
         self.client = Client(self.url, Key.make(), patience_s=0.0)
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.screen = Screen(self.config, is_plain=is_plain)
@@ -227,7 +229,8 @@ class Swarm:
                 await self._kill_doomed(status.nodes)
                 if status.status == "finished":
                     return True
-            await asyncio.sleep(LOOK_S)
+            is_killing = len(self.killed) < self.config.swarm.kill
+            await asyncio.sleep(DOOMED_LOOK_S if is_killing else LOOK_S)
         return False
 
     async def _status(self) -> Status | None:

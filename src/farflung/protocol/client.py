@@ -26,6 +26,8 @@ READ_BYTES, WORTH_BYTES, NAP_S = 1 << 16, 1 << 18, 0.2
 """A large download whose last read brought less than READ_BYTES waits for WORTH_BYTES to come, at most NAP_S."""
 LONGEST_PAUSE_S = 2.0
 """Between tries, at first 0.1 s; no two nodes pause as long, so that they do not all come at once."""
+CA_VARIABLE = "FARFLUNG_CA_FILE"
+"""Environment variable that names a PEM file of authorities to trust beside the usual ones."""
 
 
 _skew_s = 0.0
@@ -60,6 +62,8 @@ class Client:
         clock: Callable[[], float] = wall_clock,
     ) -> None:
         self.url, self.key, self.tag, self.patience_s, self.clock = url.rstrip("/"), key, tag, patience_s, clock
+        self.admin_token = ""
+        """Sent along if there is one; see `farflung.protocol.admin`."""
         timeout = httpx2.Timeout(60.0, connect=5.0)
         try:
             self._http = httpx2.AsyncClient(
@@ -128,6 +132,8 @@ class Client:
         self, method: str, path: str, body: bytes, signed: bool, headers: dict[str, str], limit_bytes: int
     ) -> bytes:
         headers = {"accept": wire.MSGPACK, "content-type": wire.MSGPACK} | headers
+        if self.admin_token:
+            headers["authorization"] = f"Bearer {self.admin_token}"
         if signed:
             parts = urlsplit(self.url + path)
             headers |= sign_request(self.key, method, parts.path, parts.query, body, now=self.clock(), tag=self.tag)
@@ -174,10 +180,21 @@ class Client:
             raise Unreachable(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
 
 
-@lru_cache(maxsize=1)
 def _authorities() -> ssl.SSLContext:
-    """Certificates that vouch for https addresses: reading them takes a third of a second, so all lines share them."""
-    return httpx2.create_ssl_context(trust_env=False)
+    """Certificates that vouch for https addresses, those of FARFLUNG_CA_FILE among them. Raises ConfigError."""
+    return _context(os.environ.get(CA_VARIABLE, ""))
+
+
+@lru_cache(maxsize=4)
+def _context(ca_file: str) -> ssl.SSLContext:
+    """Reading them takes a third of a second, so all lines share them."""
+    context = httpx2.create_ssl_context(trust_env=False)
+    if ca_file:
+        try:
+            context.load_verify_locations(ca_file)
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(f"{ca_file} of {CA_VARIABLE} holds no certificates in PEM: {error}") from error
+    return context
 
 
 class _Pace:

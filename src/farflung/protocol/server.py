@@ -6,6 +6,7 @@ A role lists its routes as `Route` values; `mount` puts them on a FastAPI app wi
 
 import asyncio
 import logging
+import math
 import random
 import re
 import socket
@@ -148,14 +149,20 @@ class Queue:
         return random.uniform(0.5, 1.5) * min(self.longest_s, self.base_s + self.longest_s * share)
 
 
-def mount(app: FastAPI, routes: Sequence[Route], tag: str, clock: Callable[[], float] = time.time) -> None:
-    """Add the routes to the app and the error shape to all of it."""
+def mount(
+    app: FastAPI,
+    routes: Sequence[Route],
+    tag: str,
+    clock: Callable[[], float] = time.time,
+    count: Callable[[str], None] = lambda node: None,
+) -> None:
+    """Add the routes to the app and the error shape to all of it. `count` may raise Busy for a node that signed."""
     nonces = Nonces()
     app.router.redirect_slashes = False  # a redirect would not be a problem+json, and repeats the Host header
     for route in routes:
         app.add_api_route(
             route.path,
-            _endpoint(route, nonces, tag, clock),
+            _endpoint(route, nonces, tag, clock, count),
             methods=[route.method],
             name=route.handler.__name__,
             description=route.handler.__doc__,
@@ -169,12 +176,15 @@ def mount(app: FastAPI, routes: Sequence[Route], tag: str, clock: Callable[[], f
     _publish_schema(app, routes)
 
 
-def _endpoint(route: Route, nonces: Nonces, tag: str, clock: Callable[[], float]) -> Callable[..., Awaitable[Response]]:
+def _endpoint(
+    route: Route, nonces: Nonces, tag: str, clock: Callable[[], float], count: Callable[[str], None]
+) -> Callable[..., Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         path = {name: _checked(name, value) for name, value in request.path_params.items()}
         signer = None
         if route.signed:
             signer = _verify(request, tag, clock())
+            count(signer.node)
             nonces.check(signer.node + signer.nonce, clock())
         door = Call(None, b"", path, signer, request)
         body = await _read(request, await route.gate(door) if route.gate else route.limit_bytes)
@@ -252,7 +262,7 @@ def _respond(request: Request, answer: Any) -> Response:
 
 def problem_response(error: Refusal) -> Response:
     """A refusal as application/problem+json."""
-    headers = {} if error.retry_after_s is None else {"retry-after": f"{error.retry_after_s:.0f}"}
+    headers = {} if error.retry_after_s is None else {"retry-after": str(math.ceil(error.retry_after_s))}
     return Response(
         msgspec.json.encode(error.problem()),
         status_code=error.status,

@@ -164,9 +164,9 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
 
 def _diagnosis(profile: Profile, evidence: Evidence) -> str:
     """What explains a suspect's rollouts, if the validator tried that."""
-    tried = {one.name: [_seen(found) for found in one.rollouts] for one in evidence.explanations}
+    tried = {one.name: [seen_of(found) for found in one.rollouts] for one in evidence.explanations}
     try:
-        return diagnose(profile, [_seen(found) for found in evidence.rollouts], tried)
+        return diagnose(profile, [seen_of(found) for found in evidence.rollouts], tried)
     except ValueError as error:
         raise Malformed(f"evidence on audit {evidence.audit}: {error}") from error
 
@@ -195,7 +195,7 @@ def _take_effect(
 
 def finding(profile: Profile, found: RolloutEvidence) -> Finding:
     """What one rollout's evidence comes to under a profile. Raises Malformed for numbers that no replay gives."""
-    seen = _seen(found)
+    seen = seen_of(found)
     try:
         ratios = log_ratios(profile, seen)
     except ValueError as error:
@@ -204,7 +204,7 @@ def finding(profile: Profile, found: RolloutEvidence) -> Finding:
     return Finding(found.rollout, len(seen.gap), flips(seen), tuple(ratios.tolist()), found.distance or 0.0, far)
 
 
-def _seen(found: RolloutEvidence) -> Seen:
+def seen_of(found: RolloutEvidence) -> Seen:
     return Seen(wire.unpack_floats(found.gap), wire.unpack_floats(found.margin), wire.unpack_floats(found.pick))
 
 

@@ -21,7 +21,7 @@ from farflung.protocol.messages import (
 )
 from farflung.protocol.session import Session
 from farflung.rollouts.submit import slices_of
-from farflung.trust.evidence import Seen, from_json, is_void, log_ratios, mean_log_ratio, submission_log_ratios
+from farflung.trust.evidence import Seen, from_json, is_void, log_ratios, submission_log_ratios
 from farflung.trust.fingerprint import distance
 
 TEMPERATURES = (0.9, 1.1)
@@ -86,8 +86,8 @@ def items_of(job: AuditJob, temperature: float = 1.0) -> list[Item]:
 def more(job: AuditJob, found: Sequence[Replay]) -> int:
     """How many more rollouts to replay: none once these void the submission, for stopping is as valid as going on.
 
-    What looks like a cheat's goes on one by one, so that it costs no more tokens than it must; else as many again as
-    are done, so that the honest cost few passes.
+    While any cheat explains them better than honesty does it goes on one by one, so that a cheat costs no more tokens
+    than it must; else by as many again as are done, so that the honest cost few passes.
     """
     left = len(job.rollouts) - len(found)
     if not job.cap:
@@ -102,7 +102,7 @@ def more(job: AuditJob, found: Sequence[Replay]) -> int:
     total = submission_log_ratios(ratios)
     if is_void(total, job.cap):
         return 0
-    return min(left, 1 if mean_log_ratio(total) > 0 else len(found))
+    return min(left, 1 if total.max() > 0 else len(found))
 
 
 def _replay_each(engine: Engine, of_jobs: Sequence[Sequence[Item]]) -> list[list[Replay]]:

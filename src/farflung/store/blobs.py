@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from datetime import timedelta
 from urllib.parse import parse_qsl, urlsplit
 
@@ -16,6 +16,7 @@ S3_PATIENCE = timedelta(seconds=10)
 """How long an S3 store that does not answer is asked again before the client is told to come back."""
 S3_OPTIONS = ("endpoint", "region")
 SIGNED_S = 600
+DIGEST_CHARS = 64
 
 
 def digest_of(data: bytes) -> str:
@@ -51,6 +52,15 @@ class Blobs:
         for digest in digests:
             with _told(digest, "deleted"), contextlib.suppress(FileNotFoundError):
                 await obstore.delete_async(self._store, _path(digest))
+
+    async def kept(self) -> AsyncIterator[tuple[str, float]]:
+        """Digest of every blob and when it was stored, in seconds since 1970. Raises Unavailable."""
+        with _told("", "listed"):
+            async for found in obstore.list(self._store):  # pyright: ignore[reportUnknownMemberType]
+                for one in found:
+                    folder, _, name = one["path"].rpartition("/")
+                    if folder == name[:2] and len(name) == DIGEST_CHARS:
+                        yield name, one["last_modified"].timestamp()
 
     async def size(self, digest: str) -> int:
         """Size in bytes. Raises NotFound or Unavailable."""

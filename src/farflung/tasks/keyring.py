@@ -65,7 +65,7 @@ def read(folder: Path) -> Keyring | None:
         return None
     try:
         signed = msgspec.json.decode(path.read_bytes(), type=list[Signed])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no list of delegations: {error}") from error
     if not signed:
         raise ConfigError(f"{path} is empty; move it away and the root in {folder / 'root'} delegates anew")

@@ -66,12 +66,12 @@ EDITS: Final = (0.0625, 0.00390625)
 """The share of tokens that a cheat may have replaced by what it likes."""
 SHARES: Final = (1.0, 0.125)
 """The share of rollouts that a cheat may have cheated on."""
-CAP: Final = 1000.0
+CAP: Final = 450.0
 """Three submissions at the cap quarantine a new key if but one of the 18 alternatives is there, though the process over
-all of its audits is only part of M (`farflung.trust.record`): 0.8·(1000/2)³/2/18 > 2·10⁶."""
+all of its audits is only part of M (`farflung.trust.record`): 0.8·(450/1.135)³/2/18 > 10⁶."""
 ODD: Final = 10.0
 """Likelihood ratio at which a rollout is not trained on, though nothing else follows: 1 in 10 of the honest at most."""
-ETA: Final = 1e-3
+ETA: Final = 3e-4
 ALPHA: Final = 1e-6
 
 Probabilities = Annotated[tuple[float, ...], Meta(min_length=1, max_length=64)]

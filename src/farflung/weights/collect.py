@@ -23,6 +23,13 @@ def spent(connection: Connection, book: Book, since: int) -> tuple[list[str], in
     return needless(manifests, oldest)
 
 
+def needed(connection: Connection, book: Book) -> set[str]:
+    """Digests of the shards that lead to every version in use."""
+    manifests = dict(_manifests(connection, book, 0))
+    _, first = needless(manifests, oldest_in_use(connection, book))
+    return {shard for step, manifest in manifests.items() if step >= first for shard in _names(manifest)}
+
+
 def needless(manifests: Mapping[int, Manifest], oldest: int) -> tuple[list[str], int]:
     """Shards that only steps before the last anchor up to `oldest` name, and the step of that anchor. Pure."""
     anchors = [step for step, manifest in manifests.items() if manifest.shards and step <= oldest]

@@ -30,6 +30,7 @@ from farflung.protocol.errors import (
 from farflung.protocol.messages import Relays, Shard
 from farflung.protocol.session import Session
 from farflung.weights import pieces, sources
+from farflung.weights.reach import check_reach
 
 log = logging.getLogger(__name__)
 PART = ".part"
@@ -222,6 +223,7 @@ class Downloads:
         relays: dict[str, Client] = {}
         for relay in found.relays:
             try:
+                await check_reach(relay.url, self.session.client.url)
                 relays[relay.url] = self._relays.pop(relay.url, None) or Client(relay.url, key, patience_s=0.0)
             except ConfigError as error:
                 log.warning("relay left out node=%s because=%s", relay.node, error)
