@@ -326,7 +326,7 @@ def trainer(folder: Path, url: str, pair: Sequence[Path], marks: Marks, go: Path
             await asyncio.sleep(0.05)
         # The next step is opened by rolling back, which needs no rollouts; what is published is the pair's second half.
         line = Client(url, operator, tag=session.client.tag)
-        await line.post(session.path("rollback"), Rollback(to_step=0), Done)
+        await line.post(f"/v1/admin/runs/{RUN}/rollback", Rollback(to_step=0), Done)
         await publish(session, publisher, 1)
 
     asyncio.run(live())
