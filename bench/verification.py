@@ -291,9 +291,9 @@ def replayed(part: Sequence[Finding]) -> list[Finding]:
     count = 1
     while count < len(part):
         total = evidence.submission_log_ratios([np.array(one.log_ratios) for one in part[:count]])
-        if evidence.is_void(total):
+        if not (more := evidence.further(total, count)):
             return list(part[:count])
-        count += 1 if total.max() > 0 else count
+        count += more
     return list(part)
 
 

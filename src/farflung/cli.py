@@ -594,8 +594,6 @@ def sift(config: Path, *flags: Flags, out: Path, samples: int = 8, low: float = 
     high
         Largest share that is kept.
     """
-    import asyncio
-
     from farflung.ops.sift import Band
     from farflung.ops.sift import sift as choose
 

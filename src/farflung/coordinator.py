@@ -493,9 +493,9 @@ class Coordinator:
     async def _note_evals(self) -> None:
         """Write down evaluations that are through, before the last of them ends the run."""
         latest = (await self.database.read(self.book.latest)).step
-        if set(self.config.eval_steps(latest)) - self._noted:
-            found = await self.database.read(lambda c: heldout.finished(c, self.config))
-            if {view.step for view in found} - self._noted:
+        if due := set(self.config.eval_steps(latest)) - self._noted:
+            found = await self.database.read(lambda c: heldout.finished(c, self.config, due))
+            if found:
                 await asyncio.to_thread(self.metrics.note_evals, found, self.clock())
             self._noted |= {view.step for view in found}
 

@@ -33,10 +33,10 @@ def shown(connection: Connection, config: Config) -> list[EvalView]:
     return [_greedy(found) if (found.step, heldout.SAMPLED) in going else found for found in done]
 
 
-def finished(connection: Connection, config: Config) -> list[EvalView]:
-    """Evaluations with every part through."""
-    going = {step for step, _ in heldout.left(connection, config, config.run.steps)}
-    return [found for found in evals(connection, config) if found.step not in going]
+def finished(connection: Connection, config: Config, among: set[int]) -> list[EvalView]:
+    """Evaluations of some steps with every part through; scores are only looked for where there are any."""
+    through = among - {step for step, _ in heldout.left(connection, config, config.run.steps)}
+    return [found for found in evals(connection, config) if found.step in through] if through else []
 
 
 def _greedy(found: EvalView) -> EvalView:

@@ -30,7 +30,7 @@ async def patiently(
 
     Whatever else goes wrong is raised, and so is a full disk when it is over.
     """
-    waited_s, was_full = 0.0, False
+    waited_s = 0.0
     while True:
         try:
             result = await write()
@@ -40,9 +40,8 @@ async def patiently(
             if waited_s % SAY_S < LOOK_S:
                 log.warning("disk full, waiting for room to write %s because=%s", what, error)
             say(f"waits for room on its disk to write {what}: {error}"[:500])
-            was_full = True
         else:
-            if was_full:
+            if waited_s:
                 log.warning("there is room again, %s is written", what)
                 say("")
             return result

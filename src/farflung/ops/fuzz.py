@@ -70,13 +70,10 @@ def _of_type(type: type[Any]) -> Decoder:
     tree = example(type)
 
     def attempt(chance: Chance) -> object:
-        return wire.decode(*_as_body(chance.encoded(tree), type))
+        data, content_type = chance.encoded(tree)
+        return wire.decode(data, type, content_type)
 
     return Decoder(type.__name__, attempt, (Malformed,))
-
-
-def _as_body(encoded: tuple[bytes, str], type: type[Any]) -> tuple[bytes, type[Any], str]:
-    return encoded[0], type, encoded[1]
 
 
 def _text(chance: Chance, text: str) -> str:

@@ -21,7 +21,7 @@ from farflung.protocol.messages import (
 )
 from farflung.protocol.session import Session
 from farflung.rollouts.submit import slices_of
-from farflung.trust.evidence import Seen, from_json, is_void, log_ratios, submission_log_ratios
+from farflung.trust.evidence import Seen, from_json, further, log_ratios, submission_log_ratios
 from farflung.trust.fingerprint import distance
 
 TEMPERATURES = (0.9, 1.1)
@@ -100,9 +100,7 @@ def more(job: AuditJob, found: Sequence[Replay]) -> int:
     except ValueError:  # this machine computes nonsense; the coordinator refuses it
         return left
     total = submission_log_ratios(ratios)
-    if is_void(total, job.cap):
-        return 0
-    return min(left, 1 if total.max() > 0 else len(found))
+    return min(left, further(total, len(found), job.cap))
 
 
 def _replay_each(engine: Engine, of_jobs: Sequence[Sequence[Item]]) -> list[list[Replay]]:

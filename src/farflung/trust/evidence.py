@@ -270,6 +270,15 @@ def is_void(log_ratios: np.ndarray, cap: float = CAP) -> bool:
     return is_bad(float(log_ratios.max()), cap)
 
 
+def further(log_ratios: np.ndarray, done: int, cap: float = CAP) -> int:
+    """How many rollouts more an audit replays after `done` of them: none once they void the submission, one while any
+    alternative explains them better than honesty, else as many again.
+    """
+    if is_void(log_ratios, cap):
+        return 0
+    return 1 if log_ratios.max() > 0 else done
+
+
 # --- one key ---------------------------------------------------------------------------------------------------------
 
 HIGHEST: Final = 1e300
