@@ -76,14 +76,13 @@ def test_the_nodes_table_is_live(site, look) -> None:
 def test_a_story_opens_and_leads_on(site, look) -> None:
     page = look("/")
     page.click("#nodes >> text=mallory")
-    node = site.house.named("mallory").id
-    assert page.url == f"{site.url}/story/{node}"
+    page.wait_for_url(f"{site.url}/story/{site.house.named('mallory').id}")
     assert "ejected" in page.inner_text(".facts")
     assert "evidence" in page.inner_text("main")
     page.click("table a.id >> nth=0")
-    assert re.fullmatch(rf"{site.url}/story/a[0-9a-f]{{12}}", page.url), "the audit that led to the verdict"
+    page.wait_for_url(re.compile(rf"{site.url}/story/a[0-9a-f]{{12}}"))  # the audit that led to the verdict
     page.click("article a.id >> nth=0")
-    assert re.fullmatch(rf"{site.url}/story/r[0-9a-f]{{12}}", page.url), "one of its rollouts"
+    page.wait_for_url(re.compile(rf"{site.url}/story/r[0-9a-f]{{12}}"))  # one of its rollouts
     assert "leased" in page.locator("main table").last.inner_text()
 
 
@@ -154,11 +153,13 @@ def test_the_page_reads_without_scripts(site, look) -> None:
     assert "held-out" in text
     assert page.locator('[data-curve="reward"] svg polyline').count() == 1
     page.click("#nodes th >> text=residual")
-    assert "sort=residual" in page.url
+    page.wait_for_url("**sort=residual**")
     assert page.locator("#nodes tbody tr >> nth=0").inner_text().startswith("mallory")
     page.click("nav >> text=rollouts")
+    page.wait_for_url("**/rollouts")
     assert page.locator("article").count() > 4
     page.click("article a.id >> nth=0")
+    page.wait_for_url("**/story/**")
     assert "Events" in page.inner_text("main")
 
 
