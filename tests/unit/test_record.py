@@ -3,12 +3,19 @@
 import msgspec
 import pytest
 
+from farflung.config import Config
 from farflung.protocol import states
 from farflung.trust.evidence import CHEATS
 from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, submitted, weigh
 
 SETTINGS = TrustSettings(probation_rollouts=8)
 TRUSTED = NodeRecord("trusted", audited_submissions=2, audited_rollouts=8, audited_tokens=160, clean_rollouts=8)
+
+
+def test_a_run_by_default_has_the_numbers_that_the_test_was_worked_out_for() -> None:
+    configured = Config().trust
+    for name in TrustSettings.__struct_fields__:
+        assert getattr(configured, name) == getattr(TrustSettings(), name), name
 
 
 def good(count: int) -> list[Finding]:
