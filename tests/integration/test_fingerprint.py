@@ -18,7 +18,7 @@ from farflung.rollouts.submit import generate, submission_of
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
 from farflung.trust.fingerprint import distance
 
-ASKED = {"trust": {"probation_rollouts": 4, "probation_waiting": 99, "fingerprint": True}}
+ASKED = {"trust": {"probation_rollouts": 4, "probation_waiting": 99, "fingerprint": True, "audit_scale": 1000.0}}
 NONCE, OTHER = "ab" * 32, "cd" * 32
 
 
