@@ -4,9 +4,10 @@
 
 SmolLM2 on single-digit sums as a chat: 8 prompts × 8 samples a step, at most 24 new tokens, temperature 1, lr 1e-5,
 AdamW (0.9, 0.999). farflung runs a trainer, a validator and a worker with verification on, each step on the groups of
-the policy before it (`learn.lockstep`); TRL's GRPOTrainer runs in an environment that this script makes in a cache
-folder, in float32 where the machine does not compute in bfloat16. Each is stopped once the mean reward of five steps
-reaches the last of `--until`. Clocks start when training does: models are loaded, nothing is generated yet.
+the policy before it (`learn.lockstep`) in `--minibatches` optimizer updates; TRL's GRPOTrainer runs in an environment
+that this script makes in a cache folder, in float32 where the machine does not compute in bfloat16. Each is stopped
+once the mean reward of five steps reaches the last of `--until`. Clocks start when training does: models are loaded,
+nothing is generated yet.
 Prints one JSON object as its last line: ratios are ours ÷ the peer's, medians over seeds; null if never reached.
 """
 
@@ -109,7 +110,7 @@ class Watch(threading.Thread):
 # --- farflung --------------------------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, seed: int, most_steps: int, until: float, threads: int) -> Curve:
+def ours(folder: Path, seed: int, most_steps: int, until: float, threads: int, minibatches: int) -> Curve:
     """A run of farflung, stopped once it is there."""
     dtype, why = compute_dtype("auto")
     name = "bf16" if dtype == torch.bfloat16 else "fp32"
@@ -127,7 +128,8 @@ def ours(folder: Path, seed: int, most_steps: int, until: float, threads: int) -
             "lr": LR,
             "beta1": BETAS[0],
             "beta2": BETAS[1],
-            "microbatch_tokens": 1024,
+            "minibatches": minibatches,
+            "microbatch_tokens": 1600 // minibatches,
             "checkpoint_every": 8,
             "threads": threads,
         },
@@ -289,6 +291,9 @@ def main() -> int:
     made.add_argument("--until", type=float, nargs="+", default=[0.5, 0.7])
     made.add_argument("--steps", type=int, default=60, help="most steps of each")
     made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads of trainer, worker, peer")
+    made.add_argument(
+        "--minibatches", type=int, default=4, help="optimizer updates per step of farflung; TRL takes one, its default"
+    )
     made.add_argument("--peer-python", type=Path, help="an environment with TRL; made if not given")
     made.add_argument("--peer-steps", type=Path, nargs="*", help="lines of earlier runs of the peer, one file a seed")
     made.add_argument("--no-peer", action="store_true")
@@ -303,7 +308,7 @@ def main() -> int:
     python = (asked.peer_python or environment()) if is_asked else Path()
     for seed in range(1, seeds + 1):
         with tempfile.TemporaryDirectory(prefix="farflung-learn-") as scratch:
-            our.append(ours(Path(scratch), seed, asked.steps, levels[-1], asked.threads))
+            our.append(ours(Path(scratch), seed, asked.steps, levels[-1], asked.threads, asked.minibatches))
             if is_asked:
                 theirs.append(peer(python, Path(scratch), seed, asked.steps, levels[-1], asked.threads))
     if asked.picture:

@@ -338,8 +338,11 @@ def test_a_rollout_that_only_looks_odd_is_leased_again_and_nobody_is_blamed(hous
         for one in found.rollouts:
             margin = np.zeros(len(one.gap) // 4)
             margin[:2] = 0.5 if one.rollout == odd else 0.0
-            sure = wire.pack_floats(np.full(len(margin), 0.9))
-            rollouts.append(msgspec.structs.replace(one, margin=wire.pack_floats(margin), pick=sure))
+            sure, close = np.full(len(margin), 0.9), np.full(len(margin), 1.5)
+            close[1] = 0.7
+            seen = {"margin": margin, "pick": sure, "gap": close}
+            packed = {name: wire.pack_floats(values) for name, values in seen.items()}
+            rollouts.append(msgspec.structs.replace(one, **packed))
         found = msgspec.structs.replace(found, rollouts=rollouts)
         await house.tell("val-1", f"audits/{job.audit}/evidence", seal(house.named("val-1"), "evidence", found), m.Done)
         assert house.row(ROLLOUTS, odd).status == "rejected"

@@ -87,8 +87,8 @@ class Learner:
         given = list(zip(microbatches, behaviour or [None] * len(microbatches), strict=True))
         with _deterministic():
             updates = [(deal(given[k::count], ranks), self._total(microbatches[k::count])) for k in range(count)]
-            old = [self._before(parts) if count > 1 else [None] * len(parts) for parts, _ in updates]
-            for (parts, total), old_logp in zip(updates, old, strict=True):
+            first, rest = [None] * len(updates[0][0]), [self._before(parts) for parts, _ in updates[1:]]
+            for (parts, total), old_logp in zip(updates, [first, *rest], strict=True):
                 self._update(parts, old_logp, total, tally)
         return tally.metrics(self._lr(), fill(microbatches), ranks)
 
@@ -97,7 +97,7 @@ class Learner:
         return sum(denominator(micro.mask_BT, objective.normalise, objective.constant) for micro in microbatches)
 
     def _before(self, parts: Sequence["_Part"]) -> list[torch.Tensor]:
-        """Log-probabilities before the first of several updates; of a single one, its own pass yields them."""
+        """Log-probabilities before the first update, for later ones; of the first, its own pass yields them."""
         with torch.no_grad():
             return [self.policy.logp_BT(micro) for (micro, _), _ in parts]
 
