@@ -87,8 +87,8 @@ class Learner:
         given = list(zip(microbatches, behaviour or [None] * len(microbatches), strict=True))
         with _deterministic():
             updates = [(deal(given[k::count], ranks), self._total(microbatches[k::count])) for k in range(count)]
-            first, rest = [None] * len(updates[0][0]), [self._before(parts) for parts, _ in updates[1:]]
-            for (parts, total), old_logp in zip(updates, [first, *rest], strict=True):
+            old = [self._before(parts) if k else [None] * len(parts) for k, (parts, _) in enumerate(updates)]
+            for (parts, total), old_logp in zip(updates, old, strict=True):
                 self._update(parts, old_logp, total, tally)
         return tally.metrics(self._lr(), fill(microbatches), ranks)
 
