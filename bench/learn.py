@@ -38,6 +38,8 @@ SMOL = ROOT / "models" / "smollm2-135m"
 TASK = {"config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, "suffix": ""}
 GROUPS, SAMPLES, BUDGET, LR, BETAS = 8, 8, 24, 1e-5, (0.9, 0.999)
 WINDOW = 5
+EVERY_S = 15.0
+"""Between looks at memory; a look at 4 GB of pages takes a good part of a second from what is measured."""
 PEER = ("trl==1.16.0", "reasoning-gym", "datasets")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "farflung-bench"
 
@@ -79,10 +81,15 @@ class Watch(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self._process, self.peak_mb, self._cpu, self._over = psutil.Process(pid), 0.0, dict[int, float](), False
+        self._process, self.peak_mb, self._cpu, self._over = (
+            psutil.Process(pid),
+            0.0,
+            dict[int, float](),
+            threading.Event(),
+        )
 
     def run(self) -> None:
-        while not self._over:
+        while not self._over.wait(EVERY_S):
             total = 0
             for one in self._family():
                 try:
@@ -92,11 +99,10 @@ class Watch(threading.Thread):
                 except psutil.Error:  # it ended meanwhile
                     continue
             self.peak_mb = max(self.peak_mb, total / 1e6)
-            time.sleep(1.0)
 
     def stop(self) -> tuple[float, float]:
         """CPU-seconds of all, and the peak of their memory in MB."""
-        self._over = True
+        self._over.set()
         self.join()
         return sum(self._cpu.values()), self.peak_mb
 

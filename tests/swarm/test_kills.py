@@ -38,9 +38,14 @@ def check_books(folder):
     assert _one(folder, "SELECT coalesce(sum(tokens), 0) FROM entries") == 0
 
 
-def test_killed_coordinator_loses_nothing_and_workers_go_on_by_themselves(start):
-    running = start(*SMALL)
-    before = running.wait_for(lambda status: status["latest"]["step"] >= 2)
+def test_every_trusted_role_is_killed_in_turn_and_nothing_is_lost(start):
+    running = start(*SMALL, "--learn.checkpoint_every", "3", "--coordinator.claim_s", "2")
+    running.wait_for(lambda status: status["latest"]["step"] >= 1)
+    running.kill("validator-1")
+    running.kill("scorer")
+    running.wait_for(lambda status: status["latest"]["step"] >= 2)
+    running.kill("trainer")
+    before = running.wait_for(lambda status: status["latest"]["step"] >= 3)
     workers = {f"worker-{number}": running.pid(f"worker-{number}") for number in range(1, 5)}
     running.kill("coordinator")
     after = running.wait_for(lambda status: status["latest"]["step"] > before["latest"]["step"])
@@ -48,34 +53,13 @@ def test_killed_coordinator_loses_nothing_and_workers_go_on_by_themselves(start)
     assert {name: running.pid(name) for name in workers} == workers, "workers must survive the coordinator"
     output = running.finish()
     assert running.process.returncode == 0, output
-    assert "coordinator ended with -9, starting it again" in output
-    assert running.summary()["steps"] == 6
-    check_books(running.folder)
-
-
-def test_killed_trainer_goes_on_from_its_last_committed_step(start):
-    running = start(*SMALL, "--learn.checkpoint_every", "3")
-    running.wait_for(lambda status: status["latest"]["step"] >= 2)
-    running.kill("trainer")
-    output = running.finish()
-    assert running.process.returncode == 0, output
-    assert "trainer ended with -9, starting it again" in output
-    summary = running.summary()
-    assert summary["steps"] == 6
-    assert summary["eval_after"] > summary["eval_before"]
+    for role in ("validator-1", "scorer", "trainer", "coordinator"):
+        assert f"{role} ended with -9, starting it again" in output
     log = (running.folder / "logs" / "trainer.log").read_text()
     assert "replayed step=" in log, "the steps since the checkpoint are replayed to their recorded weights"
-    check_books(running.folder)
-
-
-def test_killed_validator_and_scorer_are_replaced(start):
-    running = start(*SMALL, "--coordinator.claim_s", "2")
-    running.wait_for(lambda status: status["latest"]["step"] >= 1)
-    running.kill("validator-1")
-    running.kill("scorer")
-    output = running.finish()
-    assert running.process.returncode == 0, output
-    assert running.summary()["honest_ejected"] == 0
+    summary = running.summary()
+    assert (summary["steps"], summary["honest_ejected"]) == (6, 0)
+    assert summary["eval_after"] > summary["eval_before"]
     check_books(running.folder)
 
 
