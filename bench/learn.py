@@ -81,12 +81,8 @@ class Watch(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self._process, self.peak_mb, self._cpu, self._over = (
-            psutil.Process(pid),
-            0.0,
-            dict[int, float](),
-            threading.Event(),
-        )
+        self._process, self._over = psutil.Process(pid), threading.Event()
+        self.peak_mb, self._cpu = 0.0, dict[int, float]()
 
     def run(self) -> None:
         while not self._over.wait(EVERY_S):
