@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/farflung run examples/demo.toml --fresh --run.seed $(SEED)
 
 # Whole swarms on one core, everything else on the other, and with it as many swarms as that has time for.
-OTHER_SWARMS := tests/swarm/test_lockstep.py tests/swarm/test_redteam.py tests/swarm/test_rollback.py
+OTHER_SWARMS := tests/swarm/test_redteam.py
 
 test: check
 	@$(MAKE) --no-print-directory -j2 test-swarm test-rest

@@ -22,6 +22,8 @@ Flags = Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings as --
 
 def main() -> None:
     """Run one command; whatever the user can mend is one sentence and exit code 2."""
+    # Read once, as torch is imported: a thread that waits for another gives its core to the roles beside it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FarflungError as error:
