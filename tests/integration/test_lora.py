@@ -16,6 +16,7 @@ from farflung.learner.policy import Policy
 from farflung.learner.ranks import Ranks
 from farflung.protocol.errors import ConfigError
 
+
 def test_it_begins_as_the_base_model_and_trains_nothing_but_adapters() -> None:
     base, adapted = learner(0), learner(4)
     first = dict(base.policy.masters())

@@ -1,4 +1,4 @@
-"""A merged matrix has the bits that docs/protocol.md says, however the work is cut up; no byte from outside gets past."""
+"""A merged matrix has the bits that docs/protocol.md says, however the work is cut up; no changed byte is taken."""
 
 import hashlib
 from collections.abc import Callable

@@ -58,7 +58,7 @@ def _whole(name: str, values: torch.Tensor) -> tuple[torch.Tensor, int]:
     most = float(values.abs().max()) if values.numel() else 0.0
     if not most <= torch.finfo(torch.float32).max:
         raise WeightsError(
-            f"the adapter of {name} holds infinities or NaNs; lower learn.lr or learn.lora_scale and go on from a checkpoint"
+            f"the adapter of {name} holds infinities or NaNs; lower learn.lr and go on from an earlier checkpoint"
         )
     exponent = max(SMALLEST_EXPONENT, math.frexp(most)[1] - BITS)
     whole = (values * 2.0**-exponent).round_().clamp_(-(2**BITS), 2**BITS - 1)

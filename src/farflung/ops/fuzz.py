@@ -61,6 +61,7 @@ def decoders(folder: Path) -> list[Decoder]:
         Decoder("manifest", _manifest, (BadSignature, WeightsError), 4.0),
         Decoder("difference", _difference(), (WeightsError,), 10.0),
         Decoder("shard", _shard(folder), (WeightsError,), 0.5),
+        Decoder("adapters", _adapters(folder), (BadSignature, WeightsError), 2.0),
         Decoder("keyring", _keyring(folder), (ConfigError, BadSignature), 0.5),
         Decoder("profile", _profile(folder), (ConfigError,), 0.5),
     ]
@@ -195,6 +196,28 @@ def _shard(folder: Path) -> Callable[[Chance], object]:
         shards = [m.Shard(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data))]
         manifest = msgspec.structs.replace(PARENT, shards=shards)
         return list(stored("0", manifest, lambda digest: folder / "none", lambda digest: file))
+
+    return attempt
+
+
+def _adapters(folder: Path) -> Callable[[Chance], object]:
+    """A manifest with adapters, odd but sealed, and a shard of them that has the digest it names."""
+    base, held = save({"w": np.ones((4, 3), np.float16)}), bytes(2 * 2 * (4 + 3))
+    tensors = [m.Tensor(name="w", dtype="bfloat16", shape=[4, 3], digest=HEX, shard=0)]
+    honest = msgspec.structs.replace(
+        PARENT,
+        tensors=tensors,
+        digest=target_digest(tensors),
+        adapters=[m.Adapter(name="w", rank=2, exponent=-40, shard=1)],
+        shards=[m.Shard(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data)) for data in (base, held)],
+    )
+
+    def attempt(chance: Chance) -> object:
+        signed = _resealed(KIND, chance.packed(msgspec.to_builtins(honest)))
+        manifest = open_manifest(signed, KEY.public, "a1", manifest_digest(signed))
+        for shard, data in zip(honest.shards, (base, held), strict=True):
+            (folder / shard.digest).write_bytes(data)
+        return list(stored("0", manifest, lambda digest: folder / "none", lambda digest: folder / digest))
 
     return attempt
 

@@ -216,6 +216,11 @@ class Manifest(Message, frozen=True):
         return 0 if self.adapters else sum(shard.size_bytes for shard in self.shards)
 
     @property
+    def kind(self) -> str:
+        """What a person calls it; an anchor may be a difference too."""
+        return "adapters" if self.adapters else "anchor" if self.shards else "difference"
+
+    @property
     def base_shards(self) -> int:
         """How many of `shards` hold tensors; those after them hold adapters."""
         return min((adapter.shard for adapter in self.adapters), default=len(self.shards))
@@ -717,7 +722,7 @@ class VersionView(Message, frozen=True):
     anchor_bytes: int
     """Bytes of the whole weights as published, 0 where the step is no anchor."""
     delta_bytes: int
-    """Bytes of the difference to the step before, 0 where there is none."""
+    """Bytes of the difference to the step before, or of adapters; 0 where there is neither."""
     nodes: int
     """Nodes that are online and have it loaded."""
     published_at: float

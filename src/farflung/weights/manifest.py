@@ -97,7 +97,9 @@ def _refuse_odd_adapters(manifest: Manifest, digest: str) -> None:
 
 def _adapter_bytes(adapter: Adapter, tensor: Tensor) -> int:
     if len(tensor.shape) != 2 or tensor.dtype != "bfloat16":
-        raise WeightsError(f"tensor {tensor.name} is {tensor.dtype} {tensor.shape}; only bfloat16 matrices have adapters")
+        raise WeightsError(
+            f"tensor {tensor.name} is {tensor.dtype} {tensor.shape}; only bfloat16 matrices have adapters"
+        )
     return 2 * adapter.rank * sum(tensor.shape)
 
 

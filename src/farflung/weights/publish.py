@@ -111,7 +111,9 @@ class Publisher:
 
         `adapted` is what the tensors are made of, where that is to travel instead of them.
         """
-        described, made_of = await (self._differing(tensors, step) if adapted is None else self._adapting(tensors, adapted))
+        described, made_of = await (
+            self._differing(tensors, step) if adapted is None else self._adapting(tensors, adapted)
+        )
         manifest = Manifest(
             run=self.run,
             step=step,
