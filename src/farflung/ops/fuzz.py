@@ -155,7 +155,8 @@ def _papers() -> Callable[[Chance], object]:
 def _manifest_tree(**changes: Any) -> dict[str, Any]:
     tensors = [m.Tensor(name="w", dtype="float32", shape=[2, 3], digest=HEX, shard=0)]
     built = msgspec.to_builtins(tensors, builtin_types=(bytes,))
-    tree = example(m.Manifest) | {"step": 1, "base_step": 0, "tensors": built, "digest": target_digest(tensors)}
+    sums = {"tensors": built, "digest": target_digest(tensors)}
+    tree = example(m.Manifest) | {"step": 1, "base_step": 0, "adapters": []} | sums
     return tree | changes
 
 
