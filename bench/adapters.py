@@ -33,7 +33,7 @@ from farflung.weights.publish import SHARD_BYTES
 
 ROOT = Path(__file__).parents[1]
 SMOL = ROOT / "models" / "smollm2-135m"
-RANKS, RATES, STEPS, PROBLEMS, THREADS, ROUNDS = (8, 32), (1e-4, 1e-3), 4, 8, (1, 2), 3
+RANKS, RATES, STEPS, PROBLEMS, THREADS, ROUNDS = (8, 32), (1e-4, 1e-3), 3, 8, (1, 2), 3
 Weights = dict[str, torch.Tensor]
 
 
