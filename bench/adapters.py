@@ -150,10 +150,13 @@ def published_merged(policy: Policy, names: list[str]) -> Weights:
     return {name: from_masters(policy, name) if name in names else tensor for name, tensor in whole.items()}
 
 
-def row(rank: int, lr: float, count: int, *, is_timed: bool) -> dict[str, Any]:
+def row(rank: int, lr: float, count: int) -> dict[str, Any]:
     model, rng = Model(str(SMOL)), np.random.default_rng(1)
     torch.manual_seed(0)
     policy = Policy.from_pretrained(SMOL, is_dithered=True, lora_rank=rank, is_lora_alone=True)
+    base, adapters = dict(policy.base()), policy.factors()
+    timed = {str(threads): merge_s(base, adapters, threads) for threads in THREADS}
+    say(f"rank {rank}: merged in {json.dumps(timed)}")
     plain = Policy.from_pretrained(SMOL).model
     learner, texts, names = (
         Learner(policy, Optimisation(lr=lr, max_grad_norm=0.1)),
@@ -167,9 +170,6 @@ def row(rank: int, lr: float, count: int, *, is_timed: bool) -> dict[str, Any]:
         steps.append({"difference_bytes": difference_bytes(before, after)} | mismatch(policy, plain, names, texts))
         say(f"rank {rank} lr {lr:.0e} step {number}: loss {metrics.loss:.3f} {json.dumps(steps[-1])}")
         before = after
-    adapters = policy.factors()
-    base = dict(policy.base())
-    timed = {str(threads): merge_s(base, adapters, threads) for threads in THREADS} if is_timed else {}
     return {
         "rank": rank, "lr": lr, "steps": steps, "merge_s": timed,
         "full_bytes": sum(tensor.nbytes for tensor in base.values()),
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--untimed", action="store_true", help="sizes and mismatch alone")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training; 0 to time merges alone")
     arguments = parser.parse_args()
     if not SMOL.exists():
         sys.stdout.write(
@@ -192,8 +192,8 @@ def main() -> None:
         return
     torch.set_num_threads(max(THREADS))
     ranks, rates = (RANKS[:1], RATES[:1]) if arguments.quick else (arguments.ranks, arguments.rates)
-    steps = 1 if arguments.quick else STEPS
-    rows = [row(rank, lr, steps, is_timed=not arguments.untimed) for rank in ranks for lr in rates]
+    steps = 1 if arguments.quick else arguments.steps
+    rows = [row(rank, lr, steps) for rank in ranks for lr in rates]
     sys.stdout.write(json.dumps({"rows": rows}) + "\n")
 
 
