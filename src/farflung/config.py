@@ -122,6 +122,11 @@ class LearnSection(Section):
     )
     lora_rank: int = setting(0, "Train adapters of this rank and nothing else; 0 for all weights.", ge=0, le=4096)
     lora_scale: float = setting(2.0, "What an adapter's product is multiplied by.", gt=0)
+    lora_publish: Literal["adapters", "merged"] = setting(
+        "adapters",
+        "What travels of a step with `lora_rank`: adapters, which nodes merge into the base (`dithered`, whatever "
+        "`rounding` is), or the difference of merged weights.",
+    )
     checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     checkpoint_every: int = setting(1, "Steps between checkpoints; those between are replayed after a crash.", ge=1)
     anchor_every: int = setting(

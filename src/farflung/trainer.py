@@ -43,7 +43,7 @@ from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
 from farflung.weights.manifest import manifest_digest
 from farflung.weights.patch import patch
-from farflung.weights.publish import Publisher, digest_of
+from farflung.weights.publish import Adapted, Publisher, digest_of
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
@@ -264,12 +264,14 @@ class Trainer:
     async def _publish(self, batch: Batch, trained: StepMetrics | None, train_s: float, held: bytes) -> None:
         self.session.figures.phase = f"publishing step {batch.step}"
         before = time.monotonic()
+        policy = self.crew.learner.policy
         signed = await self._publisher.publish(
             self.crew.tensors(),
             step=batch.step,
             parent=self.session.latest.manifest,
             commitment=batch.secret_commitment,
             now=time.time(),
+            adapted=Adapted(policy.base, policy.factors()) if policy.is_lora_alone else None,
         )
         canaries = await asyncio.to_thread(self._answer, batch, manifest_digest(signed)) if batch.canaries else []
         metrics = self._metrics(batch, trained) | {"train_s": train_s, "publish_s": time.monotonic() - before}
@@ -307,8 +309,7 @@ class Trainer:
     def _show(self, batch: Batch) -> bytes:
         """The slices that the batch's probe chooses, of the weights as they are now."""
         policy = self.crew.learner.policy
-        shapes = ((name, tensor.shape) for name, tensor in policy.shards())
-        slices = probe.slices(shapes, bytes.fromhex(batch.probe))
+        slices = probe.slices(policy.shapes(), bytes.fromhex(batch.probe))
         masters = self.crew.masters(sorted({part.name for part in slices}))
         return read_slices({name: policy.rounded(tensor) for name, tensor in masters}, slices)
 
@@ -364,6 +365,7 @@ def build(config: Config, ranks: Ranks) -> Learner:
         ranks=ranks,
         lora_rank=learn.lora_rank,
         lora_scale=learn.lora_scale,
+        is_lora_alone=learn.lora_publish == "adapters",
     )
     reference = Policy.from_pretrained(path, compute_dtype=dtype) if learn.kl else None
     return Learner(policy, optimisation(config), reference=reference)

@@ -9,34 +9,12 @@ pytest.importorskip("transformers")
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from adapting import MORE, SHAPE, batch, learner
 from farflung.learner import checkpoint
 from farflung.learner.lora import adapters
-from farflung.learner.optimise import Learner, Optimisation
-from farflung.learner.pack import Rollout, Segment, pack
 from farflung.learner.policy import Policy
 from farflung.learner.ranks import Ranks
 from farflung.protocol.errors import ConfigError
-
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-MORE = {"vocab_size": 32, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
-
-
-def learner(rank: int) -> Learner:
-    torch.manual_seed(0)
-    return Learner(Policy(Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE)), lora_rank=rank), Optimisation(lr=3e-3))
-
-
-def batch(seed: int):
-    """Two groups of two rollouts."""
-    torch.manual_seed(seed)
-    rollouts = []
-    for _ in range(2):
-        prompt = Segment("prompt", tuple(torch.randint(2, 32, (7,)).tolist()))
-        for advantage in (1.0, -1.0):
-            rollouts.append(
-                Rollout((prompt, Segment("model", tuple(torch.randint(2, 32, (6,)).tolist()))), advantage, 1.0)
-            )
-    return pack(rollouts, 64)
 
 
 def test_it_begins_as_the_base_model_and_trains_nothing_but_adapters() -> None:

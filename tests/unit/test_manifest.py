@@ -5,10 +5,11 @@ import hashlib
 import msgspec
 import pytest
 
-from farflung.protocol.errors import BadSignature, OutOfRange, WeightsError
+from farflung.protocol import wire
+from farflung.protocol.errors import BadSignature, Malformed, OutOfRange, WeightsError
 from farflung.protocol.identity import Key, Signed, seal
-from farflung.protocol.messages import Manifest, Shard, Tensor
-from farflung.weights.manifest import check_shard, manifest_digest, open_manifest, target_digest
+from farflung.protocol.messages import Adapter, Manifest, Shard, Tensor
+from farflung.weights.manifest import by_shard, check_shard, manifest_digest, open_manifest, target_digest
 from farflung.weights.origin import byte_range
 
 KEY = Key(b"\7" * 32)
@@ -72,6 +73,65 @@ def test_tensors_must_come_to_the_digest() -> None:
 def test_the_target_digest_is_that_of_the_docs() -> None:
     total = hashlib.sha256(b"a\0" + b"\x11" * 32 + b"b\0" + b"\x22" * 32).hexdigest()
     assert manifest().digest == total
+
+
+def adapted(**changes: object) -> Manifest:
+    """Two matrices of 2 × 3 on one base shard, with adapters of rank 4 in a shard each."""
+    shards = [Shard(digest="33" * 32, size_bytes=size) for size in (5, 2 * 4 * 5, 2 * 4 * 5)]
+    return msgspec.structs.replace(manifest(shards=shards, adapters=[adapter("a", 1), adapter("b", 2)]), **changes)
+
+
+def adapter(name: str, shard: int, **changes: object) -> Adapter:
+    return msgspec.structs.replace(Adapter(name=name, rank=4, exponent=-40, shard=shard), **changes)
+
+
+def test_adapters_on_a_base_open_and_say_what_travels() -> None:
+    made = adapted()
+    assert opened(seal(KEY, "manifest", made)) == made
+    assert (made.base_shards, made.delta_bytes, made.anchor_bytes) == (1, 80, 0)
+    assert [[tensor.name for tensor in held] for held in by_shard(made)] == [["a", "b"]]
+    together = adapted(shards=[made.shards[0], Shard(digest="33" * 32, size_bytes=80)], adapters=[
+        adapter("a", 1), adapter("b", 1)
+    ])  # fmt: skip
+    assert opened(seal(KEY, "manifest", together)) == together
+
+
+OTHER = msgspec.structs.replace(tensor("a"), shape=[2, 3, 1]), msgspec.structs.replace(tensor("b"), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"adapters": [adapter("a", 1), adapter("c", 2)]}, "does not name"),
+        ({"adapters": [adapter("c", 1), adapter("b", 2)]}, "does not name"),
+        ({"adapters": [adapter("a", 1), adapter("a", 2)]}, "not in their order"),
+        ({"adapters": [adapter("b", 1), adapter("a", 2)]}, "not in their order"),
+        ({"adapters": [adapter("a", 1, rank=5), adapter("b", 2)]}, "just the bytes"),
+        ({"adapters": [adapter("a", 1, rank=3), adapter("b", 2, rank=4096)]}, "just the bytes"),
+        ({"adapters": [adapter("a", 1), adapter("b", 3)]}, "just the bytes"),
+        ({"adapters": [adapter("a", 99_999), adapter("b", 99_999)]}, "just the bytes"),
+        ({"adapters": [adapter("a", 1)]}, "just the bytes"),
+        ({"adapters": [adapter("a", 0), adapter("b", 2)]}, "just the bytes"),
+        ({"base_step": 2, "parent": "0" * 64, "deltas": [Shard(digest="44" * 32, size_bytes=1)]}, "both adapters and"),
+        ({"tensors": [OTHER[0], tensor("b")]}, "only bfloat16 matrices have adapters"),
+        ({"tensors": [tensor("a"), OTHER[1]]}, "only bfloat16 matrices have adapters"),
+        ({"tensors": [tensor("a"), msgspec.structs.replace(tensor("b"), shard=1)]}, "in shards that it does not name"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(changes, match) -> None:
+    odd = adapted(**changes)
+    odd = msgspec.structs.replace(odd, digest=target_digest(odd.tensors))
+    with pytest.raises(WeightsError, match=match):
+        opened(seal(KEY, "manifest", odd))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rank": 0}, {"rank": 4097}, {"exponent": -301}, {"exponent": 231}, {"exponent": 0.5}, {"scale": 2.0}]
+)
+def test_ranks_and_exponents_are_bounded_on_the_wire(changes) -> None:
+    tree = msgspec.to_builtins(adapter("a", 1)) | changes
+    with pytest.raises(Malformed):
+        wire.decode(msgspec.msgpack.encode(tree), Adapter)
 
 
 def test_a_shard_is_checked_by_size_and_content() -> None:

@@ -131,7 +131,7 @@ class Version:
     manifest_digest: str
     weights_digest: str
     committed_at: float
-    is_anchor: bool
+    kind: str
     full_bytes: int
     delta_bytes: int
     reward: float
@@ -182,7 +182,7 @@ def _version(row: Row[Any], trained: tuple[int, int, int, int], loaded: int) -> 
         manifest_digest=row.manifest_digest,
         weights_digest=row.weights_digest,
         committed_at=row.committed_at,
-        is_anchor=bool(manifest.shards),
+        kind=manifest.kind,
         full_bytes=manifest.full_bytes,
         delta_bytes=manifest.delta_bytes,
         reward=row.seen_reward,

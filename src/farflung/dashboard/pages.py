@@ -136,7 +136,8 @@ class Pages:
         versions = await self.desk.database.read(lambda c: browse.weights(c, run, until, loaded))
         since = self.desk.clock() - self.desk.config.lease.lost_s if s.status != "finished" else 0.0
         said = await self.desk.database.read(lambda c: troubles(c, since))
-        note, newer = why_large(self.desk.config.learn.lr, versions), min(s.step, until + browse.STEPS_A_PAGE)
+        learn, newer = self.desk.config.learn, min(s.step, until + browse.STEPS_A_PAGE)
+        note = "" if learn.lora_rank else why_large(learn.lr, versions)
         return self._page("weights.html", page="weights", s=s, versions=versions, note=note, present=loaded.total(),
                           troubles=said, until=until, newer=newer, most=browse.STEPS_A_PAGE)  # fmt: skip
 

@@ -168,7 +168,7 @@ def _step(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
         manifest = browse.open_unchecked(row.manifest)
         facts += [("committed", Moment(row.committed_at)), ("manifest", row.manifest_digest)]
         facts += [("weights digest", row.weights_digest), ("parent", manifest.parent), ("checkpoint", row.checkpoint)]
-        kinds = ["anchor"] * bool(manifest.shards) + [f"difference to step {manifest.base_step}"] * bool(
+        kinds = [manifest.kind] * bool(manifest.shards) + [f"difference to step {manifest.base_step}"] * bool(
             manifest.deltas
         )
         facts += [("kind", " and ".join(kinds)), ("tensors", len(manifest.tensors))]

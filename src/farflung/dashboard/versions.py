@@ -28,7 +28,7 @@ def versions(connection: Connection, book: Book, now: float) -> Weights:
         versions=found,
         nodes=sum(loaded.values()),
         troubles=troubles(connection, now - book.config.lease.lost_s),
-        note=why_large(book.config.learn.lr, found),
+        note="" if book.config.learn.lora_rank else why_large(book.config.learn.lr, found),
         now=now,
     )
 

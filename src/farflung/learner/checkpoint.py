@@ -3,7 +3,8 @@
     step-000012/
     ├── config.json             the folder is also a Hugging Face checkpoint
     ├── model.safetensors       float32 masters
-    ├── adapter.safetensors     with learn.lora_rank, the adapters; the masters above have them merged
+    ├── adapter.safetensors     with learn.lora_rank, the adapters; the masters above have them merged, in bfloat16 as
+    │                           published where adapters travel alone
     ├── optimizer.safetensors   AdamW's moments, `<state>/<parameter>`
     ├── state.json              step, optimizer updates, torch's random state
     └── COMPLETE                sizes of the files above; written last

@@ -23,11 +23,14 @@ def publishable(tensor: torch.Tensor, *, is_dithered: bool) -> torch.Tensor:
     return dithered(tensor) if is_dithered and tensor.dtype == torch.float32 else tensor.to(torch.bfloat16)
 
 
-def dithered(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 to bfloat16, each value to one of its two neighbours, up as often as it lies near the upper one."""
+def dithered(tensor: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """float32 to bfloat16, each value to one of its two neighbours, up as often as it lies near the upper one.
+
+    Of a part of a tensor `start` is how many values come before it.
+    """
     bits = tensor.contiguous().view(torch.int32).flatten()
     found = torch.empty(bits.shape, dtype=torch.int16, device=bits.device)
-    table, whole = _table(str(bits.device)), len(bits) // _PERIOD * _PERIOD
+    table, whole = _table(str(bits.device)).roll(-start % _PERIOD), len(bits) // _PERIOD * _PERIOD
     found[:whole] = ((bits[:whole].view(-1, _PERIOD) + table) >> 16).flatten()
     found[whole:] = (bits[whole:] + table[: len(bits) - whole]) >> 16
     return found.view(torch.bfloat16).view(tensor.shape)

@@ -1,6 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W is frozen, W + scale · B A is what the model computes with.
 
-B begins at zero, so the first policy is the base model to the bit. A and B are all that the optimizer knows.
+B begins at zero, so the first policy is the base model to the bit. A and B are all that the optimizer knows. Where they
+travel alone (`is_alone`), W is what was published of it, for that is what others add them to.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from farflung.learner.dither import dithered
+from farflung.learner.merge import Factors, factors, merge
 from farflung.protocol.errors import ConfigError
 
 _PART = "parametrizations.weight."
@@ -28,7 +31,8 @@ class Adapter(torch.nn.Module):
         return weight + self.scale * (self.B @ self.A)
 
 
-def adapt(model: PreTrainedModel, rank: int, scale: float) -> None:
+@torch.no_grad()
+def adapt(model: PreTrainedModel, rank: int, scale: float, *, is_alone: bool = False) -> None:
     """Freeze a model, in place, but for an adapter on every linear layer other than its output head.
 
     Raises ConfigError where there is no such layer.
@@ -39,6 +43,8 @@ def adapt(model: PreTrainedModel, rank: int, scale: float) -> None:
         raise ConfigError(f"learn.lora_rank = {rank}: a {type(model).__name__} has no linear layers to adapt")
     model.requires_grad_(requires_grad=False)
     for linear in linears:
+        if is_alone:
+            linear.weight.copy_(dithered(linear.weight)).add_(0.0)  # no −0.0, which no sum comes to
         parametrize.register_parametrization(linear, "weight", Adapter(linear.weight, rank, scale))
 
 
@@ -47,6 +53,28 @@ def merged(model: PreTrainedModel, name: str) -> torch.Tensor:
     """A weight by the name that it had before, with its adapter in it."""
     module, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(module), leaf).detach()
+
+
+@torch.no_grad()
+def base(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """A matrix without its adapter as it was published, bfloat16."""
+    return _layer(model, name).parametrizations["weight"].original.bfloat16()
+
+
+@torch.no_grad()
+def factors_of(model: PreTrainedModel, name: str) -> Factors:
+    """A matrix's adapter as it is published. Raises WeightsError where it is not finite."""
+    adapter = _layer(model, name).parametrizations["weight"][0]
+    return factors(name, adapter.B, adapter.A, adapter.scale)
+
+
+def published(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """A matrix with its adapter as whoever fetches them merges it, bfloat16. Raises WeightsError."""
+    return merge(base(model, name), factors_of(model, name))
+
+
+def _layer(model: PreTrainedModel, name: str) -> torch.nn.Module:
+    return model.get_submodule(name.removesuffix(".weight"))
 
 
 def adapters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

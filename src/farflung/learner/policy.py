@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from farflung.learner.dither import publishable
 from farflung.learner.forward import find_kind, logp_entropy_BT
-from farflung.learner.lora import adapt, merged
+from farflung.learner.lora import adapt, base, factors_of, merged, published
+from farflung.learner.merge import Factors
 from farflung.learner.pack import MicroBatch
 from farflung.learner.ranks import Ranks, shard, whole
 from farflung.protocol.errors import ConfigError
@@ -32,13 +33,16 @@ class Policy:
         ranks: Ranks | None = None,
         lora_rank: int = 0,
         lora_scale: float = 2.0,
+        is_lora_alone: bool = False,
     ) -> None:
         """Take a model; its parameters become float32. `is_checkpointed` trades a second forward pass for memory.
 
         Dropout stays off, or the ratio of the first update would not be 1; but transformers checkpoints activations
         in training mode only, so there a model with dropout must have it set to 0 in its config. With several `ranks`
         the model is sharded, and every rank must do the same with it in the same order. With a `lora_rank` only
-        adapters are trained; not on several ranks. Raises ConfigError.
+        adapters are trained; not on several ranks. With `is_lora_alone` they travel without the rest: then frozen
+        matrices are rounded as they were published, and adapted ones are merged as others merge them. Raises
+        ConfigError.
         """
         self.model = model.float().train(is_checkpointed)
         self.compute_dtype, self.is_dithered = compute_dtype, is_dithered
@@ -51,7 +55,8 @@ class Policy:
                 raise ConfigError(
                     f"learn.lora_rank = {lora_rank} works in one process; start the trainer without torchrun"
                 )
-            adapt(model, lora_rank, lora_scale)
+            adapt(model, lora_rank, lora_scale, is_alone=is_lora_alone)
+        self.is_lora_alone = is_lora_alone and lora_rank > 0
         self._kind = find_kind(model)
         if not self.ranks.is_alone:
             shard(model)  # a sharded head has weights only while the whole model runs
@@ -69,6 +74,7 @@ class Policy:
         ranks: Ranks | None = None,
         lora_rank: int = 0,
         lora_scale: float = 2.0,
+        is_lora_alone: bool = False,
     ) -> "Policy":
         """Load a folder or a hub id; safetensors only, no remote code. Raises ConfigError if there is no such model."""
         try:
@@ -90,6 +96,7 @@ class Policy:
             ranks=ranks,
             lora_rank=lora_rank,
             lora_scale=lora_scale,
+            is_lora_alone=is_lora_alone,
         )
 
     @property
@@ -119,20 +126,45 @@ class Policy:
         return publishable(tensor, is_dithered=self.is_dithered)
 
     def masters(self, names: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of the float32 masters, whole, tied twins once, in the model's order; of some names or all."""
-        for name, tensor in self.shards():
-            if not names or name in names:
-                yield name, whole(tensor)
+        """(name, tensor) of the float32 masters, whole, tied twins once, in the model's order; of some names or all.
 
-    def shards(self) -> Iterator[tuple[str, torch.Tensor]]:
+        Matrices whose adapters travel alone are not float32 but as published.
+        """
+        for name, tensor in self.shards(names):
+            yield name, whole(tensor)
+
+    def shards(self, names: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """The same as this rank holds them, adapters merged."""
+        for name, tensor in self._slots():
+            if not names or name in names:
+                yield name, self._merged(name) if tensor is None else tensor.detach()
+
+    def shapes(self) -> Iterator[tuple[str, torch.Size]]:
+        """(name, shape) of all that is published."""
+        for name, tensor in self._slots():
+            yield name, base(self.model, name).shape if tensor is None else tensor.shape
+
+    def base(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is published of the model without its adapters, bfloat16."""
+        for name, tensor in self._slots():
+            yield name, base(self.model, name) if tensor is None else self.rounded(tensor.detach())
+
+    def factors(self) -> list[Factors]:
+        """The adapters as they are published. Raises WeightsError where one is not finite."""
+        return [factors_of(self.model, name) for name, tensor in self._slots() if tensor is None]
+
+    def _slots(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """(name, tensor) in the model's order, tied twins once; None for what has an adapter."""
         seen: set[int] = set()
         state = self.model.state_dict(keep_vars=True)
         for name in self._names:
-            tensor = state[name] if name in state else merged(self.model, name)
-            if name not in state or id(tensor) not in seen:
+            tensor = state.get(name)
+            if tensor is None or id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield name, tensor.detach()
+                yield name, tensor
+
+    def _merged(self, name: str) -> torch.Tensor:
+        return published(self.model, name) if self.is_lora_alone else merged(self.model, name)
 
     def _autocast(self) -> AbstractContextManager[None]:
         is_mixed = self.compute_dtype != torch.float32

@@ -61,6 +61,7 @@ def decoders(folder: Path) -> list[Decoder]:
         Decoder("manifest", _manifest, (BadSignature, WeightsError), 4.0),
         Decoder("difference", _difference(), (WeightsError,), 10.0),
         Decoder("shard", _shard(folder), (WeightsError,), 0.5),
+        Decoder("adapters", _adapters(folder), (BadSignature, WeightsError), 2.0),
         Decoder("keyring", _keyring(folder), (ConfigError, BadSignature), 0.5),
         Decoder("profile", _profile(folder), (ConfigError,), 0.5),
     ]
@@ -154,7 +155,8 @@ def _papers() -> Callable[[Chance], object]:
 def _manifest_tree(**changes: Any) -> dict[str, Any]:
     tensors = [m.Tensor(name="w", dtype="float32", shape=[2, 3], digest=HEX, shard=0)]
     built = msgspec.to_builtins(tensors, builtin_types=(bytes,))
-    tree = example(m.Manifest) | {"step": 1, "base_step": 0, "tensors": built, "digest": target_digest(tensors)}
+    sums = {"tensors": built, "digest": target_digest(tensors)}
+    tree = example(m.Manifest) | {"step": 1, "base_step": 0, "adapters": []} | sums
     return tree | changes
 
 
@@ -195,6 +197,28 @@ def _shard(folder: Path) -> Callable[[Chance], object]:
         shards = [m.Shard(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data))]
         manifest = msgspec.structs.replace(PARENT, shards=shards)
         return list(stored("0", manifest, lambda digest: folder / "none", lambda digest: file))
+
+    return attempt
+
+
+def _adapters(folder: Path) -> Callable[[Chance], object]:
+    """A manifest with adapters, odd but sealed, and a shard of them that has the digest it names."""
+    base, held = save({"w": np.ones((4, 3), np.float16)}), bytes(2 * 2 * (4 + 3))
+    tensors = [m.Tensor(name="w", dtype="bfloat16", shape=[4, 3], digest=HEX, shard=0)]
+    honest = msgspec.structs.replace(
+        PARENT,
+        tensors=tensors,
+        digest=target_digest(tensors),
+        adapters=[m.Adapter(name="w", rank=2, exponent=-40, shard=1)],
+        shards=[m.Shard(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data)) for data in (base, held)],
+    )
+
+    def attempt(chance: Chance) -> object:
+        signed = _resealed(KIND, chance.packed(msgspec.to_builtins(honest)))
+        manifest = open_manifest(signed, KEY.public, "a1", manifest_digest(signed))
+        for shard, data in zip(honest.shards, (base, held), strict=True):
+            (folder / shard.digest).write_bytes(data)
+        return list(stored("0", manifest, lambda digest: folder / "none", lambda digest: folder / digest))
 
     return attempt
 

@@ -166,6 +166,17 @@ class Shard(Message, frozen=True):
     size_bytes: Count
 
 
+class Adapter(Message, frozen=True):
+    """What a version adds to one matrix of its base: 2^exponent · B A, of B (out, rank) and A (rank, in) in int16."""
+
+    name: Annotated[str, Meta(max_length=300)]
+    """The tensor that it is added to."""
+    rank: Annotated[int, Meta(ge=1, le=4096)]
+    exponent: Annotated[int, Meta(ge=-300, le=230)]
+    shard: Annotated[int, Meta(ge=0, lt=100_000)]
+    """Number of the shard that carries B and A, among `shards`."""
+
+
 class Manifest(Message, frozen=True):
     """One version of the weights, sealed by the run's weights key."""
 
@@ -179,13 +190,15 @@ class Manifest(Message, frozen=True):
     """SHA-256 over the (name, digest) pairs of all tensors in order: what the weights must come to."""
     tensors: Annotated[list[Tensor], Meta(max_length=1_000_000)]
     shards: Annotated[list[Shard], Meta(max_length=100_000)]
-    """The whole weights; empty unless the step is an anchor."""
+    """The whole weights; empty unless the step is an anchor. With `adapters`, their base, and then they themselves."""
     secret_commitment: Digest
     """SHA-256 commitment to the secret that this step's seeds derive from."""
     made_at: Seconds
     expires_at: Seconds
     deltas: Annotated[list[Shard], Meta(max_length=100_000)] = []
     """The difference to the step before; empty where it would be no smaller, and for the first step."""
+    adapters: Annotated[list[Adapter], Meta(max_length=1_000_000)] = []
+    """What is added to the base that `shards` hold, in the order of `tensors`; empty where they hold the weights."""
 
     @property
     def full_bytes(self) -> int:
@@ -194,13 +207,23 @@ class Manifest(Message, frozen=True):
 
     @property
     def delta_bytes(self) -> int:
-        """Bytes of the difference to the step before."""
-        return sum(shard.size_bytes for shard in self.deltas)
+        """Bytes that lead on from the step before: of the difference to it, or of the adapters."""
+        return sum(shard.size_bytes for shard in (*self.deltas, *self.shards[self.base_shards :]))
 
     @property
     def anchor_bytes(self) -> int:
-        """Bytes of the whole weights as published."""
-        return sum(shard.size_bytes for shard in self.shards)
+        """Bytes of the whole weights as published; 0 for a step that is adapters on a base."""
+        return 0 if self.adapters else sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def kind(self) -> str:
+        """What a person calls it; an anchor may be a difference too."""
+        return "adapters" if self.adapters else "anchor" if self.shards else "difference"
+
+    @property
+    def base_shards(self) -> int:
+        """How many of `shards` hold tensors; those after them hold adapters."""
+        return min((adapter.shard for adapter in self.adapters), default=len(self.shards))
 
 
 class Latest(Message, frozen=True):
@@ -699,7 +722,7 @@ class VersionView(Message, frozen=True):
     anchor_bytes: int
     """Bytes of the whole weights as published, 0 where the step is no anchor."""
     delta_bytes: int
-    """Bytes of the difference to the step before, 0 where there is none."""
+    """Bytes of the difference to the step before, or of adapters; 0 where there is neither."""
     nodes: int
     """Nodes that are online and have it loaded."""
     published_at: float

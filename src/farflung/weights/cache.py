@@ -2,10 +2,11 @@
 
 Shards are kept in a folder under their digest, written beside and renamed when whole and right.
 A node patches a version together from one that is here, or the nearest anchor, and the deltas since, whichever is fewer
-bytes, and keeps the result; a relay keeps what others need for that.
+bytes, or from a base and adapters, and keeps the result, and the base; a relay keeps what others need for that.
 """
 
 import asyncio
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -88,8 +89,18 @@ class Versions:
         """Give up a version that the disk lost or changed, with all that it was made of; it is fetched anew."""
         manifest = self._known.pop(digest, None)
         self._ways.pop(digest, None)
-        for path in (self.whole(digest), *(self.path(shard.digest) for shard in (manifest.shards if manifest else ()))):
+        is_base_sound = manifest is not None and manifest.adapters and self.whole(digest).exists()
+        self._lose(digest, [] if manifest is None or is_base_sound else manifest.shards)
+
+    def _lose(self, digest: str, shards: Sequence[Shard]) -> None:
+        for path in (self.whole(digest), *(self.path(shard.digest) for shard in shards)):
             path.unlink(missing_ok=True)
+
+    def _lose_damaged(self, shards: Sequence[Shard]) -> None:
+        """Delete what the disk changed: a base is kept for long, and is not fetched anew for another's mistake."""
+        for path in (self.path(shard.digest) for shard in shards):
+            if path.exists() and not _has_name(path):
+                path.unlink(missing_ok=True)
 
     def is_wanted(self, shard: str) -> bool:
         """Whether a shard belongs to a version that is here or on its way."""
@@ -114,8 +125,10 @@ class Versions:
 
     def _wanted(self) -> Iterator[str]:
         """Names of all files that belong to a version that is here or on its way."""
-        for digest in self._known:
+        for digest, manifest in self._known.items():
             yield self.whole(digest).name
+            if manifest.adapters:
+                yield from (shard.digest for shard in manifest.shards[: manifest.base_shards])
         for way in self._ways.values():
             yield from (shard.digest for shard in (*self._leading(way), *way.start[1].shards, *way.shards))
             yield self.whole(way.start[0]).name
@@ -128,8 +141,9 @@ class Versions:
         """Whether a version is here whole; a relay starts from anchors alone, which others may need."""
         if self._patch is None:
             return False
-        has_shards = manifest.shards and all(self.path(shard.digest).exists() for shard in manifest.shards)
-        return bool(has_shards) or self.whole(digest).exists()
+        is_whole = bool(manifest.shards) and not manifest.adapters
+        has_shards = is_whole and all(self.path(shard.digest).exists() for shard in manifest.shards)
+        return has_shards or self.whole(digest).exists()
 
     def _use(self, digest: str) -> Manifest:
         """Mark a version as the one used last, and forget those not used for longest."""
@@ -167,7 +181,8 @@ class Versions:
 
     async def _follow(self, way: Way) -> None:
         """Fetch what a way needs and, unless this is a relay, patch the version together."""
-        digest, manifest = way.steps[-1] if way.steps else way.start
+        digest, manifest = way.last
+        is_patched = self._patch is not None and way.is_put_together
         self._ways[digest] = way
         try:
             self._make_room(digest, manifest, way)
@@ -175,17 +190,20 @@ class Versions:
             del self._ways[digest]
             raise
         begins = way.start[1].step
-        log.info("fetching step=%d from=%d held=%s bytes=%d", manifest.step, begins, way.is_held, way.size_bytes)
+        size_bytes = sum(one.size_bytes for one in way.shards if not self.path(one.digest).exists())
+        log.info("fetching step=%d from=%d held=%s bytes=%d", manifest.step, begins, way.is_held, size_bytes)
         try:
             await self._downloads.fetch([*self._leading(way), *way.shards])
-            if self._patch is not None and way.steps:
+            if self._patch is not None and is_patched:
                 await asyncio.to_thread(self._patch, way, self.whole, self.path)
         except WeightsError:
             if way.is_held:
                 self.discard(way.start[0])  # what is here may be damaged: start from an anchor next time
+            elif way.start[1].adapters:
+                await asyncio.to_thread(self._lose_damaged, way.start[1].shards)
             raise
         finally:
-            if self._patch is not None and way.steps:
+            if is_patched:
                 del self._ways[digest]
 
     async def _chain(self, digest: str, *, uses_held: bool = True) -> list[Link]:
@@ -207,7 +225,7 @@ class Versions:
 
     def _make_room(self, digest: str, manifest: Manifest, way: Way) -> None:
         """Let go of the versions used longest ago until this one fits. Raises WeightsError if it cannot."""
-        patched = manifest.full_bytes if self._patch is not None and way.steps else 0
+        patched = manifest.full_bytes if self._patch is not None and way.is_put_together else 0
         needed = {shard.digest: shard.size_bytes for shard in (*self._leading(way), *way.shards)}
         total = sum(needed.values()) + patched
         if self.limit_bytes and total > self.limit_bytes:
@@ -238,6 +256,12 @@ class Versions:
         signed = await self.session.client.get(self.session.path(f"manifests/{digest}"), Signed)
         keys = await self.session.keys("weights", signed)
         return open_manifest(signed, keys, self.session.run, digest)
+
+
+def _has_name(path: Path) -> bool:
+    """Whether a file is what its name, a digest, says."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == path.name
 
 
 def _way(chain: list[Link], held: set[str]) -> Way:

@@ -21,6 +21,16 @@ class Way:
     """The versions whose deltas lead on from there, oldest first; the last is the one that is wanted."""
 
     @property
+    def is_put_together(self) -> bool:
+        """Whether the version is made of what is fetched, by differences or adapters, rather than fetched itself."""
+        return bool(self.steps) or bool(self.start[1].adapters and not self.is_held)
+
+    @property
+    def last(self) -> Link:
+        """The version that is wanted."""
+        return self.steps[-1] if self.steps else self.start
+
+    @property
     def shards(self) -> list[Shard]:
         """All that must be fetched unless it is here."""
         whole = [] if self.is_held else self.start[1].shards

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Iterable
+from itertools import pairwise
 
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.identity import Signed, Trusted, unseal
-from farflung.protocol.messages import Manifest, Tensor
+from farflung.protocol.messages import Adapter, Manifest, Tensor
 
 KIND = "manifest"
 
@@ -52,8 +53,8 @@ def check_follows(manifest: Manifest, parent: Manifest) -> None:
 
 
 def by_shard(manifest: Manifest) -> list[list[Tensor]]:
-    """The tensors of each shard, in the manifest's order."""
-    found: list[list[Tensor]] = [[] for _ in manifest.shards or manifest.deltas]
+    """The tensors of each shard that holds tensors, in the manifest's order."""
+    found: list[list[Tensor]] = [[] for _ in manifest.shards[: manifest.base_shards] or manifest.deltas]
     for tensor in manifest.tensors:
         found[tensor.shard].append(tensor)
     return found
@@ -65,7 +66,8 @@ def _place(tensor: Tensor) -> tuple[str, str, list[int], int]:
 
 def _refuse_broken(manifest: Manifest, digest: str) -> None:
     """Shards and deltas that do not fit each other, the tensors or the steps."""
-    counts = {len(shards) for shards in (manifest.shards, manifest.deltas) if shards}
+    _refuse_odd_adapters(manifest, digest)
+    counts = {len(shards) for shards in (manifest.shards[: manifest.base_shards], manifest.deltas) if shards}
     if len(counts) > 1 or any(tensor.shard >= max(counts, default=0) for tensor in manifest.tensors):
         raise WeightsError(f"manifest {digest[:12]} has tensors in shards that it does not name")
     is_difference = manifest.base_step != manifest.step
@@ -73,6 +75,32 @@ def _refuse_broken(manifest: Manifest, digest: str) -> None:
         raise WeightsError(f"manifest {digest[:12]} of step {manifest.step} cannot differ from {manifest.base_step}")
     if is_difference and not manifest.parent:
         raise WeightsError(f"manifest {digest[:12]} is a difference to step {manifest.base_step}, but has no parent")
+
+
+def _refuse_odd_adapters(manifest: Manifest, digest: str) -> None:
+    """Adapters that do not fit the tensors, or whose shards have more or fewer bytes than they take."""
+    if not manifest.adapters:
+        return
+    if manifest.deltas:
+        raise WeightsError(f"manifest {digest[:12]} has both adapters and a difference to step {manifest.base_step}")
+    places = {tensor.name: place for place, tensor in enumerate(manifest.tensors)}
+    order = [places.get(adapter.name, -1) for adapter in manifest.adapters]
+    if order[0] < 0 or any(first >= second for first, second in pairwise(order)):
+        raise WeightsError(f"manifest {digest[:12]} adapts tensors that it does not name, or not in their order")
+    taken = dict.fromkeys(range(manifest.base_shards, len(manifest.shards)), 0)
+    for adapter, place in zip(manifest.adapters, order, strict=True):
+        taken[adapter.shard] = taken.get(adapter.shard, 0) + _adapter_bytes(adapter, manifest.tensors[place])
+    held = {number: manifest.shards[number].size_bytes for number in taken if number < len(manifest.shards)}
+    if taken != held:
+        raise WeightsError(f"manifest {digest[:12]} has adapters that do not take just the bytes of their shards")
+
+
+def _adapter_bytes(adapter: Adapter, tensor: Tensor) -> int:
+    if len(tensor.shape) != 2 or tensor.dtype != "bfloat16":
+        raise WeightsError(
+            f"tensor {tensor.name} is {tensor.dtype} {tensor.shape}; only bfloat16 matrices have adapters"
+        )
+    return 2 * adapter.rank * sum(tensor.shape)
 
 
 def check_shard(data: bytes, digest: str, size_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Worker, validator and trainer: the bytes of a version from those of an older one and the deltas since.
+"""Worker, validator and trainer: the bytes of a version from an older one and the deltas since, or base and adapters.
 
 A patched version is one file, `<manifest>.whole`: the little-endian bytes of all tensors, shard by shard, each in the
 manifest's order. It is written beside its place, and renamed only when every tensor came to its digest.
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, deserialize
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Manifest, Tensor
 from farflung.weights import delta
+from farflung.weights.adapters import merged, read
 from farflung.weights.chain import Way
 from farflung.weights.manifest import by_shard, check_shard
 
@@ -23,11 +24,11 @@ Piece = tuple[Tensor, np.ndarray]
 
 
 def patch(way: Way, whole: Callable[[str], Path], path: ShardPath) -> None:
-    """Write the last version of a way. Memory: one shard of the start and what one tensor of it becomes.
+    """Write the last version of a way. Memory: one shard of the start, its adapters, and what one tensor becomes.
 
     Raises WeightsError, and leaves nothing behind, where a tensor does not come to its digest.
     """
-    digest, manifest = way.steps[-1]
+    digest, manifest = way.last
     draft = whole(digest).with_suffix(".draft")
     try:
         with draft.open("wb") as file:
@@ -48,8 +49,10 @@ def stored(digest: str, manifest: Manifest, whole: Callable[[str], Path], path: 
         return
     if not manifest.shards:
         raise WeightsError(f"step {manifest.step} is no anchor, and its patched copy is gone; fetch it anew")
-    for shard, tensors in zip(manifest.shards, by_shard(manifest), strict=True):
-        yield _from_shard(path(shard.digest), shard.digest, shard.size_bytes, tensors)
+    adapters = read(manifest, path)
+    for shard, tensors in zip(manifest.shards[: manifest.base_shards], by_shard(manifest), strict=True):
+        pieces = _from_shard(path(shard.digest), shard.digest, shard.size_bytes, tensors)
+        yield [(one, merged(one, values, adapters.get(one.name))) for one, values in pieces]
 
 
 def check_tensor(tensor: Tensor, values: np.ndarray, step: int) -> None:
@@ -60,7 +63,7 @@ def check_tensor(tensor: Tensor, values: np.ndarray, step: int) -> None:
 
 
 def _patched(way: Way, whole: Callable[[str], Path], path: ShardPath) -> Iterator[Piece]:
-    manifest = way.steps[-1][1]
+    manifest = way.last[1]
     base = stored(*way.start, whole, path)
     for number, (tensors, pieces) in enumerate(zip(by_shard(manifest), base, strict=True)):
         sizes = [(tensor.values, tensor.width) for tensor in tensors]

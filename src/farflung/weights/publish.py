@@ -1,29 +1,41 @@
 """Trainer: turn tensors into hashed shards, upload them, and only then seal the manifest that names them.
 
 A step is published as the difference to the step before, and whole as well every `anchor_every` steps, or sooner when
-the differences since the last anchor have come to the bytes of a whole copy.
+the differences since the last anchor have come to the bytes of a whole copy. Or it is published as adapters, beside the
+shards of a base that is uploaded once.
 """
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import save
 
+from farflung.learner.merge import Factors
 from farflung.protocol.client import Client
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.identity import Key, Signed, seal
-from farflung.protocol.messages import Manifest, Shard, Tensor
-from farflung.weights import delta
+from farflung.protocol.messages import Adapter, Manifest, Shard, Tensor
+from farflung.weights import adapters, delta
 from farflung.weights.manifest import KIND, open_manifest, target_digest
 
 SHARD_BYTES = 32 << 20
 EXPIRES_S = 30 * 24 * 3600.0
 
 Named = tuple[str, torch.Tensor]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """Weights that are adapters on a base: which is asked for where it is not yet published."""
+
+    base: Callable[[], Iterable[Named]]
+    factors: Sequence[Factors]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
@@ -56,15 +68,19 @@ class Publisher:
         self._base: dict[str, torch.Tensor] = {}
         self._chain_bytes = 0
         """Bytes of the differences since the last anchor."""
+        self._base_shards: list[Shard] = []
+        """Where steps are adapters: what they are added to, as uploaded."""
+        self._stored: set[str] = set()
+        """Shards that the last committed step names, so that they need not be sent."""
 
     @property
     def has_base(self) -> bool:
-        """Whether the last published step is in memory."""
-        return bool(self._base)
+        """Whether it is known what the next step builds on."""
+        return bool(self._base or self._base_shards or self._stored)
 
     def forget(self) -> None:
         """What was published last was not committed: the next step is an anchor."""
-        self._base = {}
+        self._base, self._base_shards, self._stored = {}, [], set()
 
     async def rebase(self, tensors: Iterable[Named], last: str) -> None:
         """Take these tensors for the last published step, whose manifest is `last`. Raises WeightsError."""
@@ -76,18 +92,47 @@ class Publisher:
                 f"the trainer holds {found[:12]} where step {chain[0].step} was published as {chain[0].digest[:12]}; "
                 "resume on the hardware, torch and thread count that the run was trained with"
             )
+        self._stored = {shard.digest for shard in chain[0].shards}
         while not chain[-1].shards:
             chain.append(await self._manifest(chain[-1].parent))
         self._chain_bytes = sum(manifest.delta_bytes for manifest in chain[:-1])
 
-    async def publish(self, tensors: Iterable[Named], *, step: int, parent: str, commitment: str, now: float) -> Signed:
+    async def publish(
+        self,
+        tensors: Iterable[Named],
+        *,
+        step: int,
+        parent: str,
+        commitment: str,
+        now: float,
+        adapted: Adapted | None = None,
+    ) -> Signed:
         """Upload every shard of this step, then seal its manifest (which is not sent: committing the step does that).
 
-        Tensors are taken one shard at a time, and replace those of the step before.
+        `adapted` is what the tensors are made of, where that is to travel instead of them.
         """
+        described, made_of = await (
+            self._differing(tensors, step) if adapted is None else self._adapting(tensors, adapted)
+        )
+        manifest = Manifest(
+            run=self.run,
+            step=step,
+            base_step=step - 1 if made_of.get("deltas") else step,
+            parent=parent,
+            digest=target_digest(described),
+            tensors=described,
+            secret_commitment=commitment,
+            made_at=now,
+            expires_at=now + EXPIRES_S,
+            **made_of,
+        )
+        return seal(self.key, KIND, manifest)
+
+    async def _differing(self, tensors: Iterable[Named], step: int) -> tuple[list[Tensor], dict[str, Any]]:
+        """Tensors, which replace those of the step before, as difference or whole; taken one shard at a time."""
         described: list[Tensor] = []
         deltas: list[Shard] = []
-        is_based, size = self.has_base, 0
+        is_based, size = bool(self._base), 0
         for number, chunk in enumerate(_chunks(tensors)):
             described += await asyncio.to_thread(_describe_all, chunk, number)
             size += sum(tensor.nbytes for _, tensor in chunk)
@@ -98,38 +143,44 @@ class Publisher:
             deltas = []
         self._chain_bytes += sum(shard.size_bytes for shard in deltas)
         is_anchor = not is_based or step % self.anchor_every == 0 or self._chain_bytes >= size or not deltas
-        shards = [await self._upload(data) async for data in self._whole()] if is_anchor else []
+        shards = [await self._upload(data) async for data in _whole(self._base.items())] if is_anchor else []
         self._chain_bytes = 0 if is_anchor else self._chain_bytes
-        manifest = Manifest(
-            run=self.run,
-            step=step,
-            base_step=step - 1 if deltas else step,
-            parent=parent,
-            digest=target_digest(described),
-            tensors=described,
-            shards=shards,
-            deltas=deltas,
-            secret_commitment=commitment,
-            made_at=now,
-            expires_at=now + EXPIRES_S,
-        )
-        return seal(self.key, KIND, manifest)
+        return described, {"shards": shards, "deltas": deltas}
+
+    async def _adapting(self, tensors: Iterable[Named], adapted: Adapted) -> tuple[list[Tensor], dict[str, Any]]:
+        """Tensors as adapters beside their base; adapters that add nothing are left out."""
+        described: list[Tensor] = []
+        for number, chunk in enumerate(_chunks(tensors)):
+            described += await asyncio.to_thread(_describe_all, chunk, number)
+        self._base = {}
+        if not self._base_shards:
+            self._base_shards = [await self._upload(data, self._stored) async for data in _whole(adapted.base())]
+        shards, named = list(self._base_shards), list[Adapter]()
+        for chunk in _runs((one for one in adapted.factors if one.B.any()), lambda one: one.B.nbytes + one.A.nbytes):
+            named += [
+                Adapter(name=one.name, rank=one.B.shape[1], exponent=one.exponent, shard=len(shards)) for one in chunk
+            ]
+            shards.append(await self._upload(await asyncio.to_thread(adapters.pack, chunk)))
+        return described, {"shards": shards, "adapters": named}
 
     def _difference(self, chunk: list[Named]) -> bytes:
         return delta.encode([_ints(self._base[name]) for name, _ in chunk], [_ints(tensor) for _, tensor in chunk])
 
-    async def _whole(self) -> AsyncIterator[bytes]:
-        for chunk in _chunks(self._base.items()):
-            yield await asyncio.to_thread(save, {name: tensor.contiguous() for name, tensor in chunk})
-
-    async def _upload(self, data: bytes) -> Shard:
+    async def _upload(self, data: bytes, stored: Collection[str] = ()) -> Shard:
         shard = Shard(digest=await asyncio.to_thread(_sha256, data), size_bytes=len(data))
-        await self.client.put(f"/v1/runs/{self.run}/blobs/{shard.digest}", data)
+        if shard.digest not in stored:
+            await self.client.put(f"/v1/runs/{self.run}/blobs/{shard.digest}", data)
         return shard
 
     async def _manifest(self, digest: str) -> Manifest:
         signed = await self.client.get(f"/v1/runs/{self.run}/manifests/{digest}", Signed)
         return open_manifest(signed, self.trusted, self.run, digest)
+
+
+async def _whole(tensors: Iterable[Named]) -> AsyncIterator[bytes]:
+    """The shards of whole tensors."""
+    for chunk in _chunks(tensors):
+        yield await asyncio.to_thread(save, {name: tensor.contiguous() for name, tensor in chunk})
 
 
 def _describe_all(chunk: list[Named], shard: int) -> list[Tensor]:
@@ -150,13 +201,18 @@ def _dtype(tensor: torch.Tensor) -> Any:
 
 
 def _chunks(tensors: Iterable[Named]) -> Iterator[list[Named]]:
-    chunk: list[Named] = []
+    return _runs(tensors, lambda named: named[1].nbytes)
+
+
+def _runs(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items that stand together, as many as fit a shard."""
+    chunk: list[T] = []
     size = 0
-    for name, tensor in tensors:
-        if chunk and size + tensor.nbytes > SHARD_BYTES:
+    for item in items:
+        if chunk and size + size_of(item) > SHARD_BYTES:
             yield chunk
             chunk, size = [], 0
-        chunk.append((name, tensor))
-        size += tensor.nbytes
+        chunk.append(item)
+        size += size_of(item)
     if chunk:
         yield chunk
