@@ -22,7 +22,8 @@ from farflung.protocol.identity import Key
 from farflung.protocol.messages import Heartbeat, Pulse, Status
 from farflung.protocol.session import Index
 
-WARM_UP_S = 8.0
+WARM_UP_S = 20.0
+"""Until workers have made up for what they fell behind as they started; less in runs that are as short."""
 WATCH_S = 0.05
 WAITED_S = 60.0
 LATE_S = 1.0
@@ -81,7 +82,7 @@ class Storm(Swarm):
 
     async def _watch(self) -> bool:
         await self._until(lambda status: status.latest.step >= 0 and status.accepted > 0)
-        await asyncio.sleep(WARM_UP_S)
+        await asyncio.sleep(min(WARM_UP_S, self.seconds / 3))
         self.began = time.time()
         until, due = self.began + self.seconds, list(self.faults)
         while not self.is_stopping and time.time() < until:
@@ -213,17 +214,23 @@ class Storm(Swarm):
     # --- coordinator and database, as nodes see them -----------------------------------------------------------------
 
     async def _watch_coordinator(self, fault: Fault) -> None:
-        """Detected when a request fails or takes too long, recovered at the next that succeeds."""
-        until, lasts_s = time.time() + WAITED_S, LASTS_S.get(fault.kind, LATE_S)
+        """Detected when a request fails or takes too long, recovered at the next that succeeds.
+
+        Where that is after the end of a fault that lasts, recovery counts from that end, as it does for all roles.
+        """
+        over_s = LASTS_S.get(fault.kind, 0.0)
         client = Client(self.url, Key.make(), self._tag, patience_s=0.0)
-        while time.time() < until:
-            since = time.time()
+        while time.time() < fault.at + WAITED_S:
+            since_s = time.time() - fault.at
             is_up = await self._writes(client)
+            at_s = time.time() - fault.at
             if not is_up and fault.detected_s is None:
-                fault.detected_s = time.time() - fault.at
-            if is_up and (fault.detected_s is not None or since - fault.at > lasts_s + LATE_S):
-                fault.detected_s = fault.detected_s or 0.0  # else nobody noticed
-                fault.recovered_s = time.time() - fault.at - fault.detected_s if fault.detected_s else 0.0
+                fault.detected_s = at_s
+            if is_up and fault.detected_s is not None:
+                fault.recovered_s = at_s - (max(fault.detected_s, over_s) if at_s > over_s else fault.detected_s)
+                break
+            if is_up and since_s > over_s + LATE_S:
+                fault.detected_s = fault.recovered_s = 0.0  # nobody noticed
                 break
             await asyncio.sleep(WATCH_S)
         await client.close()
