@@ -97,7 +97,9 @@ class Coordinator:
         self._queues: defaultdict[str, Queue] = defaultdict(Queue)
         self._started_at = clock()
         self._swept_at, self._listening_since = math.inf, clock()
-        """When the last sweep went through, and since when none was late: before that, nodes could not be heard."""
+        """When the last sweep went through, and since when none was late and every commit went through."""
+        self._failures = 0
+        self._for_ever: list[asyncio.Task[None]] = []
         self._collected_step = 0
         self._admin_token, limits = admin_token, self.config.coordinator
         self._by_key, self._by_address = (
@@ -520,10 +522,17 @@ class Coordinator:
             log.info("collected bodies=%d of refused submissions", count)
         return count
 
+    def leave(self) -> None:
+        """Keep nobody waiting, and take no more leases: whom nobody can reach any longer must call nobody silent."""
+        for queue in self._queues.values():
+            queue.close()
+        for task in self._for_ever:
+            task.cancel()
+
     def _sweep_once(self, connection: Connection) -> bool:
         now = self.clock()
-        if now - self._swept_at > DEAF_S:
-            self._listening_since = now
+        if now - self._swept_at > DEAF_S or self.database.failures != self._failures:
+            self._listening_since, self._failures = now, self.database.failures
         expired = lease.expire(connection, self.book, now, self._listening_since)
         return bool(expired) | compose.finish(connection, self.book, now)
 
@@ -532,10 +541,9 @@ class Coordinator:
 
         @asynccontextmanager
         async def life(_: FastAPI) -> AsyncIterator[None]:
-            for_ever = [asyncio.create_task(self.sweep()), asyncio.create_task(self.tidy())]
+            self._for_ever = [asyncio.create_task(self.sweep()), asyncio.create_task(self.tidy())]
             yield
-            for task in for_ever:
-                task.cancel()
+            self.leave()
             self.metrics.flush(self.clock(), force=True)
 
         app = FastAPI(
@@ -678,7 +686,7 @@ async def serve(config: Config) -> None:
     is_by_hand = not is_one_of_many and coordinator.metrics.begin(time.time())
     sys.setswitchinterval(SWITCH_S)
     try:
-        await pages.Server(options).serve(sockets=[listener])
+        await pages.Server(options, coordinator.leave).serve(sockets=[listener])
     finally:
         coordinator.database.close()
         if is_by_hand:

@@ -60,6 +60,10 @@ def test_a_coordinator_that_could_not_listen_takes_no_silence_for_a_death(house)
         house.coordinator._swept_at = house.clock()  # a sweep went through, then it was frozen or its database away
         await house.swept(after_s=lost_s + 1)
         assert house.story(lease.lease) == ["open"]
+        house.coordinator.database.failures += 1  # as on a disk that is full: a sweep that writes nothing goes through
+        house.coordinator._swept_at = house.clock() + lost_s
+        await house.swept(after_s=lost_s)
+        assert house.story(lease.lease) == ["open"]
         house.coordinator._swept_at = house.clock() + lost_s  # sweeps go on, and the node is heard no more
         await house.swept(after_s=lost_s + 0.5)
         assert house.story(lease.lease) == ["open", "expired"]

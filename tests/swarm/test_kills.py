@@ -68,13 +68,16 @@ def test_killed_trainer_goes_on_from_its_last_committed_step(start):
     check_books(running.folder)
 
 
-def test_killed_validator_and_scorer_are_replaced(start):
+def test_killed_validator_scorer_and_nursery_are_replaced(start):
     running = start(*SMALL, "--coordinator.claim_s", "2")
     running.wait_for(lambda status: status["latest"]["step"] >= 1)
     running.kill("validator-1")
     running.kill("scorer")
+    running.wait_for(lambda status: status["latest"]["step"] >= 3)
+    running.kill("nursery-light")
     output = running.finish()
     assert running.process.returncode == 0, output
+    assert "nursery-light ended, starting it again" in output
     assert running.summary()["honest_ejected"] == 0
     check_books(running.folder)
 
