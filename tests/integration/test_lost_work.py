@@ -1,7 +1,9 @@
 """What a fault of a worker cost, as `farflung chaos` reads it from the database."""
 
-from farflung.ops.chaos import _settle_lease
+import pytest
+
 from farflung.ops.faults import Fault
+from farflung.ops.recovery import settle
 
 
 def test_what_others_had_to_make_again_is_what_was_lost(house) -> None:
@@ -12,7 +14,7 @@ def test_what_others_had_to_make_again_is_what_was_lost(house) -> None:
         house.clock.now += house.config.lease.lost_s + 1
         await house.client("bob")
         await house.coordinator.database.write(house.coordinator._sweep_once)
-        before = await house.coordinator.database.read(lambda c: (_settle_lease(c, fault), fault.lost_tokens)[1])
+        before = await house.coordinator.database.read(lambda c: (settle(c, fault, []), fault.lost_tokens)[1])
         assert before == 0, "nobody made anything of it again"
         samples = {sample.seed for group in lost.groups for sample in group.samples}
         made = 0
@@ -22,8 +24,48 @@ def test_what_others_had_to_make_again_is_what_was_lost(house) -> None:
             for sample in (one for group in lease.groups for one in group.samples if one.seed in samples):
                 samples.discard(sample.seed)
                 made += sent[sample.rollout]
-        await house.coordinator.database.read(lambda c: _settle_lease(c, fault))
+        await house.coordinator.database.read(lambda c: settle(c, fault, []))
         assert fault.lost_tokens == made > 0
         assert fault.detected_s > house.config.lease.lost_s
+
+    house.run(scenario)
+
+
+def test_what_a_validator_had_claimed_is_in_other_hands_when_it_is_claimed_again(house) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        await house.work("ada")
+        jobs = await house.claim_audits("val-1")
+        assert jobs, "a node on probation is audited"
+        fault = Fault("kill", "validator", 0.0, victim="val-1", at=house.clock())
+        ended = [{"name": "val-1", "at": house.clock() + 0.5}]
+        house.clock.now += house.config.coordinator.claim_s + 1
+        await house.coordinator.database.read(lambda c: settle(c, fault, ended))
+        assert (fault.detected_s, fault.recovered_s) == (0.5, None), "nobody has taken it over"
+        assert await house.claim_audits("val-2")
+        await house.coordinator.database.read(lambda c: settle(c, fault, ended))
+        assert fault.recovered_s == pytest.approx(house.config.coordinator.claim_s + 0.5)
+        idle = Fault("kill", "validator", 0.0, victim="val-1", at=house.clock())
+        await house.coordinator.database.read(lambda c: settle(c, idle, ended))
+        assert (idle.detected_s, idle.recovered_s) == (0.0, 0.0), "it held nothing"
+
+    house.run(scenario)
+
+
+def test_a_coordinator_that_could_not_listen_takes_no_silence_for_a_death(house) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        lease = await house.lease("ada")
+        lost_s = house.config.lease.lost_s
+        house.coordinator._swept_at = house.clock()  # a sweep went through, then it was frozen or its database away
+        await house.swept(after_s=lost_s + 1)
+        assert house.story(lease.lease) == ["open"]
+        house.coordinator.database.failures += 1  # as on a disk that is full: a sweep that writes nothing goes through
+        house.coordinator._swept_at = house.clock() + lost_s
+        await house.swept(after_s=lost_s)
+        assert house.story(lease.lease) == ["open"]
+        house.coordinator._swept_at = house.clock() + lost_s  # sweeps go on, and the node is heard no more
+        await house.swept(after_s=lost_s + 0.5)
+        assert house.story(lease.lease) == ["open", "expired"]
 
     house.run(scenario)

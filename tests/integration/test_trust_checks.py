@@ -1,5 +1,6 @@
 """Canaries for validators, the brake, the diagnosis of suspects, chained receipts, rollback, and the veil."""
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -8,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from farflung.dashboard import views
+from farflung.ops.faults import full_disk
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Signed, seal
@@ -215,6 +217,28 @@ def test_receipts_chain_across_restarts_and_a_dropped_one_is_noticed(house, tmp_
         assert "receipts do not chain" in caplog.text
         with pytest.raises(errors.BadSignature):
             gap.keep(seal(house.named("mallory"), "receipt", m.Empty()), key)
+
+    house.run(scenario)
+
+
+def test_receipts_wait_for_room_and_half_a_line_is_dropped(house, tmp_path: Path, caplog) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        first, second, third, fourth = [await receipt(house, "ada") for _ in range(4)]
+        key, path = house.coordinator.book.key.public, tmp_path / "receipts.jsonl"
+        kept = Receipts(tmp_path)
+        kept.keep(first, key)
+        with full_disk([os.getpid()]):
+            assert kept.keep(second, key)
+        assert len(path.read_text().splitlines()) == 1
+        assert "receipts wait for room" in caplog.text
+        assert kept.keep(third, key)
+        assert len(path.read_text().splitlines()) == 3
+        with path.open("ab") as file:
+            file.write(b'{"payload": "AAAA')  # killed as it wrote
+        assert Receipts(tmp_path).keep(fourth, key)
+        assert len(path.read_text().splitlines()) == 4
+        assert "do not chain" not in caplog.text
 
     house.run(scenario)
 

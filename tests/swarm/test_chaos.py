@@ -22,12 +22,12 @@ def test_the_schedule_follows_from_the_seed_and_reaches_every_role():
 
 def test_a_run_does_not_care(tmp_path):
     command = [sys.executable, "-m", "farflung", "chaos", str(ROOT / "examples" / "chaos.toml"), "--json"]
-    command += ["--minutes", "1.2", "--run.dir", str(tmp_path), "--chaos.every_s", "6"]
+    command += ["--minutes", "0.8", "--run.dir", str(tmp_path), "--chaos.every_s", "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["invariant_violations"] == 0, result["violations"]
     assert result["faults"] >= 8
-    assert {"worker", "coordinator", "trainer", "validator"} <= set(result["by_role"])
-    assert result["storm"]["steps"] >= 2, "training goes on through it all"
+    assert {"worker", "coordinator", "trainer", "validator", "database"} <= set(result["by_role"])
+    assert result["storm"]["steps"] >= 1, "training goes on through it all"
     assert result["throughput_kept"] > 0.5, result  # a figure for a busy machine; bench/RESULTS.md has a measured one

@@ -221,11 +221,16 @@ def _guarded(pages: Pages, page: Callable[[Request], Awaitable[Response]]) -> Ca
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which on its way out ends the streams of those who look before it waits for requests to end."""
+    """uvicorn, which on its way out ends streams, and whatever `leave` ends, before it waits for requests to end."""
+
+    def __init__(self, config: uvicorn.Config, leave: Callable[[], None] = lambda: None) -> None:
+        super().__init__(config)
+        self._leave = leave
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop serving."""
         app: Any = self.config.app
+        self._leave()
         app.state.pages.live.stop()
         await super().shutdown(sockets)
 

@@ -9,7 +9,8 @@ from typing import TypeVar
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-LOOK_S, SAY_S = 2.0, 60.0
+LOOK_S, MOST_LOOK_S, SAY_S = 0.25, 1.0, 60.0
+"""Looks for room are so far apart at first and later; the log has a line so often."""
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -30,14 +31,15 @@ async def patiently(
 
     Whatever else goes wrong is raised, and so is a full disk when it is over.
     """
-    waited_s = 0.0
+    waited_s, said_s, look_s = 0.0, -SAY_S, LOOK_S
     while True:
         try:
             result = await write()
         except Exception as error:
             if not is_full(error) or is_over():
                 raise
-            if waited_s % SAY_S < LOOK_S:
+            if waited_s - said_s >= SAY_S:
+                said_s = waited_s
                 log.warning("disk full, waiting for room to write %s because=%s", what, error)
             say(f"waits for room on its disk to write {what}: {error}"[:500])
         else:
@@ -45,5 +47,5 @@ async def patiently(
                 log.warning("there is room again, %s is written", what)
                 say("")
             return result
-        await asyncio.sleep(LOOK_S)
-        waited_s += LOOK_S
+        await asyncio.sleep(look_s)
+        waited_s, look_s = waited_s + look_s, min(2 * look_s, MOST_LOOK_S)

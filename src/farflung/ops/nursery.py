@@ -1,4 +1,6 @@
-"""Imports torch once and forks the roles that need it: each a real process, started in a moment, sharing the pages.
+"""Imports once and forks the roles that need it: each a real process, started in a moment, sharing the pages.
+
+There are two, for what runs beside the database never has torch in its memory: `torch` and `light`.
 
     stdin   {"name": "worker-1", "role": "worker", "config": "…/config.json", "url": "http://…", "attack": ""}
     stdout  {"event": "ready"}   {"event": "started", "name": …, "pid": …}   {"event": "ended", "name": …, "code": …}
@@ -8,6 +10,7 @@ When stdin closes, because the parent asked or died, every child is told to stop
 
 import asyncio
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -15,33 +18,32 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from farflung.config import load
+from farflung.config import Config, RelaySection, load
 from farflung.ops.logs import start_logging
 from farflung.protocol.client import set_skew
 from farflung.protocol.errors import FarflungError
 from farflung.protocol.identity import Key
 from farflung.tasks.keyring import root_of
 
-POLL_S = 0.1
+POLL_S = 0.05
 GRACE_S = 10.0
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
+Make = Callable[[dict[str, Any], Config, Path, bytes | None], Any]
+LIGHT = ("coordinator", "scorer", "relay")
+"""Roles of the nursery that has no torch."""
+
+
 def main() -> None:
-    """Serve until stdin closes."""
-    import torch
-    import transformers  # noqa: F401 - imported here so that no child has to
-
-    import farflung.trainer
-    import farflung.validator
-    import farflung.worker  # noqa: F401 - likewise
-
-    torch.set_num_threads(1)
-    keep_freed_memory()
+    """Serve until stdin closes; the argument says which roles."""
+    {"light": _import_light, "torch": _import_torch}[sys.argv[1]]()
+    gc.freeze()  # or the first collection in a child would touch, and so copy, every page
     children: dict[int, str] = {}
     _say(event="ready")
     buffer = b""
@@ -58,6 +60,27 @@ def main() -> None:
                 _say(event="started", name=order["name"], pid=pid)
         _reap(children)
     _end(children)
+
+
+def _import_light() -> None:
+    """What no child has to import: a coordinator takes 1.5 CPU-seconds to import, and a tenth to open its run."""
+    import alembic.command  # noqa: F401 - for the children, as all that follows
+
+    import farflung.ops.fleet
+    import farflung.relay
+    import farflung.scorer  # noqa: F401
+
+
+def _import_torch() -> None:
+    import torch
+    import transformers  # noqa: F401 - for the children, as all that follows
+
+    import farflung.trainer
+    import farflung.validator
+    import farflung.worker  # noqa: F401
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def _fork(order: dict[str, Any]) -> int:
@@ -77,7 +100,7 @@ def _live(order: dict[str, Any]) -> NoReturn:
         set_skew(order.get("skew_s", 0.0))
         _log_to(config.folder / "logs" / f"{order['name']}.log")
         start_logging()
-        asyncio.run(_role(order, config))
+        _be(order, config)
         code = 0
     except FarflungError as error:
         sys.stderr.write(f"farflung: {error}\n")
@@ -93,34 +116,63 @@ def _live(order: dict[str, Any]) -> NoReturn:
         os._exit(code)
 
 
-async def _role(order: dict[str, Any], config: Any) -> None:
+def _be(order: dict[str, Any], config: Config) -> None:
+    """Be the role of an order until it ends."""
+    if order["role"] == "coordinator":
+        from farflung.ops.fleet import serve_all
+
+        serve_all(config)
+    else:
+        make = {"trainer": _trainer, "validator": _validator, "scorer": _scorer, "relay": _relay, "worker": _worker}
+        asyncio.run(_run(make[order["role"]], order, config))
+
+
+async def _run(make: Make, order: dict[str, Any], config: Config) -> None:
+    folder = config.folder / "nodes" / order["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    await make(order, config, folder, root_of(config.folder / "keys")).run()
+
+
+def _trainer(order: dict[str, Any], config: Config, folder: Path, root: bytes | None) -> Any:
     from farflung.trainer import Trainer
+
+    return Trainer(order["url"], Key.load_or_make(config.folder / "keys" / "trainer"), config, root=root)
+
+
+def _validator(order: dict[str, Any], config: Config, folder: Path, root: bytes | None) -> Any:
     from farflung.validator import Validator
 
-    name, url = order["name"], order["url"]
-    folder = config.folder / "nodes" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    root = root_of(config.folder / "keys")
-    if order["role"] == "trainer":
-        await Trainer(url, Key.load_or_make(config.folder / "keys" / "trainer"), config, root=root).run()
-    elif order["role"] == "validator":
-        key = Key.load_or_make(config.folder / "keys" / name)
-        await Validator(url, key, folder, config.validator, run=config.run.name, root=root, name=name).run()
-    else:
-        await _worker(order, config, folder, root).run()
+    name, key = order["name"], Key.load_or_make(config.folder / "keys" / order["name"])
+    return Validator(order["url"], key, folder, config.validator, run=config.run.name, root=root, name=name)
 
 
-def _worker(order: dict[str, Any], config: Any, folder: Path, root: bytes) -> Any:
+def _scorer(order: dict[str, Any], config: Config, folder: Path, root: bytes | None) -> Any:
+    from farflung.scorer import Scorer
+
+    key = Key.load_or_make(config.folder / "keys" / order["name"])
+    return Scorer(order["url"], key, config, root=root, name=order["name"])
+
+
+def _relay(order: dict[str, Any], config: Config, folder: Path, root: bytes | None) -> Any:
+    from farflung.relay import Relay
+
+    key, settings = Key.load_or_make(folder / "key"), RelaySection()
+    return Relay(order["url"], key, folder, settings, run=config.run.name, root=root, name=order["name"])
+
+
+def _worker(order: dict[str, Any], config: Config, folder: Path, root: bytes | None) -> Any:
     """A worker, or an adversary that runs the attack of its order."""
-    from farflung.ops.redteam import GALLERY
-    from farflung.ops.redteam.base import Adversary
-    from farflung.trust.record import TrustSettings
     from farflung.worker import Worker
 
     about = (order["url"], Key.load_or_make(folder / "key"), folder, config.worker)
     options = {"run": config.run.name, "root": root, "name": order["name"]}
     if not order["attack"]:
         return Worker(*about, **options)
+
+    from farflung.ops.redteam import GALLERY
+    from farflung.ops.redteam.base import Adversary
+    from farflung.trust.record import TrustSettings
+
     settings = config.trust.model_dump()
     trust = TrustSettings(**{name: settings[name] for name in TrustSettings.__struct_fields__})
     return Adversary(*about, attack=GALLERY[order["attack"]](), trust=trust, **options)

@@ -1,6 +1,6 @@
 """`farflung run`: the whole swarm on one machine, each role a real process that speaks real HTTP over loopback.
 
-The coordinator and the scorer are processes of their own; the roles that need torch are forked from the nursery.
+Every role is forked from one of two nurseries, one with torch and one without, so that it starts in a moment.
 What dies by accident is started again; what the configuration wants killed is killed.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from farflung.config import Config, save
+from farflung.ops.nursery import LIGHT, die_with_parent
 from farflung.ops.report import write_report
 from farflung.ops.screen import Screen
 from farflung.ops.summary import write_summary
@@ -31,7 +32,6 @@ from farflung.store.book import holds_run
 from farflung.store.db import shown
 from farflung.store.metrics import Metrics
 from farflung.tasks.found import local_grants
-from farflung.tasks.keyring import root_of
 
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
@@ -41,6 +41,9 @@ SETTLE_S = 0.5
 START_S = 240.0
 STOP_S = 15.0
 MOST_RESTARTS = 20
+STEADY_S, PAUSES_S = 10.0, (0.05, 1.0)
+"""What lived so long comes back after the first pause, what died sooner after the second."""
+NURSERIES = ("torch", "light")
 
 
 def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> None:
@@ -81,7 +84,11 @@ class Swarm:
         self.killed: set[str] = set()
         self.is_stopping = False
         self.most_restarts = MOST_RESTARTS
-        self._ready = asyncio.Event()
+        self._born: dict[str, float] = {}
+        self._ready = {kind: asyncio.Event() for kind in NURSERIES}
+        self._is_open, self._has_failed = False, asyncio.Event()
+        """Whether the coordinator has answered once, and whether it ended before it did."""
+        self._listening: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> int:
         """Start, watch, stop, sum up. Gives the exit code."""
@@ -110,10 +117,10 @@ class Swarm:
     # --- starting ----------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        await asyncio.gather(self._spawn_nursery(), self._spawn_coordinator())
-        await self._spawn("scorer", "scorer", str(self.path), "--url", self.url)
+        await asyncio.gather(self._spawn_nursery("torch"), self._open())
+        self._order("scorer", "scorer")
         for number in range(self.config.swarm.relays):
-            await self._spawn_relay(f"relay-{number + 1}")
+            self._order(f"relay-{number + 1}", "relay")
         self._order("trainer", "trainer")
         for number in range(self.config.swarm.validators):
             self._order(f"validator-{number + 1}", "validator")
@@ -126,15 +133,13 @@ class Swarm:
         doomed = [(f"doomed-{number + 1}", "") for number in range(swarm.kill)]
         return [*doomed, *honest, *((cheat.name, cheat.attack) for cheat in swarm.cheats)]
 
-    async def _spawn_coordinator(self) -> None:
-        process = await self._spawn("coordinator", "coordinator", str(self.path))
-        if not await _first(self._until_it_answers(), process):
-            raise ConfigError(_last_words(process, self.folder / "logs" / "coordinator.log"))
-
-    async def _spawn_relay(self, name: str) -> None:
-        folder = str(self.folder / "nodes" / name)
-        root = (root_of(self.folder / "keys") or b"").hex()
-        await self._spawn(name, "relay", self.url, "--folder", folder, "--name", name, "--root", root)
+    async def _open(self) -> None:
+        """A coordinator that answers. Raises ConfigError."""
+        await self._spawn_nursery("light")
+        self._order("coordinator", "coordinator")
+        if not await _first(self._until_it_answers(), self._has_failed.wait()):
+            raise ConfigError(_last_words(self.folder / "logs" / "coordinator.log", self._has_failed.is_set()))
+        self._is_open = True
 
     async def _until_it_answers(self) -> None:
         while not await self._answers():
@@ -147,29 +152,24 @@ class Swarm:
             return False
         return True
 
-    async def _spawn_nursery(self) -> None:
-        process = await self._spawn("nursery", module="farflung.ops.nursery", pipes=True)
-        self._listening = asyncio.create_task(self._listen(process))
-        if not await _first(self._ready.wait(), process):
-            raise ConfigError(_last_words(process, self.folder / "logs" / "nursery.log"))
-
-    async def _spawn(
-        self, name: str, *arguments: str, module: str = "farflung", pipes: bool = False
-    ) -> asyncio.subprocess.Process:
-        from farflung.ops.nursery import die_with_parent
-
-        with (self.folder / "logs" / f"{name}.log").open("ab") as output:
+    async def _spawn_nursery(self, kind: str) -> None:
+        name = f"nursery-{kind}"
+        log_path = self.folder / "logs" / f"{name}.log"
+        with log_path.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", module, *arguments),
-                stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if pipes else output,
+                *("-m", "farflung.ops.nursery", kind),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=output,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        self.processes[name] = process
-        return process
+        self.processes[kind] = process
+        self._ready[kind].clear()
+        self._listening[kind] = asyncio.create_task(self._listen(kind, process))
+        if not await _first(self._ready[kind].wait(), process.wait()):
+            raise ConfigError(_last_words(log_path, process.returncode is not None))
 
     def url_for(self, name: str) -> str:
         """Where a role finds the coordinator."""
@@ -180,28 +180,31 @@ class Swarm:
         order = {"name": name, "role": role, "config": str(self.path), "url": self.url_for(name), "attack": attack}
         order = self.orders.get(name, {}) | order
         self.orders[name] = order
-        stdin = self.processes["nursery"].stdin
-        assert stdin is not None, "the nursery was started with pipes"
+        stdin = self.processes[_nursery_of(role)].stdin
+        assert stdin is not None, "nurseries are started with pipes"
         stdin.write(json.dumps(order).encode() + b"\n")
 
-    async def _listen(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None, "the nursery was started with pipes"
+    async def _listen(self, kind: str, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None, "nurseries are started with pipes"
         while line := await process.stdout.readline():
-            self._heard(json.loads(line))
+            self._heard(kind, json.loads(line))
 
-    def _heard(self, event: dict[str, Any]) -> None:
+    def _heard(self, kind: str, event: dict[str, Any]) -> None:
         match event["event"]:
             case "ready":
-                self._ready.set()
+                self._ready[kind].set()
             case "started":
                 self.forked[event["name"]] = event["pid"]
+                self._born[event["name"]] = time.monotonic()
             case "ended":
                 self.forked.pop(event["name"], None)
                 self._ended(event["name"], event["code"])
 
     def _ended(self, name: str, code: int) -> None:
         """What died by accident comes back; what ended well, was killed on purpose or was ejected does not."""
-        if self.is_stopping or code == 0 or name in self.killed:
+        if not self._is_open:
+            self._has_failed.set()
+        if self.is_stopping or not self._is_open or name in self.killed or (code == 0 and name != "coordinator"):
             return
         self.restarts[name] = self.restarts.get(name, 0) + 1
         self.screen.note(f"{name} ended with {code}, starting it again")
@@ -209,8 +212,9 @@ class Swarm:
         if self.restarts[name] > self.most_restarts:
             self.screen.note(f"{name} ended {self.most_restarts} times; see logs/{name}.log")
             self.is_stopping = True
-        elif name in self.orders:
-            asyncio.get_running_loop().call_later(0.5, self._order_again, name)
+            return
+        pause_s = PAUSES_S[time.monotonic() - self._born[name] < STEADY_S]
+        asyncio.get_running_loop().call_later(pause_s, self._order_again, name)
 
     def _order_again(self, name: str) -> None:
         if not self.is_stopping:
@@ -222,7 +226,7 @@ class Swarm:
     async def _watch(self) -> bool:
         """Until the run is finished (True) or somebody says stop (False)."""
         while not self.is_stopping:
-            await self._restart_processes()
+            await self._restart_nurseries()
             status = await self._status()
             if status is not None:
                 self.screen.show(status)
@@ -239,15 +243,15 @@ class Swarm:
         except Unreachable:
             return None
 
-    async def _restart_processes(self) -> None:
-        for name, arguments in (
-            ("coordinator", ("coordinator", str(self.path))),
-            ("scorer", ("scorer", str(self.path), "--url", self.url)),
-        ):
-            code = self.processes[name].returncode
-            if code is not None and not self.is_stopping and not (name == "scorer" and code == 0):
-                self._ended(name, code)
-                await self._spawn(name, *arguments)
+    async def _restart_nurseries(self) -> None:
+        """One that died took its children along."""
+        for kind in NURSERIES:
+            if self.processes[kind].returncode is not None and not self.is_stopping:
+                self.screen.note(f"nursery-{kind} ended, starting it again")
+                await self._spawn_nursery(kind)
+                for name in [name for name in self.forked if _nursery_of(self.orders[name]["role"]) == kind]:
+                    del self.forked[name]
+                    self._ended(name, -signal.SIGTERM)
 
     async def _kill_doomed(self, nodes: list[NodeView]) -> None:
         """kill -9 a doomed worker in the middle of a lease: freeze it, look again, kill it if it still holds one."""
@@ -271,20 +275,38 @@ class Swarm:
     async def _end(self) -> None:
         """Stop every process: first those that hand in work, last the coordinator."""
         self.is_stopping = True
-        for name in sorted(self.processes, key=lambda name: (name == "coordinator", name)):
-            process = self.processes[name]
-            if process is not None and process.returncode is None:
-                if process.stdin is not None:
-                    process.stdin.close()
-                else:
-                    process.terminate()
-                await _wait(process)
+        await self._close("torch")
+        await self._stop([name for name in self.forked if name != "coordinator"])
+        await self._close("light")
         await self.client.close()
 
+    async def _stop(self, names: list[str]) -> None:
+        """Tell them to stop, and wait for it; whoever does not is killed with its nursery."""
+        for name in names:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.forked[name], signal.SIGTERM)
+        until = time.monotonic() + STOP_S
+        while any(name in self.forked for name in names) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
 
-async def _first(wanted: Coroutine[Any, Any, Any], process: asyncio.subprocess.Process) -> bool:
-    """Whether something came about before its process ended or START_S was up."""
-    came, ended = asyncio.create_task(wanted), asyncio.create_task(process.wait())
+    async def _close(self, kind: str) -> None:
+        """Have a nursery stop its children and end."""
+        process = self.processes.get(kind)
+        if process is not None and process.returncode is None:
+            assert process.stdin is not None, "nurseries are started with pipes"
+            process.stdin.close()
+            await _wait(process)
+        if kind in self._listening:
+            await self._listening[kind]  # its last words
+
+
+def _nursery_of(role: str) -> str:
+    return "light" if role in LIGHT else "torch"
+
+
+async def _first(wanted: Coroutine[Any, Any, Any], unwanted: Coroutine[Any, Any, Any]) -> bool:
+    """Whether something came about before something else did or START_S was up."""
+    came, ended = asyncio.create_task(wanted), asyncio.create_task(unwanted)
     await asyncio.wait({came, ended}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
     has_come = came.done()
     came.cancel()
@@ -315,9 +337,9 @@ def _free_port(config: Config) -> int:
         return probe.getsockname()[1]
 
 
-def _last_words(process: asyncio.subprocess.Process, path: Path) -> str:
+def _last_words(path: Path, has_ended: bool) -> str:
     """Why a process did not start: the last line of its log, without our own prefix, or that it takes too long."""
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    if process.returncode is None:
+    if not has_ended:
         return f"{path.stem} is not ready after {START_S:.0f} s; is this machine very busy? Its log is {path}"
     return (lines[-1] if lines else f"{path.stem} ended with nothing in {path}").removeprefix("farflung: ")

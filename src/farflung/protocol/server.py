@@ -121,6 +121,7 @@ class Queue:
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[object, asyncio.Future[bool]] = OrderedDict()
+        self._is_closed = False
 
     def wake(self, count: int = at_once) -> None:
         """Something changed: let the next `count` look. One that finds something wakes another."""
@@ -131,7 +132,7 @@ class Queue:
 
     async def wait(self, wait_s: float) -> bool:
         """Whether it is worth looking again; not so when the time is up or too many wait already."""
-        if wait_s <= 0 or len(self._waiting) >= self.most:
+        if wait_s <= 0 or self._is_closed or len(self._waiting) >= self.most:
             return False
         token, future = object(), asyncio.get_running_loop().create_future()
         self._waiting[token] = future
@@ -142,6 +143,13 @@ class Queue:
             return False
         finally:
             self._waiting.pop(token, None)
+
+    def close(self) -> None:
+        """Let nobody wait any more."""
+        self._is_closed = True
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_result(False)
 
     def pause_s(self) -> float:
         """How long one that got nothing should stay away: longer the more wait, and no two as long."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 
 import msgspec
@@ -18,10 +19,14 @@ class Receipts:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
+        self._waiting = b""
+        """Lines for which there was no room on the disk yet."""
         self._last = ""
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        if lines:
-            self._last = _digest(msgspec.json.decode(lines[-1], type=Signed))
+        kept, _, torn = self.path.read_bytes().rpartition(b"\n") if self.path.exists() else (b"", b"", b"")
+        if torn:  # this node was killed while it wrote
+            os.truncate(self.path, len(kept) + bool(kept))
+        if kept:
+            self._last = _digest(msgspec.json.decode(kept.splitlines()[-1], type=Signed))
 
     def keep(self, signed: Signed, trusted: Trusted) -> bool:
         """Keep a receipt; gives whether it follows the last one. Raises BadSignature if it is not the coordinator's."""
@@ -35,10 +40,23 @@ class Receipts:
                 "dropped there; compare %s with the run's ledger",
                 *(receipt.lease, receipt.before[:12] or "none", self._last[:12], self.path),
             )
-        with self.path.open("ab") as file:
-            file.write(msgspec.json.encode(signed) + b"\n")
+        self._waiting += msgspec.json.encode(signed) + b"\n"
         self._last = digest
+        self._write()
         return is_next
+
+    def _write(self) -> None:
+        """Write what waits, whole or not at all; a full disk is no reason to stop working."""
+        size_bytes = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                file.write(self._waiting)
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size_bytes)
+            log.warning("receipts wait for room on the disk bytes=%d because=%s", len(self._waiting), error)
+        else:
+            self._waiting = b""
 
 
 def _digest(signed: Signed) -> str:

@@ -56,6 +56,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = open_engine(url)
+        self.failures = 0
+        """Commits that failed."""
         self._queue: queue.Queue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.Queue(
             maxsize=MOST_WAITING
         )
@@ -108,6 +110,7 @@ class Database:
                     self._apply(connection, change, future, done)
                 flush_events(connection)
         except Exception as error:  # the commit itself failed: nobody's change is acknowledged
+            self.failures += 1
             log.warning("commit failed requests=%d", len(batch), exc_info=not is_away(error))
             answer = told(error)
             for _, future in batch:

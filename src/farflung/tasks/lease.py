@@ -433,9 +433,10 @@ _PROMPTS = sa.select(TASKS.c.task, TASKS.c.prompt_ids).where(TASKS.c.task.in_(sa
 # --- taking back -----------------------------------------------------------------------------------------------------
 
 
-def expire(connection: Connection, book: Book, now: float) -> int:
-    """Take back leases whose deadline passed or whose node fell silent; gives how many."""
-    silent = sa.and_(NODES.c.node == LEASES.c.node, NODES.c.seen_at < now - book.config.lease.lost_s)
+def expire(connection: Connection, book: Book, now: float, listening_since: float) -> int:
+    """Take back leases whose deadline passed or whose node fell silent while somebody listened; gives how many."""
+    lost_since = now - book.config.lease.lost_s
+    silent = NODES.c.seen_at < (lost_since if listening_since < lost_since else 0.0)
     rows = connection.execute(
         sa.select(LEASES.c.lease, LEASES.c.node, LEASES.c.expires_at)
         .join(NODES, NODES.c.node == LEASES.c.node)
