@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from farflung.config import Config
@@ -35,8 +34,8 @@ from farflung.protocol.identity import Key
 from farflung.protocol.messages import Batch, Commit, Done
 from farflung.protocol.session import Session
 from farflung.rollouts import stale
-from farflung.rollouts.batch import Suspect, claim, fetch, trip, unaudited
-from farflung.rollouts.tripwire import look, tripped
+from farflung.rollouts.batch import Suspect, claim, fetch, suspects, trip
+from farflung.rollouts.tripwire import Looked, look, tripped
 from farflung.store.sinks import Sinks
 from farflung.trust.profiles import load_profile
 from farflung.weights.cache import Versions
@@ -63,6 +62,8 @@ class Trainer:
         self.session: Session
         self.crew = crew_of(config, ranks or Ranks())
         self._waited_s = self._checked_s = 0.0
+        self._seen: dict[str, torch.Tensor] = {}
+        """By rollout, what the tripwire found its tokens to be worth."""
         self._signs: list[Sign] = []
         self._sinks = Sinks(config)
         self._publisher = Publisher(self.client, key, config.run.name, config.learn.anchor_every)
@@ -138,7 +139,7 @@ class Trainer:
             self.crew.wait()
             return
         batch = answer.batch
-        before, self._checked_s = time.monotonic(), 0.0
+        before, self._checked_s, self._seen = time.monotonic(), 0.0, {}
         if self.config.learn.tripwire and not batch.committed:
             while caught := await self._trip(batch):
                 log.warning("tripwire step=%d submissions=%d", step, len(caught))
@@ -160,17 +161,21 @@ class Trainer:
         self.session.figures.loaded_step = step
 
     async def _trip(self, batch: Batch) -> list[str]:
-        """Submissions of a batch whose text is not what their seeds give."""
+        """Submissions of a batch whose text is not what their seeds give.
+
+        Several updates need to know what every rollout was worth before the first, so then none is left out.
+        """
         self.session.figures.phase = f"checking step {batch.step}"
-        suspects = await unaudited(self.session, batch)
-        found: list[tuple[str, np.ndarray]] = []
-        for digest in sorted({one.manifest for one in suspects}):
+        every = await suspects(self.session, batch, is_all=self.config.learn.minibatches > 1)
+        found: list[Looked] = []
+        for digest in sorted({one.manifest for one in every}):
             await self._fetch(digest)
-            part = [one for one in suspects if one.manifest == digest]
+            part = [one for one in every if one.manifest == digest]
             found += await asyncio.to_thread(self._look, digest, part, batch.temperature)
+        self._seen = {one.rollout: one.logp for one in found}
         return tripped(found)
 
-    def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[tuple[str, np.ndarray]]:
+    def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[Looked]:
         with self.session.figures.working():
             self._hold(digest)
             return look(self.engine, part, temperature, self.config.generate.budget, self._profile)
@@ -207,27 +212,32 @@ class Trainer:
         rollouts = await fetch(self.session, batch, divide_by_std=self.config.learn.divide_by_std)
         if not rollouts:
             return None
-        logp = await self._behaviour(batch, rollouts) if self.config.learn.importance_cap else {}
-        return await asyncio.to_thread(self._train, rollouts, logp)
+        logp = await self._behaviour(batch, rollouts)
+        return await asyncio.to_thread(self._train, rollouts, logp, batch.step - 1)
 
-    def _train(self, rollouts: list[Rollout], logp: stale.Logp) -> StepMetrics:
+    def _train(self, rollouts: list[Rollout], logp: stale.Logp, present: int) -> StepMetrics:
         with self.session.figures.working():
-            return self.crew.train(rollouts, logp)
+            return self.crew.train(rollouts, logp, present)
 
     async def _behaviour(self, batch: Batch, rollouts: list[Rollout]) -> stale.Logp:
-        """What stale rollouts were worth to the weights they were leased at; of a committed step, as it was then."""
-        by_step = stale.stale(rollouts, batch.step - 1)
-        folder = self.checkpoints / "behaviour"
-        if not by_step:
+        """What rollouts were worth to the weights they were leased at; of a committed step, as it was then.
+
+        Stale ones must be known, fresh ones serve several updates; the tripwire has mostly found out already.
+        """
+        learn, folder = self.config.learn, self.checkpoints / "behaviour"
+        by_step = stale.stale(rollouts, batch.step - 1) if learn.importance_cap else {}
+        if not by_step and learn.minibatches == 1:
             return {}
         if batch.committed:
             return stale.kept(folder, batch.step)
-        logp: stale.Logp = {}
+        names = [rollout.rollout for group in batch.groups for rollout in group.rollouts]
+        logp = {index: self._seen[name] for index, name in enumerate(names) if name in self._seen}
         for step, digest in {group.step: group.manifest for group in batch.groups if group.step in by_step}.items():
-            await self._fetch(digest)
-            logp |= await asyncio.to_thread(self._judge, digest, rollouts, by_step[step])
+            if missing := [index for index in by_step[step] if index not in logp]:
+                await self._fetch(digest)
+                logp |= await asyncio.to_thread(self._judge, digest, rollouts, missing)
         keep = partial(asyncio.to_thread, stale.keep, logp, folder, batch.step)
-        await self._with_room("what stale rollouts were worth", keep)
+        await self._with_room("what rollouts were worth before", keep)
         return logp
 
     def _judge(self, digest: str, rollouts: list[Rollout], which: list[int]) -> stale.Logp:

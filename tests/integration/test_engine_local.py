@@ -136,6 +136,15 @@ def test_honest_work_replays_without_margin_and_unseeded_work_does_not(tiny_qwen
     assert (margins(other, asked, honest) > NEAR_TIE).mean() > 0.3
 
 
+def test_replay_finds_the_logp_that_generation_gave(tiny_qwen) -> None:
+    engine = LocalEngine(tiny_qwen())
+    asked = [Request((3, 5 + i, 8), i, 0.7, 9) for i in range(5)]
+    done = engine.generate(asked)
+    replays = engine.replay([(request, item.ids) for request, item in zip(asked, done, strict=True)])
+    for item, replay in zip(done, replays, strict=True):
+        assert replay.logp == pytest.approx(np.array(item.logp), abs=1e-4)
+
+
 def test_greedy_replay_needs_no_noise(tiny_qwen) -> None:
     engine = LocalEngine(tiny_qwen(), eos_ids=[])
     asked = requests(3, temperature=0.0)

@@ -210,6 +210,22 @@ def test_behaviour_logp_may_come_from_retained_weights(tiny_qwen) -> None:
     assert digest(same) == digest(fresh)
 
 
+def test_what_is_known_from_before_the_step_is_not_found_again(tiny_qwen) -> None:
+    packed = pack(rollouts(), 40)
+    with torch.no_grad():
+        known = [Policy(tiny_qwen()).logp_BT(micro) for micro in packed]
+    other = [logp_BT - 0.5 for logp_BT in known]
+    holed = [known[0].masked_fill(packed[0].mask_BT, math.nan), *other[1:]]
+    found = []
+    for before in (None, known, other, holed):
+        learner = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-2, minibatches=3))
+        learner.step(packed, before=before)
+        found.append(digest(learner))
+    assert found[1] == found[0]
+    assert found[2] != found[0], "later updates are held to what they are told"
+    assert found[3] == found[0], "where one is missing, all are found"
+
+
 def test_a_reference_holds_the_policy_back(tiny_qwen) -> None:
     def moved(weight: float) -> float:
         learner = Learner(

@@ -51,6 +51,8 @@ class Replay:
     """Probability that the policy itself gives to the best-scored token, in (0, 1]; 1 when greedy.
 
     Somebody who samples from the policy with other noise sends another token with probability 1 - pick."""
+    logp: np.ndarray
+    """Log-probability of the token that was sent, at the sampling temperature."""
     sketch: np.ndarray | None = None
     """The verifier's own fingerprint before it is rounded, float32 (NUMBERS,), where the request asked for one."""
 

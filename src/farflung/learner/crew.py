@@ -36,8 +36,10 @@ class Train(Order, frozen=True):
     """Take a step."""
 
     rollouts: tuple[Rollout, ...]
-    behaviour: bytes
-    """Log-probabilities of stale rollouts, as safetensors by index."""
+    logp: bytes
+    """Of rollouts under the weights that they were leased at, as safetensors by index."""
+    present: int
+    """The policy before the step; rollouts of earlier ones are stale."""
 
 
 class Gather(Order, frozen=True):
@@ -78,10 +80,10 @@ class Crew:
         """A checkpoint; gives its step."""
         return int(self._do(Resume(str(path))) or 0)
 
-    def train(self, rollouts: Sequence[Rollout], behaviour: Logp) -> StepMetrics:
-        """One step."""
-        kept = save({str(index): values.contiguous() for index, values in behaviour.items()})
-        found = self._do(Train(tuple(rollouts), kept))
+    def train(self, rollouts: Sequence[Rollout], logp: Logp, present: int) -> StepMetrics:
+        """One step after policy `present`, on rollouts whose log-probabilities were perhaps found before."""
+        kept = save({str(index): values.contiguous() for index, values in logp.items()})
+        found = self._do(Train(tuple(rollouts), kept, present))
         assert isinstance(found, StepMetrics), "a step has metrics"
         return found
 
@@ -123,8 +125,8 @@ class Crew:
                 self.learner = self._make()
             case Resume(path=path):
                 return checkpoint.load(self.learner, Path(path))
-            case Train(rollouts=rollouts, behaviour=behaviour):
-                return self._step(rollouts, {int(name): values for name, values in load(behaviour).items()})
+            case Train(rollouts=rollouts, logp=logp, present=present):
+                return self._step(rollouts, {int(name): values for name, values in load(logp).items()}, present)
             case Save(step=step):
                 checkpoint.save(self.learner, step, self._folder, keep=self._keep)
             case Gather(names=names):
@@ -134,9 +136,11 @@ class Crew:
                 return None
         return None
 
-    def _step(self, rollouts: Sequence[Rollout], behaviour: Logp) -> StepMetrics:
+    def _step(self, rollouts: Sequence[Rollout], logp: Logp, present: int) -> StepMetrics:
         packed = pack(rollouts, self._tokens, is_shared=self.learner.policy.can_share)
-        return self.learner.step(packed, lay(packed, behaviour))
+        stale = {index: values for index, values in logp.items() if rollouts[index].step < present}
+        fresh = {index: values for index, values in logp.items() if index not in stale}
+        return self.learner.step(packed, lay(packed, stale), lay(packed, fresh))
 
     def _tell(self, order: Orders) -> None:
         if not self.ranks.is_alone:

@@ -75,16 +75,24 @@ class Learner:
             fused=True,
         )
 
-    def step(self, microbatches: Sequence[MicroBatch], behaviour: Sequence[torch.Tensor] | None = None) -> StepMetrics:
+    def step(
+        self,
+        microbatches: Sequence[MicroBatch],
+        behaviour: Sequence[torch.Tensor] | None = None,
+        before: Sequence[torch.Tensor] | None = None,
+    ) -> StepMetrics:
         """Take one step; bit for bit the same from the same state, batch, machine and number of threads.
 
         `behaviour` (B, T) per micro-batch are log-probabilities under the weights that each rollout was leased at,
         recomputed on the trusted side; stale tokens then count by `importance`. The ratio is always taken against the
-        policy as the step begins, so it is 1 in the first update.
+        policy as the step begins, so it is 1 in the first update. `before` (B, T) are log-probabilities under that
+        policy as it was published; where all are given, later updates take them and no pass finds them again.
         """
         tally, ranks = _Tally(), self.policy.ranks
         count = min(self.settings.minibatches, len(microbatches))
-        given = list(zip(microbatches, behaviour or [None] * len(microbatches), strict=True))
+        nothing = [None] * len(microbatches)
+        known = before if before and all(map(_is_whole, before, microbatches)) else nothing
+        given = list(zip(microbatches, behaviour or nothing, known, strict=True))
         with _deterministic():
             updates = [(deal(given[k::count], ranks), self._total(microbatches[k::count])) for k in range(count)]
             old = [self._before(parts) if k else [None] * len(parts) for k, (parts, _) in enumerate(updates)]
@@ -99,13 +107,16 @@ class Learner:
     def _before(self, parts: Sequence["_Part"]) -> list[torch.Tensor]:
         """Log-probabilities before the first update, for later ones; of the first, its own pass yields them."""
         with torch.no_grad():
-            return [self.policy.logp_BT(micro) for (micro, _), _ in parts]
+            return [
+                self.policy.logp_BT(micro) if known_BT is None else known_BT.nan_to_num(0.0)
+                for (micro, _, known_BT), _ in parts
+            ]
 
     def _update(
         self, parts: Sequence["_Part"], old_logp: Sequence[torch.Tensor | None], total: float, tally: "_Tally"
     ) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        for ((micro, behaviour_BT), counts), old_logp_BT in zip(parts, old_logp, strict=True):
+        for ((micro, behaviour_BT, _), counts), old_logp_BT in zip(parts, old_logp, strict=True):
             seen = tally if counts else _Tally()
             loss = self._loss(micro.to(self.policy.device), old_logp_BT, behaviour_BT, total, seen)
             (loss * self.policy.ranks.world * counts).backward()  # the reduction takes the mean over ranks
@@ -153,8 +164,13 @@ class Learner:
         return self.settings.lr * min(1.0, self.updates / max(self.settings.warmup_steps, 1))
 
 
-_Part = tuple[tuple[MicroBatch, torch.Tensor | None], bool]
-"""A micro-batch, the log-probabilities of its behaviour policy, where there are any, and whether it counts here."""
+_Part = tuple[tuple[MicroBatch, torch.Tensor | None, torch.Tensor | None], bool]
+"""A micro-batch, its log-probabilities under stale behaviour policies and before the step, where known, and whether it
+counts here."""
+
+
+def _is_whole(logp_BT: torch.Tensor, micro: MicroBatch) -> bool:
+    return not logp_BT[micro.mask_BT].isnan().any()
 
 
 class _Tally:

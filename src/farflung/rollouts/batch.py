@@ -25,11 +25,14 @@ AT_ONCE = 16
 class Suspect:
     """One rollout that the tripwire looks at."""
 
+    rollout: str
     manifest: str
     submission: str
     prompt_ids: tuple[int, ...]
     seed: int
     ids: tuple[int, ...]
+    is_audited: bool
+    """Whether a validator has replayed it, so that it is no suspect any more."""
 
 
 async def claim(session: Session, step: int, wait_s: float) -> BatchAnswer:
@@ -44,20 +47,22 @@ async def trip(session: Session, step: int, submissions: Sequence[str]) -> None:
     await session.client.post(session.path(f"steps/{step}/trip"), Trips(submissions=list(submissions)), Done)
 
 
-async def unaudited(session: Session, batch: Batch) -> list[Suspect]:
-    """Every rollout of a batch that no audit has replayed in full, as the tripwire needs it."""
+async def suspects(session: Session, batch: Batch, *, is_all: bool) -> list[Suspect]:
+    """Every rollout of a batch that no audit has replayed in full, or simply every one, as the tripwire needs it."""
     groups = [*batch.groups, *batch.spare]
-    fresh = [(group, rollout) for group in groups for rollout in group.rollouts if not rollout.is_audited]
-    tokens, _ = await _bodies(session, {rollout.submission for _, rollout in fresh})
+    every = [(group, rollout) for group in groups for rollout in group.rollouts if is_all or not rollout.is_audited]
+    tokens, _ = await _bodies(session, {rollout.submission for _, rollout in every})
     return [
         Suspect(
+            rollout.rollout,
             group.manifest,
             rollout.submission,
             tuple(wire.unpack_ids(group.prompt_ids).tolist()),
             rollout.seed,
             tokens[rollout.rollout],
+            rollout.is_audited,
         )
-        for group, rollout in fresh
+        for group, rollout in every
     ]
 
 

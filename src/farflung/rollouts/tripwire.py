@@ -6,28 +6,53 @@ on. The trainer judges nobody: what trips leaves the batch and is audited in ful
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from farflung.engine.base import Engine, Request
 from farflung.rollouts.batch import Suspect
 from farflung.trust.evidence import ODD, Profile, Seen, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
 
 
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What the replay of one rollout came to."""
+
+    rollout: str
+    submission: str
+    log_ratios: np.ndarray
+    """ln LR against every cheat."""
+    is_audited: bool
+    logp: torch.Tensor
+    """Of each of its tokens under the weights that it was leased at, float32 (N,)."""
+
+
 def look(
     engine: Engine, suspects: Sequence[Suspect], temperature: float, budget: int, profile: Profile
-) -> list[tuple[str, np.ndarray]]:
-    """(submission, ln LR against every cheat) of each rollout; the engine holds the weights they were leased at."""
+) -> list[Looked]:
+    """Each rollout, replayed; the engine holds the weights they were leased at."""
     items = [(Request(one.prompt_ids, one.seed, temperature, budget), one.ids) for one in suspects]
-    seen = (Seen(replay.gap, replay.margin, replay.pick) for replay in engine.replay(items))
-    return [(one.submission, log_ratios(profile, found)) for one, found in zip(suspects, seen, strict=True)]
+    return [
+        Looked(
+            one.rollout,
+            one.submission,
+            log_ratios(profile, Seen(replay.gap, replay.margin, replay.pick)),
+            one.is_audited,
+            torch.from_numpy(replay.logp.copy()),
+        )
+        for one, replay in zip(suspects, engine.replay(items), strict=True)
+    ]
 
 
-def tripped(found: Iterable[tuple[str, np.ndarray]]) -> list[str]:
-    """Submissions whose rollouts in this batch, together or one of them alone, look more like a cheat's."""
+def tripped(found: Iterable[Looked]) -> list[str]:
+    """Submissions whose unaudited rollouts in this batch, together or one of them alone, look more like a cheat's."""
     of: dict[str, list[np.ndarray]] = defaultdict(list)
-    for submission, ratios in found:
-        of[submission].append(ratios)
+    for one in found:
+        if one.is_audited:
+            continue
+        of[one.submission].append(one.log_ratios)
     return sorted(name for name, rows in of.items() if _trips(rows) or any(_trips([row]) for row in rows))
 
 
