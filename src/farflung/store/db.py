@@ -72,18 +72,17 @@ class Teller:
 
     def __init__(self, name: str, serve: Callable[[Sequence[Waiting]], None]) -> None:
         self._serve = serve
-        self._queue: queue.Queue[Waiting | None] = queue.Queue(maxsize=MOST_WAITING)
+        self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()  # who puts never waits for who takes
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     async def ask(self, serve: Serve, item: Any) -> Any:
         """Wait in line for an answer. Raises Unavailable when the line is too long."""
+        if self._queue.qsize() >= MOST_WAITING:
+            raise Unavailable("too many requests wait for the database; try again", retry_after_s=1)
         loop = asyncio.get_running_loop()
         waiting = Waiting(serve, item, loop, loop.create_future())
-        try:
-            self._queue.put_nowait(waiting)
-        except queue.Full:
-            raise Unavailable("too many requests wait for the database; try again", retry_after_s=1) from None
+        self._queue.put(waiting)
         return await waiting.future
 
     def close(self) -> None:
