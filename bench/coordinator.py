@@ -28,6 +28,7 @@ import sqlalchemy as sa
 
 from farflung.config import Config, save
 from farflung.ops.crowd import Crowd, Pace, coordinator_id, drive, publish_nothing, simulated_key
+from farflung.ops.fleet import run
 from farflung.protocol.identity import Key
 from farflung.store.db import open_engine
 from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
@@ -260,7 +261,7 @@ def main() -> None:
         config = configuration(folder, args, database)
         coordinators = Coordinators(config, args)
         try:
-            result = asyncio.run(measure(config, coordinators, args))
+            result = run(measure(config, coordinators, args))
         finally:
             coordinators.stop()
         print(json.dumps(result))

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ import msgspec
 import sqlalchemy as sa
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 from starlette.responses import Response
 
 from farflung.config import Config, save
@@ -34,21 +34,24 @@ from farflung.protocol.errors import (
     Forbidden,
     Malformed,
     NotFound,
+    Refusal,
     WeightsError,
     WrongWeights,
 )
-from farflung.protocol.identity import Key, Signed, Trusted, node_id, unseal
+from farflung.protocol.identity import Key, Signed, Trusted, unseal
 from farflung.protocol.limits import Buckets, ByAddress
 from farflung.protocol.server import BODY_BYTES, Call, Queue, Route, listen, mount
 from farflung.protocol.session import Index
 from farflung.rollouts import audit, brake, canary, compose, credit, intake, judge, orphans, possession, rollback
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs, digest_of
-from farflung.store.book import Book, node_row
-from farflung.store.db import Database, migrate
+from farflung.store.book import Book, node_rows, unknown_node
+from farflung.store.db import Database, last_event, migrate
 from farflung.store.metrics import Metrics
+from farflung.store.rows import update_rows
 from farflung.store.tables import NODES
 from farflung.tasks import admit, keyring, lease
+from farflung.tasks.assign import Wait
 from farflung.tasks.found import Model, found, local_grants, seal_papers, weights_key
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
@@ -60,6 +63,8 @@ T = TypeVar("T")
 SWEEP_S = 0.25
 DEAF_S = 1.0
 """A sweep so late says that this process was frozen or its database away, so that silence was no node's fault."""
+IDLE_S = 1.0
+"""Those who wait for work look again after so long without an event: claims lapse and audits linger by the clock."""
 TIDY_S, ORPHAN_S = 900.0, 3600.0
 BACKLOG = 2048
 """Connections that wait to be accepted."""
@@ -72,8 +77,9 @@ SMALL_BYTES = 64 << 10
 SAMPLE_BYTES, TOKEN_BYTES = 256, 16
 """What a rollout and each of its tokens may take in a submission: id and log-probability, in base64."""
 
-SEEN = NODES.update().where(NODES.c.node == sa.bindparam("id")).values(seen_at=sa.bindparam("at"))
-BEAT = SEEN.values(phase=sa.bindparam("phase_"), loaded_step=sa.bindparam("step"), beat=sa.bindparam("encoded"))
+SEEN = NODES.update().where(NODES.c.node.in_(sa.bindparam("ids", expanding=True))).values(seen_at=sa.bindparam("at"))
+MOST_LOST = 1000
+"""Lost leases that one pulse tells of."""
 
 
 class Coordinator:
@@ -101,6 +107,7 @@ class Coordinator:
         self._failures = 0
         self._for_ever: list[asyncio.Task[None]] = []
         self._collected_step = 0
+        self._woken_event, self._woken_at = 0, 0.0
         self._admin_token, limits = admin_token, self.config.coordinator
         self._by_key, self._by_address = (
             Buckets(per_s, per_s * limits.rate_burst_s, what=what)
@@ -108,8 +115,7 @@ class Coordinator:
         )
         self._noted = set[int]()
         """Policy steps whose evaluation has its line in metrics.jsonl."""
-        granted = self.config.coordinator.grants.items()
-        self._roles = {node_id(bytes.fromhex(public)): role for public, role in granted}
+        self._roles = book.granted
 
     @property
     def config(self) -> Config:
@@ -139,20 +145,25 @@ class Coordinator:
     async def heartbeat(self, call: Call) -> m.Pulse:
         """Keep a node's leases alive; tells it where the run stands."""
         self._here(call)
-        beat: m.Heartbeat = call.message
-        now = self.clock()
+        return await self.database.write_together(self._note_beats, (call.node, call.message))
 
-        def note(connection: Connection) -> m.Pulse:
-            row = node_row(connection, call.node)
-            said = {"phase_": beat.phase, "step": beat.loaded_step, "encoded": msgspec.msgpack.encode(beat)}
-            connection.execute(BEAT, {"id": call.node, "at": now} | said)
+    def _note_beats(self, connection: Connection, beats: Sequence[tuple[str, m.Heartbeat]]) -> list[m.Pulse | Refusal]:
+        now, nodes = self.clock(), {node for node, _ in beats}
+        rows = node_rows(connection, nodes)
+        lost = lease.lost_leases(connection, nodes, now - 2 * self.config.lease.lease_s)
+        latest, heard = self.book.latest(connection), [(rows[node], beat) for node, beat in beats if node in rows]
+        for row, beat in heard:
             self.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
-            if call.node in self._roles:
-                audit.renew(connection, self.book, call.node, now)
-            lost = lease.lost_leases(connection, call.node, now - 2 * self.config.lease.lease_s)
-            return m.Pulse(latest=self.book.latest(connection), status=row.status, lost_leases=lost)
-
-        return await self._write(note)
+            if row.node in self._roles:
+                audit.renew(connection, self.book, row.node, now)
+        last = {row.node: _beat_values(row.node, beat, now) for row, beat in heard}
+        update_rows(connection, NODES, list(last.values()))
+        return [
+            m.Pulse(latest=latest, status=rows[node].status, lost_leases=lost.get(node, [])[:MOST_LOST])
+            if node in rows
+            else unknown_node(node)
+            for node, _ in beats
+        ]
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -200,21 +211,34 @@ class Coordinator:
         """Work for a node; waits up to wait_s for some. Asked again, the same lease."""
         self._here(call)
         ask: m.LeaseRequest = call.message
-
-        def issue(connection: Connection) -> m.LeaseAnswer:
-            row = node_row(connection, call.node)
-            if row.role not in ("worker", self._roles.get(call.node)):
-                raise Forbidden(
-                    f"node {call.node} is registered as {row.role!r}; register as a worker to be leased work"
-                )
-            connection.execute(SEEN, {"id": call.node, "at": self.clock()})
-            found = lease.issue(connection, self.book, row, ask, self.clock())
-            latest = self.book.latest(connection)
-            if isinstance(found, Signed):
-                return m.LeaseAnswer(latest=latest, lease=found)
-            return m.LeaseAnswer(latest=latest, reason=found.reason, retry_after_s=self._queues["lease"].pause_s())
-
+        issue = partial(self.database.write_together, self._issue, (call.node, ask))
         return await self._poll("lease", issue, lambda answer: answer.lease is not None, ask.wait_s)
+
+    def _issue(
+        self, connection: Connection, asks: Sequence[tuple[str, m.LeaseRequest]]
+    ) -> list[m.LeaseAnswer | Refusal]:
+        now, rows = self.clock(), node_rows(connection, {node for node, _ in asks})
+        refused = {node: refusal for node, _ in asks if (refusal := self._may_not_lease(rows.get(node), node))}
+        let_in = [lease.Ask(rows[node], ask) for node, ask in asks if node not in refused]
+        if let_in:
+            connection.execute(SEEN, {"ids": [ask.node.node for ask in let_in], "at": now})
+        found = iter(lease.issue(connection, self.book, let_in, now) if let_in else ())
+        latest = self.book.latest(connection)
+        return [refused[node] if node in refused else self._lease_answer(latest, next(found)) for node, _ in asks]
+
+    def _may_not_lease(self, row: Row[Any] | None, node: str) -> Refusal | None:
+        if row is None:
+            return unknown_node(node)
+        if row.role in ("worker", self._roles.get(node)):
+            return None
+        return Forbidden(f"node {node} is registered as {row.role!r}; register as a worker to be leased work")
+
+    def _lease_answer(self, latest: m.Latest, found: Signed | Wait | Refusal) -> m.LeaseAnswer | Refusal:
+        if isinstance(found, Refusal):
+            return found
+        if isinstance(found, Signed):
+            return m.LeaseAnswer(latest=latest, lease=found)
+        return m.LeaseAnswer(latest=latest, reason=found.reason, retry_after_s=self._queues["lease"].pause_s())
 
     async def submission(self, call: Call) -> Signed:
         """Take a lease's rollouts in; gives a sealed receipt, the same one if they are sent again."""
@@ -227,15 +251,13 @@ class Coordinator:
         await self.archive.blobs.put(parcel.body, parcel.digest)
         logp = await self.archive.blobs.put(parcel.logp) if parcel.logp else None
 
-        def take(connection: Connection) -> Signed | str:
-            now = self.clock()
-            found = possession.of_submission(connection, self.book, self.profiles, call.node, leased, call.message, now)
-            return found or intake.take(connection, self.book, call.node, parcel, logp, now)
-
-        receipt = await self._write(take)
-        if isinstance(receipt, str):
-            raise WrongWeights(receipt)
+        delivery = intake.Delivery(call.node, parcel, call.message.possession, logp)
+        receipt = await self.database.write_together(self._take, delivery)
+        self._wake()
         return receipt
+
+    def _take(self, connection: Connection, deliveries: Sequence[intake.Delivery]) -> list[Signed | Refusal]:
+        return intake.take(connection, self.book, self.profiles, deliveries, self.clock())
 
     async def give_back(self, call: Call) -> m.Done:
         """A node that leaves hands its lease back."""
@@ -253,7 +275,9 @@ class Coordinator:
             credit.claim_scores(c, self.book, call.node, ask.limit, self.clock()),
             self.book.latest(c),
         )
-        rows, latest = await self._poll("score", claim, lambda answer: bool(answer[0]), ask.wait_s)
+        rows, latest = await self._poll(
+            "score", partial(self.database.write, claim), lambda answer: bool(answer[0]), ask.wait_s
+        )
         return m.ScoreJobs(latest=latest, jobs=[await self._score_job(row) for row in rows])
 
     async def _score_job(self, row: Any) -> m.ScoreJob:
@@ -281,7 +305,9 @@ class Coordinator:
             known = canary.jobs(connection, self.book, self.profiles.run, call.node, rows[0].step) if rows else []
             return rows, known, latest
 
-        rows, known, latest = await self._poll("audit", claim, lambda answer: bool(answer[0]), ask.wait_s)
+        rows, known, latest = await self._poll(
+            "audit", partial(self.database.write, claim), lambda answer: bool(answer[0]), ask.wait_s
+        )
         return m.AuditJobs(latest=latest, jobs=[*known, *[await self._audit_job(row) for row in rows]])
 
     async def _audit_job(self, row: Any) -> m.AuditJob:
@@ -319,7 +345,9 @@ class Coordinator:
                 return m.BatchAnswer(latest=latest, reason=found)
             return m.BatchAnswer(latest=latest, batch=found)
 
-        return await self._poll("step", claim, lambda answer: answer.batch is not None, call.message.wait_s)
+        return await self._poll(
+            "step", partial(self.database.write, claim), lambda answer: answer.batch is not None, call.message.wait_s
+        )
 
     async def commit_step(self, call: Call) -> m.Done:
         """End a step: its weights are published, its rollouts trained."""
@@ -432,7 +460,7 @@ class Coordinator:
     async def _submission_gate(self, call: Call) -> int:
         """A submission may be as large as its lease can fill, in JSON, with log-probabilities, and no larger."""
         self._here(call)
-        row, leased = await self.database.read(lambda c: intake.lease_of(c, call.path["lease"], call.node))
+        row, leased = await self.database.read_together(intake.leases_of, (call.path["lease"], call.node))
         call.request.state.lease = row, leased
         samples = sum(len(group.samples) for group in leased.groups)
         return BODY_BYTES + samples * (SAMPLE_BYTES + leased.budget * TOKEN_BYTES)
@@ -465,17 +493,20 @@ class Coordinator:
         self._wake()
         return result
 
+    def _writing(self, change: Callable[[Connection], T]) -> Callable[[], Awaitable[T]]:
+        return partial(self.database.write, change)
+
     def _wake(self) -> None:
         for queue in self._queues.values():
             queue.wake()
 
     async def _poll(
-        self, kind: str, ask: Callable[[Connection], T], is_something: Callable[[T], bool], wait_s: float
+        self, kind: str, ask: Callable[[], Awaitable[T]], is_something: Callable[[T], bool], wait_s: float
     ) -> T:
         """Ask until there is something or the time is up, again when something changed and it is this one's turn."""
         until, queue = time.monotonic() + wait_s, self._queues[kind]
         while True:
-            answer = await self.database.write(ask)
+            answer = await ask()
             if is_something(answer):
                 queue.wake(1)
                 return answer
@@ -487,9 +518,8 @@ class Coordinator:
         while True:
             try:
                 await self._note_evals()
-                await self.database.write(self._sweep_once)
+                self._wake_if_due(await self.database.write(self._sweep_once), time.monotonic())
                 self._swept_at = self.clock()
-                self._wake()  # another coordinator may have changed something, or a time has come
                 own = m.Heartbeat(cpu_s=time.process_time(), started_at=self._started_at)
                 self.metrics.note_node(self.book.key.id, "coordinator", self._started_at, own, self.clock())
                 self.metrics.flush(self.clock())
@@ -529,12 +559,20 @@ class Coordinator:
         for task in self._for_ever:
             task.cancel()
 
-    def _sweep_once(self, connection: Connection) -> bool:
+    def _sweep_once(self, connection: Connection) -> int:
+        """Gives the number of the last event."""
         now = self.clock()
         if now - self._swept_at > DEAF_S or self.database.failures != self._failures:
             self._listening_since, self._failures = now, self.database.failures
-        expired = lease.expire(connection, self.book, now, self._listening_since)
-        return bool(expired) | compose.finish(connection, self.book, now)
+        lease.expire(connection, self.book, now, self._listening_since)
+        compose.finish(connection, self.book, now)
+        return last_event(connection)
+
+    def _wake_if_due(self, event: int, now: float) -> None:
+        """Whatever those who wait wait for is an event, this coordinator's or another's, or comes by time alone."""
+        if event != self._woken_event or now - self._woken_at >= IDLE_S:
+            self._woken_event, self._woken_at = event, now
+            self._wake()
 
     def app(self) -> FastAPI:
         """The HTTP application."""
@@ -593,6 +631,11 @@ class Coordinator:
             Route("POST", f"{admin}/brake/release", self.release_brake, m.Empty, m.Done),
             Route("POST", f"{admin}/rollback", self.roll_back, m.Rollback, m.Done),
         ]
+
+
+def _beat_values(node: str, beat: m.Heartbeat, now: float) -> dict[str, Any]:
+    said = {"phase": beat.phase, "loaded_step": beat.loaded_step, "beat": msgspec.msgpack.encode(beat)}
+    return {"node": node, "seen_at": now} | said
 
 
 def _digest(call: Call) -> str:

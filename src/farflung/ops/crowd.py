@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -58,43 +58,85 @@ def signed_bytes(key: Key, method: str, path: str, body: bytes, tag: str, now: f
     return f"{HEAD.format(method=method, path=path)}{lines}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
+Answer = tuple[int, bytes, bytes]
+"""Status, head in lower case, and body."""
+
+
 class Line:
-    """One kept connection."""
+    """One kept connection, one request at a time."""
 
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port = host, port
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._ear: _Ear | None = None
         self._used_at = 0.0
 
-    async def ask(self, request: bytes) -> tuple[int, bytes, bytes]:
-        """Status, head and body of the answer. Raises OSError or IncompleteReadError where there is none."""
-        try:
-            async with asyncio.timeout(GIVE_UP_S):
-                return await self._ask(request)
-        except BaseException:
-            self.close()
-            raise
-
-    async def _ask(self, request: bytes) -> tuple[int, bytes, bytes]:
+    async def ask(self, request: bytes) -> Answer:
+        """Status, head and body of the answer. Raises OSError, EOFError or TimeoutError where there is none."""
         if time.monotonic() - self._used_at > KEPT_S:  # the server is about to hang up
             self.close()
         self._used_at = time.monotonic()
-        if self._streams is None:
-            self._streams = await asyncio.open_connection(self.host, self.port)
-        reader, writer = self._streams
-        writer.write(request)
-        head = (await reader.readuntil(b"\r\n\r\n")).lower()
-        size = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
-        body = await reader.readexactly(size) if size else b""
-        if b"connection: close" in head:
+        loop = asyncio.get_running_loop()
+        try:
+            if self._ear is None:
+                _, self._ear = await loop.create_connection(_Ear, self.host, self.port)
+            answer = self._ear.answer = loop.create_future()
+            giving_up = loop.call_later(GIVE_UP_S, _give_up, answer)
+            self._ear.transport.write(request)
+            try:
+                found = await answer
+            finally:
+                giving_up.cancel()
+        except BaseException:
             self.close()
-        return int(head[9:12]), head, body
+            raise
+        if b"connection: close" in found[1]:
+            self.close()
+        return found
 
     def close(self) -> None:
         """Hang up."""
-        if self._streams is not None:
-            self._streams[1].close()
-        self._streams = None
+        if self._ear is not None:
+            self._ear.transport.close()
+        self._ear = None
+
+
+def _give_up(answer: asyncio.Future[Answer]) -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError(f"no answer for {GIVE_UP_S:.0f} s"))
+
+
+class _Ear(asyncio.Protocol):
+    """Hears whole answers; streams of asyncio would take longer for one than signing its request does."""
+
+    transport: asyncio.WriteTransport
+    answer: asyncio.Future[Answer] | None = None
+
+    def __init__(self) -> None:
+        self._heard = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The line is open."""
+        self.transport = cast(asyncio.WriteTransport, transport)  # uvloop's is one, but does not say so
+
+    def data_received(self, data: bytes) -> None:
+        """Some bytes more."""
+        self._heard += data
+        end = self._heard.find(b"\r\n\r\n") + 4
+        if end < 4:
+            return
+        head = bytes(self._heard[:end]).lower()
+        size = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
+        if len(self._heard) < end + size:
+            return
+        body = bytes(self._heard[end : end + size])
+        del self._heard[: end + size]
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_result((int(head[9:12]), head, body))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The other end has hung up."""
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_exception(exc or EOFError("the line was closed before the answer came"))
 
 
 @dataclass
@@ -148,6 +190,9 @@ class Crowd:
 
     async def lease(self, due: float) -> tuple[int, Lease] | None:
         """A lease for a node that has none; nothing if there was no work."""
+        if not self._free:
+            self.figures.statuses["lease without a free node"] += 1
+            return None
         number = self._free.pop()
         answer = await self._send(
             "lease", number, f"{self.path}/leases", LeaseRequest(loaded_step=0, slots=64), LeaseAnswer, due

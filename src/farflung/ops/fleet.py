@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Coroutine
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from farflung.config import Config
 from farflung.coordinator import open_coordinator, serve
@@ -20,17 +20,17 @@ from farflung.store.metrics import Metrics
 from farflung.tasks.found import local_grants
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 PAUSE_S = 0.2
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
+def run(main: Coroutine[Any, Any, T]) -> T:
     """Run an event loop: uvloop where there is one."""
     try:
         import uvloop
     except ModuleNotFoundError:
-        asyncio.run(main)
-    else:
-        uvloop.run(main)
+        return asyncio.run(main)
+    return uvloop.run(main)
 
 
 def serve_all(config: Config) -> None:

@@ -7,6 +7,7 @@ counts for itself. The buckets of the latest senders are kept; a new bucket is f
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -43,6 +44,7 @@ class Buckets:
             )
 
 
+@lru_cache(maxsize=4096)
 def sender_of(host: str) -> str:
     """What counts as one address: an IPv4 address, or the /64 that a machine with IPv6 can choose from."""
     try:

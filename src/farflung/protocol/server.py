@@ -12,13 +12,14 @@ import re
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farflung.protocol import wire
 from farflung.protocol.errors import (
@@ -157,6 +158,61 @@ class Queue:
         return random.uniform(0.5, 1.5) * min(self.longest_s, self.base_s + self.longest_s * share)
 
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Paths:
+    """Endpoints by method and path. One look-up a request, where FastAPI tries one regular expression after another."""
+
+    def __init__(self) -> None:
+        self._root: dict[Any, Any] = {}
+
+    def add(self, method: str, path: str, endpoint: Endpoint) -> None:
+        """Know one more; a part in braces is any part that is not empty."""
+        at, names = self._root, list[str]()
+        for part in path.split("/"):
+            if part.startswith("{"):
+                names.append(part[1:-1])
+            at = at.setdefault(_ANY if part.startswith("{") else part, {})
+        at.setdefault(_END, {})[method] = endpoint, names
+
+    def find(self, method: str, path: str) -> tuple[Endpoint, dict[str, str]] | None:
+        """The endpoint, and what stands in the place of its names."""
+        at, values = self._root, list[str]()
+        for part in path.split("/"):
+            if (below := at.get(part)) is None:
+                values.append(part)
+                below = at.get(_ANY) if part else None
+            if below is None:
+                return None
+            at = below
+        endpoint, names = at.get(_END, {}).get(method, (None, ()))
+        return None if endpoint is None else (endpoint, dict(zip(names, values, strict=True)))
+
+
+_ANY, _END = object(), object()
+
+
+class Shortcut:
+    """Middleware that answers the protocol's own requests; what FastAPI does for one takes longer than their work."""
+
+    def __init__(self, app: ASGIApp, paths: Paths) -> None:
+        self._app, self._paths = app, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass on what is no route of the protocol."""
+        found = self._paths.find(scope["method"], scope["path"]) if scope["type"] == "http" else None
+        if found is None:
+            await self._app(scope, receive, send)
+            return
+        endpoint, scope["path_params"] = found
+        try:
+            response = await endpoint(Request(scope, receive))
+        except Refusal as error:
+            response = problem_response(error)
+        await response(scope, receive, send)
+
+
 def mount(
     app: FastAPI,
     routes: Sequence[Route],
@@ -165,12 +221,14 @@ def mount(
     count: Callable[[str], None] = lambda node: None,
 ) -> None:
     """Add the routes to the app and the error shape to all of it. `count` may raise Busy for a node that signed."""
-    nonces = Nonces()
+    nonces, paths = Nonces(), Paths()
     app.router.redirect_slashes = False  # a redirect would not be a problem+json, and repeats the Host header
     for route in routes:
+        endpoint = _endpoint(route, nonces, tag, clock, count)
+        paths.add(route.method, route.path, endpoint)
         app.add_api_route(
             route.path,
-            _endpoint(route, nonces, tag, clock, count),
+            endpoint,
             methods=[route.method],
             name=route.handler.__name__,
             description=route.handler.__doc__,
@@ -178,6 +236,7 @@ def mount(
             openapi_extra=_openapi(route),
             responses={"4XX": {"description": "refused", "content": {"application/problem+json": {}}}},
         )
+    app.add_middleware(Shortcut, paths=paths)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(404, _no_route)
     app.add_exception_handler(405, _no_route)
@@ -186,20 +245,22 @@ def mount(
 
 def _endpoint(
     route: Route, nonces: Nonces, tag: str, clock: Callable[[], float], count: Callable[[str], None]
-) -> Callable[..., Awaitable[Response]]:
+) -> Endpoint:
     async def answer(request: Request) -> Response:
         path = {name: _checked(name, value) for name, value in request.path_params.items()}
+        headers = _headers(request)
         signer = None
         if route.signed:
-            signer = _verify(request, tag, clock())
+            signer = _verify(request, headers, tag, clock())
             count(signer.node)
             nonces.check(signer.node + signer.nonce, clock())
         door = Call(None, b"", path, signer, request)
-        body = await _read(request, await route.gate(door) if route.gate else route.limit_bytes)
+        body = await _read(request, headers, await route.gate(door) if route.gate else route.limit_bytes)
         if route.signed:
-            check_digest(request.headers, body)
-        found = await route.handler(Call(_message(route, body, request), body, path, signer, request))
-        return found if isinstance(found, Response) else _respond(request, found)
+            check_digest(headers, body)
+        message = _message(route, body, headers)
+        found = await route.handler(Call(message, body, path, signer, request))
+        return found if isinstance(found, Response) else _respond(headers, found)
 
     async def endpoint(request: Request) -> Response:
         try:
@@ -213,30 +274,38 @@ def _endpoint(
     return endpoint
 
 
+def _headers(request: Request) -> dict[str, str]:
+    """By name in lower case, the first of each; looked up so often that going through the list each time is dear."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(request.scope["headers"])}
+
+
+_ID, _SIZE = re.compile(r"[A-Za-z0-9_.-]{1,80}"), re.compile(r"\d{1,18}")
+
+
 def _checked(name: str, value: str) -> str:
     """A part of the path that can be an id. Raises NotFound; a NUL, say, would upset the database."""
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,80}", value):
+    if not _ID.fullmatch(value):
         raise NotFound(f"{value[:80]!r} is no {name}")
     return value
 
 
-def _message(route: Route, body: bytes, request: Request) -> Any:
+def _message(route: Route, body: bytes, headers: Mapping[str, str]) -> Any:
     if route.takes is None or route.raw:
         return None
-    return wire.decode(body, route.takes, _content_type(request))
+    return wire.decode(body, route.takes, _content_type(headers))
 
 
-def _verify(request: Request, tag: str, now: float) -> Signer:
+def _verify(request: Request, headers: Mapping[str, str], tag: str, now: float) -> Signer:
     url = request.scope
     path = url.get("raw_path", url["path"].encode()).partition(b"?")[0].decode("latin-1")
     query = url["query_string"].decode("latin-1")
-    return verify_request(request.headers, request.method, path, query, now=now, tag=tag)
+    return verify_request(headers, request.method, path, query, now=now, tag=tag)
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, headers: Mapping[str, str], limit: int) -> bytes:
     """The whole body, refused before it is read when it says it is too large, and while it is when it lies."""
-    declared = request.headers.get("content-length", "0")
-    if not re.fullmatch(r"\d{1,18}", declared):
+    declared = headers.get("content-length", "0")
+    if not _SIZE.fullmatch(declared):
         raise Malformed(f"Content-Length {declared[:40]!r} is not a number")
     if int(declared) > limit:
         raise TooLarge(f"the body has {declared} bytes; this route takes {limit}")
@@ -256,14 +325,14 @@ async def _read(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _content_type(request: Request) -> str:
-    return request.headers.get("content-type", wire.JSON)
+def _content_type(headers: Mapping[str, str]) -> str:
+    return headers.get("content-type", wire.JSON)
 
 
-def _respond(request: Request, answer: Any) -> Response:
+def _respond(headers: Mapping[str, str], answer: Any) -> Response:
     if answer is None:
         return Response(status_code=204)
-    wanted = request.headers.get("accept", "") + _content_type(request)
+    wanted = headers.get("accept", "") + _content_type(headers)
     kind = wire.MSGPACK if "msgpack" in wanted else wire.JSON
     return Response(wire.encode(answer, kind), media_type=kind)
 

@@ -25,10 +25,18 @@ def probability(connection: Connection, book: Book, record: NodeRecord) -> float
 
 def afford(connection: Connection, book: Book) -> float:
     """The audit probability that the budget affords, by what validators measured."""
-    rows = connection.execute(sa.select(NODES.c.beat).where(NODES.c.role == "validator", NODES.c.beat != b""))
+    validators = [node for node, role in book.granted.items() if role == "validator"]
+    rows = connection.execute(_BEATS, {"ids": validators})
     beats = [msgspec.msgpack.decode(beat, type=Heartbeat) for beat in rows.scalars()]
     audited, made = sum(beat.recent_tokens for beat in beats), sum(beat.made_tokens for beat in beats)
     if not audited or not made:
         return 1.0
     audit_s, generate_s = sum(beat.recent_cpu_s for beat in beats) / audited, sum(b.made_cpu_s for b in beats) / made
     return affordable(book.config.trust.audit_budget, audit_s, generate_s)
+
+
+_BEATS = sa.select(NODES.c.beat).where(
+    NODES.c.node.in_(sa.bindparam("ids", expanding=True)),  # all nodes by role would be a scan in every transaction
+    NODES.c.role == "validator",
+    NODES.c.beat != b"",
+)

@@ -4,8 +4,9 @@ A submission is named by the digest of lease, node and tokens. The first one com
 one sent again gets the same receipt.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,16 +16,27 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.protocol import seeds, wire
-from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, Malformed, NotFound, Rejected
+from farflung.protocol.errors import (
+    Ejected,
+    Forbidden,
+    LeaseGone,
+    Malformed,
+    NotFound,
+    Refusal,
+    Rejected,
+    WrongWeights,
+)
 from farflung.protocol.fingerprint import unpack
 from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Lease, Receipt, Submission, SubmissionBody, SubmittedRollout
-from farflung.rollouts import budget, standing
+from farflung.rollouts import budget, possession, standing
 from farflung.rollouts.audit import open_audit
 from farflung.store.blobs import digest_of
-from farflung.store.book import Book, node_row
-from farflung.store.db import end_leases, move
+from farflung.store.book import Book, node_rows, unknown_node
+from farflung.store.db import end_leases, record, shift
+from farflung.store.rows import insert_rows, update_rows
 from farflung.store.tables import LEASES, NODES, ROLLOUTS, SUBMISSIONS
+from farflung.trust.evidence import Profiles
 from farflung.trust.policy import draw
 from farflung.trust.record import submitted
 
@@ -46,16 +58,54 @@ class Parcel:
     """The node's own log-probabilities, a metric; empty when it sent none."""
 
 
-_LEASE = sa.select(LEASES).where(LEASES.c.lease == sa.bindparam("id"))
+@dataclass(frozen=True)
+class Delivery:
+    """A parcel whose body is stored, on its way into the database."""
+
+    node: str
+    parcel: Parcel
+    possession: str
+    logp: str | None
+    """Digest of the stored log-probabilities."""
+
+    @property
+    def lease(self) -> str:
+        """Id of the lease that it is for."""
+        return self.parcel.lease.lease
 
 
-def lease_of(connection: Connection, lease: str, node: str) -> tuple[Row[Any], Lease]:
-    """A lease and its document, for its owner. Raises NotFound or Forbidden."""
-    row = connection.execute(_LEASE, {"id": lease}).first()
+_LEASES = sa.select(LEASES).where(LEASES.c.lease.in_(sa.bindparam("ids", expanding=True)))
+
+
+def _lease_rows(connection: Connection, leases: Collection[str]) -> dict[str, Row[Any]]:
+    return {row.lease: row for row in connection.execute(_LEASES, {"ids": list(leases)})}
+
+
+def _owned(rows: Mapping[str, Row[Any]], lease: str, node: str) -> Row[Any]:
+    """A lease, for its owner. Raises NotFound or Forbidden."""
+    row = rows.get(lease)
     if row is None:
         raise NotFound(f"there is no lease {lease}")
     if row.node != node:
         raise Forbidden(f"lease {lease} belongs to node {row.node}, not to {node}")
+    return row
+
+
+Asked = tuple[str, str]
+"""A lease, and the node that asks for it."""
+
+
+def leases_of(connection: Connection, asked: Sequence[Asked]) -> list[tuple[Row[Any], Lease] | Refusal]:
+    """Leases and their documents, for their owners."""
+    rows = _lease_rows(connection, {lease for lease, _ in asked})
+    return [_document(rows, *one) for one in asked]
+
+
+def _document(rows: Mapping[str, Row[Any]], lease: str, node: str) -> tuple[Row[Any], Lease] | Refusal:
+    try:
+        row = _owned(rows, lease, node)
+    except Refusal as refusal:
+        return refusal
     return row, msgspec.msgpack.decode(msgspec.msgpack.decode(row.document, type=Signed).payload, type=Lease)
 
 
@@ -103,12 +153,21 @@ def _length(rollout: SubmittedRollout, budget: int, vocab: int, eos_ids: frozens
         raise Rejected(f"rollout {rollout.rollout} has {len(ids)} tokens; the lease allows 1 to {budget}")
     if int(ids.max()) >= vocab:
         raise Rejected(f"rollout {rollout.rollout} has token {int(ids.max())}; the vocabulary has {vocab}")
-    ends = np.isin(ids, list(eos_ids))
-    if ends[:-1].any():
-        raise Rejected(f"rollout {rollout.rollout} goes on after an end token at position {int(ends.argmax())}")
-    if not ends[-1] and len(ids) < budget:
+    ends = _ends(ids, eos_ids)
+    first = int(ends.argmax())
+    if ends[first] and first + 1 < len(ids):
+        raise Rejected(f"rollout {rollout.rollout} goes on after an end token at position {first}")
+    if not ends[first] and len(ids) < budget:
         raise Rejected(f"rollout {rollout.rollout} stops after {len(ids)} of {budget} tokens without an end token")
     return len(ids)
+
+
+def _ends(ids: np.ndarray[Any, np.dtype[np.uint32]], eos_ids: frozenset[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which tokens are end tokens; for a handful of tokens `np.isin` takes five times as long."""
+    ends = np.zeros(len(ids), dtype=np.bool_)
+    for eos in eos_ids:
+        ends |= ids == eos
+    return ends
 
 
 def _check_fingerprint(rollout: SubmittedRollout, lease: Lease) -> None:
@@ -136,49 +195,191 @@ def _logp(submission: Submission, tokens: dict[str, int]) -> bytes:
 # --- the transaction -------------------------------------------------------------------------------------------------
 
 
-def take(connection: Connection, book: Book, node: str, parcel: Parcel, logp_blob: str | None, now: float) -> Signed:
-    """Commit a submission whose body is stored already, and draw its audit. Raises LeaseGone or Ejected."""
-    row, _ = lease_of(connection, parcel.lease.lease, node)
-    if (earlier := receipt_of(row, parcel, now)) is not None:
+def take(
+    connection: Connection, book: Book, profiles: Profiles, deliveries: Sequence[Delivery], now: float
+) -> list[Signed | Refusal]:
+    """Commit submissions whose bodies are stored already, and draw their audits: a receipt or a refusal for each.
+
+    Those of one node are taken in one after the other, for its receipts are a chain.
+    """
+    rounds: dict[int, list[int]] = defaultdict(list)
+    seen = Counter[str]()
+    for place, delivery in enumerate(deliveries):
+        rounds[seen[delivery.node]].append(place)
+        seen[delivery.node] += 1
+    answers: dict[int, Signed | Refusal] = {}
+    for places in rounds.values():
+        found = _take_apart(connection, book, profiles, [deliveries[place] for place in places], now)
+        answers |= dict(zip(places, found, strict=True))
+    return [answers[place] for place in range(len(deliveries))]
+
+
+def _take_apart(
+    connection: Connection, book: Book, profiles: Profiles, deliveries: Sequence[Delivery], now: float
+) -> list[Signed | Refusal]:
+    """The same for submissions of different nodes."""
+    leases = _lease_rows(connection, {delivery.lease for delivery in deliveries})
+    senders = node_rows(connection, {delivery.node for delivery in deliveries})
+    known: list[Signed | Refusal | None] = []
+    for delivery in deliveries:
+        try:
+            known.append(_known(connection, book, profiles, leases, senders, delivery, now))
+        except Refusal as refusal:
+            known.append(refusal)
+    left = [delivery for delivery, answer in zip(deliveries, known, strict=True) if answer is None]
+    receipts = iter(_take_in(connection, book, _entries(connection, book, leases, senders, left, now), now))
+    return [next(receipts) if answer is None else answer for answer in known]
+
+
+def _known(
+    connection: Connection,
+    book: Book,
+    profiles: Profiles,
+    leases: Mapping[str, Row[Any]],
+    senders: Mapping[str, Row[Any]],
+    delivery: Delivery,
+    now: float,
+) -> Signed | None:
+    """The receipt of one that was taken before. Raises whatever speaks against taking it; wrong weights have
+    consequences that stay."""
+    sender = senders.get(delivery.node)
+    if sender is None:
+        raise unknown_node(delivery.node)
+    leased, shown = delivery.parcel.lease, delivery.possession
+    if wrong := possession.of_submission(connection, book, profiles, sender, leased, shown, now):
+        raise WrongWeights(wrong)
+    row = _owned(leases, delivery.lease, delivery.node)
+    if (earlier := receipt_of(row, delivery.parcel, now)) is not None:
         return earlier
-    sender = node_row(connection, node)
     if sender.status == "ejected":
-        raise Ejected(f"node {node} was ejected for failing verification")
-    leased = _leased(connection, row.lease)
-    order = [rollout for rollout in parcel.tokens if rollout in leased]
-    receipt = _receipt(book, sender, parcel, order, now)
-    sealed = msgspec.msgpack.encode(receipt)
-    connection.execute(_SUBMITTED, {"id": row.lease, "digest": parcel.digest, "sealed": sealed})
-    submission = _store(connection, book, sender, parcel, logp_blob, order, now)
-    _set_places(connection, parcel, order)
-    _draw(connection, book, sender, submission, parcel, order, now)
-    end_leases(connection, [row.lease], "submitted", now, submission=parcel.digest, rollouts=len(order))
-    _remember(connection, sender, parcel, receipt, now - row.opened_at)
-    return receipt
+        raise Ejected(f"node {delivery.node} was ejected for failing verification")
+    return None
 
 
-_SUBMITTED = (
-    LEASES.update()
-    .where(LEASES.c.lease == sa.bindparam("id"))
-    .values(submission=sa.bindparam("digest"), receipt=sa.bindparam("sealed"))
-)
+@dataclass(frozen=True)
+class _Entry:
+    """A submission that is taken in, with all that is derived from it."""
+
+    delivery: Delivery
+    sender: Row[Any]
+    opened_at: float
+    order: Sequence[str]
+    """Its rollouts that still wait for their tokens; a stale group's have been let go."""
+    unsent: Sequence[str]
+    receipt: Signed
+    probability: float
+    """Of an audit of each rollout."""
+    held: Sequence[str]
+    """What is drawn for audit, on probation all of it. Evaluation by the operator's own validators is not audited."""
+
+    @property
+    def digest(self) -> str:
+        """What the submission is called."""
+        return self.delivery.parcel.digest
+
+    @property
+    def is_audited(self) -> bool:
+        """Whether it is of the kind that is audited."""
+        return self.delivery.parcel.lease.purpose != "eval" and bool(self.order)
+
+
+def _entries(
+    connection: Connection,
+    book: Book,
+    leases: Mapping[str, Row[Any]],
+    senders: Mapping[str, Row[Any]],
+    deliveries: Sequence[Delivery],
+    now: float,
+) -> list[_Entry]:
+    waiting = _waiting(connection, [delivery.lease for delivery in deliveries])
+    entries: list[_Entry] = []
+    for delivery in deliveries:
+        parcel, sender, left = delivery.parcel, senders[delivery.node], waiting[delivery.lease]
+        order = [rollout for rollout in parcel.tokens if rollout in left]
+        probability = budget.probability(connection, book, standing.read(sender))
+        entry = _Entry(
+            delivery=delivery,
+            sender=sender,
+            opened_at=leases[delivery.lease].opened_at,
+            order=order,
+            unsent=[rollout for rollout in left if rollout not in parcel.tokens],
+            receipt=_receipt(book, sender, parcel, order, now),
+            probability=probability,
+            held=(),
+        )
+        entries.append(replace(entry, held=_drawn(book, entry)))
+    return entries
+
+
+def _drawn(book: Book, entry: _Entry) -> list[str]:
+    if not entry.is_audited:
+        return []
+    lease = entry.delivery.parcel.lease
+    key, digest = seeds.audit_key(book.step_secret(lease.step)), bytes.fromhex(entry.digest)
+    return [entry.order[i] for i in draw(key, lease.lease, digest, len(entry.order), entry.probability)]
+
+
+def _take_in(connection: Connection, book: Book, entries: Sequence[_Entry], now: float) -> list[Signed]:
+    """Write it all down: every statement is one for all of them."""
+    if not entries:
+        return []
+    rows = [_submission_row(book, entry, now) for entry in entries]
+    insert_rows(connection, SUBMISSIONS, rows)
+    update_rows(connection, ROLLOUTS, [place for entry in entries for place in _places(entry)])
+    for entry, row in zip(entries, rows, strict=True):
+        if entry.held:
+            open_audit(connection, book, SimpleNamespace(**row), entry.held, "draw", now)
+    _go_on(connection, entries, now)
+    update_rows(connection, LEASES, [_lease_values(entry) for entry in entries])
+    update_rows(connection, NODES, [_sender_values(entry, now) for entry in entries])
+    return [entry.receipt for entry in entries]
+
+
+def _go_on(connection: Connection, entries: Sequence[_Entry], now: float) -> None:
+    """Close the leases, hold what is drawn for audit, let the rest go on to the scorers and free what did not come."""
+    changes = {"held": [entry.held for entry in entries], "received": [_free(entry) for entry in entries]}
+    changes["expired"] = [entry.unsent for entry in entries]
+    for after, of_entries in changes.items():
+        shift(connection, "rollout", [one for rollouts in of_entries for one in rollouts], "leased", after)
+        for entry, rollouts in zip(entries, of_entries, strict=True):
+            told = {"rollouts": len(entry.order)} if after == "expired" else {}
+            record(connection, "rollout", rollouts, "leased", after, now, submission=entry.digest, **told)
+    shift(connection, "lease", [entry.delivery.lease for entry in entries], "open", "submitted")
+    for entry in entries:
+        told = {"submission": entry.digest, "rollouts": len(entry.order)}
+        record(connection, "lease", [entry.delivery.lease], "open", "submitted", now, **told)
+
+
+def _free(entry: _Entry) -> list[str]:
+    held = set(entry.held)
+    return [rollout for rollout in entry.order if rollout not in held]
+
+
+def _lease_values(entry: _Entry) -> dict[str, Any]:
+    sealed = msgspec.msgpack.encode(entry.receipt)
+    return {"lease": entry.delivery.lease, "submission": entry.digest, "receipt": sealed}
 
 
 def give_back(connection: Connection, lease: str, node: str, now: float) -> int:
     """A draining node hands a lease back untouched; gives 0 if it was closed already."""
-    row, _ = lease_of(connection, lease, node)
+    row = _owned(_lease_rows(connection, [lease]), lease, node)
     if row.status != "open":
         return 0
     end_leases(connection, [lease], "returned", now, why="handed back", node=node)
     return 1
 
 
-def _leased(connection: Connection, lease: str) -> set[str]:
-    """Rollouts of a lease that still wait for their tokens; a stale group's have been let go."""
-    return set(connection.execute(_WAITING, {"id": lease}).scalars())
+def _waiting(connection: Connection, leases: Sequence[str]) -> dict[str, set[str]]:
+    """Rollouts of leases that still wait for their tokens."""
+    waiting: dict[str, set[str]] = defaultdict(set)
+    for lease, rollout in connection.execute(_WAITING, {"ids": list(leases)}):
+        waiting[lease].add(rollout)
+    return waiting
 
 
-_WAITING = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.lease == sa.bindparam("id"), ROLLOUTS.c.status == "leased")
+_WAITING = sa.select(ROLLOUTS.c.lease, ROLLOUTS.c.rollout).where(
+    ROLLOUTS.c.lease.in_(sa.bindparam("ids", expanding=True)), ROLLOUTS.c.status == "leased"
+)
 
 
 def _receipt(book: Book, sender: Row[Any], parcel: Parcel, order: Sequence[str], now: float) -> Signed:
@@ -195,91 +396,38 @@ def _receipt(book: Book, sender: Row[Any], parcel: Parcel, order: Sequence[str],
     return seal(book.receipts, RECEIPT, receipt)
 
 
-def _store(
-    connection: Connection,
-    book: Book,
-    sender: Row[Any],
-    parcel: Parcel,
-    logp: str | None,
-    order: Sequence[str],
-    now: float,
-) -> SimpleNamespace:
-    row = {
-        "submission": parcel.digest,
+def _submission_row(book: Book, entry: _Entry, now: float) -> dict[str, Any]:
+    parcel = entry.delivery.parcel
+    return {
+        "submission": entry.digest,
         "run": book.run,
-        "lease": parcel.lease.lease,
-        "node": sender.node,
-        "profile": sender.profile,
+        "lease": entry.delivery.lease,
+        "node": entry.delivery.node,
+        "profile": entry.sender.profile,
         "received_at": now,
-        "rollouts": len(order),
+        "rollouts": len(entry.order),
         "tokens": sum(parcel.tokens.values()),
         "generate_s": parcel.generate_s,
-        "logp_blob": logp,
-        "audit_probability": budget.probability(connection, book, standing.read(sender)),
+        "logp_blob": entry.delivery.logp,
+        "audit_probability": entry.probability,
     }
-    connection.execute(SUBMISSIONS.insert(), row)
-    return SimpleNamespace(**row)
 
 
-def _set_places(connection: Connection, parcel: Parcel, order: Sequence[str]) -> None:
+def _places(entry: _Entry) -> Iterator[dict[str, Any]]:
     """Where in the stored body each rollout is. Nothing of a stale group is looked at again."""
-    place = {rollout: number for number, rollout in enumerate(parcel.tokens)}
-    if not order:
-        return
-    connection.execute(
-        _PLACED,
-        [
-            {"id": rollout, "digest": parcel.digest, "place": place[rollout], "length": parcel.tokens[rollout]}
-            for rollout in order
-        ],
-    )
+    waiting = set(entry.order)
+    for place, (rollout, length) in enumerate(entry.delivery.parcel.tokens.items()):
+        if rollout in waiting:
+            yield {"rollout": rollout, "submission": entry.digest, "position": place, "tokens": length}
 
 
-_PLACED = (
-    ROLLOUTS.update()
-    .where(ROLLOUTS.c.rollout == sa.bindparam("id"))
-    .values(submission=sa.bindparam("digest"), position=sa.bindparam("place"), tokens=sa.bindparam("length"))
-)
-
-
-def _draw(
-    connection: Connection,
-    book: Book,
-    sender: Row[Any],
-    submission: Any,
-    parcel: Parcel,
-    order: Sequence[str],
-    now: float,
-) -> None:
-    """Hold what is drawn for audit, on probation all of it; the rest goes on to the scorers.
-
-    Evaluation by the operator's own validators is not audited.
-    """
-    held: list[str] = []
-    if parcel.lease.purpose != "eval" and order:
-        node = submitted(standing.read(sender))
-        standing.write(connection, sender.node, node)
-        key = seeds.audit_key(book.step_secret(parcel.lease.step))
-        limit = submission.audit_probability
-        drawn = draw(key, parcel.lease.lease, bytes.fromhex(parcel.digest), len(order), limit)
-        if drawn:
-            held = [order[i] for i in drawn]
-            open_audit(connection, book, submission, held, "draw", now)
-    free = [rollout for rollout in order if rollout not in set(held)]
-    move(connection, "rollout", held, "leased", "held", now, submission=parcel.digest)
-    move(connection, "rollout", free, "leased", "received", now, submission=parcel.digest)
-
-
-def _remember(connection: Connection, sender: Row[Any], parcel: Parcel, receipt: Signed, took_s: float) -> None:
-    """Of the node: its last receipt, and tokens per second from lease to submission by our clock, smoothed."""
-    speed = sum(parcel.tokens.values()) / max(took_s, 1e-3)
-    smoothed = 0.7 * sender.tokens_per_s + 0.3 * speed if sender.tokens_per_s else speed
-    values = {"id": sender.node, "last": digest_of(receipt.payload), "speed": smoothed}
-    connection.execute(_REMEMBERED, values)
-
-
-_REMEMBERED = (
-    NODES.update()
-    .where(NODES.c.node == sa.bindparam("id"))
-    .values(receipt=sa.bindparam("last"), tokens_per_s=sa.bindparam("speed"))
-)
+def _sender_values(entry: _Entry, now: float) -> dict[str, Any]:
+    """Of the node: its record, last receipt, and tokens per second from lease to submission by our clock, smoothed."""
+    sender, known = entry.sender, standing.read(entry.sender)
+    speed = sum(entry.delivery.parcel.tokens.values()) / max(now - entry.opened_at, 1e-3)
+    return {
+        "node": sender.node,
+        "record": msgspec.msgpack.encode(submitted(known) if entry.is_audited else known),
+        "receipt": digest_of(entry.receipt.payload),
+        "tokens_per_s": 0.7 * sender.tokens_per_s + 0.3 * speed if sender.tokens_per_s else speed,
+    }

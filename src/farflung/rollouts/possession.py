@@ -1,12 +1,13 @@
 """Coordinator: does an engine hold the weights it was told to compute with? A missed update is named, not punished."""
 
 import logging
+from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from farflung.protocol import probe
-from farflung.protocol.messages import Evidence, Lease, Submission
+from farflung.protocol.messages import Evidence, Lease
 from farflung.rollouts.audit import audit_nonce
 from farflung.store.book import Book, node_row
 from farflung.store.db import end_leases, memo, move, record
@@ -17,15 +18,15 @@ log = logging.getLogger(__name__)
 
 
 def of_submission(
-    connection: Connection, book: Book, profiles: Profiles, node: str, lease: Lease, sent: Submission, now: float
+    connection: Connection, book: Book, profiles: Profiles, sender: Row[Any], lease: Lease, shown: str, now: float
 ) -> str:
     """What is wrong with the weights behind a submission, or nothing. The lease of a wrong one goes to others."""
-    row = node_row(connection, node)
-    if not profiles.of(row.profile).holds_published:
+    if not profiles.of(sender.profile).holds_published:
         return ""
-    wrong = _compare(connection, book, lease.step, lease.nonce, sent.possession)
+    wrong = _compare(connection, book, lease.step, lease.nonce, shown)
     if not wrong:
         return ""
+    node = sender.node
     why = f"node {node} computed lease {lease.lease} of step {lease.step} {wrong}"
     if _is_open(connection, lease.lease):
         end_leases(connection, [lease.lease], "returned", now, why=why, node=node)

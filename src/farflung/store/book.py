@@ -1,8 +1,9 @@
 """One run as the coordinator keeps it: the values that never change, and the few questions every hop asks of it."""
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,7 +12,7 @@ from sqlalchemy import Connection, Row
 from farflung.config import Config
 from farflung.protocol import seeds
 from farflung.protocol.errors import NotFound
-from farflung.protocol.identity import Key
+from farflung.protocol.identity import Key, node_id
 from farflung.protocol.messages import Latest
 from farflung.store.db import memo, migrate, open_engine
 from farflung.store.tables import NODES, RUNS, STEPS, TASKS
@@ -35,6 +36,11 @@ class Book:
     """What verdicts are signed with."""
     orders: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
     """How far the tasks of recent steps are opened, so that nobody looks from the beginning for every lease."""
+
+    @cached_property
+    def granted(self) -> dict[str, str]:
+        """Node → the role that the operator granted its key."""
+        return {node_id(bytes.fromhex(key)): role for key, role in self.config.coordinator.grants.items()}
 
     def step_secret(self, step: int) -> bytes:
         """The secret that everything drawn at a step derives from."""
@@ -98,8 +104,21 @@ def node_row(connection: Connection, node: str) -> Row[tuple[object, ...]]:
     """A registered node. Raises NotFound."""
     row = connection.execute(_NODE, {"id": node}).first()
     if row is None:
-        raise NotFound(f"node {node} is not registered here; POST /v1/nodes first")
+        raise unknown_node(node)
     return row
+
+
+_NODES = sa.select(NODES).where(NODES.c.node.in_(sa.bindparam("ids", expanding=True)))
+
+
+def node_rows(connection: Connection, nodes: Iterable[str]) -> dict[str, Row[Any]]:
+    """Those of these nodes that are registered, by id."""
+    return {row.node: row for row in connection.execute(_NODES, {"ids": list(nodes)})}
+
+
+def unknown_node(node: str) -> NotFound:
+    """What a node is told that is not registered."""
+    return NotFound(f"node {node} is not registered here; POST /v1/nodes first")
 
 
 def train_tasks(connection: Connection, run: str) -> tuple[tuple[str, int], ...]:

@@ -1,7 +1,8 @@
 """The coordinator's database: tables, group commit, and one way to change a status.
 
-All writes go through one thread that puts every waiting request into one transaction (each in its own savepoint) and
-answers them after the commit. So an acknowledged change is on disk, and a thousand small requests cost few commits.
+All writes go through one thread that puts every waiting request into one transaction and answers them after the commit.
+So an acknowledged change is on disk, and a thousand small requests cost few commits. Requests of one kind may be served
+as a set, with statements for all of them; each set has a savepoint, and one that fails is served again one by one.
 Coordinators that share a database write one after the other: each transaction begins by taking the database's one
 write lock, so no choice is ever made on rows that another is about to change.
 """
@@ -13,8 +14,8 @@ import logging
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from sqlalchemy import Connection, Engine, Row, event, exc
 
 from farflung.protocol import states
 from farflung.protocol.errors import ConfigError, IllegalTransition, Unavailable
+from farflung.store.rows import insert_rows
 from farflung.store.tables import EVENTS, GROUPS, ROLLOUTS, STEPS, TABLE_OF, metadata
 
 try:
@@ -33,12 +35,16 @@ except ModuleNotFoundError:  # Windows
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
 Event = dict[str, Any]
-Waiting = tuple[Callable[[Connection], Any], Future[Any]]
+Serve = Callable[[Connection, Sequence[Any]], Sequence[Any]]
+"""Serves requests of one kind: an answer for each, in their order; one that is an exception is raised to who asked."""
 MIGRATIONS = Path(__file__).with_name("migrations")
 MOST_IN_A_COMMIT = 256
 MOST_WAITING = 2000
 """Changes that may wait for the writer; more are refused with 503, for nobody waits so long."""
+MOST_NAMED = 10_000
 STORY_LINES = 12
 WRITE_LOCK = 0x6661_7266_6C75_6E67
 """Key of PostgreSQL's advisory lock for writers; "farflung" in ASCII."""
@@ -51,27 +57,72 @@ SQLITE_AWAY = {
 """Codes of a file that is locked, full or gone, unlike those of a statement that is wrong."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    """One request for the database, and who waits for its answer."""
+
+    serve: Serve
+    item: Any
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Any]
+
+
+class Teller:
+    """A thread that serves all that wait at once."""
+
+    def __init__(self, name: str, serve: Callable[[Sequence[Waiting]], None]) -> None:
+        self._serve = serve
+        self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()  # who puts never waits for who takes
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    async def ask(self, serve: Serve, item: Any) -> Any:
+        """Wait in line for an answer. Raises Unavailable when the line is too long."""
+        if self._queue.qsize() >= MOST_WAITING:
+            raise Unavailable("too many requests wait for the database; try again", retry_after_s=1)
+        loop = asyncio.get_running_loop()
+        waiting = Waiting(serve, item, loop, loop.create_future())
+        self._queue.put(waiting)
+        return await waiting.future
+
+    def close(self) -> None:
+        """Serve those who wait, and end."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not None:
+            batch = [first]
+            while len(batch) < MOST_IN_A_COMMIT and not self._queue.empty():
+                following = self._queue.get()
+                if following is None:
+                    self._queue.put(None)
+                    break
+                batch.append(following)
+            self._serve([waiting for waiting in batch if not waiting.future.cancelled()])
+
+
 class Database:
-    """One database, one writer thread, readers in the caller's threads."""
+    """One database, one writer thread, one for reads that are asked together, other readers in threads of their own."""
 
     def __init__(self, url: str) -> None:
         self.engine = open_engine(url)
         self.failures = 0
         """Commits that failed."""
-        self._queue: queue.Queue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.Queue(
-            maxsize=MOST_WAITING
-        )
-        self._thread = threading.Thread(target=self._run, name="database-writer", daemon=True)
-        self._thread.start()
+        self._writer = Teller("database-writer", self._commit)
+        self._reader = Teller("database-reader", self._look)
 
     async def write(self, change: Callable[[Connection], T]) -> T:
         """Run `change` in a transaction shared with other waiting writers; returns once it is committed."""
-        future: Future[T] = Future()
-        try:
-            self._queue.put_nowait((change, future))
-        except queue.Full:
-            raise Unavailable("too many changes wait for the database; try again", retry_after_s=1) from None
-        return await asyncio.wrap_future(future)
+        return await self._writer.ask(_singly, change)
+
+    async def write_together(self, serve: Callable[[Connection, Sequence[A]], Sequence[B | Exception]], item: A) -> B:
+        """The same for a request of a kind that is served in sets: `serve` gives an answer for each item of a set.
+
+        An answer that is an exception is raised here, after the commit. If `serve` raises, the set is rolled back and
+        its items are served one by one, so `serve` must do for a set of one whatever it does for many.
+        """
+        return await self._writer.ask(serve, item)
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Run `query` on a connection of its own, off the event loop."""
@@ -85,60 +136,91 @@ class Database:
 
         return await asyncio.to_thread(run)
 
+    async def read_together(self, serve: Callable[[Connection, Sequence[A]], Sequence[B | Exception]], item: A) -> B:
+        """A read of a kind that is asked so often that those who wait share a query."""
+        return await self._reader.ask(serve, item)
+
     def close(self) -> None:
         """Finish what is queued, then let go of the file."""
-        self._queue.put(None)
-        self._thread.join()
+        self._writer.close()
+        self._reader.close()
         self.engine.dispose()
 
-    def _run(self) -> None:
-        while (first := self._queue.get()) is not None:
-            batch = [first]
-            while len(batch) < MOST_IN_A_COMMIT and not self._queue.empty():
-                following = self._queue.get()
-                if following is None:
-                    self._queue.put(None)
-                    break
-                batch.append(following)
-            self._commit(batch)
-
-    def _commit(self, batch: Sequence[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
-        done: list[tuple[Future[Any], Any]] = []
+    def _commit(self, batch: Sequence[Waiting]) -> None:
+        served: list[tuple[Waiting, Any]] = []
         try:
             with self.engine.connect() as connection, writing(connection):
-                for change, future in batch:
-                    self._apply(connection, change, future, done)
+                for members in _sets(batch):
+                    served += _apply(connection, members)
                 flush_events(connection)
         except Exception as error:  # the commit itself failed: nobody's change is acknowledged
             self.failures += 1
             log.warning("commit failed requests=%d", len(batch), exc_info=not is_away(error))
             answer = told(error)
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(answer)
-            return
-        for future, result in done:
-            future.set_result(result)
+            served = [(waiting, answer) for waiting in batch]
+        _answer(served)
 
-    @staticmethod
-    def _apply(connection: Connection, change: Any, future: Future[Any], done: list[tuple[Future[Any], Any]]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        events = connection.info["events"]
-        before = len(events)
-        connection.exec_driver_sql("SAVEPOINT change")
-        try:
-            result = change(connection)
-        except Exception as error:
-            if is_away(error):
-                raise  # the whole transaction is gone, not only this change
-            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT change")
-            del events[before:]
-            connection.info["memo"].clear()
-            future.set_exception(error)
+    def _look(self, batch: Sequence[Waiting]) -> None:
+        for members in _sets(batch):
+            try:
+                with self.engine.connect() as connection:
+                    answers = members[0].serve(connection, [waiting.item for waiting in members])
+            except Exception as error:
+                log.warning("read failed requests=%d", len(members), exc_info=not is_away(error))
+                answers = [told(error)] * len(members)
+            _answer(list(zip(members, answers, strict=True)))
+
+
+def _singly(connection: Connection, changes: Sequence[Callable[[Connection], Any]]) -> list[Any]:
+    """How changes are served that have nothing in common: `_sets` makes sets of one of them."""
+    return [change(connection) for change in changes]
+
+
+def _sets(batch: Sequence[Waiting]) -> list[list[Waiting]]:
+    """Requests that are served together, in the order in which the first of each came."""
+    sets: dict[Hashable, list[Waiting]] = {}
+    for waiting in batch:
+        sets.setdefault(waiting if waiting.serve is _singly else waiting.serve, []).append(waiting)
+    return list(sets.values())
+
+
+def _apply(connection: Connection, members: Sequence[Waiting]) -> list[tuple[Waiting, Any]]:
+    """Serve a set in a savepoint; if that fails, nothing of it is left, and each member is served alone."""
+    events, acts = connection.info["events"], connection.info["acts"]
+    marks = len(events), len(acts)
+    connection.exec_driver_sql("SAVEPOINT change")
+    try:
+        answers = members[0].serve(connection, [waiting.item for waiting in members])
+        served = list(zip(members, answers, strict=True))
+    except Exception as error:
+        if is_away(error):
+            raise  # the whole transaction is gone, not only this set
+        connection.exec_driver_sql("ROLLBACK TO SAVEPOINT change")
+        del events[marks[0] :], acts[marks[1] :]
+        connection.info["memo"].clear()
+        served = [(members[0], error)] if len(members) == 1 else []
+    connection.exec_driver_sql("RELEASE SAVEPOINT change")
+    return served or [pair for waiting in members for pair in _apply(connection, [waiting])]
+
+
+def _answer(served: Sequence[tuple[Waiting, Any]]) -> None:
+    """Give everybody an answer, with one call for each event loop that waits for some."""
+    loops: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
+    for waiting, answer in served:
+        loops.setdefault(waiting.loop, []).append((waiting.future, answer))
+    for loop, answers in loops.items():
+        with contextlib.suppress(RuntimeError):  # a loop that is closed: nobody waits any more
+            loop.call_soon_threadsafe(_resolve, answers)
+
+
+def _resolve(answers: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+    for future, answer in answers:
+        if future.done():  # who asked has gone
+            continue
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
         else:
-            done.append((future, result))
-        connection.exec_driver_sql("RELEASE SAVEPOINT change")
+            future.set_result(answer)
 
 
 @contextlib.contextmanager
@@ -274,9 +356,8 @@ def record(
 def flush_events(connection: Connection) -> None:
     """Write the events of a shared transaction at once: one statement for all of its requests."""
     rows: list[Event] = connection.info.get("events", [])
-    if rows:
-        connection.execute(EVENTS.insert(), rows)
-        rows.clear()
+    insert_rows(connection, EVENTS, rows)
+    rows.clear()
 
 
 def memo(connection: Connection, name: Hashable, ask: Callable[[], T]) -> T:
@@ -296,20 +377,30 @@ def move(
 
     Raises IllegalTransition with the story of the first row that is not where it was thought to be.
     """
+    shift(connection, noun, ids, before, after)
+    record(connection, noun, ids, before, after, at, **detail)
+
+
+def shift(connection: Connection, noun: str, ids: Sequence[str], before: str, after: str) -> None:
+    """`move` without the events, which the caller records: those of a set differ in their details."""
     if not ids:
         return
     states.check(noun, ids[0], before, after)
-    values = {"ids": list(ids), "was": before, "becomes": after}
-    changed = connection.execute(_move_statement(noun), values).rowcount
-    if changed != len(ids):
-        _complain(connection, noun, ids, before, after)
-    record(connection, noun, ids, before, after, at, **detail)
+    for part in slices(ids):
+        values = {"ids": part, "was": before, "becomes": after}
+        if connection.execute(_move_statement(noun), values).rowcount != len(part):
+            _complain(connection, noun, part, before, after)
     if noun in ("run", "step") and "memo" in connection.info:
         connection.info["memo"].clear()
     if noun == "rollout" and after in states.REOPENING:
         _free(connection, ids)
     if noun == "group" and "open" in (before, after):
         _count_open(connection, ids, 1 if after == "open" else -1)
+
+
+def slices(ids: Sequence[T]) -> Iterator[list[T]]:
+    """Parts that a statement can name one by one; SQLite takes 32,766 parameters."""
+    return (list(ids[start : start + MOST_NAMED]) for start in range(0, len(ids), MOST_NAMED))
 
 
 @cache
@@ -367,6 +458,15 @@ def story(connection: Connection, subject: str) -> Sequence[Row[Any]]:
     """All events of one id, oldest first."""
     flush_events(connection)
     return connection.execute(sa.select(EVENTS).where(EVENTS.c.subject == subject).order_by(EVENTS.c.id)).all()
+
+
+def last_event(connection: Connection) -> int:
+    """Number of the latest event of all, 0 before the first: it tells whether anything has changed its status."""
+    flush_events(connection)
+    return connection.execute(_LAST_EVENT).scalar() or 0
+
+
+_LAST_EVENT = sa.select(sa.func.max(EVENTS.c.id))
 
 
 def create_all(engine: Engine) -> None:

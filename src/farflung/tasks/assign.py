@@ -89,9 +89,14 @@ class Plan:
     opened: tuple[Share, ...]
 
     @property
+    def shares(self) -> tuple[Share, ...]:
+        """All that it leases."""
+        return self.continued + self.opened
+
+    @property
     def rollouts(self) -> int:
         """How many samples it leases."""
-        return sum(len(share.samples) for share in self.continued + self.opened)
+        return sum(len(share.samples) for share in self.shares)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ A node has at most one open lease. Asking again, after a lost answer or a crash,
 
 import hashlib
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,16 +16,18 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.protocol import seeds
-from farflung.protocol.errors import Ejected
+from farflung.protocol.errors import Ejected, Refusal
 from farflung.protocol.identity import Signed, seal
-from farflung.protocol.messages import Lease, LeaseGroup, LeaseRequest, Sample
+from farflung.protocol.messages import Latest, Lease, LeaseGroup, LeaseRequest, Sample
 from farflung.protocol.states import REOPENING
 from farflung.store import heldout
 from farflung.store.book import Book, new_id
-from farflung.store.db import after_commit, end_leases, record
+from farflung.store.db import after_commit, end_leases, record, slices
 from farflung.store.heldout import HELD_OUT, Part
+from farflung.store.rows import insert_rows
 from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
-from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Share, Wait, assign, task_order
+from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Share, Wait, task_order
+from farflung.tasks.shelf import Shelf
 
 KIND = "lease"
 ANY_CONTEXT = 1 << 40
@@ -33,104 +36,155 @@ LOOK_AHEAD, MOST_LOOK_AHEAD = 4, 256
 """Tasks looked up at once when groups are opened: few at first, for mostly the first will do."""
 
 
-def issue(connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, now: float) -> Signed | Wait:
-    """A sealed lease for this node, or why there is none now. Raises Ejected."""
+Answer = Signed | Wait | Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A registered node that asks for work."""
+
+    node: Row[Any]
+    wish: LeaseRequest
+
+
+def issue(connection: Connection, book: Book, asks: Sequence[Ask], now: float) -> list[Answer]:
+    """For each, in order: a sealed lease, why there is none now, or a refusal. Who asks twice gets the same answer."""
+    asking = {ask.node.node: ask for ask in reversed(asks)}
+    latest, papers = book.latest(connection), _Papers(connection, book, list(asking), now)
+    known = {node: _without_work(ask.node, latest, papers) for node, ask in asking.items()}
+    answers: dict[str, Answer] = {node: answer for node, answer in known.items() if answer is not None}
+    left = [ask for node, ask in asking.items() if node not in answers]
+    for ask in left:
+        if ask.node.role == "validator":
+            answers[ask.node.node] = _issue_eval(connection, book, ask.node, ask.wish, latest.step, now)
+    workers = [ask for ask in left if ask.node.role == "worker"]
+    # in lockstep one lease may fill a step, so that the next is of another
+    for part in ([ask] for ask in workers) if book.config.learn.lockstep else [workers] if workers else ():
+        answers |= _issue_train(connection, book, part, latest.step, now)
+    return [answers[ask.node.node] for ask in asks]
+
+
+class _Papers:
+    """What is known of the nodes of a set: the leases that they hold, and how often they gave one up."""
+
+    def __init__(self, connection: Connection, book: Book, nodes: Sequence[str], now: float) -> None:
+        self._most_s, self._now = book.config.lease.lease_s, now
+        self.held = {row.node: row.document for row in connection.execute(_HELD, {"ids": nodes, "of": book.run})}
+        since = now - 2 * self._most_s
+        self._given_up = {row[0]: row[1:] for row in connection.execute(_ABANDONED, {"ids": nodes, "since": since})}
+
+    def pause_s(self, node: str) -> float:
+        """How long a node that hands leases back or lets them lapse has to wait: 1 s, and twice that after each more.
+
+        Otherwise one that refuses whatever it is given, because its disk is full, say, would be leased without end,
+        and keys that do nothing would take all work.
+        """
+        count, last = self._given_up.get(node, (0, 0.0))
+        return last + min(2.0 ** min(count - 1, 30), self._most_s) - self._now if count else 0.0
+
+
+_HELD = sa.select(LEASES.c.node, LEASES.c.document).where(
+    LEASES.c.node.in_(sa.bindparam("ids", expanding=True)),
+    LEASES.c.run == sa.bindparam("of"),
+    LEASES.c.status == "open",
+)
+
+_ABANDONED = (
+    sa.select(LEASES.c.node, sa.func.count(), sa.func.max(LEASES.c.opened_at))
+    .where(
+        LEASES.c.node.in_(sa.bindparam("ids", expanding=True)),
+        LEASES.c.status.in_(("returned", "expired")),
+        LEASES.c.opened_at > sa.bindparam("since"),
+    )
+    .group_by(LEASES.c.node)
+)
+
+
+def _without_work(node: Row[Any], latest: Latest, papers: _Papers) -> Answer | None:
+    """The answer to a node for which no new lease is to be looked for."""
     if node.status == "ejected":
-        raise Ejected(f"node {node.node} was ejected for failing verification; GET /v1/story/{node.node} says why")
-    if (held := _held(connection, book.run, node.node)) is not None:
-        return held
-    latest = book.latest(connection)
+        return Ejected(f"node {node.node} was ejected for failing verification; GET /v1/story/{node.node} says why")
+    if (document := papers.held.get(node.node)) is not None:
+        return msgspec.msgpack.decode(document, type=Signed)
     if latest.step < 0:
         return Wait("the trainer has not published the first weights yet")
     if node.role == "validator":
-        return _issue_eval(connection, book, node, ask, latest.step, now)
-    if (pause_s := _pause_s(connection, book, node.node, now)) > 0:
+        return None
+    if (pause_s := papers.pause_s(node.node)) > 0:
         return Wait(f"node {node.node} handed a lease back; the next one comes in {pause_s:.0f} s")
     if latest.status != "running" or node.role != "worker" or node.status == "quarantined":
         return Wait(f"the run is {latest.status} and node {node.node} is a {node.status} {node.role}")
-    if node.status == "probation" and (why := _unproven(connection, book, node.node)):
-        return Wait(why)
-    return _issue_train(connection, book, node, ask, latest.step, now)
+    return None
 
 
-def _unproven(connection: Connection, book: Book, node: str) -> str:
-    """Why a node on probation has to wait, or nothing: until its own last work is replayed, and for a slot.
+class _Probation:
+    """The slots for nodes on probation: few, and shared by all new keys, so ten thousand of them slow only each other.
 
-    The slots are few and shared by all new keys, so ten thousand of them slow only each other. Whoever holds a lease or
-    waits for a replay has one.
+    Whoever holds a lease or waits for a replay has one.
     """
-    query = (
-        sa.select(AUDITS.c.node, sa.func.count())
-        .join(NODES, NODES.c.node == AUDITS.c.node)
-        .where(AUDITS.c.run == book.run, AUDITS.c.status.in_(("open", "claimed")), NODES.c.status == "probation")
-        .group_by(AUDITS.c.node)
-    )
-    waiting: dict[str, int] = {row[0]: row[1] for row in connection.execute(query)}
-    if waiting.get(node, 0) >= book.config.trust.probation_waiting:
-        return f"node {node} is on probation and what it sent waits for its replay"
-    slots = book.config.trust.probation_slots
-    leased = (
-        sa.select(LEASES.c.node)
-        .join(NODES, NODES.c.node == LEASES.c.node)
-        .where(LEASES.c.run == book.run, LEASES.c.status == "open", NODES.c.status == "probation")
-    )
-    taken = {*waiting, *connection.execute(leased.where(NODES.c.role == "worker")).scalars()}
-    if node not in taken and len(taken) >= slots:
-        return f"{len(taken)} nodes on probation work or wait for their replays; {slots} may at a time"
-    return ""
 
+    def __init__(self, connection: Connection, book: Book) -> None:
+        self._trust = book.config.trust
+        waiting = (
+            sa.select(AUDITS.c.node, sa.func.count())
+            .join(NODES, NODES.c.node == AUDITS.c.node)
+            .where(AUDITS.c.run == book.run, AUDITS.c.status.in_(("open", "claimed")), NODES.c.status == "probation")
+            .group_by(AUDITS.c.node)
+        )
+        leased = (
+            sa.select(LEASES.c.node)
+            .join(NODES, NODES.c.node == LEASES.c.node)
+            .where(LEASES.c.run == book.run, LEASES.c.status == "open", NODES.c.status == "probation")
+        )
+        self._waiting: dict[str, int] = {row[0]: row[1] for row in connection.execute(waiting)}
+        self.taken = {*self._waiting, *connection.execute(leased.where(NODES.c.role == "worker")).scalars()}
 
-_HELD = sa.select(LEASES.c.document).where(
-    LEASES.c.node == sa.bindparam("id"), LEASES.c.run == sa.bindparam("of"), LEASES.c.status == "open"
-)
-
-
-def _held(connection: Connection, run: str, node: str) -> Signed | None:
-    document = connection.execute(_HELD, {"id": node, "of": run}).scalar()
-    return None if document is None else msgspec.msgpack.decode(document, type=Signed)
-
-
-_ABANDONED = sa.select(sa.func.count(), sa.func.max(LEASES.c.opened_at)).where(
-    LEASES.c.node == sa.bindparam("id"),
-    LEASES.c.status.in_(("returned", "expired")),
-    LEASES.c.opened_at > sa.bindparam("since"),
-)
-
-
-def _pause_s(connection: Connection, book: Book, node: str, now: float) -> float:
-    """How long a node that hands leases back or lets them lapse has to wait: 1 s, and twice that after each more.
-
-    Otherwise one that refuses whatever it is given, because its disk is full, say, would be leased without end, and
-    keys that do nothing would take all work.
-    """
-    most_s = book.config.lease.lease_s
-    count, last = connection.execute(_ABANDONED, {"id": node, "since": now - 2 * most_s}).one()
-    return last + min(2.0 ** min(count - 1, 30), most_s) - now if count else 0.0
+    def why_not(self, node: str) -> str:
+        """Why a node on probation has to wait, or nothing: until its own last work is replayed, and for a slot."""
+        if self._waiting.get(node, 0) >= self._trust.probation_waiting:
+            return f"node {node} is on probation and what it sent waits for its replay"
+        if node not in self.taken and len(self.taken) >= self._trust.probation_slots:
+            most = self._trust.probation_slots
+            return f"{len(self.taken)} nodes on probation work or wait for their replays; {most} may at a time"
+        return ""
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _issue_train(
-    connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, latest: int, now: float
-) -> Signed | Wait:
+def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest: int, now: float) -> dict[str, Answer]:
+    """Lease training work to nodes, one after the other."""
     if book.config.learn.lockstep:
         latest = _unfilled(connection, book, latest)
     settings = assign_settings(book, latest)
     groups = _open_groups(connection, book, latest - settings.max_staleness)
-    asker = Asker(ask.loaded_step if ask.loaded_step >= 0 else None, ask.slots, ask.context or ANY_CONTEXT)
-    plan = assign(
-        now,
+    owned, reopened = _owners(connection, [row.group for row in groups])
+    shelf = Shelf(
         latest,
-        asker,
-        _open_samples(connection, book, groups),
+        _open_samples(book, groups, owned, reopened),
         _groups_now(connection, book, latest),
-        lambda step: _next_tasks(connection, book, step),
+        lambda step: _next_tasks(connection, book, step, LOOK_AHEAD + len(asks)),
+        partial(new_id, "g"),
         settings,
     )
-    if isinstance(plan, Wait):
-        return plan
-    return _write(connection, book, node.node, plan, "train", now)
+    is_any_new = any(ask.node.status == "probation" for ask in asks)
+    probation = _Probation(connection, book) if is_any_new else None
+    found = {ask.node.node: _plan(shelf, probation, ask, now) for ask in asks}
+    plans = {node: plan for node, plan in found.items() if isinstance(plan, Plan)}
+    waits = {node: wait for node, wait in found.items() if isinstance(wait, Wait)}
+    return waits | _write(connection, book, plans, "train", now, reopened)
+
+
+def _plan(shelf: Shelf, probation: _Probation | None, ask: Ask, now: float) -> Plan | Wait:
+    node, wish = ask.node, ask.wish
+    is_new = probation is not None and node.status == "probation"
+    if is_new and (why := probation.why_not(node.node)):
+        return Wait(why)
+    asker = Asker(wish.loaded_step if wish.loaded_step >= 0 else None, wish.slots, wish.context or ANY_CONTEXT)
+    plan = shelf.take(asker, now)
+    if is_new and isinstance(plan, Plan):
+        probation.taken.add(node.node)
+    return plan
 
 
 def assign_settings(book: Book, latest: int) -> AssignSettings:
@@ -180,11 +234,12 @@ def _open_groups(connection: Connection, book: Book, oldest: int) -> Sequence[Ro
     return connection.execute(_OPEN_GROUPS, {"of": book.run, "oldest": oldest}).all()
 
 
-def _open_samples(connection: Connection, book: Book, groups: Sequence[Row[Any]]) -> Iterator[OpenSamples]:
+Samples = dict[str, set[int]]
+"""Group → some of its samples."""
+
+
+def _open_samples(book: Book, groups: Sequence[Row[Any]], owned: Samples, reopened: Samples) -> Iterator[OpenSamples]:
     """Samples of these groups that nobody has, those that somebody had before apart from the rest."""
-    if not groups:
-        return
-    owned, reopened = _owners(connection, [row.group for row in groups])
     for row in groups:
         free = set(range(row.samples)) - owned[row.group]
         needed = row.prompt_bytes // 4 + book.config.generate.budget
@@ -198,11 +253,13 @@ _OWNERS = sa.select(ROLLOUTS.c.group, ROLLOUTS.c.sample, ROLLOUTS.c.status).wher
 )
 
 
-def _owners(connection: Connection, groups: Sequence[str]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
-    owned: dict[str, set[int]] = defaultdict(set)
-    reopened: dict[str, set[int]] = defaultdict(set)
-    for group, sample, status in connection.execute(_OWNERS, {"groups": groups}):
-        (reopened if status in REOPENING else owned)[group].add(sample)
+def _owners(connection: Connection, groups: Sequence[str]) -> tuple[Samples, Samples]:
+    """The samples of these groups that somebody has, and those that somebody had and that are open again."""
+    owned: Samples = defaultdict(set)
+    reopened: Samples = defaultdict(set)
+    for part in slices(groups):
+        for group, sample, status in connection.execute(_OWNERS, {"groups": part}):
+            (reopened if status in REOPENING else owned)[group].add(sample)
     return owned, reopened
 
 
@@ -229,10 +286,10 @@ def _groups_now(connection: Connection, book: Book, latest: int) -> int:
     return int(connection.execute(_GROUPS_NOW, {"of": book.run, "oldest": oldest}).scalar_one())
 
 
-def _next_tasks(connection: Connection, book: Book, step: int) -> Iterator[NextTask]:
-    """Tasks not opened at this step yet, in the order that its secret draws."""
+def _next_tasks(connection: Connection, book: Book, step: int, size: int) -> Iterator[NextTask]:
+    """Tasks not opened at this step yet, in the order that its secret draws; `size` are looked up at first."""
     order = _order(book, step)
-    start, size = order.begin, LOOK_AHEAD
+    start = order.begin
     while positions := order.from_(start, size):
         opened = _opened(connection, book, step, [book.tasks[position][0] for position in positions])
         found = [book.tasks[position] for position in positions]
@@ -291,15 +348,16 @@ def _issue_eval(
 ) -> Signed | Wait:
     size = min(ask.slots, book.config.eval.rollouts)
     for step, part in heldout.left(connection, book.config, latest):
-        shares = _eval_shares(connection, book, step, part, max(1, size // part.samples))
+        shares, reopened = _eval_shares(connection, book, step, part, max(1, size // part.samples))
         if shares:
-            plan = Plan(step, tuple(s for s in shares if s.group), tuple(s for s in shares if not s.group))
-            return _write(connection, book, node.node, plan, part.purpose, now)
+            old, new = (tuple(s for s in shares if bool(s.group) is is_open) for is_open in (True, False))
+            plan = Plan(step, old, tuple(replace(share, group=new_id("g")) for share in new))
+            return _write(connection, book, {node.node: plan}, part.purpose, now, reopened)[node.node]
     return Wait("nothing to evaluate")
 
 
-def _eval_shares(connection: Connection, book: Book, step: int, part: Part, most: int) -> list[Share]:
-    """The samples that nobody has of up to `most` held-out tasks at this step."""
+def _eval_shares(connection: Connection, book: Book, step: int, part: Part, most: int) -> tuple[list[Share], Samples]:
+    """The samples that nobody has of up to `most` held-out tasks at this step, and those that are open again."""
     this = sa.and_(GROUPS.c.task == TASKS.c.task, GROUPS.c.step == step, GROUPS.c.purpose == part.purpose)
     rows = connection.execute(
         sa.select(GROUPS.c.group, GROUPS.c.samples, TASKS.c.task)
@@ -313,47 +371,70 @@ def _eval_shares(connection: Connection, book: Book, step: int, part: Part, most
         .order_by(TASKS.c.position)
         .limit(most)
     ).all()
-    owned, _ = _owners(connection, [row.group for row in rows if row.group])
+    owned, reopened = _owners(connection, [row.group for row in rows if row.group])
     free = [(row, set(range(row.samples or part.samples)) - owned.get(row.group, set())) for row in rows]
-    return [Share(row.group, row.task, tuple(sorted(samples))) for row, samples in free if samples]
+    return [Share(row.group, row.task, tuple(sorted(samples))) for row, samples in free if samples], reopened
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _write(connection: Connection, book: Book, node: str, plan: Plan, purpose: str, now: float) -> Signed:
-    """Open the groups, the lease and its rollouts, and seal the document."""
-    shares = [*plan.continued, *_open(connection, book, plan, purpose, now)]
-    lease = new_id("l")
-    rows = [
-        {"rollout": new_id("r"), "group": share.group, "sample": sample} for share in shares for sample in share.samples
-    ]
-    told = "eval" if purpose in HELD_OUT else purpose
-    heat = next((part.temperature for part in heldout.parts(book.config) if part.purpose == purpose), None)
-    document = _document(connection, book, lease, node, plan.step, told, heat, shares, rows, now)
-    signed = seal(book.key, KIND, document)
-    opened = {"lease": lease, "run": book.run, "node": node, "step": plan.step, "purpose": told, "status": "open"}
-    opened |= {"opened_at": now, "expires_at": document.expires_at, "document": msgspec.msgpack.encode(signed)}
-    connection.execute(LEASES.insert(), opened)
-    before = [share.group for share in plan.continued if share.group]
-    _, reopened = _owners(connection, before) if before else ({}, dict[str, set[int]]())
-    for row in rows:
-        row |= {"run": book.run, "lease": lease, "node": node, "status": "leased"}
-        row["is_reissue"] = row["sample"] in reopened.get(row["group"], ())
-    connection.execute(ROLLOUTS.insert(), rows)
-    _take(connection, plan.continued)
-    record(connection, "lease", [lease], "", "open", now, node=node, step=plan.step, rollouts=len(rows))
-    record(connection, "rollout", [row["rollout"] for row in rows], "", "leased", now, lease=lease, node=node)
+def _write(
+    connection: Connection, book: Book, plans: Mapping[str, Plan], purpose: str, now: float, reopened: Samples
+) -> dict[str, Signed]:
+    """Open the groups, the leases and their rollouts, and seal the documents: for every node, its lease."""
+    if not plans:
+        return {}
+    _open(connection, book, plans.values(), purpose, now)
+    prompts = _prompts(connection, {share.task for plan in plans.values() for share in plan.shares})
+    drafts = [_draft(connection, book, node, plan, purpose, prompts, now) for node, plan in plans.items()]
+    signed = {draft.node: seal(book.key, KIND, draft) for draft in drafts}
+    insert_rows(connection, LEASES, [_lease_row(draft, signed[draft.node], now) for draft in drafts])
+    insert_rows(connection, ROLLOUTS, [row for draft in drafts for row in _rollout_rows(draft, reopened)])
+    for draft in drafts:
+        rollouts = [sample.rollout for group in draft.groups for sample in group.samples]
+        record(
+            connection,
+            "lease",
+            [draft.lease],
+            "",
+            "open",
+            now,
+            node=draft.node,
+            step=draft.step,
+            rollouts=len(rollouts),
+        )
+        record(connection, "rollout", rollouts, "", "leased", now, lease=draft.lease, node=draft.node)
     return signed
 
 
-def _take(connection: Connection, shares: Sequence[Share]) -> None:
-    """These samples of groups that were open before are free no more."""
-    rows = [{"of": share.group, "fewer": len(share.samples)} for share in shares if share.group]
-    if rows:
-        fewer = GROUPS.c.free - sa.bindparam("fewer")
-        connection.execute(GROUPS.update().where(GROUPS.c.group == sa.bindparam("of")).values(free=fewer), rows)
+def _open(connection: Connection, book: Book, plans: Collection[Plan], purpose: str, now: float) -> None:
+    """Open the groups that these plans open, and take their samples."""
+    taken = Counter[str]()
+    for plan in plans:
+        taken.update({str(share.group): len(share.samples) for share in plan.shares})
+    samples = next(
+        (part.samples for part in heldout.parts(book.config) if part.purpose == purpose), book.config.generate.samples
+    )
+    common = {"run": book.run, "purpose": purpose, "status": "open", "opened_at": now, "samples": samples}
+    opened = [
+        common | {"step": plan.step, "group": share.group, "task": share.task, "free": samples - taken.pop(share.group)}
+        for plan in plans
+        for share in plan.opened
+    ]
+    insert_rows(connection, GROUPS, opened)
+    if taken:
+        connection.execute(_FEWER_FREE, [{"of": group, "fewer": count} for group, count in taken.items()])
+    for step, count in Counter(row["step"] for row in opened).items():
+        if purpose == "train":
+            connection.execute(_MORE_OPEN, {"of": book.run, "at": step, "more": count})
+        groups = [row["group"] for row in opened if row["step"] == step]
+        record(connection, "group", groups, "", "open", now, step=step)
 
+
+_FEWER_FREE = (
+    GROUPS.update().where(GROUPS.c.group == sa.bindparam("of")).values(free=GROUPS.c.free - sa.bindparam("fewer"))
+)
 
 _MORE_OPEN = (
     STEPS.update()
@@ -362,69 +443,54 @@ _MORE_OPEN = (
 )
 
 
-def _open(connection: Connection, book: Book, plan: Plan, purpose: str, now: float) -> list[Share]:
-    if not plan.opened:
-        return []
-    shares = [Share(new_id("g"), share.task, share.samples) for share in plan.opened]
-    common = {"run": book.run, "step": plan.step, "purpose": purpose, "status": "open", "opened_at": now}
-    held_out = {part.purpose: part.samples for part in heldout.parts(book.config)}
-    samples = held_out.get(purpose, book.config.generate.samples)
-    common |= {"samples": samples}
-    connection.execute(
-        GROUPS.insert(),
-        [common | {"group": s.group, "task": s.task, "free": samples - len(s.samples)} for s in shares],
-    )
-    if purpose == "train":
-        connection.execute(_MORE_OPEN, {"of": book.run, "at": plan.step, "more": len(shares)})
-    record(connection, "group", [str(share.group) for share in shares], "", "open", now, step=plan.step)
-    return shares
-
-
-def _document(
-    connection: Connection,
-    book: Book,
-    lease: str,
-    node: str,
-    step: int,
-    purpose: Any,
-    temperature: float | None,
-    shares: Sequence[Share],
-    rows: Sequence[dict[str, Any]],
-    now: float,
+def _draft(
+    connection: Connection, book: Book, node: str, plan: Plan, purpose: str, prompts: Mapping[str, bytes], now: float
 ) -> Lease:
-    config = book.config
+    config, lease, secret = book.config, new_id("l"), book.step_secret(plan.step)
+    heat = next((part.temperature for part in heldout.parts(config) if part.purpose == purpose), None)
+    told: Any = "eval" if purpose in HELD_OUT else purpose
     return Lease(
         lease=lease,
         run=book.run,
         node=node,
-        purpose=purpose,
-        step=step,
-        manifest=book.manifest_of(connection, step),
-        temperature=config.generate.temperature if temperature is None else temperature,
+        purpose=told,
+        step=plan.step,
+        manifest=book.manifest_of(connection, plan.step),
+        temperature=config.generate.temperature if heat is None else heat,
         budget=config.generate.budget,
-        nonce=hashlib.sha256(seeds.derive(book.step_secret(step), "lease nonce", lease)).hexdigest(),
-        probe=seeds.probe_key(book.step_secret(step)).hex(),
-        fingerprint=config.trust.fingerprint and purpose != "eval",
+        nonce=hashlib.sha256(seeds.derive(secret, "lease nonce", lease)).hexdigest(),
+        probe=seeds.probe_key(secret).hex(),
+        fingerprint=config.trust.fingerprint and told != "eval",
         expires_at=now + config.lease.lease_s,
-        groups=list(_groups(connection, book.step_secret(step), shares, rows)),
+        groups=[_lease_group(secret, share, prompts) for share in plan.shares],
     )
 
 
-def _groups(
-    connection: Connection, secret: bytes, shares: Sequence[Share], rows: Iterable[dict[str, Any]]
-) -> Iterator[LeaseGroup]:
-    rollout = {(row["group"], row["sample"]): row["rollout"] for row in rows}
-    prompts = _prompts(connection, [share.task for share in shares])
-    for share in shares:
-        samples = [
-            Sample(rollout=rollout[share.group, i], index=i, seed=seeds.sample_seed(secret, share.task, i))
-            for i in share.samples
-        ]
-        yield LeaseGroup(group=str(share.group), prompt_ids=prompts[share.task], samples=samples)
+def _lease_group(secret: bytes, share: Share, prompts: Mapping[str, bytes]) -> LeaseGroup:
+    samples = [
+        Sample(rollout=new_id("r"), index=index, seed=seeds.sample_seed(secret, share.task, index))
+        for index in share.samples
+    ]
+    return LeaseGroup(group=str(share.group), prompt_ids=prompts[share.task], samples=samples)
 
 
-def _prompts(connection: Connection, tasks: Sequence[str]) -> dict[str, bytes]:
-    return {row.task: row.prompt_ids for row in connection.execute(_PROMPTS, {"tasks": tasks})}
+def _lease_row(draft: Lease, signed: Signed, now: float) -> dict[str, Any]:
+    row = {"lease": draft.lease, "run": draft.run, "node": draft.node, "step": draft.step, "purpose": draft.purpose}
+    row |= {"status": "open", "opened_at": now, "expires_at": draft.expires_at}
+    return row | {"document": msgspec.msgpack.encode(signed)}
+
+
+def _rollout_rows(draft: Lease, reopened: Samples) -> Iterator[dict[str, Any]]:
+    common = {"run": draft.run, "lease": draft.lease, "node": draft.node, "status": "leased"}
+    for group in draft.groups:
+        for sample in group.samples:
+            is_reissue = sample.index in reopened.get(group.group, ())
+            own = {"rollout": sample.rollout, "sample": sample.index, "is_reissue": is_reissue}
+            yield common | own | {"group": group.group}
+
+
+def _prompts(connection: Connection, tasks: Collection[str]) -> dict[str, bytes]:
+    return {row.task: row.prompt_ids for row in connection.execute(_PROMPTS, {"tasks": list(tasks)})}
 
 
 _PROMPTS = sa.select(TASKS.c.task, TASKS.c.prompt_ids).where(TASKS.c.task.in_(sa.bindparam("tasks", expanding=True)))
@@ -449,17 +515,16 @@ def expire(connection: Connection, book: Book, now: float, listening_since: floa
     return len(rows)
 
 
-def lost_leases(connection: Connection, node: str, since: float) -> list[str]:
-    """Leases that were lately taken from a node."""
-    return list(connection.execute(_LOST, {"id": node, "since": since}).scalars())
+def lost_leases(connection: Connection, nodes: Collection[str], since: float) -> dict[str, list[str]]:
+    """Leases that were lately taken from these nodes."""
+    lost: dict[str, list[str]] = defaultdict(list)
+    for node, lease in connection.execute(_LOST, {"ids": list(nodes), "since": since}):
+        lost[node].append(lease)
+    return lost
 
 
-_LOST = (
-    sa.select(LEASES.c.lease)
-    .where(
-        LEASES.c.node == sa.bindparam("id"),
-        LEASES.c.status.in_(("expired", "void")),
-        LEASES.c.opened_at > sa.bindparam("since"),
-    )
-    .limit(1000)
+_LOST = sa.select(LEASES.c.node, LEASES.c.lease).where(
+    LEASES.c.node.in_(sa.bindparam("ids", expanding=True)),
+    LEASES.c.status.in_(("expired", "void")),
+    LEASES.c.opened_at > sa.bindparam("since"),
 )

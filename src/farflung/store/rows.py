@@ -1,0 +1,75 @@
+"""Many rows in one statement. A driver that takes them one by one lets other threads in between any two, and waits for
+its turn again each time: with a busy event loop beside it, that is most of what a set of changes takes.
+
+Numbers of rows are made up of few sizes, so that the statements are few as well and the database has them prepared.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Connection, Table
+from sqlalchemy.sql.schema import ScalarElementColumnDefault
+
+SIZES = (128, 32, 8, 2, 1)
+"""Rows in a statement; the largest, with the widest table's columns, has far fewer parameters than SQLite takes."""
+
+
+def insert_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows that all name the same columns; what they leave out has its default."""
+    if not rows:
+        return
+    names, defaults = _columns(table, tuple(rows[0]))
+    mark = _mark(connection)
+    for part in _parts(rows):
+        values = [value for row in part for value in (*(row[name] for name in names), *defaults.values())]
+        connection.exec_driver_sql(_insertion(table, (*names, *defaults), len(part), mark), tuple(values))
+
+
+def update_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Set columns of rows that are named by their primary key: the same columns in each, and no row twice."""
+    mark = _mark(connection)
+    for part in _parts(rows):
+        values = tuple(value for row in part for value in row.values())
+        connection.exec_driver_sql(_change(table, tuple(rows[0]), len(part), mark), values)
+
+
+def _parts(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Mapping[str, Any]]]:
+    start = 0
+    while start < len(rows):
+        size = next(size for size in SIZES if size <= len(rows) - start)
+        yield rows[start : start + size]
+        start += size
+
+
+def _mark(connection: Connection) -> str:
+    return "?" if connection.dialect.name == "sqlite" else "%s"
+
+
+@cache
+def _columns(table: Table, given: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The columns that are given, and the defaults of others."""
+    defaults = {column.name: column.default for column in table.columns if column.name not in given}
+    return given, {name: one.arg for name, one in defaults.items() if isinstance(one, ScalarElementColumnDefault)}
+
+
+@cache
+def _insertion(table: Table, names: tuple[str, ...], size: int, mark: str) -> str:
+    columns = ", ".join(f'"{name}"' for name in names)
+    return f'INSERT INTO "{table.name}" ({columns}) VALUES {_values(len(names), size, mark)}'
+
+
+@cache
+def _change(table: Table, names: tuple[str, ...], size: int, mark: str) -> str:
+    key = next(iter(table.primary_key)).name
+    columns = ", ".join(f'"{name}"' for name in names)
+    changes = ", ".join(f'"{name}" = given."{name}"' for name in names if name != key)
+    return (
+        f"WITH given ({columns}) AS (VALUES {_values(len(names), size, mark)}) "
+        f'UPDATE "{table.name}" SET {changes} FROM given WHERE "{table.name}"."{key}" = given."{key}"'
+    )
+
+
+def _values(columns: int, size: int, mark: str) -> str:
+    row = f"({', '.join([mark] * columns)})"
+    return ", ".join([row] * size)
