@@ -222,7 +222,8 @@ class Trainer:
     async def _behaviour(self, batch: Batch, rollouts: list[Rollout]) -> stale.Logp:
         """What rollouts were worth to the weights they were leased at; of a committed step, as it was then.
 
-        Stale ones must be known, fresh ones serve several updates; the tripwire has mostly found out already.
+        Stale ones must be known, fresh ones serve several updates. The tripwire has found out already, but where it leaves
+        out what was audited its batches are of chance, and so would be the last bits.
         """
         learn, folder = self.config.learn, self.checkpoints / "behaviour"
         by_step = stale.stale(rollouts, batch.step - 1) if learn.importance_cap else {}
@@ -231,7 +232,8 @@ class Trainer:
         if batch.committed:
             return stale.kept(folder, batch.step)
         names = [rollout.rollout for group in batch.groups for rollout in group.rollouts]
-        logp = {index: self._seen[name] for index, name in enumerate(names) if name in self._seen}
+        seen = self._seen if learn.minibatches > 1 else {}
+        logp = {index: seen[name] for index, name in enumerate(names) if name in seen}
         for step, digest in {group.step: group.manifest for group in batch.groups if group.step in by_step}.items():
             if missing := [index for index in by_step[step] if index not in logp]:
                 await self._fetch(digest)
