@@ -222,8 +222,8 @@ class Trainer:
     async def _behaviour(self, batch: Batch, rollouts: list[Rollout]) -> stale.Logp:
         """What rollouts were worth to the weights they were leased at; of a committed step, as it was then.
 
-        Stale ones must be known, fresh ones serve several updates. The tripwire has found out already, but where it leaves
-        out what was audited its batches are of chance, and so would be the last bits.
+        Stale ones must be known, fresh ones serve several updates. The tripwire has found out already; but where it
+        leaves out what was audited, chance decides what is replayed together, and so would it decide the last bits.
         """
         learn, folder = self.config.learn, self.checkpoints / "behaviour"
         by_step = stale.stale(rollouts, batch.step - 1) if learn.importance_cap else {}
