@@ -538,7 +538,8 @@ def pair_of(folder: Path, pairs: Path | None, limit_bytes: int) -> tuple[list[Pa
         say(f"training a step of {LR:.0e}; --pairs DIR would spare that")
         keep = folder / "pairs"
         run(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r})\n"
-            f"import weights, pathlib; weights.pair({LR}, 2, pathlib.Path({str(keep)!r}), is_dithered=True)")  # fmt: skip
+            f"from pathlib import Path; import weights\n"
+            f"weights.pair({LR}, 2, Path({str(keep)!r}), is_dithered=True)")  # fmt: skip
         pairs = keep
     if pairs is None:
         torch.manual_seed(0)
