@@ -173,7 +173,7 @@ class Trainer:
             part = [one for one in every if one.manifest == digest]
             found += await asyncio.to_thread(self._look, digest, part, batch.temperature)
         self._seen = {one.rollout: one.logp for one in found}
-        return tripped(found)
+        return tripped((one.submission, one.log_ratios) for one in found if not one.is_audited)
 
     def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[Looked]:
         with self.session.figures.working():

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 
 from farflung.protocol import errors
 from farflung.protocol import messages as m
-from farflung.rollouts.tripwire import Looked, tripped
+from farflung.rollouts.tripwire import tripped
 from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS
 from farflung.trust.evidence import CHEATS
 
@@ -87,9 +86,6 @@ def test_only_the_trainer_trips_and_only_an_open_step(quiet) -> None:
 
 
 def test_one_bad_rollout_trips_its_whole_submission() -> None:
-    def looked(submission: str, log_ratio: float, *, is_audited: bool = False) -> Looked:
-        return Looked("r", submission, np.full(len(CHEATS), log_ratio), is_audited, torch.zeros(1))
-
-    assert tripped([looked("a", -2), looked("b", -2), looked("b", 9), looked("c", -2)]) == ["b"]
-    assert tripped([looked("a", 9, is_audited=True)]) == [], "a validator has judged it"
+    good, bad = np.full(len(CHEATS), -2.0), np.full(len(CHEATS), 9.0)
+    assert tripped([("a", good), ("b", good), ("b", bad), ("c", good)]) == ["b"]
     assert tripped([]) == []

@@ -46,13 +46,11 @@ def look(
     ]
 
 
-def tripped(found: Iterable[Looked]) -> list[str]:
-    """Submissions whose unaudited rollouts in this batch, together or one of them alone, look more like a cheat's."""
+def tripped(found: Iterable[tuple[str, np.ndarray]]) -> list[str]:
+    """Of (submission, ln LR against every cheat): submissions whose rollouts, together or one of them alone, look more like a cheat's."""
     of: dict[str, list[np.ndarray]] = defaultdict(list)
-    for one in found:
-        if one.is_audited:
-            continue
-        of[one.submission].append(one.log_ratios)
+    for submission, ratios in found:
+        of[submission].append(ratios)
     return sorted(name for name, rows in of.items() if _trips(rows) or any(_trips([row]) for row in rows))
 
 
