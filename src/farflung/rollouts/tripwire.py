@@ -47,7 +47,10 @@ def look(
 
 
 def tripped(found: Iterable[tuple[str, np.ndarray]]) -> list[str]:
-    """Of (submission, ln LR against every cheat): submissions whose rollouts, together or one of them alone, look more like a cheat's."""
+    """Submissions whose rollouts, together or one of them alone, look more like a cheat's.
+
+    `found` pairs a submission with the ln LR against every cheat of one of its rollouts.
+    """
     of: dict[str, list[np.ndarray]] = defaultdict(list)
     for submission, ratios in found:
         of[submission].append(ratios)
