@@ -493,9 +493,6 @@ class Coordinator:
         self._wake()
         return result
 
-    def _writing(self, change: Callable[[Connection], T]) -> Callable[[], Awaitable[T]]:
-        return partial(self.database.write, change)
-
     def _wake(self) -> None:
         for queue in self._queues.values():
             queue.wake()

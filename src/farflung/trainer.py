@@ -226,14 +226,16 @@ class Trainer:
         leaves out what was audited, chance decides what is replayed together, and so would it decide the last bits.
         """
         learn, folder = self.config.learn, self.checkpoints / "behaviour"
-        by_step = stale.stale(rollouts, batch.step - 1) if learn.importance_cap else {}
-        if not by_step and learn.minibatches == 1:
+        by_step = stale.stale(rollouts, batch.step - 1)
+        if learn.minibatches == 1 and not (by_step and learn.importance_cap):
             return {}
         if batch.committed:
             return stale.kept(folder, batch.step)
         names = [rollout.rollout for group in batch.groups for rollout in group.rollouts]
         seen = self._seen if learn.minibatches > 1 else {}
         logp = {index: seen[name] for index, name in enumerate(names) if name in seen}
+        if not learn.importance_cap:  # stale tokens count as they are
+            logp, by_step = {i: values for i, values in logp.items() if rollouts[i].step not in by_step}, {}
         for step, digest in {group.step: group.manifest for group in batch.groups if group.step in by_step}.items():
             if missing := [index for index in by_step[step] if index not in logp]:
                 await self._fetch(digest)
