@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from farflung.learner.optimise import Learner, Optimisation
 from farflung.learner.pack import Rollout, Segment, pack
 from farflung.learner.policy import Policy
+from farflung.protocol.digest import digest_of
 from farflung.tasks.found import Model
 from farflung.weights import delta
 from farflung.weights.publish import SHARD_BYTES
@@ -144,7 +144,7 @@ def ours(before: Tensors, after: Tensors, rounds: int) -> dict[str, Any]:
         if any(a.tobytes() != b.tobytes() for a, b in zip(shard, new, strict=True)):
             raise SystemExit("a patched tensor differs")
     flat = [one for shard in news for one in shard]
-    _, digest_s, _ = timed(lambda one: sha256(one).digest(), flat, size, rounds)
+    _, digest_s, _ = timed(digest_of, flat, size, rounds)
     return {
         "bytes": sum(map(len, found)), "full_bytes": size,
         "encode_gb_s": encode_s / 1e9, "apply_gb_s": apply_s / 1e9, "digest_gb_s": digest_s / 1e9,

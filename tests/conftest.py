@@ -25,6 +25,7 @@ from farflung.protocol import fingerprint, states, wire
 from farflung.protocol import messages as m
 from farflung.protocol.admin import read_token
 from farflung.protocol.client import Client
+from farflung.protocol.digest import digest_of
 from farflung.protocol.identity import Key, Signed, seal, unseal
 from farflung.protocol.session import PURPOSES, delegate
 from farflung.rollouts.archive import Archive
@@ -352,7 +353,7 @@ class House:
     async def manifest(self, batch: m.Batch, *, weights: bytes = b"", **changes: Any) -> tuple[Signed, bytes, str]:
         """A sealed manifest with one shard, the shard and its digest."""
         data = weights or f"weights of step {batch.step}".encode()
-        digest = hashlib.sha256(data).hexdigest()
+        digest = digest_of(data)
         tensors = [m.Tensor(name="w", dtype="float32", shape=[1], digest=digest, shard=0)]
         latest = await self.coordinator.database.read(self.coordinator.book.latest)
         fields = {

@@ -1,7 +1,6 @@
 """A coordinator as far as weights go: manifests, shards by range and a list of relays, over a real socket."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -13,6 +12,7 @@ from starlette.routing import Route
 
 from farflung.protocol import wire
 from farflung.protocol.client import Client
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Relays, RelayView, Run, RunInfo
@@ -56,7 +56,7 @@ class Source:
         if signed is not None:
             self.manifests[manifest_digest(signed)] = signed
         if shard is not None:
-            self.blobs[hashlib.sha256(shard).hexdigest()] = shard
+            self.blobs[digest_of(shard)] = shard
 
     @property
     def sent_bytes(self) -> int:

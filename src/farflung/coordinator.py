@@ -28,6 +28,7 @@ from farflung.dashboard import heldout, pages, versions, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
 from farflung.protocol.admin import bears, read_token
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import (
     ConfigError,
     Conflict,
@@ -44,7 +45,7 @@ from farflung.protocol.server import BODY_BYTES, Call, Queue, Route, listen, mou
 from farflung.protocol.session import Index
 from farflung.rollouts import audit, brake, canary, compose, credit, intake, judge, orphans, possession, rollback
 from farflung.rollouts.archive import Archive
-from farflung.store.blobs import Blobs, digest_of
+from farflung.store.blobs import Blobs
 from farflung.store.book import Book, node_rows, unknown_node
 from farflung.store.db import Database, last_event, migrate
 from farflung.store.metrics import Metrics
@@ -638,7 +639,7 @@ def _beat_values(node: str, beat: m.Heartbeat, now: float) -> dict[str, Any]:
 def _digest(call: Call) -> str:
     digest = call.path["digest"]
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise Malformed(f"{digest[:80]!r} is no SHA-256 in hex")
+        raise Malformed(f"{digest[:80]!r} is no digest in hex")
     return digest
 
 

@@ -42,7 +42,7 @@ from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
 from farflung.weights.manifest import manifest_digest
 from farflung.weights.patch import patch
-from farflung.weights.publish import Adapted, Publisher, digest_of
+from farflung.weights.publish import Adapted, Publisher, weights_digest
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
@@ -267,7 +267,7 @@ class Trainer:
             self._loaded = digest
 
     async def _check_replay(self, batch: Batch) -> None:
-        digest = await asyncio.to_thread(digest_of, self.crew.tensors())
+        digest = await asyncio.to_thread(weights_digest, self.crew.tensors())
         if digest != batch.committed:
             raise WeightsError(
                 f"replayed step {batch.step} comes to {digest[:12]}, it was committed with {batch.committed[:12]}; "

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import ConfigError, NotFound, Unavailable
-from farflung.store.blobs import Blobs, digest_of
+from farflung.store.blobs import Blobs
 
 DATA = bytes(range(256)) * 10
 

@@ -13,9 +13,9 @@ import sqlalchemy as sa
 from farflung.config import save
 from farflung.ops import backup
 from farflung.ops.invariants import violations
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import ConfigError, Rejected
 from farflung.protocol.messages import Submission
-from farflung.store.blobs import digest_of
 from farflung.store.tables import SUBMISSIONS
 
 

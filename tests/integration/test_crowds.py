@@ -1,13 +1,12 @@
 """Many keys, odd relays, unpaid-for garbage: attacks that need no weakness of the proof."""
 
-import hashlib
-
 import msgspec
 import pytest
 import sqlalchemy as sa
 
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
+from farflung.protocol.digest import digest_of
 from farflung.protocol.session import Figures
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS
@@ -51,7 +50,7 @@ def test_dead_relays_are_given_up_for_the_origin(house, tmp_path, monkeypatch) -
     async def scenario(_) -> None:
         found = Downloads(Session(), tmp_path, use_relays=False)
         found._relays = {f"http://{i}": Dead(str(i)) for i in range(64)}
-        digest = hashlib.sha256(data).hexdigest()
+        digest = digest_of(data)
         await found.fetch([m.Shard(digest=digest, size_bytes=len(data))])
         assert (tmp_path / digest).read_bytes() == data
         assert len(tried) == RELAYS_TRIED

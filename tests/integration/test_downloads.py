@@ -1,7 +1,6 @@
 """Shards in pieces: a source that breaks off, a restart, and a relay that passes on what is still coming in."""
 
 import asyncio
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from farflung.protocol.client import Client
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Unreachable
 from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Manifest, Shard, Tensor
@@ -20,7 +20,7 @@ from farflung.weights.origin import byte_range
 from standin import NODE, TRAINER, Source, served, session_with
 
 DATA = bytes(range(256)) * 4000
-SHARD = Shard(digest=hashlib.sha256(DATA).hexdigest(), size_bytes=len(DATA))
+SHARD = Shard(digest=digest_of(DATA), size_bytes=len(DATA))
 
 
 def sealed() -> Signed:

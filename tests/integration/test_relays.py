@@ -1,7 +1,6 @@
 """Relays that lie, stall or die: every node still ends with the right bytes, and nothing wrong is ever kept."""
 
 import asyncio
-import hashlib
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from farflung.protocol.client import Client
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import BadSignature, Busy, FarflungError, WeightsError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Manifest, Shard
@@ -46,7 +46,7 @@ def version(
         parent="",
         digest=target_digest(described),
         tensors=described,
-        shards=[Shard(digest=hashlib.sha256(shard).hexdigest(), size_bytes=len(shard))],
+        shards=[Shard(digest=digest_of(shard), size_bytes=len(shard))],
         secret_commitment="0" * 64,
         made_at=0.0,
         expires_at=2e9,
@@ -191,7 +191,7 @@ def test_a_hostile_relay_among_honest_ones_is_found_out(name: str, tmp_path: Pat
             assert scores[url].success < scores[origin.relays[1]].success == 1
             assert url in versions.session.figures.trouble
             assert len(honest.sent) > 5
-            assert [path.name for path in tmp_path.iterdir()] == [hashlib.sha256(shard).hexdigest()]
+            assert [path.name for path in tmp_path.iterdir()] == [digest_of(shard)]
             relay.close()
 
     asyncio.run(scene())
@@ -246,7 +246,7 @@ def test_a_relay_may_mirror_another(tmp_path: Path) -> None:
 def test_a_relay_sends_one_address_no_more_than_its_share(tmp_path: Path) -> None:
     async def scene() -> None:
         signed, shard = version()
-        origin, url = Source(signed, shard), f"/v1/blobs/{hashlib.sha256(shard).hexdigest()}"
+        origin, url = Source(signed, shard), f"/v1/blobs/{digest_of(shard)}"
         origin.gate.clear()
         async with AsyncExitStack() as stack:
             origin_url = await stack.enter_async_context(served(origin.app()))
@@ -286,9 +286,7 @@ def test_an_honest_relay_spares_the_origin(tmp_path: Path) -> None:
                     await versions.fetch(digest)
             assert len(origin.sent) == 1, "the relay's own copy and no other"
             relay = Client(origin.relays[0], STRANGER, patience_s=0.0)
-            part = await relay._http.get(
-                f"/v1/blobs/{hashlib.sha256(shard).hexdigest()}", headers={"range": "bytes=5-9"}
-            )
+            part = await relay._http.get(f"/v1/blobs/{digest_of(shard)}", headers={"range": "bytes=5-9"})
             assert (part.status_code, part.content) == (206, shard[5:10])
             with pytest.raises(FarflungError, match="no version"):
                 await relay.download(f"/v1/blobs/{'0' * 64}")
@@ -386,13 +384,13 @@ def test_an_older_version_makes_room_for_a_newer_one(tmp_path: Path) -> None:
         later, more = version(step=4, weights=newer)
         origin = Source(signed, shard)
         origin.manifests[manifest_digest(later)] = later
-        origin.blobs[hashlib.sha256(more).hexdigest()] = more
+        origin.blobs[digest_of(more)] = more
         limit = int(1.5 * len(shard))
         async with served(origin.app()) as url, versions_of(url, tmp_path, limit_bytes=limit, patch=None) as versions:
             await versions.fetch(manifest_digest(signed))
             await versions.fetch(manifest_digest(later))
             assert not versions.has(manifest_digest(signed))
-            assert [path.name for path in tmp_path.iterdir()] == [hashlib.sha256(more).hexdigest()]
+            assert [path.name for path in tmp_path.iterdir()] == [digest_of(more)]
 
     asyncio.run(scene())
 

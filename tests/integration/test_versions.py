@@ -1,11 +1,11 @@
 """Versions at the coordinator: differences to the step before only, and shards deleted when nothing needs them."""
 
-import hashlib
 from typing import Any
 
 import pytest
 
 from farflung.protocol import messages as m
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Conflict, NotFound
 from farflung.weights import collect
 
@@ -13,7 +13,7 @@ PATH = "/v1/runs/test"
 
 
 async def put(house: Any, data: bytes) -> m.Shard:
-    digest = hashlib.sha256(data).hexdigest()
+    digest = digest_of(data)
     await (await house.client("trainer")).put(f"{PATH}/blobs/{digest}", data)
     return m.Shard(digest=digest, size_bytes=len(data))
 
@@ -44,7 +44,7 @@ def test_a_difference_to_anything_but_the_step_before_is_refused(house) -> None:
         with pytest.raises(Conflict, match="difference to step 0, but its parent is step 1"):
             await difference(house, 2, base_step=0)
         with pytest.raises(Conflict, match="step 1 has other tensors"):
-            await difference(house, 2, tensors=[], digest=hashlib.sha256().hexdigest())
+            await difference(house, 2, tensors=[], digest=digest_of(b""))
         await difference(house, 2)
 
     house.run(scenario)

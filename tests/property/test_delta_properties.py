@@ -1,13 +1,12 @@
 """Whatever two versions of a shard hold, the newer comes back bit for bit; a stranger's bytes break nothing."""
 
-from hashlib import sha256
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from farflung.protocol import wire
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import FarflungError, WeightsError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Manifest, Shard, Tensor
@@ -95,7 +94,7 @@ def sealed() -> tuple[Signed, bytes, np.ndarray, np.ndarray]:
     old = ((rng.normal(size=500) * 0.05).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     new = old + (rng.random(500) < 0.1).astype(np.uint16)
     data = delta.encode([old], [new])
-    tensor = Tensor(name="w", dtype="bfloat16", shape=[500], digest=sha256(new).hexdigest(), shard=0)
+    tensor = Tensor(name="w", dtype="bfloat16", shape=[500], digest=digest_of(new), shard=0)
     manifest = Manifest(
         run="demo",
         step=2,
@@ -104,7 +103,7 @@ def sealed() -> tuple[Signed, bytes, np.ndarray, np.ndarray]:
         digest=target_digest([tensor]),
         tensors=[tensor],
         shards=[],
-        deltas=[Shard(digest=sha256(data).hexdigest(), size_bytes=len(data))],
+        deltas=[Shard(digest=digest_of(data), size_bytes=len(data))],
         secret_commitment="0" * 64,
         made_at=0.0,
         expires_at=1.0,

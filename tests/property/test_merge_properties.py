@@ -1,6 +1,5 @@
 """A merged matrix has the bits that docs/protocol.md says, however the work is cut up; no changed byte is taken."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from farflung.learner import merge as merging
 from farflung.learner.dither import dithered
 from farflung.learner.merge import Factors, factors, merge
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Adapter, Manifest, Shard, Tensor
 from farflung.weights import adapters
@@ -128,7 +128,7 @@ def version(base: torch.Tensor, adapter: Factors, folder: Path) -> tuple[Manifes
     """A manifest with one base shard, which nobody reads, and one shard of adapters, on disk."""
     data = adapters.pack([adapter])
     shards = [Shard(digest="0" * 64, size_bytes=1)]
-    shards.append(Shard(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data)))
+    shards.append(Shard(digest=digest_of(data), size_bytes=len(data)))
     tensors = [Tensor(name="w", dtype="bfloat16", shape=list(base.shape), digest="1" * 64, shard=0)]
     manifest = Manifest(
         run="test", step=1, base_step=1, parent="", digest=target_digest(tensors), tensors=tensors, shards=shards,

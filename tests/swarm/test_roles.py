@@ -5,11 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
-from hashlib import sha256
 
 import httpx2
 import pytest
 
+from farflung.protocol.digest import digest_of
 from farflung.tasks import keyring
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
@@ -65,7 +65,7 @@ def check_serves(running, port, folder):
     assert [relay["url"] for relay in relays] == [f"http://127.0.0.1:{port}"]
     mirrored = next(file for file in folder.iterdir() if len(file.name) == 64 and file.is_file())
     served = httpx2.get(f"http://127.0.0.1:{port}/v1/blobs/{mirrored.name}", timeout=5, trust_env=False).content
-    assert sha256(served).hexdigest() == mirrored.name
+    assert digest_of(served) == mirrored.name
 
 
 def rotate_weights_key(running):

@@ -1,10 +1,9 @@
 """Which way leads to a version, what a difference may follow, and which shards nobody needs any more."""
 
-import hashlib
-
 import msgspec
 import pytest
 
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Manifest, Shard, Tensor
 from farflung.weights.chain import Link, best_way, wants_more
@@ -15,7 +14,7 @@ WHOLE, DELTA = 1000, 100
 
 
 def name(kind: str, step: int) -> str:
-    return hashlib.sha256(f"{kind} {step}".encode()).hexdigest()
+    return digest_of(f"{kind} {step}".encode())
 
 
 def version(step: int, *, is_anchor: bool, delta_bytes: int = DELTA) -> Manifest:

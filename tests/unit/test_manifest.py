@@ -1,11 +1,10 @@
 """What makes an untrusted copy of the weights safe to load."""
 
-import hashlib
-
 import msgspec
 import pytest
 
 from farflung.protocol import wire
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import BadSignature, Malformed, OutOfRange, WeightsError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Adapter, Manifest, Shard, Tensor
@@ -29,7 +28,7 @@ def manifest(**changes: object) -> Manifest:
         parent="",
         digest=target_digest(tensors),
         tensors=tensors,
-        shards=[Shard(digest=hashlib.sha256(DATA).hexdigest(), size_bytes=len(DATA))],
+        shards=[Shard(digest=digest_of(DATA), size_bytes=len(DATA))],
         secret_commitment="0" * 64,
         made_at=0.0,
         expires_at=1.0,
@@ -71,7 +70,7 @@ def test_tensors_must_come_to_the_digest() -> None:
 
 
 def test_the_target_digest_is_that_of_the_docs() -> None:
-    total = hashlib.sha256(b"a\0" + b"\x11" * 32 + b"b\0" + b"\x22" * 32).hexdigest()
+    total = digest_of(b"a\0" + b"\x11" * 32 + b"b\0" + b"\x22" * 32)
     assert manifest().digest == total
 
 
@@ -135,7 +134,7 @@ def test_ranks_and_exponents_are_bounded_on_the_wire(changes) -> None:
 
 
 def test_a_shard_is_checked_by_size_and_content() -> None:
-    digest = hashlib.sha256(DATA).hexdigest()
+    digest = digest_of(DATA)
     check_shard(DATA, digest, len(DATA))
     with pytest.raises(WeightsError, match="has 4 bytes, its manifest says 5"):
         check_shard(DATA[:-1], digest, len(DATA))

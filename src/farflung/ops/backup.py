@@ -17,9 +17,10 @@ from sqlalchemy import Connection
 
 from farflung.config import Config, load, save
 from farflung.ops.invariants import violations
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import ConfigError, NotFound
 from farflung.protocol.identity import Key
-from farflung.store.blobs import Blobs, digest_of
+from farflung.store.blobs import Blobs
 from farflung.store.book import Book
 from farflung.store.db import open_engine
 from farflung.store.tables import SUBMISSIONS

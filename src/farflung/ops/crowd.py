@@ -17,6 +17,7 @@ import msgspec
 
 from farflung.protocol import wire
 from farflung.protocol.client import Client
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import FarflungError, Unreachable
 from farflung.protocol.identity import Key, Signed, seal, sign_request
 from farflung.protocol.messages import (
@@ -312,7 +313,7 @@ async def publish_nothing(url: str, run: str, trainer: Key, *, step: int = 0, pa
     if batch is None:
         raise Unreachable(f"step {step} of run {run!r} is not ready to be claimed")
     data = f"weights of step {step}".encode()
-    digest = hashlib.sha256(data).hexdigest()
+    digest = digest_of(data)
     await client.put(f"{path}/blobs/{digest}", data)
     tensors = [Tensor(name="w", dtype="float32", shape=[1], digest=digest, shard=0)]
     manifest = Manifest(

@@ -23,7 +23,7 @@ def export(folder: Path, out: Path, step: int | None = None) -> int:
     from safetensors.torch import save_file
 
     from farflung.learner import checkpoint
-    from farflung.weights.publish import digest_of
+    from farflung.weights.publish import weights_digest
 
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds no run: config.json is missing")
@@ -36,7 +36,7 @@ def export(folder: Path, out: Path, step: int | None = None) -> int:
     chosen = fitting[-1]
     found = dict(checkpoint.published(chosen.path, is_dithered=config.learn.rounding == "dithered"))
     tensors = {name: found[name] for name in _names(chosen.path) if name in found}  # a digest depends on the order
-    digest, recorded = digest_of(tensors.items()), _recorded(folder, config, chosen.step)
+    digest, recorded = weights_digest(tensors.items()), _recorded(folder, config, chosen.step)
     if recorded and digest != recorded:
         raise WeightsError(f"step {chosen.step} comes to {digest[:12]}, it was published as {recorded[:12]}")
     out.mkdir(parents=True)

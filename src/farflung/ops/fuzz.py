@@ -14,6 +14,7 @@ from safetensors.numpy import save
 from farflung.ops.odd import HEX, Chance, example, message_types
 from farflung.protocol import fingerprint, wire
 from farflung.protocol import messages as m
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import BadSignature, ConfigError, Malformed, OutOfRange, Rejected, WeightsError
 from farflung.protocol.identity import Key, Signed, seal, sign_request, unseal, verify_request
 from farflung.protocol.session import PURPOSES, check_run, delegate
@@ -194,7 +195,7 @@ def _shard(folder: Path) -> Callable[[Chance], object]:
     def attempt(chance: Chance) -> object:
         data = chance.spoil(good)
         file.write_bytes(data)
-        shards = [m.Shard(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data))]
+        shards = [m.Shard(digest=digest_of(data), size_bytes=len(data))]
         manifest = msgspec.structs.replace(PARENT, shards=shards)
         return list(stored("0", manifest, lambda digest: folder / "none", lambda digest: file))
 
@@ -210,7 +211,7 @@ def _adapters(folder: Path) -> Callable[[Chance], object]:
         tensors=tensors,
         digest=target_digest(tensors),
         adapters=[m.Adapter(name="w", rank=2, exponent=-40, shard=1)],
-        shards=[m.Shard(digest=hashlib.sha256(data).hexdigest(), size_bytes=len(data)) for data in (base, held)],
+        shards=[m.Shard(digest=digest_of(data), size_bytes=len(data)) for data in (base, held)],
     )
 
     def attempt(chance: Chance) -> object:

@@ -1,7 +1,6 @@
 """Nodes of every role that send what they should not, changed first and signed then. For bench/fuzz.py."""
 
 import asyncio
-import hashlib
 import json
 import random
 import re
@@ -16,6 +15,7 @@ from farflung.ops.crowd import Line, simulated_key
 from farflung.ops.odd import HEX, Chance, example
 from farflung.protocol import messages as m
 from farflung.protocol import wire
+from farflung.protocol.digest import digest_of
 from farflung.protocol.identity import Key, sign_request
 from farflung.rollouts import judge
 from farflung.weights.manifest import KIND, target_digest
@@ -118,7 +118,7 @@ class Guests:
             path, takes = "/v1/runs/{run}/leases", "LeaseRequest"
         body, kind = self._body(takes, name)
         if takes == "raw" and self.random.random() < 0.7:
-            path = path.replace("{digest}", hashlib.sha256(body).hexdigest())
+            path = path.replace("{digest}", digest_of(body))
         path, headers = self._filled(path, name), [f"content-type: {kind}"]
         query = self.random.choice(QUERIES) if self.random.random() < 0.2 else ""
         if odd := self.random.random() < 0.1:

@@ -1,16 +1,19 @@
 """The client's side of the wire: signs each request, turns problems back into errors, tries again when that helps."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
+import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import lru_cache
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
+import httpcore2
 import httpx2
 import msgspec
 
@@ -22,14 +25,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 ANSWER_BYTES = 1 << 30
 PROBLEM_BYTES = 10_000
-READ_BYTES, WORTH_BYTES, NAP_S = 1 << 16, 1 << 18, 0.2
-"""A large download whose last read brought less than READ_BYTES waits for WORTH_BYTES to come, at most NAP_S."""
+BATCH_BYTES = 1 << 18
+"""Of a large body so many bytes are read at a time: each look costs CPU, whatever it brings."""
+AHEAD_BYTES = 2 * BATCH_BYTES
+"""What may have been read from a line and not come out of the layers above it yet."""
 LONGEST_PAUSE_S = 2.0
 """Between tries, at first 0.1 s; no two nodes pause as long, so that they do not all come at once."""
 CA_VARIABLE = "FARFLUNG_CA_FILE"
 """Environment variable that names a PEM file of authorities to trust beside the usual ones."""
 
 
+httpcore2.AsyncHTTP11Connection.READ_NUM_BYTES = BATCH_BYTES  # pyright: ignore[reportAttributeAccessIssue]
 _skew_s = 0.0
 
 
@@ -169,13 +175,11 @@ class Client:
                 if response.status_code != 206:
                     start = file.seek(0)
                     file.truncate()
-                pace = _Pace()
-                async for part in response.aiter_bytes():
+                async for part in _parts(response):
                     start += len(part)
                     if start > limit_bytes:
                         raise TooLarge(f"{response.url} sends more than {limit_bytes} bytes; it was cut off")
                     file.write(part)
-                    await pace.rest(part)
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise Unreachable(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
 
@@ -197,30 +201,38 @@ def _context(ca_file: str) -> ssl.SSLContext:
     return context
 
 
-class _Pace:
-    """Lets more arrive before the next look, when there was little: each look costs CPU, whatever it brings."""
+async def _parts(response: Any) -> AsyncGenerator[bytes]:
+    """The body, unpacked. While much of it is to come, the kernel wakes this process for BATCH_BYTES at a time."""
+    stream = response.extensions.get("network_stream")
+    line = stream.get_extra_info("socket") if stream else None
+    size = int(response.headers.get("content-length", "0")[:18])
+    waits_for = 1
+    try:
+        async for part in response.aiter_bytes():
+            left = size - response.num_bytes_downloaded - AHEAD_BYTES
+            if line and waits_for != (waits_for := max(1, min(left, BATCH_BYTES))):
+                _wait_for(line, waits_for)
+            yield part
+    finally:
+        if line and waits_for > 1:
+            _wait_for(line, 1)
 
-    def __init__(self) -> None:
-        self._since, self._size = time.monotonic(), 0
 
-    async def rest(self, part: bytes) -> None:
-        """Sleep about as long as WORTH_BYTES take to come."""
-        self._size += len(part)
-        if len(part) < READ_BYTES:
-            await asyncio.sleep(min(NAP_S, WORTH_BYTES * (time.monotonic() - self._since) / self._size))
+def _wait_for(line: socket.socket, size_bytes: int) -> None:
+    """Nothing is read from a line before so much is there, or it ends. Where that cannot be had it costs only CPU."""
+    with contextlib.suppress(OSError):
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
 
 
 async def _bounded(response: Any, limit_bytes: int) -> bytes:
     """The body, unpacked, as far as it is sane: whoever answers may be out to fill this machine's memory."""
     parts: list[bytes] = []
-    size, pace = 0, _Pace()
-    async for part in response.aiter_bytes():
+    size = 0
+    async for part in _parts(response):
         size += len(part)
         if size > limit_bytes:
             raise TooLarge(f"the answer of {response.url} has more than {limit_bytes} bytes; it was cut off")
         parts.append(part)
-        if limit_bytes - size > READ_BYTES and size >= READ_BYTES:
-            await pace.rest(part)
     return b"".join(parts)
 
 

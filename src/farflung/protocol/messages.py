@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 from farflung.protocol.identity import Signed
 
-VERSION = 1
+VERSION = 2
 """Spoken protocol version; a node with another is told what to do."""
 
 MAX_TOKENS = 131_072
@@ -144,7 +144,7 @@ class Tensor(Message, frozen=True):
     dtype: Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
     shape: Annotated[list[Count], Meta(max_length=8)]
     digest: Digest
-    """SHA-256 of its little-endian bytes."""
+    """BLAKE3 of its little-endian bytes."""
     shard: Annotated[int, Meta(ge=0, lt=100_000)]
     """Number of the shard that carries it, in `shards` and in `deltas` alike."""
 
@@ -187,7 +187,7 @@ class Manifest(Message, frozen=True):
     parent: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?(?!\n)$")]
     """Digest of the previous step's manifest, empty for the first."""
     digest: Digest
-    """SHA-256 over the (name, digest) pairs of all tensors in order: what the weights must come to."""
+    """BLAKE3 over the (name, digest) pairs of all tensors in order: what the weights must come to."""
     tensors: Annotated[list[Tensor], Meta(max_length=1_000_000)]
     shards: Annotated[list[Shard], Meta(max_length=100_000)]
     """The whole weights; empty unless the step is an anchor. With `adapters`, their base, and then they themselves."""
@@ -343,7 +343,7 @@ class Receipt(Message, frozen=True):
     run: Id
     node: Id
     before: MaybeDigest
-    """SHA-256 of the payload of this node's receipt before: a chain in which none can be dropped quietly."""
+    """BLAKE3 of the payload of this node's receipt before: a chain in which none can be dropped quietly."""
     lease: Id
     submission: Digest
     rollouts: Count

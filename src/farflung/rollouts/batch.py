@@ -4,7 +4,6 @@ Rewards come from the coordinator, tokens by digest; a worker's log-probabilitie
 """
 
 import asyncio
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 from farflung.learner.loss import advantages
 from farflung.learner.pack import Rollout, Segment
 from farflung.protocol import wire
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Batch, BatchAnswer, BatchGroup, ClaimStep, Done, SubmissionBody, Trips
 from farflung.protocol.session import Session
@@ -105,7 +105,7 @@ async def _bodies(
             path = session.path(f"submissions/{digest}")
             body = await session.client.download(path, signed=True)
             claimed = await session.client.download(path + "/logp", signed=True)
-        if hashlib.sha256(body).hexdigest() != digest:
+        if digest_of(body) != digest:
             raise WeightsError(f"submission {digest[:12]} does not hash to its name; the blob store is damaged")
         found = msgspec.msgpack.decode(body, type=SubmissionBody).rollouts
         tokens.update({rollout.rollout: tuple(wire.unpack_ids(rollout.ids).tolist()) for rollout in found})

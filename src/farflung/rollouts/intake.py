@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.protocol import seeds, wire
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import (
     Ejected,
     Forbidden,
@@ -31,7 +32,6 @@ from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Lease, Receipt, Submission, SubmissionBody, SubmittedRollout
 from farflung.rollouts import budget, possession, standing
 from farflung.rollouts.audit import open_audit
-from farflung.store.blobs import digest_of
 from farflung.store.book import Book, node_rows, unknown_node
 from farflung.store.db import end_leases, record, shift
 from farflung.store.rows import insert_rows, update_rows

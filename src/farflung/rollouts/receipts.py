@@ -1,12 +1,12 @@
 """Worker: keep the coordinator's signed receipts. Each names the one before, so that none can vanish quietly."""
 
-import hashlib
 import logging
 import os
 from pathlib import Path
 
 import msgspec
 
+from farflung.protocol.digest import digest_of
 from farflung.protocol.identity import Signed, Trusted, unseal
 from farflung.protocol.messages import Receipt
 
@@ -60,4 +60,4 @@ class Receipts:
 
 
 def _digest(signed: Signed) -> str:
-    return hashlib.sha256(signed.payload).hexdigest()
+    return digest_of(signed.payload)

@@ -1,7 +1,6 @@
-"""Content-addressed bytes: a folder when embedded, S3 when shared. Write-once; the key is the SHA-256."""
+"""Content-addressed bytes: a folder when embedded, S3 when shared. Write-once; the key is their digest."""
 
 import contextlib
-import hashlib
 from collections.abc import AsyncIterator, Generator, Sequence
 from datetime import timedelta
 from urllib.parse import parse_qsl, urlsplit
@@ -10,18 +9,13 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, MemoryStore, ObjectStore, S3Store
 
+from farflung.protocol.digest import DIGEST_CHARS, digest_of
 from farflung.protocol.errors import ConfigError, NotFound, Unavailable
 
 S3_PATIENCE = timedelta(seconds=10)
 """How long an S3 store that does not answer is asked again before the client is told to come back."""
 S3_OPTIONS = ("endpoint", "region")
 SIGNED_S = 600
-DIGEST_CHARS = 64
-
-
-def digest_of(data: bytes) -> str:
-    """SHA-256 in hex."""
-    return hashlib.sha256(data).hexdigest()
 
 
 class Blobs:

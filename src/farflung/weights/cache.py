@@ -6,12 +6,12 @@ bytes, or from a base and adapters, and keeps the result, and the base; a relay 
 """
 
 import asyncio
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from farflung.protocol.digest import file_digest
 from farflung.protocol.errors import BadSignature, NotFound, WeightsError
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest, Shard
@@ -260,8 +260,7 @@ class Versions:
 
 def _has_name(path: Path) -> bool:
     """Whether a file is what its name, a digest, says."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == path.name
+    return file_digest(path) == path.name
 
 
 def _way(chain: list[Link], held: set[str]) -> Way:

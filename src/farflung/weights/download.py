@@ -5,7 +5,6 @@ goes on from there. Only a file that comes to its digest gets the shard's name.
 """
 
 import asyncio
-import hashlib
 import logging
 import random
 import time
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from farflung.protocol.client import Client
+from farflung.protocol.digest import file_digest
 from farflung.protocol.errors import (
     Busy,
     ConfigError,
@@ -236,7 +236,6 @@ def _check(file: Path, shard: Shard) -> None:
     size = file.stat().st_size
     if size != shard.size_bytes:
         raise WeightsError(f"shard {shard.digest[:12]} has {size} bytes, its manifest says {shard.size_bytes}")
-    with file.open("rb") as data:
-        found = hashlib.file_digest(data, "sha256").hexdigest()
+    found = file_digest(file)
     if found != shard.digest:
         raise WeightsError(f"shard {shard.digest[:12]} hashes to {found[:12]}; fetch it from somebody else")

@@ -1,9 +1,9 @@
 """What a version of the weights is: digests, and the checks that make an untrusted copy safe to load. Pure."""
 
-import hashlib
 from collections.abc import Iterable
 from itertools import pairwise
 
+from farflung.protocol.digest import Hasher, digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.identity import Signed, Trusted, unseal
 from farflung.protocol.messages import Adapter, Manifest, Tensor
@@ -12,16 +12,16 @@ KIND = "manifest"
 
 
 def target_digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 over name, NUL, digest of every tensor in order: what the weights must come to."""
-    total = hashlib.sha256()
+    """BLAKE3 over name, NUL, digest of every tensor in order: what the weights must come to."""
+    total = Hasher()
     for tensor in tensors:
         total.update(tensor.name.encode() + b"\0" + bytes.fromhex(tensor.digest))
     return total.hexdigest()
 
 
 def manifest_digest(signed: Signed) -> str:
-    """The name of a manifest: SHA-256 of the bytes that were signed."""
-    return hashlib.sha256(signed.payload).hexdigest()
+    """The name of a manifest: the digest of the bytes that were signed."""
+    return digest_of(signed.payload)
 
 
 def open_manifest(signed: Signed, public: Trusted, run: str, digest: str) -> Manifest:
@@ -107,6 +107,6 @@ def check_shard(data: bytes, digest: str, size_bytes: int) -> None:
     """Raises WeightsError unless these are the bytes of that shard."""
     if len(data) != size_bytes:
         raise WeightsError(f"shard {digest[:12]} has {len(data)} bytes, its manifest says {size_bytes}")
-    found = hashlib.sha256(data).hexdigest()
+    found = digest_of(data)
     if found != digest:
         raise WeightsError(f"shard {digest[:12]} hashes to {found[:12]}; fetch it from somebody else")

@@ -108,7 +108,7 @@ class Mirror:
     async def _await(self, digest: str) -> None:
         """Wait until a shard is here or coming in. Raises NotFound, Unavailable."""
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise NotFound(f"{digest[:64]!r} is no SHA-256 in hex")
+            raise NotFound(f"{digest[:64]!r} is no digest in hex")
         for tried in range(int(PATIENCE_S / POLL_S)):
             places = (self.versions.path(digest), self.versions.partial(digest))
             is_wanted = self.versions.is_wanted(digest)

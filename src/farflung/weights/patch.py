@@ -4,13 +4,13 @@ A patched version is one file, `<manifest>.whole`: the little-endian bytes of al
 manifest's order. It is written beside its place, and renamed only when every tensor came to its digest.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Manifest, Tensor
 from farflung.weights import delta
@@ -57,7 +57,7 @@ def stored(digest: str, manifest: Manifest, whole: Callable[[str], Path], path: 
 
 def check_tensor(tensor: Tensor, values: np.ndarray, step: int) -> None:
     """Raises WeightsError unless these are the bytes of that tensor."""
-    found = hashlib.sha256(values).hexdigest()
+    found = digest_of(values.view(np.uint8).data)
     if found != tensor.digest:
         raise WeightsError(f"tensor {tensor.name} of step {step} does not match its digest")
 

@@ -6,7 +6,6 @@ shards of a base that is uploaded once.
 """
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from safetensors.torch import save
 
 from farflung.learner.merge import Factors
 from farflung.protocol.client import Client
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Adapter, Manifest, Shard, Tensor
@@ -45,11 +45,11 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 def describe(name: str, tensor: torch.Tensor, shard: int) -> Tensor:
     """Name, type, shape and digest of one tensor."""
-    digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    digest = digest_of(tensor_bytes(tensor))
     return Tensor(name=name, dtype=_dtype(tensor), shape=list(tensor.shape), digest=digest, shard=shard)
 
 
-def digest_of(tensors: Iterable[Named]) -> str:
+def weights_digest(tensors: Iterable[Named]) -> str:
     """What these tensors come to."""
     return target_digest(describe(name, tensor, 0) for name, tensor in tensors)
 
@@ -86,7 +86,7 @@ class Publisher:
         """Take these tensors for the last published step, whose manifest is `last`. Raises WeightsError."""
         self._base = dict(tensors)
         chain = [await self._manifest(last)]
-        found = await asyncio.to_thread(digest_of, self._base.items())
+        found = await asyncio.to_thread(weights_digest, self._base.items())
         if found != chain[0].digest:
             raise WeightsError(
                 f"the trainer holds {found[:12]} where step {chain[0].step} was published as {chain[0].digest[:12]}; "
@@ -167,7 +167,7 @@ class Publisher:
         return delta.encode([_ints(self._base[name]) for name, _ in chunk], [_ints(tensor) for _, tensor in chunk])
 
     async def _upload(self, data: bytes, stored: Collection[str] = ()) -> Shard:
-        shard = Shard(digest=await asyncio.to_thread(_sha256, data), size_bytes=len(data))
+        shard = Shard(digest=await asyncio.to_thread(digest_of, data), size_bytes=len(data))
         if shard.digest not in stored:
             await self.client.put(f"/v1/runs/{self.run}/blobs/{shard.digest}", data)
         return shard
@@ -185,10 +185,6 @@ async def _whole(tensors: Iterable[Named]) -> AsyncIterator[bytes]:
 
 def _describe_all(chunk: list[Named], shard: int) -> list[Tensor]:
     return [describe(name, tensor, shard) for name, tensor in chunk]
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _ints(tensor: torch.Tensor) -> np.ndarray:
