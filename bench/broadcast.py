@@ -42,6 +42,8 @@ RUN, PORT, RELAY_PORT = "broadcast", 8439, 7000
 ORIGIN_MBIT, RELAY_MBIT, CLIENT_MBIT = 200, 400, 50
 BURST_BYTES = 256 << 10
 """What a link lets through at once: no smaller than the segments that the kernel hands over as one."""
+SEGMENTS = 16
+"""Of 1,448 bytes that the kernel hands over as one: these cores do what all the machines' network cards would."""
 LR = 1e-5
 ASK_S = 1.0
 """How often a client asks for the latest version, of farflung and of shardcast alike."""
@@ -96,6 +98,7 @@ class Links:
         run("ip", "-n", space, "addr", "add", f"{address}/16", "dev", "eth0")
         for where, device in ((space, "lo"), (space, "eth0")):
             run("ip", "-n", where, "link", "set", device, "up")
+        run("ip", "netns", "exec", space, "sysctl", "-qw", f"net.ipv4.tcp_min_tso_segs={SEGMENTS}")
         for where, device in ((space, "eth0"), (self._hub, port)):
             shape = ("rate", f"{mbit}mbit", "burst", str(BURST_BYTES), "latency", "50ms")
             run("tc", "-n", where, "qdisc", "add", "dev", device, "root", "tbf", *shape)

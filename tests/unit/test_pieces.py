@@ -25,11 +25,12 @@ def fetched(relays: dict[str, Relay], start: bytes = b"") -> tuple[bool, bytes, 
     """Whether all came, what is in the file, and what is known of it."""
     file = io.BytesIO(start)
 
-    async def take(url: str, low: int, high: int) -> bytes | None:
-        return await relays[url](low, high)
+    async def take(url: str, low: int, high: int) -> list[bytes] | None:
+        data = await relays[url](low, high)
+        return None if data is None else [data[:200], data[200:]]
 
     async def scene() -> tuple[bool, Pieces]:
-        found = Pieces(file, len(DATA), take)
+        found = Pieces(file, len(DATA), take, pieces.Pace())
         return await found.fetch(list(relays)), found
 
     is_whole, found = asyncio.run(scene())

@@ -97,8 +97,8 @@ class Client:
         """
         await self._insist(path, lambda: self._once_into(path, file, limit_bytes))
 
-    async def download_range(self, path: str, start: int, end: int) -> bytes:
-        """Bytes [start, end) of a blob. Raises Malformed when somebody answers with anything else."""
+    async def download_range(self, path: str, start: int, end: int) -> list[bytes]:
+        """Bytes [start, end) of a blob, as they came. Raises Malformed when somebody answers with anything else."""
         return await self._insist(path, lambda: self._once_range(path, start, end))
 
     async def put(self, path: str, body: bytes) -> None:
@@ -145,14 +145,14 @@ class Client:
             headers |= sign_request(self.key, method, parts.path, parts.query, body, now=self.clock(), tag=self.tag)
         try:
             async with self._http.stream(method, path, content=body, headers=headers) as response:
-                content = await _bounded(response, limit_bytes)
+                content = b"".join(await _bounded(response, limit_bytes))
         except (httpx2.TransportError, httpx2.DecodingError, OSError) as error:
             raise Unreachable(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
         if response.status_code >= 300:  # redirects are not followed: a signature is for one path
             raise _refusal(response, content)
         return content
 
-    async def _once_range(self, path: str, start: int, end: int) -> bytes:
+    async def _once_range(self, path: str, start: int, end: int) -> list[bytes]:
         headers = {"accept-encoding": "identity", "range": f"bytes={start}-{end - 1}"}
         try:
             async with self._http.stream("GET", path, headers=headers) as response:
@@ -160,9 +160,9 @@ class Client:
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise Unreachable(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
         if response.status_code >= 300:
-            raise _refusal(response, content)
-        if len(content) != end - start:
-            raise Malformed(f"{response.url} gives {len(content)} bytes where {end - start} were asked for")
+            raise _refusal(response, b"".join(content))
+        if (size := sum(map(len, content))) != end - start:
+            raise Malformed(f"{response.url} gives {size} bytes where {end - start} were asked for")
         return content
 
     async def _once_into(self, path: str, file: BinaryIO, limit_bytes: int) -> None:
@@ -171,7 +171,7 @@ class Client:
         try:
             async with self._http.stream("GET", path, headers=headers) as response:
                 if response.status_code >= 300:
-                    raise _refusal(response, await _bounded(response, PROBLEM_BYTES))
+                    raise _refusal(response, b"".join(await _bounded(response, PROBLEM_BYTES)))
                 if response.status_code != 206:
                     start = file.seek(0)
                     file.truncate()
@@ -224,7 +224,7 @@ def _wait_for(line: socket.socket, size_bytes: int) -> None:
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
 
 
-async def _bounded(response: Any, limit_bytes: int) -> bytes:
+async def _bounded(response: Any, limit_bytes: int) -> list[bytes]:
     """The body, unpacked, as far as it is sane: whoever answers may be out to fill this machine's memory."""
     parts: list[bytes] = []
     size = 0
@@ -233,7 +233,7 @@ async def _bounded(response: Any, limit_bytes: int) -> bytes:
         if size > limit_bytes:
             raise TooLarge(f"the answer of {response.url} has more than {limit_bytes} bytes; it was cut off")
         parts.append(part)
-    return b"".join(parts)
+    return parts
 
 
 class _Problem(msgspec.Struct):

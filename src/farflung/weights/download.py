@@ -34,7 +34,8 @@ from farflung.weights.reach import check_reach
 
 log = logging.getLogger(__name__)
 PART = ".part"
-AT_ONCE = 4
+AT_ONCE = 2
+"""Shards on their way at a time: the next begins while the last pieces of one are still to come."""
 RELAYS_EVERY_S = 10.0
 RELAY_S = 5.0
 RELAYS_AT_ONCE = 4
@@ -50,13 +51,14 @@ class NoRoom(WeightsError):
 
 
 class Downloads:
-    """Fetches shards into a folder, four at a time."""
+    """Fetches shards into a folder, two at a time."""
 
     def __init__(self, session: Session, folder: Path, *, use_relays: bool, upstream: Sequence[str] = ()) -> None:
         self.session, self.folder = session, folder
         self.scores: dict[str, sources.Score] = {}
         self._relays = {url: Client(url, session.client.key, patience_s=0.0) for url in upstream}
         self._busy: Counter[str] = Counter()
+        self._pace = pieces.Pace()
         self._asked_at = 0.0 if use_relays and not upstream else float("inf")
         self._rng = random.Random(session.client.key.id)
         self._limit = asyncio.Semaphore(AT_ONCE)
@@ -108,7 +110,7 @@ class Downloads:
         part = self.folder / f"{shard.digest}{PART}"
         try:
             with part.open("ab", buffering=0) as file:
-                found = pieces.Pieces(file, shard.size_bytes, partial(self._piece, shard))
+                found = pieces.Pieces(file, shard.size_bytes, partial(self._piece, shard), self._pace)
                 is_whole = await found.fetch(urls)
             self._mark_slow(found, shard)
             if not is_whole:
@@ -132,7 +134,7 @@ class Downloads:
             else:
                 self._blame(url, shard, TimeoutError())
 
-    async def _piece(self, shard: Shard, url: str, start: int, end: int) -> bytes | None:
+    async def _piece(self, shard: Shard, url: str, start: int, end: int) -> Sequence[bytes] | None:
         """Bytes [start, end) of a shard from a relay, None if it fails; its score follows."""
         before = time.monotonic()
         async with self._judged(url, shard, end - start):

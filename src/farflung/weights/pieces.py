@@ -8,29 +8,47 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO
 
 PIECE_BYTES = 4 << 20
 AHEAD = 2
 """Pieces per relay that may be under way or in memory beyond the file's end."""
-OVERDUE_S, OVERDUE_TIMES = 4.0, 2.0
+OVERDUE_S, OVERDUE_TIMES = 6.0, 2.0
 """A piece that takes longer than this, and than so many times the longest that came, is asked of another relay too."""
+FADES = 0.95
+"""What is left of the longest with each piece that comes."""
 LOOK_S = 0.25
-Take = Callable[[str, int, int], Awaitable[bytes | None]]
+Take = Callable[[str, int, int], Awaitable[Sequence[bytes] | None]]
 """Bytes [start, end) from a relay, None if it fails."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long pieces take here, of whichever shard."""
+
+    longest_s: float = 0.0
+
+    def note(self, took_s: float) -> None:
+        """A piece came."""
+        self.longest_s = max(took_s, FADES * self.longest_s)
+
+    @property
+    def overdue_s(self) -> float:
+        """How long one may take before another relay is asked."""
+        return max(OVERDUE_S, OVERDUE_TIMES * self.longest_s)
 
 
 class Pieces:
     """The rest of a shard of `size` bytes into a file that has its beginning."""
 
-    def __init__(self, file: BinaryIO, size: int, take: Take) -> None:
-        self._file, self._size, self._take = file, size, take
+    def __init__(self, file: BinaryIO, size: int, take: Take, pace: Pace) -> None:
+        self._file, self._size, self._take, self._pace = file, size, take, pace
         self._end = file.seek(0, 2)
         self._todo = deque(range(self._end, size, PIECE_BYTES))
-        self._early: dict[int, bytes] = {}
+        self._early: dict[int, Sequence[bytes]] = {}
         self._asked: dict[int, list[tuple[str, float]]] = {}
         """Offset → which relays were asked for it and when."""
-        self._longest_s = 0.0
         self._ahead = 0
         self._changed = asyncio.Event()
         self.came_from: dict[int, str] = {}
@@ -67,14 +85,14 @@ class Pieces:
             if data is None:
                 self._give_back(start, url)
                 return
-            self._longest_s = max(self._longest_s, time.monotonic() - since)
+            self._pace.note(time.monotonic() - since)
             self._keep(start, data, url)
 
     def _next(self, url: str) -> int | None:
         """A piece that nobody was asked for, or one that is overdue elsewhere."""
         if self._todo and self._todo[0] < self._end + self._ahead:
             return self._todo.popleft()
-        limit = time.monotonic() - max(OVERDUE_S, OVERDUE_TIMES * self._longest_s)
+        limit = time.monotonic() - self._pace.overdue_s
         for start in sorted(self._asked):
             asked = self._asked[start]
             if len(asked) == 1 and asked[0][0] != url and asked[0][1] < limit:
@@ -89,13 +107,15 @@ class Pieces:
             self._todo.appendleft(start)
         self._changed.set()
 
-    def _keep(self, start: int, data: bytes, url: str) -> None:
+    def _keep(self, start: int, data: Sequence[bytes], url: str) -> None:
         asked = self._asked.pop(start, [])
         if start not in self.came_from:
             self.slow |= {other for other, _ in asked if other != url and asked[0][0] == other}
             self.came_from[start], self._early[start] = url, data
         while self._end in self._early:
-            self._end += self._file.write(self._early.pop(self._end))
+            parts = self._early.pop(self._end)
+            self._file.writelines(parts)
+            self._end += sum(map(len, parts))
         self._changed.set()
 
     async def _news(self) -> None:
