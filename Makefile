@@ -8,17 +8,15 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/farflung run examples/demo.toml --fresh --run.seed $(SEED)
 
-# Whole swarms on one core, everything else on the other, and with it as many swarms as that has time for.
-OTHER_SWARMS := tests/swarm/test_redteam.py
-
-test: check
-	@$(MAKE) --no-print-directory -j2 test-swarm test-rest
+# Whole swarms in one lane, everything else in another, and beside them what reads the code.
+test: .venv/installed
+	@$(MAKE) --no-print-directory -j3 check test-swarm test-rest
 
 test-swarm: .venv/installed
-	$(BIN)/pytest tests/swarm $(OTHER_SWARMS:%=--ignore=%)
+	$(BIN)/pytest tests/swarm
 
 test-rest: .venv/installed
-	$(BIN)/pytest tests/unit tests/property tests/contract tests/integration tests/web $(OTHER_SWARMS)
+	$(BIN)/pytest tests/unit tests/property tests/contract tests/integration tests/web
 
 check: .venv/installed
 	$(BIN)/ruff check

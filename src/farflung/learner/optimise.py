@@ -6,6 +6,7 @@ Legend: B rollouts, T positions of their completions.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -108,7 +109,7 @@ class Learner:
         """Log-probabilities before the first update, for later ones; of the first, its own pass yields them."""
         with torch.no_grad():
             return [
-                self.policy.logp_BT(micro) if known_BT is None else known_BT.nan_to_num(0.0)
+                self.policy.logp_BT(micro.to(self.policy.device)) if known_BT is None else known_BT.nan_to_num(0.0)
                 for (micro, _, known_BT), _ in parts
             ]
 
@@ -118,7 +119,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         for ((micro, behaviour_BT, _), counts), old_logp_BT in zip(parts, old_logp, strict=True):
             seen = tally if counts else _Tally()
-            loss = self._loss(micro.to(self.policy.device), old_logp_BT, behaviour_BT, total, seen)
+            here = partial(_to, self.policy.device)
+            loss = self._loss(micro.to(self.policy.device), here(old_logp_BT), here(behaviour_BT), total, seen)
             (loss * self.policy.ranks.world * counts).backward()  # the reduction takes the mean over ranks
         parameters = self.optimizer.param_groups[0]["params"]
         tally.grad_norms.append(float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))))
@@ -167,6 +169,10 @@ class Learner:
 _Part = tuple[tuple[MicroBatch, torch.Tensor | None, torch.Tensor | None], bool]
 """A micro-batch, its log-probabilities under stale behaviour policies and before the step, where known, and whether it
 counts here."""
+
+
+def _to(device: torch.device, logp_BT: torch.Tensor | None) -> torch.Tensor | None:
+    return None if logp_BT is None else logp_BT.to(device)
 
 
 def _is_whole(logp_BT: torch.Tensor, micro: MicroBatch) -> bool:

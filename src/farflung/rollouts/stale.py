@@ -1,7 +1,7 @@
-"""Trainer: log-probabilities of stale rollouts under the weights that they were leased at, by its own computation.
+"""Trainer: log-probabilities of rollouts under the weights that they were leased at, by its own computation.
 
-They decide how much a stale token counts, so they are written down before the step that uses them: replayed after a
-crash, the step must come to the same bits, and the old weights may be gone by then.
+They decide how much a stale token counts and serve several updates of one step, so they are written down before that
+step: replayed after a crash, it must come to the same bits, and the old weights may be gone by then.
 
 Legend: B rollouts of a micro-batch, T positions of their completions, N tokens of one rollout.
 """
@@ -57,7 +57,7 @@ def kept(folder: Path, step: int) -> Logp:
     path = folder / _name(step)
     if not path.exists():
         raise WeightsError(
-            f"{path} is missing; step {step} trained on stale rollouts and cannot be replayed without it"
+            f"{path} is missing; step {step} used what its rollouts were worth before and cannot be replayed without it"
         )
     return {int(index): values for index, values in load_file(path).items()}
 
