@@ -277,6 +277,30 @@ def test_audits_left_open_by_an_ejection_are_cancelled_and_late_evidence_changes
     house.run(scenario)
 
 
+def test_a_routine_audit_waits_for_company_while_any_may_come(make_house) -> None:
+    house = make_house(trust={"probation_rollouts": 4, "audit_scale": 0.0, "audit_floor": 1.0})
+
+    async def claimed(house, linger_s: float) -> int:
+        ask = m.Claim(limit=64, linger_s=linger_s)
+        return len((await house.tell("val-1", "audits/claim", ask, m.AuditJobs)).jobs)
+
+    async def scenario(house) -> None:
+        await house.step(0)
+        await house.make_trusted("ada")
+        lease = await house.lease("bob")
+        await house.work("ada")
+        assert await claimed(house, 4.0) == 0, "bob's may come too"
+        house.clock.now += 5
+        assert await claimed(house, 4.0) == 1, "it has waited"
+        await house.audit()
+        await house.work("ada")
+        assert await claimed(house, 4.0) == 0
+        await house.give_back("bob", lease)
+        assert await claimed(house, 4.0) == 1, "nobody generates, so none will come"
+
+    house.run(scenario)
+
+
 def test_evidence_out_of_order_waits_for_the_earlier_submission(house) -> None:
     async def scenario(house) -> None:
         await house.step(0)

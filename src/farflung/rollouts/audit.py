@@ -59,7 +59,7 @@ def claim_audits(
     _release(connection, book, now, AUDITS.c.claimed_by == validator, why="the validator asks again")
     is_open = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "open", _may_answer(book, validator, now))
     since = sa.case((AUDITS.c.claimed_until > AUDITS.c.opened_at, AUDITS.c.claimed_until), else_=AUDITS.c.opened_at)
-    if not _is_worth_claiming(connection, is_open, limit, now - linger_s):
+    if not _is_worth_claiming(connection, book, is_open, limit, now - linger_s):
         return []
     first = sa.select(AUDITS.c.step).where(is_open).order_by(since, AUDITS.c.step).limit(1)
     rows = connection.execute(
@@ -79,13 +79,19 @@ def claim_audits(
     return rows
 
 
-def _is_worth_claiming(connection: Connection, is_open: Any, limit: int, since: float) -> bool:
-    """Whether audits wait that are many, or old, or not the routine ones of trusted nodes."""
+def _is_worth_claiming(connection: Connection, book: Book, is_open: Any, limit: int, since: float) -> bool:
+    """Whether audits wait that are many, or old, or not the routine ones of trusted nodes, or will get no company."""
     routine = sa.and_(AUDITS.c.kind == "draw", NODES.c.status == "trusted")
     urgent = sa.func.sum(sa.case((sa.or_(~routine, AUDITS.c.opened_at <= since), 1), else_=0))
     query = sa.select(sa.func.count(), urgent).join(NODES, NODES.c.node == AUDITS.c.node).where(is_open)
     count, pressing = connection.execute(query).one()
-    return bool(pressing) or count >= limit
+    return bool(pressing) or count >= limit or (count > 0 and not _is_any_generating(connection, book))
+
+
+def _is_any_generating(connection: Connection, book: Book) -> bool:
+    """Whether more may soon be drawn: between two steps in lockstep, say, the trainer waits for what was."""
+    leased = sa.select(LEASES.c.lease).where(LEASES.c.run == book.run, LEASES.c.status == "open")
+    return bool(connection.execute(sa.select(leased.exists())).scalar())
 
 
 def _may_answer(book: Book, validator: str, now: float) -> Any:
