@@ -3,10 +3,8 @@
 A node has at most one open lease. Asking again, after a lost answer or a crash, gives the same one.
 """
 
-import hashlib
-import itertools
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,25 +13,22 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
-from farflung.protocol import seeds
 from farflung.protocol.errors import Ejected, Refusal
-from farflung.protocol.identity import Signed, seal
-from farflung.protocol.messages import Latest, Lease, LeaseGroup, LeaseRequest, Sample
-from farflung.protocol.states import REOPENING
+from farflung.protocol.identity import Signed
+from farflung.protocol.messages import Latest, LeaseRequest
 from farflung.store import heldout
 from farflung.store.book import Book, new_id
-from farflung.store.db import after_commit, end_leases, record, slices
-from farflung.store.heldout import HELD_OUT, Part
-from farflung.store.rows import insert_rows
-from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
-from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Share, Wait, task_order
+from farflung.store.db import end_leases
+from farflung.store.heldout import Part
+from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, TASKS
+from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
+from farflung.tasks.documents import write
+from farflung.tasks.offers import Samples, groups_now, next_tasks, open_groups, open_samples, owners
 from farflung.tasks.shelf import Shelf
 
-KIND = "lease"
 ANY_CONTEXT = 1 << 40
-ORDERS_KEPT = 8
-LOOK_AHEAD, MOST_LOOK_AHEAD = 4, 256
-"""Tasks looked up at once when groups are opened: few at first, for mostly the first will do."""
+LOOK_AHEAD = 4
+"""Tasks looked up at first when groups are opened: few, for mostly the first will do."""
 
 
 Answer = Signed | Wait | Refusal
@@ -157,13 +152,13 @@ def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest
     if book.config.learn.lockstep:
         latest = _unfilled(connection, book, latest)
     settings = assign_settings(book, latest)
-    groups = _open_groups(connection, book, latest - settings.max_staleness)
-    owned, reopened = _owners(connection, [row.group for row in groups])
+    groups = open_groups(connection, book, latest - settings.max_staleness)
+    owned, reopened = owners(connection, [row.group for row in groups])
     shelf = Shelf(
         latest,
-        _open_samples(book, groups, owned, reopened),
-        _groups_now(connection, book, latest),
-        lambda step: _next_tasks(connection, book, step, LOOK_AHEAD + len(asks)),
+        open_samples(book, groups, owned, reopened),
+        groups_now(connection, book, latest),
+        lambda step: next_tasks(connection, book, step, LOOK_AHEAD + len(asks)),
         partial(new_id, "g"),
         settings,
     )
@@ -172,7 +167,7 @@ def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest
     found = {ask.node.node: _plan(shelf, probation, ask, now) for ask in asks}
     plans = {node: plan for node, plan in found.items() if isinstance(plan, Plan)}
     waits = {node: wait for node, wait in found.items() if isinstance(wait, Wait)}
-    return waits | _write(connection, book, plans, "train", now, reopened)
+    return waits | write(connection, book, plans, "train", now, reopened)
 
 
 def _plan(shelf: Shelf, probation: _Probation | None, ask: Ask, now: float) -> Plan | Wait:
@@ -217,129 +212,6 @@ def _unfilled(connection: Connection, book: Book, latest: int) -> int:
     return next((p for p in policies if opened.get(p, 0) < book.config.lockstep_groups(p)), latest)
 
 
-_OPEN_GROUPS = (
-    sa.select(GROUPS, sa.func.length(TASKS.c.prompt_ids).label("prompt_bytes"))
-    .join(TASKS, TASKS.c.task == GROUPS.c.task)
-    .where(
-        GROUPS.c.run == sa.bindparam("of"),
-        GROUPS.c.purpose == "train",
-        GROUPS.c.status == sa.literal_column("'open'"),  # not a parameter, or SQLite does not see that
-        GROUPS.c.free > sa.literal_column("0"),  # the index `group_free` will do
-        GROUPS.c.step >= sa.bindparam("oldest"),
-    )
-)
-
-
-def _open_groups(connection: Connection, book: Book, oldest: int) -> Sequence[Row[Any]]:
-    return connection.execute(_OPEN_GROUPS, {"of": book.run, "oldest": oldest}).all()
-
-
-Samples = dict[str, set[int]]
-"""Group → some of its samples."""
-
-
-def _open_samples(book: Book, groups: Sequence[Row[Any]], owned: Samples, reopened: Samples) -> Iterator[OpenSamples]:
-    """Samples of these groups that nobody has, those that somebody had before apart from the rest."""
-    for row in groups:
-        free = set(range(row.samples)) - owned[row.group]
-        needed = row.prompt_bytes // 4 + book.config.generate.budget
-        for samples, at in ((free - reopened[row.group], None), (free & reopened[row.group], row.opened_at)):
-            if samples:
-                yield OpenSamples(row.group, row.task, row.step, tuple(sorted(samples)), needed, at)
-
-
-_OWNERS = sa.select(ROLLOUTS.c.group, ROLLOUTS.c.sample, ROLLOUTS.c.status).where(
-    ROLLOUTS.c.group.in_(sa.bindparam("groups", expanding=True))
-)
-
-
-def _owners(connection: Connection, groups: Sequence[str]) -> tuple[Samples, Samples]:
-    """The samples of these groups that somebody has, and those that somebody had and that are open again."""
-    owned: Samples = defaultdict(set)
-    reopened: Samples = defaultdict(set)
-    for part in slices(groups):
-        for group, sample, status in connection.execute(_OWNERS, {"groups": part}):
-            (reopened if status in REOPENING else owned)[group].add(sample)
-    return owned, reopened
-
-
-_GROUPS_NOW = sa.select(
-    sa.select(sa.func.count())
-    .select_from(GROUPS)
-    .where(GROUPS.c.run == sa.bindparam("of"), GROUPS.c.purpose == "train", GROUPS.c.status == "complete")
-    .scalar_subquery()
-    + sa.select(sa.func.coalesce(sa.func.sum(STEPS.c.open_groups), 0))
-    .where(STEPS.c.run == sa.bindparam("of"), STEPS.c.step >= sa.bindparam("oldest"))
-    .scalar_subquery()
-)
-
-
-def _groups_now(connection: Connection, book: Book, latest: int) -> int:
-    """Groups in progress or waiting for the trainer; in lockstep, all that were ever opened at the latest policy.
-
-    Open ones too old to be leased do not count: enough of them, each short of a sample, would end all leasing.
-    """
-    if book.config.learn.lockstep:
-        of_latest = sa.and_(GROUPS.c.run == book.run, GROUPS.c.purpose == "train", GROUPS.c.step == latest)
-        return connection.execute(sa.select(sa.func.count()).where(of_latest)).scalar_one()
-    oldest = latest - max(1, book.config.learn.max_staleness) + 1
-    return int(connection.execute(_GROUPS_NOW, {"of": book.run, "oldest": oldest}).scalar_one())
-
-
-def _next_tasks(connection: Connection, book: Book, step: int, size: int) -> Iterator[NextTask]:
-    """Tasks not opened at this step yet, in the order that its secret draws; `size` are looked up at first."""
-    order = _order(book, step)
-    start = order.begin
-    while positions := order.from_(start, size):
-        opened = _opened(connection, book, step, [book.tasks[position][0] for position in positions])
-        found = [book.tasks[position] for position in positions]
-        left = [number for number, (task, _) in enumerate(found) if task not in opened]
-        if start == order.begin:
-            after_commit(connection, partial(order.skip_to, start + min(left, default=len(found))))
-        for number in left:
-            task, prompt_tokens = found[number]
-            yield NextTask(task, prompt_tokens + book.config.generate.budget)
-        start, size = start + size, MOST_LOOK_AHEAD
-
-
-_OPENED = sa.select(GROUPS.c.task).where(
-    GROUPS.c.task.in_(sa.bindparam("tasks", expanding=True)),
-    GROUPS.c.run == sa.bindparam("of"),
-    GROUPS.c.step == sa.bindparam("at"),
-    GROUPS.c.purpose == "train",
-)
-
-
-def _opened(connection: Connection, book: Book, step: int, tasks: Sequence[str]) -> set[str]:
-    """Which of these have a group at this step."""
-    return set(connection.execute(_OPENED, {"tasks": tasks, "of": book.run, "at": step}).scalars())
-
-
-class _Order:
-    """The order of one step's tasks, drawn as far as somebody looked. All before `begin` are opened, and stay so."""
-
-    def __init__(self, source: Iterator[int]) -> None:
-        self._source, self._seen, self.begin = source, list[int](), 0
-
-    def from_(self, start: int, size: int) -> list[int]:
-        """Up to `size` tasks from place `start` on."""
-        self._seen += itertools.islice(self._source, max(0, start + size - len(self._seen)))
-        return self._seen[start : start + size]
-
-    def skip_to(self, begin: int) -> None:
-        """Never look at what is before this place again."""
-        self.begin = max(self.begin, begin)
-
-
-def _order(book: Book, step: int) -> _Order:
-    """Kept with the book, for two databases may have opened different tasks of one order."""
-    if step not in book.orders:
-        for old in sorted(book.orders)[: 1 - ORDERS_KEPT]:
-            del book.orders[old]
-        book.orders[step] = _Order(task_order(book.step_secret(step), step, len(book.tasks)))
-    return book.orders[step]
-
-
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +224,7 @@ def _issue_eval(
         if shares:
             old, new = (tuple(s for s in shares if bool(s.group) is is_open) for is_open in (True, False))
             plan = Plan(step, old, tuple(replace(share, group=new_id("g")) for share in new))
-            return _write(connection, book, {node.node: plan}, part.purpose, now, reopened)[node.node]
+            return write(connection, book, {node.node: plan}, part.purpose, now, reopened)[node.node]
     return Wait("nothing to evaluate")
 
 
@@ -371,129 +243,9 @@ def _eval_shares(connection: Connection, book: Book, step: int, part: Part, most
         .order_by(TASKS.c.position)
         .limit(most)
     ).all()
-    owned, reopened = _owners(connection, [row.group for row in rows if row.group])
+    owned, reopened = owners(connection, [row.group for row in rows if row.group])
     free = [(row, set(range(row.samples or part.samples)) - owned.get(row.group, set())) for row in rows]
     return [Share(row.group, row.task, tuple(sorted(samples))) for row, samples in free if samples], reopened
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def _write(
-    connection: Connection, book: Book, plans: Mapping[str, Plan], purpose: str, now: float, reopened: Samples
-) -> dict[str, Signed]:
-    """Open the groups, the leases and their rollouts, and seal the documents: for every node, its lease."""
-    if not plans:
-        return {}
-    _open(connection, book, plans.values(), purpose, now)
-    prompts = _prompts(connection, {share.task for plan in plans.values() for share in plan.shares})
-    drafts = [_draft(connection, book, node, plan, purpose, prompts, now) for node, plan in plans.items()]
-    signed = {draft.node: seal(book.key, KIND, draft) for draft in drafts}
-    insert_rows(connection, LEASES, [_lease_row(draft, signed[draft.node], now) for draft in drafts])
-    insert_rows(connection, ROLLOUTS, [row for draft in drafts for row in _rollout_rows(draft, reopened)])
-    for draft in drafts:
-        rollouts = [sample.rollout for group in draft.groups for sample in group.samples]
-        record(
-            connection,
-            "lease",
-            [draft.lease],
-            "",
-            "open",
-            now,
-            node=draft.node,
-            step=draft.step,
-            rollouts=len(rollouts),
-        )
-        record(connection, "rollout", rollouts, "", "leased", now, lease=draft.lease, node=draft.node)
-    return signed
-
-
-def _open(connection: Connection, book: Book, plans: Collection[Plan], purpose: str, now: float) -> None:
-    """Open the groups that these plans open, and take their samples."""
-    taken = Counter[str]()
-    for plan in plans:
-        taken.update({str(share.group): len(share.samples) for share in plan.shares})
-    samples = next(
-        (part.samples for part in heldout.parts(book.config) if part.purpose == purpose), book.config.generate.samples
-    )
-    common = {"run": book.run, "purpose": purpose, "status": "open", "opened_at": now, "samples": samples}
-    opened = [
-        common | {"step": plan.step, "group": share.group, "task": share.task, "free": samples - taken.pop(share.group)}
-        for plan in plans
-        for share in plan.opened
-    ]
-    insert_rows(connection, GROUPS, opened)
-    if taken:
-        connection.execute(_FEWER_FREE, [{"of": group, "fewer": count} for group, count in taken.items()])
-    for step, count in Counter(row["step"] for row in opened).items():
-        if purpose == "train":
-            connection.execute(_MORE_OPEN, {"of": book.run, "at": step, "more": count})
-        groups = [row["group"] for row in opened if row["step"] == step]
-        record(connection, "group", groups, "", "open", now, step=step)
-
-
-_FEWER_FREE = (
-    GROUPS.update().where(GROUPS.c.group == sa.bindparam("of")).values(free=GROUPS.c.free - sa.bindparam("fewer"))
-)
-
-_MORE_OPEN = (
-    STEPS.update()
-    .where(STEPS.c.run == sa.bindparam("of"), STEPS.c.step == sa.bindparam("at"))
-    .values(open_groups=STEPS.c.open_groups + sa.bindparam("more"))
-)
-
-
-def _draft(
-    connection: Connection, book: Book, node: str, plan: Plan, purpose: str, prompts: Mapping[str, bytes], now: float
-) -> Lease:
-    config, lease, secret = book.config, new_id("l"), book.step_secret(plan.step)
-    heat = next((part.temperature for part in heldout.parts(config) if part.purpose == purpose), None)
-    told: Any = "eval" if purpose in HELD_OUT else purpose
-    return Lease(
-        lease=lease,
-        run=book.run,
-        node=node,
-        purpose=told,
-        step=plan.step,
-        manifest=book.manifest_of(connection, plan.step),
-        temperature=config.generate.temperature if heat is None else heat,
-        budget=config.generate.budget,
-        nonce=hashlib.sha256(seeds.derive(secret, "lease nonce", lease)).hexdigest(),
-        probe=seeds.probe_key(secret).hex(),
-        fingerprint=config.trust.fingerprint and told != "eval",
-        expires_at=now + config.lease.lease_s,
-        groups=[_lease_group(secret, share, prompts) for share in plan.shares],
-    )
-
-
-def _lease_group(secret: bytes, share: Share, prompts: Mapping[str, bytes]) -> LeaseGroup:
-    samples = [
-        Sample(rollout=new_id("r"), index=index, seed=seeds.sample_seed(secret, share.task, index))
-        for index in share.samples
-    ]
-    return LeaseGroup(group=str(share.group), prompt_ids=prompts[share.task], samples=samples)
-
-
-def _lease_row(draft: Lease, signed: Signed, now: float) -> dict[str, Any]:
-    row = {"lease": draft.lease, "run": draft.run, "node": draft.node, "step": draft.step, "purpose": draft.purpose}
-    row |= {"status": "open", "opened_at": now, "expires_at": draft.expires_at}
-    return row | {"document": msgspec.msgpack.encode(signed)}
-
-
-def _rollout_rows(draft: Lease, reopened: Samples) -> Iterator[dict[str, Any]]:
-    common = {"run": draft.run, "lease": draft.lease, "node": draft.node, "status": "leased"}
-    for group in draft.groups:
-        for sample in group.samples:
-            is_reissue = sample.index in reopened.get(group.group, ())
-            own = {"rollout": sample.rollout, "sample": sample.index, "is_reissue": is_reissue}
-            yield common | own | {"group": group.group}
-
-
-def _prompts(connection: Connection, tasks: Collection[str]) -> dict[str, bytes]:
-    return {row.task: row.prompt_ids for row in connection.execute(_PROMPTS, {"tasks": list(tasks)})}
-
-
-_PROMPTS = sa.select(TASKS.c.task, TASKS.c.prompt_ids).where(TASKS.c.task.in_(sa.bindparam("tasks", expanding=True)))
 
 
 # --- taking back -----------------------------------------------------------------------------------------------------
