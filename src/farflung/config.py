@@ -93,7 +93,7 @@ class LearnSection(Section):
     )
     lr: float = setting(1e-6, "Learning rate of AdamW.", gt=0)
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.", ge=0)
-    minibatches: int = setting(1, "Optimizer steps per training step.", ge=1)
+    minibatches: int = setting(1, "Optimizer steps per training step; micro-batches are made small enough.", ge=1)
     beta1: float = setting(0.9, "AdamW's decay of the gradient's mean.", ge=0, lt=1)
     beta2: float = setting(0.99, "AdamW's decay of the gradient's square.", ge=0, lt=1)
     loss: Literal["grpo", "cispo", "gspo"] = setting(

@@ -94,7 +94,7 @@ def sealed() -> tuple[Signed, bytes, np.ndarray, np.ndarray]:
     old = ((rng.normal(size=500) * 0.05).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     new = old + (rng.random(500) < 0.1).astype(np.uint16)
     data = delta.encode([old], [new])
-    tensor = Tensor(name="w", dtype="bfloat16", shape=[500], digest=digest_of(new), shard=0)
+    tensor = Tensor(name="w", dtype="bfloat16", shape=[500], digest=digest_of(new.tobytes()), shard=0)
     manifest = Manifest(
         run="demo",
         step=2,

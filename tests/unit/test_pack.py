@@ -50,6 +50,13 @@ def test_a_short_tree_fills_the_rest_of_a_longer_row() -> None:
     assert fill([micro]) == 1.0
 
 
+def test_there_are_micro_batches_for_as_many_updates_as_are_wanted() -> None:
+    rollouts = [Rollout((Segment("prompt", (n,)), Segment("model", (1, 2, 3))), 1.0, 1.0) for n in range(8)]
+    assert [len(pack(rollouts, 1000, at_least=count)) for count in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert len(pack(rollouts, 1000, at_least=20)) == 8
+    assert pack([], 1000, at_least=4) == []
+
+
 def test_rows_are_padded_on_the_right_and_longest_first() -> None:
     long = rollout(("prompt", [1]), ("model", [2, 3, 4]), advantage=-1.0)
     short = rollout(("prompt", [5, 6]), ("model", [7]), advantage=0.5)

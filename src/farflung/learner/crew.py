@@ -137,7 +137,8 @@ class Crew:
         return None
 
     def _step(self, rollouts: Sequence[Rollout], logp: Logp, present: int) -> StepMetrics:
-        packed = pack(rollouts, self._tokens, is_shared=self.learner.policy.can_share)
+        updates = self.learner.settings.minibatches
+        packed = pack(rollouts, self._tokens, is_shared=self.learner.policy.can_share, at_least=updates)
         stale = {index: values for index, values in logp.items() if rollouts[index].step < present}
         fresh = {index: values for index, values in logp.items() if index not in stale}
         return self.learner.step(packed, lay(packed, stale), lay(packed, fresh))

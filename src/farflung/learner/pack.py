@@ -121,13 +121,23 @@ class _Parts:
     is_model: tuple[bool, ...]
 
 
-def pack(rollouts: Sequence[Rollout], tokens_per_microbatch: int, *, is_shared: bool = True) -> list[MicroBatch]:
+def pack(
+    rollouts: Sequence[Rollout], tokens_per_microbatch: int, *, is_shared: bool = True, at_least: int = 1
+) -> list[MicroBatch]:
     """Micro-batches of at most `tokens_per_microbatch` fed tokens, padding included, longest rows first.
 
-    The order is a function of the rollouts alone. A rollout longer than the bound gets a micro-batch of its own; those
-    without anything to train on are left out. Without `is_shared` every row is one rollout, for models that do not
-    obey an attention mask.
+    They are smaller where there would be fewer than `at_least`, the updates of a step. The order is a function of the
+    rollouts alone. A rollout longer than the bound gets a micro-batch of its own; those without anything to train on
+    are left out. Without `is_shared` every row is one rollout, for models that do not obey an attention mask.
     """
+    found = _packed(rollouts, tokens_per_microbatch, is_shared=is_shared)
+    if len(found) >= at_least:
+        return found
+    fed = sum(micro.rows.ids_RW.numel() for micro in found)
+    return _packed(rollouts, max(1, fed // at_least), is_shared=is_shared)
+
+
+def _packed(rollouts: Sequence[Rollout], tokens_per_microbatch: int, *, is_shared: bool) -> list[MicroBatch]:
     parts = {index: split for index, rollout in enumerate(rollouts) if any((split := _split(rollout)).is_model)}
     trees = _trees(parts, min(ROW_TOKENS, tokens_per_microbatch) if is_shared else 0)
     return [_batch(rollouts, parts, rows) for rows in _layouts(trees, tokens_per_microbatch, is_shared=is_shared)]
