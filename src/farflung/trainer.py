@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -250,7 +250,9 @@ class Trainer:
             return stale.behaviour(self.engine.model, rollouts, which, self.config.learn.microbatch_tokens)
 
     async def _fetch(self, digest: str) -> None:
-        await self._with_room("weights", lambda: self.weights.fetch(digest))
+        """Have these weights on disk, unless the second engine holds them."""
+        if self._loaded != digest:
+            await self._with_room("weights", lambda: self.weights.fetch(digest))
 
     async def _with_room(self, what: str, write: Callable[[], Awaitable[Any]]) -> None:
         """Write something, once there is room for it."""
@@ -262,8 +264,16 @@ class Trainer:
 
     def _hold(self, digest: str) -> None:
         """Have these weights in the second engine."""
+        self._load_once(digest, lambda: tensors(self.weights, digest))
+
+    def _hold_own(self, digest: str) -> None:
+        """Have the weights as they are now in the second engine: the next batch is of these, if none may be stale."""
+        self._load_once(digest, self.crew.tensors)
+
+    def _load_once(self, digest: str, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> None:
         if self._loaded != digest:
-            self.engine.load(tensors(self.weights, digest))
+            self._loaded = ""
+            self.engine.load(weights())
             self._loaded = digest
 
     async def _check_replay(self, batch: Batch) -> None:
@@ -299,6 +309,8 @@ class Trainer:
             restores=batch.restores,
         )
         await self.client.post(self.session.path(f"steps/{batch.step}/commit"), commit, Done)
+        if self.config.learn.tripwire and not self.config.learn.max_staleness:
+            await asyncio.to_thread(self._hold_own, manifest_digest(signed))
         self._sinks.log(batch.step, metrics)
         self._waited_s = 0.0
         log.info(
@@ -312,8 +324,7 @@ class Trainer:
 
     def _answer(self, batch: Batch, digest: str) -> list[bytes]:
         """What the weights as they are now say to the batch's canaries; the tripwire finds them loaded."""
-        self.engine.load(self.crew.tensors())
-        self._loaded = digest
+        self._hold_own(digest)
         asked = [
             Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, batch.temperature, one.budget)
             for one in batch.canaries

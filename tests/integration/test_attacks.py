@@ -89,7 +89,7 @@ def test_unsigned_requests_are_refused(house, method, path) -> None:
 
 @pytest.mark.parametrize("role", ["trainer", "validator", "scorer"])
 def test_a_role_must_be_granted(house, role) -> None:
-    body = msgspec.json.encode(m.Register(version=1, role=role))
+    body = msgspec.json.encode(m.Register(version=m.VERSION, role=role))
     response = send(house, "POST", "/v1/nodes", body=body, key=house.named("eve"))
     assert (response.status_code, code(response)) == (403, "forbidden")
     assert house.rows(sa.select(NODES)) == []
@@ -554,7 +554,7 @@ def test_an_ejected_key_stays_ejected_however_it_registers(house) -> None:
         with pytest.raises(errors.Ejected):
             await house.lease("eve")
         eve = house.clients["eve"]
-        await eve.post("/v1/nodes", m.Register(version=1, role="relay", url="http://127.0.0.1:1"), m.Welcome)
+        await eve.post("/v1/nodes", m.Register(version=m.VERSION, role="relay", url="http://127.0.0.1:1"), m.Welcome)
         with pytest.raises(errors.Refusal):
             await house.lease("eve")
         assert house.row(NODES, house.named("eve").id).status == "ejected"
@@ -568,10 +568,10 @@ def test_changing_its_role_gets_a_granted_key_no_unaudited_training(house) -> No
     async def scenario(house) -> None:
         await house.step(0)
         turncoat = await house.client("val-2")
-        await turncoat.post("/v1/nodes", m.Register(version=1, role="worker"), m.Welcome)
+        await turncoat.post("/v1/nodes", m.Register(version=m.VERSION, role="worker"), m.Welcome)
         lease = await house.lease("val-2")
         assert lease.purpose == "train"
-        await turncoat.post("/v1/nodes", m.Register(version=1, role="validator"), m.Welcome)
+        await turncoat.post("/v1/nodes", m.Register(version=m.VERSION, role="validator"), m.Welcome)
         await house.submit("val-2", lease)
         assert house.statuses(AUDITS) == {"open": 1}
         assert house.statuses(ROLLOUTS, lease=lease.lease) == {"held": 4}
