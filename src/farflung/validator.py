@@ -58,7 +58,10 @@ class Validator:
     async def run(self) -> None:
         """Work until the run ends or somebody says stop."""
         await self.open()
-        async with self.session.stay("validator", self.stop, metrics_port=self.settings.metrics_port):
+        port = self.settings.metrics_port
+        async with self.session.stay(
+            "validator", self.stop, metrics_port=port, on_pulse=lambda: self.weights.prefetch()
+        ):
             while not self.is_stopping and not self.session.is_over:
                 await self.step()
         await self.weights.close()

@@ -20,7 +20,6 @@ from farflung.protocol.client import Client
 from farflung.protocol.errors import (
     BadSignature,
     Ejected,
-    FarflungError,
     LeaseGone,
     Malformed,
     NotFound,
@@ -80,7 +79,6 @@ class Worker:
         self.session: Session
         self.engine: Engine
         self.weights: Versions
-        self._prefetching: asyncio.Task[None] | None = None
         self._paced_at = time.monotonic()
         self._held = ("", b"")
         """A probe and the values of its slices in the engine."""
@@ -89,7 +87,7 @@ class Worker:
         """Work until the run ends, the node is ejected, or somebody says stop."""
         await self.open()
         port = self.settings.metrics_port
-        async with self.session.stay("worker", self.drain, metrics_port=port, on_pulse=self.prefetch):
+        async with self.session.stay("worker", self.drain, metrics_port=port, on_pulse=self.weights.prefetch):
             try:
                 while not self.is_stopping and not self.session.is_over:
                     await self.step()
@@ -147,7 +145,7 @@ class Worker:
         )
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
-        self.prefetch()
+        self.weights.prefetch()
         if answer.lease is None:
             log.debug("no lease because=%s", answer.reason)
             await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
@@ -227,15 +225,3 @@ class Worker:
 
     async def _return(self, lease: Lease) -> None:
         await self.session.client.post(self.session.path(f"leases/{lease.lease}/return"), Empty(), Done)
-
-    def prefetch(self) -> None:
-        """Start fetching the latest weights beside generation, unless that is under way."""
-        digest = self.session.latest.manifest
-        if digest and (self._prefetching is None or self._prefetching.done()):
-            self._prefetching = asyncio.create_task(self._fetch_quietly(digest))
-
-    async def _fetch_quietly(self, digest: str) -> None:
-        try:
-            await self.weights.fetch(digest)
-        except FarflungError as error:
-            log.warning("prefetch failed manifest=%s because=%s", digest[:12], error)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from farflung.protocol.digest import file_digest
-from farflung.protocol.errors import BadSignature, NotFound, WeightsError
+from farflung.protocol.errors import BadSignature, FarflungError, NotFound, WeightsError
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest, Shard
 from farflung.protocol.session import Session
@@ -54,6 +54,7 @@ class Versions:
         self._ways: dict[str, Way] = {}
         """How each version came here, while it is on its way or kept for others."""
         self._locks: dict[str, asyncio.Lock] = {}
+        self._ahead: asyncio.Task[None] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for draft in folder.glob("*.draft"):
             session.figures.trouble = f"a crash left version {draft.name[:12]} half patched; it is patched anew"
@@ -70,6 +71,18 @@ class Versions:
                     self.session.figures.trouble = str(error)
                     raise
         return self._use(digest)
+
+    def prefetch(self) -> None:
+        """Start fetching the run's latest version beside what the node does, unless one is on its way."""
+        digest = self.session.latest.manifest
+        if digest and (self._ahead is None or self._ahead.done()):
+            self._ahead = asyncio.create_task(self._fetch_quietly(digest))
+
+    async def _fetch_quietly(self, digest: str) -> None:
+        try:
+            await self.fetch(digest)
+        except FarflungError as error:
+            log.warning("prefetch failed manifest=%s because=%s", digest[:12], error)
 
     async def close(self) -> None:
         """Hang up on all relays."""
