@@ -61,3 +61,20 @@ def test_choice_does_not_hedge(reply, found):
 )
 def test_same(found, right, is_same):
     assert answers.same(found, right) is is_same
+
+
+@pytest.mark.parametrize(
+    ("found", "share"),
+    [
+        ("108", 1.0),
+        ("107", 2 / 3),
+        ("8", 1 / 3),
+        ("1,108", 3 / 4),
+        ("-108", 0.0),
+        ("", 0.0),
+        ("10.8", 0.0),
+        ("801", 1 / 3),
+    ],
+)
+def test_digits_count_from_the_units(found, share):
+    assert answers.digits_right(found, "108") == pytest.approx(share)

@@ -67,6 +67,21 @@ def test_a_cryptarithm_has_many_right_answers_and_each_is_checked():
     assert not solves({"words": ["A", "B"], "total": "C", "zero_leads": False}, "A=0,B=1,C=1")
 
 
+def test_a_wrong_number_earns_by_its_digits_in_training_alone():
+    env = ReasoningGym("chain_sum", {"min_terms": 2, "max_terms": 2}, size=50, digits=0.5)
+    trained, held_out = next(env.tasks("train")), next(env.tasks("eval"))
+    assert "graded" not in held_out
+    right = trained["answer"]
+    wrong = right[:-1] + str((int(right[-1]) + 1) % 10)
+    assert env.score(trained, right).reward == 1.0
+    assert env.score(trained, wrong).reward == 0.5 * (len(right) - 1) / len(right)
+    assert env.score(held_out, held_out["answer"]).reward == 1.0
+    assert env.score(trained | {"graded": False}, wrong).reward == 0.0
+    assert ReasoningGym(**env.spec).spec == env.spec
+    with pytest.raises(ConfigError, match="digits = 1"):
+        ReasoningGym("chain_sum", digits=1)
+
+
 def test_unsafe_and_misspelt_tasks_are_refused():
     with pytest.raises(ConfigError, match="did you mean 'chain_sum'"):
         ReasoningGym("chain_sun")

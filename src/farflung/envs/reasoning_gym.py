@@ -57,7 +57,7 @@ SHOWN_ANSWER_CHARS = 200
 
 
 class ReasoningGym:
-    """One reasoning-gym task as an environment; the reward is 1 for the right final answer, else 0.
+    """One reasoning-gym task as an environment; the reward is 1 for the right final answer, else 0, but see `digits`.
 
     Arguments
         name      one of `ALLOWED`
@@ -66,6 +66,8 @@ class ReasoningGym:
         answer    where the answer stands, see `answers.Place`; by default the last number for tasks that ask for one
         suffix    what the prompt adds to the question
         chat      whether the prompt is chat messages, else plain text
+        digits    what a wrong whole number earns in training if all but all of its digits are right, less for fewer;
+                  held-out tasks are judged right or wrong
     """
 
     version = "1"
@@ -78,12 +80,16 @@ class ReasoningGym:
         answer: answers.Place | None = None,
         suffix: str | None = None,
         chat: bool = True,
+        digits: float = 0.0,
     ) -> None:
         self.name, self.config, self.size, self.chat = check_name(name), dict(config or {}), size, chat
         self.place = answer or ("last_number" if name in NUMERIC else "tag")
         if self.place not in SUFFIX:
             raise ConfigError(f"reasoning_gym: answer = {answer!r}; choose one of {', '.join(SUFFIX)}")
         self.suffix = SUFFIX[self.place] if suffix is None else suffix
+        self.digits = digits
+        if not 0 <= digits < 1:
+            raise ConfigError(f"reasoning_gym: digits = {digits!r}; a wrong answer earns at least 0 and less than 1")
         self.spec: dict[str, Any] = {
             "name": name,
             "config": self.config,
@@ -91,6 +97,7 @@ class ReasoningGym:
             "answer": self.place,
             "suffix": self.suffix,
             "chat": chat,
+            "digits": digits,
         }
         self.items = open_dataset(name, self.config, size)
 
@@ -101,7 +108,8 @@ class ReasoningGym:
             item = self.items[index]
             if item["question"] not in seen and split_of(item["question"]) == split:
                 seen.add(item["question"])
-                yield as_task(self.name, item)
+                graded = {"graded": True} if self.digits and split == "train" else {}
+                yield as_task(self.name, item) | graded
 
     def prompt(self, task: Task) -> str | list[dict[str, str]]:
         """The question and the suffix, as one user message or as plain text."""
@@ -112,7 +120,11 @@ class ReasoningGym:
         """Reward 1 if the answer found is the item's own, or solves its puzzle where several answers are right."""
         found = answers.find(transcript, self.place)
         is_right = solves(task["puzzle"], found) if "puzzle" in task else answers.same(found, task["answer"])
-        return Score(reward=float(is_right), parts={"answered": float(bool(found))}, answer=found[:SHOWN_ANSWER_CHARS])
+        reward = 1.0 if is_right else self._part(task, found)
+        return Score(reward=reward, parts={"answered": float(bool(found))}, answer=found[:SHOWN_ANSWER_CHARS])
+
+    def _part(self, task: Task, found: str) -> float:
+        return self.digits * answers.digits_right(found, task["answer"]) if task.get("graded") else 0.0
 
 
 def check_name(name: str) -> str:
