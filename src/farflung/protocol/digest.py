@@ -1,7 +1,7 @@
 """What names bytes: their BLAKE3 digest in 64 hex digits.
 
-An eighth of SHA-256's time on processors without instructions for it, as many consumers' are, and a third of it on
-others (bench/RESULTS.md). J. O'Connor et al., "BLAKE3: one function, fast everywhere", 2020.
+A tenth of SHA-256's time on processors without instructions for it, as many consumers' are
+(docs/decisions/0043-names-by-blake3.md). J. O'Connor et al., "BLAKE3: one function, fast everywhere", 2020.
 """
 
 from pathlib import Path
@@ -10,8 +10,6 @@ from blake3 import blake3
 
 DIGEST_CHARS = 64
 READ_BYTES = 1 << 20
-Hasher = blake3
-"""Takes bytes by `update`, gives their name by `hexdigest`."""
 
 
 def digest_of(data: bytes | memoryview) -> str:

@@ -34,6 +34,7 @@ _OPEN_GROUPS = (
 
 
 def open_groups(connection: Connection, book: Book, oldest: int) -> Sequence[Row[Any]]:
+    """Training groups of these steps with samples that nobody has."""
     return connection.execute(_OPEN_GROUPS, {"of": book.run, "oldest": oldest}).all()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import pairwise
 
-from farflung.protocol.digest import Hasher, digest_of
+from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.identity import Signed, Trusted, unseal
 from farflung.protocol.messages import Adapter, Manifest, Tensor
@@ -13,10 +13,7 @@ KIND = "manifest"
 
 def target_digest(tensors: Iterable[Tensor]) -> str:
     """BLAKE3 over name, NUL, digest of every tensor in order: what the weights must come to."""
-    total = Hasher()
-    for tensor in tensors:
-        total.update(tensor.name.encode() + b"\0" + bytes.fromhex(tensor.digest))
-    return total.hexdigest()
+    return digest_of(b"".join(one.name.encode() + b"\0" + bytes.fromhex(one.digest) for one in tensors))
 
 
 def manifest_digest(signed: Signed) -> str:
