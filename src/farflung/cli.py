@@ -89,11 +89,13 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
 @app.command
 def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> None:
     """Claim batches, take steps, publish weights; started by torchrun, over all of its processes."""
+    from farflung.engine.heap import keep_freed_memory
     from farflung.learner.ranks import join as meet
     from farflung.protocol.identity import Key
     from farflung.trainer import Trainer, follow
 
     start_logging(json)
+    keep_freed_memory()
     settings = _settings(config, flags)
     ranks = meet()
     if ranks.rank:
@@ -106,10 +108,12 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
 @app.command
 def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator-1", json: bool = False) -> None:
     """Replay drawn rollouts and sign what was seen."""
+    from farflung.engine.heap import keep_freed_memory
     from farflung.protocol.identity import Key
     from farflung.validator import Validator
 
     start_logging(json)
+    keep_freed_memory()
     settings = _settings(config, flags)
     key = Key.load_or_make(settings.folder / "keys" / name)
     folder = settings.folder / "nodes" / name
@@ -271,9 +275,11 @@ def join(
     json
         Log as JSON.
     """
+    from farflung.engine.heap import keep_freed_memory
     from farflung.ops.join import join as join_run
 
     start_logging(json)
+    keep_freed_memory()
     settings = WorkerSection(
         slots=slots,
         threads=threads,

@@ -268,7 +268,7 @@ class Trainer:
 
     def _hold_own(self, digest: str) -> None:
         """Have the weights as they are now in the second engine: the next batch is of these, if none may be stale."""
-        self._load_once(digest, self.crew.tensors)
+        self._load_once(digest, lambda: self._publisher.published.items() or self.crew.tensors())
 
     def _load_once(self, digest: str, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> None:
         if self._loaded != digest:

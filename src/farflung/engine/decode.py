@@ -119,7 +119,7 @@ class _Rows:
             use_cache=True,
             logits_to_keep=is_last_BT,
         )
-        self.logits_BV = out.logits.view(len(ids_BT), -1)
+        self.logits_BV = out.logits.view(len(ids_BT), -1).contiguous()
         if self._tap is not None:
             self.fed_BD = self._tap.fed_BD
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.decode import decode
 from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
+from farflung.engine.matmul import hasten
 from farflung.engine.replay import replay
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.probe import Slice
@@ -27,6 +28,7 @@ class LocalEngine:
     ) -> None:
         """Take a model with its weights. `max_rows` bounds a decoding batch, `replay_tokens` a prefill."""
         self.model = model.eval().requires_grad_(False)
+        hasten(model)
         self.eos_ids = frozenset(end_tokens(model) if eos_ids is None else eos_ids)
         self.max_rows = max_rows
         self.replay_tokens = replay_tokens

@@ -59,7 +59,7 @@ class _TokenLogp(torch.autograd.Function):
         of_logp_N, of_entropy_N = grads
         cast_VD = weight_VD.to(hidden_ND.dtype)
         of_hidden_ND = torch.empty_like(hidden_ND)
-        of_weight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        of_weight_VD: torch.Tensor | None = None
         of_bias_V = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         for number, part in enumerate(_slices(len(token_N), len(weight_VD))):
             if ctx.kept is None:
@@ -69,8 +69,9 @@ class _TokenLogp(torch.autograd.Function):
             of_score_SV = _of_scores(pick_SV, token_N[part], of_logp_N[part], of_entropy_N[part], entropy_N[part])
             of_logits_SV = of_score_SV.div_(temperature_N[part, None]).to(hidden_ND.dtype)
             of_hidden_ND[part] = of_logits_SV @ cast_VD
-            if of_weight_VD is not None:
-                of_weight_VD += of_logits_SV.t() @ hidden_ND[part]
+            if ctx.needs_input_grad[1]:
+                more_VD = (of_logits_SV.t() @ hidden_ND[part]).to(weight_VD.dtype)
+                of_weight_VD = more_VD if of_weight_VD is None else of_weight_VD.add_(more_VD)
             if of_bias_V is not None:
                 of_bias_V += of_logits_SV.float().sum(0)
         return of_hidden_ND, of_weight_VD, of_bias_V, None, None

@@ -130,17 +130,25 @@ def pack(
     rollouts alone. A rollout longer than the bound gets a micro-batch of its own; those without anything to train on
     are left out. Without `is_shared` every row is one rollout, for models that do not obey an attention mask.
     """
-    found = _packed(rollouts, tokens_per_microbatch, is_shared=is_shared)
-    if len(found) >= at_least:
-        return found
-    fed = sum(micro.rows.ids_RW.numel() for micro in found)
-    return _packed(rollouts, max(1, fed // at_least), is_shared=is_shared)
-
-
-def _packed(rollouts: Sequence[Rollout], tokens_per_microbatch: int, *, is_shared: bool) -> list[MicroBatch]:
     parts = {index: split for index, rollout in enumerate(rollouts) if any((split := _split(rollout)).is_model)}
-    trees = _trees(parts, min(ROW_TOKENS, tokens_per_microbatch) if is_shared else 0)
-    return [_batch(rollouts, parts, rows) for rows in _layouts(trees, tokens_per_microbatch, is_shared=is_shared)]
+
+    def layouts(most_tokens: int) -> list[list[list[_Tree]]]:
+        trees = _trees(parts, min(ROW_TOKENS, most_tokens) if is_shared else 0)
+        return list(_layouts(trees, most_tokens, is_shared=is_shared))
+
+    found = _halved(layouts(tokens_per_microbatch), at_least)
+    if len(found) < at_least:
+        fed = sum(rows[0][0].width * len(rows) for rows in found)
+        found = layouts(max(1, fed // at_least))
+    return [_batch(rollouts, parts, rows) for rows in found]
+
+
+def _halved(layouts: list[list[list[_Tree]]], at_least: int) -> list[list[list[_Tree]]]:
+    """The same rows in more micro-batches, the highest cut in two until there are enough or each has one row."""
+    while layouts and len(layouts) < at_least and len(highest := max(layouts, key=len)) > 1:
+        at, middle = layouts.index(highest), len(highest) // 2
+        layouts[at : at + 1] = [highest[:middle], highest[middle:]]
+    return layouts
 
 
 def fill(microbatches: Sequence[MicroBatch]) -> float:

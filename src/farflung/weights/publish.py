@@ -6,8 +6,9 @@ shards of a base that is uploaded once.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +25,8 @@ from farflung.weights import adapters, delta
 from farflung.weights.manifest import KIND, open_manifest, target_digest
 
 SHARD_BYTES = 32 << 20
+AT_ONCE = 2
+"""Shards that are compared with those before at a time, by a thread each."""
 EXPIRES_S = 30 * 24 * 3600.0
 
 Named = tuple[str, torch.Tensor]
@@ -78,6 +81,11 @@ class Publisher:
         """Whether it is known what the next step builds on."""
         return bool(self._base or self._base_shards or self._stored)
 
+    @property
+    def published(self) -> Mapping[str, torch.Tensor]:
+        """The tensors of the last step as they were published; none where they travel as adapters."""
+        return self._base
+
     def forget(self) -> None:
         """What was published last was not committed: the next step is an anchor."""
         self._base, self._base_shards, self._stored = {}, [], set()
@@ -129,16 +137,16 @@ class Publisher:
         return seal(self.key, KIND, manifest)
 
     async def _differing(self, tensors: Iterable[Named], step: int) -> tuple[list[Tensor], dict[str, Any]]:
-        """Tensors, which replace those of the step before, as difference or whole; taken one shard at a time."""
-        described: list[Tensor] = []
-        deltas: list[Shard] = []
-        is_based, size = bool(self._base), 0
-        for number, chunk in enumerate(_chunks(tensors)):
-            described += await asyncio.to_thread(_describe_all, chunk, number)
-            size += sum(tensor.nbytes for _, tensor in chunk)
-            if is_based:
-                deltas.append(await self._upload(await asyncio.to_thread(self._difference, chunk)))
-            self._base |= dict(chunk)
+        """Tensors, which replace those of the step before, as difference or whole; taken a few shards at a time."""
+        is_based, numbered = bool(self._base), enumerate(_chunks(tensors))
+        told: list[tuple[list[Tensor], Shard | None]] = []
+        while some := await asyncio.to_thread(list, islice(numbered, AT_ONCE)):
+            told += await asyncio.gather(*(self._tell(chunk, number, is_based) for number, chunk in some))
+            for _, chunk in some:
+                self._base |= dict(chunk)
+        described = [tensor for tensors, _ in told for tensor in tensors]
+        deltas = [shard for _, shard in told if shard is not None]
+        size = sum(tensor.nbytes for tensor in self._base.values())
         if sum(shard.size_bytes for shard in deltas) >= size:
             deltas = []
         self._chain_bytes += sum(shard.size_bytes for shard in deltas)
@@ -146,6 +154,12 @@ class Publisher:
         shards = [await self._upload(data) async for data in _whole(self._base.items())] if is_anchor else []
         self._chain_bytes = 0 if is_anchor else self._chain_bytes
         return described, {"shards": shards, "deltas": deltas}
+
+    async def _tell(self, chunk: list[Named], number: int, is_based: bool) -> tuple[list[Tensor], Shard | None]:
+        """One shard's tensors, and their difference to those before."""
+        described = await asyncio.to_thread(_describe_all, chunk, number)
+        shard = await self._upload(await asyncio.to_thread(self._difference, chunk)) if is_based else None
+        return described, shard
 
     async def _adapting(self, tensors: Iterable[Named], adapted: Adapted) -> tuple[list[Tensor], dict[str, Any]]:
         """Tensors as adapters beside their base; adapters that add nothing are left out."""
