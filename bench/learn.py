@@ -138,7 +138,7 @@ def ours(folder: Path, seed: int, most_steps: int, until: float, threads: int, m
         "eval": {"tasks": 0},
         "lease": {"rollouts": GROUPS * SAMPLES, "lease_s": 1800.0, "heartbeat_s": 2.0, "lost_s": 120.0},
         "worker": {"slots": GROUPS * SAMPLES, "threads": threads},
-        "validator": {"threads": 1},
+        "validator": {"threads": threads},
         "swarm": {"workers": 1, "validators": 1},
     }
     path = folder / "learn.json"

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from farflung.ops.faults import Postgres, hold
 from farflung.protocol.errors import ConfigError, IllegalTransition, Unavailable
-from farflung.store.db import Database, migrate, move, record, story
+from farflung.store.db import Database, migrate, move, record, story, writing
 from farflung.store.tables import NODES
 
 
@@ -53,6 +53,25 @@ def test_no_choice_is_made_on_rows_that_another_is_about_to_change(replicas) -> 
         thread.join()
     read = asyncio.run(replicas[0].read(lambda c: c.execute(sa.select(NODES.c.loaded_step)).scalar_one()))
     assert read == -1 + 80
+
+
+def test_who_comes_while_another_writes_is_served_with_those_who_waited(replicas) -> None:
+    sizes: list[int] = []
+
+    def serve(connection: sa.Connection, items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        return items
+
+    async def scene() -> list[int]:
+        with replicas[1].engine.connect() as connection, writing(connection):
+            asked = []
+            for item in range(4):
+                asked.append(asyncio.ensure_future(replicas[0].write_together(serve, item)))
+                await asyncio.sleep(0.02)
+        return await asyncio.gather(*asked)
+
+    assert asyncio.run(scene()) == [0, 1, 2, 3]
+    assert sizes == [4]
 
 
 def test_one_change_that_fails_takes_no_other_with_it(replicas) -> None:

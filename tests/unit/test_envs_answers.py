@@ -67,14 +67,14 @@ def test_same(found, right, is_same):
     ("found", "share"),
     [
         ("108", 1.0),
-        ("107", 2 / 3),
-        ("8", 1 / 3),
-        ("1,108", 3 / 4),
-        ("-108", 0.0),
+        ("107", 3 / 4),
+        ("8", 2 / 4),
+        ("1,108", 4 / 5),
+        ("-108", 3 / 4),
         ("", 0.0),
         ("10.8", 0.0),
-        ("801", 1 / 3),
+        ("801", 2 / 4),
     ],
 )
-def test_digits_count_from_the_units(found, share):
+def test_digits_count_from_the_units_and_the_sign_as_one(found, share):
     assert answers.digits_right(found, "108") == pytest.approx(share)

@@ -74,7 +74,7 @@ def test_a_wrong_number_earns_by_its_digits_in_training_alone():
     right = trained["answer"]
     wrong = right[:-1] + str((int(right[-1]) + 1) % 10)
     assert env.score(trained, right).reward == 1.0
-    assert env.score(trained, wrong).reward == 0.5 * (len(right) - 1) / len(right)
+    assert env.score(trained, wrong).reward == 0.5 * len(right) / (len(right) + 1)
     assert env.score(held_out, held_out["answer"]).reward == 1.0
     assert env.score(trained | {"graded": False}, wrong).reward == 0.0
     assert ReasoningGym(**env.spec).spec == env.spec

@@ -4,7 +4,7 @@ How a CPU's product of some rows with a weight (N, K) is asked decides how long 
 copied into the order that suits the kernel. All products of a decoding step of SmolLM2, two threads, milliseconds:
 
     rows                          4    16    32    48    64
-    `x @ W.T`, the usual way     67   130   145   164   187   copies the weight every time
+    `x @ W.T`, the usual way     67   130   145   164   122   copies the weight every time
     `(W @ x.T).T`                49    49    63    76   117   copies the rows
     packed for 64 rows           80    80    80    80    80   the weight was copied once
 

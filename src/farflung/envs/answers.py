@@ -67,9 +67,10 @@ def same(found: str, right: str) -> bool:
 
 
 def digits_right(found: str, right: str) -> float:
-    """Share of the digits of two whole numbers of one sign that agree, place by place from the units; 0 for others."""
+    """Share of the sign and the digits of two whole numbers that agree, place by place from the units; else 0."""
     left, expected = value(tidy(found)), value(tidy(right))
-    if left is None or expected is None or left.denominator != 1 or expected.denominator != 1 or left * expected < 0:
+    if left is None or expected is None or left.denominator != 1 or expected.denominator != 1:
         return 0.0
     pair = [str(abs(number.numerator))[::-1] for number in (left, expected)]
-    return sum(one == other for one, other in zip(*pair, strict=False)) / max(map(len, pair))
+    agree = sum(one == other for one, other in zip(*pair, strict=False)) + (left * expected >= 0)
+    return agree / (max(map(len, pair)) + 1)

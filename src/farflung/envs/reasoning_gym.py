@@ -66,8 +66,8 @@ class ReasoningGym:
         answer    where the answer stands, see `answers.Place`; by default the last number for tasks that ask for one
         suffix    what the prompt adds to the question
         chat      whether the prompt is chat messages, else plain text
-        digits    what a wrong whole number earns in training if all but all of its digits are right, less for fewer;
-                  held-out tasks are judged right or wrong
+        digits    what a wrong whole number earns in training if its sign and all but all of its digits are right, less
+                  for fewer; held-out tasks are judged right or wrong
     """
 
     version = "1"

@@ -16,7 +16,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,9 +68,9 @@ class Waiting:
 
 
 class Teller:
-    """A thread that serves all that wait at once."""
+    """A thread that serves all that wait at once: `serve` asks for them when it is ready to."""
 
-    def __init__(self, name: str, serve: Callable[[Sequence[Waiting]], None]) -> None:
+    def __init__(self, name: str, serve: Callable[[Callable[[], list[Waiting]]], None]) -> None:
         self._serve = serve
         self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()  # who puts never waits for who takes
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -92,14 +92,18 @@ class Teller:
 
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
-            batch = [first]
-            while len(batch) < MOST_IN_A_COMMIT and not self._queue.empty():
-                following = self._queue.get()
-                if following is None:
-                    self._queue.put(None)
-                    break
-                batch.append(following)
-            self._serve([waiting for waiting in batch if not waiting.future.cancelled()])
+            self._serve(partial(self._line, first))
+
+    def _line(self, first: Waiting) -> list[Waiting]:
+        """Who waits now, `first` at the head."""
+        batch = [first]
+        while len(batch) < MOST_IN_A_COMMIT and not self._queue.empty():
+            following = self._queue.get()
+            if following is None:
+                self._queue.put(None)
+                break
+            batch.append(following)
+        return [waiting for waiting in batch if not waiting.future.cancelled()]
 
 
 class Database:
@@ -146,22 +150,25 @@ class Database:
         self._reader.close()
         self.engine.dispose()
 
-    def _commit(self, batch: Sequence[Waiting]) -> None:
+    def _commit(self, line: Callable[[], list[Waiting]]) -> None:
+        batch: list[Waiting] = []
         served: list[tuple[Waiting, Any]] = []
         try:
             with self.engine.connect() as connection, writing(connection):
+                batch = line()  # not before: whoever comes while another coordinator writes is served at once
                 for members in _sets(batch):
                     served += _apply(connection, members)
                 flush_events(connection)
         except Exception as error:  # the commit itself failed: nobody's change is acknowledged
             self.failures += 1
+            batch = batch or line()
             log.warning("commit failed requests=%d", len(batch), exc_info=not is_away(error))
             answer = told(error)
             served = [(waiting, answer) for waiting in batch]
         _answer(served)
 
-    def _look(self, batch: Sequence[Waiting]) -> None:
-        for members in _sets(batch):
+    def _look(self, line: Callable[[], list[Waiting]]) -> None:
+        for members in _sets(line()):
             try:
                 with self.engine.connect() as connection:
                     answers = members[0].serve(connection, [waiting.item for waiting in members])
