@@ -1,7 +1,7 @@
 """Keeps freed memory in the process: to get a large tensor's pages anew takes as long as a matrix product.
 
-glibc gives blocks above 32 MB back to the kernel as they are freed, and every page of the next one is a fault: a step of
-a 135M model took 400,000 of them and 5.1 CPU-seconds, 4.1 without, for 6.3 GiB of memory instead of 5.1.
+glibc gives blocks above 32 MB back to the kernel as they are freed, and every page of the next one is a fault: one step
+of a 135M model took 400,000 of them and 5.1 CPU-seconds, 4.1 without, for 6.3 GiB of memory instead of 5.1.
 """
 
 import ctypes
