@@ -13,6 +13,7 @@ What remains of a lease is filled at the same step.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from farflung.protocol.seeds import derive, task_key
 
@@ -249,6 +250,11 @@ def _permute(key: bytes, step: int, half_bits: int, value: int) -> int:
     mask = (1 << half_bits) - 1
     left, right = value >> half_bits, value & mask
     for number in range(ROUNDS):
-        digest = derive(key, "task order", step, number, right)
-        left, right = right, left ^ (int.from_bytes(digest[:8], "big") & mask)
+        left, right = right, left ^ (_mix(key, step, number, right) & mask)
     return left << half_bits | right
+
+
+@lru_cache(maxsize=1 << 15)
+def _mix(key: bytes, step: int, number: int, half: int) -> int:
+    """F of one round. A half has few values, 512 for 262,144 tasks, and each is asked for over and over."""
+    return int.from_bytes(derive(key, "task order", step, number, half)[:8], "big")
