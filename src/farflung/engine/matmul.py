@@ -19,6 +19,8 @@ from torch import nn
 
 FEW_ROWS, FULL_ROWS = 40, 64
 """Up to `FEW_ROWS` rows the weight goes first; from there to `FULL_ROWS` it is packed for just `FULL_ROWS`."""
+LEAST_WEIGHT = 1 << 16
+"""Elements of a weight from which on it matters: to copy a smaller one takes less time than to do otherwise."""
 MOST_PACKED = 1 << 29
 """Parameters of a model up to which weights are packed, for that takes their memory once more (2 GiB)."""
 
@@ -27,7 +29,7 @@ def hasten(model: nn.Module) -> None:
     """Make a model's plain linear layers ask for products in the fastest way; same parameters, same names."""
     is_small = sum(parameter.numel() for parameter in model.parameters()) <= MOST_PACKED
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module.weight.numel() >= LEAST_WEIGHT:
             module.__class__ = _Packing if is_small and _can_pack() else _Linear
 
 
