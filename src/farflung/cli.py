@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from cyclopts import App, Parameter
 
 from farflung.config import Config, RelaySection, WorkerSection, load
+from farflung.engine.heap import keep_freed_memory
 from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError, FarflungError
 
@@ -89,13 +90,11 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
 @app.command
 def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> None:
     """Claim batches, take steps, publish weights; started by torchrun, over all of its processes."""
-    from farflung.engine.heap import keep_freed_memory
     from farflung.learner.ranks import join as meet
     from farflung.protocol.identity import Key
     from farflung.trainer import Trainer, follow
 
-    start_logging(json)
-    keep_freed_memory()
+    _start_computing(json)
     settings = _settings(config, flags)
     ranks = meet()
     if ranks.rank:
@@ -108,12 +107,10 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
 @app.command
 def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator-1", json: bool = False) -> None:
     """Replay drawn rollouts and sign what was seen."""
-    from farflung.engine.heap import keep_freed_memory
     from farflung.protocol.identity import Key
     from farflung.validator import Validator
 
-    start_logging(json)
-    keep_freed_memory()
+    _start_computing(json)
     settings = _settings(config, flags)
     key = Key.load_or_make(settings.folder / "keys" / name)
     folder = settings.folder / "nodes" / name
@@ -193,7 +190,7 @@ def worker(
     from farflung.protocol.identity import Key
     from farflung.worker import Worker
 
-    start_logging(json)
+    _start_computing(json)
     folder.mkdir(parents=True, exist_ok=True)
     key = Key.load_or_make(folder / "key")
     pinned = bytes.fromhex(root) if root else None
@@ -275,11 +272,9 @@ def join(
     json
         Log as JSON.
     """
-    from farflung.engine.heap import keep_freed_memory
     from farflung.ops.join import join as join_run
 
-    start_logging(json)
-    keep_freed_memory()
+    _start_computing(json)
     settings = WorkerSection(
         slots=slots,
         threads=threads,
@@ -706,6 +701,12 @@ def _end_with(main: Coroutine[Any, Any, str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _start_computing(json: bool) -> None:
+    """What the roles with a model begin with."""
+    start_logging(json)
+    keep_freed_memory()
 
 
 def _list(text: str) -> tuple[str, ...]:

@@ -58,8 +58,7 @@ def test_there_are_micro_batches_for_as_many_updates_as_are_wanted() -> None:
 
 
 def test_more_updates_cut_a_micro_batch_between_its_rows() -> None:
-    groups = [[rollout(("prompt", [k] * 9), ("model", [7] * 5)) for _ in range(4)] for k in range(6)]
-    rollouts = [one for group in groups for one in group]
+    rollouts = [rollout(("prompt", [k] * 9), ("model", [7] * 5)) for k in range(6) for _ in range(4)]
     packed = pack(rollouts, 50, at_least=4)
     assert [len(micro.rows.ids_RW) for micro in packed] == [1, 1, 2, 2]
     assert sum(int((micro.rows.tree_RW >= 0).sum()) for micro in packed) == 6 * (9 + 4 * 4), "no prompt is fed twice"

@@ -28,9 +28,10 @@ MOST_PACKED = 1 << 29
 def hasten(model: nn.Module) -> None:
     """Make a model's plain linear layers ask for products in the fastest way; same parameters, same names."""
     is_small = sum(parameter.numel() for parameter in model.parameters()) <= MOST_PACKED
+    kind = _Packing if is_small and _can_pack() else _Linear
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.numel() >= LEAST_WEIGHT:
-            module.__class__ = _Packing if is_small and _can_pack() else _Linear
+            module.__class__ = kind
 
 
 def _can_pack() -> bool:
@@ -45,13 +46,15 @@ class _Linear(nn.Linear):
         rows = input.numel() // self.in_features
         if not 1 < rows <= FULL_ROWS or input.device.type != "cpu" or input.dtype != torch.float32:
             return F.linear(input, self.weight, self.bias)
-        out = self._product(input.reshape(rows, self.in_features))[:rows]
+        x = input.reshape(rows, self.in_features)
+        out = torch.mm(self.weight, x.t()).t() if rows <= FEW_ROWS else self._full(x)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*input.shape[:-1], self.out_features)
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.mm(self.weight, x.t()).t() if len(x) <= FEW_ROWS else F.linear(x, self.weight)
+    def _full(self, x: torch.Tensor) -> torch.Tensor:
+        """The product for more than a few rows."""
+        return F.linear(x, self.weight)
 
 
 class _Packing(_Linear):
@@ -60,12 +63,9 @@ class _Packing(_Linear):
     _packed: tuple[int, Any] = (-1, None)
     """The version of the weight that was packed, and what came of it."""
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) <= FEW_ROWS:
-            return super()._product(x)
+    def _full(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed[0] != self.weight._version:
             packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, FULL_ROWS)
             self._packed = self.weight._version, packed
-        if len(x) < FULL_ROWS:
-            x = F.pad(x, (0, 0, 0, FULL_ROWS - len(x)))
-        return torch.ops.mkl._mkl_linear(x, self._packed[1], self.weight, None, FULL_ROWS)
+        padded = F.pad(x, (0, 0, 0, FULL_ROWS - len(x))) if len(x) < FULL_ROWS else x
+        return torch.ops.mkl._mkl_linear(padded, self._packed[1], self.weight, None, FULL_ROWS)[: len(x)]
