@@ -4,6 +4,7 @@ Nothing in its memory matters: kill it at any moment, start it again, and nodes 
 """
 
 import asyncio
+import gc
 import logging
 import math
 import random
@@ -22,6 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Connection, Row
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from farflung.config import Config, save
 from farflung.dashboard import heldout, pages, versions, views
@@ -71,6 +73,8 @@ BACKLOG = 2048
 """Connections that wait to be accepted."""
 SWITCH_S = 0.0005
 """How long the database's writer may keep the interpreter from the one that answers; 5 ms, Python's own, is an age."""
+GARBAGE = 20_000
+"""New objects after which to look for cycles among them: a set of requests makes more than Python's own 700."""
 BLOB_BYTES = 1 << 30
 MANY_BYTES = 256 << 20
 SMALL_BYTES = 64 << 10
@@ -117,6 +121,8 @@ class Coordinator:
         self._noted = set[int]()
         """Policy steps whose evaluation has its line in metrics.jsonl."""
         self._roles = book.granted
+        self.pages: pages.Pages | None = None
+        """The dashboard, once there is an app."""
 
     @property
     def config(self) -> Config:
@@ -556,6 +562,8 @@ class Coordinator:
             queue.close()
         for task in self._for_ever:
             task.cancel()
+        if self.pages is not None:
+            self.pages.live.stop()
 
     def _sweep_once(self, connection: Connection) -> int:
         """Gives the number of the last event."""
@@ -572,7 +580,7 @@ class Coordinator:
             self._woken_event, self._woken_at = event, now
             self._wake()
 
-    def app(self) -> FastAPI:
+    def app(self) -> ASGIApp:
         """The HTTP application."""
 
         @asynccontextmanager
@@ -585,10 +593,11 @@ class Coordinator:
         app = FastAPI(
             title="farflung coordinator", version=str(m.VERSION), lifespan=life, docs_url=None, redoc_url=None
         )
-        mount(app, self.routes(), self.book.key.id, self.clock, self._count)
-        pages.mount(app, pages.Desk(self.config, self.database, self.archive, self.metrics.path, self.clock))
-        app.add_middleware(ByAddress, buckets=self._by_address)
-        return app
+        served = mount(app, self.routes(), self.book.key.id, self.clock, self._count)
+        self.pages = pages.mount(
+            app, pages.Desk(self.config, self.database, self.archive, self.metrics.path, self.clock)
+        )
+        return ByAddress(served, self._by_address)
 
     def _count(self, node: str) -> None:
         """One request more of a node. Raises Busy, but for the operator's own roles, which have a whole run's work."""
@@ -684,7 +693,7 @@ async def open_coordinator(config: Config) -> Coordinator:
     return Coordinator(book, papers, weights, profiles, archive, database, blobs, metrics, admin_token=token)
 
 
-def _server_options(config: Config, app: FastAPI) -> uvicorn.Config:
+def _server_options(config: Config, app: ASGIApp) -> uvicorn.Config:
     """How the server speaks. Raises ConfigError for a certificate that is none."""
     settings = config.coordinator
     if bool(settings.tls_cert) != bool(settings.tls_key):
@@ -726,6 +735,8 @@ async def serve(config: Config) -> None:
         save(config, config.folder / "config.json")
     is_by_hand = not is_one_of_many and coordinator.metrics.begin(time.time())
     sys.setswitchinterval(SWITCH_S)
+    gc.freeze()
+    gc.set_threshold(GARBAGE)
     try:
         await pages.Server(options, coordinator.leave).serve(sockets=[listener])
     finally:

@@ -3,14 +3,14 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import sqlalchemy as sa
 
 from farflung.ops.faults import Postgres, hold
 from farflung.protocol.errors import ConfigError, IllegalTransition, Unavailable
-from farflung.store.db import Database, migrate, move, record, story, writing
+from farflung.store.db import Database, migrate, move, record, shift_rows, story, writing
 from farflung.store.tables import NODES
 
 
@@ -86,6 +86,19 @@ def test_one_change_that_fails_takes_no_other_with_it(replicas) -> None:
     assert "node nx is 'probation', not 'trusted'" in str(bad)
     read = asyncio.run(replicas[1].read(lambda c: c.execute(sa.select(NODES.c.loaded_step)).scalar_one()))
     assert read == 2
+
+
+def test_rows_move_with_their_values_or_none_of_them_does(replicas) -> None:
+    def shift(*nodes: str) -> Callable[[sa.Connection], None]:
+        rows = [{"node": node, "status": "trusted", "name": "moved"} for node in nodes]
+        return lambda connection: shift_rows(connection, "node", rows, "probation")
+
+    with pytest.raises(IllegalTransition, match="ny is 'missing', not 'probation'"):
+        asyncio.run(replicas[0].write(shift("nx", "ny")))
+    read = sa.select(NODES.c.status, NODES.c.name)
+    assert asyncio.run(replicas[1].read(lambda c: c.execute(read).one())) == ("probation", "")
+    asyncio.run(replicas[0].write(shift("nx")))
+    assert asyncio.run(replicas[1].read(lambda c: c.execute(read).one())) == ("trusted", "moved")
 
 
 def test_stories_come_in_the_order_they_happened(replicas) -> None:

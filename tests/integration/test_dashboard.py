@@ -149,11 +149,11 @@ def test_secrets_of_the_operator_stay_off_the_pages(make_house) -> None:
 
 def test_events_carry_what_changed(house) -> None:
     house.run(some_steps)
-    app = house.coordinator.app()
+    house.coordinator.app()
 
     async def listen() -> list[bytes]:
         found: list[bytes] = []
-        async for chunk in app.state.pages.live.events():
+        async for chunk in house.coordinator.pages.live.events():
             found.append(chunk)
             if len(found) == 2:
                 return found
@@ -174,7 +174,7 @@ def test_a_run_that_is_over_is_shown_read_only(house) -> None:
 
     save(house.config, house.config.folder / "config.json")
     desk = desk_of(run_in(house.config.folder))
-    app = app_of(desk)
+    app, _ = app_of(desk)
     answers = get(app, *PAGES)
     assert [answer.status_code for answer in answers] == [200] * 7 + [404]
     assert "read only" in answers[0].text

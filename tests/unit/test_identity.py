@@ -207,6 +207,12 @@ def test_a_malformed_key_signs_nothing(public) -> None:
         unseal(Signed("x", b"\x80", public, bytes(64)), "x", Empty)
 
 
+def test_a_key_of_small_order_signs_nothing() -> None:
+    """Under the neutral element one signature would be good for every message, by anybody."""
+    neutral = bytes([1]) + bytes(31)
+    assert not verify(neutral, neutral + bytes(32), b"whatever")
+
+
 def test_an_id_follows_from_the_key() -> None:
     assert KEY.id == node_id(KEY.public) == "nkzdvvj2umnduyauf"
     assert len({Key.make().id for _ in range(20)}) == 20

@@ -42,7 +42,7 @@ class Site:
         options = uvicorn.Config(
             house.coordinator.app(), log_level="error", lifespan="off", timeout_graceful_shutdown=1
         )
-        self._server = pages.Server(options)
+        self._server = pages.Server(options, house.coordinator.leave)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[self._listener])))
         self._thread.start()
         until = time.monotonic() + WAIT_S

@@ -185,9 +185,9 @@ class Pages:
         return found
 
 
-def mount(app: FastAPI, desk: Desk) -> None:
-    """Put the pages on the coordinator's app, or on one of their own."""
-    app.state.pages = pages = Pages(desk)
+def mount(app: FastAPI, desk: Desk) -> Pages:
+    """Put the pages on the coordinator's app, or on one of their own; their streams end when told to."""
+    pages = Pages(desk)
     for path, page in (
         ("/", pages.home),
         ("/nodes", pages.nodes),
@@ -206,6 +206,7 @@ def mount(app: FastAPI, desk: Desk) -> None:
             response_class=Response,
         )
     app.mount("/static", Static(directory=HERE / "static"), name="static")
+    return pages
 
 
 def _guarded(pages: Pages, page: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -221,17 +222,15 @@ def _guarded(pages: Pages, page: Callable[[Request], Awaitable[Response]]) -> Ca
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which on its way out ends streams, and whatever `leave` ends, before it waits for requests to end."""
+    """uvicorn, which on its way out ends what `leave` ends, streams say, before it waits for requests to end."""
 
-    def __init__(self, config: uvicorn.Config, leave: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, config: uvicorn.Config, leave: Callable[[], None]) -> None:
         super().__init__(config)
         self._leave = leave
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop serving."""
-        app: Any = self.config.app
         self._leave()
-        app.state.pages.live.stop()
         await super().shutdown(sockets)
 
 

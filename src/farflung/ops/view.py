@@ -59,11 +59,10 @@ def _archive(config: Config) -> Archive | None:
         return None
 
 
-def app_of(desk: pages.Desk) -> FastAPI:
+def app_of(desk: pages.Desk) -> tuple[FastAPI, pages.Pages]:
     """The pages alone: no route of the protocol, nothing that writes."""
     app = FastAPI(title="farflung view", openapi_url=None)
-    pages.mount(app, desk)
-    return app
+    return app, pages.mount(app, desk)
 
 
 def view(folder: Path, host: str, port: int) -> None:
@@ -72,8 +71,9 @@ def view(folder: Path, host: str, port: int) -> None:
     with listen(host, port) as listener:
         address, port = listener.getsockname()[:2]
         print(f"farflung: {folder} is at http://{address}:{port}, read only; Ctrl-C ends it", flush=True)
-        options = uvicorn.Config(app_of(desk), log_level="warning", timeout_graceful_shutdown=1, access_log=False)
+        app, shown = app_of(desk)
+        options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, access_log=False)
         try:
-            asyncio.run(pages.Server(options).serve(sockets=[listener]))
+            asyncio.run(pages.Server(options, shown.live.stop).serve(sockets=[listener]))
         finally:
             desk.database.close()

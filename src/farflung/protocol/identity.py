@@ -10,12 +10,13 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from nacl.exceptions import BadSignatureError
+from nacl.signing import SigningKey, VerifyKey
 
 from farflung.protocol.errors import BadSignature, ClockSkew, ConfigError
 
@@ -25,6 +26,7 @@ CLOCK_SKEW_S = 60
 COMPONENTS = ("@method", "@path", "@query", "content-digest")
 
 
+@lru_cache(maxsize=65_536)
 def node_id(public: bytes) -> str:
     """The id of a key: `n` and 80 bits of SHA-256 over the 32 raw bytes, in lower-case base32."""
     return "n" + base64.b32encode(hashlib.sha256(public).digest()[:10]).decode().lower()
@@ -174,9 +176,9 @@ class Key:
     """A private key that can sign."""
 
     def __init__(self, seed: bytes) -> None:
-        self._private = Ed25519PrivateKey.from_private_bytes(seed)
+        self._private = SigningKey(seed)
         self.seed = seed
-        self.public: bytes = self._private.public_key().public_bytes_raw()
+        self.public = bytes(self._private.verify_key)
         self.id = node_id(self.public)
 
     @classmethod
@@ -211,14 +213,14 @@ class Key:
 
     def sign(self, message: bytes) -> bytes:
         """A 64-byte Ed25519 signature."""
-        return self._private.sign(message)
+        return self._private.sign(message).signature
 
 
 def verify(public: bytes, signature: bytes, message: bytes) -> bool:
     """Whether `signature` over `message` is by the holder of `public`; malformed keys are simply not."""
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
-    except (InvalidSignature, ValueError):
+        VerifyKey(public).verify(message, signature)
+    except (BadSignatureError, ValueError):
         return False
     return True
 

@@ -16,6 +16,7 @@ UTF-8 and integers as 8 bytes big-endian unsigned. The lengths make it injective
 
 import hashlib
 import hmac
+from functools import lru_cache
 from typing import Final
 
 from farflung.protocol.errors import ConfigError
@@ -29,13 +30,18 @@ def derive(key: bytes, label: str, *parts: bytes | str | int) -> bytes:
     """32 bytes that only holders of `key` can compute; a different label or part gives unrelated ones."""
     if len(key) != SECRET_BYTES:
         raise ConfigError(f"a secret has {SECRET_BYTES} bytes, this one {len(key)}; make one with secrets.token_bytes")
-    return hmac.digest(key, encode("farflung " + label, *parts), "sha256")
+    return hmac.digest(key, _prefix(label) + encode(*parts), "sha256")
+
+
+@lru_cache(maxsize=256)
+def _prefix(label: str) -> bytes:
+    return encode("farflung " + label)
 
 
 def encode(*parts: bytes | str | int) -> bytes:
     """Join parts so that no two different lists of parts of the same types give the same bytes."""
     raw = [_bytes(part) for part in parts]
-    return b"".join(len(part).to_bytes(4, "big") + part for part in raw)
+    return b"".join([len(part).to_bytes(4, "big") + part for part in raw])
 
 
 def _bytes(part: bytes | str | int) -> bytes:

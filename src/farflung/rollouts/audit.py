@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import AuditJob, AuditRollout, Lease, SubmissionBody
 from farflung.store.book import Book, new_id
 from farflung.store.db import move, record
+from farflung.store.rows import insert_rows
 from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
 from farflung.trust.evidence import Profile, Profiles, to_json
 
@@ -26,25 +28,47 @@ def open_audit(
     connection: Connection, book: Book, submission: Row[Any], rollouts: Sequence[str], kind: str, now: float
 ) -> str:
     """Open an audit of some rollouts of a submission; gives its id."""
-    audit = new_id("a")
     query = sa.select(sa.func.coalesce(sa.func.sum(ROLLOUTS.c.tokens), 0)).where(ROLLOUTS.c.rollout.in_(rollouts))
     lease = connection.execute(sa.select(LEASES.c.step).where(LEASES.c.lease == submission.lease)).one()
-    row = {
-        "audit": audit,
+    tokens = connection.execute(query).scalar_one()
+    (audit,) = open_audits(connection, book, [Drawn(submission, rollouts, lease.step, tokens)], kind, now)
+    return audit
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rollouts of a submission that are to be audited, the step of their policy and the number of their tokens."""
+
+    submission: Any
+    rollouts: Sequence[str]
+    step: int
+    tokens: int
+
+
+def open_audits(connection: Connection, book: Book, drawn: Sequence[Drawn], kind: str, now: float) -> list[str]:
+    """Open audits of several submissions at once; gives their ids."""
+    rows = [_row(book, one, kind, now) for one in drawn]
+    insert_rows(connection, AUDITS, rows)
+    for one, row in zip(drawn, rows, strict=True):
+        told = {"node": row["node"], "rollouts": len(one.rollouts), "kind": kind}
+        record(connection, "audit", [row["audit"]], "", "open", now, **told)
+    return [row["audit"] for row in rows]
+
+
+def _row(book: Book, drawn: Drawn, kind: str, now: float) -> dict[str, Any]:
+    return {
+        "audit": new_id("a"),
         "run": book.run,
         "kind": kind,
-        "submission": submission.submission,
-        "lease": submission.lease,
-        "node": submission.node,
+        "submission": drawn.submission.submission,
+        "lease": drawn.submission.lease,
+        "node": drawn.submission.node,
         "status": "open",
-        "step": lease.step,
-        "rollouts": msgspec.json.encode(list(rollouts)).decode(),
+        "step": drawn.step,
+        "rollouts": msgspec.json.encode(list(drawn.rollouts)).decode(),
         "opened_at": now,
-        "tokens": connection.execute(query).scalar_one(),
+        "tokens": drawn.tokens,
     }
-    connection.execute(AUDITS.insert().values(row))
-    record(connection, "audit", [audit], "", "open", now, node=submission.node, rollouts=len(rollouts), kind=kind)
-    return audit
 
 
 def claim_audits(

@@ -7,6 +7,7 @@ one sent again gets the same receipt.
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,9 +32,9 @@ from farflung.protocol.fingerprint import unpack
 from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Lease, Receipt, Submission, SubmissionBody, SubmittedRollout
 from farflung.rollouts import budget, possession, standing
-from farflung.rollouts.audit import open_audit
+from farflung.rollouts.audit import Drawn, open_audits
 from farflung.store.book import Book, node_rows, unknown_node
-from farflung.store.db import end_leases, record, shift
+from farflung.store.db import end_leases, record, shift, shift_rows
 from farflung.store.rows import insert_rows, update_rows
 from farflung.store.tables import LEASES, NODES, ROLLOUTS, SUBMISSIONS
 from farflung.trust.evidence import Profiles
@@ -325,29 +326,31 @@ def _take_in(connection: Connection, book: Book, entries: Sequence[_Entry], now:
         return []
     rows = [_submission_row(book, entry, now) for entry in entries]
     insert_rows(connection, SUBMISSIONS, rows)
-    update_rows(connection, ROLLOUTS, [place for entry in entries for place in _places(entry)])
-    for entry, row in zip(entries, rows, strict=True):
-        if entry.held:
-            open_audit(connection, book, SimpleNamespace(**row), entry.held, "draw", now)
     _go_on(connection, entries, now)
-    update_rows(connection, LEASES, [_lease_values(entry) for entry in entries])
+    drawn = [_audit(entry, row) for entry, row in zip(entries, rows, strict=True) if entry.held]
+    open_audits(connection, book, drawn, "draw", now)
     update_rows(connection, NODES, [_sender_values(entry, now) for entry in entries])
     return [entry.receipt for entry in entries]
 
 
+def _audit(entry: _Entry, row: Mapping[str, Any]) -> Drawn:
+    parcel = entry.delivery.parcel
+    tokens = sum(parcel.tokens[rollout] for rollout in entry.held)
+    return Drawn(SimpleNamespace(**row), entry.held, parcel.lease.step, tokens)
+
+
 def _go_on(connection: Connection, entries: Sequence[_Entry], now: float) -> None:
     """Close the leases, hold what is drawn for audit, let the rest go on to the scorers and free what did not come."""
-    changes = {"held": [entry.held for entry in entries], "received": [_free(entry) for entry in entries]}
-    changes["expired"] = [entry.unsent for entry in entries]
-    for after, of_entries in changes.items():
-        shift(connection, "rollout", [one for rollouts in of_entries for one in rollouts], "leased", after)
-        for entry, rollouts in zip(entries, of_entries, strict=True):
-            told = {"rollouts": len(entry.order)} if after == "expired" else {}
-            record(connection, "rollout", rollouts, "leased", after, now, submission=entry.digest, **told)
-    shift(connection, "lease", [entry.delivery.lease for entry in entries], "open", "submitted")
+    shift_rows(connection, "rollout", [place for entry in entries for place in _places(entry)], "leased")
+    shift(connection, "rollout", [one for entry in entries for one in entry.unsent], "leased", "expired")
+    shift_rows(connection, "lease", [_lease_values(entry) for entry in entries], "open")
     for entry in entries:
-        told = {"submission": entry.digest, "rollouts": len(entry.order)}
-        record(connection, "lease", [entry.delivery.lease], "open", "submitted", now, **told)
+        count = len(entry.order)
+        told = partial(record, connection, at=now, submission=entry.digest)
+        told("rollout", entry.held, "leased", "held")
+        told("rollout", _free(entry), "leased", "received")
+        told("rollout", entry.unsent, "leased", "expired", rollouts=count)
+        told("lease", [entry.delivery.lease], "open", "submitted", rollouts=count)
 
 
 def _free(entry: _Entry) -> list[str]:
@@ -357,7 +360,7 @@ def _free(entry: _Entry) -> list[str]:
 
 def _lease_values(entry: _Entry) -> dict[str, Any]:
     sealed = msgspec.msgpack.encode(entry.receipt)
-    return {"lease": entry.delivery.lease, "submission": entry.digest, "receipt": sealed}
+    return {"lease": entry.delivery.lease, "status": "submitted", "submission": entry.digest, "receipt": sealed}
 
 
 def give_back(connection: Connection, lease: str, node: str, now: float) -> int:
@@ -414,11 +417,12 @@ def _submission_row(book: Book, entry: _Entry, now: float) -> dict[str, Any]:
 
 
 def _places(entry: _Entry) -> Iterator[dict[str, Any]]:
-    """Where in the stored body each rollout is. Nothing of a stale group is looked at again."""
-    waiting = set(entry.order)
+    """Where in the stored body each rollout is, and what is next. Nothing of a stale group is looked at again."""
+    waiting, held = set(entry.order), set(entry.held)
     for place, (rollout, length) in enumerate(entry.delivery.parcel.tokens.items()):
         if rollout in waiting:
-            yield {"rollout": rollout, "submission": entry.digest, "position": place, "tokens": length}
+            row = {"rollout": rollout, "status": "held" if rollout in held else "received"}
+            yield row | {"submission": entry.digest, "position": place, "tokens": length}
 
 
 def _sender_values(entry: _Entry, now: float) -> dict[str, Any]:

@@ -26,12 +26,21 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str
         connection.exec_driver_sql(_insertion(table, (*names, *defaults), len(part), mark), tuple(values))
 
 
-def update_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Set columns of rows that are named by their primary key: the same columns in each, and no row twice."""
-    mark = _mark(connection)
+def update_rows(
+    connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], *, status: str | None = None
+) -> int:
+    """Set columns of rows that are named by their primary key: the same columns in each, and no row twice.
+
+    With `status`, only of rows that have it now. Gives how many there were.
+    """
+    mark, count = _mark(connection), 0
     for part in _parts(rows):
-        values = tuple(value for row in part for value in row.values())
-        connection.exec_driver_sql(_change(table, tuple(rows[0]), len(part), mark), values)
+        values = [value for row in part for value in row.values()]
+        if status is not None:
+            values.append(status)
+        statement = _change(table, tuple(rows[0]), len(part), mark, has_status=status is not None)
+        count += connection.exec_driver_sql(statement, tuple(values)).rowcount
+    return count
 
 
 def _parts(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Mapping[str, Any]]]:
@@ -60,13 +69,15 @@ def _insertion(table: Table, names: tuple[str, ...], size: int, mark: str) -> st
 
 
 @cache
-def _change(table: Table, names: tuple[str, ...], size: int, mark: str) -> str:
+def _change(table: Table, names: tuple[str, ...], size: int, mark: str, *, has_status: bool) -> str:
+    """No common table expression: Python's driver counts the rows of what begins with UPDATE alone."""
     key = next(iter(table.primary_key)).name
-    columns = ", ".join(f'"{name}"' for name in names)
-    changes = ", ".join(f'"{name}" = given."{name}"' for name in names if name != key)
+    given = {name: f"given.column{number}" for number, name in enumerate(names, start=1)}
+    changes = ", ".join(f'"{name}" = {value}' for name, value in given.items() if name != key)
     return (
-        f"WITH given ({columns}) AS (VALUES {_values(len(names), size, mark)}) "
-        f'UPDATE "{table.name}" SET {changes} FROM given WHERE "{table.name}"."{key}" = given."{key}"'
+        f'UPDATE "{table.name}" SET {changes} FROM (VALUES {_values(len(names), size, mark)}) AS given '
+        f'WHERE "{table.name}"."{key}" = {given[key]}'
+        + (f' AND "{table.name}"."status" = {mark}' if has_status else "")
     )
 
 
