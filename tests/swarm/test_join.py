@@ -18,6 +18,8 @@ def test_a_stranger_joins_works_leaves_and_is_told_what_it_earned(start, tmp_pat
     running = start(
         "--run.steps",
         "8",
+        "--learn.groups",
+        "8",
         "--eval.tasks",
         "64",
         "--eval.samples",

@@ -5,7 +5,10 @@ import sqlite3
 import pytest
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
-SMALL = ("--run.steps", "6", "--eval.tasks", "64", "--eval.samples", "0", "--swarm.kill", "0", "--swarm.cheats", "[]")
+SMALL = (
+    *("--run.steps", "6", "--learn.groups", "8", "--eval.tasks", "64", "--eval.samples", "0"),
+    *("--swarm.kill", "0", "--swarm.cheats", "[]"),
+)
 
 
 def _accepted(status):

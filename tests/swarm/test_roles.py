@@ -14,6 +14,8 @@ from farflung.tasks import keyring
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 SMALL = (
+    "--learn.groups",
+    "8",
     "--eval.tasks",
     "64",
     "--swarm.workers",

@@ -10,6 +10,8 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 SMALL = (
     "--run.steps",
     "6",
+    "--learn.groups",
+    "8",
     "--eval.tasks",
     "64",
     "--eval.samples",

@@ -45,4 +45,4 @@ def test_the_example_judges_by_a_profile_of_its_own_arithmetic():
 
 def test_the_example_asks_for_a_task_on_the_list():
     name = load(EXAMPLE, environ={}).env.name
-    assert check_name(name.removeprefix("reasoning_gym:")) == "chain_sum"
+    assert check_name(name.removeprefix("reasoning_gym:")) == "basic_arithmetic"
