@@ -49,9 +49,10 @@ from farflung.rollouts import audit, brake, canary, compose, credit, intake, jud
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs
 from farflung.store.book import Book, node_rows, unknown_node
-from farflung.store.db import Database, last_event, migrate
+from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.store.rows import update_rows
+from farflung.store.stories import last_event
 from farflung.store.tables import NODES
 from farflung.tasks import admit, keyring, lease
 from farflung.tasks.assign import Wait

@@ -10,7 +10,8 @@ import sqlalchemy as sa
 
 from farflung.ops.faults import Postgres, hold
 from farflung.protocol.errors import ConfigError, IllegalTransition, Unavailable
-from farflung.store.db import Database, migrate, move, record, shift_rows, story, writing
+from farflung.store.db import Database, migrate, writing
+from farflung.store.stories import move, record, shift_rows, story
 from farflung.store.tables import NODES
 
 

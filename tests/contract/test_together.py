@@ -11,8 +11,9 @@ from farflung.protocol import messages as m
 from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, NotFound
 from farflung.protocol.identity import Signed, unseal
 from farflung.rollouts import intake
-from farflung.store.db import Database, migrate, record, story
+from farflung.store.db import Database, migrate
 from farflung.store.rows import SIZES, insert_rows, update_rows
+from farflung.store.stories import record, story
 from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUTS
 
 WORKERS = [f"worker-{number}" for number in range(12)]

@@ -13,8 +13,8 @@ from farflung.protocol import seeds
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import AuditJob, AuditRollout, Lease, SubmissionBody
 from farflung.store.book import Book, new_id
-from farflung.store.db import move, record
 from farflung.store.rows import insert_rows
+from farflung.store.stories import move, record
 from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
 from farflung.trust.evidence import Profile, Profiles, to_json
 

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.store.book import Book
-from farflung.store.db import record
+from farflung.store.stories import record
 from farflung.store.tables import NODES, RUNS, VERDICTS
 from farflung.trust.policy import is_brake
 

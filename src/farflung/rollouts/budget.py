@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from farflung.protocol.messages import Heartbeat
 from farflung.rollouts import standing
 from farflung.store.book import Book
-from farflung.store.db import memo
+from farflung.store.stories import memo
 from farflung.store.tables import NODES
 from farflung.trust.policy import affordable, audit_probability
 from farflung.trust.record import NodeRecord

@@ -19,7 +19,7 @@ from farflung.rollouts.consequences import hold
 from farflung.rollouts.credit import audits_waiting, drop_groups
 from farflung.store import heldout, ledger
 from farflung.store.book import Book
-from farflung.store.db import move, record
+from farflung.store.stories import move, record
 from farflung.store.tables import AUDITS, ENTRIES, GROUPS, NODES, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
 
 SPARE_OF_256 = 64

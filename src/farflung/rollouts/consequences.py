@@ -11,7 +11,7 @@ from farflung.rollouts.audit import open_audit
 from farflung.rollouts.credit import complete
 from farflung.store import ledger
 from farflung.store.book import Book
-from farflung.store.db import end_leases, move
+from farflung.store.stories import end_leases, move
 from farflung.store.tables import AUDITS, GROUPS, LEASES, ROLLOUTS, SUBMISSIONS
 
 

@@ -14,8 +14,8 @@ from farflung.learner.filters import is_informative
 from farflung.protocol.messages import ScoreResult
 from farflung.store import ledger
 from farflung.store.book import Book
-from farflung.store.db import move, record
 from farflung.store.heldout import HELD_OUT
+from farflung.store.stories import move, record
 from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, TASKS
 
 

@@ -34,8 +34,8 @@ from farflung.protocol.messages import Lease, Receipt, Submission, SubmissionBod
 from farflung.rollouts import budget, possession, standing
 from farflung.rollouts.audit import Drawn, open_audits
 from farflung.store.book import Book, node_rows, unknown_node
-from farflung.store.db import end_leases, record, shift, shift_rows
 from farflung.store.rows import insert_rows, update_rows
+from farflung.store.stories import end_leases, record, shift, shift_rows
 from farflung.store.tables import LEASES, NODES, ROLLOUTS, SUBMISSIONS
 from farflung.trust.evidence import Profiles
 from farflung.trust.policy import draw

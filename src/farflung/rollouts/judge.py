@@ -20,7 +20,7 @@ from farflung.protocol.messages import Evidence, Lease, RolloutEvidence, Verdict
 from farflung.rollouts import brake, canary, consequences, standing
 from farflung.rollouts.audit import open_audit, profile_of
 from farflung.store.book import Book, node_row
-from farflung.store.db import move
+from farflung.store.stories import move
 from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS, VERDICTS
 from farflung.trust import fingerprint
 from farflung.trust.diagnose import diagnose

@@ -10,7 +10,7 @@ from farflung.protocol import probe
 from farflung.protocol.messages import Evidence, Lease
 from farflung.rollouts.audit import audit_nonce
 from farflung.store.book import Book, node_row
-from farflung.store.db import end_leases, memo, move, record
+from farflung.store.stories import end_leases, memo, move, record
 from farflung.store.tables import AUDITS, LEASES, STEPS
 from farflung.trust.evidence import Profiles
 

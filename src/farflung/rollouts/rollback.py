@@ -16,7 +16,7 @@ from farflung.protocol.messages import Verdict
 from farflung.rollouts import consequences, standing
 from farflung.rollouts.credit import drop_groups
 from farflung.store.book import Book, node_row
-from farflung.store.db import end_leases, move, record
+from farflung.store.stories import end_leases, move, record
 from farflung.store.tables import GROUPS, LEASES, STEPS, VERDICTS
 
 WHY = "rolled back to step {step}"

@@ -14,7 +14,8 @@ from farflung.protocol import seeds
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Key, node_id
 from farflung.protocol.messages import Latest
-from farflung.store.db import memo, migrate, open_engine
+from farflung.store.db import migrate, open_engine
+from farflung.store.stories import memo
 from farflung.store.tables import NODES, RUNS, STEPS, TASKS
 
 

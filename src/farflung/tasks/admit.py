@@ -13,7 +13,7 @@ from farflung.protocol.errors import Forbidden, TooOld
 from farflung.protocol.identity import readable_name
 from farflung.protocol.messages import Register
 from farflung.protocol.states import first
-from farflung.store.db import move, record
+from farflung.store.stories import move, record
 from farflung.store.tables import NODES
 from farflung.trust.record import NodeRecord
 

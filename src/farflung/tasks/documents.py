@@ -14,9 +14,9 @@ from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Lease, LeaseGroup, Sample
 from farflung.store import heldout
 from farflung.store.book import Book, new_id
-from farflung.store.db import record
 from farflung.store.heldout import HELD_OUT
 from farflung.store.rows import insert_rows
+from farflung.store.stories import record
 from farflung.store.tables import GROUPS, LEASES, ROLLOUTS, STEPS, TASKS
 from farflung.tasks.assign import Plan, Share
 from farflung.tasks.offers import Samples

@@ -28,7 +28,8 @@ from farflung.protocol.identity import Key, seal
 from farflung.protocol.messages import VERSION, File, Run, RunInfo
 from farflung.store.blobs import Blobs
 from farflung.store.book import Book, train_tasks
-from farflung.store.db import Database, move, record
+from farflung.store.db import Database
+from farflung.store.stories import move, record
 from farflung.store.tables import RUNS, STEPS, TASKS
 from farflung.tasks import kept
 from farflung.tasks.keyring import Keyring

@@ -18,8 +18,8 @@ from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Latest, LeaseRequest
 from farflung.store import heldout
 from farflung.store.book import Book, new_id
-from farflung.store.db import end_leases
 from farflung.store.heldout import Part
+from farflung.store.stories import end_leases
 from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.documents import write

@@ -11,7 +11,8 @@ from sqlalchemy import Connection, Row
 
 from farflung.protocol.states import REOPENING
 from farflung.store.book import Book
-from farflung.store.db import after_commit, slices
+from farflung.store.db import after_commit
+from farflung.store.stories import slices
 from farflung.store.tables import GROUPS, ROLLOUTS, STEPS, TASKS
 from farflung.tasks.assign import NextTask, OpenSamples, task_order
 
