@@ -14,7 +14,7 @@ from farflung.dashboard.veil import veil_of
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import NodeView, Relays, RelayView, Status, StepView, Story, Verdict
-from farflung.store import db
+from farflung.store import stories
 from farflung.store.book import Book
 from farflung.store.tables import (
     AUDITS,
@@ -57,7 +57,7 @@ def logp_blob(connection: Connection, submission: str) -> str | None:
 
 def story(connection: Connection, config: Config, subject: str) -> Story:
     """All events of one id that may be told. Raises NotFound."""
-    rows = db.story(connection, subject)
+    rows = stories.story(connection, subject)
     if not rows:
         raise NotFound(f"nothing is known of {subject[:64]!r}")
     events = veil_of(connection, config).events(connection, subject, rows)
