@@ -31,7 +31,8 @@ def open_audit(
     query = sa.select(sa.func.coalesce(sa.func.sum(ROLLOUTS.c.tokens), 0)).where(ROLLOUTS.c.rollout.in_(rollouts))
     lease = connection.execute(sa.select(LEASES.c.step).where(LEASES.c.lease == submission.lease)).one()
     tokens = connection.execute(query).scalar_one()
-    (audit,) = open_audits(connection, book, [Drawn(submission, rollouts, lease.step, tokens)], kind, now)
+    drawn = Drawn(submission.submission, submission.lease, submission.node, rollouts, lease.step, tokens)
+    (audit,) = open_audits(connection, book, [drawn], kind, now)
     return audit
 
 
@@ -39,7 +40,9 @@ def open_audit(
 class Drawn:
     """Rollouts of a submission that are to be audited, the step of their policy and the number of their tokens."""
 
-    submission: Any
+    submission: str
+    lease: str
+    node: str
     rollouts: Sequence[str]
     step: int
     tokens: int
@@ -50,7 +53,7 @@ def open_audits(connection: Connection, book: Book, drawn: Sequence[Drawn], kind
     rows = [_row(book, one, kind, now) for one in drawn]
     insert_rows(connection, AUDITS, rows)
     for one, row in zip(drawn, rows, strict=True):
-        told = {"node": row["node"], "rollouts": len(one.rollouts), "kind": kind}
+        told = {"node": one.node, "rollouts": len(one.rollouts), "kind": kind}
         record(connection, "audit", [row["audit"]], "", "open", now, **told)
     return [row["audit"] for row in rows]
 
@@ -60,9 +63,9 @@ def _row(book: Book, drawn: Drawn, kind: str, now: float) -> dict[str, Any]:
         "audit": new_id("a"),
         "run": book.run,
         "kind": kind,
-        "submission": drawn.submission.submission,
-        "lease": drawn.submission.lease,
-        "node": drawn.submission.node,
+        "submission": drawn.submission,
+        "lease": drawn.lease,
+        "node": drawn.node,
         "status": "open",
         "step": drawn.step,
         "rollouts": msgspec.json.encode(list(drawn.rollouts)).decode(),

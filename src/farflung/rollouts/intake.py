@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -324,19 +323,17 @@ def _take_in(connection: Connection, book: Book, entries: Sequence[_Entry], now:
     """Write it all down: every statement is one for all of them."""
     if not entries:
         return []
-    rows = [_submission_row(book, entry, now) for entry in entries]
-    insert_rows(connection, SUBMISSIONS, rows)
+    insert_rows(connection, SUBMISSIONS, [_submission_row(book, entry, now) for entry in entries])
     _go_on(connection, entries, now)
-    drawn = [_audit(entry, row) for entry, row in zip(entries, rows, strict=True) if entry.held]
-    open_audits(connection, book, drawn, "draw", now)
+    open_audits(connection, book, [_audit(entry) for entry in entries if entry.held], "draw", now)
     update_rows(connection, NODES, [_sender_values(entry, now) for entry in entries])
     return [entry.receipt for entry in entries]
 
 
-def _audit(entry: _Entry, row: Mapping[str, Any]) -> Drawn:
-    parcel = entry.delivery.parcel
+def _audit(entry: _Entry) -> Drawn:
+    parcel, lease = entry.delivery.parcel, entry.delivery.parcel.lease
     tokens = sum(parcel.tokens[rollout] for rollout in entry.held)
-    return Drawn(SimpleNamespace(**row), entry.held, parcel.lease.step, tokens)
+    return Drawn(entry.digest, lease.lease, entry.delivery.node, entry.held, lease.step, tokens)
 
 
 def _go_on(connection: Connection, entries: Sequence[_Entry], now: float) -> None:

@@ -68,7 +68,7 @@ def shift(connection: Connection, noun: str, ids: Sequence[str], before: str, af
     for part in slices(ids):
         values = {"ids": part, "was": before, "becomes": after}
         if connection.execute(_move_statement(noun), values).rowcount != len(part):
-            _complain(connection, noun, part, before, after)
+            _complain(connection, noun, before, dict.fromkeys(part, after))
     if noun in ("run", "step") and "memo" in connection.info:
         connection.info["memo"].clear()
     if noun == "rollout" and after in states.REOPENING:
@@ -86,7 +86,7 @@ def shift_rows(connection: Connection, noun: str, rows: Sequence[Mapping[str, An
         states.check(noun, "", before, after)
     if update_rows(connection, TABLE_OF[noun], rows, status=before) != len(rows):
         key = next(iter(TABLE_OF[noun].primary_key)).name
-        _complain(connection, noun, [row[key] for row in rows], before, rows[0]["status"])
+        _complain(connection, noun, before, {row[key]: row["status"] for row in rows})
 
 
 def slices(ids: Sequence[T]) -> Iterator[list[T]]:
@@ -121,14 +121,16 @@ def _count_open(connection: Connection, groups: Sequence[str], sign: int) -> Non
         connection.execute(STEPS.update().where(this).values(open_groups=more), rows)
 
 
-def _complain(connection: Connection, noun: str, ids: Sequence[str], before: str, after: str) -> None:
+def _complain(connection: Connection, noun: str, before: str, becomes: Mapping[str, str]) -> None:
+    """`becomes` has what each row should be now; those that were at `before` are."""
     table = TABLE_OF[noun]
     key = next(iter(table.primary_key))
-    statuses = {row[0]: row[1] for row in connection.execute(sa.select(key, table.c.status).where(key.in_(ids)))}
-    odd = next((i for i in ids if statuses.get(i) not in (before, after)), ids[0])  # the others have moved by now
+    query = sa.select(key, table.c.status).where(key.in_(becomes))
+    statuses = {row[0]: row[1] for row in connection.execute(query)}
+    odd = next((i for i, after in becomes.items() if statuses.get(i) not in (before, after)), next(iter(becomes)))
     told = [f"{row.before or 'new'}→{row.after}" for row in story(connection, odd)[-STORY_LINES:]]
     raise IllegalTransition(
-        f"{noun} {odd} is {statuses.get(odd, 'missing')!r}, not {before!r}, and cannot become {after!r}; "
+        f"{noun} {odd} is {statuses.get(odd, 'missing')!r}, not {before!r}, and cannot become {becomes[odd]!r}; "
         f"its story: {' '.join(told) or 'no events'}"
     )
 
