@@ -23,8 +23,8 @@ Flags = Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings as --
 
 def main() -> None:
     """Run one command; whatever the user can mend is one sentence and exit code 2."""
-    # Read once, as torch is imported: a thread that waits for another gives its core to the roles beside it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read once, as torch is imported: a thread that waits for another soon gives its core to the roles beside it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except FarflungError as error:

@@ -16,7 +16,7 @@ import torch
 
 from farflung.config import Config
 from farflung.engine.base import Request
-from farflung.engine.loading import read_slices
+from farflung.engine.loading import in_bfloat16
 from farflung.engine.local import LocalEngine
 from farflung.learner import checkpoint, room
 from farflung.learner.crew import Crew
@@ -335,8 +335,8 @@ class Trainer:
         """The slices that the batch's probe chooses, of the weights as they are now."""
         policy = self.crew.learner.policy
         slices = probe.slices(policy.shapes(), bytes.fromhex(batch.probe))
-        masters = self.crew.masters(sorted({part.name for part in slices}))
-        return read_slices({name: policy.rounded(tensor) for name, tensor in masters}, slices)
+        masters = dict(self.crew.masters(sorted({part.name for part in slices})))
+        return in_bfloat16(policy.rounded(masters[name].flatten()[start:stop], start) for name, start, stop in slices)
 
     def _metrics(self, batch: Batch, trained: StepMetrics | None) -> dict[str, float]:
         if trained is None:

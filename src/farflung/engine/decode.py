@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from farflung.engine.base import Completion, Request
 from farflung.engine.cache import RoomyCache, compacted
+from farflung.engine.choice import best, log_sum_exp
 from farflung.engine.fingerprint import Sketches, Tap, tapped
 from farflung.engine.noise import gumbel
 
@@ -132,16 +133,26 @@ class _Sampler:
         self._seeds = [request.seed for request in requests]
         self._is_sampled_B1 = (temperature_B > 0)[:, None]
         self._divisor_B1 = torch.where(temperature_B > 0, temperature_B, 1.0)[:, None]
-        self._is_greedy = not bool(self._is_sampled_B1.any())
+        self._is_greedy, self._is_mixed = not self._is_sampled_B1.any(), not self._is_sampled_B1.all()
+        self._is_scaled = bool((self._divisor_B1 != 1).any())
         self._first = 0
         self._noise_KBV: torch.Tensor | None = None
+        self._rooms_2BV: torch.Tensor | None = None
+        """For the noise of one position, and for scores with noise."""
 
     def pick(self, logits_BV: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token of each row and its log-probability at the sampling temperature (1 where greedy)."""
-        score_BV = logits_BV.float() / self._divisor_B1
-        noisy_BV = score_BV if self._is_greedy else score_BV + self._noise(position, logits_BV.shape[-1])
-        token_B = noisy_BV.argmax(dim=-1)
-        logp_B = score_BV.gather(-1, token_B[:, None])[:, 0] - score_BV.logsumexp(dim=-1)
+        score_BV = logits_BV.float()
+        if self._is_scaled:
+            score_BV = score_BV / self._divisor_B1
+        if self._rooms_2BV is None:
+            self._rooms_2BV = torch.empty(2, *score_BV.shape, device=score_BV.device)
+        made_BV, room_BV = self._rooms_2BV[:, : len(score_BV)]
+        if self._is_greedy:
+            token_B = best(score_BV)
+        else:
+            token_B = best(torch.add(score_BV, self._noise(position, made_BV), out=room_BV))
+        logp_B = score_BV.gather(-1, token_B[:, None])[:, 0] - log_sum_exp(score_BV, room_BV)
         return token_B, logp_B
 
     def keep(self, live_B: torch.Tensor) -> None:
@@ -150,12 +161,17 @@ class _Sampler:
         if self._noise_KBV is not None:
             self._noise_KBV = self._noise_KBV[:, live_B]
 
-    def _noise(self, position: int, vocab: int) -> torch.Tensor:
+    def _noise(self, position: int, room_BV: torch.Tensor) -> torch.Tensor:
+        """Noise of a position (B, V), 0 where a row is greedy; of one position at a time it is made in the room."""
+        rows, vocab = room_BV.shape
+        ahead = _NOISE_AHEAD // (rows * vocab)
+        if ahead <= 1 and self._noise_KBV is None:
+            noise_BV = gumbel(self._seeds, position, vocab, room_BV.device, out=room_BV)
+            return noise_BV.mul_(self._is_sampled_B1) if self._is_mixed else noise_BV
         if self._noise_KBV is None or position >= self._first + len(self._noise_KBV):
-            ahead = max(1, _NOISE_AHEAD // (len(self._seeds) * vocab))
             positions = [position + k for k in range(ahead) for _ in self._seeds]
-            flat = gumbel(self._seeds * ahead, positions, vocab, self._divisor_B1.device)
-            self._noise_KBV = flat.view(ahead, len(self._seeds), vocab).mul_(self._is_sampled_B1)
+            flat = gumbel(self._seeds * ahead, positions, vocab, room_BV.device)
+            self._noise_KBV = flat.view(ahead, rows, vocab).mul_(self._is_sampled_B1)
             self._first = position
         return self._noise_KBV[position - self._first]
 

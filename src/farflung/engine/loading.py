@@ -88,8 +88,13 @@ def read_slices(tensors: Mapping[str, torch.Tensor], slices: Sequence[Slice]) ->
     missing = [part.name for part in slices if part.name not in tensors]
     if missing:
         raise WeightsError(f"this model has no tensor {missing[0]}; weights and config.json belong to different models")
-    parts = [tensors[name].detach().flatten()[start:stop].to(torch.bfloat16).cpu() for name, start, stop in slices]
-    return torch.cat(parts).view(torch.int16).numpy().tobytes() if parts else b""
+    return in_bfloat16(tensors[name].detach().flatten()[start:stop] for name, start, stop in slices)
+
+
+def in_bfloat16(parts: Iterable[torch.Tensor]) -> bytes:
+    """The values of some flat tensors, one after the other, as `read_slices` gives them."""
+    found = [part.to(torch.bfloat16).cpu() for part in parts]
+    return torch.cat(found).view(torch.int16).numpy().tobytes() if found else b""
 
 
 def _refuse_misfit(name: str, tensor: torch.Tensor, slots: dict[str, torch.Tensor], given: set[str]) -> None:

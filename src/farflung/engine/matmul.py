@@ -47,7 +47,7 @@ class _Linear(nn.Linear):
         if not 1 < rows <= FULL_ROWS or input.device.type != "cpu" or input.dtype != torch.float32:
             return F.linear(input, self.weight, self.bias)
         x = input.reshape(rows, self.in_features)
-        out = torch.mm(self.weight, x.t()).t() if rows <= FEW_ROWS else self._full(x)
+        out = torch.mm(self.weight, x.t()).t().contiguous() if rows <= FEW_ROWS else self._full(x)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*input.shape[:-1], self.out_features)

@@ -38,10 +38,14 @@ def row_keys(seed_B: Integers, position_B: Integers | int) -> tuple[np.ndarray, 
 
 
 def gumbel(
-    seed_B: Integers, position_B: Integers | int, vocab: int, device: torch.device | str = "cpu"
+    seed_B: Integers,
+    position_B: Integers | int,
+    vocab: int,
+    device: torch.device | str = "cpu",
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Noise of every token for each row, float32 (B, V)."""
-    noise_BV = torch.empty(len(seed_B), vocab, device=device)
+    """Noise of every token for each row, float32 (B, V), in `out` if given: new memory costs as much as the noise."""
+    noise_BV = torch.empty(len(seed_B), vocab, device=device) if out is None else out
     for rows, hash_RV in _hashed_blocks(seed_B, position_B, vocab, noise_BV.device):
         noise_BV[rows] = _top23(hash_RV)
         _to_gumbel(noise_BV[rows])

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Replay, Request
+from farflung.engine.choice import best, log_sum_exp
 from farflung.engine.fingerprint import sketches, tapped
 from farflung.engine.noise import gumbel
 
@@ -181,11 +182,19 @@ def look(
 ) -> torch.Tensor:
     """Gap, margin, pick and logp (4, N) of tokens under `logits / T + noise`; without noise and T where T = 0."""
     is_sampled_N1 = (t_N > 0)[:, None]
-    policy_NV = logits_NV.float() / torch.where(is_sampled_N1, t_N[:, None], 1.0)
-    log_sum_N = policy_NV.logsumexp(dim=-1)
-    score_NV = policy_NV + gumbel(seed_N, position_N, logits_NV.shape[1], logits_NV.device).mul_(is_sampled_N1)
-    best_N2, pick_N2 = score_NV.topk(2, dim=-1)
-    margin_N = best_N2[:, 0] - score_NV.gather(-1, token_N[:, None])[:, 0]
+    divisor_N1 = torch.where(is_sampled_N1, t_N[:, None], 1.0)
+    policy_NV = logits_NV.float()
+    if (divisor_N1 != 1).any():
+        policy_NV = policy_NV / divisor_N1
+    score_NV = gumbel(seed_N, position_N, logits_NV.shape[1], logits_NV.device)
+    if not is_sampled_N1.all():
+        score_NV.mul_(is_sampled_N1)
+    score_NV.add_(policy_NV)
+    sent_N = score_NV.gather(-1, token_N[:, None])[:, 0]
+    pick_N1 = best(score_NV)[:, None]
+    first_N = score_NV.gather(-1, pick_N1)[:, 0]
+    second_N = score_NV.scatter_(-1, pick_N1, -torch.inf).amax(dim=-1)
+    log_sum_N = log_sum_exp(policy_NV, score_NV)
     logp_N = policy_NV.gather(-1, token_N[:, None])[:, 0] - log_sum_N
-    pick_N = (policy_NV.gather(-1, pick_N2[:, :1])[:, 0] - log_sum_N).exp()
-    return torch.stack([best_N2[:, 0] - best_N2[:, 1], margin_N, torch.where(t_N > 0, pick_N, 1.0), logp_N])
+    pick_N = (policy_NV.gather(-1, pick_N1)[:, 0] - log_sum_N).exp()
+    return torch.stack([first_N - second_N, first_N - sent_N, torch.where(t_N > 0, pick_N, 1.0), logp_N])

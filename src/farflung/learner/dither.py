@@ -16,11 +16,11 @@ _STRIDE = 40_503
 """Odd, near 2^16 over the golden ratio: any run of its multiples modulo 2^16 is spread evenly."""
 
 
-def publishable(tensor: torch.Tensor, *, is_dithered: bool) -> torch.Tensor:
-    """A master as it is published: floats in bfloat16, anything else as it is."""
+def publishable(tensor: torch.Tensor, start: int = 0, *, is_dithered: bool) -> torch.Tensor:
+    """A master as it is published, or what follows `start` values of it: floats in bfloat16, anything else as it is."""
     if not tensor.is_floating_point():
         return tensor.clone()
-    return dithered(tensor) if is_dithered and tensor.dtype == torch.float32 else tensor.to(torch.bfloat16)
+    return dithered(tensor, start) if is_dithered and tensor.dtype == torch.float32 else tensor.to(torch.bfloat16)
 
 
 def dithered(tensor: torch.Tensor, start: int = 0) -> torch.Tensor:

@@ -121,9 +121,9 @@ class Policy:
         for name, tensor in self.masters():
             yield name, self.rounded(tensor)
 
-    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A whole master as it is published."""
-        return publishable(tensor, is_dithered=self.is_dithered)
+    def rounded(self, tensor: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """A master as it is published: the whole of it, or a part before which so many values come."""
+        return publishable(tensor, start, is_dithered=self.is_dithered)
 
     def masters(self, names: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the float32 masters, whole, tied twins once, in the model's order; of some names or all.

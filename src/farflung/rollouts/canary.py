@@ -21,7 +21,7 @@ from farflung.store.tables import CHECKS, STEPS, TASKS
 from farflung.trust.evidence import TIE, Profile, Seen, is_bad, log_ratios, mean_log_ratio, to_json
 
 log = logging.getLogger(__name__)
-TOKENS = 16
+TOKENS = 8
 """Most tokens of a canary."""
 SPOILED_EVERY = 4
 """One token in so many is another one in a spoiled canary, the first among them."""

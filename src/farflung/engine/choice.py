@@ -1,0 +1,23 @@
+"""The best score of each row, and what all scores of a row come to: passes over B x V values that take no new memory.
+
+For 64 rows of 49,152 scores on two cores torch's `argmax` takes 3 to 4 ms where numpy's takes 0.7, and `logsumexp`
+5 ms, most of it for new pages, where it takes 2 in a room that is used again.
+
+Legend: B rows, V vocabulary.
+"""
+
+import torch
+
+
+def best(score_BV: torch.Tensor) -> torch.Tensor:
+    """The index of each row's highest score, the first of equals (B,)."""
+    if score_BV.device.type == "cpu" and score_BV.dtype == torch.float32:
+        return torch.from_numpy(score_BV.numpy().argmax(axis=-1))
+    return score_BV.argmax(dim=-1)
+
+
+def log_sum_exp(score_BV: torch.Tensor, room_BV: torch.Tensor) -> torch.Tensor:
+    """log of the sum of exp(score) of each row (B,); `room_BV` is overwritten."""
+    top_B1 = score_BV.amax(dim=-1, keepdim=True)
+    sum_B = torch.sub(score_BV, top_B1, out=room_BV).exp_().sum(dim=-1)
+    return sum_B.log_().add_(top_B1[:, 0])
