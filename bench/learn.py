@@ -147,10 +147,12 @@ def ours(folder: Path, seed: int, most_steps: int, until: float, threads: int, m
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     watch = Watch(process.pid)
     watch.start()
-    steps = _follow(process, folder / "learn" / "metrics.jsonl", until)
-    cpu_s, peak_mb = watch.stop()
-    process.send_signal(signal.SIGINT)
-    process.wait(120)
+    try:
+        steps = _follow(process, folder / "learn" / "metrics.jsonl", until)
+    finally:
+        cpu_s, peak_mb = watch.stop()
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
     if not steps:
         raise SystemExit(f"farflung came to no step; see {folder}/learn/logs")
     began, rest = steps[0]["at"], steps[1:]

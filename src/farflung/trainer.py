@@ -31,7 +31,7 @@ from farflung.protocol import probe, wire
 from farflung.protocol.client import Client
 from farflung.protocol.errors import BadSignature, Conflict, StepTaken, WeightsError
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import Batch, Commit, Done
+from farflung.protocol.messages import Batch, BatchAnswer, Commit, Done
 from farflung.protocol.session import Session
 from farflung.rollouts import stale
 from farflung.rollouts.batch import Suspect, claim, fetch, suspects, trip
@@ -57,6 +57,7 @@ class Trainer:
         self.client, self.key, self.config, self._root = Client(url, key), key, config, root
         self.checkpoints = config.folder / "checkpoints"
         self.is_stopping = False
+        self._asking: asyncio.Future[BatchAnswer] | None = None
         self.done_step = -1
         """The step whose weights are in memory; -1 before the base model counts as step 0."""
         self.session: Session
@@ -87,6 +88,8 @@ class Trainer:
         """Stop after the work in hand."""
         self.is_stopping = True
         self.session.hurry()
+        if self._asking is not None:
+            self._asking.cancel()
 
     async def _arm(self) -> None:
         """What the tripwire needs: a second engine, and the published versions."""
@@ -132,8 +135,10 @@ class Trainer:
         step = self.done_step + 1
         self.session.figures.phase = "waiting"
         before = time.monotonic()
-        answer = await claim(self.session, step, WAIT_S)
+        answer = await self._next(step)
         self._waited_s += time.monotonic() - before
+        if answer is None:
+            return
         if answer.batch is None:
             log.debug("step=%d waits because=%s", step, answer.reason)
             self.crew.wait()
@@ -159,6 +164,18 @@ class Trainer:
             return
         self.done_step = step
         self.session.figures.loaded_step = step
+
+    async def _next(self, step: int) -> BatchAnswer | None:
+        """The answer to a claim, which may take a while; None if somebody says stop before it is there."""
+        self._asking = asyncio.ensure_future(claim(self.session, step, WAIT_S))
+        try:
+            return await self._asking
+        except asyncio.CancelledError:
+            if not self.is_stopping:
+                raise
+            return None
+        finally:
+            self._asking = None
 
     async def _trip(self, batch: Batch) -> list[str]:
         """Submissions of a batch whose text is not what their seeds give.
@@ -339,19 +356,19 @@ class Trainer:
         return in_bfloat16(policy.rounded(masters[name].flatten()[start:stop], start) for name, start, stop in slices)
 
     def _metrics(self, batch: Batch, trained: StepMetrics | None) -> dict[str, float]:
-        if trained is None:
-            return {"wait_s": self._waited_s, "tripwire_s": self._checked_s}
-        figures = {name: float(getattr(trained, name)) for name in trained.__dataclass_fields__}
+        figures = {"wait_s": self._waited_s, "tripwire_s": self._checked_s}
+        if batch.seen_groups:
+            share = len(batch.groups) / batch.seen_groups
+            figures |= {"reward": batch.seen_reward, "informative_share": share}
+        if trained is None:  # the base model, a step again, or one whose groups were each alike
+            return figures
         self._signs = [*self._signs, Sign(trained.entropy, trained.clip_fraction)][-2 * WINDOW :]
         if warning := warn(self._signs):
             log.warning("step=%d %s", batch.step, warning)
         staleness = [batch.step - 1 - group.step for group in batch.groups]
+        figures |= {name: float(getattr(trained, name)) for name in trained.__dataclass_fields__}
         return figures | {
-            "wait_s": self._waited_s,
-            "tripwire_s": self._checked_s,
-            "reward": batch.seen_reward,
             "staleness": sum(staleness) / max(1, len(staleness)),
-            "informative_share": len(batch.groups) / max(1, batch.seen_groups),
             "collapse_warning": float(bool(warning)),
         }
 

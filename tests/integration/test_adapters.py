@@ -21,14 +21,13 @@ from farflung.protocol.errors import WeightsError
 from farflung.protocol.identity import seal
 from farflung.protocol.messages import Manifest
 from farflung.weights import publish as publishing
-from farflung.weights.cache import Versions
 from farflung.weights.collect import needless
 from farflung.weights.fetch import tensors
 from farflung.weights.manifest import KIND, check_follows, manifest_digest, open_manifest, target_digest
 from farflung.weights.mirror import Mirror
-from farflung.weights.patch import patch
 from farflung.weights.publish import Adapted, Publisher
-from standin import TRAINER, Source, served, session_with
+from following import node, same
+from standin import TRAINER, Source, served
 
 RANK = 4
 """On matrices of 16 × 32 to 48 × 32: half their numbers."""
@@ -75,24 +74,6 @@ async def run(steps: int = 0) -> AsyncIterator[Run]:
             await found.step()
         yield found
         await found.client.close()
-
-
-@asynccontextmanager
-async def node(of: Run, folder: Path, **options: Any) -> AsyncIterator[Versions]:
-    async with session_with(of.client.url) as session:
-        versions = Versions(session, folder, **({"patch": patch} | options))
-        try:
-            yield versions
-        finally:
-            await versions.close()
-
-
-def same(versions: Versions, of: Run, step: int) -> bool:
-    loaded = dict(tensors(versions, of.digests[step]))
-    return loaded.keys() == of.published[step].keys() and all(
-        torch.equal(tensor.view(torch.int16), of.published[step][name].view(torch.int16))
-        for name, tensor in loaded.items()
-    )
 
 
 def manifest_of(of: Run, step: int) -> Manifest:

@@ -17,13 +17,13 @@ from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Manifest
 from farflung.weights import delta
 from farflung.weights import publish as publishing
-from farflung.weights.cache import Versions
 from farflung.weights.fetch import tensors
 from farflung.weights.manifest import manifest_digest, open_manifest
 from farflung.weights.mirror import Mirror
 from farflung.weights.patch import patch
 from farflung.weights.publish import Publisher
-from standin import TRAINER, Source, served, session_with
+from following import node, same
+from standin import TRAINER, Source, served
 
 Weights = dict[str, torch.Tensor]
 
@@ -83,27 +83,28 @@ async def run(anchor_every: int = 16, steps: int = 0) -> AsyncIterator[Run]:
         await found.client.close()
 
 
-@asynccontextmanager
-async def node(of: Run, folder: Path, **options: Any) -> AsyncIterator[Versions]:
-    async with session_with(of.url) as session:
-        versions = Versions(session, folder, **({"patch": patch} | options))
-        try:
-            yield versions
-        finally:
-            await versions.close()
-
-
-def same(versions: Versions, of: Run, step: int) -> bool:
-    loaded = dict(tensors(versions, of.digests[step]))
-    return loaded.keys() == of.published[step].keys() and all(
-        torch.equal(tensor.view(torch.int16), of.published[step][name].view(torch.int16))
-        for name, tensor in loaded.items()
-    )
-
-
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "SHARD_BYTES", 100_000)
+
+
+def test_shards_told_in_another_order_hold_what_the_manifest_says(tmp_path: Path, monkeypatch) -> None:
+    told, describe = [], publishing._describe_all
+
+    def late(chunk: list[publishing.Named], shard: int) -> list[publishing.Tensor]:
+        time.sleep(0.2 if shard == 0 else 0.0)
+        told.append(shard)
+        return describe(chunk, shard)
+
+    monkeypatch.setattr(publishing, "_describe_all", late)
+
+    async def scene() -> None:
+        async with run(steps=2, anchor_every=1) as of, node(of, tmp_path) as versions:
+            await versions.fetch(of.digests[1])
+            assert same(versions, of, 1)
+
+    asyncio.run(scene())
+    assert told[0] != 0, "the first shard was told later than another"
 
 
 def test_a_node_that_follows_fetches_differences_only(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from farflung.engine import noise  # noqa: E402
+from farflung.engine import noise, shared  # noqa: E402
 from farflung.engine import replay as replay_module  # noqa: E402
 from farflung.engine.base import Completion, Request  # noqa: E402
+from farflung.engine.decode import shares_prompts  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.protocol.errors import ConfigError, WeightsError  # noqa: E402
 
@@ -113,6 +114,49 @@ def test_a_group_that_shares_its_prompt_says_what_its_members_say_alone(tiny_qwe
     said = engine.generate(asked)
     assert len({completion.ids for completion in said}) > 3
     assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in asked]
+
+
+def crowd(lengths: tuple[int, ...] = (100, 97, 100)) -> list[Request]:
+    """Groups of five with long prompts, whose members end at different times."""
+    prompts = [tuple((7 * g + 3 * k * k) % 30 + 2 for k in range(length)) for g, length in enumerate(lengths)]
+    heats = (1.0, 0.0, 0.7)
+    return [Request(prompts[i % len(lengths)], 2**41 + i, heats[i % 5 % 3], 2 + 3 * i % 17) for i in range(15)]
+
+
+@pytest.mark.parametrize(
+    ("family", "is_shared"),
+    [("llama-untied", True), ("mistral-sliding", False), ("gpt2-absolute-positions", True), ("qwen", True),
+     ("gemma2-softcapped-head", False)],
+)  # fmt: skip
+def test_attention_in_two_parts_says_what_the_definition_says(family: str, is_shared: bool, tiny_qwen) -> None:
+    torch.manual_seed(1)
+    families = other_families()
+    model = tiny_qwen() if family == "qwen" else transformers.AutoModelForCausalLM.from_config(families[family])
+    model = model.eval()
+    engine, attention = LocalEngine(model), model.config._attn_implementation
+    assert shares_prompts(model) is is_shared
+    said = engine.generate(crowd())
+    assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in crowd()]
+    assert model.config._attn_implementation == attention, "left as it was"
+
+
+def test_attention_in_two_parts_is_what_ran(tiny_qwen, monkeypatch) -> None:
+    seen = []
+    attend = shared._attend
+
+    def counted(*parts, **options):
+        seen.append(len(parts[1]))
+        return attend(*parts, **options)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, shared._NAME, counted)
+    LocalEngine(tiny_qwen().eval()).generate(crowd())
+    assert max(seen) == 15
+    assert min(seen) < 15, "fewer as some end"
+
+
+def test_a_model_that_bends_attention_shares_no_prompts(tiny_qwen, monkeypatch) -> None:
+    monkeypatch.setattr(shared, "_BENDS", ("scale_of_nothing", "position_ids"))
+    assert not shares_prompts(tiny_qwen().eval())
 
 
 def test_logp_is_that_of_the_sampling_temperature(tiny_qwen) -> None:

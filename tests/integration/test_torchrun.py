@@ -166,3 +166,30 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(sites,
     for single, double in itertools.zip_longest(steps_of(one.house), steps_of(two.house)):
         for name in METRICS:
             assert single[name] == pytest.approx(double[name], rel=5e-3, abs=1e-4), (single["step"], name)
+
+
+def test_a_trainer_that_waits_for_its_batch_leaves_when_told(sites, monkeypatch) -> None:
+    monkeypatch.setattr("farflung.trainer.WAIT_S", 30.0)
+    site = sites()
+    trainer = Trainer(site.url, named("trainer"), site.config(3))
+
+    async def life() -> None:
+        running = asyncio.create_task(trainer.run())
+        while trainer.done_step < 0 or trainer._asking is None:  # published, and nobody generates
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+        trainer.stop()
+        await asyncio.wait_for(running, 15)  # half of what it would wait for its batch
+
+    asyncio.run(life())
+    assert trainer.done_step == 0
+
+
+def test_a_step_whose_groups_are_each_alike_says_its_reward(sites) -> None:
+    site = sites()
+    trainer = Trainer(site.url, named("trainer"), site.config(3))
+    batch = m.Batch(
+        step=1, seen_groups=8, seen_reward=0.75, secret_commitment="0" * 64, probe="0" * 64, temperature=1.0, groups=[]
+    )
+    told = trainer._metrics(batch, None)
+    assert (told["reward"], told["informative_share"]) == (0.75, 0.0)

@@ -22,9 +22,17 @@ class RoomyCache:
 
     def __init__(self, model: PreTrainedModel, horizon: int) -> None:
         """`horizon` is the most positions that a row may come to."""
-        self.layers = DynamicCache(config=model.config)
+        self.layers, self._horizon = DynamicCache(config=model.config), horizon
         found = self.layers.layers
         self.layers.layers = [_RoomyLayer(horizon) if type(layer) is DynamicLayer else layer for layer in found]
+
+    def take(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, which the cache holds no more. Raises ValueError for layers of other kinds."""
+        found = [(layer.keys, layer.values) for layer in self.layers.layers if type(layer) is _RoomyLayer]
+        if len(found) != len(self.layers.layers):
+            raise ValueError("this model remembers more than keys and values of all positions")
+        self.layers.layers = [_RoomyLayer(self._horizon) for _ in found]
+        return found
 
     def spread(self, asked_B: torch.Tensor) -> None:
         """Make a row of each of these, some perhaps more than once."""

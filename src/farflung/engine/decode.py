@@ -1,6 +1,7 @@
 """The decode loop: a batch of requests through one Hugging Face causal LM with a KV cache and seeded noise.
 
-Legend: R requests, B live rows, T positions, V vocabulary, D hidden size, K positions of noise made ahead.
+Legend: R requests, B live rows, G different prompts, T positions, V vocabulary, D hidden size, K positions of noise
+made ahead.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,10 @@ from farflung.engine.cache import RoomyCache, compacted
 from farflung.engine.choice import best, log_sum_exp
 from farflung.engine.fingerprint import Sketches, Tap, tapped
 from farflung.engine.noise import gumbel
+from farflung.engine.shared import SharedPrompts, attending, has_kernel, is_worth_sharing
 
+_TOLERANCE = 1e-2
+"""Most by which logits of a model that is tried may differ, in their standard deviations."""
 _NOISE_AHEAD = 1 << 16
 """Noise values made at once. For a vocabulary of 32, 32 positions at a time cost 12 us each instead of 100."""
 
@@ -23,26 +27,51 @@ def decode(
     requests: Sequence[Request],
     eos_ids: frozenset[int],
     should_stop: Callable[[], bool] | None = None,
+    can_share: Callable[[], bool] = lambda: False,
 ) -> list[Completion | None]:
     """Complete all requests as one batch, in order; None for those that `should_stop` left incomplete.
 
     Each token is argmax(logits / T + Gumbel noise), or argmax(logits) where T = 0; finished rows leave the batch.
+    `can_share` is asked where attention to prompts that rows share would pay (see `shares_prompts`).
     """
+    prompts = {request.prompt_ids for request in requests}
+    is_shared = is_worth_sharing(list(prompts), len(requests)) and can_share()
     with tapped(model, requests) as tap:
-        return _decode(model, requests, eos_ids, should_stop, tap)
+        return _decode(_Rows(model, requests, tap, is_shared=is_shared), requests, eos_ids, should_stop)
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether a model's attention can be taken in two parts, found by trying it on a few tokens."""
+    if not has_kernel(model):
+        return False
+    vocab = model.config.get_text_config().vocab_size
+    prompts = [tuple(token % vocab for token in part) for part in ((5, 3, 8, 2), (7, 1, 4))]
+    asked = [Request(prompt, 0, 0.0, 4) for prompt in (*prompts, *prompts)]
+
+    def seen(*, is_shared: bool) -> torch.Tensor:
+        rows = _Rows(model, asked, is_shared=is_shared)
+        rows.advance(torch.tensor([1, 2, 3, 4]) % vocab)
+        rows.keep(torch.tensor([3, 1, 2]))
+        rows.advance(torch.tensor([4, 3, 2]) % vocab)
+        return rows.logits_BV.float()
+
+    try:
+        parted_BV, whole_BV = seen(is_shared=True), seen(is_shared=False)
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # it asks for other attention, or not in this way
+        return False
+    return bool((parted_BV - whole_BV).abs().max() <= _TOLERANCE * whole_BV.std())
 
 
 def _decode(
-    model: PreTrainedModel,
+    rows: "_Rows",
     requests: Sequence[Request],
     eos_ids: frozenset[int],
     should_stop: Callable[[], bool] | None,
-    tap: Tap | None,
 ) -> list[Completion | None]:
-    rows = _Rows(model, requests, tap)
-    sketches = None if rows.fed_BD is None else Sketches(requests, rows.fed_BD.shape[-1], model.device)
-    sampler = _Sampler(requests, model.device)
-    record = _Record(requests, eos_ids, model.device)
+    device = rows.logits_BV.device
+    sketches = None if rows.fed_BD is None else Sketches(requests, rows.fed_BD.shape[-1], device)
+    sampler = _Sampler(requests, device)
+    record = _Record(requests, eos_ids, device)
     for position in range(max(request.budget for request in requests)):
         if should_stop is not None and should_stop():
             break
@@ -64,15 +93,19 @@ class _Rows:
     """The live rows inside the model: cache, mask, positions and the logits of the next token.
 
     Prompts are padded on the left, so that all rows grow in the same column; padding is masked and not counted.
-    A prompt that several requests share, as in a group, is read once.
+    A prompt that several requests share, as in a group, is read once. Where prompts are shared in attention too, the
+    cache holds what follows them.
     """
 
     logits_BV: torch.Tensor
     fed_BD: torch.Tensor | None = None
     """What the output head was fed for these logits, if there is a tap."""
 
-    def __init__(self, model: PreTrainedModel, requests: Sequence[Request], tap: Tap | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, requests: Sequence[Request], tap: Tap | None = None, *, is_shared: bool = False
+    ) -> None:
         self._model, self._tap = model, tap
+        self._shared: SharedPrompts | None = None
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
         width, horizon = max(map(len, prompts)), max(request.budget for request in requests)
         self._cache = RoomyCache(model, width + horizon)
@@ -85,7 +118,11 @@ class _Rows:
         self._forward(ids_BT, self._place_BT[:, :width])
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
         asked_B = torch.tensor([row_of[request.prompt_ids] for request in requests], device=model.device)
-        self._cache.spread(asked_B)
+        if is_shared:
+            seen_GT = None if self._mask_BT is None else self._mask_BT[:, :width]
+            self._shared, self._mask_BT = SharedPrompts(self._cache.take(), asked_B, seen_GT), None
+        else:
+            self._cache.spread(asked_B)
         self._choose(asked_B)
         self.logits_BV = self.logits_BV[asked_B]
         if self.fed_BD is not None:
@@ -95,19 +132,25 @@ class _Rows:
         """Feed one token to each row."""
         place_B1 = self._place_BT[:, self._column : self._column + 1]
         self._column += 1
-        self._forward(token_B[:, None], place_B1)
+        if self._shared is None:
+            self._forward(token_B[:, None], place_B1)
+        else:
+            with attending(self._model):
+                self._forward(token_B[:, None], place_B1, shared=self._shared)
 
     def keep(self, live_B: torch.Tensor) -> None:
         """Go on with these rows; the logits are the caller's to make anew."""
         self._cache.keep(live_B)
         self._choose(live_B)
+        if self._shared is not None:
+            self._shared.keep(live_B)
 
     def _choose(self, live_B: torch.Tensor) -> None:
         self._place_BT = self._place_BT[live_B]
         if self._mask_BT is not None:
             self._mask_BT = self._mask_BT[live_B]
 
-    def _forward(self, ids_BT: torch.Tensor, place_BT: torch.Tensor) -> None:
+    def _forward(self, ids_BT: torch.Tensor, place_BT: torch.Tensor, **options: SharedPrompts) -> None:
         mask_BT = None if self._mask_BT is None else self._mask_BT[:, : self._column]
         # The last column by mask, not by slice: a strided bf16 input makes the output head 1,000 times slower on CPUs.
         is_last_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
@@ -119,6 +162,7 @@ class _Rows:
             past_key_values=self._cache.layers,
             use_cache=True,
             logits_to_keep=is_last_BT,
+            **options,
         )
         self.logits_BV = out.logits.view(len(ids_BT), -1).contiguous()
         if self._tap is not None:

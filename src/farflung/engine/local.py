@@ -1,13 +1,14 @@
 """The embedded engine: any Hugging Face causal LM, generation and replay in this process, no compiler needed."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Completion, Replay, Request
-from farflung.engine.decode import decode
+from farflung.engine.decode import decode, shares_prompts
 from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
 from farflung.engine.matmul import hasten
 from farflung.engine.replay import replay
@@ -33,6 +34,7 @@ class LocalEngine:
         self.max_rows = max_rows
         self.replay_tokens = replay_tokens
         self._is_loaded = True
+        self._can_share = cache(lambda: shares_prompts(model))
 
     @classmethod
     def from_folder(
@@ -81,7 +83,7 @@ class LocalEngine:
         found: list[Completion | None] = [None] * len(requests)
         for start in range(0, len(order), self.max_rows):
             chunk = order[start : start + self.max_rows]
-            batch = decode(self.model, [requests[index] for index in chunk], self.eos_ids, should_stop)
+            batch = decode(self.model, [requests[index] for index in chunk], self.eos_ids, should_stop, self._can_share)
             for index, completion in zip(chunk, batch, strict=True):
                 found[index] = completion
             if None in batch:

@@ -1,0 +1,74 @@
+"""What all commands share: the application, the settings, how they end."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from cyclopts import App, Parameter
+
+from farflung.config import Config, load
+from farflung.engine.heap import keep_freed_memory
+from farflung.ops.logs import start_logging
+from farflung.protocol.errors import ConfigError, FarflungError
+
+app = App(name="farflung", help="Reinforcement learning on far-flung machines that nobody has to trust.")
+
+HOME = Path.home() / ".farflung"
+Flags = Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings as --section.key value.")]
+
+
+def complain(error: FarflungError) -> int:
+    sys.stderr.write(f"farflung: {error}\n")
+    return 2
+
+
+def end_with(main: Coroutine[Any, Any, str]) -> NoReturn:
+    """Say what came of it and end at once: the blob store's threads may not outlive the interpreter (it aborts)."""
+    try:
+        sys.stdout.write(asyncio.run(main) + "\n")
+        code = 0
+    except FarflungError as error:
+        code = complain(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def start_computing(json: bool) -> None:
+    """What the roles with a model begin with."""
+    start_logging(json)
+    keep_freed_memory()
+
+
+def parts_of(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def settings_of(config: Path, flags: tuple[str, ...]) -> Config:
+    """What is configured; this process and those that it starts trust the authority that is named there."""
+    from farflung.protocol.client import CA_VARIABLE
+
+    settings = load(config, flags)
+    if settings.coordinator.tls_ca:
+        os.environ[CA_VARIABLE] = str(Path(settings.coordinator.tls_ca).resolve())
+    return settings
+
+
+def url_of(url: str, config: Config) -> str:
+    """The coordinator's address: given, or as the coordinator of the same folder wrote it."""
+    if url:
+        return url
+    path = config.folder / "coordinator.url"
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: start the coordinator first, or say --url http://host:port")
+    return path.read_text().strip()
+
+
+def known_root(config: Config) -> bytes | None:
+    """The root key of a run whose folder is on this machine; elsewhere the first one met is believed."""
+    from farflung.tasks.keyring import root_of
+
+    return root_of(config.folder / "keys")

@@ -1,0 +1,104 @@
+"""Commands that show a run, live or from its folder."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from farflung.cli.app import app
+
+
+@app.command
+def status(url: str, *, run: str = "") -> None:
+    """Show a run at a glance.
+
+    Parameters
+    ----------
+    url
+        The coordinator's address.
+    run
+        Which run, if the coordinator has several.
+    """
+    from farflung.ops.look import show_status
+
+    asyncio.run(show_status(url, run))
+
+
+@app.command
+def weights(url: str, *, run: str = "") -> None:
+    """List the versions of a run's weights: bytes whole and as a difference, who has them, how old they are.
+
+    Parameters
+    ----------
+    url
+        The coordinator's address.
+    run
+        Which run, if the coordinator has several.
+    """
+    from farflung.ops.look import show_weights
+
+    asyncio.run(show_weights(url, run))
+
+
+@app.command
+def story(id: str, *, url: str) -> None:
+    """Tell everything that happened to one id: a node, lease, rollout, group, step or audit.
+
+    Parameters
+    ----------
+    id
+        The id, as the dashboard, the logs or another story show it.
+    url
+        The coordinator's address.
+    """
+    from farflung.ops.look import tell_story
+
+    asyncio.run(tell_story(url, id))
+
+
+@app.command
+def view(folder: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
+    """Open the dashboard over a run that is over, read only.
+
+    Parameters
+    ----------
+    folder
+        The run's folder, such as runs/demo.
+    host
+        Address to listen on.
+    port
+        Port to listen on; 0 for any free one.
+    """
+    from farflung.ops.view import view as serve_view
+
+    serve_view(folder, host, port)
+
+
+@app.command
+def report(folder: Path) -> None:
+    """Write a run's report.html again, from its database and metrics.jsonl.
+
+    Parameters
+    ----------
+    folder
+        The run's folder, such as runs/demo.
+    """
+    from farflung.ops.report import write_report
+    from farflung.ops.summary import summarise
+
+    sys.stdout.write(f"{asyncio.run(write_report(folder, summarise(folder)))}\n")
+
+
+@app.command
+def summary(folder: Path) -> None:
+    """Recompute a run's summary.json from its database and metrics.jsonl, and print it.
+
+    Parameters
+    ----------
+    folder
+        The run's folder, such as runs/demo.
+    """
+    import json as json_module
+
+    from farflung.ops.summary import summarise
+
+    sys.stdout.write(json_module.dumps(summarise(folder), indent=2) + "\n")

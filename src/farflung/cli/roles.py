@@ -1,0 +1,281 @@
+"""Commands that start one role of a run on this machine."""
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any, Literal
+
+from farflung.cli.app import HOME, Flags, app, known_root, parts_of, settings_of, start_computing, url_of
+from farflung.config import RelaySection, WorkerSection
+from farflung.ops.logs import start_logging
+from farflung.protocol.errors import ConfigError
+
+
+@app.command
+def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
+    """Admit nodes, hand out leases, take rollouts in, keep records and ledger."""
+    from farflung.ops.fleet import serve_all
+
+    start_logging(json)
+    serve_all(settings_of(config, flags))
+
+
+@app.command
+def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> None:
+    """Claim batches, take steps, publish weights; started by torchrun, over all of its processes."""
+    from farflung.learner.ranks import join as meet
+    from farflung.protocol.identity import Key
+    from farflung.trainer import Trainer, follow
+
+    start_computing(json)
+    settings = settings_of(config, flags)
+    ranks = meet()
+    if ranks.rank:
+        follow(settings, ranks)
+        return
+    key = Key.load_or_make(settings.folder / "keys" / "trainer")
+    asyncio.run(Trainer(url_of(url, settings), key, settings, root=known_root(settings), ranks=ranks).run())
+
+
+@app.command
+def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator-1", json: bool = False) -> None:
+    """Replay drawn rollouts and sign what was seen."""
+    from farflung.protocol.identity import Key
+    from farflung.validator import Validator
+
+    start_computing(json)
+    settings = settings_of(config, flags)
+    key = Key.load_or_make(settings.folder / "keys" / name)
+    folder = settings.folder / "nodes" / name
+    asyncio.run(
+        Validator(
+            url_of(url, settings),
+            key,
+            folder,
+            settings.validator,
+            run=settings.run.name,
+            root=known_root(settings),
+            name=name,
+        ).run()
+    )
+
+
+@app.command
+def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", json: bool = False) -> None:
+    """Judge transcripts in child processes."""
+    from farflung.protocol.identity import Key
+    from farflung.scorer import Scorer
+
+    start_logging(json)
+    settings = settings_of(config, flags)
+    key = Key.load_or_make(settings.folder / "keys" / name)
+    asyncio.run(Scorer(url_of(url, settings), key, settings, root=known_root(settings), name=name).run())
+
+
+@app.command
+def worker(
+    url: str,
+    *,
+    folder: Path = Path("farflung-worker"),
+    name: str = "",
+    run: str = "",
+    root: str = "",
+    slots: int = 64,
+    threads: int = 1,
+    engine: Literal["local", "vllm"] = "local",
+    engine_url: str = WorkerSection().engine_url,
+    profile: str = "",
+    patience_s: float = 60.0,
+    relay_port: int = 0,
+    relay_url: str = "",
+    metrics_port: int = 0,
+    json: bool = False,
+) -> None:
+    """Generate rollouts for a coordinator.
+
+    Parameters
+    ----------
+    url
+        The coordinator's address.
+    folder
+        Where this node keeps its key and the weights it fetched.
+    name
+        What people see.
+    run
+        Which run to work for, if there are several.
+    root
+        Public root key in hex that must vouch for the run; empty to believe the first one met.
+    slots
+        Rollouts generated at once.
+    threads
+        Torch threads.
+    engine
+        What generates: this process, or a vLLM server.
+    engine_url
+        Where the vLLM server is; it must read this node's files.
+    profile
+        Numerics profile to be judged by, one that the run admits; empty for the run's own.
+    patience_s
+        How long to wait for a coordinator that does not answer.
+    relay_port
+        Open port to be a relay at as well, on all addresses; 0 to be none.
+    relay_url
+        Where nodes reach that relay, such as http://worker.example:7000.
+    metrics_port
+        Port on 127.0.0.1 for Prometheus; 0 for none.
+    json
+        Log as JSON.
+    """
+    from farflung.protocol.identity import Key
+    from farflung.worker import Worker
+
+    start_computing(json)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = Key.load_or_make(folder / "key")
+    pinned = bytes.fromhex(root) if root else None
+    settings = WorkerSection(
+        slots=slots,
+        threads=threads,
+        engine=engine,
+        engine_url=engine_url,
+        profile=profile,
+        metrics_port=metrics_port,
+    )
+    options: Any = {"run": run, "root": pinned, "name": name}
+    with contextlib.ExitStack() as stack:
+        if relay_port:
+            from farflung.ops.beside import relay_beside
+
+            if not relay_url:
+                raise ConfigError("--relay-port needs --relay-url, where nodes reach it: http://this-machine:port")
+            own = RelaySection(host="0.0.0.0", port=relay_port, public_url=relay_url)
+            address = stack.enter_context(relay_beside(url, folder, own, **options))
+            settings = settings.model_copy(update={"upstream": (address,)})
+        asyncio.run(Worker(url, key, folder, settings, patience_s=patience_s, **options).run())
+
+
+@app.command
+def join(
+    address: str,
+    *,
+    folder: Path = HOME,
+    name: str = "",
+    run: str = "",
+    invite: str = "",
+    slots: int = 64,
+    threads: int = 1,
+    engine: Literal["local", "vllm"] = "local",
+    engine_url: str = WorkerSection().engine_url,
+    profile: str = "",
+    disk_gb: float = 0.0,
+    memory_gb: float = 0.0,
+    context: int = 0,
+    unchecked: bool = False,
+    metrics_port: int = 0,
+    json: bool = False,
+) -> None:
+    """Join a run with this machine: make a key, check everything, work, and tell what was earned.
+
+    Parameters
+    ----------
+    address
+        As the operator gives it: https://host:port#root, where root is the public root key of the run in hex.
+    folder
+        Where this node keeps its key and the weights it fetches.
+    name
+        What people see; without it, a name made from the key.
+    run
+        Which run to work for, if there are several.
+    invite
+        Token, for runs that admit invited nodes only.
+    slots
+        Rollouts generated at once.
+    threads
+        Torch threads.
+    engine
+        What generates: this process, or a vLLM server.
+    engine_url
+        Where the vLLM server is; it must read this node's files.
+    profile
+        Numerics profile to be judged by, one that the run admits; empty for the run's own.
+    disk_gb
+        Most disk for weights; 0 for no bound but what is free.
+    memory_gb
+        Most memory for the model; 0 for half of the machine's.
+    context
+        Longest prompt and completion taken, in tokens; 0 for no limit.
+    unchecked
+        Join even if checks fail.
+    metrics_port
+        Port on 127.0.0.1 for Prometheus; 0 for none.
+    json
+        Log as JSON.
+    """
+    from farflung.ops.join import join as join_run
+
+    start_computing(json)
+    settings = WorkerSection(
+        slots=slots,
+        threads=threads,
+        engine=engine,
+        engine_url=engine_url,
+        profile=profile,
+        disk_gb=disk_gb,
+        memory_gb=memory_gb,
+        context=context,
+        metrics_port=metrics_port,
+    )
+    asyncio.run(join_run(address, folder, settings, name=name, run=run, invite=invite, is_checked=not unchecked))
+
+
+@app.command
+def relay(
+    url: str,
+    *,
+    folder: Path = Path("farflung-relay"),
+    name: str = "",
+    run: str = "",
+    root: str = "",
+    host: str = "127.0.0.1",
+    port: int = 0,
+    public_url: str = "",
+    upstream: str = "",
+    disk_gb: float = 0.0,
+    json: bool = False,
+) -> None:
+    """Mirror a run's weights and serve them to nodes.
+
+    Parameters
+    ----------
+    url
+        The coordinator's address.
+    folder
+        Where this relay keeps its key and what it mirrors.
+    name
+        What people see.
+    run
+        Which run to mirror, if there are several.
+    root
+        Public root key in hex that must vouch for the run; empty to believe the first one met.
+    host
+        Address to listen on.
+    port
+        Port to listen on; 0 for any free one.
+    public_url
+        Where nodes reach it, such as http://relay.example:7000; empty for host and port.
+    upstream
+        Addresses of relays to mirror from, with commas between them; empty for the coordinator alone.
+    disk_gb
+        Most disk for weights; 0 for no bound but what is free.
+    json
+        Log as JSON.
+    """
+    from farflung.protocol.identity import Key
+    from farflung.relay import Relay
+
+    start_logging(json)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = Key.load_or_make(folder / "key")
+    settings = RelaySection(host=host, port=port, public_url=public_url, upstream=parts_of(upstream), disk_gb=disk_gb)
+    pinned = bytes.fromhex(root) if root else None
+    asyncio.run(Relay(url, key, folder, settings, run=run, root=pinned, name=name).run())

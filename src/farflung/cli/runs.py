@@ -1,0 +1,148 @@
+"""Commands for who operates a run: start it whole, export it, keep it safe, stop it, roll it back."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from farflung.cli.app import Flags, app, end_with, settings_of, url_of
+from farflung.config import load
+from farflung.ops.logs import start_logging
+
+
+@app.command
+def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, plain: bool = False) -> None:
+    """Run a whole experiment on this machine: coordinator, trainer, validators, scorers and workers.
+
+    Parameters
+    ----------
+    config
+        A TOML file, such as examples/demo.toml.
+    resume
+        Go on with the run in its folder.
+    fresh
+        Throw away an older run of the same name.
+    plain
+        Print lines instead of the live view, as it does anyway where there is no terminal.
+    """
+    from farflung.ops.swarm import Swarm, prepare
+
+    settings = settings_of(config, flags)
+    prepare(settings, resume=resume, fresh=fresh)
+    sys.exit(asyncio.run(Swarm(settings, is_plain=plain or not sys.stdout.isatty()).run()))
+
+
+@app.command
+def export(run: Path, out: Path, step: int | None = None) -> None:
+    """Write a run's policy as a plain Hugging Face folder with a model card.
+
+    Parameters
+    ----------
+    run
+        Folder of the run, such as runs/demo.
+    out
+        Folder to write; it must not exist.
+    step
+        A step whose checkpoint is kept; the newest by default.
+    """
+    from farflung.ops import export as exporting
+
+    sys.stdout.write(f"{out}: the policy of step {exporting.export(run, out, step)}\n")
+
+
+@app.command
+def sift(config: Path, *flags: Flags, out: Path, samples: int = 8, low: float = 0.1, high: float = 0.9) -> None:
+    """Sample the base model on a run's training tasks, and write those that it gets right neither never nor always.
+
+    Parameters
+    ----------
+    config
+        The TOML file of a run; env.train_tasks tasks of its environment are tried.
+    out
+        File to write, for env.keep of the same run.
+    samples
+        Answers to each task.
+    low
+        Smallest share of right answers that is kept.
+    high
+        Largest share that is kept.
+    """
+    from farflung.ops.sift import Band
+    from farflung.ops.sift import sift as choose
+
+    start_logging()
+    chosen, tried = asyncio.run(choose(load(config, flags), out, Band(samples, low, high)))
+    sys.stdout.write(f"kept {len(chosen)} of {tried} tasks, those with {low:.0%} to {high:.0%} of {samples} right; ")
+    sys.stdout.write(f'train on them with env.keep = "{out}"\n')
+
+
+@app.command
+def backup(config: Path, *flags: Flags, to: Path) -> None:
+    """Copy a run while it goes: keys, checkpoints, database, blobs, so that `farflung restore` can go on from there.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file, or the config.json in its folder.
+    to
+        A folder that is not there yet.
+    """
+    from farflung.ops.backup import back_up
+
+    end_with(back_up(settings_of(config, flags), to))
+
+
+@app.command
+def restore(backup: Path, *, to: Path) -> None:
+    """Make a run's folder from a backup, and check that everything in it holds together.
+
+    Parameters
+    ----------
+    backup
+        What `farflung backup` made.
+    to
+        The folder of runs, such as runs; the run gets its own there, which must not exist.
+    """
+    from farflung.ops.backup import restore as bring_back
+
+    end_with(bring_back(backup, to))
+
+
+@app.command
+def brake(config: Path, *flags: Flags, release: bool = False, url: str = "") -> None:
+    """Say whether verdicts and training are held because too many good nodes failed at once, or let them go on.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file, or the config.json in its folder.
+    release
+        Let them go on, once validators and weights were looked at.
+    url
+        The coordinator's address; without it, as written in the run's folder.
+    """
+    from farflung.ops.operate import release_brake, show_brake
+
+    settings = settings_of(config, flags)
+    tell = release_brake if release else show_brake
+    asyncio.run(tell(url_of(url, settings), settings))
+
+
+@app.command
+def rollback(config: Path, *flags: Flags, to_step: int, without: tuple[str, ...] = (), url: str = "") -> None:
+    """Take up an earlier step again: the next step restores it, and goes on without the work of some nodes.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file, or the config.json in its folder.
+    to_step
+        The last step to keep; `farflung story STEP` names who contributed to each.
+    without
+        Nodes to eject, whatever the evidence against them; may be given again and again.
+    url
+        The coordinator's address; without it, as written in the run's folder.
+    """
+    from farflung.ops.operate import roll_back
+
+    settings = settings_of(config, flags)
+    asyncio.run(roll_back(url_of(url, settings), settings, to_step, without))

@@ -1,0 +1,162 @@
+"""Commands about keys, numerics and attacks, and what this machine can do."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Literal
+
+from farflung.cli.app import HOME, Flags, app, settings_of
+from farflung.ops.logs import start_logging
+
+
+@app.command
+def key(path: Path) -> None:
+    """Show the key in a file, made if there is none: what an operator needs to grant it a role or to admit it.
+
+    Parameters
+    ----------
+    path
+        The key file.
+    """
+    from farflung.protocol.identity import Key, readable_name
+
+    found = Key.load_or_make(path)
+    sys.stdout.write(f"{readable_name(found.id)}\nnode   {found.id}\npublic {found.public.hex()}\n")
+
+
+@app.command
+def keys(
+    action: Literal["show", "rotate"],
+    config: Path,
+    *flags: Flags,
+    purpose: str = "",
+    root: Path | None = None,
+    days: float = 365.0,
+    public: str = "",
+    revoke: bool = False,
+) -> None:
+    """Show which keys speak for a run, or have the root delegate another one in place of one that is old or lost.
+
+    Parameters
+    ----------
+    action
+        `show` prints the root's delegations, `rotate` adds one.
+    config
+        The run's TOML file, or the config.json in its folder.
+    purpose
+        What the key is for: coordinator, weights, receipts or verdicts.
+    root
+        File of the root's private key; without it, keys/root in the run's folder.
+    days
+        How long the delegation lasts.
+    public
+        Public key in hex to delegate to; without it a fresh one is made in the run's folder.
+    revoke
+        Refuse the keys that had this purpose before from now on; without it they are good until they expire.
+    """
+    from farflung.ops import keys as ops_keys
+
+    settings = settings_of(config, flags)
+    if action == "show":
+        ops_keys.show(settings)
+    else:
+        ops_keys.rotate(settings, purpose, root, days, revoke=revoke, public=public)
+
+
+@app.command
+def calibrate(
+    model: str,
+    *,
+    profile: str = "torch-cpu-fp32",
+    out: Path,
+    prompts: Path | None = None,
+    tokens: int = 80_000,
+    threads: int = 1,
+    engine_url: str = "",
+) -> None:
+    """Measure how honest nodes of a numerics profile differ from a validator, and write the profile.
+
+    Parameters
+    ----------
+    model
+        Folder of a Hugging Face causal LM.
+    profile
+        Name of the profile; it names the arithmetic.
+    out
+        JSON file to write.
+    prompts
+        Text file with one prompt a line, or the TOML file of a run, whose environment gives them; without it, the
+        demo's sums.
+    tokens
+        Tokens generated in large batches; small batches add a third of that.
+    threads
+        Torch threads.
+    engine_url
+        A vLLM server that generates, whose arithmetic the profile then is; empty for this process.
+    """
+    from farflung.ops.calibrate import write_profile
+
+    start_logging()
+    write_profile(model, profile, out, prompts, tokens=tokens, threads=threads, engine_url=engine_url)
+
+
+@app.command
+def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7, times: int = 1) -> None:
+    """Run the gallery of adversaries against runs of one's own, and print what came of each.
+
+    Parameters
+    ----------
+    config
+        A TOML file, such as examples/redteam.toml.
+    attacks
+        Names from the gallery with commas between them; empty for all.
+    at_once
+        Adversaries in one swarm; as many swarms follow one another as are needed.
+    times
+        How often each attack is run; the table then has medians.
+    """
+    from farflung.ops.redteam import GALLERY
+    from farflung.ops.trial import run_trial, show
+
+    names = attacks.split(",") if attacks else list(GALLERY)
+    show(run_trial(settings_of(config, flags), names, at_once, times))
+
+
+@app.command
+def chaos(config: Path, *flags: Flags, minutes: float = 30.0, json: bool = False) -> None:
+    """Run a swarm on this machine, break every role of it on a seeded schedule, and say what each fault cost.
+
+    Parameters
+    ----------
+    config
+        A TOML file, such as examples/chaos.toml.
+    minutes
+        How long faults go on; the same run without faults comes first, for a quarter of that.
+    json
+        Print nothing but one line of JSON at the end.
+    """
+    import json as json_module
+
+    from farflung.ops.chaos import run_chaos
+
+    result = run_chaos(settings_of(config, flags), minutes, is_quiet=json)
+    sys.stdout.write(json_module.dumps(result) + "\n")
+    sys.exit(1 if result["invariant_violations"] else 0)
+
+
+@app.command
+def doctor(address: str = "", *, folder: Path = HOME) -> None:
+    """Check this machine, and the way to a run, for whatever could keep it from taking part.
+
+    Parameters
+    ----------
+    address
+        Address of a run; empty to check this machine alone.
+    folder
+        Where the node keeps its key and weights.
+    """
+    from farflung.ops.doctor import doctor as examine
+    from farflung.ops.join import parse
+
+    url, root = parse(address) if address else ("", None)
+    sys.exit(0 if asyncio.run(examine(url, folder, root)) else 1)
