@@ -81,7 +81,9 @@ def row(prompt: int, new: int, repeats: int, model: PreTrainedModel, local: Any,
     engines = {"farflung": local} | ({"vllm": served} if served else {})
     found: dict[str, Any] = {"prompt": prompt, "new": new}
     for name, one in engines.items():
-        one.generate(even[:8])
+        short = [k for k, done in enumerate(one.generate(even)) if done is None or len(done.ids) != even[k].budget]
+        if short:
+            raise SystemExit(f"{name} ended {len(short)} rows early, the first is {short[0]}")
         found[name] = rate(even, best_s(lambda one=one: one.generate(even), repeats))
         found[f"{name}_ragged"] = rate(ragged, best_s(lambda one=one: one.generate(ragged), repeats))
     taken_s = best_s(lambda: by_transformers(model, even), repeats)

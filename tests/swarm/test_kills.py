@@ -9,6 +9,7 @@ SMALL = (
     *("--run.steps", "6", "--learn.groups", "8", "--eval.tasks", "64", "--eval.samples", "0"),
     *("--swarm.kill", "0", "--swarm.cheats", "[]"),
 )
+SHORT = ("--run.steps", "4", "--eval.tasks", "0")
 
 
 def _accepted(status):
@@ -69,13 +70,13 @@ def test_every_trusted_role_is_killed_in_turn_and_nothing_is_lost(start):
 
 
 def test_stopped_run_resumes_and_ends(start):
-    first = start(*SMALL)
+    first = start(*SMALL, *SHORT)
     first.wait_for(lambda status: status["latest"]["step"] >= 2)
     first.process.terminate()
     output = first.finish()
     assert first.process.returncode == 130, output
-    second = start(*SMALL, resume=True)
+    second = start(*SMALL, *SHORT, resume=True)
     output = second.finish()
     assert second.process.returncode == 0, output
-    assert second.summary()["steps"] == 6
+    assert second.summary()["steps"] == 4
     check_books(second.folder)
