@@ -51,7 +51,7 @@ class Run:
     """A trainer's side: weights that move, step after step, and what was published of them."""
 
     def __init__(self, origin: Source, url: str, anchor_every: int = 16) -> None:
-        self.origin, self.url, self.weights = origin, url, first_weights()
+        self.origin, self.weights = origin, first_weights()
         self.client = Client(url, TRAINER, patience_s=1.0)
         self.publisher = Publisher(self.client, TRAINER, "test", anchor_every)
         self.digests: list[str] = []

@@ -116,11 +116,11 @@ def test_a_group_that_shares_its_prompt_says_what_its_members_say_alone(tiny_qwe
     assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in asked]
 
 
-def crowd(lengths: tuple[int, ...] = (100, 97, 100)) -> list[Request]:
+def crowd() -> list[Request]:
     """Groups of five with long prompts, whose members end at different times."""
-    prompts = [tuple((7 * g + 3 * k * k) % 30 + 2 for k in range(length)) for g, length in enumerate(lengths)]
+    prompts = [tuple((7 * g + 3 * k * k) % 30 + 2 for k in range(length)) for g, length in enumerate((100, 97, 100))]
     heats = (1.0, 0.0, 0.7)
-    return [Request(prompts[i % len(lengths)], 2**41 + i, heats[i % 5 % 3], 2 + 3 * i % 17) for i in range(15)]
+    return [Request(prompts[i % 3], 2**41 + i, heats[i % 5 % 3], 2 + 3 * i % 17) for i in range(15)]
 
 
 @pytest.mark.parametrize(

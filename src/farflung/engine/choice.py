@@ -9,6 +9,17 @@ Legend: B rows, V vocabulary.
 import torch
 
 
+def tempered(logits_BV: torch.Tensor, divisor_B1: torch.Tensor) -> torch.Tensor:
+    """Logits in float32, divided by each row's temperature; the logits themselves where that changes nothing."""
+    score_BV = logits_BV.float()
+    return score_BV / divisor_B1 if (divisor_B1 != 1).any() else score_BV
+
+
+def silenced(noise_BV: torch.Tensor, is_sampled_B1: torch.Tensor) -> torch.Tensor:
+    """Noise, in place, without that of greedy rows."""
+    return noise_BV if is_sampled_B1.all() else noise_BV.mul_(is_sampled_B1)
+
+
 def best(score_BV: torch.Tensor) -> torch.Tensor:
     """The index of each row's highest score, the first of equals (B,)."""
     if score_BV.device.type == "cpu" and score_BV.dtype == torch.float32:

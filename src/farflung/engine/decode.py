@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from farflung.engine.base import Completion, Request
 from farflung.engine.cache import RoomyCache, compacted
-from farflung.engine.choice import best, log_sum_exp
+from farflung.engine.choice import best, log_sum_exp, silenced, tempered
 from farflung.engine.fingerprint import Sketches, Tap, tapped
 from farflung.engine.noise import gumbel
 from farflung.engine.shared import SharedPrompts, attending, has_kernel, is_worth_sharing
@@ -177,8 +177,7 @@ class _Sampler:
         self._seeds = [request.seed for request in requests]
         self._is_sampled_B1 = (temperature_B > 0)[:, None]
         self._divisor_B1 = torch.where(temperature_B > 0, temperature_B, 1.0)[:, None]
-        self._is_greedy, self._is_mixed = not self._is_sampled_B1.any(), not self._is_sampled_B1.all()
-        self._is_scaled = bool((self._divisor_B1 != 1).any())
+        self._is_greedy = not self._is_sampled_B1.any()
         self._first = 0
         self._noise_KBV: torch.Tensor | None = None
         self._rooms_2BV: torch.Tensor | None = None
@@ -186,9 +185,7 @@ class _Sampler:
 
     def pick(self, logits_BV: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token of each row and its log-probability at the sampling temperature (1 where greedy)."""
-        score_BV = logits_BV.float()
-        if self._is_scaled:
-            score_BV = score_BV / self._divisor_B1
+        score_BV = tempered(logits_BV, self._divisor_B1)
         if self._rooms_2BV is None:
             self._rooms_2BV = torch.empty(2, *score_BV.shape, device=score_BV.device)
         made_BV, room_BV = self._rooms_2BV[:, : len(score_BV)]
@@ -211,11 +208,11 @@ class _Sampler:
         ahead = _NOISE_AHEAD // (rows * vocab)
         if ahead <= 1 and self._noise_KBV is None:
             noise_BV = gumbel(self._seeds, position, vocab, room_BV.device, out=room_BV)
-            return noise_BV.mul_(self._is_sampled_B1) if self._is_mixed else noise_BV
+            return silenced(noise_BV, self._is_sampled_B1)
         if self._noise_KBV is None or position >= self._first + len(self._noise_KBV):
             positions = [position + k for k in range(ahead) for _ in self._seeds]
             flat = gumbel(self._seeds * ahead, positions, vocab, room_BV.device)
-            self._noise_KBV = flat.view(ahead, rows, vocab).mul_(self._is_sampled_B1)
+            self._noise_KBV = silenced(flat.view(ahead, rows, vocab), self._is_sampled_B1)
             self._first = position
         return self._noise_KBV[position - self._first]
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Replay, Request
-from farflung.engine.choice import best, log_sum_exp
+from farflung.engine.choice import best, log_sum_exp, silenced, tempered
 from farflung.engine.fingerprint import sketches, tapped
 from farflung.engine.noise import gumbel
 
@@ -182,14 +182,9 @@ def look(
 ) -> torch.Tensor:
     """Gap, margin, pick and logp (4, N) of tokens under `logits / T + noise`; without noise and T where T = 0."""
     is_sampled_N1 = (t_N > 0)[:, None]
-    divisor_N1 = torch.where(is_sampled_N1, t_N[:, None], 1.0)
-    policy_NV = logits_NV.float()
-    if (divisor_N1 != 1).any():
-        policy_NV = policy_NV / divisor_N1
-    score_NV = gumbel(seed_N, position_N, logits_NV.shape[1], logits_NV.device)
-    if not is_sampled_N1.all():
-        score_NV.mul_(is_sampled_N1)
-    score_NV.add_(policy_NV)
+    policy_NV = tempered(logits_NV, torch.where(is_sampled_N1, t_N[:, None], 1.0))
+    noise_NV = gumbel(seed_N, position_N, logits_NV.shape[1], logits_NV.device)
+    score_NV = silenced(noise_NV, is_sampled_N1).add_(policy_NV)
     sent_N = score_NV.gather(-1, token_N[:, None])[:, 0]
     pick_N1 = best(score_NV)[:, None]
     first_N = score_NV.gather(-1, pick_N1)[:, 0]
