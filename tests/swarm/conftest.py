@@ -108,7 +108,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The demo as it ships but for fewer steps, run to its end."""
-    running = Running(tmp_path_factory.mktemp("demo"), "--run.steps", "6", "--eval.tasks", "256")
+    fewer = ("--run.steps", "6", "--eval.tasks", "256", "--eval.sampled_tasks", "16")
+    running = Running(tmp_path_factory.mktemp("demo"), *fewer)
     running.finish()
     yield running
     assert running.process.returncode == 0, running.output

@@ -6,10 +6,9 @@ import pytest
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 SMALL = (
-    *("--run.steps", "6", "--learn.groups", "8", "--eval.tasks", "64", "--eval.samples", "0"),
-    *("--swarm.kill", "0", "--swarm.cheats", "[]"),
+    *("--run.steps", "7", "--learn.groups", "8", "--eval.tasks", "64", "--eval.samples", "0"),
+    *("--swarm.kill", "0", "--swarm.cheats", "[]", "--learn.checkpoint_every", "3", "--coordinator.claim_s", "2"),
 )
-SHORT = ("--run.steps", "4", "--eval.tasks", "0")
 
 
 def _accepted(status):
@@ -42,8 +41,8 @@ def check_books(folder):
     assert _one(folder, "SELECT coalesce(sum(tokens), 0) FROM entries") == 0
 
 
-def test_every_trusted_role_is_killed_in_turn_and_nothing_is_lost(start):
-    running = start(*SMALL, "--learn.checkpoint_every", "3", "--coordinator.claim_s", "2")
+def test_every_trusted_role_is_killed_in_turn_then_all_are_stopped_and_nothing_is_lost(start):
+    running = start(*SMALL)
     running.wait_for(lambda status: status["latest"]["step"] >= 1)
     running.kill("validator-1")
     running.kill("scorer")
@@ -56,27 +55,19 @@ def test_every_trusted_role_is_killed_in_turn_and_nothing_is_lost(start):
     assert _accepted(after) >= _accepted(before)
     assert {name: running.pid(name) for name in workers} == workers, "workers must survive the coordinator"
     running.kill("nursery-light")
+    running.wait_for(lambda status: status["latest"]["step"] >= 5)
+    running.process.terminate()
     output = running.finish()
-    assert running.process.returncode == 0, output
+    assert running.process.returncode == 130, output
     assert "nursery-light ended, starting it again" in output
     for role in ("validator-1", "scorer", "trainer", "coordinator"):
         assert f"{role} ended with -9, starting it again" in output
     log = (running.folder / "logs" / "trainer.log").read_text()
     assert "replayed step=" in log, "the steps since the checkpoint are replayed to their recorded weights"
+    running = start(*SMALL, resume=True)
+    output = running.finish()
+    assert running.process.returncode == 0, output
     summary = running.summary()
-    assert (summary["steps"], summary["honest_ejected"]) == (6, 0)
+    assert (summary["steps"], summary["honest_ejected"]) == (7, 0)
     assert summary["eval_after"] > summary["eval_before"]
     check_books(running.folder)
-
-
-def test_stopped_run_resumes_and_ends(start):
-    first = start(*SMALL, *SHORT)
-    first.wait_for(lambda status: status["latest"]["step"] >= 2)
-    first.process.terminate()
-    output = first.finish()
-    assert first.process.returncode == 130, output
-    second = start(*SMALL, *SHORT, resume=True)
-    output = second.finish()
-    assert second.process.returncode == 0, output
-    assert second.summary()["steps"] == 4
-    check_books(second.folder)

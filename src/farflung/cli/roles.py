@@ -9,6 +9,7 @@ from farflung.cli.app import HOME, Flags, app, known_root, parts_of, settings_of
 from farflung.config import RelaySection, WorkerSection
 from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.identity import Key
 
 
 @app.command
@@ -24,7 +25,6 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
 def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> None:
     """Claim batches, take steps, publish weights; started by torchrun, over all of its processes."""
     from farflung.learner.ranks import join as meet
-    from farflung.protocol.identity import Key
     from farflung.trainer import Trainer, follow
 
     start_computing(json)
@@ -40,7 +40,6 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
 @app.command
 def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator-1", json: bool = False) -> None:
     """Replay drawn rollouts and sign what was seen."""
-    from farflung.protocol.identity import Key
     from farflung.validator import Validator
 
     start_computing(json)
@@ -63,7 +62,6 @@ def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator
 @app.command
 def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", json: bool = False) -> None:
     """Judge transcripts in child processes."""
-    from farflung.protocol.identity import Key
     from farflung.scorer import Scorer
 
     start_logging(json)
@@ -126,12 +124,13 @@ def worker(
     json
         Log as JSON.
     """
-    from farflung.protocol.identity import Key
-    from farflung.worker import Worker
 
     start_computing(json)
     folder.mkdir(parents=True, exist_ok=True)
     key = Key.load_or_make(folder / "key")
+    asyncio.run(_reach(url, key, patience_s))
+    from farflung.worker import Worker
+
     pinned = bytes.fromhex(root) if root else None
     settings = WorkerSection(
         slots=slots,
@@ -152,6 +151,18 @@ def worker(
             address = stack.enter_context(relay_beside(url, folder, own, **options))
             settings = settings.model_copy(update={"upstream": (address,)})
         asyncio.run(Worker(url, key, folder, settings, patience_s=patience_s, **options).run())
+
+
+async def _reach(url: str, key: Key, patience_s: float) -> None:
+    """Meet the coordinator before torch is loaded, so that a wrong address is told at once."""
+    from farflung.protocol.client import Client
+    from farflung.protocol.session import greet
+
+    client = Client(url, key, patience_s=patience_s)
+    try:
+        await greet(client)
+    finally:
+        await client.close()
 
 
 @app.command
@@ -270,7 +281,6 @@ def relay(
     json
         Log as JSON.
     """
-    from farflung.protocol.identity import Key
     from farflung.relay import Relay
 
     start_logging(json)

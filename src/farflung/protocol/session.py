@@ -51,6 +51,17 @@ class Index(msgspec.Struct, frozen=True):
     runs: list[str]
 
 
+async def greet(client: Client) -> Index:
+    """Who answers at the client's address. Raises Refusal, or TooOld if it speaks another protocol than we do."""
+    index = await client.get("/v1", Index)
+    if not index.minimum_version <= VERSION <= index.version:
+        raise TooOld(
+            f"this node speaks protocol {VERSION}, {client.url} speaks {index.minimum_version} to {index.version}; "
+            "upgrade with: pip install -U farflung"
+        )
+    return index
+
+
 def hardware() -> Hardware:
     """This machine, as it is shown to people."""
     return Hardware(
@@ -127,12 +138,7 @@ class Session:
         profile: str = "",
     ) -> "Session":
         """Register and learn the run. Raises Refusal, BadSignature or ConfigError."""
-        index = await client.get("/v1", Index)
-        if not index.minimum_version <= VERSION <= index.version:
-            raise TooOld(
-                f"this node speaks protocol {VERSION}, {client.url} speaks {index.minimum_version} to {index.version}; "
-                "upgrade with: pip install -U farflung"
-            )
+        index = await greet(client)
         client.tag = index.coordinator
         run = run or _only(index.runs)
         answer = await client.get(f"/v1/runs/{run}", Run)
