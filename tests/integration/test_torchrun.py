@@ -183,13 +183,3 @@ def test_a_trainer_that_waits_for_its_batch_leaves_when_told(sites, monkeypatch)
 
     asyncio.run(life())
     assert trainer.done_step == 0
-
-
-def test_a_step_whose_groups_are_each_alike_says_its_reward(sites) -> None:
-    site = sites()
-    trainer = Trainer(site.url, named("trainer"), site.config(3))
-    batch = m.Batch(
-        step=1, seen_groups=8, seen_reward=0.75, secret_commitment="0" * 64, probe="0" * 64, temperature=1.0, groups=[]
-    )
-    told = trainer._metrics(batch, None)
-    assert (told["reward"], told["informative_share"]) == (0.75, 0.0)
