@@ -1,6 +1,6 @@
 """A real language model learns sums: farflung against TRL on the same machine, with the same model and tasks.
 
-    python bench/learn.py [--quick] [--seeds 3] [--until 0.5 0.7] [--peer-python PYTHON | --no-peer]
+    python bench/learn.py [--quick] [--seeds 3] [--until 0.5 0.7] [--keep FOLDER] [--peer-python PYTHON | --no-peer]
 
 SmolLM2 on single-digit sums as a chat: 8 prompts × 8 samples a step, at most 24 new tokens, temperature 1, lr 1e-5,
 AdamW (0.9, 0.999). farflung runs a trainer, a validator and a worker with verification on, each step on the groups of
@@ -12,6 +12,7 @@ Prints one JSON object as its last line: ratios are ours ÷ the peer's, medians 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,20 @@ def curve_of(path: Path, cpu_s: float, peak_mb: float) -> Curve:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def place(keep: Path | None, seed: int) -> Iterator[Path]:
+    """A folder for the runs of a seed."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="farflung-learn-") as scratch:
+            yield Path(scratch)
+        return
+    folder = keep.resolve() / f"seed-{seed}"
+    if folder.exists():
+        raise SystemExit(f"{folder} is there already; name another folder with --keep")
+    folder.mkdir(parents=True)
+    yield folder
+
+
 def report(our: Sequence[Curve], theirs: Sequence[Curve], levels: Sequence[float]) -> dict[str, Any]:
     """The figures of all seeds."""
     found: dict[str, Any] = {
@@ -301,6 +316,9 @@ def main() -> int:
     made.add_argument("--peer-python", type=Path, help="an environment with TRL; made if not given")
     made.add_argument("--peer-steps", type=Path, nargs="*", help="lines of earlier runs of the peer, one file a seed")
     made.add_argument("--no-peer", action="store_true")
+    made.add_argument(
+        "--keep", type=Path, help="a folder for the records of all runs, which are thrown away without it"
+    )
     made.add_argument("--picture", type=Path, help="where the curves go, as an SVG")
     asked = made.parse_args()
     if not SMOL.exists():
@@ -311,10 +329,10 @@ def main() -> int:
     is_asked = not asked.no_peer and not theirs
     python = (asked.peer_python or environment()) if is_asked else Path()
     for seed in range(1, seeds + 1):
-        with tempfile.TemporaryDirectory(prefix="farflung-learn-") as scratch:
-            our.append(ours(Path(scratch), seed, asked.steps, levels[-1], asked.threads, asked.minibatches))
+        with place(asked.keep, seed) as folder:
+            our.append(ours(folder, seed, asked.steps, levels[-1], asked.threads, asked.minibatches))
             if is_asked:
-                theirs.append(peer(python, Path(scratch), seed, asked.steps, levels[-1], asked.threads))
+                theirs.append(peer(python, folder, seed, asked.steps, levels[-1], asked.threads))
     if asked.picture:
         picture(our, theirs, asked.picture)
     sys.stdout.write(json.dumps(report(our, theirs, levels)) + "\n")
