@@ -31,7 +31,7 @@ bench: .venv/installed
 	@echo "Making .venv: about 1.7 GB with the CPU build of torch; see README.md to choose another build."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install -c constraints.txt -e '.[learn,envs,dev]'
+	$(BIN)/pip install --no-compile -c constraints.txt -e '.[learn,envs,dev]' # each module when it is first imported
 	@touch $@
 
 clean:
