@@ -58,7 +58,8 @@ def test_nodes_join_and_leave_and_a_weights_key_is_rotated_while_the_run_goes_on
     output = running.finish()
     assert running.process.returncode == 130, output
     assert {node["name"] for node in status["nodes"]} >= {"lender", "stranger"}
-    assert not [node["name"] for node in status["nodes"] if node["status"] == "ejected"]
+    summary = running.summary()
+    assert (summary["honest_ejected"], summary["nodes_seen"]) == (0, 4)
 
 
 def accepted(status, name):

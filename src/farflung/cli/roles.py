@@ -124,7 +124,6 @@ def worker(
     json
         Log as JSON.
     """
-
     start_computing(json)
     folder.mkdir(parents=True, exist_ok=True)
     key = Key.load_or_make(folder / "key")
