@@ -33,9 +33,21 @@ def test_weights_that_were_loaded_anew_are_the_ones_that_count() -> None:
             for mine, given in zip(fast.parameters(), plain.parameters(), strict=True):
                 mine.copy_(given)
         for rows in ROWS:
-            x = torch.randn(rows, WIDTH)
+            x = torch.randn(rows, 1, WIDTH)
             with torch.inference_mode():
                 torch.testing.assert_close(fast(x), plain(x))
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL packs nothing")
+def test_weights_are_packed_for_a_full_batch_that_decodes_and_for_no_prefill() -> None:
+    fast = nn.Linear(WIDTH, HEIGHT)
+    hasten(nn.Sequential(fast))
+    with torch.inference_mode():
+        for shape in ((1, FULL_ROWS), (FULL_ROWS,), (FEW_ROWS, 1)):
+            fast(torch.randn(*shape, WIDTH))
+        assert fast._packed[1] is None
+        fast(torch.randn(FULL_ROWS, 1, WIDTH))
+    assert fast._packed[1] is not None
 
 
 def test_small_layers_other_types_and_classes_of_their_own_are_left_alone() -> None:

@@ -8,7 +8,8 @@ copied into the order that suits the kernel. All products of a decoding step of 
     `(W @ x.T).T`                49    49    63    76   117   copies the rows
     packed for 64 rows           80    80    80    80    80   the weight was copied once
 
-So a few rows take the second way, and a full batch the third.
+So a few rows take the second way, and a full batch the third while it decodes: packing pays after ten tokens, and
+a prefill of as many positions does not come again.
 """
 
 from typing import Any
@@ -22,7 +23,10 @@ FEW_ROWS, FULL_ROWS = 40, 64
 LEAST_WEIGHT = 1 << 16
 """Elements of a weight from which on it matters: to copy a smaller one takes less time than to do otherwise."""
 MOST_PACKED = 1 << 29
-"""Parameters of a model up to which weights are packed, for that takes their memory once more (2 GiB)."""
+"""Parameters of a model up to which weights are packed, for that takes their memory once more (2 GiB).
+
+MKL asks for still more, 10 MB a weight, and never writes there; a process that keeps what it freed finds it full.
+"""
 
 
 def hasten(model: nn.Module) -> None:
@@ -50,7 +54,11 @@ class _Linear(nn.Linear):
         if not 1 < rows <= FULL_ROWS or input.device.type != "cpu" or input.dtype != torch.float32:
             return F.linear(input, self.weight, self.bias)
         x = input.reshape(rows, self.in_features)
-        out = torch.mm(self.weight, x.t()).t().contiguous() if rows <= FEW_ROWS else self._full(x)
+        if rows <= FEW_ROWS:
+            out = torch.mm(self.weight, x.t()).t().contiguous()
+        else:
+            is_decoding = input.dim() > 2 and input.shape[-2] == 1  # a token of each row, and many more to come
+            out = self._full(x) if is_decoding else F.linear(x, self.weight)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*input.shape[:-1], self.out_features)
@@ -68,6 +76,7 @@ class _Packing(_Linear):
 
     def _full(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed[0] != self.weight._version:
+            self._packed = -1, None  # so that the next one takes the same memory
             packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, FULL_ROWS)
             self._packed = self.weight._version, packed
         padded = F.pad(x, (0, 0, 0, FULL_ROWS - len(x))) if len(x) < FULL_ROWS else x
