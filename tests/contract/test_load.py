@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--nodes", "60", "--seconds", "6", "--rate", "15"]
+SMALL = ["--nodes", "60", "--seconds", "4", "--rate", "20"]
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
 

@@ -144,7 +144,14 @@ def sites(make_house) -> Iterator[Any]:
             run={"steps": 4},
             eval={"tasks": 0},
             trust={"canaries": 0},
-            learn={"tripwire": False, "lr": 1e-3, "minibatches": 2, "lockstep": True, "max_staleness": 0},
+            learn={
+                "tripwire": False,
+                "lr": 1e-3,
+                "minibatches": 2,
+                "entropy": 0.01,
+                "lockstep": True,
+                "max_staleness": 0,
+            },
         )
         house.clock = house.coordinator.clock = Now()
         made.append(Site(house))
@@ -156,9 +163,10 @@ def sites(make_house) -> Iterator[Any]:
 
 
 @pytest.mark.timeout(3 * WAIT_S)
-def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(sites, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_and_go_on_from_its_checkpoint_as_it_does_from_theirs(sites, tmp_path: Path) -> None:
     one, two = sites(), sites()
     alone(one, 3)
+    alone(two, 1)
     by_torchrun(two, 2, tmp_path)
     folder = two.house.config.folder / "checkpoints" / "step-000002"
     assert len(list(folder.glob("model-*-of-00002.safetensors"))) == 2
