@@ -13,10 +13,10 @@ test: .venv/installed
 	@$(MAKE) --no-print-directory -j3 check test-swarm test-rest
 
 test-swarm: .venv/installed
-	$(BIN)/pytest tests/swarm
+	$(BIN)/pytest --durations 6 tests/swarm
 
 test-rest: .venv/installed
-	$(BIN)/pytest tests/unit tests/property tests/contract tests/integration tests/web
+	$(BIN)/pytest --durations 12 tests/unit tests/property tests/contract tests/integration tests/web
 
 check: .venv/installed
 	$(BIN)/ruff check

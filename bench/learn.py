@@ -4,8 +4,7 @@
 
 SmolLM2 on single-digit sums as a chat: 8 prompts × 8 samples a step, at most 24 new tokens, temperature 1, lr 1e-5,
 AdamW (0.9, 0.999). farflung runs a trainer, a validator and a worker with verification on, each step on the groups of
-the policy before it (`learn.lockstep`) in `--minibatches` optimizer updates on cispo, the mean of each rollout's tokens
-first, where few tokens carry the reward; TRL's GRPOTrainer, its own loss and one update, runs in an environment
+the policy before it (`learn.lockstep`) in `--minibatches` optimizer updates; TRL's GRPOTrainer runs in an environment
 that this script makes in a cache folder, in float32 where the machine does not compute in bfloat16. Each is stopped
 once the mean reward of five steps reaches the last of `--until`. Clocks start when training does: models are loaded,
 nothing is generated yet.
@@ -130,8 +129,6 @@ def ours(folder: Path, seed: int, most_steps: int, until: float, threads: int, m
             "lockstep": True,
             "max_staleness": 0,
             "lr": LR,
-            "loss": "cispo",
-            "normalise": "sequence",
             "beta1": BETAS[0],
             "beta2": BETAS[1],
             "minibatches": minibatches,
