@@ -15,6 +15,7 @@ from safetensors.torch import save
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from farflung.learner import room
 from farflung.protocol.client import Client
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import BadSignature, Busy, FarflungError, WeightsError
@@ -395,16 +396,28 @@ def test_an_older_version_makes_room_for_a_newer_one(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_so_and_a_trainer_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = SimpleNamespace(free=cache.SPARE_BYTES + 10)
+    said: list[str] = []
+
+    def hear(trouble: str) -> None:
+        said.append(trouble)
+        disk.free += 1 << 30
+
     async def scene() -> None:
         signed, shard = version()
-        monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=cache.SPARE_BYTES + 10))
+        digest = manifest_digest(signed)
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: disk)
         origin = Source(signed, shard)
         async with served(origin.app()) as origin_url, versions_of(origin_url, tmp_path) as versions:
             with pytest.raises(WeightsError, match="bytes more disk"):
-                await versions.fetch(manifest_digest(signed))
+                await versions.fetch(digest)
+            await room.patiently("weights", lambda: versions.fetch(digest), hear, lambda: False)
+            assert versions.has(digest)
 
     asyncio.run(scene())
+    assert "bytes more disk" in said[0]
+    assert said[1:] == [""]
 
 
 def test_a_shard_damaged_on_disk_is_refused_when_loaded(tmp_path: Path) -> None:

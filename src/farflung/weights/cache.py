@@ -6,6 +6,7 @@ bytes, or from a base and adapters, and keeps the result, and the base; a relay 
 """
 
 import asyncio
+import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -256,7 +257,7 @@ class Versions:
         if missing > free:
             raise WeightsError(
                 f"step {manifest.step} needs {missing:,} bytes more disk, {free:,} are free in {self.folder}"
-            )
+            ) from OSError(errno.ENOSPC, "too little room on the disk")  # a trainer waits for some
 
     def _fits(self, more_bytes: int) -> bool:
         held = sum(path.stat().st_size for path in self.folder.iterdir())
