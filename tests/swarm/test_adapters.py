@@ -10,7 +10,7 @@ from farflung.ops.export import export
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 ADAPTERS = (
     *("--run.steps", "6", "--eval.tasks", "128", "--eval.samples", "0", "--learn.lora_rank", "8", "--learn.lr", "3e-3"),
-    *("--learn.checkpoint_every", "3", "--swarm.relays", "1"),
+    *("--learn.checkpoint_every", "3", "--learn.groups", "8", "--swarm.relays", "1"),
 )
 
 

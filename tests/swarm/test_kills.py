@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 SMALL = (
-    *("--run.steps", "7", "--learn.groups", "8", "--eval.tasks", "64", "--eval.samples", "0"),
+    *("--run.steps", "9", "--learn.groups", "4", "--eval.tasks", "64", "--eval.samples", "0"),
     *("--swarm.kill", "0", "--swarm.cheats", "[]", "--learn.checkpoint_every", "3", "--coordinator.claim_s", "2"),
 )
 
@@ -68,6 +68,6 @@ def test_every_trusted_role_is_killed_in_turn_then_all_are_stopped_and_nothing_i
     output = running.finish()
     assert running.process.returncode == 0, output
     summary = running.summary()
-    assert (summary["steps"], summary["honest_ejected"]) == (7, 0)
+    assert (summary["steps"], summary["honest_ejected"]) == (9, 0)
     assert summary["eval_after"] > summary["eval_before"]
     check_books(running.folder)

@@ -17,8 +17,8 @@ from farflung.tasks import keyring
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 LONG = (  # it is stopped once all has been seen
-    *("--run.steps", "40", "--learn.groups", "8", "--eval.tasks", "0", "--swarm.workers", "2", "--swarm.kill", "0"),
-    *("--swarm.cheats", "[]", "--swarm.relays", "0"),
+    *("--run.steps", "40", "--learn.groups", "4", "--eval.tasks", "0", "--swarm.workers", "2", "--swarm.kill", "0"),
+    *("--swarm.cheats", "[]", "--swarm.relays", "0", "--worker.pace_tokens_per_s", "100"),  # the cores are for others
 )
 
 

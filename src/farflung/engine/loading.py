@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
@@ -16,16 +17,19 @@ _NEVER = ("auto_map", "quantization_config")
 
 
 def build(config: Path | str | bytes, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the architecture that `config.json` (its bytes, or the folder it is in) describes, weights at random.
+    """A model of the architecture that `config.json` (its bytes, or the folder it is in) describes.
 
-    Only classes inside transformers are considered: no remote code. Raises ConfigError.
+    Its weights are whatever lay in memory: drawing 135 million takes two seconds, and others come in their place. Only
+    classes inside transformers are considered: no remote code. Raises ConfigError.
     """
     fields = read_config(config)
     try:
         settings = AutoConfig.for_model(**{key: value for key, value in fields.items() if key not in _NEVER})
-        model = AutoModelForCausalLM.from_config(
-            settings, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-        )
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
+        model.tie_weights()  # part of what was left out
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"config.json describes no causal language model that transformers knows: {error}") from error
     return model.eval().requires_grad_(False)
