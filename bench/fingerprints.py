@@ -60,13 +60,13 @@ Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
-class Watching(decode._Rows):
-    """Live rows that keep what the head was fed, a list per batch."""
+class Watching(decode.Rows):
+    """Live rows that keep what the head was fed, a list per batch: as all end together, none joins one under way."""
 
     batches: ClassVar[list[list[Any]]] = []
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def join(self, *arguments: Any) -> None:
+        super().join(*arguments)
         self.batches.append([self.fed_BD])
 
     def advance(self, token_B: torch.Tensor) -> None:
@@ -76,12 +76,12 @@ class Watching(decode._Rows):
 
 def generate(maker: LocalEngine, asked: Sequence[Request], rows: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """The ids of each request, and what the head was fed for each, (R, T, D). Nothing ends before its budget."""
-    maker.max_rows, plain = rows, decode._Rows
+    maker.max_rows, plain = rows, decode.Rows
     Watching.batches.clear()
-    decode._Rows = Watching
+    decode.Rows = Watching
     done = maker.generate(asked)
-    decode._Rows = plain
-    order = sorted(range(len(asked)), key=lambda index: len(asked[index].prompt_ids))
+    decode.Rows = plain
+    order = sorted(range(len(asked)), key=lambda index: decode.first(asked[index]))
     fed = torch.cat([torch.stack(batch[:TOKENS], dim=1) for batch in Watching.batches])
     return [item.ids for item in done], fed[torch.tensor(order).argsort()].numpy()
 

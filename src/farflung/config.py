@@ -259,7 +259,9 @@ class WorkerSection(Section):
     engine: Literal["local", "vllm"] = setting("local", "What generates: this process, or a vLLM server.")
     engine_url: str = setting("http://127.0.0.1:8000", "Where the vLLM server is; it must read this node's files.")
     profile: str = setting("", "Numerics profile to compute in, one that the run admits; empty for the run's own.")
-    slots: int = setting(64, "Rollouts generated at once.", ge=1, le=4096)
+    slots: int = setting(
+        64, "Rollouts generated at once; a lease holds up to twice as many, which join as others end.", ge=1, le=4096
+    )
     pace_tokens_per_s: float = setting(0.0, "Most tokens generated in a second, on average; 0 for no limit.", ge=0)
     threads: int = setting(1, "Torch threads.", ge=1)
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1)

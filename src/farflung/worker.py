@@ -29,7 +29,7 @@ from farflung.protocol.errors import (
     WrongWeights,
 )
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import Done, Empty, Lease, LeaseAnswer, LeaseRequest, Submission
+from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, Submission
 from farflung.protocol.session import Session
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, slices_of, submission_of, submit
@@ -39,6 +39,8 @@ from farflung.weights.patch import patch
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
+SEATINGS = 2
+"""Most rollouts of a lease, as a multiple of those generated at once: as some end, others join."""
 CATCH_UP_S = 10.0
 """How far a paced worker may have fallen behind its pace, by faults not its own, and still make up for it."""
 Wrap = Callable[[Engine], Engine]
@@ -140,9 +142,8 @@ class Worker:
         """One lease, from asking to handing in."""
         self.session.figures.phase = "waiting"
         figures = self.session.figures
-        ask = LeaseRequest(
-            loaded_step=figures.loaded_step, slots=self.settings.slots, context=self.settings.context, wait_s=WAIT_S
-        )
+        slots = min(SEATINGS * self.settings.slots, MAX_SAMPLES)
+        ask = LeaseRequest(loaded_step=figures.loaded_step, slots=slots, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
         self.weights.prefetch()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from farflung.engine import decode as decode_module  # noqa: E402
 from farflung.engine import noise, shared  # noqa: E402
 from farflung.engine import replay as replay_module  # noqa: E402
 from farflung.engine.base import Completion, Request  # noqa: E402
@@ -138,6 +140,50 @@ def test_attention_in_two_parts_says_what_the_definition_says(family: str, is_sh
     said = engine.generate(crowd())
     assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in crowd()]
     assert model.config._attn_implementation == attention, "left as it was"
+
+
+def stream(*, is_long: bool) -> list[Request]:
+    """Groups of four or five with prompts of many lengths, whose members end after one to thirty tokens."""
+    lengths = (97, 110, 101, 99, 104) if is_long else (3, 19, 4, 11, 6, 28, 5, 8)
+    prompts = [tuple((7 * g + 3 * k * k) % 30 + 2 for k in range(length)) for g, length in enumerate(lengths)]
+    heats = (1.0, 0.0, 0.7)
+    return [
+        Request(prompts[i % len(prompts)], 2**41 + i, heats[i % 7 % 3], 1 + 11 * i % 30)
+        for i in range((3 if is_long else 4) * len(prompts))
+    ]
+
+
+class Watched(decode_module.Rows):
+    """Rows that remember how many there were, and how many columns were kept for them."""
+
+    seen: ClassVar[list[tuple[int, int]]] = []
+
+    def advance(self, token_B) -> None:
+        super().advance(token_B)
+        self.seen.append((len(self), self._cache.layers.layers[0].keys.shape[2]))
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+@pytest.mark.parametrize("family", ["qwen", "gpt2-absolute-positions", "mistral-sliding"])
+def test_rows_that_join_say_what_the_definition_says(family, is_long, tiny_qwen, monkeypatch) -> None:
+    torch.manual_seed(2)
+    model = tiny_qwen() if family == "qwen" else transformers.AutoModelForCausalLM.from_config(other_families()[family])
+    engine, asked = LocalEngine(model.eval()), stream(is_long=is_long)
+    expected = [by_definition(model, request, engine.eos_ids) for request in asked]
+    assert [list(completion.ids) for completion in engine.generate(asked)] == expected
+    monkeypatch.setattr(decode_module, "Rows", Watched)
+    for slots in (2, 5):
+        engine.max_rows = slots
+        Watched.seen.clear()
+        said = engine.generate(asked)
+        if [list(completion.ids) for completion in said] != expected:
+            assert margins(engine, asked, said).max() < NEAR_TIE
+        rows, columns = zip(*Watched.seen, strict=True)
+        assert max(rows) <= slots
+        assert max(columns) <= 110 + 30, "columns of rows that left are forgotten"
+        if family != "mistral-sliding":
+            busy = rows[: -max(request.budget for request in asked)]
+            assert sum(busy) >= 0.8 * slots * len(busy) > 0, "no slot waits for the longest row"
 
 
 def test_attention_in_two_parts_is_what_ran(tiny_qwen, monkeypatch) -> None:

@@ -11,6 +11,7 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 ADAPTERS = (
     *("--run.steps", "6", "--eval.tasks", "128", "--eval.samples", "0", "--learn.lora_rank", "8", "--learn.lr", "3e-3"),
     *("--learn.checkpoint_every", "3", "--learn.groups", "8", "--swarm.relays", "1"),
+    *("--swarm.workers", "2", "--swarm.kill", "0"),
 )
 
 

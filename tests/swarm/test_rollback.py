@@ -8,18 +8,8 @@ import pytest
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 SMALL = (
-    "--run.steps",
-    "6",
-    "--learn.groups",
-    "4",
-    "--eval.tasks",
-    "0",
-    "--swarm.kill",
-    "0",
-    "--swarm.cheats",
-    "[]",
-    "--swarm.workers",
-    "3",
+    *("--run.steps", "6", "--learn.groups", "4", "--eval.tasks", "0", "--swarm.kill", "0"),
+    *("--swarm.cheats", "[]", "--swarm.workers", "2"),
 )
 
 

@@ -1,12 +1,13 @@
 """A cache of keys and values with room for what is to come: a token is written in place, a finished row costs nothing.
 
 A growing cache copies itself with every token and with every row that leaves. Here a token goes into room that was
-taken before, and a row that leaves is overwritten by the last one. Layers of other kinds (sliding windows, recurrent
-states) are left as transformers makes them.
+taken before, a row that leaves is overwritten by the last one, and one that joins takes its place. Layers of other
+kinds (sliding windows, recurrent states) are left as transformers makes them.
 
 Legend: B rows, H heads, T positions, D size of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,11 +27,16 @@ class RoomyCache:
         found = self.layers.layers
         self.layers.layers = [_RoomyLayer(horizon) if type(layer) is DynamicLayer else layer for layer in found]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model remembers keys and values of all positions and nothing else."""
+        return all(type(layer) is _RoomyLayer for layer in self.layers.layers)
+
     def take(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each layer, which the cache holds no more. Raises ValueError for layers of other kinds."""
-        found = [(layer.keys, layer.values) for layer in self.layers.layers if type(layer) is _RoomyLayer]
-        if len(found) != len(self.layers.layers):
+        if not self.is_plain:
             raise ValueError("this model remembers more than keys and values of all positions")
+        found = [(layer.keys, layer.values) for layer in self.layers.layers]
         self.layers.layers = [_RoomyLayer(self._horizon) for _ in found]
         return found
 
@@ -46,6 +52,16 @@ class RoomyCache:
                 layer.keep(live_B)
             else:
                 layer.reorder_cache(live_B)
+
+    def add(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """More rows behind those that are here, whose keys and values (B, H, T, D) end in the last column."""
+        for layer, (keys, values) in zip(self.layers.layers, layers, strict=True):
+            layer.add(keys, values)
+
+    def forget(self, count: int) -> None:
+        """Leave out the first columns of all rows."""
+        for layer in self.layers.layers:
+            layer.forget(count)
 
 
 def compacted(is_live_B: torch.Tensor) -> torch.Tensor:
@@ -63,6 +79,8 @@ class _RoomyLayer(DynamicLayer):
         super().__init__()
         self._horizon = horizon
         self._room: list[torch.Tensor] = []
+        self._first = 0
+        """Where the views begin in the wider tensors; forgotten columns are on their left."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Write what is fed behind what is there; gives all of it."""
@@ -70,38 +88,58 @@ class _RoomyLayer(DynamicLayer):
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.keys, self.values = key_states, value_states
             return self.keys, self.values
-        start, stop = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if not self._room or stop > self._room[0].shape[2]:
-            self._widen(stop)
-        rows = len(key_states)
+        rows, used, stop = len(key_states), self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        self._make_room(rows, stop)
         for room, fed in zip(self._room, (key_states, value_states), strict=True):
-            room[:rows, :, start:stop] = fed
+            room[:rows, :, self._first + used : self._first + stop] = fed
         self._show(rows, stop)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Any rows in any order, by a copy."""
         self.keys, self.values = self.keys[beam_idx], self.values[beam_idx]
-        self._room = []
+        self._room, self._first = [], 0
 
     def keep(self, live_B: torch.Tensor) -> None:
         """Rows that are all different and move towards the front, in place."""
+        if not self.is_initialized:
+            return
         if not self._room:
             self.reorder_cache(live_B)
             return
         gap_B = (live_B != torch.arange(len(live_B), device=live_B.device)).nonzero()[:, 0]
-        used = self.keys.shape[2]
-        if len(gap_B):
-            for room in self._room:
-                room[gap_B, :, :used] = room[live_B[gap_B], :, :used]
-        self._show(len(live_B), used)
+        for held in (self.keys, self.values) if len(gap_B) else ():
+            held[gap_B] = held[live_B[gap_B]]
+        self._show(len(live_B), self.keys.shape[2])
 
-    def _widen(self, least: int) -> None:
-        width = min(max(least, self._horizon), max(2 * self.keys.shape[2], least + _LEAST_ROOM))
-        for number, held in enumerate((self.keys, self.values)):
-            room = held.new_empty(len(held), held.shape[1], width, held.shape[3])
-            room[:, :, : held.shape[2]] = held
-            self._room[number : number + 1] = [room]
+    def add(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Rows that end in the last column; before their first one they hold zeros, for masked rubbish may be NaN."""
+        before, rows, used = len(self.keys), len(self.keys) + len(keys), self.keys.shape[2]
+        self._make_room(rows, used)
+        self._show(rows, used)
+        for held, new in zip((self.keys, self.values), (keys, values), strict=True):
+            held[before:, :, : used - new.shape[2]] = 0
+            held[before:, :, used - new.shape[2] :] = new
+
+    def forget(self, count: int) -> None:
+        """Show no more of the first columns."""
+        self._make_room(len(self.keys), self.keys.shape[2])
+        self._first += count
+        self._show(len(self.keys), self.keys.shape[2] - count)
+
+    def _make_room(self, rows: int, columns: int) -> None:
+        """Have wide tensors that hold so much from where the views begin; what is forgotten is not taken along."""
+        if self._room and rows <= len(self._room[0]) and self._first + columns <= self._room[0].shape[2]:
+            return
+        least = columns + (_LEAST_ROOM if self._first else 0)
+        width = max(least, min(self._horizon, max(2 * columns, columns + _LEAST_ROOM)))
+        rooms: list[torch.Tensor] = []
+        for held in (self.keys, self.values):
+            rooms.append(
+                held.new_empty(max(rows, len(self._room[0]) if self._room else 0), held.shape[1], width, held.shape[3])
+            )
+            rooms[-1][: len(held), :, : held.shape[2]] = held
+        self._room, self._first = rooms, 0
 
     def _show(self, rows: int, used: int) -> None:
-        self.keys, self.values = (room[:rows, :, :used] for room in self._room)
+        self.keys, self.values = (room[:rows, :, self._first : self._first + used] for room in self._room)

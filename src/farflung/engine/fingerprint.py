@@ -53,10 +53,13 @@ class Sketches:
             for nonce in dict.fromkeys(request.nonce for request in requests if request.nonce)
         }
 
-    def add(self, fed_BD: torch.Tensor, row_B: torch.Tensor, position: int) -> None:
-        """Take in one position of the rows that are still live."""
-        if position >= POSITIONS:
-            return
+    def add(self, fed_BD: torch.Tensor, row_B: torch.Tensor, position_B: torch.Tensor) -> None:
+        """Take in one position of each of the rows that are live."""
+        for position in position_B[position_B < POSITIONS].unique().tolist():
+            here_B = position_B == position
+            self._add_one(fed_BD[here_B], row_B[here_B], position)
+
+    def _add_one(self, fed_BD: torch.Tensor, row_B: torch.Tensor, position: int) -> None:
         self._count_R[row_B] += 1
         unit_BD = torch.nn.functional.normalize(fed_BD, dim=-1)
         for row_S, signs_TDK in self._rows.values():

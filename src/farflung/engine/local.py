@@ -73,22 +73,15 @@ class LocalEngine:
     def generate(
         self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None
     ) -> list[Completion | None]:
-        """Generate every request, in order, `max_rows` at a time; prompts of like length share a batch.
+        """Generate every request, in order, `max_rows` at a time: as some end, others join.
 
-        `should_stop` is asked before every token of a batch; once it says yes, what is incomplete stays None.
+        `should_stop` is asked before every token; once it says yes, what is incomplete stays None.
         """
         self._refuse_unloaded()
         _refuse_empty(requests)
-        order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
-        found: list[Completion | None] = [None] * len(requests)
-        for start in range(0, len(order), self.max_rows):
-            chunk = order[start : start + self.max_rows]
-            batch = decode(self.model, [requests[index] for index in chunk], self.eos_ids, should_stop, self._can_share)
-            for index, completion in zip(chunk, batch, strict=True):
-                found[index] = completion
-            if None in batch:
-                break
-        return found
+        if not requests:
+            return []
+        return decode(self.model, requests, self.eos_ids, should_stop, self._can_share, self.max_rows)
 
     @torch.inference_mode()
     def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:

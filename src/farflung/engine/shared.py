@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+Layer = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values."""
 LEAST_PROMPT, LEAST_ROWS = 96, 3
 """Positions of the longest prompt, and rows to a prompt, from which on it pays."""
 _NAME = "farflung-shared-prompts"
@@ -25,19 +27,39 @@ _BENDS = ("softcap", "sliding_window", "s_aux", "position_bias")
 class SharedPrompts:
     """The prompts of a batch and which row has which."""
 
-    def __init__(
-        self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], group_B: torch.Tensor, seen_GT: torch.Tensor | None
-    ) -> None:
+    own_mask_B11T: torch.Tensor | None = None
+    """What to add to a row's scores of its own part; None where all of it counts."""
+
+    def __init__(self, layers: Sequence[Layer], group_B: torch.Tensor, seen_GT: torch.Tensor) -> None:
         """Keys and values (G, H, T, D) of each layer; `seen_GT` is false where a prompt is padded."""
-        self._layers, self._mask_G11T = layers, None
-        if seen_GT is not None:
-            hidden = torch.zeros(seen_GT.shape, dtype=layers[0][0].dtype).masked_fill_(~seen_GT.bool(), -torch.inf)
-            self._mask_G11T = hidden[:, None, None]
+        self._hold(layers, group_B, seen_GT)
+
+    def add(self, layers: Sequence[Layer], group_B: torch.Tensor, seen_GT: torch.Tensor) -> None:
+        """More prompts, for rows behind those that are here. Those that nobody has any longer are left out."""
+        used_G, old_B = self._group_B.unique(return_inverse=True)
+        held = [
+            (_stacked(keys[used_G], more_keys, -2), _stacked(values[used_G], more_values, -2))
+            for (keys, values), (more_keys, more_values) in zip(self._layers, layers, strict=True)
+        ]
+        self._hold(held, torch.cat([old_B, group_B + len(used_G)]), _stacked(self._seen_GT[used_G], seen_GT, -1))
+
+    def _hold(self, layers: Sequence[Layer], group_B: torch.Tensor, seen_GT: torch.Tensor) -> None:
+        self._layers, self._seen_GT = layers, seen_GT
+        self._mask_G11T = None if seen_GT.all() else self._masked(~seen_GT)
         self._seat(group_B)
+
+    def beside(self, hidden_BT: torch.Tensor | None) -> "SharedPrompts":
+        """Itself, for rows some of whose own columns are hidden."""
+        self.own_mask_B11T = None if hidden_BT is None else self._masked(hidden_BT)
+        return self
 
     def keep(self, live_B: torch.Tensor) -> None:
         """Go on with these rows."""
         self._seat(self._group_B[live_B])
+
+    def _masked(self, hidden_BT: torch.Tensor) -> torch.Tensor:
+        zeros_BT = torch.zeros(hidden_BT.shape, dtype=self._layers[0][0].dtype)
+        return zeros_BT.masked_fill_(hidden_BT, -torch.inf)[:, None, None]
 
     def _seat(self, group_B: torch.Tensor) -> None:
         """Give each row a seat in its group; seats that stay empty ask what row 0 asks, and nobody reads the answer."""
@@ -57,6 +79,18 @@ class SharedPrompts:
         found_GHSD, log_sum_GHS = _flash(query_GHSD, keys, values, attn_mask=self._mask_G11T, scale=scale)
         found_BHD = found_GHSD.transpose(1, 2).flatten(0, 1)[self._place_B]
         return found_BHD, log_sum_GHS.transpose(1, 2).flatten(0, 1)[self._place_B]
+
+
+def _stacked(one: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
+    """Both along the first dimension; in another one the shorter of them begins with zeros."""
+    width = max(one.shape[dim], other.shape[dim])
+    return torch.cat([_begun(one, width, dim), _begun(other, width, dim)])
+
+
+def _begun(held: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    shape = list(held.shape)
+    shape[dim] = width - shape[dim]
+    return torch.cat([held.new_zeros(shape), held], dim) if shape[dim] else held
 
 
 def is_worth_sharing(prompts: Sequence[Sequence[int]], rows: int) -> bool:
@@ -94,7 +128,7 @@ def _attend(
     """Attention of one token (B, H, 1, D) to its own row and to its prompt. Raises ValueError where it cannot be so."""
     if shared is None or query.shape[2] != 1 or any(options.get(name) is not None for name in _BENDS):
         raise ValueError("this attention takes one token a row, prompts to share, and no windows, caps or sinks")
-    own_BH1D, own_sum_BH1 = _flash(query, key, value, scale=scaling)
+    own_BH1D, own_sum_BH1 = _flash(query, key, value, attn_mask=shared.own_mask_B11T, scale=scaling)
     found_BHD, found_sum_BH = shared.ask(int(module.layer_idx), query[:, :, 0], scaling)
     share_BH11 = torch.sigmoid(found_sum_BH[:, :, None] - own_sum_BH1)[..., None].to(query.dtype)
     return torch.lerp(own_BH1D, found_BHD[:, :, None], share_BH11).transpose(1, 2).contiguous(), None

@@ -82,6 +82,8 @@ def claim_audits(
     One that was claimed before and never answered waits from the end of that claim, so that an audit on which
     validators break does not keep them from all others.
     """
+    if connection.execute(_ANY, {"run": book.run}).first() is None:
+        return []
     _release(connection, book, now, AUDITS.c.claimed_until < now, why="the validator's claim lapsed")
     _release(connection, book, now, AUDITS.c.claimed_by == validator, why="the validator asks again")
     is_open = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "open", _may_answer(book, validator, now))
@@ -104,6 +106,13 @@ def claim_audits(
         .values(claimed_by=validator, claimed_until=now + book.config.coordinator.claim_s)
     )
     return rows
+
+
+_ANY = (  # there are none most of the times that a validator asks, so this is built once
+    sa.select(AUDITS.c.audit)
+    .where(AUDITS.c.run == sa.bindparam("run"), AUDITS.c.status.in_(("open", "claimed")))
+    .limit(1)
+)
 
 
 def _is_worth_claiming(connection: Connection, book: Book, is_open: Any, limit: int, since: float) -> bool:

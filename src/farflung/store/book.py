@@ -49,19 +49,14 @@ class Book:
 
     def status(self, connection: Connection) -> str:
         """running, finishing or finished."""
-        return connection.execute(sa.select(RUNS.c.status).where(RUNS.c.run == self.run)).scalar_one()
+        return connection.execute(_STATUS, {"run": self.run}).scalar_one()
 
     def latest(self, connection: Connection) -> Latest:
         """The newest committed step."""
         return memo(connection, ("latest", self.run), lambda: self._latest(connection))
 
     def _latest(self, connection: Connection) -> Latest:
-        row = connection.execute(
-            sa.select(STEPS.c.step, STEPS.c.manifest_digest)
-            .where(STEPS.c.run == self.run, STEPS.c.status == "committed")
-            .order_by(STEPS.c.step.desc())
-            .limit(1)
-        ).first()
+        row = connection.execute(_NEWEST, {"run": self.run}).first()
         step, manifest = (row.step, row.manifest_digest) if row else (-1, "")
         return Latest(status=self.status(connection), step=step, manifest=manifest)
 
@@ -75,6 +70,16 @@ class Book:
         if digest is None:
             raise NotFound(f"step {step} of run {self.run!r} has no weights yet")
         return digest
+
+
+# asked within nearly every transaction, so built once
+_STATUS = sa.select(RUNS.c.status).where(RUNS.c.run == sa.bindparam("run"))
+_NEWEST = (
+    sa.select(STEPS.c.step, STEPS.c.manifest_digest)
+    .where(STEPS.c.run == sa.bindparam("run"), STEPS.c.status == "committed")
+    .order_by(STEPS.c.step.desc())
+    .limit(1)
+)
 
 
 @lru_cache(maxsize=64)

@@ -254,17 +254,20 @@ def _eval_shares(connection: Connection, book: Book, step: int, part: Part, most
 def expire(connection: Connection, book: Book, now: float, listening_since: float) -> int:
     """Take back leases whose deadline passed or whose node fell silent while somebody listened; gives how many."""
     lost_since = now - book.config.lease.lost_s
-    silent = NODES.c.seen_at < (lost_since if listening_since < lost_since else 0.0)
-    rows = connection.execute(
-        sa.select(LEASES.c.lease, LEASES.c.node, LEASES.c.expires_at)
-        .join(NODES, NODES.c.node == LEASES.c.node)
-        .where(LEASES.c.run == book.run, LEASES.c.status == "open")
-        .where(sa.or_(LEASES.c.expires_at < now, silent))
-    ).all()
+    silent_since = lost_since if listening_since < lost_since else 0.0
+    rows = connection.execute(_OVER, {"run": book.run, "now": now, "silent_since": silent_since}).all()
     for row in rows:
         why = "deadline passed" if row.expires_at < now else "node fell silent"
         end_leases(connection, [row.lease], "expired", now, why=why, node=row.node)
     return len(rows)
+
+
+_OVER = (  # asked four times a second, so built once
+    sa.select(LEASES.c.lease, LEASES.c.node, LEASES.c.expires_at)
+    .join(NODES, NODES.c.node == LEASES.c.node)
+    .where(LEASES.c.run == sa.bindparam("run"), LEASES.c.status == "open")
+    .where(sa.or_(LEASES.c.expires_at < sa.bindparam("now"), NODES.c.seen_at < sa.bindparam("silent_since")))
+)
 
 
 def lost_leases(connection: Connection, nodes: Collection[str], since: float) -> dict[str, list[str]]:

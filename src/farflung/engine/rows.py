@@ -1,0 +1,170 @@
+"""The live rows of a decoding batch inside the model: prompts read once, cache, mask, positions and the next logits.
+
+Legend: B live rows, G different prompts, T columns of the cache, V vocabulary, D hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from farflung.engine.base import Request
+from farflung.engine.cache import RoomyCache
+from farflung.engine.fingerprint import Tap
+from farflung.engine.shared import SharedPrompts, attending
+
+
+class _Prompts(NamedTuple):
+    """Different prompts, padded on the left, as the model has read them."""
+
+    cache: RoomyCache
+    length_G: torch.Tensor
+    seen_GT: torch.Tensor
+    """False where a prompt is padded."""
+    logits_GV: torch.Tensor
+    fed_GD: torch.Tensor | None
+
+
+class Rows:
+    """All rows grow in the same column of the cache; what is on the left of a row's first column is masked.
+
+    A prompt that several requests share, as in a group, is read once. Where prompts are shared in attention too, the
+    cache holds what follows them. A row that joins has its prompt in the columns before the next one, so the longest
+    prompts come first.
+    """
+
+    logits_BV: torch.Tensor
+    fed_BD: torch.Tensor | None = None
+    """What the output head was fed for these logits, if there is a tap."""
+
+    def __init__(
+        self, model: PreTrainedModel, horizon: int, tap: Tap | None = None, *, is_shared: bool = False
+    ) -> None:
+        """`horizon` is the most positions that a row may come to."""
+        self._model, self._horizon, self._tap, self._is_shared = model, horizon, tap, is_shared
+        self._start_B = torch.empty(0, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self._start_B)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._model.device
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether rows may join those that are here: not where a layer remembers more than keys and values."""
+        return not len(self) or self._cache.is_plain
+
+    def join(self, requests: Sequence[Request], longest: int = 0) -> None:
+        """Read these requests' prompts; their rows come behind those that are here.
+
+        `longest` is the length of the longest prompt of those that have not joined yet, these included.
+        """
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(one.prompt_ids for one in requests))}
+        read = self._read(list(row_of))
+        asked_B = torch.tensor([row_of[one.prompt_ids] for one in requests], device=self.device)
+        if len(self):
+            self._forget(0 if self._is_shared else longest)
+            self._add(read, asked_B)
+        else:
+            self._begin(read, asked_B)
+        self._is_padded = bool((self._start_B != 0).any())
+
+    def advance(self, token_B: torch.Tensor) -> None:
+        """Feed one token to each row."""
+        place_B1 = (self._column - self._start_B + self._before_B)[:, None]
+        self._column += 1
+        hidden_BT = None
+        if self._is_padded:
+            hidden_BT = torch.arange(self._column, device=token_B.device) < self._start_B[:, None]
+        if self._is_shared:
+            with attending(self._model):
+                options = {"shared": self._shared.beside(hidden_BT)}
+                found = self._forward(self._cache, token_B[:, None], place_B1, None, **options)
+        else:
+            mask_BT = None if hidden_BT is None else (~hidden_BT).long()
+            found = self._forward(self._cache, token_B[:, None], place_B1, mask_BT)
+        self.logits_BV, self.fed_BD = found
+
+    def keep(self, live_B: torch.Tensor) -> None:
+        """Go on with these rows; the logits are the caller's to make anew."""
+        self._start_B, self._before_B = self._start_B[live_B], self._before_B[live_B]
+        if not len(live_B):
+            return
+        self._cache.keep(live_B)
+        if self._is_shared:
+            self._shared.keep(live_B)
+
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> _Prompts:
+        width, device = max(map(len, prompts)), self.device
+        length_G = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        ids_GT = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        place_GT = torch.arange(width, device=device) - (width - length_G)[:, None]
+        cache, seen_GT = RoomyCache(self._model, self._horizon), place_GT >= 0
+        mask_GT = None if seen_GT.all() else seen_GT.long()
+        return _Prompts(cache, length_G, seen_GT, *self._forward(cache, ids_GT, place_GT.clamp_(min=0), mask_GT))
+
+    def _begin(self, read: _Prompts, asked_B: torch.Tensor) -> None:
+        """The first rows, or the first after all others have left."""
+        self._cache, length_B = read.cache, read.length_G[asked_B]
+        nothing_B = torch.zeros_like(length_B)
+        if self._is_shared:
+            self._shared = SharedPrompts(read.cache.take(), asked_B, read.seen_GT)
+            self._column, self._start_B, self._before_B = 0, nothing_B, length_B
+        else:
+            self._cache.spread(asked_B)
+            self._column = int(read.length_G.max())
+            self._start_B, self._before_B = self._column - length_B, nothing_B
+        self.logits_BV = read.logits_GV[asked_B]
+        self.fed_BD = None if read.fed_GD is None else read.fed_GD[asked_B]
+
+    def _add(self, read: _Prompts, asked_B: torch.Tensor) -> None:
+        """More rows behind those that are here."""
+        length_B = read.length_G[asked_B]
+        layers = read.cache.take()
+        if self._is_shared:
+            self._shared.add(layers, asked_B, read.seen_GT)
+            self._cache.add([(keys[asked_B, :, :0], values[asked_B, :, :0]) for keys, values in layers])
+            start_B, before_B = torch.full_like(length_B, self._column), length_B
+        else:
+            self._cache.add([(keys[asked_B], values[asked_B]) for keys, values in layers])
+            start_B, before_B = self._column - length_B, torch.zeros_like(length_B)
+        self._start_B, self._before_B = torch.cat([self._start_B, start_B]), torch.cat([self._before_B, before_B])
+        self.logits_BV = torch.cat([self.logits_BV, read.logits_GV[asked_B]])
+        if self.fed_BD is not None and read.fed_GD is not None:
+            self.fed_BD = torch.cat([self.fed_BD, read.fed_GD[asked_B]])
+
+    def _forget(self, longest: int) -> None:
+        """Leave out the first columns, which belong to rows that have left, but as many as a prompt may need."""
+        count = min(int(self._start_B.min()), self._column - longest)
+        if count > 0:
+            self._cache.forget(count)
+            self._column -= count
+            self._start_B = self._start_B - count
+
+    def _forward(
+        self,
+        cache: RoomyCache,
+        ids_BT: torch.Tensor,
+        place_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        **options: SharedPrompts,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of each row's last token, and what the head was fed for them."""
+        # The last column by mask, not by slice: a strided bf16 input makes the output head 1,000 times slower on CPUs.
+        is_last_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        is_last_BT[:, -1] = True
+        out = self._model(
+            input_ids=ids_BT,
+            position_ids=place_BT,
+            attention_mask=mask_BT,
+            past_key_values=cache.layers,
+            use_cache=True,
+            logits_to_keep=is_last_BT,
+            **options,
+        )
+        fed_BD = None if self._tap is None else self._tap.fed_BD
+        return out.logits.view(len(ids_BT), -1).contiguous(), fed_BD
