@@ -43,7 +43,9 @@ class Rows:
     ) -> None:
         """`horizon` is the most positions that a row may come to."""
         self._model, self._horizon, self._tap, self._is_shared = model, horizon, tap, is_shared
+        self._shared: SharedPrompts | None = None
         self._start_B = torch.empty(0, dtype=torch.long)
+        """The first column of each row; it has `_before_B` positions before that, in a shared prompt."""
 
     def __len__(self) -> int:
         return len(self._start_B)
@@ -80,13 +82,13 @@ class Rows:
         hidden_BT = None
         if self._is_padded:
             hidden_BT = torch.arange(self._column, device=token_B.device) < self._start_B[:, None]
-        if self._is_shared:
-            with attending(self._model):
-                options = {"shared": self._shared.beside(hidden_BT)}
-                found = self._forward(self._cache, token_B[:, None], place_B1, None, **options)
-        else:
+        if self._shared is None:
             mask_BT = None if hidden_BT is None else (~hidden_BT).long()
             found = self._forward(self._cache, token_B[:, None], place_B1, mask_BT)
+        else:
+            self._shared.hide(hidden_BT)
+            with attending(self._model):
+                found = self._forward(self._cache, token_B[:, None], place_B1, None, shared=self._shared)
         self.logits_BV, self.fed_BD = found
 
     def keep(self, live_B: torch.Tensor) -> None:
@@ -95,7 +97,7 @@ class Rows:
         if not len(live_B):
             return
         self._cache.keep(live_B)
-        if self._is_shared:
+        if self._shared is not None:
             self._shared.keep(live_B)
 
     def _read(self, prompts: Sequence[tuple[int, ...]]) -> _Prompts:
@@ -125,7 +127,7 @@ class Rows:
         """More rows behind those that are here."""
         length_B = read.length_G[asked_B]
         layers = read.cache.take()
-        if self._is_shared:
+        if self._shared is not None:
             self._shared.add(layers, asked_B, read.seen_GT)
             self._cache.add([(keys[asked_B, :, :0], values[asked_B, :, :0]) for keys, values in layers])
             start_B, before_B = torch.full_like(length_B, self._column), length_B

@@ -28,7 +28,7 @@ class SharedPrompts:
     """The prompts of a batch and which row has which."""
 
     own_mask_B11T: torch.Tensor | None = None
-    """What to add to a row's scores of its own part; None where all of it counts."""
+    """What is added to the scores of each row's own part, if anything."""
 
     def __init__(self, layers: Sequence[Layer], group_B: torch.Tensor, seen_GT: torch.Tensor) -> None:
         """Keys and values (G, H, T, D) of each layer; `seen_GT` is false where a prompt is padded."""
@@ -48,10 +48,9 @@ class SharedPrompts:
         self._mask_G11T = None if seen_GT.all() else self._masked(~seen_GT)
         self._seat(group_B)
 
-    def beside(self, hidden_BT: torch.Tensor | None) -> "SharedPrompts":
-        """Itself, for rows some of whose own columns are hidden."""
+    def hide(self, hidden_BT: torch.Tensor | None) -> None:
+        """Which columns of a row's own part do not count; None where all do."""
         self.own_mask_B11T = None if hidden_BT is None else self._masked(hidden_BT)
-        return self
 
     def keep(self, live_B: torch.Tensor) -> None:
         """Go on with these rows."""
