@@ -1,5 +1,6 @@
 """What nodes and an operator may do in the middle of a run: join, lend a port, leave, rotate a key, and roll back."""
 
+import itertools
 import os
 import re
 import signal
@@ -130,7 +131,7 @@ def roll_back(running, status):
 
 
 def check_rolled_back(running, given_up, target):
-    """A step has the earlier weights, bit for bit, every other one its own, and nothing of that node follows."""
+    """A step has the earlier weights, bit for bit, others that taught something their own, and that node is out."""
     with sqlite3.connect(running.folder / "farflung.db") as database:
         digests = dict(database.execute("SELECT step, weights_digest FROM steps WHERE status = 'committed'").fetchall())
         step, restored = database.execute("SELECT step, restores FROM steps WHERE restores IS NOT NULL").fetchone()
@@ -142,5 +143,8 @@ def check_rolled_back(running, given_up, target):
         ).fetchone()[0]
     database.close()
     assert (restored, digests[step]) == (target, digests[target])
-    assert len(set(digests.values())) == len(digests) - 1, "every other step has weights of its own"
+    different = [digest for digest, _ in itertools.groupby(digests[number] for number in sorted(digests))]
+    assert len(different) - len(set(different)) <= 1, (
+        "no other step, if it changed anything, has weights of an earlier one"
+    )
     assert (ejected, later) == (["worker-1"], 0)
