@@ -18,7 +18,7 @@ from schemathesis import GenerationMode
 from farflung.protocol.identity import sign_request
 from farflung.protocol.server import listen
 
-EXAMPLES = 3
+EXAMPLES = 4
 ROOT = Path(__file__).parents[2]
 KNOWN = {"run": "test", "step": "1"}
 ROLES = {"worker": "eve", "trainer": "trainer", "scorer": "scorer", "validator": "val-1"}

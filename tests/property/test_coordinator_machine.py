@@ -217,5 +217,5 @@ def test_the_coordinator_keeps_its_books_whatever_happens(make_house, tmp_path) 
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     run_state_machine_as_test(
         lambda: Machine(),  # given the class itself, hypothesis parses this whole file, which fails at times
-        settings=settings(max_examples=6, stateful_step_count=50, suppress_health_check=checks),
+        settings=settings(max_examples=10, stateful_step_count=50, suppress_health_check=checks),
     )

@@ -1,11 +1,9 @@
-"""What nodes and an operator may do in the middle of a run: join, lend a port, leave, rotate a key, and roll back."""
+"""What nodes and an operator may do in the middle of a run: join, lend a port, leave, and rotate a key."""
 
-import itertools
 import os
 import re
 import signal
 import socket
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -37,7 +35,7 @@ def free_port():
         return one.getsockname()[1]
 
 
-def test_nodes_come_and_go_a_key_is_rotated_and_a_step_taken_back_while_the_run_goes_on(start, tmp_path):
+def test_nodes_join_and_leave_and_a_weights_key_is_rotated_while_the_run_goes_on(start, tmp_path):
     running = start(*LONG)
     running.wait_for(lambda status: status["latest"]["step"] >= 0)
     port, home, folder = free_port(), tmp_path / "home", tmp_path / "stranger"
@@ -57,13 +55,12 @@ def test_nodes_come_and_go_a_key_is_rotated_and_a_step_taken_back_while_the_run_
     rotate_weights_key(running)
     step = running.wait_for(lambda _: True)["latest"]["step"]
     status = running.wait_for(lambda status: status["latest"]["step"] >= step + 2)
-    given_up = roll_back(running, status)
     running.process.terminate()
     output = running.finish()
     assert running.process.returncode == 130, output
     assert {node["name"] for node in status["nodes"]} >= {"lender", "stranger"}
-    check_rolled_back(running, given_up, status["latest"]["step"] - 1)
-    assert running.summary()["nodes_seen"] == 4
+    summary = running.summary()
+    assert (summary["honest_ejected"], summary["nodes_seen"]) == (0, 4)
 
 
 def accepted(status, name):
@@ -116,35 +113,3 @@ def rotate_weights_key(running):
     assert len(publics) == 2, "the old key stays good for what it sealed"
     running.kill("coordinator")
     running.kill("trainer")
-
-
-def roll_back(running, status):
-    """As an operator does it: the step before the latest again, without worker-1, whose id this gives."""
-    worker = next(node["node"] for node in status["nodes"] if node["name"] == "worker-1")
-    config, latest = str(running.folder / "config.json"), status["latest"]["step"]
-    with farflung("rollback", config, "--to-step", str(latest - 1), "--without", worker) as rolling:
-        told, errors = rolling.communicate(timeout=60)
-    assert rolling.returncode == 0, errors
-    assert f"takes up step {latest - 1} again, without" in told
-    running.wait_for(lambda status: status["latest"]["step"] >= latest + 3)
-    return worker
-
-
-def check_rolled_back(running, given_up, target):
-    """A step has the earlier weights, bit for bit, others that taught something their own, and that node is out."""
-    with sqlite3.connect(running.folder / "farflung.db") as database:
-        digests = dict(database.execute("SELECT step, weights_digest FROM steps WHERE status = 'committed'").fetchall())
-        step, restored = database.execute("SELECT step, restores FROM steps WHERE restores IS NOT NULL").fetchone()
-        ejected = [row[0] for row in database.execute("SELECT name FROM nodes WHERE status = 'ejected'")]
-        later = database.execute(
-            """SELECT count(*) FROM rollouts r JOIN groups g ON g."group" = r."group"
-               WHERE r.status = 'trained' AND g.batch_step > ? AND r.node = ?""",
-            (step, given_up),
-        ).fetchone()[0]
-    database.close()
-    assert (restored, digests[step]) == (target, digests[target])
-    different = [digest for digest, _ in itertools.groupby(digests[number] for number in sorted(digests))]
-    assert len(different) - len(set(different)) <= 1, (
-        "no other step, if it changed anything, has weights of an earlier one"
-    )
-    assert (ejected, later) == (["worker-1"], 0)
