@@ -389,7 +389,7 @@ def at_the_floor(
 class Ordinary(decode._Sampler):
     """Sampling as everybody does it: softmax and multinomial."""
 
-    def pick(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pick(self, logits_BV: torch.Tensor, position_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         score_BV = logits_BV.float() / self._divisor_B1
         logp_BV = score_BV.log_softmax(dim=-1)
         token_B = torch.multinomial(logp_BV.exp(), 1)[:, 0]

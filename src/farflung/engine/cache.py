@@ -133,13 +133,12 @@ class _RoomyLayer(DynamicLayer):
             return
         least = columns + (_LEAST_ROOM if self._first else 0)
         width = max(least, min(self._horizon, max(2 * columns, columns + _LEAST_ROOM)))
-        rooms: list[torch.Tensor] = []
+        most = max([rows, *map(len, self._room)])
+        self._room, self._first = [], 0
         for held in (self.keys, self.values):
-            rooms.append(
-                held.new_empty(max(rows, len(self._room[0]) if self._room else 0), held.shape[1], width, held.shape[3])
-            )
-            rooms[-1][: len(held), :, : held.shape[2]] = held
-        self._room, self._first = rooms, 0
+            room = held.new_empty(most, held.shape[1], width, held.shape[3])
+            room[: len(held), :, : held.shape[2]] = held
+            self._room.append(room)
 
     def _show(self, rows: int, used: int) -> None:
         self.keys, self.values = (room[:rows, :, self._first : self._first + used] for room in self._room)

@@ -5,7 +5,6 @@ Legend: R requests, B live rows, T positions, V vocabulary, K positions of noise
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -19,7 +18,6 @@ from farflung.engine.shared import has_kernel, is_worth_sharing
 
 _TOLERANCE = 1e-2
 """Most by which logits of a model that is tried may differ, in their standard deviations."""
-_WORD = (1 << 64) - 1
 _JOINING = 8
 """Requests join once an eighth of the slots is free."""
 _NOISE_AHEAD = 1 << 16
@@ -94,7 +92,7 @@ def _decode(
     while not (should_stop is not None and should_stop()):
         if count := _joining(rows, slots, len(requests) - joined):
             fresh = requests[joined : joined + count]
-            rows.join(fresh, len(fresh[0].prompt_ids))
+            rows.join(fresh)
             sampler.join(fresh)
             record.join(range(joined, joined + count))
             joined += count
@@ -103,7 +101,7 @@ def _decode(
         if rows.fed_BD is not None:
             sketches = sketches or Sketches(requests, rows.fed_BD.shape[-1], rows.device)
             sketches.add(rows.fed_BD, record.row_B, record.position_B)
-        token_B, logp_B = sampler.pick(rows.logits_BV)
+        token_B, logp_B = sampler.pick(rows.logits_BV, record.position_B)
         live_B = record.add(token_B, logp_B)
         if live_B is not None:
             token_B = token_B[live_B]
@@ -124,7 +122,7 @@ class _Sampler:
     """Gumbel-max by temperature alone; the noise of several positions is made at once where the vocabulary is small."""
 
     def __init__(self, device: torch.device) -> None:
-        self._seed_B = self._position_B = np.empty(0, np.uint64)
+        self._seeds: list[int] = []
         self._heat_B = torch.empty(0, device=device)
         self._noise_KBV: torch.Tensor | None = None
         self._used = 0
@@ -134,28 +132,24 @@ class _Sampler:
 
     def join(self, requests: Sequence[Request]) -> None:
         """Rows of these requests come behind those that are here."""
-        seeds = np.array([request.seed & _WORD for request in requests], np.uint64)
         heats = torch.tensor([request.temperature for request in requests], device=self._heat_B.device)
-        self._seed_B = np.concatenate([self._seed_B, seeds])
-        self._position_B = np.concatenate([self._position_B, np.zeros_like(seeds)])
+        self._seeds = [*self._seeds, *(request.seed for request in requests)]
         self._heat_B, self._noise_KBV = torch.cat([self._heat_B, heats]), None
         self._note_heats()
 
-    def pick(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pick(self, logits_BV: torch.Tensor, position_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token of each row and its log-probability at the sampling temperature (1 where greedy)."""
         score_BV = tempered(logits_BV, self._divisor_B1)
         if self._rooms_2BV is None or self._rooms_2BV.shape[1] < len(score_BV):
             self._rooms_2BV = torch.empty(2, *score_BV.shape, device=score_BV.device)
         made_BV, room_BV = self._rooms_2BV[:, : len(score_BV)]
-        noisy_BV = score_BV if self._is_greedy else torch.add(score_BV, self._noise(made_BV), out=room_BV)
+        noisy_BV = score_BV if self._is_greedy else torch.add(score_BV, self._noise(position_B, made_BV), out=room_BV)
         token_B = best(noisy_BV)
         logp_B = score_BV.gather(-1, token_B[:, None])[:, 0] - log_sum_exp(score_BV, room_BV)
-        self._position_B = self._position_B + np.uint64(1)
         return token_B, logp_B
 
     def keep(self, live_B: torch.Tensor) -> None:
-        rows = live_B.cpu().numpy()
-        self._seed_B, self._position_B, self._heat_B = self._seed_B[rows], self._position_B[rows], self._heat_B[live_B]
+        self._seeds, self._heat_B = [self._seeds[row] for row in live_B.tolist()], self._heat_B[live_B]
         self._note_heats()
         if self._noise_KBV is not None:
             self._noise_KBV = self._noise_KBV[:, live_B]
@@ -165,16 +159,16 @@ class _Sampler:
         self._divisor_B1 = torch.where(self._heat_B > 0, self._heat_B, 1.0)[:, None]
         self._is_greedy = not self._is_sampled_B1.any()
 
-    def _noise(self, room_BV: torch.Tensor) -> torch.Tensor:
+    def _noise(self, position_B: torch.Tensor, room_BV: torch.Tensor) -> torch.Tensor:
         """Noise of each row's position (B, V), 0 where a row is greedy; of one at a time it is made in the room."""
         rows, vocab = room_BV.shape
         ahead = _NOISE_AHEAD // (rows * vocab)
         if ahead <= 1 and self._noise_KBV is None:
-            noise_BV = gumbel(self._seed_B, self._position_B, vocab, room_BV.device, out=room_BV)
+            noise_BV = gumbel(self._seeds, position_B, vocab, room_BV.device, out=room_BV)
             return silenced(noise_BV, self._is_sampled_B1)
         if self._noise_KBV is None or self._used == len(self._noise_KBV):
-            position_KB = self._position_B + np.arange(ahead, dtype=np.uint64)[:, None]
-            flat = gumbel(np.tile(self._seed_B, ahead), position_KB.ravel(), vocab, room_BV.device)
+            position_KB = position_B + torch.arange(ahead, device=position_B.device)[:, None]
+            flat = gumbel(self._seeds * ahead, position_KB.flatten(), vocab, room_BV.device)
             self._noise_KBV, self._used = silenced(flat.view(ahead, rows, vocab), self._is_sampled_B1), 0
         self._used += 1
         return self._noise_KBV[self._used - 1]

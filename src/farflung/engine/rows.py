@@ -60,16 +60,13 @@ class Rows:
         """Whether rows may join those that are here: not where a layer remembers more than keys and values."""
         return not len(self) or self._cache.is_plain
 
-    def join(self, requests: Sequence[Request], longest: int = 0) -> None:
-        """Read these requests' prompts; their rows come behind those that are here.
-
-        `longest` is the length of the longest prompt of those that have not joined yet, these included.
-        """
+    def join(self, requests: Sequence[Request]) -> None:
+        """Read these requests' prompts; their rows come behind those that are here."""
         row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(one.prompt_ids for one in requests))}
         read = self._read(list(row_of))
         asked_B = torch.tensor([row_of[one.prompt_ids] for one in requests], device=self.device)
         if len(self):
-            self._forget(0 if self._is_shared else longest)
+            self._forget(0 if self._is_shared else int(read.length_G.max()))
             self._add(read, asked_B)
         else:
             self._begin(read, asked_B)
@@ -140,7 +137,7 @@ class Rows:
             self.fed_BD = torch.cat([self.fed_BD, read.fed_GD[asked_B]])
 
     def _forget(self, longest: int) -> None:
-        """Leave out the first columns, which belong to rows that have left, but as many as a prompt may need."""
+        """Leave out the first columns, which belong to rows that have left, but for what the longest prompt needs."""
         count = min(int(self._start_B.min()), self._column - longest)
         if count > 0:
             self._cache.forget(count)
