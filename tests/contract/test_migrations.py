@@ -1,6 +1,5 @@
 """The tables in code and the tables that the migrations make are the same ones."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -78,8 +77,7 @@ def test_downgrade_leaves_nothing(database_url: str) -> None:
     assert left == ["alembic_version"]
 
 
-def test_replicas_that_start_together_migrate_in_turn(new_postgres: Callable[[], str]) -> None:
-    url = new_postgres()
+def test_replicas_that_start_together_migrate_in_turn(database_url: str) -> None:
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(migrate, [url] * 4))
-    assert schema(url).keys() == metadata.tables.keys()
+        list(pool.map(migrate, [database_url] * 4))
+    assert schema(database_url).keys() == metadata.tables.keys()

@@ -10,11 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from farflung.engine import attention, noise  # noqa: E402
 from farflung.engine import decode as decode_module  # noqa: E402
-from farflung.engine import noise, shared  # noqa: E402
 from farflung.engine import replay as replay_module  # noqa: E402
 from farflung.engine.base import Completion, Request  # noqa: E402
-from farflung.engine.decode import shares_prompts  # noqa: E402
+from farflung.engine.decode import attends_plainly  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.protocol.errors import ConfigError, WeightsError  # noqa: E402
 
@@ -136,7 +136,7 @@ def test_attention_in_two_parts_says_what_the_definition_says(family: str, is_sh
     model = tiny_qwen() if family == "qwen" else transformers.AutoModelForCausalLM.from_config(families[family])
     model = model.eval()
     engine, attention = LocalEngine(model), model.config._attn_implementation
-    assert shares_prompts(model) is is_shared
+    assert attends_plainly(model) is is_shared
     said = engine.generate(crowd())
     assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in crowd()]
     assert model.config._attn_implementation == attention, "left as it was"
@@ -186,23 +186,33 @@ def test_rows_that_join_say_what_the_definition_says(family, is_long, tiny_qwen,
             assert sum(busy) >= 0.8 * slots * len(busy) > 0, "no slot waits for the longest row"
 
 
+@pytest.mark.parametrize("is_long", [False, True])
+def test_plain_attention_in_bfloat16_says_nearly_what_replay_says(is_long: bool, tiny_qwen) -> None:
+    model = tiny_qwen().eval().bfloat16()
+    engine, asked = LocalEngine(model), stream(is_long=is_long)
+    assert attends_plainly(model)
+    found = margins(engine, asked, engine.generate(asked))
+    assert np.quantile(found, 0.9) < NEAR_TIE, "most tokens are the verifier's own"
+    assert found.max() < 0.2, "the others are nearly ties"
+
+
 def test_attention_in_two_parts_is_what_ran(tiny_qwen, monkeypatch) -> None:
     seen = []
-    attend = shared._attend
+    attend = attention._attend
 
     def counted(*parts, **options):
         seen.append(len(parts[1]))
         return attend(*parts, **options)
 
-    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, shared._NAME, counted)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, attention._NAME, counted)
     LocalEngine(tiny_qwen().eval()).generate(crowd())
     assert max(seen) == 15
     assert min(seen) < 15, "fewer as some end"
 
 
 def test_a_model_that_bends_attention_shares_no_prompts(tiny_qwen, monkeypatch) -> None:
-    monkeypatch.setattr(shared, "_BENDS", ("scale_of_nothing", "position_ids"))
-    assert not shares_prompts(tiny_qwen().eval())
+    monkeypatch.setattr(attention, "_BENDS", ("scale_of_nothing", "position_ids"))
+    assert not attends_plainly(tiny_qwen().eval())
 
 
 def test_logp_is_that_of_the_sampling_temperature(tiny_qwen) -> None:

@@ -21,11 +21,11 @@ _LEAST_ROOM = 64
 class RoomyCache:
     """The cache of one decoding batch."""
 
-    def __init__(self, model: PreTrainedModel, horizon: int) -> None:
-        """`horizon` is the most positions that a row may come to."""
-        self.layers, self._horizon = DynamicCache(config=model.config), horizon
+    def __init__(self, model: PreTrainedModel, horizon: int, held_in: torch.dtype | None = None) -> None:
+        """`horizon` is the most positions that a row may come to; keys and values are held in another type if asked."""
+        self.layers, self._args = DynamicCache(config=model.config), (horizon, held_in)
         found = self.layers.layers
-        self.layers.layers = [_RoomyLayer(horizon) if type(layer) is DynamicLayer else layer for layer in found]
+        self.layers.layers = [_RoomyLayer(*self._args) if type(layer) is DynamicLayer else layer for layer in found]
 
     @property
     def is_plain(self) -> bool:
@@ -37,7 +37,7 @@ class RoomyCache:
         if not self.is_plain:
             raise ValueError("this model remembers more than keys and values of all positions")
         found = [(layer.keys, layer.values) for layer in self.layers.layers]
-        self.layers.layers = [_RoomyLayer(self._horizon) for _ in found]
+        self.layers.layers = [_RoomyLayer(*self._args) for _ in found]
         return found
 
     def spread(self, asked_B: torch.Tensor) -> None:
@@ -75,19 +75,19 @@ def compacted(is_live_B: torch.Tensor) -> torch.Tensor:
 class _RoomyLayer(DynamicLayer):
     """`keys` and `values` (B, H, T, D) are views of wider tensors once the prompts are read."""
 
-    def __init__(self, horizon: int) -> None:
+    def __init__(self, horizon: int, held_in: torch.dtype | None) -> None:
         super().__init__()
-        self._horizon = horizon
+        self._horizon, self._held_in = horizon, held_in
         self._room: list[torch.Tensor] = []
         self._first = 0
         """Where the views begin in the wider tensors; forgotten columns are on their left."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Write what is fed behind what is there; gives all of it."""
+        """Write what is fed behind what is there; gives all of it, the first time as it came."""
         if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys, self.values = key_states, value_states
-            return self.keys, self.values
+            self.dtype, self.device, self.is_initialized = self._held_in or key_states.dtype, key_states.device, True
+            self.keys, self.values = key_states.to(self.dtype), value_states.to(self.dtype)
+            return key_states, value_states
         rows, used, stop = len(key_states), self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         self._make_room(rows, stop)
         for room, fed in zip(self._room, (key_states, value_states), strict=True):

@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from farflung.engine.attention import is_worth_sharing
 from farflung.engine.base import Completion, Request
 from farflung.engine.cache import compacted
 from farflung.engine.choice import best, log_sum_exp, silenced, tempered
 from farflung.engine.fingerprint import Sketches, tapped
 from farflung.engine.noise import gumbel
 from farflung.engine.rows import Rows
-from farflung.engine.shared import has_kernel, is_worth_sharing
 
-_TOLERANCE = 1e-2
-"""Most by which logits of a model that is tried may differ, in their standard deviations."""
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Most by which logits of a model that is tried may differ: root mean square, in their standard deviations."""
 _JOINING = 8
 """Requests join once an eighth of the slots is free."""
 _NOISE_AHEAD = 1 << 16
@@ -29,22 +29,21 @@ def decode(
     requests: Sequence[Request],
     eos_ids: frozenset[int],
     should_stop: Callable[[], bool] | None = None,
-    can_share: Callable[[], bool] = lambda: False,
+    is_plain: bool = False,
     slots: int = 64,
 ) -> list[Completion | None]:
     """Complete all requests, `slots` at a time: as rows end, others join. None for those that `should_stop` left out.
 
     Each token is argmax(logits / T + Gumbel noise), or argmax(logits) where T = 0; finished rows leave the batch.
-    The longest prompts come first. `can_share` is asked where attention to prompts that rows share would pay (see
-    `shares_prompts`).
+    The longest prompts come first. `is_plain` says that the model's attention is (see `attends_plainly`).
     """
     order = sorted(range(len(requests)), key=lambda index: first(requests[index]))
     waiting = [requests[one] for one in order]
     prompts = {request.prompt_ids for request in requests}
-    is_shared = is_worth_sharing(list(prompts), len(requests)) and can_share()
+    is_shared = is_plain and is_worth_sharing(list(prompts), len(requests))
     with tapped(model, requests) as tap:
         horizon = max(map(len, prompts)) + max(request.budget for request in requests)
-        rows = Rows(model, horizon, tap, is_shared=is_shared)
+        rows = Rows(model, horizon, tap, is_plain=is_plain, is_shared=is_shared)
         done = _decode(rows, waiting, eos_ids, should_stop, slots)
     found: list[Completion | None] = [None] * len(requests)
     for index, completion in zip(order, done, strict=True):
@@ -57,16 +56,17 @@ def first(request: Request) -> tuple[int, tuple[int, ...]]:
     return -len(request.prompt_ids), request.prompt_ids
 
 
-def shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether a model's attention can be taken in two parts, found by trying it on a few tokens."""
-    if not has_kernel(model):
+def attends_plainly(model: PreTrainedModel) -> bool:
+    """Whether a model's attention can be taken by plain products and in two parts, found by trying a few tokens."""
+    tolerance = _TOLERANCE.get(model.dtype)
+    if tolerance is None or model.device.type != "cpu":
         return False
     vocab = model.config.get_text_config().vocab_size
     prompts = [tuple(token % vocab for token in part) for part in ((5, 3, 8, 2), (7, 1, 4))]
     asked = [Request(prompt, 0, 0.0, 4) for prompt in (*prompts, *prompts)]
 
-    def seen(*, is_shared: bool) -> torch.Tensor:
-        rows = Rows(model, 8, is_shared=is_shared)
+    def seen(**how: bool) -> torch.Tensor:
+        rows = Rows(model, 8, **how)
         rows.join(asked)
         rows.advance(torch.tensor([1, 2, 3, 4]) % vocab)
         rows.keep(torch.tensor([3, 1, 2]))
@@ -74,10 +74,11 @@ def shares_prompts(model: PreTrainedModel) -> bool:
         return rows.logits_BV.float()
 
     try:
-        parted_BV, whole_BV = seen(is_shared=True), seen(is_shared=False)
+        usual_BV = seen()
+        others = [seen(is_plain=True, is_shared=is_shared) for is_shared in (False, True)]
     except (RuntimeError, TypeError, ValueError, AttributeError):  # it asks for other attention, or not in this way
         return False
-    return bool((parted_BV - whole_BV).abs().max() <= _TOLERANCE * whole_BV.std())
+    return all(bool((other_BV - usual_BV).std() <= tolerance * usual_BV.std()) for other_BV in others)
 
 
 def _decode(

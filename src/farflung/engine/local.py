@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Completion, Replay, Request
-from farflung.engine.decode import decode, shares_prompts
+from farflung.engine.decode import attends_plainly, decode
 from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
 from farflung.engine.matmul import hasten
 from farflung.engine.replay import replay
@@ -34,7 +34,7 @@ class LocalEngine:
         self.max_rows = max_rows
         self.replay_tokens = replay_tokens
         self._is_loaded = True
-        self._can_share = cache(lambda: shares_prompts(model))
+        self._is_plain = cache(lambda: attends_plainly(model))
 
     @classmethod
     def from_folder(
@@ -81,7 +81,7 @@ class LocalEngine:
         _refuse_empty(requests)
         if not requests:
             return []
-        return decode(self.model, requests, self.eos_ids, should_stop, self._can_share, self.max_rows)
+        return decode(self.model, requests, self.eos_ids, should_stop, self._is_plain(), self.max_rows)
 
     @torch.inference_mode()
     def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from farflung.engine.attention import HELD_IN, Held, SharedPrompts, attending, masked
 from farflung.engine.base import Request
 from farflung.engine.cache import RoomyCache
 from farflung.engine.fingerprint import Tap
-from farflung.engine.shared import SharedPrompts, attending
 
 
 class _Prompts(NamedTuple):
@@ -39,10 +39,17 @@ class Rows:
     """What the output head was fed for these logits, if there is a tap."""
 
     def __init__(
-        self, model: PreTrainedModel, horizon: int, tap: Tap | None = None, *, is_shared: bool = False
+        self,
+        model: PreTrainedModel,
+        horizon: int,
+        tap: Tap | None = None,
+        *,
+        is_plain: bool = False,
+        is_shared: bool = False,
     ) -> None:
-        """`horizon` is the most positions that a row may come to."""
-        self._model, self._horizon, self._tap, self._is_shared = model, horizon, tap, is_shared
+        """`horizon` is the most positions that a row may come to; only plain attention (`attention.py`) is shared."""
+        self._model, self._horizon, self._tap = model, horizon, tap
+        self._is_plain, self._is_shared = is_plain, is_shared
         self._shared: SharedPrompts | None = None
         self._start_B = torch.empty(0, dtype=torch.long)
         """The first column of each row; it has `_before_B` positions before that, in a shared prompt."""
@@ -79,13 +86,13 @@ class Rows:
         hidden_BT = None
         if self._is_padded:
             hidden_BT = torch.arange(self._column, device=token_B.device) < self._start_B[:, None]
-        if self._shared is None:
+        if self._is_plain:
+            held = Held(None if hidden_BT is None else masked(hidden_BT), self._shared)
+            with attending(self._model):
+                found = self._forward(self._cache, token_B[:, None], place_B1, None, held=held)
+        else:
             mask_BT = None if hidden_BT is None else (~hidden_BT).long()
             found = self._forward(self._cache, token_B[:, None], place_B1, mask_BT)
-        else:
-            self._shared.hide(hidden_BT)
-            with attending(self._model):
-                found = self._forward(self._cache, token_B[:, None], place_B1, None, shared=self._shared)
         self.logits_BV, self.fed_BD = found
 
     def keep(self, live_B: torch.Tensor) -> None:
@@ -102,7 +109,8 @@ class Rows:
         length_G = torch.tensor([len(prompt) for prompt in prompts], device=device)
         ids_GT = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         place_GT = torch.arange(width, device=device) - (width - length_G)[:, None]
-        cache, seen_GT = RoomyCache(self._model, self._horizon), place_GT >= 0
+        cache = RoomyCache(self._model, self._horizon, HELD_IN if self._is_plain else None)
+        seen_GT = place_GT >= 0
         mask_GT = None if seen_GT.all() else seen_GT.long()
         return _Prompts(cache, length_G, seen_GT, *self._forward(cache, ids_GT, place_GT.clamp_(min=0), mask_GT))
 
@@ -150,7 +158,7 @@ class Rows:
         ids_BT: torch.Tensor,
         place_BT: torch.Tensor,
         mask_BT: torch.Tensor | None,
-        **options: SharedPrompts,
+        **options: Held,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of each row's last token, and what the head was fed for them."""
         # The last column by mask, not by slice: a strided bf16 input makes the output head 1,000 times slower on CPUs.

@@ -331,14 +331,15 @@ def migrate(url: str) -> None:
 
 @contextlib.contextmanager
 def _alone(connection: Connection) -> Generator[None]:
-    """Hold a lock of PostgreSQL's for as long as this connection lives; SQLite's file is one machine's."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(sa.select(sa.func.pg_advisory_lock(WRITE_LOCK + 1)))
-        connection.commit()
-    yield
-    if connection.dialect.name == "postgresql":
-        connection.execute(sa.select(sa.func.pg_advisory_unlock(WRITE_LOCK + 1)))
-        connection.commit()
+    """Hold a lock of PostgreSQL's for as long as this connection lives, or this machine's turn at SQLite's file."""
+    with _turn(connection):
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_lock(WRITE_LOCK + 1)))
+            connection.commit()
+        yield
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_unlock(WRITE_LOCK + 1)))
+            connection.commit()
 
 
 def create_all(engine: Engine) -> None:
