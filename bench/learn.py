@@ -5,9 +5,9 @@
 SmolLM2 on single-digit sums as a chat: 8 prompts × 8 samples a step, at most 24 new tokens, temperature 1, lr 1e-5,
 AdamW (0.9, 0.999). farflung runs a trainer, a validator and a worker with verification on, each step on the groups of
 the policy before it (`learn.lockstep`) in `--minibatches` optimizer updates; TRL's GRPOTrainer runs in an environment
-that this script makes in a cache folder, in float32 where the machine does not compute in bfloat16. Each is stopped
-once the mean reward of five steps reaches the last of `--until`. Clocks start when training does: models are loaded,
-nothing is generated yet.
+that this script makes in a cache folder, in float32 where the machine does not compute in bfloat16 or where
+`--peer-precision` says so. Each is stopped once the mean reward of five steps reaches the last of `--until`. Clocks
+start when training does: models are loaded, nothing is generated yet.
 Prints one JSON object as its last line: ratios are ours ÷ the peer's, medians over seeds; null if never reached.
 """
 
@@ -32,7 +32,7 @@ import psutil
 import torch
 
 from farflung.envs.reasoning_gym import ReasoningGym
-from farflung.learner.precision import compute_dtype
+from farflung.learner.precision import Precision, compute_dtype
 
 ROOT = Path(__file__).parents[1]
 SMOL = ROOT / "models" / "smollm2-135m"
@@ -201,11 +201,13 @@ def environment() -> Path:
     return python
 
 
-def peer(python: Path, folder: Path, seed: int, most_steps: int, until: float, threads: int) -> Curve:
+def peer(
+    python: Path, folder: Path, seed: int, most_steps: int, until: float, threads: int, precision: Precision
+) -> Curve:
     """A run of TRL, which stops by itself once it is there."""
     env = ReasoningGym("chain_sum", **TASK)
     tasks = [{"prompt": env.prompt(task), "answer": task["answer"]} for task in env.tasks("train")]
-    is_bf16 = compute_dtype("auto")[0] == torch.bfloat16
+    is_bf16 = compute_dtype(precision)[0] == torch.bfloat16
     spec = {"model": str(SMOL.resolve()), "tasks": tasks, "groups": GROUPS, "samples": SAMPLES, "budget": BUDGET}
     spec |= {"lr": LR, "betas": BETAS, "seed": seed, "threads": threads, "is_bf16": is_bf16}
     spec |= {"most_steps": most_steps, "until": until, "folder": str(folder / "trl")}
@@ -314,6 +316,12 @@ def main() -> int:
         "--minibatches", type=int, default=4, help="optimizer updates per step of farflung; TRL takes one, its default"
     )
     made.add_argument("--peer-python", type=Path, help="an environment with TRL; made if not given")
+    made.add_argument(
+        "--peer-precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="arithmetic of TRL, over float32 weights; auto: bfloat16 where the machine computes in it",
+    )
     made.add_argument("--peer-steps", type=Path, nargs="*", help="lines of earlier runs of the peer, one file a seed")
     made.add_argument("--no-peer", action="store_true")
     made.add_argument(
@@ -332,7 +340,8 @@ def main() -> int:
         with place(asked.keep, seed) as folder:
             our.append(ours(folder, seed, asked.steps, levels[-1], asked.threads, asked.minibatches))
             if is_asked:
-                theirs.append(peer(python, folder, seed, asked.steps, levels[-1], asked.threads))
+                settings = asked.steps, levels[-1], asked.threads, asked.peer_precision
+                theirs.append(peer(python, folder, seed, *settings))
     if asked.picture:
         picture(our, theirs, asked.picture)
     sys.stdout.write(json.dumps(report(our, theirs, levels)) + "\n")
