@@ -152,6 +152,7 @@ def sites(make_house) -> Iterator[Any]:
                 "minibatches": 2,
                 "entropy": 0.01,
                 "lockstep": True,
+                "precision": "float32",  # bfloat16 rounds by more than the bounds below
                 "max_staleness": 0,
             },
         )
