@@ -34,7 +34,7 @@ class SharedPrompts:
     """The prompts of a batch and which row has which."""
 
     def __init__(self, layers: Sequence[Layer], group_B: torch.Tensor, seen_GT: torch.Tensor) -> None:
-        """Keys and values (G, H, T, D) of each layer; `seen_GT` is false where a prompt is padded."""
+        """Keys and values (G, K, T, D) of each layer; `seen_GT` is false where a prompt is padded."""
         self._hold(layers, group_B, seen_GT)
 
     def add(self, layers: Sequence[Layer], group_B: torch.Tensor, seen_GT: torch.Tensor) -> None:
