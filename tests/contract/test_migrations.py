@@ -1,5 +1,7 @@
 """The tables in code and the tables that the migrations make are the same ones."""
 
+import contextlib
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -81,3 +83,15 @@ def test_replicas_that_start_together_migrate_in_turn(database_url: str) -> None
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(migrate, [database_url] * 4))
     assert schema(database_url).keys() == metadata.tables.keys()
+
+
+def test_a_new_file_that_another_is_writing_to_is_waited_for(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "test.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(migrate, url := f"sqlite:///{tmp_path}/test.db")
+            with pytest.raises(TimeoutError):
+                done.result(timeout=0.5)
+            other.execute("COMMIT")
+            done.result(timeout=30)
+    assert schema(url).keys() == metadata.tables.keys()

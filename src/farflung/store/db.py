@@ -13,6 +13,7 @@ import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,8 @@ POSTGRES_OPTIONS = "-c idle_in_transaction_session_timeout=15000 -c lock_timeout
 """A coordinator that vanished in a transaction must not keep the lock, nor one that waits for it wait for ever."""
 IN_MEMORY = ("cache_size=-16384", "temp_store=MEMORY")
 """16 MB of pages a connection; with the usual 2, a set of changes goes to the disk and back before its commit."""
+BUSY_S = 10.0
+"""How long SQLite's lock is waited for."""
 SQLITE_AWAY = {
     getattr(sqlite3, f"SQLITE_{name}")
     for name in ("BUSY", "LOCKED", "IOERR", "FULL", "CANTOPEN", "READONLY", "PROTOCOL")
@@ -304,8 +307,23 @@ def shown(url: str) -> str:
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # SQLAlchemy emits BEGIN itself, so that savepoints work
-    for pragma in ("busy_timeout=10000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", *IN_MEMORY):
+    connection.execute(f"PRAGMA busy_timeout={BUSY_S * 1000:.0f}")
+    _to_wal(connection)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON", *IN_MEMORY):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _to_wal(connection: sqlite3.Connection) -> None:
+    """A new file becomes a WAL while nobody writes to it; SQLite fails at once where others do, so wait here."""
+    give_up = time.monotonic() + BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+        time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:
