@@ -220,8 +220,11 @@ def peer(
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environ)
         watch = Watch(process.pid)
         watch.start()
-        process.wait()
-    cpu_s, peak_mb = watch.stop()
+        try:
+            process.wait()
+        finally:
+            process.kill()  # nothing by then, unless this was interrupted
+            cpu_s, peak_mb = watch.stop()
     if not path.exists():
         raise SystemExit(f"the peer came to no step: {(folder / 'peer.log').read_text()[-1500:]}")
     return curve_of(path, cpu_s, peak_mb)

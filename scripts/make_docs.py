@@ -2,7 +2,7 @@
 
     python scripts/make_docs.py
 
-Everything comes from the code: settings from `config.fields()`, routes from `Coordinator.routes()`, messages from
+Everything comes from the code: settings from `config.fields()`, routes from `coordinator/routes.py`, messages from
 their source, errors and lifecycles from their tables, examples and test vectors by computing them.
 `tests/unit/test_docs.py` fails when a page is not what this writes.
 """
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from farflung import config
-from farflung.coordinator import Coordinator
+from farflung.coordinator.office import Office
+from farflung.coordinator.routes import routes as routes_of
 from farflung.engine import noise
 from farflung.protocol import errors, identity, messages, seeds, session, states
 from farflung.protocol.server import Route
@@ -144,7 +145,7 @@ def filled(page: str) -> str:
 
 def routes() -> list[Route]:
     """Every route of the coordinator."""
-    return Coordinator.__new__(Coordinator).routes()
+    return routes_of(Office.__new__(Office))
 
 
 def _routes() -> str:

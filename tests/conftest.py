@@ -21,6 +21,7 @@ from hypothesis import settings
 
 from farflung.config import Config
 from farflung.coordinator import Coordinator
+from farflung.coordinator.office import Office
 from farflung.protocol import fingerprint, states, wire
 from farflung.protocol import messages as m
 from farflung.protocol.admin import read_token
@@ -214,11 +215,16 @@ class House:
         metrics = Metrics(config.folder / "metrics.jsonl")
         parts = (book, papers, weights_key(config), PROFILE, archive, database, blobs, metrics, clock)
         token = read_token(config.coordinator.admin_token_file, {})
-        return cls(config, Coordinator(*parts, admin_token=token), clock)
+        return cls(config, Coordinator(Office(*parts, admin_token=token)), clock)
+
+    @property
+    def office(self) -> Office:
+        """What the coordinator's routes work with."""
+        return self.coordinator.office
 
     def close(self) -> None:
         """Let go of the database."""
-        self.coordinator.database.close()
+        self.office.database.close()
 
     def run(self, scenario: Callable[["House"], Awaitable[None]]) -> None:
         """Play a scenario on an event loop of its own, then look whether all is in order."""
@@ -237,7 +243,7 @@ class House:
     def line(self, name: str, **options: Any) -> Client:
         """A client with the key of this name, not registered."""
         transport = httpx2.ASGITransport(app=self.coordinator.app())
-        tag = self.coordinator.book.key.id
+        tag = self.office.book.key.id
         line = Client("http://test", named(name), tag, patience_s=0.0, transport=transport, clock=self.clock)
         return line
 
@@ -355,7 +361,7 @@ class House:
         data = weights or f"weights of step {batch.step}".encode()
         digest = digest_of(data)
         tensors = [m.Tensor(name="w", dtype="float32", shape=[1], digest=digest, shard=0)]
-        latest = await self.coordinator.database.read(self.coordinator.book.latest)
+        latest = await self.office.database.read(self.office.book.latest)
         fields = {
             "run": RUN,
             "step": batch.step,
@@ -390,11 +396,11 @@ class House:
     async def swept(self, *, after_s: float = 0.0) -> None:
         """Let time pass, then do what the coordinator does four times a second."""
         self.clock.now += after_s
-        await self.coordinator.database.write(self.coordinator._sweep_once)
+        await self.office.database.write(self.coordinator.sweeper.sweep_once)
 
     def rows(self, query: Any) -> Sequence[Any]:
         """Rows of a query."""
-        with self.coordinator.database.engine.connect() as connection:
+        with self.office.database.engine.connect() as connection:
             return connection.execute(query).all()
 
     def row(self, table: sa.Table, id: str) -> Any:
@@ -409,7 +415,7 @@ class House:
 
     def balance(self, account: str) -> int:
         """Tokens in an account."""
-        with self.coordinator.database.engine.connect() as connection:
+        with self.office.database.engine.connect() as connection:
             return ledger.balance(connection, account)
 
     def story(self, id: str) -> list[str]:

@@ -230,7 +230,7 @@ async def _drawn_in_part(house, name) -> m.Lease:
 
 
 async def _train_what_is_ready(house) -> None:
-    latest = await house.coordinator.database.read(house.coordinator.book.latest)
+    latest = await house.office.database.read(house.office.book.latest)
     if await house.claim_step(latest.step + 1) is not None:
         await house.step(latest.step + 1)
 

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
+from farflung.coordinator.nodes import take
 from farflung.protocol import messages as m
 from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, NotFound
 from farflung.protocol.identity import Signed, unseal
 from farflung.rollouts import intake
+from farflung.rollouts.parcel import inspect
 from farflung.store.db import Database, migrate
 from farflung.store.rows import SIZES, insert_rows, update_rows
 from farflung.store.stories import record, story
@@ -92,7 +94,7 @@ def test_many_who_ask_at_once_share_no_sample(make_house) -> None:
         for name in WORKERS:
             await house.client(name)
         asked = [house.ask(name) for name in (*WORKERS, WORKERS[0])]
-        *leases, again = await as_a_set(house.coordinator.database, *asked)
+        *leases, again = await as_a_set(house.office.database, *asked)
         assert again == leases[0]
         owned = [(g.group, s.index) for lease in leases for g in lease.groups for s in g.samples]
         assert len(set(owned)) == len(owned) == 3 * len(WORKERS)
@@ -101,7 +103,7 @@ def test_many_who_ask_at_once_share_no_sample(make_house) -> None:
             groups[group] = groups.get(group, 0) + 1
         assert sorted(groups.values()) == [4] * 9, "groups are filled up before others are opened"
         receipts = await as_a_set(
-            house.coordinator.database,
+            house.office.database,
             *(house.submit(name, lease) for name, lease in zip(WORKERS, leases, strict=True)),
         )
         assert [receipt.lease for receipt in receipts] == [lease.lease for lease in leases]
@@ -114,11 +116,11 @@ def test_a_bad_submission_harms_none_that_comes_with_it(make_house) -> None:
         await house.step(0)
         leases = {name: await house.lease(name) for name in ("ada", "bob", "eve", "joe")}
         await house.give_back("joe", leases["joe"])
-        coordinator, book = house.coordinator, house.coordinator.book
+        database, book = house.office.database, house.office.book
 
         def delivery(name: str, whose: str = "") -> intake.Delivery:
             node, lease = house.named(name).id, leases[whose or name]
-            parcel = intake.inspect(lease, node, house.honest(lease), book.vocab, book.eos_ids)
+            parcel = inspect(lease, node, house.honest(lease), book.vocab, book.eos_ids)
             return intake.Delivery(node, parcel, "", None)
 
         def unleased(given: intake.Delivery) -> intake.Delivery:
@@ -130,7 +132,7 @@ def test_a_bad_submission_harms_none_that_comes_with_it(make_house) -> None:
         def banned(connection: sa.Connection) -> None:
             connection.execute(NODES.update().where(NODES.c.node == house.named("eve").id).values(status="ejected"))
 
-        await coordinator.database.write(banned)
+        await database.write(banned)
         sent = [
             delivery("ada"),
             delivery("eve", "ada"),
@@ -141,9 +143,7 @@ def test_a_bad_submission_harms_none_that_comes_with_it(make_house) -> None:
             unleased(delivery("ada")),
             delivery("eve"),
         ]
-        answers = await as_a_set(
-            coordinator.database, *(coordinator.database.write_together(coordinator._take, one) for one in sent)
-        )
+        answers = await as_a_set(database, *(house.office.write_together(take, one) for one in sent))
         kinds = [Signed, Forbidden, Signed, NotFound, Signed, LeaseGone, NotFound, Ejected]
         assert [type(answer) for answer in answers] == kinds
         assert answers[0] == answers[4], "sent twice, counted once"
@@ -159,7 +159,7 @@ def test_a_bad_submission_harms_none_that_comes_with_it(make_house) -> None:
         assert house.rows(taken)[0][0] == 6
         told = sa.select(EVENTS.c.subject).where(EVENTS.c.noun == "lease", EVENTS.c.after == "submitted")
         assert sorted(row[0] for row in house.rows(told)) == sorted(leases[name].lease for name in ("ada", "bob"))
-        await coordinator.database.write(
+        await database.write(
             lambda c: c.execute(NODES.update().where(NODES.c.status == "ejected").values(status="probation")) and None
         )
 

@@ -14,7 +14,7 @@ from farflung.protocol import messages as m
 from farflung.protocol.client import Client
 from farflung.protocol.identity import Signed, seal, sign_request
 from farflung.protocol.session import Session
-from farflung.rollouts import intake
+from farflung.rollouts.parcel import inspect
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
 
@@ -41,7 +41,7 @@ def send(house, method, path, *, body=b"", headers=None, key=None, tag=None, sig
 
 
 def _signature(house, key, method, path, query, body, tag):
-    tag = house.coordinator.book.key.id if tag is None else tag
+    tag = house.office.book.key.id if tag is None else tag
     return sign_request(key, method, path, query, body, now=house.clock(), tag=tag)
 
 
@@ -361,7 +361,7 @@ def test_wrong_methods_and_numbers(house) -> None:
     ],
 )
 def test_ranges_of_a_blob(house, asked, status, size, content_range) -> None:
-    digest = asyncio.run(house.coordinator.blobs.put(b"0123456789"))
+    digest = asyncio.run(house.office.blobs.put(b"0123456789"))
     response = send(house, "GET", f"/v1/blobs/{digest}", headers={"range": asked} if asked else {})
     assert response.status_code == status
     if status < 400:
@@ -369,7 +369,7 @@ def test_ranges_of_a_blob(house, asked, status, size, content_range) -> None:
 
 
 def test_an_empty_blob_can_be_had_whole_and_in_no_other_way(house) -> None:
-    digest = asyncio.run(house.coordinator.blobs.put(b""))
+    digest = asyncio.run(house.office.blobs.put(b""))
     whole = send(house, "GET", f"/v1/blobs/{digest}")
     assert (whole.status_code, whole.content) == (200, b"")
     assert code(send(house, "GET", f"/v1/blobs/{digest}", headers={"range": "bytes=0-"})) == "out-of-range"
@@ -377,7 +377,7 @@ def test_an_empty_blob_can_be_had_whole_and_in_no_other_way(house) -> None:
 
 def test_what_breaks_inside_is_a_problem_that_tells_nothing(house, caplog) -> None:
     started(house)
-    with house.coordinator.database.engine.begin() as connection:
+    with house.office.database.engine.begin() as connection:
         connection.execute(sa.text("DROP TABLE verdicts"))
     with caplog.at_level(logging.ERROR):
         response = send(house, "GET", "/v1/runs/test/status")
@@ -769,5 +769,5 @@ def test_what_a_worker_says_of_itself_changes_neither_ledger_nor_batch(make_hous
 
 def test_inspect_is_what_the_route_runs(house) -> None:
     lease = started(house, "ada")["ada"]
-    parcel = intake.inspect(lease, house.named("ada").id, house.honest(lease), 32, frozenset({2}))
+    parcel = inspect(lease, house.named("ada").id, house.honest(lease), 32, frozenset({2}))
     assert sum(parcel.tokens.values()) == sum(len(r.ids) // 4 for r in house.honest(lease).rollouts)

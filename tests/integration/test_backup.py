@@ -58,7 +58,7 @@ def test_a_run_that_was_copied_while_it_went_goes_on_elsewhere(make_house, tmp_p
 
     async def goes_on(again) -> None:
         assert 2 <= len(again.rows(sa.select(SUBMISSIONS))) <= before
-        assert await again.coordinator.database.read(lambda c: violations(c, config)) == []
+        assert await again.office.database.read(lambda c: violations(c, config)) == []
         for step in (1, 2):
             while (batch := await again.claim_step(step)) is None:
                 if (lease := await again.ask("bob")) is not None:
@@ -66,7 +66,7 @@ def test_a_run_that_was_copied_while_it_went_goes_on_elsewhere(make_house, tmp_p
                 await again.audit()
                 await again.score()
             await again.commit(batch)
-        assert await again.coordinator.database.read(lambda c: violations(c, config)) == []
+        assert await again.office.database.read(lambda c: violations(c, config)) == []
 
     again.run(goes_on)
     again.close()
@@ -108,14 +108,14 @@ def test_bodies_of_refused_submissions_are_collected_and_others_stay(house) -> N
     async def scenario(house) -> None:
         await house.step(0)
         lease = (await house.work("ada"))[0]
-        kept = house.coordinator.archive.blobs
+        kept = house.office.archive.blobs
         orphan = await kept.put(b"the body of a submission that was refused")
         other = await house.lease("bob")
         with pytest.raises(Rejected):
             await house.submit("bob", other, Submission(rollouts=house.honest(lease).rollouts))
         before = {digest async for digest, _ in kept.kept()}
-        assert await house.coordinator.tidy_once(time.time()) == 0, "it may be about to get its row"
-        assert await house.coordinator.tidy_once(time.time() + 3700 + house.config.lease.lease_s) == 1
+        assert await house.coordinator.sweeper.tidy_once(time.time()) == 0, "it may be about to get its row"
+        assert await house.coordinator.sweeper.tidy_once(time.time() + 3700 + house.config.lease.lease_s) == 1
         assert {digest async for digest, _ in kept.kept()} == before - {orphan}
         assert digest_of(b"the body of a submission that was refused") == orphan
 

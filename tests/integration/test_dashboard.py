@@ -107,7 +107,7 @@ def test_paging_shows_every_rollout_once_there_and_back(house, monkeypatch) -> N
     house.run(some_steps)
 
     def page(known: int, **wanted: str) -> browse.RolloutPage:
-        with house.coordinator.database.engine.connect() as connection:
+        with house.office.database.engine.connect() as connection:
             return browse.rollouts(connection, "test", browse.Wanted(**wanted), known, Veil())
 
     for known in (1, 10**9):
@@ -169,7 +169,7 @@ def test_events_carry_what_changed(house) -> None:
 
 def test_a_run_that_is_over_is_shown_read_only(house) -> None:
     house.run(some_steps)
-    house.coordinator.metrics.flush(house.clock(), force=True)
+    house.office.metrics.flush(house.clock(), force=True)
     from farflung.config import save
 
     save(house.config, house.config.folder / "config.json")
@@ -196,8 +196,8 @@ def test_the_report_stands_alone(house) -> None:
 
     folder = house.config.folder
     save(house.config, folder / "config.json")
-    house.coordinator.metrics.write("start", house.clock(), commit="abc1234")
-    house.coordinator.metrics.write("end", house.clock() + 9)
+    house.office.metrics.write("start", house.clock(), commit="abc1234")
+    house.office.metrics.write("end", house.clock() + 9)
     path = asyncio.run(write_report(folder, write_summary(folder)))
     text = path.read_text()
     assert "abc1234" in text

@@ -13,7 +13,8 @@ from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.fingerprint import NUMBERS, POSITIONS, signs, unpack
 from farflung.protocol.identity import seal
-from farflung.rollouts import intake, verify
+from farflung.rollouts import verify
+from farflung.rollouts.parcel import inspect
 from farflung.rollouts.submit import generate, submission_of
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
 from farflung.trust.fingerprint import distance
@@ -163,7 +164,7 @@ def test_a_fingerprint_that_nobody_asked_for_is_turned_away(house) -> None:
 def test_it_is_part_of_the_submission_s_name(asking) -> None:
     lease = lease_of(asking)
     names = [
-        intake.inspect(lease, lease.node, sent, 32, frozenset({2})).digest
+        inspect(lease, lease.node, sent, 32, frozenset({2})).digest
         for sent in (asking.honest(lease), changed(asking.honest(lease), b"\1" * NUMBERS))
     ]
     assert names[0] != names[1]

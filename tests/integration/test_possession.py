@@ -31,7 +31,7 @@ async def started(house) -> None:
 
 
 async def status(house) -> m.Status:
-    return await house.coordinator.database.read(lambda c: views.status(c, house.coordinator.book, house.clock()))
+    return await house.office.database.read(lambda c: views.status(c, house.office.book, house.clock()))
 
 
 def story(house, id: str) -> str:

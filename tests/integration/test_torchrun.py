@@ -51,7 +51,7 @@ class Site:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[listener])))
         self._thread.start()
         # Over the socket, for what polls there waits on that thread's event loop.
-        house.line = lambda name: Client(self.url, named(name), house.coordinator.book.key.id, clock=house.clock)
+        house.line = lambda name: Client(self.url, named(name), house.office.book.key.id, clock=house.clock)
 
     def config(self, steps: int) -> Config:
         """The trainer's own: it leaves after so many steps."""
@@ -80,7 +80,7 @@ class Site:
 
 
 def _committed(house: House) -> int:
-    lines = [line["step"] for line in house.coordinator.metrics.lines() if line["kind"] == "step"]
+    lines = [line["step"] for line in house.office.metrics.lines() if line["kind"] == "step"]
     return max(lines, default=-1)
 
 
@@ -101,7 +101,7 @@ async def audit(house: House) -> None:
 
 def steps_of(house: House) -> list[dict[str, Any]]:
     """What each trained step came to."""
-    return [line for line in house.coordinator.metrics.lines() if line["kind"] == "step" and line["step"]]
+    return [line for line in house.office.metrics.lines() if line["kind"] == "step" and line["step"]]
 
 
 def alone(site: Site, steps: int) -> dict[str, torch.Tensor]:
@@ -156,7 +156,7 @@ def sites(make_house) -> Iterator[Any]:
                 "max_staleness": 0,
             },
         )
-        house.clock = house.coordinator.clock = Now()
+        house.clock = house.office.clock = Now()
         made.append(Site(house))
         return made[-1]
 

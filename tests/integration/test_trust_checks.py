@@ -22,7 +22,7 @@ from farflung.trust.evidence import Profile, Seen, Tally
 
 
 async def status(house) -> m.Status:
-    return await house.coordinator.database.read(lambda c: views.status(c, house.coordinator.book, house.clock()))
+    return await house.office.database.read(lambda c: views.status(c, house.office.book, house.clock()))
 
 
 # --- canaries --------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_receipts_chain_across_restarts_and_a_dropped_one_is_noticed(house, tmp_
     async def scenario(house) -> None:
         await house.step(0)
         first, second, third = [await receipt(house, "ada") for _ in range(3)]
-        key = house.coordinator.book.key.public
+        key = house.office.book.key.public
         kept = Receipts(tmp_path)
         assert kept.keep(first, key)
         assert kept.keep(second, key)
@@ -225,7 +225,7 @@ def test_receipts_wait_for_room_and_half_a_line_is_dropped(house, tmp_path: Path
     async def scenario(house) -> None:
         await house.step(0)
         first, second, third, fourth = [await receipt(house, "ada") for _ in range(4)]
-        key, path = house.coordinator.book.key.public, tmp_path / "receipts.jsonl"
+        key, path = house.office.book.key.public, tmp_path / "receipts.jsonl"
         kept = Receipts(tmp_path)
         kept.keep(first, key)
         with full_disk([os.getpid()]):

@@ -7,7 +7,7 @@ from farflung.protocol import wire
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Malformed, Rejected
 from farflung.protocol.messages import Lease, LeaseGroup, Sample, Submission, SubmissionBody, SubmittedRollout
-from farflung.rollouts.intake import Parcel, inspect
+from farflung.rollouts.parcel import Parcel, inspect
 
 VOCAB, EOS, BUDGET = 100, frozenset({2, 3}), 6
 

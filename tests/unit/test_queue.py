@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from farflung.protocol.server import Queue
+from farflung.coordinator.waiting import Queue
 
 
 def test_nobody_waits_at_a_closed_queue():

@@ -18,7 +18,7 @@ from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import BadSignature, ConfigError, Malformed, OutOfRange, Rejected, WeightsError
 from farflung.protocol.identity import Key, Signed, seal, sign_request, unseal, verify_request
 from farflung.protocol.session import PURPOSES, check_run, delegate
-from farflung.rollouts import intake, judge
+from farflung.rollouts import judge, parcel
 from farflung.tasks import keyring
 from farflung.trust.diagnose import diagnose
 from farflung.trust.evidence import Profile
@@ -133,7 +133,7 @@ def _submission() -> Callable[[Chance], object]:
 
     def attempt(chance: Chance) -> object:
         submission = wire.decode(chance.packed(honest), m.Submission)
-        return intake.inspect(lease, "n1", submission, VOCAB, frozenset({2}))
+        return parcel.inspect(lease, "n1", submission, VOCAB, frozenset({2}))
 
     return attempt
 

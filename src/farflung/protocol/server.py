@@ -7,7 +7,6 @@ A role lists its routes as `Route` values; `mount` puts them on a FastAPI app wi
 import asyncio
 import logging
 import math
-import random
 import re
 import socket
 import time
@@ -108,54 +107,6 @@ class Nonces:
         """Drop from the front, where the oldest are, so that a flood costs no scan of all of them."""
         while self._seen and next(iter(self._seen.values())) <= now:
             self._seen.popitem(last=False)
-
-
-class Queue:
-    """Those who wait for something to change. Few look again at a time, the longest waiting first.
-
-    If all did, a thousand idle nodes would ask the database a thousand times for each change.
-    """
-
-    at_once = 16
-    most = 4096
-    base_s, longest_s = 0.5, 30.0
-
-    def __init__(self) -> None:
-        self._waiting: OrderedDict[object, asyncio.Future[bool]] = OrderedDict()
-        self._is_closed = False
-
-    def wake(self, count: int = at_once) -> None:
-        """Something changed: let the next `count` look. One that finds something wakes another."""
-        for _ in range(min(count, len(self._waiting))):
-            _, future = self._waiting.popitem(last=False)
-            if not future.done():
-                future.set_result(True)
-
-    async def wait(self, wait_s: float) -> bool:
-        """Whether it is worth looking again; not so when the time is up or too many wait already."""
-        if wait_s <= 0 or self._is_closed or len(self._waiting) >= self.most:
-            return False
-        token, future = object(), asyncio.get_running_loop().create_future()
-        self._waiting[token] = future
-        try:
-            async with asyncio.timeout(wait_s):
-                return await future
-        except TimeoutError:
-            return False
-        finally:
-            self._waiting.pop(token, None)
-
-    def close(self) -> None:
-        """Let nobody wait any more."""
-        self._is_closed = True
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_result(False)
-
-    def pause_s(self) -> float:
-        """How long one that got nothing should stay away: longer the more wait, and no two as long."""
-        share = len(self._waiting) / self.most
-        return random.uniform(0.5, 1.5) * min(self.longest_s, self.base_s + self.longest_s * share)
 
 
 Endpoint = Callable[[Request], Awaitable[Response]]

@@ -1,0 +1,101 @@
+"""The coordinator's routes in one table, and the application that answers them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import MethodType
+from typing import TypeVar
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from farflung.coordinator import nodes, roles, steps
+from farflung.coordinator.office import Office
+from farflung.coordinator.sweep import Sweeper
+from farflung.dashboard import pages
+from farflung.protocol import messages as m
+from farflung.protocol.identity import Signed
+from farflung.protocol.server import Call, Route, mount
+from farflung.protocol.session import Index
+
+T = TypeVar("T")
+BLOB_BYTES = 1 << 30
+MANY_BYTES = 256 << 20
+
+
+class Coordinator:
+    """One coordinator with one run."""
+
+    def __init__(self, office: Office) -> None:
+        self.office, self.sweeper = office, Sweeper(office)
+        self._for_ever: list[asyncio.Task[None]] = []
+        self.pages: pages.Pages | None = None
+        """The dashboard, once there is an app."""
+
+    def app(self) -> ASGIApp:
+        """The HTTP application."""
+
+        @asynccontextmanager
+        async def life(_: FastAPI) -> AsyncIterator[None]:
+            self._for_ever = [asyncio.create_task(self.sweeper.sweep()), asyncio.create_task(self.sweeper.tidy())]
+            yield
+            self.leave()
+            self.office.metrics.flush(self.office.clock(), force=True)
+
+        office = self.office
+        app = FastAPI(
+            title="farflung coordinator", version=str(m.VERSION), lifespan=life, docs_url=None, redoc_url=None
+        )
+        served = mount(app, routes(office), office.book.key.id, office.clock, office.doors.count)
+        self.pages = pages.mount(
+            app, pages.Desk(office.config, office.database, office.archive, office.metrics.path, office.clock)
+        )
+        return office.doors.before(served)
+
+    def leave(self) -> None:
+        """Keep nobody waiting, and take no more leases: whom nobody can reach any longer must call nobody silent."""
+        self.office.hall.close()
+        for task in self._for_ever:
+            task.cancel()
+        if self.pages is not None:
+            self.pages.live.stop()
+
+
+def routes(office: Office) -> list[Route]:
+    """The protocol, one line each."""
+
+    def to(handler: Callable[[Office, Call], Awaitable[T]]) -> Callable[[Call], Awaitable[T]]:
+        return MethodType(handler, office)
+
+    run, admin, leased = "/v1/runs/{run}", "/v1/admin/runs/{run}", to(nodes.submission_gate)
+    scorer, validator = office.gate("scorer", MANY_BYTES), office.gate("validator", MANY_BYTES)
+    trainer = office.gate("trainer", BLOB_BYTES)
+    return [
+        Route("GET", "/metrics", to(nodes.prometheus), signed=False),
+        Route("GET", "/v1", to(nodes.index), None, Index, signed=False),
+        Route("POST", "/v1/nodes", to(nodes.register), m.Register, m.Welcome),
+        Route("GET", run, to(nodes.run), None, m.Run, signed=False),
+        Route("GET", f"{run}/status", to(nodes.status), None, m.Status, signed=False),
+        Route("GET", "/v1/story/{id}", to(nodes.story), None, m.Story, signed=False),
+        Route("POST", f"{run}/heartbeat", to(nodes.heartbeat), m.Heartbeat, m.Pulse),
+        Route("GET", f"{run}/latest", to(nodes.latest), None, m.Latest, signed=False),
+        Route("GET", f"{run}/weights", to(nodes.weights), None, m.Weights, signed=False),
+        Route("GET", f"{run}/relays", to(nodes.relays), None, m.Relays, signed=False),
+        Route("GET", f"{run}/manifests/{{digest}}", to(nodes.manifest), None, Signed, signed=False),
+        Route("GET", "/v1/blobs/{digest}", to(nodes.get_blob), signed=False),
+        Route("PUT", f"{run}/blobs/{{digest}}", to(steps.put_blob), None, m.Done, gate=trainer, raw=True),
+        Route("POST", f"{run}/leases", to(nodes.ask_for_lease), m.LeaseRequest, m.LeaseAnswer),
+        Route("POST", f"{run}/leases/{{lease}}/submission", to(nodes.submission), m.Submission, Signed, gate=leased),
+        Route("POST", f"{run}/leases/{{lease}}/return", to(nodes.give_back), m.Empty, m.Done),
+        Route("POST", f"{run}/scores/claim", to(roles.claim_scores), m.Claim, m.ScoreJobs),
+        Route("POST", f"{run}/scores", to(roles.scores), m.Scores, m.Done, gate=scorer),
+        Route("POST", f"{run}/audits/claim", to(roles.claim_audits), m.Claim, m.AuditJobs),
+        Route("POST", f"{run}/audits/{{audit}}/evidence", to(roles.evidence), Signed, m.Done, gate=validator),
+        Route("POST", f"{run}/steps/{{step}}/claim", to(steps.claim_step), m.ClaimStep, m.BatchAnswer),
+        Route("POST", f"{run}/steps/{{step}}/trip", to(steps.trip), m.Trips, m.Done, gate=trainer),
+        Route("POST", f"{run}/steps/{{step}}/commit", to(steps.commit_step), m.Commit, m.Done, gate=trainer),
+        Route("GET", f"{run}/submissions/{{digest}}", to(steps.submission_body)),
+        Route("GET", f"{run}/submissions/{{digest}}/logp", to(steps.logp_body)),
+        Route("POST", f"{admin}/brake/release", to(roles.release_brake), m.Empty, m.Done),
+        Route("POST", f"{admin}/rollback", to(roles.roll_back), m.Rollback, m.Done),
+    ]

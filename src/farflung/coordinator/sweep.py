@@ -1,0 +1,86 @@
+"""What a coordinator does by the clock: take lapsed leases back, end the run when it is done, write metrics, tidy."""
+
+import asyncio
+import logging
+import math
+import random
+import time
+
+from sqlalchemy import Connection
+
+from farflung.coordinator.office import Office
+from farflung.dashboard import heldout
+from farflung.protocol import messages as m
+from farflung.rollouts import compose, orphans
+from farflung.store.stories import last_event
+from farflung.tasks import lease
+
+log = logging.getLogger(__name__)
+SWEEP_S = 0.25
+DEAF_S = 1.0
+"""A sweep so late says that this process was frozen or its database away, so that silence was no node's fault."""
+TIDY_S, ORPHAN_S = 900.0, 3600.0
+
+
+class Sweeper:
+    """Sweeps and tidies for as long as its coordinator stays."""
+
+    def __init__(self, office: Office) -> None:
+        self._office = office
+        self._started_at = office.clock()
+        self.swept_at, self._listening_since = math.inf, office.clock()
+        """When the last sweep went through, and since when none was late and every commit went through."""
+        self._failures = 0
+        self._noted = set[int]()
+        """Policy steps whose evaluation has its line in metrics.jsonl."""
+
+    async def sweep(self) -> None:
+        """For ever: take lapsed leases back, end the run when it is done, write metrics."""
+        while True:
+            try:
+                await self.note_evals()
+                self._office.hall.wake_if_due(await self._office.database.write(self.sweep_once), time.monotonic())
+                self.swept_at = self._office.clock()
+                own = m.Heartbeat(cpu_s=time.process_time(), started_at=self._started_at)
+                self._office.metrics.note_node(
+                    self._office.book.key.id, "coordinator", self._started_at, own, self._office.clock()
+                )
+                self._office.metrics.flush(self._office.clock())
+            except Exception:
+                log.exception("sweep failed, going on")  # without a sweep no lease would ever lapse
+            await asyncio.sleep(SWEEP_S)
+
+    def sweep_once(self, connection: Connection) -> int:
+        """Gives the number of the last event."""
+        now = self._office.clock()
+        if now - self.swept_at > DEAF_S or self._office.database.failures != self._failures:
+            self._listening_since, self._failures = now, self._office.database.failures
+        lease.expire(connection, self._office.book, now, self._listening_since)
+        compose.finish(connection, self._office.book, now)
+        return last_event(connection)
+
+    async def note_evals(self) -> None:
+        """Write down evaluations that are through, before the last of them ends the run."""
+        latest = (await self._office.database.read(self._office.book.latest)).step
+        if due := set(self._office.config.eval_steps(latest)) - self._noted:
+            found = await self._office.database.read(lambda c: heldout.finished(c, self._office.config, due))
+            if found:
+                await asyncio.to_thread(self._office.metrics.note_evals, found, self._office.clock())
+            self._noted |= {view.step for view in found}
+
+    async def tidy(self) -> None:
+        """For ever, now and then: delete bodies of submissions that were refused."""
+        while True:
+            await asyncio.sleep(TIDY_S * random.uniform(0.5, 1.5))
+            try:
+                await self.tidy_once(time.time())
+            except Exception:
+                log.exception("tidying failed, going on")
+
+    async def tidy_once(self, now: float) -> int:
+        """Once; `now` by the clock of the blob store."""
+        keep_s = ORPHAN_S + self._office.config.lease.lease_s
+        count = await orphans.collect(self._office.archive.blobs, self._office.database, now - keep_s)
+        if count:
+            log.info("collected bodies=%d of refused submissions", count)
+        return count

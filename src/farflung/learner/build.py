@@ -1,0 +1,73 @@
+"""The learner of a run, out of its configuration."""
+
+import logging
+
+import torch
+
+from farflung.config import Config
+from farflung.learner.crew import Crew
+from farflung.learner.loss import Objective
+from farflung.learner.optimise import Learner, Optimisation
+from farflung.learner.policy import Policy
+from farflung.learner.precision import compute_dtype
+from farflung.learner.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+
+def crew_of(config: Config, ranks: Ranks) -> Crew:
+    """This process's part of the learner."""
+    learn, folder = config.learn, config.folder / "checkpoints"
+    return Crew(
+        lambda: build(config, ranks),
+        folder,
+        microbatch_tokens=learn.microbatch_tokens,
+        keep=learn.keep_checkpoints,
+        ranks=ranks,
+    )
+
+
+def build(config: Config, ranks: Ranks) -> Learner:
+    """The learner as it begins, with the base model; the same on every rank."""
+    learn, path = config.learn, config.model.path
+    torch.manual_seed(config.run.seed)
+    torch.set_num_threads(learn.threads)
+    dtype, why = compute_dtype(learn.precision)
+    log.info("training in=%s because=%s rank=%d of=%d", dtype, why, ranks.rank, ranks.world)
+    policy = Policy.from_pretrained(
+        path,
+        compute_dtype=dtype,
+        is_checkpointed=learn.checkpointing,
+        is_dithered=learn.rounding == "dithered",
+        ranks=ranks,
+        lora_rank=learn.lora_rank,
+        lora_scale=learn.lora_scale,
+        is_lora_alone=learn.lora_publish == "adapters",
+    )
+    reference = Policy.from_pretrained(path, compute_dtype=dtype) if learn.kl else None
+    return Learner(policy, optimisation(config), reference=reference)
+
+
+def optimisation(config: Config) -> Optimisation:
+    """The learner's view of the configuration."""
+    learn = config.learn
+    return Optimisation(
+        lr=learn.lr,
+        beta1=learn.beta1,
+        beta2=learn.beta2,
+        weight_decay=learn.weight_decay,
+        warmup_steps=learn.warmup_steps,
+        max_grad_norm=learn.max_grad_norm,
+        minibatches=learn.minibatches,
+        importance_cap=learn.importance_cap,
+        objective=Objective(
+            kind=learn.loss,
+            epsilon=learn.epsilon,
+            epsilon_high=learn.epsilon_high,
+            delta=learn.delta,
+            normalise=learn.normalise,
+            constant=float(config.generate.budget),
+            kl=learn.kl,
+            entropy=learn.entropy,
+        ),
+    )
