@@ -167,7 +167,7 @@ def _who(route: Route) -> str:
         return "anybody, unsigned"
     if route.path.startswith("/v1/admin/"):
         return "the operator"
-    role = re.search(r'_require\(call, "(\w+)"\)', inspect.getsource(route.handler))
+    role = re.search(r'\brequire\(call, "(\w+)"\)', inspect.getsource(route.handler))
     return role[1] if role else "any registered node" if route.path != "/v1/nodes" else "any key"
 
 

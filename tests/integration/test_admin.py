@@ -61,7 +61,7 @@ def test_a_request_with_the_token_must_be_signed_all_the_same(guarded) -> None:
 
 def test_what_only_the_operator_may_is_under_admin_and_nothing_else_is(house) -> None:
     for route in routes(house.office):
-        is_operators = "_require_operator" in inspect.getsource(route.handler)
+        is_operators = "require_operator" in inspect.getsource(route.handler)
         assert is_operators == route.path.startswith("/v1/admin/"), route.path
         assert route.method == "GET" or route.signed, route.path
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 
+from farflung.coordinator import nodes
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.client import Client
@@ -709,12 +710,12 @@ def test_a_coordinator_that_goes_by_the_name_of_another_is_found_out(house, monk
     """It would pass on what the node signs to the one whose name it borrowed, and spoil the node's record there."""
 
     async def join(tag: str) -> None:
-        real = house.coordinator.index
+        real = nodes.index
 
-        async def index(call):
-            return msgspec.structs.replace(await real(call), coordinator=tag)
+        async def index(office, call):
+            return msgspec.structs.replace(await real(office, call), coordinator=tag)
 
-        monkeypatch.setattr(house.coordinator, "index", index)
+        monkeypatch.setattr(nodes, "index", index)
         client = house.line("ada")
         with pytest.raises(errors.BadSignature, match="calls itself nsomebodyelse"):
             await Session.open(client, "worker", root=house.named("root").public)

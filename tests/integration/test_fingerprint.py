@@ -291,9 +291,9 @@ def test_a_verifier_that_computes_nonsense_gives_no_distance(asking, engine, mon
 
 
 def test_a_profile_without_a_bound_passes_nothing(asking) -> None:
-    profiles = asking.coordinator.profiles
+    profiles = asking.office.profiles
     blind = msgspec.structs.replace(profiles.run, fingerprint=0.0)
-    asking.coordinator.profiles = profiles._replace(run=blind)
+    asking.office.profiles = profiles._replace(run=blind)
 
     async def scenario(house) -> None:
         lease = await house.lease("ada")

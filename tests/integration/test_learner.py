@@ -285,6 +285,32 @@ def test_bfloat16_compute_keeps_float32_masters(tiny_qwen) -> None:
     assert {parameter.dtype for parameter in learner.policy.model.parameters()} == {torch.float32}
 
 
+def test_bfloat16_compute_sees_the_weights_that_are_published(tiny_qwen) -> None:
+    packed = pack(rollouts(), 64)
+
+    def moved(*, is_dithered: bool) -> tuple[float, float]:
+        """How far the policy has gone in a few small steps, and how far it is from what it publishes (mean squares)."""
+        policy = Policy(tiny_qwen().bfloat16(), compute_dtype=torch.bfloat16, is_dithered=is_dithered)
+        first = logp(policy)
+        learner = Learner(policy, Optimisation(lr=2e-5))
+        for _ in range(4):
+            learner.step(packed)
+        policy.is_dithered = True
+        published = tiny_qwen()
+        published.load_state_dict({name: tensor.float() for name, tensor in policy.tensors()}, strict=False)
+        there = logp(Policy(published, compute_dtype=torch.bfloat16))
+        return float((there - first).square().mean()), float((there - logp(policy)).square().mean())
+
+    def logp(policy: Policy) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([policy.logp_BT(micro)[micro.mask_BT] for micro in packed])
+
+    gone, off = moved(is_dithered=True)
+    assert off < gone / 8
+    gone, off = moved(is_dithered=False)
+    assert off > gone / 3, "rounded to nearest the policy in training stands still"
+
+
 def test_a_missing_model_is_one_clear_sentence(tmp_path) -> None:
     with pytest.raises(ConfigError, match="no model at") as caught:
         Policy.from_pretrained(tmp_path / "absent")

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from farflung.learner.head import token_logp
+from farflung.learner.mixed import rounding_of
 from farflung.learner.pack import ROW_TOKENS, MicroBatch, Rollout, Rows, Segment, pack
 
 _LOGITS_AT_ONCE = 1 << 25
@@ -56,9 +57,11 @@ def logp_entropy_BT(
         head = model.get_output_embeddings()
         with autocast():
             hidden_ND = _hidden(model, micro.rows).flatten(0, 1)[micro.rows.predictor_N]
+            rounding_VD = None
             if torch.is_autocast_enabled(model.device.type):
                 hidden_ND = hidden_ND.to(torch.get_autocast_dtype(model.device.type))
-        logp_N, entropy_N = token_logp(hidden_ND, head.weight, head.bias, token_N, temperature_N)
+                rounding_VD = rounding_of(head)
+        logp_N, entropy_N = token_logp(hidden_ND, head.weight, head.bias, token_N, temperature_N, rounding_VD)
     else:
         with autocast():
             logits_NV = _own_logits(model, micro.rows)

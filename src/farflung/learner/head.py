@@ -21,12 +21,14 @@ def token_logp(
     bias_V: torch.Tensor | None,
     token_N: torch.Tensor,
     temperature_N: torch.Tensor,
+    rounding_VD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden W' + b) / T at each token, and the entropy of each distribution in nats; float32 (N,) each.
 
-    Both have gradients. The product is taken in the type of `hidden_ND`, everything after it in float32.
+    Both have gradients. The product is taken in the type of `hidden_ND`, with W as it is rounded if that is given,
+    everything after it in float32.
     """
-    return _TokenLogp.apply(hidden_ND, weight_VD, bias_V, token_N, temperature_N)
+    return _TokenLogp.apply(hidden_ND, weight_VD, bias_V, token_N, temperature_N, rounding_VD)
 
 
 class _TokenLogp(torch.autograd.Function):
@@ -38,11 +40,12 @@ class _TokenLogp(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         token_N: torch.Tensor,
         temperature_N: torch.Tensor,
+        rounding_VD: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logp_N, entropy_N = torch.empty(2, len(token_N), device=hidden_ND.device)
         is_kept = any(ctx.needs_input_grad) and len(token_N) * len(weight_VD) <= _PROBABILITIES_KEPT
         ctx.kept = [] if is_kept else None
-        cast_VD = weight_VD.to(hidden_ND.dtype)
+        ctx.cast_VD = cast_VD = weight_VD.to(hidden_ND.dtype) if rounding_VD is None else rounding_VD
         for part in _slices(len(token_N), len(weight_VD)):
             score_SV = _log_softmax(hidden_ND[part], cast_VD, bias_V, temperature_N[part])
             logp_N[part] = score_SV.gather(1, token_N[part, None])[:, 0]
@@ -57,7 +60,7 @@ class _TokenLogp(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, token_N, temperature_N, entropy_N = ctx.saved_tensors
         of_logp_N, of_entropy_N = grads
-        cast_VD = weight_VD.to(hidden_ND.dtype)
+        cast_VD = ctx.cast_VD
         of_hidden_ND = torch.empty_like(hidden_ND)
         of_weight_VD: torch.Tensor | None = None
         of_bias_V = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
@@ -74,7 +77,7 @@ class _TokenLogp(torch.autograd.Function):
                 of_weight_VD = more_VD if of_weight_VD is None else of_weight_VD.add_(more_VD)
             if of_bias_V is not None:
                 of_bias_V += of_logits_SV.float().sum(0)
-        return of_hidden_ND, of_weight_VD, of_bias_V, None, None
+        return of_hidden_ND, of_weight_VD, of_bias_V, None, None, None
 
 
 def _log_softmax(

@@ -128,6 +128,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         self.optimizer.step()
+        torch.autograd.graph.increment_version(parameters)  # the fused optimizer leaves that out
 
     def _loss(
         self,

@@ -15,6 +15,7 @@ from farflung.learner.dither import publishable
 from farflung.learner.forward import find_kind, logp_entropy_BT
 from farflung.learner.lora import adapt, base, factors_of, merged, published
 from farflung.learner.merge import Factors
+from farflung.learner.mixed import compute_as_published
 from farflung.learner.pack import MicroBatch
 from farflung.learner.ranks import Ranks, shard, whole
 from farflung.protocol.errors import ConfigError
@@ -56,6 +57,8 @@ class Policy:
                     f"learn.lora_rank = {lora_rank} works in one process; start the trainer without torchrun"
                 )
             adapt(model, lora_rank, lora_scale, is_alone=is_lora_alone)
+        elif is_dithered and compute_dtype == torch.bfloat16 and self.ranks.is_alone:
+            compute_as_published(model)
         self.is_lora_alone = is_lora_alone and lora_rank > 0
         self._kind = find_kind(model)
         if not self.ranks.is_alone:

@@ -52,7 +52,7 @@ def serve_all(config: Config) -> None:
 
 async def _found(config: Config) -> None:
     """Migrate and found once, before there are several; in a child, for the blob store's threads survive no fork."""
-    (await open_coordinator(config)).database.close()
+    (await open_coordinator(config)).office.database.close()
 
 
 def _wait_for(child: int) -> None:
