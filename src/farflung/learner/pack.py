@@ -11,7 +11,8 @@ and trees in one row, from seeing each other. Rows longer than `ROW_TOKENS` hold
 Legend: B rollouts of a micro-batch, T positions of their completions, R fed rows of W tokens, N trained tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -138,9 +139,16 @@ def pack(
 
     found = _halved(layouts(tokens_per_microbatch), at_least)
     if len(found) < at_least:
-        fed = sum(rows[0][0].width * len(rows) for rows in found)
-        found = layouts(max(1, fed // at_least))
+        found = _smaller(layouts, sum(rows[0][0].width * len(rows) for rows in found), at_least)
     return [_batch(rollouts, parts, rows) for rows in found]
+
+
+def _smaller(layouts: Callable[[int], list[list[list[_Tree]]]], fed: int, at_least: int) -> list[list[list[_Tree]]]:
+    """As few micro-batches as are enough, for each repeats the prompts of the groups that it cuts, and as even."""
+    sizes = range(1, max(1, fed) + 1)
+    few = bisect_left(sizes, 1, key=lambda most: len(layouts(most)) < at_least)  # the first size with too few
+    count = len(layouts(sizes[max(0, few - 1)]))
+    return layouts(sizes[bisect_left(sizes, 1, key=lambda most: len(layouts(most)) <= count)])  # the most even of them
 
 
 def _halved(layouts: list[list[list[_Tree]]], at_least: int) -> list[list[list[_Tree]]]:
