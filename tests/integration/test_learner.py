@@ -311,6 +311,21 @@ def test_bfloat16_compute_sees_the_weights_that_are_published(tiny_qwen) -> None
     assert off > gone / 3, "rounded to nearest the policy in training stands still"
 
 
+def test_attention_by_plain_products_says_what_the_kernel_says(tiny_qwen, monkeypatch) -> None:
+    policy = Policy(tiny_qwen(), compute_dtype=torch.bfloat16)
+    packed = pack(in_groups(), 64)
+
+    def logp() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([policy.logp_BT(micro)[micro.mask_BT] for micro in packed])
+
+    plain = logp()
+    monkeypatch.setattr(forward, "_PLAIN_SCORES", 0)
+    kernels = logp()
+    assert not torch.equal(plain, kernels), "these rows are short enough"
+    assert torch.allclose(plain, kernels, atol=0.05)
+
+
 def test_a_missing_model_is_one_clear_sentence(tmp_path) -> None:
     with pytest.raises(ConfigError, match="no model at") as caught:
         Policy.from_pretrained(tmp_path / "absent")

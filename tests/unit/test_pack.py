@@ -64,6 +64,11 @@ def test_more_updates_cut_a_micro_batch_between_its_rows() -> None:
     assert sum(int((micro.rows.tree_RW >= 0).sum()) for micro in packed) == 6 * (9 + 4 * 4), "no prompt is fed twice"
 
 
+def test_groups_are_cut_no_finer_than_it_takes_and_evenly() -> None:
+    rollouts = [rollout(("prompt", [k] * 35), ("model", [7] * 11)) for k in range(2) for _ in range(8)]
+    assert [len(micro.index) for micro in pack(rollouts, 400, at_least=4)] == [4, 4, 4, 4]
+
+
 def test_rows_are_padded_on_the_right_and_longest_first() -> None:
     long = rollout(("prompt", [1]), ("model", [2, 3, 4]), advantage=-1.0)
     short = rollout(("prompt", [5, 6]), ("model", [7]), advantage=0.5)

@@ -22,8 +22,8 @@ from farflung.learner.pack import ROW_TOKENS, MicroBatch, Rollout, Rows, Segment
 _LOGITS_AT_ONCE = 1 << 25
 """float32 logits held at once (128 MiB), where the model's own head makes them: more are softmaxed in slices."""
 _PLAIN_SCORES = 1 << 17
-"""Scores of one head up to which attention in bfloat16 is taken by plain products on a CPU. For rows of 60 to 140 tokens
-torch's flash kernel takes 3 ms a layer backwards; a step of SmolLM2 takes 3.3 instead of 4.7 s without it."""
+"""Scores of one head up to which attention in bfloat16 is taken by plain products on a CPU. For rows of 60 to 140
+tokens torch's flash kernel takes 3 ms a layer backwards; a step of SmolLM2 takes 3.3 instead of 4.7 s without it."""
 _TOLERANCE = 1e-3
 
 
