@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from farflung.learner.dither import dithered
 from farflung.learner.merge import Factors, factors, merge
+from farflung.learner.mixed import as_published
 from farflung.protocol.errors import ConfigError
 
 _PART = "parametrizations.weight."
@@ -20,19 +21,21 @@ _PART = "parametrizations.weight."
 class Adapter(torch.nn.Module):
     """What is added to one matrix of shape (out, in)."""
 
-    def __init__(self, weight: torch.Tensor, rank: int, scale: float) -> None:
+    def __init__(self, weight: torch.Tensor, rank: int, scale: float, *, is_rounded: bool = False) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.is_rounded = scale, is_rounded
         self.A = torch.nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
         self.B = torch.nn.Parameter(torch.zeros(weight.shape[0], rank))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """The matrix with its adapter."""
-        return weight + self.scale * (self.B @ self.A)
+        """The matrix with its adapter; under autocast as it is published, if so asked (see `mixed.py`)."""
+        found = weight + self.scale * (self.B @ self.A)
+        is_mixed = self.is_rounded and torch.is_autocast_enabled(weight.device.type)
+        return as_published(found) if is_mixed else found
 
 
 @torch.no_grad()
-def adapt(model: PreTrainedModel, rank: int, scale: float, *, is_alone: bool = False) -> None:
+def adapt(model: PreTrainedModel, rank: int, scale: float, *, is_alone: bool = False, is_rounded: bool = False) -> None:
     """Freeze a model, in place, but for an adapter on every linear layer other than its output head.
 
     Raises ConfigError where there is no such layer.
@@ -45,7 +48,9 @@ def adapt(model: PreTrainedModel, rank: int, scale: float, *, is_alone: bool = F
     for linear in linears:
         if is_alone:
             linear.weight.copy_(dithered(linear.weight)).add_(0.0)  # no −0.0, which no sum comes to
-        parametrize.register_parametrization(linear, "weight", Adapter(linear.weight, rank, scale))
+        parametrize.register_parametrization(
+            linear, "weight", Adapter(linear.weight, rank, scale, is_rounded=is_rounded)
+        )
 
 
 @torch.no_grad()

@@ -51,13 +51,14 @@ class Policy:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.ranks = ranks or Ranks()
         self._names = list(model.state_dict())
+        is_rounded = is_dithered and compute_dtype == torch.bfloat16 and self.ranks.is_alone
         if lora_rank:
             if not self.ranks.is_alone:
                 raise ConfigError(
                     f"learn.lora_rank = {lora_rank} works in one process; start the trainer without torchrun"
                 )
-            adapt(model, lora_rank, lora_scale, is_alone=is_lora_alone)
-        elif is_dithered and compute_dtype == torch.bfloat16 and self.ranks.is_alone:
+            adapt(model, lora_rank, lora_scale, is_alone=is_lora_alone, is_rounded=is_rounded)
+        if is_rounded:
             compute_as_published(model)
         self.is_lora_alone = is_lora_alone and lora_rank > 0
         self._kind = find_kind(model)
