@@ -25,6 +25,7 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
 def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> None:
     """Claim batches, take steps, publish weights; started by torchrun, over all of its processes."""
     from farflung.learner.ranks import join as meet
+    from farflung.learner.ranks import part
     from farflung.trainer import Trainer, follow
 
     start_computing(json)
@@ -32,9 +33,10 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
     ranks = meet()
     if ranks.rank:
         follow(settings, ranks)
-        return
-    key = Key.load_or_make(settings.folder / "keys" / "trainer")
-    asyncio.run(Trainer(url_of(url, settings), key, settings, root=known_root(settings), ranks=ranks).run())
+    else:
+        key = Key.load_or_make(settings.folder / "keys" / "trainer")
+        asyncio.run(Trainer(url_of(url, settings), key, settings, root=known_root(settings), ranks=ranks).run())
+    part(ranks)
 
 
 @app.command

@@ -98,6 +98,12 @@ def meet(ranks: Ranks) -> None:
         dist.barrier()
 
 
+def part(ranks: Ranks) -> None:
+    """Leave the others when all is done; left to the interpreter's end, gloo's threads may abort the process."""
+    if not ranks.is_alone:
+        dist.destroy_process_group()
+
+
 def add_up(values: Sequence[float], ranks: Ranks, *, is_most: bool = False) -> list[float]:
     """Sums over all ranks, or the largest of each."""
     if ranks.is_alone:
