@@ -285,7 +285,7 @@ def test_bfloat16_compute_keeps_float32_masters(tiny_qwen) -> None:
     assert {parameter.dtype for parameter in learner.policy.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("lora_rank", "lr"), [(0, 2e-5), (4, 2e-4)])
+@pytest.mark.parametrize(("lora_rank", "lr"), [(0, 4e-5), (4, 2e-4)])
 def test_bfloat16_compute_sees_the_weights_that_are_published(lora_rank: int, lr: float, tiny_qwen) -> None:
     packed = pack(rollouts(), 64)
 
@@ -309,7 +309,7 @@ def test_bfloat16_compute_sees_the_weights_that_are_published(lora_rank: int, lr
             return torch.cat([policy.logp_BT(micro)[micro.mask_BT] for micro in packed])
 
     gone, off = moved(is_dithered=True)
-    assert off < gone / 8
+    assert off < gone / 16
     assert moved(is_dithered=False)[1] > 3 * off, "rounded to nearest the policy in training stands still"
 
 
