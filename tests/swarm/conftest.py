@@ -108,7 +108,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The demo as it ships but for fewer and smaller steps, run to its end."""
-    fewer = ("--run.steps", "6", "--learn.groups", "8", "--eval.tasks", "128", "--eval.sampled_tasks", "8")
+    fewer = ("--run.steps", "10", "--learn.groups", "8", "--eval.tasks", "128", "--eval.sampled_tasks", "8")
     running = Running(tmp_path_factory.mktemp("demo"), *fewer)
     running.finish()
     yield running

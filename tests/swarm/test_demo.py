@@ -52,7 +52,7 @@ def test_the_ledger_sums_to_zero_and_the_cheat_has_nothing(demo):
 def test_every_figure_of_the_contract_is_there_and_recomputes_to_the_same(demo):
     written = demo.summary()
     assert summarise(demo.folder) == written
-    assert json.loads((demo.folder / "config.json").read_text())["run"]["steps"] == 6
+    assert json.loads((demo.folder / "config.json").read_text())["run"]["steps"] == 10
     unmeasured = {name for name, value in written.items() if value is None} - {"verification_overhead_steady"}
     assert unmeasured == set()
 
