@@ -47,7 +47,9 @@ class SharedPrompts:
         self._hold(held, torch.cat([old_B, group_B + len(used_G)]), _stacked(self._seen_GT[used_G], seen_GT, -1))
 
     def _hold(self, layers: Sequence[Layer], group_B: torch.Tensor, seen_GT: torch.Tensor) -> None:
-        self._layers, self._seen_GT = layers, seen_GT
+        # As the model makes them they would be copied for every token: the heads of a position stand side by side.
+        self._layers = [(keys.contiguous(), values.contiguous()) for keys, values in layers]
+        self._seen_GT = seen_GT
         self._mask_G11T = None if seen_GT.all() else masked(~seen_GT)
         self._seat(group_B)
 
@@ -66,11 +68,11 @@ class SharedPrompts:
         self._row_N = torch.zeros(len(count_G) * self._seats, dtype=torch.long)
         self._row_N[self._place_B] = torch.arange(len(group_B))
 
-    def ask(self, layer: int, query_BHD: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def ask(self, layer: int, query_BHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What each row finds in its prompt (B, H, D), and the log of its sum under the softmax (B, H)."""
         query_GHSD = query_BHD[self._row_N].unflatten(0, (-1, self._seats)).transpose(1, 2)
         keys, values = self._layers[layer]
-        found_GHSD, log_sum_GHS = _products(query_GHSD, keys, values, self._mask_G11T, scale)
+        found_GHSD, log_sum_GHS = _products(query_GHSD, keys, values, self._mask_G11T)
         found_BHD = found_GHSD.transpose(1, 2).flatten(0, 1)[self._place_B]
         return found_BHD, log_sum_GHS.transpose(1, 2).flatten(0, 1)[self._place_B]
 
@@ -129,11 +131,11 @@ def _attend(
     """Attention of one token (B, H, 1, D) to its own row and to its prompt. Raises ValueError where it cannot be so."""
     if held is None or query.shape[2] != 1 or any(options.get(name) is not None for name in _BENDS):
         raise ValueError("this attention takes one token a row and no windows, caps or sinks")
-    query_BH1D, scale = query.to(HELD_IN), query.shape[-1] ** -0.5 if scaling is None else scaling
+    query_BH1D = query.to(HELD_IN) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     own = key.to(HELD_IN), value.to(HELD_IN)  # a row's first keys come as the model makes them
-    found_BH1D, own_sum_BH1 = _products(query_BH1D, *own, held.mask_B11T, scale)
+    found_BH1D, own_sum_BH1 = _products(query_BH1D, *own, held.mask_B11T)
     if held.prompts is not None:
-        found_BHD, found_sum_BH = held.prompts.ask(int(module.layer_idx), query_BH1D[:, :, 0], scale)
+        found_BHD, found_sum_BH = held.prompts.ask(int(module.layer_idx), query_BH1D[:, :, 0])
         share_BH11 = torch.sigmoid(found_sum_BH[:, :, None] - own_sum_BH1)[..., None]
         found_BH1D = torch.lerp(found_BH1D, found_BHD[:, :, None], share_BH11)
     return found_BH1D.transpose(1, 2).to(query.dtype).contiguous(), None
@@ -144,17 +146,18 @@ def _products(
     keys_BKTD: torch.Tensor,
     values_BKTD: torch.Tensor,
     mask_B11T: torch.Tensor | None,
-    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each query finds (B, H, S, D), and the log of its sum under the softmax (B, H, S)."""
     shape = query_BHSD.shape
     folded_BKND = query_BHSD.reshape(shape[0], keys_BKTD.shape[1], -1, shape[-1])  # all that ask the same keys
-    score_BKNT = torch.matmul(folded_BKND, keys_BKTD.transpose(-1, -2)).mul_(scale)
+    score_BKNT = torch.matmul(folded_BKND, keys_BKTD.transpose(-1, -2))
     if mask_B11T is not None:
         score_BKNT += mask_B11T
-    log_sum_BKN = score_BKNT.logsumexp(-1)
-    found_BKND = torch.matmul(score_BKNT.sub_(log_sum_BKN[..., None]).exp_(), values_BKTD)
-    return found_BKND.view(shape), log_sum_BKN.view(shape[:-1])
+    top_BKN1 = score_BKNT.amax(-1, keepdim=True)
+    weight_BKNT = score_BKNT.sub_(top_BKN1).exp_()
+    sum_BKN1 = weight_BKNT.sum(-1, keepdim=True)
+    found_BKND = torch.matmul(weight_BKNT, values_BKTD).div_(sum_BKN1)
+    return found_BKND.view(shape), sum_BKN1.log_().add_(top_BKN1).view(shape[:-1])
 
 
 AttentionInterface.register(_NAME, _attend)

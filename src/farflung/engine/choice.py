@@ -15,9 +15,9 @@ def tempered(logits_BV: torch.Tensor, divisor_B1: torch.Tensor) -> torch.Tensor:
     return score_BV / divisor_B1 if (divisor_B1 != 1).any() else score_BV
 
 
-def silenced(noise_BV: torch.Tensor, is_sampled_B1: torch.Tensor) -> torch.Tensor:
-    """Noise, in place, without that of greedy rows."""
-    return noise_BV if is_sampled_B1.all() else noise_BV.mul_(is_sampled_B1)
+def silenced(noise_BV: torch.Tensor, is_sampled_B1: torch.Tensor, silence: float = 0.0) -> torch.Tensor:
+    """Noise, in place, with `silence` for that of greedy rows."""
+    return noise_BV if is_sampled_B1.all() else noise_BV.masked_fill_(~is_sampled_B1, silence)
 
 
 def best(score_BV: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from farflung.engine.attention import is_worth_sharing
 from farflung.engine.base import Completion, Request
 from farflung.engine.cache import compacted
-from farflung.engine.choice import best, log_sum_exp, silenced, tempered
+from farflung.engine.choice import best, silenced, tempered
 from farflung.engine.fingerprint import Sketches, tapped
-from farflung.engine.noise import gumbel
+from farflung.engine.noise import exponential
 from farflung.engine.rows import Rows
 
 _TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5}
@@ -120,7 +120,10 @@ def _joining(rows: Rows, slots: int, waiting: int) -> int:
 
 
 class _Sampler:
-    """Gumbel-max by temperature alone; the noise of several positions is made at once where the vocabulary is small."""
+    """Gumbel-max by temperature alone, as argmax(softmax(logits / T) / exp(-noise)): log-probabilities need that softmax.
+
+    The noise of several positions is made at once where the vocabulary is small.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._seeds: list[int] = []
@@ -129,7 +132,7 @@ class _Sampler:
         self._used = 0
         """Positions of the noise made ahead that were picked from."""
         self._rooms_2BV: torch.Tensor | None = None
-        """For the noise of one position, and for scores with noise."""
+        """For the noise of one position and scores with noise, and for probabilities."""
 
     def join(self, requests: Sequence[Request]) -> None:
         """Rows of these requests come behind those that are here."""
@@ -144,10 +147,11 @@ class _Sampler:
         if self._rooms_2BV is None or self._rooms_2BV.shape[1] < len(score_BV):
             self._rooms_2BV = torch.empty(2, *score_BV.shape, device=score_BV.device)
         made_BV, room_BV = self._rooms_2BV[:, : len(score_BV)]
-        noisy_BV = score_BV if self._is_greedy else torch.add(score_BV, self._noise(position_B, made_BV), out=room_BV)
-        token_B = best(noisy_BV)
-        logp_B = score_BV.gather(-1, token_B[:, None])[:, 0] - log_sum_exp(score_BV, room_BV)
-        return token_B, logp_B
+        chance_BV = torch.softmax(score_BV, -1, out=room_BV)
+        if not self._is_greedy:
+            score_BV = torch.div(chance_BV, self._noise(position_B, made_BV), out=made_BV)
+        token_B = best(score_BV)
+        return token_B, chance_BV.gather(-1, token_B[:, None])[:, 0].log()
 
     def keep(self, live_B: torch.Tensor) -> None:
         self._seeds, self._heat_B = [self._seeds[row] for row in live_B.tolist()], self._heat_B[live_B]
@@ -161,16 +165,16 @@ class _Sampler:
         self._is_greedy = not self._is_sampled_B1.any()
 
     def _noise(self, position_B: torch.Tensor, room_BV: torch.Tensor) -> torch.Tensor:
-        """Noise of each row's position (B, V), 0 where a row is greedy; of one at a time it is made in the room."""
+        """exp(-noise) of each row's position (B, V), 1 where a row is greedy; of one at a time it is made in the room."""
         rows, vocab = room_BV.shape
         ahead = _NOISE_AHEAD // (rows * vocab)
         if ahead <= 1 and self._noise_KBV is None:
-            noise_BV = gumbel(self._seeds, position_B, vocab, room_BV.device, out=room_BV)
-            return silenced(noise_BV, self._is_sampled_B1)
+            noise_BV = exponential(self._seeds, position_B, vocab, room_BV.device, out=room_BV)
+            return silenced(noise_BV, self._is_sampled_B1, silence=1.0)
         if self._noise_KBV is None or self._used == len(self._noise_KBV):
             position_KB = position_B + torch.arange(ahead, device=position_B.device)[:, None]
-            flat = gumbel(self._seeds * ahead, position_KB.flatten(), vocab, room_BV.device)
-            self._noise_KBV, self._used = silenced(flat.view(ahead, rows, vocab), self._is_sampled_B1), 0
+            flat = exponential(self._seeds * ahead, position_KB.flatten(), vocab, room_BV.device)
+            self._noise_KBV, self._used = silenced(flat.view(ahead, rows, vocab), self._is_sampled_B1, silence=1.0), 0
         self._used += 1
         return self._noise_KBV[self._used - 1]
 
