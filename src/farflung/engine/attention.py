@@ -70,11 +70,14 @@ class SharedPrompts:
 
     def ask(self, layer: int, query_BHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What each row finds in its prompt (B, H, D), and the log of its sum under the softmax (B, H)."""
-        query_GHSD = query_BHD[self._row_N].unflatten(0, (-1, self._seats)).transpose(1, 2)
+        query_GHSD = query_BHD.index_select(0, self._row_N).unflatten(0, (-1, self._seats)).transpose(1, 2)
         keys, values = self._layers[layer]
         found_GHSD, log_sum_GHS = _products(query_GHSD, keys, values, self._mask_G11T)
-        found_BHD = found_GHSD.transpose(1, 2).flatten(0, 1)[self._place_B]
-        return found_BHD, log_sum_GHS.transpose(1, 2).flatten(0, 1)[self._place_B]
+        return self._by_row(found_GHSD), self._by_row(log_sum_GHS)
+
+    def _by_row(self, seen: torch.Tensor) -> torch.Tensor:
+        """From (G, H, S, …) to (B, H, …)."""
+        return seen.transpose(1, 2).flatten(0, 1).index_select(0, self._place_B)
 
 
 def _stacked(one: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
