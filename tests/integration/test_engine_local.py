@@ -186,6 +186,24 @@ def test_rows_that_join_say_what_the_definition_says(family, is_long, tiny_qwen,
             assert sum(busy) >= 0.8 * slots * len(busy) > 0, "no slot waits for the longest row"
 
 
+@pytest.mark.parametrize("slots", [2, 5])
+def test_a_prompt_that_is_shared_is_there_for_those_that_join_later(slots: int, tiny_qwen, monkeypatch) -> None:
+    read: list[tuple[int, ...]] = []
+
+    class Noted(decode_module.Rows):
+        def _read(self, prompts):
+            read.extend(prompts)
+            return super()._read(prompts)
+
+    engine, asked = LocalEngine(tiny_qwen()), stream(is_long=True)
+    expected = [by_definition(engine.model, request, engine.eos_ids) for request in asked]
+    engine.generate(crowd())
+    monkeypatch.setattr(decode_module, "Rows", Noted)
+    engine.max_rows = slots
+    assert [list(completion.ids) for completion in engine.generate(asked)] == expected
+    assert sorted(read) == sorted({request.prompt_ids for request in asked}), "each prompt once"
+
+
 @pytest.mark.parametrize("is_long", [False, True])
 def test_plain_attention_in_bfloat16_says_nearly_what_replay_says(is_long: bool, tiny_qwen) -> None:
     model = tiny_qwen().eval().bfloat16()

@@ -58,6 +58,11 @@ class RoomyCache:
         for layer, (keys, values) in zip(self.layers.layers, layers, strict=True):
             layer.add(keys, values)
 
+    def add_empty(self, count: int) -> None:
+        """So many more rows, which have nothing yet."""
+        for layer in self.layers.layers:
+            layer.add(*(held.new_empty(count, held.shape[1], 0, held.shape[3]) for held in (layer.keys, layer.values)))
+
     def forget(self, count: int) -> None:
         """Leave out the first columns of all rows."""
         for layer in self.layers.layers:

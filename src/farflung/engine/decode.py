@@ -126,7 +126,7 @@ def _joining(rows: Rows, slots: int, waiting: int, idle: int) -> int:
 
 
 class _Sampler:
-    """Gumbel-max by temperature alone, as argmax(softmax(logits / T) / exp(-noise)): log-probabilities need that softmax.
+    """Gumbel-max by temperature alone, as argmax(softmax(logits / T) / exp(-noise)): that gives log-probabilities too.
 
     The noise of several positions is made at once where the vocabulary is small.
     """
@@ -171,7 +171,7 @@ class _Sampler:
         self._is_greedy = not self._is_sampled_B1.any()
 
     def _noise(self, position_B: torch.Tensor, room_BV: torch.Tensor) -> torch.Tensor:
-        """exp(-noise) of each row's position (B, V), 1 where a row is greedy; of one at a time it is made in the room."""
+        """exp(-noise) of each row's position (B, V), 1 where a row is greedy; of one at a time it is in the room."""
         rows, vocab = room_BV.shape
         ahead = _NOISE_AHEAD // (rows * vocab)
         if ahead <= 1 and self._noise_KBV is None:

@@ -24,8 +24,8 @@ Integers = Sequence[int] | np.ndarray | torch.Tensor
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 _ROW_SALTS = (0x9E3779B9, 0x85EBCA6B)
 _BLOCK = 1 << 18
-"""Elements hashed at a time, so that both buffers stay in the caches: the whole of 64 x 49,152 at once takes twice as
-long, and in smaller blocks threads wait for each other (choosing on two cores 10, 7.7, 7.2 ms with 2^17, 2^18, 2^19)."""
+"""Elements hashed at a time, so that both buffers stay in the caches: 64 x 49,152 at once take twice as long. In small
+blocks threads wait for each other (to choose takes two cores 10.1, 7.7 and 7.2 ms with 2^17, 2^18 and 2^19)."""
 
 
 def row_keys(seed_B: Integers, position_B: Integers | int) -> tuple[np.ndarray, np.ndarray]:

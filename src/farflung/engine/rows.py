@@ -14,24 +14,48 @@ from farflung.engine.base import Request
 from farflung.engine.cache import RoomyCache
 from farflung.engine.fingerprint import Tap
 
+_Prompt = tuple[int, ...]
 
-class _Prompts(NamedTuple):
-    """Different prompts, padded on the left, as the model has read them."""
 
-    cache: RoomyCache
-    length_G: torch.Tensor
-    seen_GT: torch.Tensor
-    """False where a prompt is padded."""
+class _Answers(NamedTuple):
+    """What the model says after different prompts."""
+
+    prompts: list[_Prompt]
     logits_GV: torch.Tensor
     fed_GD: torch.Tensor | None
+
+    def of(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which prompt each request has, and how long that is (B,)."""
+        place = {prompt: index for index, prompt in enumerate(self.prompts)}
+        asked = [(place[one.prompt_ids], len(one.prompt_ids)) for one in requests]
+        return torch.tensor(asked, device=self.logits_GV.device).unbind(-1)
+
+    def only(self, kept: list[int]) -> "_Answers":
+        """Those of some prompts."""
+        fed_GD = None if self.fed_GD is None else self.fed_GD[kept]
+        return _Answers([self.prompts[index] for index in kept], self.logits_GV[kept], fed_GD)
+
+    def and_of(self, other: "_Answers") -> "_Answers":
+        """Those of other prompts behind them."""
+        fed_GD = None if self.fed_GD is None or other.fed_GD is None else torch.cat([self.fed_GD, other.fed_GD])
+        return _Answers(self.prompts + other.prompts, torch.cat([self.logits_GV, other.logits_GV]), fed_GD)
+
+
+class _Read(NamedTuple):
+    """Different prompts, padded on the left, as the model has read them."""
+
+    answers: _Answers
+    cache: RoomyCache
+    seen_GT: torch.Tensor
+    """False where a prompt is padded."""
 
 
 class Rows:
     """All rows grow in the same column of the cache; what is on the left of a row's first column is masked.
 
     A prompt that several requests share, as in a group, is read once. Where prompts are shared in attention too, the
-    cache holds what follows them. A row that joins has its prompt in the columns before the next one, so the longest
-    prompts come first.
+    cache holds what follows them, and a prompt is there for those that join later. Else a row that joins has its prompt
+    in the columns before the next one, so the longest prompts come first.
     """
 
     logits_BV: torch.Tensor
@@ -69,14 +93,15 @@ class Rows:
 
     def join(self, requests: Sequence[Request]) -> None:
         """Read these requests' prompts; their rows come behind those that are here."""
-        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(one.prompt_ids for one in requests))}
-        read = self._read(list(row_of))
-        asked_B = torch.tensor([row_of[one.prompt_ids] for one in requests], device=self.device)
-        if len(self):
-            self._forget(0 if self._is_shared else int(read.length_G.max()))
-            self._add(read, asked_B)
+        prompts = list(dict.fromkeys(one.prompt_ids for one in requests))
+        if not len(self):
+            self._begin(self._read(prompts), requests)
+        elif self._shared is not None:
+            self._forget(0)
+            self._share(self._shared, prompts, requests)
         else:
-            self._begin(read, asked_B)
+            self._forget(max(map(len, prompts)))
+            self._add(self._read(prompts), requests)
         self._is_padded = bool((self._start_B != 0).any())
 
     def advance(self, token_B: torch.Tensor) -> None:
@@ -104,7 +129,7 @@ class Rows:
         if self._shared is not None:
             self._shared.keep(live_B)
 
-    def _read(self, prompts: Sequence[tuple[int, ...]]) -> _Prompts:
+    def _read(self, prompts: list[_Prompt]) -> _Read:
         width, device = max(map(len, prompts)), self.device
         length_G = torch.tensor([len(prompt) for prompt in prompts], device=device)
         ids_GT = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -112,37 +137,50 @@ class Rows:
         cache = RoomyCache(self._model, self._horizon, HELD_IN if self._is_plain else None)
         seen_GT = place_GT >= 0
         mask_GT = None if seen_GT.all() else seen_GT.long()
-        return _Prompts(cache, length_G, seen_GT, *self._forward(cache, ids_GT, place_GT.clamp_(min=0), mask_GT))
+        answers = _Answers(prompts, *self._forward(cache, ids_GT, place_GT.clamp_(min=0), mask_GT))
+        return _Read(answers, cache, seen_GT)
 
-    def _begin(self, read: _Prompts, asked_B: torch.Tensor) -> None:
+    def _begin(self, read: _Read, requests: Sequence[Request]) -> None:
         """The first rows, or the first after all others have left."""
-        self._cache, length_B = read.cache, read.length_G[asked_B]
-        nothing_B = torch.zeros_like(length_B)
+        asked_B, length_B = read.answers.of(requests)
+        self._cache, nothing_B = read.cache, torch.zeros_like(length_B)
         if self._is_shared:
+            self._answers = read.answers
             self._shared = SharedPrompts(read.cache.take(), asked_B, read.seen_GT)
             self._column, self._start_B, self._before_B = 0, nothing_B, length_B
         else:
             self._cache.spread(asked_B)
-            self._column = int(read.length_G.max())
+            self._column = int(length_B.max())
             self._start_B, self._before_B = self._column - length_B, nothing_B
-        self.logits_BV = read.logits_GV[asked_B]
-        self.fed_BD = None if read.fed_GD is None else read.fed_GD[asked_B]
+        self.logits_BV = read.answers.logits_GV[asked_B]
+        self.fed_BD = None if read.answers.fed_GD is None else read.answers.fed_GD[asked_B]
 
-    def _add(self, read: _Prompts, asked_B: torch.Tensor) -> None:
-        """More rows behind those that are here."""
-        length_B = read.length_G[asked_B]
-        layers = read.cache.take()
-        if self._shared is not None:
-            self._shared.add(layers, asked_B, read.seen_GT)
-            self._cache.add([(keys[asked_B, :, :0], values[asked_B, :, :0]) for keys, values in layers])
-            start_B, before_B = torch.full_like(length_B, self._column), length_B
-        else:
-            self._cache.add([(keys[asked_B], values[asked_B]) for keys, values in layers])
-            start_B, before_B = self._column - length_B, torch.zeros_like(length_B)
+    def _share(self, shared: SharedPrompts, prompts: list[_Prompt], requests: Sequence[Request]) -> None:
+        """More rows, of which only those prompts are read that are not here already."""
+        held, used = self._answers.prompts, shared.used()
+        kept = [index for index, prompt in enumerate(held) if index in used or prompt in prompts]
+        self._answers = self._answers.only(kept)
+        shared.keep_prompts(kept)
+        if fresh := [prompt for prompt in prompts if prompt not in held]:
+            read = self._read(fresh)
+            self._answers = self._answers.and_of(read.answers)
+            shared.add_prompts(read.cache.take(), read.seen_GT)
+        asked_B, length_B = self._answers.of(requests)
+        shared.add(asked_B)
+        self._cache.add_empty(len(requests))
+        self._extend(self._answers, asked_B, torch.full_like(length_B, self._column), length_B)
+
+    def _add(self, read: _Read, requests: Sequence[Request]) -> None:
+        """More rows, each behind a copy of its prompt."""
+        asked_B, length_B = read.answers.of(requests)
+        self._cache.add([(keys[asked_B], values[asked_B]) for keys, values in read.cache.take()])
+        self._extend(read.answers, asked_B, self._column - length_B, torch.zeros_like(length_B))
+
+    def _extend(self, answers: _Answers, asked_B: torch.Tensor, start_B: torch.Tensor, before_B: torch.Tensor) -> None:
         self._start_B, self._before_B = torch.cat([self._start_B, start_B]), torch.cat([self._before_B, before_B])
-        self.logits_BV = torch.cat([self.logits_BV, read.logits_GV[asked_B]])
-        if self.fed_BD is not None and read.fed_GD is not None:
-            self.fed_BD = torch.cat([self.fed_BD, read.fed_GD[asked_B]])
+        self.logits_BV = torch.cat([self.logits_BV, answers.logits_GV[asked_B]])
+        if self.fed_BD is not None and answers.fed_GD is not None:
+            self.fed_BD = torch.cat([self.fed_BD, answers.fed_GD[asked_B]])
 
     def _forget(self, longest: int) -> None:
         """Leave out the first columns, which belong to rows that have left, but for what the longest prompt needs."""
