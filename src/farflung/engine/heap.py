@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import platform
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 """glibc's names for what `mallopt` sets; see its manual page."""
@@ -35,8 +36,16 @@ def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE
-    start = libc.malloc(size)
+    start = None if _are_addresses_counted() else libc.malloc(size)
     if start is not None:
         first = -(-start // _LARGE) * _LARGE
         libc.madvise(first, (start + size - first) // _LARGE * _LARGE, mmap.MADV_HUGEPAGE)
         libc.free(start)
+
+
+def _are_addresses_counted() -> bool:
+    """Whether other processes could have less memory because this one might use what it only has addresses of."""
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return True

@@ -46,10 +46,7 @@ def gumbel(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Noise of every token for each row, float32 (B, V), in `out` if given: new memory costs as much as the noise."""
-    noise_BV = torch.empty(len(seed_B), vocab, device=device) if out is None else out
-    for rows, hash_RV in _hashed_blocks(seed_B, position_B, vocab, noise_BV.device):
-        _to_gumbel(noise_BV[rows].copy_(_top23(hash_RV)))
-    return noise_BV
+    return exponential(seed_B, position_B, vocab, device, out).log_().neg_()
 
 
 def exponential(
