@@ -14,6 +14,6 @@ def test_a_run_begins_and_ends_with_the_mean_of_five_steps():
     ("rewards", "found"),
     [([], (None, None)), ([0.4], (0.4, 0.4)), ([0.1, 0.3, 0.8], (0.1, 0.8)), ([0.0, 0.2, 0.4, 0.8], (0.1, 0.6))],
 )
-def test_no_step_of_a_short_run_counts_at_both_ends(rewards, found):
+def test_a_short_run_is_cut_in_halves(rewards, found):
     first, last = first_and_last(rewards)
     assert (first, last) == (pytest.approx(found[0]), pytest.approx(found[1]))
