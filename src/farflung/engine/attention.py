@@ -35,38 +35,38 @@ class SharedPrompts:
 
     def __init__(self, layers: Sequence[Layer], group_B: torch.Tensor, seen_GT: torch.Tensor) -> None:
         """Keys and values (G, K, T, D) of each layer; `seen_GT` is false where a prompt is padded."""
-        self._hold(layers, seen_GT)
-        self._seat(group_B)
+        self._hold(layers, group_B, seen_GT)
 
     def used(self) -> set[int]:
         """The prompts that rows have."""
         return set(self._group_B.tolist())
 
     def keep_prompts(self, kept: list[int]) -> None:
-        """Go on with these prompts, in rising order, all that rows have among them. `add` is to follow."""
+        """Go on with these prompts, in rising order, all that rows have among them."""
         if len(kept) < len(self._seen_GT):
             first = int(self._seen_GT[kept].any(0).int().argmax())  # before it all that stay are padded
             held = [(keys[kept, :, first:], values[kept, :, first:]) for keys, values in self._layers]
-            self._hold(held, self._seen_GT[kept, first:])
-            self._group_B = torch.searchsorted(torch.tensor(kept), self._group_B)
+            group_B = torch.searchsorted(torch.tensor(kept), self._group_B)
+            self._hold(held, group_B, self._seen_GT[kept, first:])
 
     def add_prompts(self, layers: Sequence[Layer], seen_GT: torch.Tensor) -> None:
-        """More prompts behind those that are here. `add` is to follow."""
+        """More prompts behind those that are here."""
         held = [
             (_stacked(keys, more_keys, -2), _stacked(values, more_values, -2))
             for (keys, values), (more_keys, more_values) in zip(self._layers, layers, strict=True)
         ]
-        self._hold(held, _stacked(self._seen_GT, seen_GT, -1))
+        self._hold(held, self._group_B, _stacked(self._seen_GT, seen_GT, -1))
 
     def add(self, group_B: torch.Tensor) -> None:
         """More rows behind those that are here, with these prompts."""
         self._seat(torch.cat([self._group_B, group_B]))
 
-    def _hold(self, layers: Sequence[Layer], seen_GT: torch.Tensor) -> None:
+    def _hold(self, layers: Sequence[Layer], group_B: torch.Tensor, seen_GT: torch.Tensor) -> None:
         # As the model makes them they would be copied for every token: the heads of a position stand side by side.
         self._layers = [(keys.contiguous(), values.contiguous()) for keys, values in layers]
         self._seen_GT = seen_GT
         self._mask_G11T = None if seen_GT.all() else masked(~seen_GT)
+        self._seat(group_B)
 
     def keep(self, live_B: torch.Tensor) -> None:
         """Go on with these rows."""
