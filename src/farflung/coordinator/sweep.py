@@ -12,6 +12,7 @@ from farflung.coordinator.office import Office
 from farflung.dashboard import heldout
 from farflung.protocol import messages as m
 from farflung.rollouts import compose, orphans
+from farflung.rollouts.credit import drop_groups
 from farflung.store.stories import last_event
 from farflung.tasks import lease
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 SWEEP_S = 0.25
 DEAF_S = 1.0
 """A sweep so late says that this process was frozen or its database away, so that silence was no node's fault."""
+STRANDED_S = 1.0
 TIDY_S, ORPHAN_S = 900.0, 3600.0
 
 
@@ -30,7 +32,7 @@ class Sweeper:
         self._started_at = office.clock()
         self.swept_at, self._listening_since = math.inf, office.clock()
         """When the last sweep went through, and since when none was late and every commit went through."""
-        self._failures = 0
+        self._failures, self._stranded_at = 0, 0.0
         self._noted = set[int]()
         """Policy steps whose evaluation has its line in metrics.jsonl."""
 
@@ -56,6 +58,10 @@ class Sweeper:
         if now - self.swept_at > DEAF_S or self._office.database.failures != self._failures:
             self._listening_since, self._failures = now, self._office.database.failures
         lease.expire(connection, self._office.book, now, self._listening_since)
+        if now - self._stranded_at > STRANDED_S:
+            self._stranded_at = now
+            why = "every node at work handed in a sample of it before"
+            drop_groups(connection, lease.stranded(connection, self._office.book, now), now, why=why)
         compose.finish(connection, self._office.book, now)
         return last_event(connection)
 

@@ -124,7 +124,7 @@ def _asks_fingerprints(connection: Connection, audit: Row[Any]) -> bool:
 def _fold_in_order(connection: Connection, book: Book, profiles: Profiles, node: str, now: float) -> None:
     """Fold this node's answered audits, oldest submission first, up to the first that is still unanswered."""
     rows = connection.execute(
-        sa.select(AUDITS, SUBMISSIONS.c.profile, SUBMISSIONS.c.audit_probability)
+        sa.select(AUDITS, SUBMISSIONS.c.profile, SUBMISSIONS.c.audit_probability, SUBMISSIONS.c.received_at)
         .join(SUBMISSIONS, SUBMISSIONS.c.submission == AUDITS.c.submission)
         .where(AUDITS.c.node == node, AUDITS.c.outcome.is_(None), AUDITS.c.status != "cancelled")
         .order_by(AUDITS.c.kind != "confirm", AUDITS.c.kind != "suspicion", SUBMISSIONS.c.received_at, AUDITS.c.audit)
@@ -150,7 +150,8 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
     if before.status == "quarantined" and audit.kind == "draw":
         return  # it waits for the second opinion
     was_trusted = audit.audit_probability < 1
-    after, outcome = FOLDS[audit.kind](before, findings, standing.settings(book), was_trusted=was_trusted)
+    take_in = FOLDS[audit.kind] if audit.kind != "draw" or _is_news(connection, audit, findings) else weigh
+    after, outcome = take_in(before, findings, standing.settings(book), was_trusted=was_trusted)
     after, outcome = fingerprint.judge(after, outcome, findings, profile.fingerprint)
     connection.execute(AUDITS.update().where(AUDITS.c.audit == audit.audit).values(outcome=outcome.kind))
     standing.write(connection, audit.node, after)
@@ -160,6 +161,24 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
     if outcome.kind != "ok":
         _pronounce(connection, book, audit, before, after, outcome, _diagnosis(profile, evidence), now)
         brake.look(connection, book, audit.step, now)
+
+
+def _is_news(connection: Connection, audit: Row[Any], findings: Sequence[Finding]) -> bool:
+    """Whether this node handed in no other rollout of these samples before.
+
+    Such samples are not leased to it again; this holds whatever the leases did. The seed is the same, so that given the
+    flips of the first rollout those of the second are no news, and counted again they would eject the honest.
+    """
+    this, other = ROLLOUTS.alias(), ROLLOUTS.alias()
+    is_same = sa.and_(other.c.group == this.c.group, other.c.sample == this.c.sample, other.c.node == audit.node)
+    query = (
+        sa.select(this.c.rollout)
+        .join(other, sa.and_(is_same, other.c.rollout != this.c.rollout))
+        .join(SUBMISSIONS, SUBMISSIONS.c.submission == other.c.submission)
+        .where(this.c.rollout.in_([found.rollout for found in findings]))
+        .where(SUBMISSIONS.c.received_at < audit.received_at)
+    )
+    return connection.execute(query.limit(1)).first() is None
 
 
 def _diagnosis(profile: Profile, evidence: Evidence) -> str:

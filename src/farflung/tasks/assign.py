@@ -48,6 +48,7 @@ class Asker:
     free_slots: int
     max_context: int
     """Tokens that prompt and completion together may have."""
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,9 @@ class OpenSamples:
     """Prompt and budget together."""
     reissued_at: float | None = None
     """When they came open again, or may be leased again if that lies ahead of now; None if never leased."""
+    not_for: frozenset[str] = frozenset()
+    """Nodes that handed these in before. The seed is the same and a node's arithmetic too, so its rounding would flip
+    the same tokens again: evidence that was counted would be counted twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,9 @@ def is_fresh(step: int, latest: int, max_staleness: int) -> bool:
 def _is_offered(offer: OpenSamples, now: float, latest: int, node: Asker, settings: AssignSettings) -> bool:
     is_due = offer.reissued_at is None or offer.reissued_at <= now
     fits = offer.needed_tokens <= node.max_context
-    return is_due and fits and bool(offer.samples) and is_fresh(offer.step, latest, settings.max_staleness)
+    is_its_own = node.node in offer.not_for
+    is_there = bool(offer.samples) and is_fresh(offer.step, latest, settings.max_staleness)
+    return is_there and is_due and fits and not is_its_own
 
 
 def _candidates(offers: Sequence[OpenSamples], latest: int, node: Asker, settings: AssignSettings) -> list[int]:

@@ -20,7 +20,7 @@ from farflung.store import heldout
 from farflung.store.book import Book, new_id
 from farflung.store.heldout import Part
 from farflung.store.stories import end_leases
-from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, TASKS
+from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.documents import write
 from farflung.tasks.offers import Samples, groups_now, next_tasks, open_groups, open_samples, owners
@@ -153,10 +153,10 @@ def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest
         latest = _unfilled(connection, book, latest)
     settings = assign_settings(book, latest)
     groups = open_groups(connection, book, latest - settings.max_staleness)
-    owned, reopened = owners(connection, [row.group for row in groups])
+    had = owners(connection, [row.group for row in groups])
     shelf = Shelf(
         latest,
-        open_samples(book, groups, owned, reopened),
+        open_samples(book, groups, had),
         groups_now(connection, book, latest),
         lambda step: next_tasks(connection, book, step, LOOK_AHEAD + len(asks)),
         partial(new_id, "g"),
@@ -167,7 +167,7 @@ def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest
     found = {ask.node.node: _plan(shelf, probation, ask, now) for ask in asks}
     plans = {node: plan for node, plan in found.items() if isinstance(plan, Plan)}
     waits = {node: wait for node, wait in found.items() if isinstance(wait, Wait)}
-    return waits | write(connection, book, plans, "train", now, reopened)
+    return waits | write(connection, book, plans, "train", now, had.reopened)
 
 
 def _plan(shelf: Shelf, probation: _Probation | None, ask: Ask, now: float) -> Plan | Wait:
@@ -175,7 +175,8 @@ def _plan(shelf: Shelf, probation: _Probation | None, ask: Ask, now: float) -> P
     is_new = probation is not None and node.status == "probation"
     if is_new and (why := probation.why_not(node.node)):
         return Wait(why)
-    asker = Asker(wish.loaded_step if wish.loaded_step >= 0 else None, wish.slots, wish.context or ANY_CONTEXT)
+    loaded = wish.loaded_step if wish.loaded_step >= 0 else None
+    asker = Asker(loaded, wish.slots, wish.context or ANY_CONTEXT, node.node)
     plan = shelf.take(asker, now)
     if is_new and isinstance(plan, Plan):
         probation.taken.add(node.node)
@@ -243,9 +244,9 @@ def _eval_shares(connection: Connection, book: Book, step: int, part: Part, most
         .order_by(TASKS.c.position)
         .limit(most)
     ).all()
-    owned, reopened = owners(connection, [row.group for row in rows if row.group])
-    free = [(row, set(range(row.samples or part.samples)) - owned.get(row.group, set())) for row in rows]
-    return [Share(row.group, row.task, tuple(sorted(samples))) for row, samples in free if samples], reopened
+    had = owners(connection, [row.group for row in rows if row.group])
+    free = [(row, set(range(row.samples or part.samples)) - had.owned.get(row.group, set())) for row in rows]
+    return [Share(row.group, row.task, tuple(sorted(samples))) for row, samples in free if samples], had.reopened
 
 
 # --- taking back -----------------------------------------------------------------------------------------------------
@@ -267,6 +268,40 @@ _OVER = (  # asked four times a second, so built once
     .join(NODES, NODES.c.node == LEASES.c.node)
     .where(LEASES.c.run == sa.bindparam("run"), LEASES.c.status == "open")
     .where(sa.or_(LEASES.c.expires_at < sa.bindparam("now"), NODES.c.seen_at < sa.bindparam("silent_since")))
+)
+
+
+def stranded(connection: Connection, book: Book, now: float) -> list[str]:
+    """Open groups with a sample that every node at work has handed in before, so that nobody may do it again.
+
+    Without an end such groups would take up room for new ones, and in lockstep a step would wait for them for ever.
+    """
+    had: dict[tuple[str, int], set[str]] = defaultdict(set)
+    oldest = book.latest(connection).step - assign_settings(book, 0).max_staleness
+    for group, sample, node in connection.execute(_HANDED_IN, {"run": book.run, "oldest": oldest}):
+        had[group, sample].add(node)
+    if not had:
+        return []
+    workers = set(connection.execute(_AT_WORK, {"since": now - book.config.lease.lost_s}).scalars())
+    spent = [place for place, nodes in had.items() if workers and workers <= nodes]
+    owned = owners(connection, sorted({group for group, _ in spent})).owned
+    return sorted({group for group, sample in spent if sample not in owned[group]})
+
+
+_HANDED_IN = (
+    sa.select(ROLLOUTS.c.group, ROLLOUTS.c.sample, ROLLOUTS.c.node)
+    .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+    .where(
+        GROUPS.c.run == sa.bindparam("run"),
+        GROUPS.c.purpose == "train",
+        GROUPS.c.status == sa.literal_column("'open'"),
+        GROUPS.c.free > sa.literal_column("0"),
+        GROUPS.c.step >= sa.bindparam("oldest"),
+        ROLLOUTS.c.status.in_(("rejected", "void")),
+    )
+)
+_AT_WORK = sa.select(NODES.c.node).where(
+    NODES.c.role == "worker", NODES.c.status.in_(("probation", "trusted")), NODES.c.seen_at > sa.bindparam("since")
 )
 
 

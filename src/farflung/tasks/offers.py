@@ -4,7 +4,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
@@ -20,6 +20,17 @@ ORDERS_KEPT = 8
 MOST_LOOK_AHEAD = 256
 Samples = dict[str, set[int]]
 """Group → some of its samples."""
+
+
+class Owners(NamedTuple):
+    """What nodes have, or had, of the samples of some groups."""
+
+    owned: Samples
+    reopened: Samples
+    """Samples that somebody had and that are open again."""
+    handed_in: dict[str, dict[int, set[str]]]
+    """Group → sample → the nodes that handed in a rollout of it which came to nothing."""
+
 
 _OPEN_GROUPS = (
     sa.select(GROUPS, sa.func.length(TASKS.c.prompt_ids).label("prompt_bytes"))
@@ -39,29 +50,33 @@ def open_groups(connection: Connection, book: Book, oldest: int) -> Sequence[Row
     return connection.execute(_OPEN_GROUPS, {"of": book.run, "oldest": oldest}).all()
 
 
-def open_samples(book: Book, groups: Sequence[Row[Any]], owned: Samples, reopened: Samples) -> Iterator[OpenSamples]:
-    """Samples of these groups that nobody has, those that somebody had before apart from the rest."""
+def open_samples(book: Book, groups: Sequence[Row[Any]], owners: Owners) -> Iterator[OpenSamples]:
+    """Samples of these groups that nobody has, apart from each other by who may not have them."""
     for row in groups:
-        free = set(range(row.samples)) - owned[row.group]
         needed = row.prompt_bytes // 4 + book.config.generate.budget
-        for samples, at in ((free - reopened[row.group], None), (free & reopened[row.group], row.opened_at)):
-            if samples:
-                yield OpenSamples(row.group, row.task, row.step, tuple(sorted(samples)), needed, at)
+        parts: dict[tuple[bool, frozenset[str]], list[int]] = defaultdict(list)
+        for sample in sorted(set(range(row.samples)) - owners.owned[row.group]):
+            not_for = frozenset(owners.handed_in[row.group].get(sample, ()))
+            parts[sample in owners.reopened[row.group], not_for].append(sample)
+        for (is_reopened, not_for), samples in sorted(parts.items(), key=lambda part: part[1]):
+            at = row.opened_at if is_reopened else None
+            yield OpenSamples(row.group, row.task, row.step, tuple(samples), needed, at, not_for)
 
 
-_OWNERS = sa.select(ROLLOUTS.c.group, ROLLOUTS.c.sample, ROLLOUTS.c.status).where(
-    ROLLOUTS.c.group.in_(sa.bindparam("groups", expanding=True))
-)
+_OWNERS = sa.select(
+    ROLLOUTS.c.group, ROLLOUTS.c.sample, ROLLOUTS.c.status, ROLLOUTS.c.node, ROLLOUTS.c.submission
+).where(ROLLOUTS.c.group.in_(sa.bindparam("groups", expanding=True)))
 
 
-def owners(connection: Connection, groups: Sequence[str]) -> tuple[Samples, Samples]:
-    """The samples of these groups that somebody has, and those that somebody had and that are open again."""
-    owned: Samples = defaultdict(set)
-    reopened: Samples = defaultdict(set)
+def owners(connection: Connection, groups: Sequence[str]) -> Owners:
+    """Who has, or had, the samples of these groups."""
+    found = Owners(defaultdict(set), defaultdict(set), defaultdict(dict))
     for part in slices(groups):
-        for group, sample, status in connection.execute(_OWNERS, {"groups": part}):
-            (reopened if status in REOPENING else owned)[group].add(sample)
-    return owned, reopened
+        for group, sample, status, node, submission in connection.execute(_OWNERS, {"groups": part}):
+            (found.reopened if status in REOPENING else found.owned)[group].add(sample)
+            if submission is not None and status in REOPENING:
+                found.handed_in[group].setdefault(sample, set()).add(node)
+    return found
 
 
 _GROUPS_NOW = sa.select(
