@@ -10,8 +10,11 @@ path on CPUs of other makers than its own. All products of a step of SmolLM2, tw
     the same in bfloat16             7     8    11    18    26   105   282
 
 Packing takes 0.1 to 0.2 s for SmolLM2 and the weights' memory once more, so a prefill, which comes once, does without.
+Where a CPU or a build of torch lacks a product, layers ask for the usual one (see `can_multiply`).
 """
 
+import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,29 +30,50 @@ _TYPES = (torch.float32, torch.bfloat16)
 
 def hasten(model: nn.Module) -> None:
     """Make a model's plain linear layers ask for products in the fastest way; same parameters, same names."""
-    if not _has_onednn():
-        return
     is_small = sum(parameter.numel() for parameter in model.parameters()) <= MOST_PACKED
-    kind = _Packing if is_small else _Linear
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.numel() >= LEAST_WEIGHT:
-            module.__class__ = kind
+            kind = _Packing if is_small and can_multiply(module.weight.dtype, is_packed=True) else _Linear
+            if can_multiply(module.weight.dtype):
+                module.__class__ = kind
 
 
-def _has_onednn() -> bool:
-    """Whether this build of torch has these products, which it keeps for its own compiler."""
-    names = ("_linear_pointwise", "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+@cache
+def can_multiply(dtype: torch.dtype, *, is_packed: bool = False) -> bool:
+    """Whether this CPU gives these products in a type, found by asking for one.
+
+    torch keeps the operators for its own compiler, and has them also where oneDNN knows no such arithmetic: in bfloat16
+    that takes AVX-512 or what came after it.
+    """
+    if dtype not in _TYPES or not torch.backends.mkldnn.is_available():
+        return False
+    size = math.isqrt(LEAST_WEIGHT)
+    weight = torch.eye(size, dtype=dtype)
+    rows = torch.arange(4.0 * size, dtype=torch.float32).view(4, 1, size).to(dtype)
+    try:
+        with torch.inference_mode():
+            return torch.equal(_product(rows, _packed(weight, 4) if is_packed else weight, None), rows)
+    except (RuntimeError, AttributeError, TypeError):  # not on this CPU; not in this torch, or not asked for like this
+        return False
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def _packed(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """A weight as oneDNN likes it best for so many rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
 class _Linear(nn.Linear):
     """A linear layer by oneDNN, which gives no gradients: where they are asked for it is a plain one."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        is_ours = input.device.type == "cpu" and input.dtype == self.weight.dtype and input.dtype in _TYPES
+        is_ours = input.device.type == "cpu" and input.dtype == self.weight.dtype and can_multiply(input.dtype)
         if not is_ours or torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(input, self._laid_out(input), self.bias, "none", [], "")
+        return _product(input, self._laid_out(input), self.bias)
 
     def _laid_out(self, _input: torch.Tensor) -> torch.Tensor:
         """The weight as oneDNN is to have it."""
@@ -68,8 +92,8 @@ class _Packing(_Linear):
             return packed
         self._packed = -1, None  # what was packed of other weights is let go first
         is_decoding = _input.dim() > 2 and _input.shape[-2] == 1  # a token of each row, and more to come
-        if not is_decoding:
+        if not is_decoding or not can_multiply(self.weight.dtype, is_packed=True):
             return self.weight
-        packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, len(_input))
+        packed = _packed(self.weight, len(_input))
         self._packed = self.weight._version, packed
         return packed
