@@ -172,7 +172,12 @@ def evidence(job: m.AuditJob, bad: Callable[[str], bool], **changes: Any) -> m.E
         gap = wire.pack_floats(np.full(size, 1.5))
         pick = wire.pack_floats(np.full(size, 0.5))
         far = distance(rollout.fingerprint, sketch_of(rollout.seed)) if job.fingerprint else None
-        floats = {"gap": gap, "margin": wire.pack_floats(margin), "pick": pick}
+        floats = {
+            "gap": gap,
+            "margin": wire.pack_floats(margin),
+            "pick": pick,
+            "lead": wire.pack_floats(np.full(size, -1.0)),
+        }
         seen.append(m.RolloutEvidence(rollout=rollout.rollout, distance=far, **floats))
     fields = {"run": RUN, "audit": job.audit, "manifest": job.manifest, "profile": "torch-cpu-fp32", "rollouts": seen}
     return m.Evidence(**fields | changes)

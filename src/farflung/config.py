@@ -156,7 +156,7 @@ class LeaseSection(Section):
 class TrustSection(Section):
     false_ejection_probability: float = setting(1e-6, "Bound on ever ejecting an honest node (alpha).", gt=0, lt=1)
     arbitrary_share: float = setting(3e-4, "Share of honest submissions allowed to be arbitrarily bad.", ge=0, lt=1)
-    cap: float = setting(450.0, "Most that one submission may count against a node.", gt=1)
+    cap: float = setting(500.0, "Most that one submission may count against a node.", gt=1)
     probation_rollouts: int = setting(64, "Clean audited rollouts before a node is trusted.", ge=1)
     probation_waiting: int = setting(1, "Submissions of one node on probation that may wait for replay.", ge=1)
     probation_slots: int = setting(16, "Nodes on probation whose work may wait for replay at a time.", ge=1)

@@ -22,7 +22,7 @@ from farflung.store.blobs import Blobs
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.tasks import keyring
-from farflung.tasks.found import Model, found, local_grants, seal_papers, weights_key
+from farflung.tasks.found import Model, found, local_grants, refuse_misfit, seal_papers, weights_key
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 
@@ -36,8 +36,10 @@ GARBAGE = 20_000
 
 
 def load_profiles(config: Config) -> Profiles:
-    """The numerics profiles that a run admits. Raises ConfigError."""
+    """The numerics profiles that a run admits. Raises ConfigError for one that was made for other runs."""
     run, *others = (load_profile(name) for name in (config.model.profile, *config.model.profiles))
+    for profile in (run, *others):
+        refuse_misfit(config, profile)
     blind = [profile.name for profile in (run, *others) if not profile.fingerprint]
     if config.trust.fingerprint and blind:
         raise ConfigError(

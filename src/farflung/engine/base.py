@@ -51,6 +51,9 @@ class Replay:
     """Probability that the policy itself gives to the best-scored token, in (0, 1]; 1 when greedy.
 
     Somebody who samples from the policy with other noise sends another token with probability 1 - pick."""
+    lead: np.ndarray
+    """By how much the policy itself prefers the second best score's token to the best one's: log-probability of that
+    one less that of this one, at the sampling temperature; often below 0."""
     logp: np.ndarray
     """Log-probability of the token that was sent, at the sampling temperature."""
     sketch: np.ndarray | None = None

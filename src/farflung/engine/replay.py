@@ -40,13 +40,13 @@ class _Row(NamedTuple):
 
 
 def replay(model: PreTrainedModel, items: Sequence[Item], tokens_per_chunk: int) -> list[Replay]:
-    """Gap, margin, pick and logp at each completion token of each item, in order.
+    """Gap, margin, pick, lead and logp at each completion token of each item, in order.
 
     Raises ValueError for ids that the model does not have.
     """
     vocab = model.config.get_text_config().vocab_size
     _refuse_strangers(items, vocab)
-    found = [Replay(*np.zeros((4, 0), np.float32)) for _ in items]
+    found = [Replay(*np.zeros((5, 0), np.float32)) for _ in items]
     for chunk in _chunks(_rows(items), tokens_per_chunk, _LOGITS_AT_ONCE // vocab):
         members = [index for row in chunk for index in row.members]
         for index, part in zip(members, _replay_chunk(model, chunk, items), strict=True):
@@ -101,9 +101,9 @@ def _replay_chunk(model: PreTrainedModel, rows: Sequence[_Row], items: Sequence[
     is_shared = len(rows) < len(chosen)
     logits_NV = logits_KV[predictor_N] if is_shared else logits_KV
     found = [None] * len(chosen) if tap is None else sketches(tap.fed_BD[predictor_N], requests, sizes)
-    seen_4N = _compare(logits_NV, chosen, sizes)
-    parts = np.split(seen_4N, np.cumsum(sizes)[:-1], axis=1)
-    return [Replay(*part_4R, sketch) for part_4R, sketch in zip(parts, found, strict=True)]
+    seen_5N = _compare(logits_NV, chosen, sizes)
+    parts = np.split(seen_5N, np.cumsum(sizes)[:-1], axis=1)
+    return [Replay(*part_5R, sketch) for part_5R, sketch in zip(parts, found, strict=True)]
 
 
 def _kept_logits(model: PreTrainedModel, rows: Sequence[_Row], items: Sequence[Item]) -> torch.Tensor:
@@ -163,33 +163,34 @@ def _predictors(rows: Sequence[_Row], items: Sequence[Item]) -> list[int]:
 
 
 def _compare(logits_NV: torch.Tensor, items: Sequence[Item], sizes: Sequence[int]) -> np.ndarray:
-    """Gap, margin, pick and logp of every completion token, (4, N)."""
+    """Gap, margin, pick, lead and logp of every completion token, (5, N)."""
     token_N = torch.tensor([token for _, ids in items for token in ids], device=logits_NV.device)
     seed_N = np.repeat(np.array([request.seed & 0xFFFFFFFFFFFFFFFF for request, _ in items], np.uint64), sizes)
     position_N = np.concatenate([np.arange(size) for size in sizes])
     temperature_N = torch.tensor(np.repeat(np.array([r.temperature for r, _ in items], np.float32), sizes))
     temperature_N = temperature_N.to(logits_NV.device)
-    seen_4N = torch.empty(4, len(token_N))
+    seen_5N = torch.empty(5, len(token_N))
     height = max(1, _SCORES_AT_ONCE // logits_NV.shape[1])
     for start in range(0, len(token_N), height):
         part = slice(start, start + height)
-        seen_4N[:, part] = look(logits_NV[part], token_N[part], seed_N[part], position_N[part], temperature_N[part])
-    return seen_4N.numpy()
+        seen_5N[:, part] = look(logits_NV[part], token_N[part], seed_N[part], position_N[part], temperature_N[part])
+    return seen_5N.numpy()
 
 
 def look(
     logits_NV: torch.Tensor, token_N: torch.Tensor, seed_N: np.ndarray, position_N: np.ndarray, t_N: torch.Tensor
 ) -> torch.Tensor:
-    """Gap, margin, pick and logp (4, N) of tokens under `logits / T + noise`; without noise and T where T = 0."""
+    """Gap, margin, pick, lead and logp (5, N) of tokens under `logits / T + noise`; without noise and T where T = 0."""
     is_sampled_N1 = (t_N > 0)[:, None]
     policy_NV = tempered(logits_NV, torch.where(is_sampled_N1, t_N[:, None], 1.0))
     noise_NV = gumbel(seed_N, position_N, logits_NV.shape[1], logits_NV.device)
     score_NV = silenced(noise_NV, is_sampled_N1).add_(policy_NV)
-    sent_N = score_NV.gather(-1, token_N[:, None])[:, 0]
     pick_N1 = best(score_NV)[:, None]
     first_N = score_NV.gather(-1, pick_N1)[:, 0]
-    second_N = score_NV.scatter_(-1, pick_N1, -torch.inf).amax(dim=-1)
-    log_sum_N = log_sum_exp(policy_NV, score_NV)
-    logp_N = policy_NV.gather(-1, token_N[:, None])[:, 0] - log_sum_N
-    pick_N = (policy_NV.gather(-1, pick_N1)[:, 0] - log_sum_N).exp()
-    return torch.stack([first_N - second_N, first_N - sent_N, torch.where(t_N > 0, pick_N, 1.0), logp_N])
+    margin_N = first_N - score_NV.gather(-1, token_N[:, None])[:, 0]
+    next_N1 = best(score_NV.scatter_(-1, pick_N1, -torch.inf))[:, None]
+    second_N = score_NV.gather(-1, next_N1)[:, 0]
+    of_N3 = policy_NV.gather(-1, torch.cat([token_N[:, None], pick_N1, next_N1], dim=-1))
+    sent_N, best_N, next_N = (of_N3 - log_sum_exp(policy_NV, score_NV)[:, None]).unbind(-1)
+    pick_N = torch.where(t_N > 0, best_N.exp(), 1.0)
+    return torch.stack([first_N - second_N, margin_N, pick_N, next_N - best_N, sent_N])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from farflung.config import Config, save
+from farflung.ops.fitting import calibrated
 from farflung.ops.nursery import LIGHT, die_with_parent
 from farflung.ops.report import write_report
 from farflung.ops.screen import Screen
@@ -92,6 +93,7 @@ class Swarm:
 
     async def run(self) -> int:
         """Start, watch, stop, sum up. Gives the exit code."""
+        self.config = await calibrated(self.config, self.screen.note)
         self.metrics.begin(time.time())
         save(self.config, self.path)
         loop = asyncio.get_running_loop()

@@ -478,13 +478,15 @@ class AuditJobs(Message, frozen=True):
 
 
 class RolloutEvidence(Message, frozen=True):
-    """What replay saw in one rollout: float32 gap, margin and pick per generated token."""
+    """What replay saw in one rollout: float32 gap, margin, pick and lead per generated token."""
 
     rollout: Id
     gap: Floats
     margin: Floats
     pick: Floats
     """The policy's own probability of the seeded pick."""
+    lead: Floats
+    """By how much the policy itself prefers the runner-up to the pick, in nats."""
     distance: Annotated[float, Meta(ge=0, le=1e6)] | None = None
     """Of the fingerprint that was sent from the validator's own; required if the audit names a nonce for it."""
 

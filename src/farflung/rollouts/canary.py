@@ -139,7 +139,7 @@ def take(
 def _fault(profile: Profile, evidence: Evidence, *, is_spoiled: bool) -> str:
     """What a validator got wrong about one canary, or nothing."""
     (found,) = evidence.rollouts[:1]
-    seen = Seen(wire.unpack_floats(found.gap), wire.unpack_floats(found.margin), wire.unpack_floats(found.pick))
+    seen = Seen(*(wire.unpack_floats(getattr(found, name)) for name in Seen._fields))
     try:
         weight = mean_log_ratio(log_ratios(profile, seen))
     except ValueError as error:

@@ -224,7 +224,8 @@ def finding(profile: Profile, found: RolloutEvidence) -> Finding:
 
 
 def seen_of(found: RolloutEvidence) -> Seen:
-    return Seen(wire.unpack_floats(found.gap), wire.unpack_floats(found.margin), wire.unpack_floats(found.pick))
+    """What a validator's arrays say."""
+    return Seen(*(wire.unpack_floats(getattr(found, name)) for name in Seen._fields))
 
 
 def _pronounce(

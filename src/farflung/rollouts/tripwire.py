@@ -38,7 +38,7 @@ def look(
         Looked(
             one.rollout,
             one.submission,
-            log_ratios(profile, Seen(replay.gap, replay.margin, replay.pick)),
+            log_ratios(profile, Seen(replay.gap, replay.margin, replay.pick, replay.lead)),
             one.is_audited,
             torch.from_numpy(replay.logp.copy()),
         )

@@ -96,7 +96,7 @@ def more(job: AuditJob, found: Sequence[Replay]) -> int:
         return 1
     profile = from_json(job.profile)
     try:
-        ratios = [log_ratios(profile, Seen(one.gap, one.margin, one.pick)) for one in found]
+        ratios = [log_ratios(profile, Seen(one.gap, one.margin, one.pick, one.lead)) for one in found]
     except ValueError:  # this machine computes nonsense; the coordinator refuses it
         return left
     total = submission_log_ratios(ratios)
@@ -112,8 +112,8 @@ def _replay_each(engine: Engine, of_jobs: Sequence[Sequence[Item]]) -> list[list
 
 def _told(job: AuditJob, found: Sequence[Replay]) -> Iterator[RolloutEvidence]:
     for one, seen in zip(job.rollouts, found, strict=False):
-        gap, margin, pick = (wire.pack_floats(part) for part in (seen.gap, seen.margin, seen.pick))
-        yield RolloutEvidence(rollout=one.rollout, gap=gap, margin=margin, pick=pick, distance=_distance(one, seen))
+        told = {name: wire.pack_floats(getattr(seen, name)) for name in Seen._fields}
+        yield RolloutEvidence(rollout=one.rollout, **told, distance=_distance(one, seen))
 
 
 def explain(

@@ -187,7 +187,7 @@ class MarginBudget(Attack):
     def _is_affordable(self, requests: Sequence[Request], done: Made) -> bool:
         """Whether an audit of all of it would leave M at a hundredth of the threshold; if so, M goes on from there."""
         items = [(request, one.ids) for request, one in zip(requests, done, strict=True) if one is not None]
-        seen = [Seen(r.gap, r.margin, r.pick) for r in self.truth.replay(items)]
+        seen = [Seen(r.gap, r.margin, r.pick, r.lead) for r in self.truth.replay(items)]
         total = evidence.submission_log_ratios([evidence.log_ratios(load_profile(self.profile), one) for one in seen])
         e = evidence.e_values(total, self.trust.cap, self.trust.arbitrary_share)
         m, k = evidence.fold(self.m, self.k, e)
