@@ -19,7 +19,7 @@ TOKENS = 8000
 
 
 async def calibrated(config: Config, say: Callable[[str], None]) -> Config:
-    """The configuration with profiles that fit, made under the run's folder where there are none. Raises ConfigError."""
+    """The configuration with profiles that fit, made under the run's folder where none does. Raises ConfigError."""
     profile, *profiles = [await _fitting(config, name, say) for name in (config.model.profile, *config.model.profiles)]
     model = config.model.model_copy(update={"profile": profile, "profiles": tuple(profiles)})
     return config.model_copy(update={"model": model})

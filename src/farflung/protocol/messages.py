@@ -541,6 +541,8 @@ class BatchRollout(Message, frozen=True):
     seed: Seed
     is_audited: bool
     """Whether every token of it was replayed already."""
+    profile: Name = ""
+    """Numerics profile of its node; the run's own if empty."""
 
 
 class BatchGroup(Message, frozen=True):
@@ -602,10 +604,20 @@ class ClaimStep(Message, frozen=True):
     wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
 
 
-class Trips(Message, frozen=True):
-    """Submissions of a batch whose text the tripwire does not take for what their seeds give."""
+class RolloutLook(Message, frozen=True):
+    """How often one rollout flips, and how often its numerics profile lets it on average."""
 
-    submissions: Annotated[list[Digest], Meta(min_length=1, max_length=100_000)]
+    rollout: Id
+    flips: Annotated[int, Meta(ge=0, le=1 << 20)]
+    allowed: Annotated[float, Meta(ge=0, le=1 << 20)]
+
+
+class Trips(Message, frozen=True):
+    """What the tripwire found in a batch: submissions whose text it does not take for what their seeds give."""
+
+    submissions: Annotated[list[Digest], Meta(max_length=100_000)]
+    looked: Annotated[list[RolloutLook], Meta(max_length=1_000_000)] = []
+    """Every rollout that it replayed."""
 
 
 class Commit(Message, frozen=True):

@@ -185,7 +185,10 @@ def _rollouts(
 ) -> dict[str, list[BatchRollout]]:
     found: dict[str, list[BatchRollout]] = {group: [] for group in groups}
     known = sa.and_(ROLLOUTS.c.status.in_(("batched", "trained", "dropped")), ROLLOUTS.c.reward.is_not(None))
-    query = sa.select(ROLLOUTS).where(ROLLOUTS.c.group.in_(groups), known, which)
+    query = sa.select(ROLLOUTS, SUBMISSIONS.c.profile).join(
+        SUBMISSIONS, SUBMISSIONS.c.submission == ROLLOUTS.c.submission
+    )
+    query = query.where(ROLLOUTS.c.group.in_(groups), known, which)
     for row in connection.execute(query.order_by(ROLLOUTS.c.sample)):
         found[row.group].append(
             BatchRollout(
@@ -195,6 +198,7 @@ def _rollouts(
                 reward=row.reward,
                 seed=seeds.sample_seed(book.step_secret(groups[row.group].step), groups[row.group].task, row.sample),
                 is_audited=row.is_audited,
+                profile=row.profile,
             )
         )
     return found

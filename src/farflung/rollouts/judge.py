@@ -17,7 +17,7 @@ from farflung.protocol import wire
 from farflung.protocol.errors import FailedCanary, Malformed, NotFound
 from farflung.protocol.identity import Signed, seal, unseal
 from farflung.protocol.messages import Evidence, Lease, RolloutEvidence, Verdict
-from farflung.rollouts import brake, canary, consequences, standing
+from farflung.rollouts import brake, canary, consequences, standing, steering
 from farflung.rollouts.audit import open_audit, profile_of
 from farflung.store.book import Book, node_row
 from farflung.store.stories import move
@@ -29,13 +29,13 @@ from farflung.trust.evidence import (
     Profile,
     Profiles,
     Seen,
-    flips,
     is_bad,
     is_void,
     log_ratios,
     submission_log_ratios,
 )
 from farflung.trust.record import Finding, NodeRecord, Outcome, confirm, fold, weigh
+from farflung.trust.watch import flips_and_allowed
 
 log = logging.getLogger(__name__)
 KIND = "evidence"
@@ -157,6 +157,7 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
     standing.write(connection, audit.node, after)
     if after.status != before.status:
         move(connection, "node", [audit.node], before.status, after.status, now, why=outcome.reason)
+    steering.note(connection, {found.rollout: (found.flips, found.allowed) for found in findings})
     _take_effect(connection, book, audit, findings, outcome, now)
     if outcome.kind != "ok":
         _pronounce(connection, book, audit, before, after, outcome, _diagnosis(profile, evidence), now)
@@ -220,7 +221,8 @@ def finding(profile: Profile, found: RolloutEvidence) -> Finding:
     except ValueError as error:
         raise Malformed(f"evidence on rollout {found.rollout}: {error}") from error
     far = found.distance is not None and fingerprint.is_far(found.distance, profile.fingerprint)
-    return Finding(found.rollout, len(seen.gap), flips(seen), tuple(ratios.tolist()), found.distance or 0.0, far)
+    flipped, allowed = flips_and_allowed(profile, seen)
+    return Finding(found.rollout, len(seen.gap), flipped, tuple(ratios.tolist()), allowed, found.distance or 0.0, far)
 
 
 def seen_of(found: RolloutEvidence) -> Seen:

@@ -164,6 +164,9 @@ ROLLOUTS = Table(
     Column("claimed_by", Text),
     Column("claimed_until", Float, nullable=False, default=0.0),
     Column("score_faults", Integer, nullable=False, default=0),
+    Column("flips", Integer),
+    Column("allowed", Float),
+    Column("is_watched", sa.Boolean, nullable=False, default=False),
     Index(
         "one_owner",
         "group",

@@ -252,6 +252,9 @@ def upgrade() -> None:
         sa.Column("claimed_by", sa.Text(), nullable=True),
         sa.Column("claimed_until", sa.Float(), nullable=False),
         sa.Column("score_faults", sa.Integer(), nullable=False),
+        sa.Column("flips", sa.Integer(), nullable=True),
+        sa.Column("allowed", sa.Float(), nullable=True),
+        sa.Column("is_watched", sa.Boolean(), nullable=False),
         sa.CheckConstraint(
             "status IN ('leased', 'received', 'held', 'accepted', 'batched', 'expired', 'rejected', 'void', 'dropped', 'trained')",
             name="rollout_status",
