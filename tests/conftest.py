@@ -494,3 +494,7 @@ class House:
             assert tokens >= 0 or account == ledger.ISSUED, (account, tokens)
         tokens = {row.rollout: row.tokens for row in self.rows(sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.tokens))}
         assert all(amount == tokens[rollout] for rollout, amount in paid.items()), "paid twice, or not what it is worth"
+        per_node = sa.select(ROLLOUTS.c.node, sa.func.sum(ROLLOUTS.c.tokens)).group_by(ROLLOUTS.c.node)
+        in_escrow = per_node.where(ROLLOUTS.c.escrow_step.is_not(None))
+        owed = {ledger.escrow(row[0]): row[1] for row in self.rows(in_escrow)}
+        assert owed == {name: held for name, held in balances.items() if held and name.startswith("escrow:")}

@@ -240,7 +240,7 @@ class CoordinatorSection(Section):
     )
     minimum_version: int = setting(2, "Oldest protocol version that may join.", ge=0)
     claim_s: float = setting(30.0, "Seconds that a scorer or validator may keep what it claimed.", gt=0)
-    mature_steps: int = setting(2, "Steps until credit leaves escrow.", ge=0)
+    mature_steps: int = setting(2, "Commits from a payment until it leaves escrow and is credit.", ge=0)
 
 
 class RelaySection(Section):

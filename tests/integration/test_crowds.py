@@ -91,7 +91,7 @@ def test_whoever_lets_a_lease_lapse_waits_before_the_next(house) -> None:
 
 
 def test_text_without_variance_is_looked_at_before_it_is_paid_for_good(make_house) -> None:
-    """A group whose rewards are equal is dropped; a quarter of such groups meets the tripwire all the same."""
+    """A group whose rewards are equal is dropped; one rollout of each node's part meets the tripwire all the same."""
     house = make_house(
         trust={"audit_floor": 0.0, "audit_scale": 0.0, "audit_least": 0.0, "probation_waiting": 99},
         learn={"groups": 40, "oversample": 1.0},
@@ -107,7 +107,8 @@ def test_text_without_variance_is_looked_at_before_it_is_paid_for_good(make_hous
             await house.score(lambda rollout: 0.0)
             batch = await house.claim_step(1)
         assert len(batch.groups) <= 1, "nothing to learn but from its first work"
-        assert 0 < len(batch.spare) < 40
+        assert {len(group.rollouts) for group in batch.spare} == {1}
+        assert len(batch.spare) == 40 - len(batch.groups)
         suspect = next(r for group in batch.spare for r in group.rollouts if not r.is_audited)
         trips = m.Trips(submissions=[suspect.submission])
         assert (await house.tell("trainer", "steps/1/trip", trips, m.Done)).changed >= 1

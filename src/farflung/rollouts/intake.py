@@ -258,7 +258,8 @@ def _free(entry: _Entry) -> list[str]:
 
 def _lease_values(entry: _Entry) -> dict[str, Any]:
     sealed = msgspec.msgpack.encode(entry.receipt)
-    return {"lease": entry.delivery.lease, "status": "submitted", "submission": entry.digest, "receipt": sealed}
+    row = {"lease": entry.delivery.lease, "status": "submitted", "submission": entry.digest, "receipt": sealed}
+    return row | {"is_partial": bool(entry.unsent)}
 
 
 def give_back(connection: Connection, lease: str, node: str, now: float) -> int:

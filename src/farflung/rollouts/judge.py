@@ -197,7 +197,7 @@ def _take_effect(
     match outcome.kind:
         case "ok" | "release":
             odd = [found.rollout for found in findings if is_bad(found.log_lr, ODD)]
-            consequences.clear(connection, audit, odd, now)
+            consequences.clear(connection, book, audit, odd, now)
         case "void":
             bad = [f.rollout for f in findings if f.is_far or is_bad(f.log_lr, book.config.trust.cap)]
             consequences.void(connection, book, audit, bad, now)

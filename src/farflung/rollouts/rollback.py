@@ -14,7 +14,7 @@ from farflung.protocol.errors import Conflict
 from farflung.protocol.identity import seal
 from farflung.protocol.messages import Verdict
 from farflung.rollouts import consequences, standing
-from farflung.rollouts.credit import drop_groups
+from farflung.rollouts.unused import drop_groups
 from farflung.store.book import Book, node_row
 from farflung.store.stories import end_leases, move, record
 from farflung.store.tables import GROUPS, LEASES, STEPS, VERDICTS
@@ -67,7 +67,7 @@ def _drop(connection: Connection, book: Book, to_step: int, why: str, now: float
     batched = list(connection.execute(sa.select(GROUPS.c.group).where(mine, GROUPS.c.status == "batched")).scalars())
     consequences.reopen(connection, batched, now, why)
     groups = sa.select(GROUPS.c.group).where(mine, GROUPS.c.step > to_step, GROUPS.c.status.in_(("open", "complete")))
-    drop_groups(connection, list(connection.execute(groups).scalars()), now, why)
+    drop_groups(connection, book, list(connection.execute(groups).scalars()), now, why)
 
 
 def _restoring(connection: Connection, book: Book, step: int, to_step: int, now: float) -> None:

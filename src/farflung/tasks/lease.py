@@ -20,7 +20,7 @@ from farflung.store import heldout
 from farflung.store.book import Book, new_id
 from farflung.store.heldout import Part
 from farflung.store.stories import end_leases
-from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, TASKS
+from farflung.store.tables import AUDITS, GIVEN_UP, GROUPS, LEASES, NODES, ROLLOUTS, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.documents import write
 from farflung.tasks.offers import Samples, groups_now, next_tasks, open_groups, open_samples, owners
@@ -69,7 +69,8 @@ class _Papers:
         self._given_up = {row[0]: row[1:] for row in connection.execute(_ABANDONED, {"ids": nodes, "since": since})}
 
     def pause_s(self, node: str) -> float:
-        """How long a node that hands leases back or lets them lapse has to wait: 1 s, and twice that after each more.
+        """How long a node that hands leases back, whole or in part, or lets them lapse has to wait: 1 s, and twice that
+        after each more.
 
         Otherwise one that refuses whatever it is given, because its disk is full, say, would be leased without end,
         and keys that do nothing would take all work.
@@ -88,7 +89,7 @@ _ABANDONED = (
     sa.select(LEASES.c.node, sa.func.count(), sa.func.max(LEASES.c.opened_at))
     .where(
         LEASES.c.node.in_(sa.bindparam("ids", expanding=True)),
-        LEASES.c.status.in_(("returned", "expired")),
+        sa.text(GIVEN_UP),
         LEASES.c.opened_at > sa.bindparam("since"),
     )
     .group_by(LEASES.c.node)

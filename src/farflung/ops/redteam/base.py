@@ -20,7 +20,8 @@ from farflung.worker import Worker
 
 Aim = Literal["reward", "length", "pay", "poison"]
 """What an attack is after, and so what its gain is: the shift of mean reward or of tokens a rollout against what the
-seeds give on the same prompts; tokens paid and kept per CPU-second relative to the honest; poisoned tokens trained."""
+seeds give on the same prompts; tokens paid and kept per CPU-second, where it cheated, relative to the honest; poisoned
+tokens trained."""
 Made = list[Completion | None]
 LEDGER = "cheats.jsonl"
 TRIES = 3
