@@ -237,6 +237,7 @@ VERDICTS = Table(
     Column("was_trusted", sa.Boolean, nullable=False, default=False),
     Column("submissions", Integer, nullable=False),
     Column("document", LargeBinary, nullable=False),
+    Index("verdict_step", "run", "step"),
 )
 ENTRIES = Table(
     "entries",

@@ -169,6 +169,7 @@ def upgrade() -> None:
         sa.Column("document", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
+    op.create_index("verdict_step", "verdicts", ["run", "step"], unique=False)
     op.create_table(
         "groups",
         sa.Column("group", sa.Text(), nullable=False),
@@ -310,6 +311,7 @@ def downgrade() -> None:
     op.drop_index("group_task", table_name="groups")
     op.drop_index("group_of_run", table_name="groups")
     op.drop_table("groups")
+    op.drop_index("verdict_step", table_name="verdicts")
     op.drop_table("verdicts")
     op.drop_index("task_position", table_name="tasks")
     op.drop_table("tasks")
