@@ -50,6 +50,7 @@ NODES = Table(
     Column("seen_at", Float, nullable=False),
     Column("receipt", Text, nullable=False, default=""),
     Column("beat", LargeBinary, nullable=False, default=b""),
+    Index("nodes_by_status", "status", "role"),
 )
 TASKS = Table(
     "tasks",

@@ -90,6 +90,7 @@ def upgrade() -> None:
         sa.CheckConstraint("status IN ('probation', 'trusted', 'quarantined', 'ejected')", name="node_status"),
         sa.PrimaryKeyConstraint("node"),
     )
+    op.create_index("nodes_by_status", "nodes", ["status", "role"], unique=False)
     op.create_table(
         "runs",
         sa.Column("run", sa.Text(), nullable=False),
@@ -319,6 +320,7 @@ def downgrade() -> None:
     op.drop_index("step_of_run", table_name="steps")
     op.drop_table("steps")
     op.drop_table("runs")
+    op.drop_index("nodes_by_status", table_name="nodes")
     op.drop_table("nodes")
     op.drop_index("event_subject", table_name="events")
     op.drop_table("events")
