@@ -172,12 +172,13 @@ class TrustSection(Section):
         1, "Rollouts of the trainer's own, each step, that a validator must judge rightly.", ge=0, le=64
     )
     brake_share: float = setting(
-        0.05,
-        "Share of the nodes with a good record that may fail in one step before verdicts and training stop.",
+        0.9,
+        "Share of the verified work of nodes with a good record: if those that did more fail in one step, verdicts and "
+        "training stop; ejections wait until those that did the rest pass.",
         ge=0,
         le=1,
     )
-    brake_nodes: int = setting(3, "Nodes with a good record that must fail in one step before they stop.", ge=1)
+    brake_nodes: int = setting(3, "Nodes with a good record that must fail in one step for either.", ge=1)
     fingerprint: bool = setting(
         False, "Every rollout carries a fingerprint of the activations behind its first tokens, for audits to compare."
     )

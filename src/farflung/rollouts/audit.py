@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Row
 from farflung.protocol import seeds
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import AuditJob, AuditRollout, Lease, SubmissionBody
+from farflung.rollouts import brake
 from farflung.store.book import Book, new_id
 from farflung.store.rows import insert_rows
 from farflung.store.stories import move, record
@@ -87,6 +88,8 @@ def claim_audits(
     _release(connection, book, now, AUDITS.c.claimed_until < now, why="the validator's claim lapsed")
     _release(connection, book, now, AUDITS.c.claimed_by == validator, why="the validator asks again")
     is_open = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "open", _may_answer(book, validator, now))
+    if brake.is_in_doubt(connection, book, now):
+        is_open = sa.and_(is_open, AUDITS.c.kind != "confirm")  # nobody is ejected before others have passed
     since = sa.case((AUDITS.c.claimed_until > AUDITS.c.opened_at, AUDITS.c.claimed_until), else_=AUDITS.c.opened_at)
     if not _is_worth_claiming(connection, book, is_open, limit, now - linger_s):
         return []

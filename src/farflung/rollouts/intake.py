@@ -197,7 +197,7 @@ def _entries(
     for delivery in deliveries:
         parcel, sender, left = delivery.parcel, senders[delivery.node], waiting[delivery.lease]
         order = [rollout for rollout in parcel.tokens if rollout in left]
-        probability = budget.probability(connection, book, standing.read(sender))
+        probability = budget.probability(connection, book, standing.read(sender), now)
         entry = _Entry(
             delivery=delivery,
             sender=sender,

@@ -32,6 +32,7 @@ from farflung.trust.evidence import (
     is_bad,
     is_void,
     log_ratios,
+    mean_log_ratio,
     submission_log_ratios,
 )
 from farflung.trust.record import Finding, NodeRecord, Outcome, confirm, fold, weigh
@@ -161,6 +162,8 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
     _take_effect(connection, book, audit, findings, outcome, now)
     if outcome.kind != "ok":
         _pronounce(connection, book, audit, before, after, outcome, _diagnosis(profile, evidence), now)
+        if outcome.kind == "release" and _is_contradicted(connection, book, profile, audit, findings):
+            brake.disagree(connection, book, audit.step, now)
         brake.look(connection, book, audit.step, now)
 
 
@@ -180,6 +183,21 @@ def _is_news(connection: Connection, audit: Row[Any], findings: Sequence[Finding
         .where(SUBMISSIONS.c.received_at < audit.received_at)
     )
     return connection.execute(query.limit(1)).first() is None
+
+
+def _is_contradicted(
+    connection: Connection, book: Book, profile: Profile, audit: Row[Any], second: Sequence[Finding]
+) -> bool:
+    """Whether the first opinion voids what the second finds honest: a node's near-ties may turn an opinion, but only a
+    broken verifier turns it so far."""
+    condemned = sa.and_(AUDITS.c.submission == audit.submission, AUDITS.c.outcome == "quarantine")
+    first = connection.execute(sa.select(AUDITS.c.evidence).where(condemned)).scalars().first()
+    if first is None:
+        return False
+    evidence = unseal(msgspec.msgpack.decode(first, type=Signed), KIND, Evidence)
+    found = [finding(profile, one) for one in evidence.rollouts]
+    ratios = submission_log_ratios([np.array(one.log_ratios) for one in second])
+    return is_decisive(found, book.config.trust.cap) and not is_bad(mean_log_ratio(ratios), ODD)
 
 
 def _diagnosis(profile: Profile, evidence: Evidence) -> str:

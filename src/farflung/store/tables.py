@@ -55,6 +55,7 @@ NODES = Table(
     Column("seen_at", Float, nullable=False),
     Column("receipt", Text, nullable=False, default=""),
     Column("beat", LargeBinary, nullable=False, default=b""),
+    Index("nodes_by_status", "status", "role"),
 )
 TASKS = Table(
     "tasks",
@@ -268,6 +269,7 @@ VERDICTS = Table(
     Column("was_trusted", sa.Boolean, nullable=False, default=False),
     Column("submissions", Integer, nullable=False),
     Column("document", LargeBinary, nullable=False),
+    Index("verdict_step", "run", "step"),
 )
 ENTRIES = Table(
     "entries",

@@ -20,10 +20,11 @@ from farflung.store import heldout
 from farflung.store.book import Book, new_id
 from farflung.store.heldout import Part
 from farflung.store.stories import end_leases
-from farflung.store.tables import AUDITS, GIVEN_UP, GROUPS, LEASES, NODES, ROLLOUTS, TASKS
+from farflung.store.tables import GIVEN_UP, GROUPS, LEASES, NODES, ROLLOUTS, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.documents import write
 from farflung.tasks.offers import Samples, groups_now, next_tasks, open_groups, open_samples, owners
+from farflung.tasks.probation import Probation
 from farflung.tasks.shelf import Shelf
 
 ANY_CONTEXT = 1 << 40
@@ -113,38 +114,6 @@ def _without_work(node: Row[Any], latest: Latest, papers: _Papers) -> Answer | N
     return None
 
 
-class _Probation:
-    """The slots for nodes on probation: few, and shared by all new keys, so ten thousand of them slow only each other.
-
-    Whoever holds a lease or waits for a replay has one.
-    """
-
-    def __init__(self, connection: Connection, book: Book) -> None:
-        self._trust = book.config.trust
-        waiting = (
-            sa.select(AUDITS.c.node, sa.func.count())
-            .join(NODES, NODES.c.node == AUDITS.c.node)
-            .where(AUDITS.c.run == book.run, AUDITS.c.status.in_(("open", "claimed")), NODES.c.status == "probation")
-            .group_by(AUDITS.c.node)
-        )
-        leased = (
-            sa.select(LEASES.c.node)
-            .join(NODES, NODES.c.node == LEASES.c.node)
-            .where(LEASES.c.run == book.run, LEASES.c.status == "open", NODES.c.status == "probation")
-        )
-        self._waiting: dict[str, int] = {row[0]: row[1] for row in connection.execute(waiting)}
-        self.taken = {*self._waiting, *connection.execute(leased.where(NODES.c.role == "worker")).scalars()}
-
-    def why_not(self, node: str) -> str:
-        """Why a node on probation has to wait, or nothing: until its own last work is replayed, and for a slot."""
-        if self._waiting.get(node, 0) >= self._trust.probation_waiting:
-            return f"node {node} is on probation and what it sent waits for its replay"
-        if node not in self.taken and len(self.taken) >= self._trust.probation_slots:
-            most = self._trust.probation_slots
-            return f"{len(self.taken)} nodes on probation work or wait for their replays; {most} may at a time"
-        return ""
-
-
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -164,14 +133,14 @@ def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest
         settings,
     )
     is_any_new = any(ask.node.status == "probation" for ask in asks)
-    probation = _Probation(connection, book) if is_any_new else None
+    probation = Probation(connection, book, settings.groups_ahead, now) if is_any_new else None
     found = {ask.node.node: _plan(shelf, probation, ask, now) for ask in asks}
     plans = {node: plan for node, plan in found.items() if isinstance(plan, Plan)}
     waits = {node: wait for node, wait in found.items() if isinstance(wait, Wait)}
     return waits | write(connection, book, plans, "train", now, had.reopened)
 
 
-def _plan(shelf: Shelf, probation: _Probation | None, ask: Ask, now: float) -> Plan | Wait:
+def _plan(shelf: Shelf, probation: Probation | None, ask: Ask, now: float) -> Plan | Wait:
     node, wish = ask.node, ask.wish
     is_new = probation is not None and node.status == "probation"
     if is_new and (why := probation.why_not(node.node)):
@@ -180,7 +149,7 @@ def _plan(shelf: Shelf, probation: _Probation | None, ask: Ask, now: float) -> P
     asker = Asker(loaded, wish.slots, wish.context or ANY_CONTEXT, node.node)
     plan = shelf.take(asker, now)
     if is_new and isinstance(plan, Plan):
-        probation.taken.add(node.node)
+        probation.take(node.node, plan)
     return plan
 
 

@@ -98,6 +98,7 @@ def upgrade() -> None:
         sa.CheckConstraint("status IN ('probation', 'trusted', 'quarantined', 'ejected')", name="node_status"),
         sa.PrimaryKeyConstraint("node"),
     )
+    op.create_index("nodes_by_status", "nodes", ["status", "role"], unique=False)
     op.create_table(
         "runs",
         sa.Column("run", sa.Text(), nullable=False),
@@ -177,6 +178,7 @@ def upgrade() -> None:
         sa.Column("document", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
+    op.create_index("verdict_step", "verdicts", ["run", "step"], unique=False)
     op.create_table(
         "groups",
         sa.Column("group", sa.Text(), nullable=False),
@@ -351,6 +353,7 @@ def downgrade() -> None:
     op.drop_index("group_task", table_name="groups")
     op.drop_index("group_of_run", table_name="groups")
     op.drop_table("groups")
+    op.drop_index("verdict_step", table_name="verdicts")
     op.drop_table("verdicts")
     op.drop_index("task_position", table_name="tasks")
     op.drop_table("tasks")
@@ -358,6 +361,7 @@ def downgrade() -> None:
     op.drop_index("step_of_run", table_name="steps")
     op.drop_table("steps")
     op.drop_table("runs")
+    op.drop_index("nodes_by_status", table_name="nodes")
     op.drop_table("nodes")
     op.drop_index("event_subject", table_name="events")
     op.drop_table("events")
