@@ -545,20 +545,36 @@ def test_samples_asked_for_at_once_go_to_one_node_each(house) -> None:
     house.run(scenario)
 
 
-def test_an_ejected_key_stays_ejected_however_it_registers(house) -> None:
+@pytest.mark.parametrize("role", ["worker", "relay"])
+def test_an_ejected_key_is_out_in_every_role(house, role) -> None:
     async def scenario(house) -> None:
         await house.step(0)
         await house.work("eve", 3)
         await house.audit(lambda rollout: True)
-        del house.clients["eve"]
-        await house.client("eve")
+        eve, url = house.clients["eve"], "http://8.8.8.8:80" if role == "relay" else ""
+        with pytest.raises(errors.Ejected, match="GET /v1/story/"):
+            await eve.post("/v1/nodes", m.Register(version=m.VERSION, role=role, url=url), m.Welcome)
         with pytest.raises(errors.Ejected):
             await house.lease("eve")
-        eve = house.clients["eve"]
-        await eve.post("/v1/nodes", m.Register(version=m.VERSION, role="relay", url="http://127.0.0.1:1"), m.Welcome)
-        with pytest.raises(errors.Refusal):
-            await house.lease("eve")
         assert house.row(NODES, house.named("eve").id).status == "ejected"
+        assert not (await eve.get(f"{house.path}/relays", m.Relays)).relays
+
+    house.run(scenario)
+
+
+def test_a_relay_whose_key_is_ejected_is_no_longer_listed(house) -> None:
+    relay = m.Register(version=m.VERSION, role="relay", url="http://8.8.8.8:80")
+
+    async def scenario(house) -> None:
+        await house.step(0)
+        eve = await house.client("eve")
+        await eve.post("/v1/nodes", relay, m.Welcome)
+        assert len((await eve.get(f"{house.path}/relays", m.Relays)).relays) == 1
+        eject = m.Rollback(to_step=0, without=[eve.key.id])
+        await house.line("coordinator").post(f"{house.admin_path}/rollback", eject, m.Done)
+        assert not (await eve.get(f"{house.path}/relays", m.Relays)).relays
+        with pytest.raises(errors.Ejected):
+            await house.lease("eve")
 
     house.run(scenario)
 

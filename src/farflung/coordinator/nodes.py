@@ -19,7 +19,7 @@ from farflung.protocol.identity import Signed
 from farflung.protocol.server import BODY_BYTES, Call
 from farflung.protocol.session import Index
 from farflung.rollouts import audit, intake, parcel
-from farflung.store.book import node_rows, unknown_node
+from farflung.store.book import ejected, node_rows, unknown_node
 from farflung.store.rows import update_rows
 from farflung.store.tables import NODES
 from farflung.tasks import admit, lease
@@ -140,6 +140,8 @@ def _issue(
 def _may_not_lease(office: Office, row: Row[Any] | None, node: str) -> Refusal | None:
     if row is None:
         return unknown_node(node)
+    if row.status == "ejected":
+        return ejected(node)
     if row.role in ("worker", office.doors.roles.get(node)):
         return None
     return Forbidden(f"node {node} is registered as {row.role!r}; register as a worker to be leased work")

@@ -41,9 +41,10 @@ def manifest(connection: Connection, run: str, digest: str) -> Signed:
 
 
 def relays(connection: Connection, since: float) -> Relays:
-    """Relays heard of since a time, those seen last first."""
+    """Relays heard of since a time, those seen last first; no ejected key among them."""
     query = sa.select(NODES.c.node, NODES.c.url).where(
-        NODES.c.role == "relay", NODES.c.url != "", NODES.c.seen_at >= since, NODES.c.phase != "gone"
+        *(NODES.c.role == "relay", NODES.c.url != "", NODES.c.status != "ejected"),
+        *(NODES.c.seen_at >= since, NODES.c.phase != "gone"),
     )
     rows = connection.execute(query.order_by(NODES.c.seen_at.desc()).limit(64))
     return Relays(relays=[RelayView(node=row.node, url=row.url) for row in rows])

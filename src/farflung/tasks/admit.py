@@ -13,6 +13,7 @@ from farflung.protocol.errors import Forbidden, TooOld
 from farflung.protocol.identity import readable_name
 from farflung.protocol.messages import Register
 from farflung.protocol.states import first
+from farflung.store.book import ejected
 from farflung.store.stories import move, record
 from farflung.store.tables import NODES
 from farflung.trust.record import NodeRecord
@@ -46,7 +47,10 @@ def _is_invited(settings: CoordinatorSection, token: str) -> bool:
 
 
 def admit(connection: Connection, node: str, public: bytes, ask: Register, now: float) -> str:
-    """Remember a key, or refresh what it says of its machine. Its record stays what it is."""
+    """Remember a key, or refresh what it says of its machine. Its record stays what it is.
+
+    Raises Ejected for a key that was, whichever role it asks for: a relay is listed to all nodes.
+    """
     said = {
         "name": ask.name or readable_name(node),
         "role": ask.role,
@@ -57,6 +61,8 @@ def admit(connection: Connection, node: str, public: bytes, ask: Register, now: 
         "seen_at": now,
     }
     row = connection.execute(NODES.select().where(NODES.c.node == node)).first()
+    if row is not None and row.status == "ejected":
+        raise ejected(node)
     if row is not None:
         connection.execute(NODES.update().where(NODES.c.node == node).values(said))
         return _restart(connection, row, ask, now) if row.profile != ask.profile else row.status
