@@ -233,6 +233,11 @@ class CoordinatorSection(Section):
     proxies: tuple[str, ...] = setting(
         (), "Addresses of proxies whose X-Forwarded-For is believed; `*` for any, if nothing else can reach it."
     )
+    hosts: tuple[str, ...] = setting(
+        (),
+        "Names that it is reached by, if any but addresses in digits, names without a dot and `host`; `*` for any. "
+        "Empty is any too behind `proxies` or with `tls_cert`, which check the name themselves.",
+    )
     tls_cert: str = setting("", "PEM file of the certificate and its chain, to speak https; with `tls_key`.")
     tls_key: str = setting("", "PEM file of its private key.")
     tls_ca: str = setting(
