@@ -243,7 +243,7 @@ class CoordinatorSection(Section):
     tls_ca: str = setting(
         "", "PEM file of an authority that roles trust beside the usual ones; for join, FARFLUNG_CA_FILE names it."
     )
-    minimum_version: int = setting(2, "Oldest protocol version that may join.", ge=0)
+    minimum_version: int = setting(3, "Oldest protocol version that may join.", ge=0)
     claim_s: float = setting(30.0, "Seconds that a scorer or validator may keep what it claimed.", gt=0)
     mature_steps: int = setting(2, "Steps until credit leaves escrow.", ge=0)
 
