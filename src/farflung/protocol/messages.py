@@ -482,6 +482,8 @@ class AuditJob(Message, frozen=True):
     cap: float
     """Likelihood ratio at which the evidence is decisive, so that the rest need not be replayed; 0 to replay all."""
     rollouts: Annotated[list[AuditRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
+    others: Annotated[list[AuditRollout], Meta(max_length=64)] = []
+    """Further rollouts of the submission, for the explanations alone."""
     is_suspect: bool = False
     """Whether this is the second opinion on a would-be ejection, and other explanations are to be tried."""
     manifest_before: MaybeDigest = ""
@@ -528,7 +530,7 @@ class Evidence(Message, frozen=True):
     possession: MaybeDigest = ""
     """As in a submission, for the audit's nonce and probe."""
     explanations: Annotated[list[Explanation], Meta(max_length=8)] = []
-    """Of a would-be ejection."""
+    """Of a would-be ejection; each of the drawn rollouts and the others after them, `as leased` among them."""
 
 
 class Verdict(Message, frozen=True):
