@@ -234,12 +234,17 @@ class CoordinatorSection(Section):
     proxies: tuple[str, ...] = setting(
         (), "Addresses of proxies whose X-Forwarded-For is believed; `*` for any, if nothing else can reach it."
     )
+    hosts: tuple[str, ...] = setting(
+        (),
+        "Names that it is reached by, if any but addresses in digits, names without a dot and `host`; `*` for any. "
+        "Empty is any too behind `proxies` or with `tls_cert`, which check the name themselves.",
+    )
     tls_cert: str = setting("", "PEM file of the certificate and its chain, to speak https; with `tls_key`.")
     tls_key: str = setting("", "PEM file of its private key.")
     tls_ca: str = setting(
         "", "PEM file of an authority that roles trust beside the usual ones; for join, FARFLUNG_CA_FILE names it."
     )
-    minimum_version: int = setting(2, "Oldest protocol version that may join.", ge=0)
+    minimum_version: int = setting(3, "Oldest protocol version that may join.", ge=0)
     claim_s: float = setting(30.0, "Seconds that a scorer or validator may keep what it claimed.", gt=0)
     mature_steps: int = setting(2, "Commits from a payment until it leaves escrow and is credit.", ge=0)
 

@@ -82,6 +82,7 @@ class Worker:
         self.engine: Engine
         self.weights: Versions
         self._paced_at = time.monotonic()
+        self._idle_because = ""
         self._held = ("", b"")
         """A probe and the values of its slices in the engine."""
 
@@ -148,10 +149,17 @@ class Worker:
         self.session.latest = answer.latest
         self.weights.prefetch()
         if answer.lease is None:
-            log.debug("no lease because=%s", answer.reason)
+            self._say_why(answer.reason)
             await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
             return
+        self._idle_because = ""
         await self._work(await open_lease(self.session, answer.lease))
+
+    def _say_why(self, reason: str) -> None:
+        """That there is no work, once for each reason, so that no node idles without a word."""
+        if reason.rstrip("0123456789 s") != self._idle_because:
+            self._idle_because = reason.rstrip("0123456789 s")
+            log.info("no lease because=%s standing=%r", reason, str(self.session.standing))
 
     async def _work(self, lease: Lease) -> None:
         try:
@@ -197,7 +205,8 @@ class Worker:
         submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
         self.session.figures.phase = "submitting"
         await self.send(lease, submission)
-        log.info("submitted lease=%s step=%d rollouts=%d", lease.lease, lease.step, len(done))
+        told = lease.lease, lease.step, len(done), str(self.session.standing)
+        log.info("submitted lease=%s step=%d rollouts=%d standing=%r", *told)
 
     async def _keep_pace(self, done: list[tuple[str, Completion]]) -> None:
         """Be no faster than was asked for, over the last few seconds."""

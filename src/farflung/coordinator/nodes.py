@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row
 from starlette.responses import Response
 
 from farflung.coordinator.office import Office, digest_in
-from farflung.dashboard import versions, views
+from farflung.dashboard import rulings, versions, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
 from farflung.protocol.errors import Forbidden, Refusal
@@ -19,7 +19,7 @@ from farflung.protocol.identity import Signed
 from farflung.protocol.server import BODY_BYTES, Call
 from farflung.protocol.session import Index
 from farflung.rollouts import audit, intake, parcel
-from farflung.store.book import node_rows, unknown_node
+from farflung.store.book import Book, ejected, node_rows, unknown_node
 from farflung.store.rows import update_rows
 from farflung.store.tables import NODES
 from farflung.tasks import admit, lease
@@ -76,12 +76,17 @@ def _note_beats(
             audit.renew(connection, office.book, row.node, now)
     last = {row.node: _beat_values(row.node, beat, now) for row, beat in heard}
     update_rows(connection, NODES, list(last.values()))
-    return [
-        m.Pulse(latest=latest, status=rows[node].status, lost_leases=lost.get(node, [])[:MOST_LOST])
-        if node in rows
-        else unknown_node(node)
-        for node, _ in beats
-    ]
+    judged = rulings.rulings(connection, office.book, rows.values())
+    pulses = {
+        node: _pulse(office.book, row, latest, lost.get(node, []), judged.get(node, [])) for node, row in rows.items()
+    }
+    return [pulses.get(node) or unknown_node(node) for node, _ in beats]
+
+
+def _pulse(book: Book, row: Row[Any], latest: m.Latest, lost: list[str], judged: list[m.Ruling]) -> m.Pulse:
+    clean, needed = rulings.progress(book, row)
+    told = {"clean": clean, "needed": needed, "rulings": judged}
+    return m.Pulse(latest=latest, status=row.status, lost_leases=lost[:MOST_LOST], **told)
 
 
 async def latest(office: Office, call: Call) -> m.Latest:
@@ -140,6 +145,8 @@ def _issue(
 def _may_not_lease(office: Office, row: Row[Any] | None, node: str) -> Refusal | None:
     if row is None:
         return unknown_node(node)
+    if row.status == "ejected":
+        return ejected(node)
     if row.role in ("worker", office.doors.roles.get(node)):
         return None
     return Forbidden(f"node {node} is registered as {row.role!r}; register as a worker to be leased work")

@@ -15,6 +15,7 @@ from farflung.coordinator.routes import Coordinator
 from farflung.dashboard import pages
 from farflung.protocol.admin import read_token
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.hosts import is_loopback
 from farflung.protocol.identity import Key
 from farflung.protocol.server import listen
 from farflung.rollouts.archive import Archive
@@ -46,6 +47,17 @@ def load_profiles(config: Config) -> Profiles:
             f"trust.fingerprint is set, but profile {blind[0]} bounds none; `farflung calibrate` makes one that does"
         )
     return Profiles(run, tuple(others))
+
+
+def refuse_guessable(config: Config) -> None:
+    """Raises ConfigError for a run whose secret anybody can compute, on an address that anybody can reach."""
+    host = config.coordinator.host
+    if config.run.reproducible and (config.coordinator.proxies or not is_loopback(host)):
+        raise ConfigError(
+            f"run.reproducible = true makes the secret follow from run.seed, so that every node could choose its "
+            f"tokens, and {host} is open to others: set run.reproducible = false, or coordinator.host = 127.0.0.1 and "
+            "no coordinator.proxies"
+        )
 
 
 async def open_coordinator(config: Config) -> Coordinator:
@@ -97,6 +109,7 @@ def _server_options(config: Config, app: ASGIApp) -> uvicorn.Config:
 
 async def serve(config: Config) -> None:
     """Run a coordinator until it is told to stop. One of several processes on a port begins and ends no stay."""
+    refuse_guessable(config)
     is_one_of_many = config.coordinator.processes > 1
     listener = listen(config.coordinator.host, config.coordinator.port, is_shared=is_one_of_many)
     config = local_grants(config)

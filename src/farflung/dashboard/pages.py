@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from farflung.config import Config
-from farflung.dashboard import browse, stories
+from farflung.dashboard import asked, browse, stories
 from farflung.dashboard.live import MOST_VIEWERS, Live
 from farflung.dashboard.look import HERE, TEXT_SHOWN, clean, curves, environment
 from farflung.dashboard.meter import Meter
@@ -26,11 +27,12 @@ from farflung.dashboard.nodes import DESCENDING, SORTS, ordered
 from farflung.dashboard.snapshot import Snapshot, take
 from farflung.dashboard.veil import veil_of
 from farflung.dashboard.versions import troubles, why_large
-from farflung.protocol.errors import NotFound, Unavailable
+from farflung.protocol.errors import Broken, Malformed, NotFound, Refusal, Unavailable
 from farflung.protocol.states import statuses
 from farflung.rollouts.archive import Archive
 from farflung.store.db import Database
 
+log = logging.getLogger(__name__)
 NODES_A_PAGE = 100
 NAMES_S = 20.0
 """Pages that need of the snapshot little more than names take one this old."""
@@ -94,8 +96,7 @@ class Pages:
 
     async def rollouts(self, request: Request) -> Response:
         """Rollouts with their answers, newest first."""
-        asked = request.query_params
-        wanted = browse.Wanted(*(asked.get(name, "")[:80] for name in ("status", "node", "older", "newer")))
+        wanted = _wanted(request)
         s = await self.live.snapshot(NAMES_S)
         counts, run = s.counts.statuses, self.desk.config.run.name
         known = counts.get(wanted.status, 0)
@@ -112,7 +113,7 @@ class Pages:
 
     async def story(self, request: Request) -> Response:
         """What is known of one id."""
-        subject = request.path_params["id"]
+        subject = asked.an_id(request.path_params["id"], "id")
         told = await self.desk.database.read(lambda c: stories.tell(c, self.desk.config, subject))
         texts = await self._texts(told.rollouts[:64])
         s = await self.live.snapshot(NAMES_S)
@@ -121,16 +122,16 @@ class Pages:
 
     async def find(self, request: Request) -> Response:
         """The search box: to the story of an id, or to a node by its name."""
-        wanted = request.query_params.get("id", "").strip()[:100]
+        wanted = request.query_params.get("id", "").strip()
         by_name = {node.name: node.node for node in (await self.live.snapshot(NAMES_S)).nodes}
         if not wanted:
             return RedirectResponse("/", 303)
-        return RedirectResponse(request.url_for("dashboard:story", id=by_name.get(wanted, wanted)).path, 303)
+        return RedirectResponse(f"/story/{by_name.get(wanted) or asked.an_id(wanted, 'id or name of a node')}", 303)
 
     async def weights(self, request: Request) -> Response:
         """Published steps: digests, bytes, who trained them, who has them."""
         s = await self.live.snapshot()
-        until = _number(request.query_params.get("until"), s.step)
+        until = asked.number(request.query_params.get("until", ""), "step", s.step, most=asked.STEP)
         loaded = Counter(node.loaded_step for node in s.nodes if node.is_present or s.status == "finished")
         run = self.desk.config.run.name
         versions = await self.desk.database.read(lambda c: browse.weights(c, run, until, loaded))
@@ -143,7 +144,7 @@ class Pages:
 
     async def ledger(self, request: Request) -> Response:
         """Who holds how much credit, and why."""
-        before = _number(request.query_params.get("before"), 0)
+        before = asked.number(request.query_params.get("before", ""), "entry", 0, most=asked.ENTRY)
         accounts = await self.desk.database.read(browse.accounts)
         entries = await self.desk.database.read(lambda c: browse.entries(c, before))
         names = {node: name for node, name, _, _ in accounts.nodes}
@@ -166,9 +167,9 @@ class Pages:
         text = self._templates.get_template(template).render(**values)
         return HTMLResponse(text, status, headers={"cache-control": "no-store"})
 
-    def missing(self, error: NotFound) -> Response:
-        """The page for what is not there."""
-        return self._page("missing.html", 404, page="", reason=str(error))
+    def instead(self, error: Refusal) -> Response:
+        """The page for what is not there, or cannot be: what was wrong with the question, and the way back."""
+        return self._page("missing.html", error.status, page="", reason=str(error))
 
     async def _texts(self, rows: list[Any]) -> dict[str, str]:
         """Transcripts of rollouts, where they are stored and can be read."""
@@ -195,7 +196,7 @@ def mount(app: FastAPI, desk: Desk) -> Pages:
         ("/weights", pages.weights),
         ("/ledger", pages.ledger),
         ("/story", pages.find),
-        ("/story/{id}", pages.story),
+        ("/story/{id:path}", pages.story),
         ("/live", pages.events),
     ):
         app.add_api_route(
@@ -213,8 +214,13 @@ def _guarded(pages: Pages, page: Callable[[Request], Awaitable[Response]]) -> Ca
     async def endpoint(request: Request) -> Response:
         try:
             response = await page(request)
-        except NotFound as error:
-            response = pages.missing(error)
+        except (NotFound, Malformed) as error:
+            response = pages.instead(error)
+        except Refusal:
+            raise
+        except Exception:  # whatever broke stays in the log: a stranger learns nothing of it
+            log.exception("broken page path=%s", request.scope["path"][:200])
+            response = pages.instead(Broken("this page cannot be shown; the coordinator's log says why"))
         response.headers.update(SECURITY)
         return response
 
@@ -257,16 +263,25 @@ def asset(name: str) -> str:
 
 def _table(s: Snapshot, request: Request) -> dict[str, Any]:
     """What of the nodes is asked for: column, direction, page."""
-    asked = request.query_params
-    sort = asked.get("sort", "role")
+    wish = request.query_params
+    sort = wish.get("sort", "role")
     sort = sort if sort in SORTS else "role"
-    is_down = asked.get("order", "down" if sort in DESCENDING else "up") == "down"
+    is_down = wish.get("order", "down" if sort in DESCENDING else "up") == "down"
     pages = max(1, -(-len(s.nodes) // NODES_A_PAGE))
-    page = min(pages, max(1, _number(asked.get("page"), 1)))
+    page = min(pages, max(1, _page_number(wish.get("page", ""))))
     rows = ordered(s.nodes, sort, is_down)[(page - 1) * NODES_A_PAGE : page * NODES_A_PAGE]
     return {"rows": rows, "sort": sort, "is_down": is_down, "page": page, "pages": pages, "total": len(s.nodes),
             "first_down": DESCENDING}  # fmt: skip
 
 
-def _number(text: str | None, default: int) -> int:
-    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 16 else default
+def _page_number(text: str) -> int:
+    """Of a table that refreshes itself: whatever is no number is the first page."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else 1
+
+
+def _wanted(request: Request) -> browse.Wanted:
+    """Which rollouts are asked for. Raises Malformed."""
+    status, node, older, newer = (request.query_params.get(name, "") for name in ("status", "node", "older", "newer"))
+    if status and status not in statuses("rollout"):
+        raise Malformed(f"{status[:40]!r} is no status of a rollout; there are {', '.join(statuses('rollout'))}")
+    return browse.Wanted(status, node and asked.an_id(node, "node"), older, newer)

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 from farflung.config import Config
 from farflung.dashboard import browse, views
 from farflung.dashboard.nodes import describe
-from farflung.dashboard.veil import Veil, veil_of
+from farflung.dashboard.veil import Veil, pathless, veil_of
 from farflung.learner.difficulty import Count, pass_rate
 from farflung.protocol.errors import NotFound
 from farflung.protocol.messages import Event
@@ -167,7 +167,11 @@ def _step(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
     if row.manifest is not None:
         manifest = browse.open_unchecked(row.manifest)
         facts += [("committed", Moment(row.committed_at)), ("manifest", row.manifest_digest)]
-        facts += [("weights digest", row.weights_digest), ("parent", manifest.parent), ("checkpoint", row.checkpoint)]
+        facts += [
+            ("weights digest", row.weights_digest),
+            ("parent", manifest.parent),
+            ("checkpoint", pathless(row.checkpoint)),
+        ]
         kinds = [manifest.kind] * bool(manifest.shards) + [f"difference to step {manifest.base_step}"] * bool(
             manifest.deltas
         )
@@ -219,7 +223,7 @@ def _run(connection: Connection, run: str, subject: str, veil: Veil) -> Found | 
     tree = json.loads(row.config)
     settings = [(f"{part}.{name}", value) for part in SHOWN for name, value in tree.get(part, {}).items()]
     facts: list[Fact] = [("status", row.status), ("founded", Moment(row.created_at))]
-    return facts, [Related("Settings", ("name", "value"), [(n, json.dumps(v)) for n, v in settings])], []
+    return facts, [Related("Settings", ("name", "value"), [(n, json.dumps(pathless(v))) for n, v in settings])], []
 
 
 SHOWN = ("run", "model", "env", "generate", "learn", "lease", "trust", "eval")

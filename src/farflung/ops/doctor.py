@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
+from rich.text import Text
 
+from farflung.ops.terminal import Terminal
 from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import CLOCK_SKEW_S, Key, Signed, node_id, readable_name
@@ -38,7 +40,7 @@ class Finding:
 
 async def doctor(url: str, folder: Path, root: bytes | None) -> bool:
     """Print every finding; whether nothing is in the way."""
-    console = Console(highlight=False)
+    console = Terminal()
     is_well = True
     async for finding in examine(url, folder, root):
         is_well &= finding.is_well
@@ -48,10 +50,10 @@ async def doctor(url: str, folder: Path, root: bytes | None) -> bool:
 
 def show(console: Console, finding: Finding) -> None:
     """One line, and the mend below it where one is needed."""
-    mark = "[green]✓[/]" if finding.is_well else "[red]✗[/]"
-    console.print(f"{mark} {finding.what:<12} {finding.told}", soft_wrap=True)
+    mark = ("✓", "green") if finding.is_well else ("✗", "red")
+    console.print(Text.assemble(mark, f" {finding.what:<12} {finding.told}"), soft_wrap=True)
     if not finding.is_well:
-        console.print(f"  [yellow]{finding.mend}[/]", soft_wrap=True)
+        console.print(Text(f"  {finding.mend}", "yellow"), soft_wrap=True)
 
 
 async def examine(url: str, folder: Path, root: bytes | None) -> AsyncIterator[Finding]:

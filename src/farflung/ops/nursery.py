@@ -26,6 +26,7 @@ from farflung.ops.logs import start_logging
 from farflung.protocol.client import set_skew
 from farflung.protocol.errors import FarflungError
 from farflung.protocol.identity import Key
+from farflung.protocol.shown import one_line
 from farflung.tasks.keyring import root_of
 
 POLL_S = 0.05
@@ -102,7 +103,7 @@ def _live(order: dict[str, Any]) -> NoReturn:
         _be(order, config)
         code = 0
     except FarflungError as error:
-        sys.stderr.write(f"farflung: {error}\n")
+        sys.stderr.write(f"farflung: {one_line(str(error))}\n")
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from farflung.config import Config, save
+from farflung.coordinator.process import refuse_guessable
 from farflung.ops.fitting import calibrated
 from farflung.ops.nursery import LIGHT, die_with_parent
 from farflung.ops.report import write_report
@@ -50,6 +51,7 @@ NURSERIES = ("torch", "light")
 def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> None:
     """Make the run's folder, or find it for `--resume`. Raises ConfigError."""
     folder = config.folder
+    refuse_guessable(config)
     if not config.model.path:
         raise ConfigError("model.path is missing; name a folder of a Hugging Face causal LM or its hub id")
     if resume and not (folder / "config.json").exists():

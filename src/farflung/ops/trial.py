@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from rich.console import Console
 from rich.table import Table
 from sqlalchemy import Connection
 
@@ -25,6 +24,7 @@ from farflung.ops.redteam import GALLERY
 from farflung.ops.redteam.base import LEDGER
 from farflung.ops.screen import Screen
 from farflung.ops.swarm import Swarm, prepare
+from farflung.ops.terminal import Terminal
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, Signed, unseal
 from farflung.protocol.messages import Verdict
@@ -318,7 +318,7 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(name, overflow="fold")
     for attack in dict.fromkeys(row["attack"] for row in rows):
         table.add_row(*_line([row for row in rows if row["attack"] == attack]))
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    Terminal(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def _line(rows: Sequence[Row]) -> list[str]:

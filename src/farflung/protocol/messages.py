@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 from farflung.protocol.identity import Signed
 
-VERSION = 2
+VERSION = 3
 """Spoken protocol version; a node with another is told what to do."""
 
 MAX_TOKENS = 131_072
@@ -374,11 +374,31 @@ class Heartbeat(Message, frozen=True):
     """What last went wrong with weights on this node, such as a relay that lied, in its own words."""
 
 
+class Ruling(Message, frozen=True):
+    """A verdict as its node's owner is told of it."""
+
+    id: Count
+    """Rises from verdict to verdict."""
+    outcome: Literal["void", "quarantine", "eject", "release"]
+    submission: MaybeDigest
+    """The one that was judged; empty where an operator ejected the node."""
+    reason: Line
+    """In detail once the step is closed; short before."""
+    at: Seconds
+
+
 class Pulse(Message, frozen=True):
     """Answer to a heartbeat."""
 
     latest: Latest
     status: Name
+    """The node's standing."""
+    clean: Count = 0
+    """Clean audited rollouts in a row of a worker on probation."""
+    needed: Count = 0
+    """How many end probation; 0 for roles of which no trust is kept."""
+    rulings: Annotated[list[Ruling], Meta(max_length=8)] = []
+    """The latest verdicts on the node, oldest first."""
     lost_leases: Annotated[list[Id], Meta(max_length=1000)] = []
 
 
@@ -462,6 +482,8 @@ class AuditJob(Message, frozen=True):
     cap: float
     """Likelihood ratio at which the evidence is decisive, so that the rest need not be replayed; 0 to replay all."""
     rollouts: Annotated[list[AuditRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
+    others: Annotated[list[AuditRollout], Meta(max_length=64)] = []
+    """Further rollouts of the submission, for the explanations alone."""
     is_suspect: bool = False
     """Whether this is the second opinion on a would-be ejection, and other explanations are to be tried."""
     manifest_before: MaybeDigest = ""
@@ -510,7 +532,7 @@ class Evidence(Message, frozen=True):
     possession: MaybeDigest = ""
     """As in a submission, for the audit's nonce and probe."""
     explanations: Annotated[list[Explanation], Meta(max_length=8)] = []
-    """Of a would-be ejection."""
+    """Of a would-be ejection; each of the drawn rollouts and the others after them, `as leased` among them."""
 
 
 class Verdict(Message, frozen=True):

@@ -19,6 +19,9 @@ from farflung.store.stories import move, record
 from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
 from farflung.trust.evidence import Profile, Profiles, to_json
 
+OTHERS = 64
+"""Further rollouts of a suspect's submission on which explanations are tried."""
+
 
 def audit_nonce(audit: str) -> str:
     """The nonce of a validator's own show of possession, one per audit."""
@@ -167,6 +170,7 @@ def job(connection: Connection, book: Book, profiles: Profiles, audit: Row[Any],
     """One audit as a validator gets it: prompt, seed and budget are the coordinator's, only tokens the node's."""
     sent = {rollout.rollout: rollout for rollout in body.rollouts}
     drawn = msgspec.json.decode(audit.rollouts, type=list[str])
+    others = [name for name in sent if name not in drawn][:OTHERS] if audit.kind == "confirm" else []
     secret = book.step_secret(audit.step)
     sealed = connection.execute(sa.select(LEASES.c.document).where(LEASES.c.lease == audit.lease)).scalar_one()
     lease = unseal(msgspec.msgpack.decode(sealed, type=Signed), "lease", Lease)
@@ -174,9 +178,19 @@ def job(connection: Connection, book: Book, profiles: Profiles, audit: Row[Any],
         sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.sample, TASKS.c.task, TASKS.c.prompt_ids)
         .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
         .join(TASKS, TASKS.c.task == GROUPS.c.task)
-        .where(ROLLOUTS.c.rollout.in_(drawn))
+        .where(ROLLOUTS.c.rollout.in_([*drawn, *others]))
         .order_by(ROLLOUTS.c.position)
     )
+    told = [
+        AuditRollout(
+            rollout=row.rollout,
+            prompt_ids=row.prompt_ids,
+            seed=seeds.sample_seed(secret, row.task, row.sample),
+            ids=sent[row.rollout].ids,
+            fingerprint=sent[row.rollout].fingerprint,
+        )
+        for row in rows
+    ]
     return AuditJob(
         audit=audit.audit,
         step=audit.step,
@@ -190,16 +204,8 @@ def job(connection: Connection, book: Book, profiles: Profiles, audit: Row[Any],
         is_suspect=audit.kind == "confirm",
         manifest_before=_manifest_before(connection, book, audit.step) if audit.kind == "confirm" else "",
         fingerprint=lease.nonce if lease.fingerprint else "",
-        rollouts=[
-            AuditRollout(
-                rollout=row.rollout,
-                prompt_ids=row.prompt_ids,
-                seed=seeds.sample_seed(secret, row.task, row.sample),
-                ids=sent[row.rollout].ids,
-                fingerprint=sent[row.rollout].fingerprint,
-            )
-            for row in rows
-        ],
+        rollouts=[one for one in told if one.rollout in drawn],
+        others=[one for one in told if one.rollout not in drawn],
     )
 
 

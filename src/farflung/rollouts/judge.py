@@ -23,7 +23,7 @@ from farflung.store.book import Book, node_row
 from farflung.store.stories import move
 from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS, VERDICTS
 from farflung.trust import fingerprint
-from farflung.trust.diagnose import diagnose
+from farflung.trust.diagnose import AS_LEASED, diagnose
 from farflung.trust.evidence import (
     ODD,
     Profile,
@@ -203,8 +203,9 @@ def _is_contradicted(
 def _diagnosis(profile: Profile, evidence: Evidence) -> str:
     """What explains a suspect's rollouts, if the validator tried that."""
     tried = {one.name: [seen_of(found) for found in one.rollouts] for one in evidence.explanations}
+    leased = tried.pop(AS_LEASED, None) or [seen_of(found) for found in evidence.rollouts]
     try:
-        return diagnose(profile, [seen_of(found) for found in evidence.rollouts], tried)
+        return diagnose(profile, leased, tried)
     except ValueError as error:
         raise Malformed(f"evidence on audit {evidence.audit}: {error}") from error
 

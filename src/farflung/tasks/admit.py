@@ -14,6 +14,7 @@ from farflung.protocol.errors import Conflict, Forbidden, TooOld
 from farflung.protocol.identity import readable_name
 from farflung.protocol.messages import Register
 from farflung.protocol.states import first
+from farflung.store.book import ejected
 from farflung.store.stories import move, record
 from farflung.store.tables import LEASES, NODES
 from farflung.trust.record import NodeRecord
@@ -47,8 +48,11 @@ def _is_invited(settings: CoordinatorSection, token: str) -> bool:
 
 
 def admit(connection: Connection, node: str, public: bytes, ask: Register, now: float) -> str:
-    """Remember a key, or refresh what it says of its machine. Its record stays what it is. Raises Conflict for another
-    role while a lease is open: as a relay a node would keep work that is a worker's."""
+    """Remember a key, or refresh what it says of its machine. Its record stays what it is.
+
+    Raises Ejected for a key that was, whichever role it asks for: a relay is listed to all nodes. Raises Conflict for
+    another role while a lease is open: as a relay a node would keep work that is a worker's.
+    """
     said = {
         "name": ask.name or readable_name(node),
         "role": ask.role,
@@ -59,6 +63,8 @@ def admit(connection: Connection, node: str, public: bytes, ask: Register, now: 
         "seen_at": now,
     }
     row = connection.execute(NODES.select().where(NODES.c.node == node)).first()
+    if row is not None and row.status == "ejected":
+        raise ejected(node)
     if row is not None:
         if row.role != ask.role:
             _check_idle(connection, row, ask)

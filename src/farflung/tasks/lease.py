@@ -13,11 +13,11 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
-from farflung.protocol.errors import Ejected, Refusal
+from farflung.protocol.errors import Refusal
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Latest, LeaseRequest
 from farflung.store import heldout
-from farflung.store.book import Book, new_id
+from farflung.store.book import Book, ejected, new_id
 from farflung.store.heldout import Part
 from farflung.store.stories import end_leases
 from farflung.store.tables import GIVEN_UP, GROUPS, LEASES, NODES, ROLLOUTS, TASKS
@@ -100,7 +100,7 @@ _ABANDONED = (
 def _without_work(node: Row[Any], latest: Latest, papers: _Papers) -> Answer | None:
     """The answer to a node for which no new lease is to be looked for."""
     if node.status == "ejected":
-        return Ejected(f"node {node.node} was ejected for failing verification; GET /v1/story/{node.node} says why")
+        return ejected(node.node)
     if (document := papers.held.get(node.node)) is not None:
         return msgspec.msgpack.decode(document, type=Signed)
     if latest.step < 0:

@@ -272,10 +272,14 @@ def demote(record: NodeRecord) -> NodeRecord:
 
 
 def _promote(record: NodeRecord, settings: TrustSettings) -> NodeRecord:
-    needed = settings.probation_rollouts << min(record.bad_submissions, HARDER)
-    if record.status != "probation" or record.clean_rollouts < needed:
+    if record.status != "probation" or record.clean_rollouts < needed(record, settings):
         return record
     return msgspec.structs.replace(record, status="trusted")
+
+
+def needed(record: NodeRecord, settings: TrustSettings) -> int:
+    """Clean rollouts in a row that end probation."""
+    return settings.probation_rollouts << min(record.bad_submissions, HARDER)
 
 
 # --- sentences for receipts ------------------------------------------------------------------------------------------
