@@ -142,7 +142,7 @@ PROFILE = Profile("p", (0.1, 1.0), (0.3, 0.01, 1e-4), Tally((1, 1, 1), (0, 0, 0)
 
 def seen(flipped: int, of: int = 20) -> list[Seen]:
     margin = np.array([2.0] * flipped + [0.0] * (of - flipped))
-    return [Seen(np.full(of, 2.5), margin, np.full(of, 0.5))]
+    return [Seen(np.full(of, 2.5), margin, np.full(of, 0.5), np.full(of, -1.0))]
 
 
 def test_the_explanation_under_which_the_flips_vanish_is_named() -> None:
@@ -160,7 +160,7 @@ def life(rng: np.random.Generator, tokens: int, flip) -> list[Seen]:
     for _ in range(tokens // 20):
         pick = np.where(rng.random(20) < 0.7, 1 - 10.0 ** -rng.uniform(2, 6, 20), rng.uniform(0.3, 0.99, 20))
         gap = np.where(pick > 0.99, rng.uniform(4, 12, 20), rng.exponential(1.5, 20))
-        found.append(Seen(gap, flip(rng, pick, gap), pick))
+        found.append(Seen(gap, flip(rng, pick, gap), pick, np.full(len(gap), -1.0)))
     return found
 
 
@@ -189,7 +189,7 @@ def test_what_other_noise_and_noisier_arithmetic_look_like_is_named(seed: int) -
     rng, names = np.random.default_rng(seed), {}
     for cause in (unseeded, noisier, fabricated, honest):
         seen = life(rng, 320, cause)
-        again = [Seen(one.gap, np.roll(one.margin, 1) * (rng.random(20) < 0.7), one.pick) for one in seen]
+        again = [Seen(one.gap, np.roll(one.margin, 1) * (rng.random(20) < 0.7), one.pick, one.lead) for one in seen]
         names[cause.__name__] = diagnose(NARROW, seen, {"temperature 0.9": again})
     assert names["unseeded"] == UNSEEDED
     assert names["noisier"].startswith("noisier arithmetic") or names["noisier"] == ""
@@ -207,8 +207,9 @@ def test_a_temperature_that_explains_one_flip_by_chance_is_not_named() -> None:
     """One flip in 23 tokens, as in the demo: another temperature leaves it clean, and other noise is as good."""
     gap, pick = np.full(23, 9.0), np.full(23, 0.9999)
     gap[5], pick[5], margin = 0.4, 0.6, np.zeros(23)
-    margin[5] = 0.4
-    assert diagnose(NARROW, [Seen(gap, margin, pick)], {"temperature 0.9": [Seen(gap, np.zeros(23), pick)]}) == ""
+    margin[5], lead = 0.4, np.full(23, -1.0)
+    tried = {"temperature 0.9": [Seen(gap, np.zeros(23), pick, lead)]}
+    assert diagnose(NARROW, [Seen(gap, margin, pick, lead)], tried) == ""
 
 
 def test_a_would_be_ejection_is_tried_under_other_explanations_and_the_verdict_names_the_best(house) -> None:

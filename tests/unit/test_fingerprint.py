@@ -103,7 +103,8 @@ def test_good_fingerprints_change_nothing() -> None:
 
 @pytest.mark.parametrize("distance", [-0.1, 1e7, math.nan])
 def test_a_distance_that_means_nothing_is_no_evidence(distance: float) -> None:
-    sent = msgspec.msgpack.encode({"rollout": "r1", "gap": b"", "margin": b"", "pick": b"", "distance": distance})
+    floats = dict.fromkeys(("gap", "margin", "pick", "lead"), b"")
+    sent = msgspec.msgpack.encode({"rollout": "r1", **floats, "distance": distance})
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(sent, type=RolloutEvidence)
 

@@ -241,7 +241,7 @@ def finding(profile: Profile, found: RolloutEvidence) -> Finding:
         raise Malformed(f"evidence on rollout {found.rollout}: {error}") from error
     far = found.distance is not None and fingerprint.is_far(found.distance, profile.fingerprint)
     flipped, allowed = flips_and_allowed(profile, seen)
-    return Finding(found.rollout, len(seen.gap), flipped, tuple(ratios.tolist()), allowed, found.distance or 0.0, far)
+    return Finding(found.rollout, len(seen.gap), flipped, tuple(ratios.tolist()), found.distance or 0.0, far, allowed)
 
 
 def seen_of(found: RolloutEvidence) -> Seen:

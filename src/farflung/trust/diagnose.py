@@ -65,7 +65,7 @@ def log_likelihood(profile: Profile, seen: Sequence[Seen]) -> float:
 
 def scaled(seen: Seen, noise: float) -> Seen:
     """What a replay saw, in units of a machine whose score noise is so many times the profile's."""
-    return Seen(np.asarray(seen.gap) / noise, np.asarray(seen.margin) / noise, seen.pick)
+    return Seen(np.asarray(seen.gap) / noise, np.asarray(seen.margin) / noise, seen.pick, np.asarray(seen.lead) / noise)
 
 
 def diagnose(profile: Profile, leased: Sequence[Seen], explanations: Mapping[str, Sequence[Seen]]) -> str:
