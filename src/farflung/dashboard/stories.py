@@ -30,7 +30,7 @@ from farflung.store.tables import (
     TASKS,
     VERDICTS,
 )
-from farflung.trust.record import NodeRecord
+from farflung.trust.record import NodeRecord, Watched
 
 EVENTS_SHOWN = 500
 RELATED_SHOWN = 100
@@ -205,7 +205,7 @@ def _node(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
     if not veil.is_on:
         facts += [("audited rollouts", record.audited_rollouts), ("clean in a row", record.clean_rollouts)]
         facts += [("bad submissions", record.bad_submissions), ("M", f"{record.statistic:.4g}")]
-        facts += [("most like", record.suspicion)]
+        facts += [("most like", record.suspicion), ("flips in all replays", _watched(record.watched))]
     query = sa.select(LEASES).where(LEASES.c.node == subject).order_by(LEASES.c.opened_at.desc()).limit(20)
     leases = [
         (le.lease, le.purpose, le.step, le.status, Moment(le.opened_at), le.submission)
@@ -214,6 +214,17 @@ def _node(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
     related = [Related("Latest leases", ("lease", "purpose", "policy step", "status", "opened", "submission"), leases)]
     related.append(_audit_table("Latest audits", _audits(connection, AUDITS.c.node == subject, veil)))
     return facts, [_verdicts(connection, subject), *related], []
+
+
+def _watched(watched: Watched) -> str:
+    """What all replays of a node add up to, and by how much its flips raised its reward."""
+    if not watched.rollouts:
+        return ""
+    each = watched.gain / watched.rollouts
+    return (
+        f"{watched.flips} in {watched.rollouts} rollouts, {watched.allowed:.3g} allowed; reward {each:+.3g} a rollout; "
+        f"M = {watched.statistic:.3g}"
+    )
 
 
 def _run(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:

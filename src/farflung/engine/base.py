@@ -86,6 +86,9 @@ class Engine(Protocol):
         """
         ...
 
-    def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:
-        """Prefill each (request, completion ids) once and compare each token with the seeded pick."""
+    def replay(self, items: Sequence[tuple[Request, Sequence[int]]], *, alone: bool = False) -> list[Replay]:
+        """Prefill each (request, completion ids) once and compare each token with the seeded pick.
+
+        With `alone` each is read by itself, sharing and padding nothing: slow, and another path than the usual one.
+        """
         ...

@@ -95,10 +95,10 @@ class LocalEngine:
         return decode(self.model, requests, self.eos_ids, should_stop, ways.is_plain, self.max_rows, ways.batching)
 
     @torch.inference_mode()
-    def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:
+    def replay(self, items: Sequence[tuple[Request, Sequence[int]]], *, alone: bool = False) -> list[Replay]:
         """Prefill each (request, completion ids) once and compare each token with the seeded pick."""
         self._refuse_unloaded()
-        return replay(self.model, items, self.replay_tokens, self.ways.reading)
+        return replay(self.model, items, self.replay_tokens, "alone" if alone else self.ways.reading)
 
     def _refuse_unloaded(self) -> None:
         if not self._is_loaded:

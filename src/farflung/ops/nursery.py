@@ -171,11 +171,13 @@ def _worker(order: dict[str, Any], config: Config, folder: Path, root: bytes | N
 
     from farflung.ops.redteam import GALLERY
     from farflung.ops.redteam.base import Adversary
+    from farflung.trust.profiles import load_profile
     from farflung.trust.record import TrustSettings
 
     settings = config.trust.model_dump()
     trust = TrustSettings(**{name: settings[name] for name in TrustSettings.__struct_fields__})
-    return Adversary(*about, attack=GALLERY[order["attack"]](), trust=trust, **options)
+    judged_by = load_profile(config.model.profile)
+    return Adversary(*about, attack=GALLERY[order["attack"]](), trust=trust, judged_by=judged_by, **options)
 
 
 def die_with_parent() -> None:

@@ -50,7 +50,7 @@ def replay(
         parts = [
             items_of(job)[len(found) : len(found) + count] for job, found, count in zip(jobs, seen, wanted, strict=True)
         ]
-        for found, part in zip(seen, _replay_each(engine, parts), strict=True):
+        for found, part in zip(seen, _replay_each(engine, jobs, parts), strict=True):
             found += part
     for key in {job.probe for job in jobs} - set(held):
         held[key] = engine.values(slices_of(manifest, key))
@@ -104,11 +104,18 @@ def more(job: AuditJob, found: Sequence[Replay]) -> int:
     return min(left, further(total, len(found), job.cap))
 
 
-def _replay_each(engine: Engine, of_jobs: Sequence[Sequence[Item]]) -> list[list[Replay]]:
-    """One pass over all items, given back job by job."""
-    seen = engine.replay([item for items in of_jobs for item in items])
-    ends = np.cumsum([len(items) for items in of_jobs])
-    return [seen[end - len(items) : end] for end, items in zip(ends, of_jobs, strict=True)]
+def _replay_each(engine: Engine, jobs: Sequence[AuditJob], of_jobs: Sequence[Sequence[Item]]) -> list[list[Replay]]:
+    """One pass over all items, given back job by job.
+
+    A suspect's come one by one and as plainly as can be: a second opinion in the arithmetic of the first would agree.
+    """
+    routine = [[] if job.is_suspect else items for job, items in zip(jobs, of_jobs, strict=True)]
+    seen = engine.replay([item for items in routine for item in items])
+    ends = np.cumsum([len(items) for items in routine])
+    return [
+        engine.replay(items, alone=True) if job.is_suspect and items else seen[end - len(part) : end]
+        for job, items, part, end in zip(jobs, of_jobs, routine, ends, strict=True)
+    ]
 
 
 def _told(rollouts: Sequence[AuditRollout], found: Sequence[Replay]) -> Iterator[RolloutEvidence]:

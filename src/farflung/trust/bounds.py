@@ -35,6 +35,7 @@ from farflung.trust.evidence import (
     check,
     log_ratios,
 )
+from farflung.trust.watch import bits
 
 EDGES: Final = tuple(round(1e-4 * 2 ** (i / 3), 10) for i in range(52))
 """Inner edges of the gap bins, three to an octave up to 13 nats; the last bin has no end."""
@@ -84,6 +85,8 @@ def calibrate(
     scale = float(np.sqrt((size**2).mean())) if len(size) else 0.0
     far = max(FAR, FAR_FACTOR * worst)
     profile = Profile(name, edges, q0, seen, far=far, margin=margin, noise=scale, scope=scope)
+    tokens = max(1, seen.tokens)
+    profile = msgspec.structs.replace(profile, bits=sum(bits(profile, one) for one in honest) / tokens)
     power = {cheat: growth(profile, samples) for cheat, samples in (cheats or {}).items()}
     return msgspec.structs.replace(profile, power=power)
 

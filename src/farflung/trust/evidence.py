@@ -146,6 +146,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many times the calibrated noise `q0` forgives."""
     noise: Annotated[float, Meta(ge=0)] = 0.0
     """Root mean square of what log-probabilities of honest nodes differ by, in nats; 0 if that was not measured."""
+    bits: Annotated[float, Meta(ge=0)] = 0.0
+    """The most that a node can choose unseen within what `q0` allows, in bits a token of the calibration's rollouts."""
     scope: Scope | None = None
     power: Annotated[dict[str, float], Meta(max_length=32)] = {}
     """Measured nats per token of the best alternative, by the cheat that was tried; 0 where it cannot be told."""

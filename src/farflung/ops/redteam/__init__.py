@@ -51,6 +51,9 @@ GALLERY: dict[str, Callable[[], Attack]] = {
     "easy-picking": senders.EasyPicking,
     "many-keys": senders.ManyKeys,
     "near-tie": lambda: texts.NearTie(0.02),
+    "teacher": lambda: texts.Teacher(0.02),
+    "teacher-wide": lambda: texts.Teacher(1.0),
+    "teacher-bf16": lambda: texts.Teacher(0.2, "torch-cpu-bf16"),
     "margin-budget": texts.MarginBudget,
 }
 """Name → how to make the attack."""
