@@ -31,9 +31,11 @@ from farflung.protocol.identity import Key
 from farflung.protocol.messages import Batch, BatchAnswer, Commit, Done, RolloutLook
 from farflung.protocol.session import Session
 from farflung.rollouts import stale
+from farflung.rollouts.agreement import Agreement, agree, refuse_long
 from farflung.rollouts.batch import Suspect, claim, fetch, suspects, trip
 from farflung.rollouts.tripwire import Looked, look, tripped
 from farflung.store.sinks import Sinks
+from farflung.tasks.longest import longest_text
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 from farflung.weights.cache import Versions
@@ -76,6 +78,7 @@ class Trainer:
             try:
                 await asyncio.to_thread(self.load)
                 await self._arm()
+                await self._agree()
                 while not self.is_stopping and self.done_step < self.config.run.steps:
                     await self.step()
                 self.crew.end()
@@ -102,6 +105,18 @@ class Trainer:
         run, *others = map(load_profile, (self.config.model.profile, *self.config.model.profiles))
         self._profiles = Profiles(run, tuple(others))
         self._loaded = ""
+
+    async def _agree(self) -> None:
+        """Refuse a model that does not say the same to all who compute with it. Raises ConfigError."""
+        found = await asyncio.to_thread(self._try)
+        log.info("model agrees %s", found)
+        if found.ways.most_tokens is not None:
+            refuse_long(found, await longest_text(self.config))
+
+    def _try(self) -> Agreement:
+        with self.session.figures.working():
+            self.engine.load(self.crew.tensors())
+            return agree(self.engine)
 
     def load(self) -> None:
         """The base model, or the latest checkpoint."""

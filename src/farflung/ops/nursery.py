@@ -24,13 +24,15 @@ from typing import Any, NoReturn
 from farflung.config import Config, RelaySection, load
 from farflung.ops.logs import start_logging
 from farflung.protocol.client import set_skew
-from farflung.protocol.errors import FarflungError
+from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import Key
 from farflung.protocol.shown import one_line
 from farflung.tasks.keyring import root_of
 
 POLL_S = 0.05
 GRACE_S = 10.0
+REFUSED = 78
+"""Exit code of a role whose configuration is wrong (EX_CONFIG of sysexits.h): to start it again is no use."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -104,7 +106,7 @@ def _live(order: dict[str, Any]) -> NoReturn:
         code = 0
     except FarflungError as error:
         sys.stderr.write(f"farflung: {one_line(str(error))}\n")
-        code = 2
+        code = REFUSED if isinstance(error, ConfigError) else 2
     except KeyboardInterrupt:
         code = 130
     finally:
