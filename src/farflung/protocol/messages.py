@@ -574,7 +574,7 @@ class Batch(Message, frozen=True):
     temperature: float
     groups: Annotated[list[BatchGroup], Meta(max_length=100_000)]
     spare: Annotated[list[BatchGroup], Meta(max_length=100_000)] = []
-    """Groups dropped for want of variance, with one rollout of each submission, for the tripwire: they were paid for."""
+    """Groups dropped for want of variance, one rollout of each submission, for the tripwire: they were paid for."""
     canaries: Annotated[list[Canary], Meta(max_length=64)] = []
     """To be generated with the new weights and handed in with the commit."""
     restores: Annotated[int, Meta(ge=-1, le=10**9)] = -1
