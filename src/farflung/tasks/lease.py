@@ -108,7 +108,7 @@ def _without_work(node: Row[Any], latest: Latest, papers: _Papers) -> Answer | N
     if node.role == "validator":
         return None
     if (pause_s := papers.pause_s(node.node)) > 0:
-        return Wait(f"node {node.node} handed a lease back; the next one comes in {pause_s:.0f} s")
+        return Wait(f"node {node.node} left samples of a lease to others; the next one comes in {pause_s:.0f} s")
     if latest.status != "running" or node.role != "worker" or node.status == "quarantined":
         return Wait(f"the run is {latest.status} and node {node.node} is a {node.status} {node.role}")
     return None
