@@ -14,11 +14,11 @@ from farflung.coordinator.office import Office, digest_in
 from farflung.dashboard import versions, views
 from farflung.dashboard.prometheus import exposition
 from farflung.protocol import messages as m
-from farflung.protocol.errors import Forbidden, Refusal
+from farflung.protocol.errors import Forbidden, Refusal, Unavailable
 from farflung.protocol.identity import Signed
 from farflung.protocol.server import BODY_BYTES, Call
 from farflung.protocol.session import Index
-from farflung.rollouts import audit, intake, parcel
+from farflung.rollouts import audit, intake, orphans, parcel
 from farflung.store.book import node_rows, unknown_node
 from farflung.store.rows import update_rows
 from farflung.store.tables import NODES
@@ -71,7 +71,8 @@ def _note_beats(
     lost = lease.lost_leases(connection, nodes, now - 2 * office.config.lease.lease_s)
     latest, heard = office.book.latest(connection), [(rows[node], beat) for node, beat in beats if node in rows]
     for row, beat in heard:
-        office.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
+        if row.receipt or row.role != "worker":  # a key that handed nothing in costs nobody anything
+            office.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
         if row.node in office.doors.roles:
             audit.renew(connection, office.book, row.node, now)
     last = {row.node: _beat_values(row.node, beat, now) for row, beat in heard}
@@ -174,7 +175,12 @@ async def submission(office: Office, call: Call) -> Signed:
     logp = await office.archive.blobs.put(sent.logp) if sent.logp else None
 
     delivery = intake.Delivery(call.node, sent, call.message.possession, logp)
-    receipt = await office.write_together(take, delivery)
+    try:
+        receipt = await office.write_together(take, delivery)
+    except Refusal as refusal:
+        if not isinstance(refusal, Unavailable):  # then nobody knows what became of it
+            await orphans.discard(office.archive.blobs, office.database, [sent.digest, *([logp] if logp else [])])
+        raise
     office.hall.wake()
     return receipt
 

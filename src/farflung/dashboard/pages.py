@@ -19,14 +19,15 @@ from starlette.types import Scope
 
 from farflung.config import Config
 from farflung.dashboard import browse, stories
-from farflung.dashboard.live import MOST_VIEWERS, Live
+from farflung.dashboard.live import Live
 from farflung.dashboard.look import HERE, TEXT_SHOWN, clean, curves, environment
 from farflung.dashboard.meter import Meter
 from farflung.dashboard.nodes import DESCENDING, SORTS, ordered
 from farflung.dashboard.snapshot import Snapshot, take
 from farflung.dashboard.veil import veil_of
 from farflung.dashboard.versions import troubles, why_large
-from farflung.protocol.errors import NotFound, Unavailable
+from farflung.protocol.errors import NotFound
+from farflung.protocol.limits import sender_of
 from farflung.protocol.states import statuses
 from farflung.rollouts.archive import Archive
 from farflung.store.db import Database
@@ -152,10 +153,10 @@ class Pages:
 
     async def events(self, request: Request) -> Response:
         """Server-sent events."""
-        if self.live.viewers >= MOST_VIEWERS:
-            raise Unavailable(f"{MOST_VIEWERS} people are looking already; reload later", retry_after_s=30)
+        sender = sender_of(request.client.host) if request.client else ""
+        self.live.viewers.check(sender)
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(self.live.events(), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(self.live.events(sender), media_type="text/event-stream", headers=headers)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
