@@ -1,6 +1,7 @@
 """Floods: bodies, connections, streams, leases that nobody works on, and a metrics file that grows."""
 
 import asyncio
+import threading
 import time
 from collections import Counter
 
@@ -12,11 +13,13 @@ import uvicorn
 from farflung.coordinator import connections
 from farflung.dashboard.live import Viewers
 from farflung.dashboard.meter import Meter
+from farflung.dashboard.shared import Shared
 from farflung.protocol import bodies, errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Signed
 from farflung.protocol.server import listen
 from farflung.store import metrics
+from farflung.store.db import MOST_GUESTS
 from farflung.store.metrics import Metrics
 from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUTS
 
@@ -274,3 +277,73 @@ def test_an_evaluation_is_noted_once_and_the_file_is_not_read_again(tmp_path) ->
     path.write_bytes(b"x" * size)  # in place: whoever read it again would not find the line
     notes.note_evals([view], 3.0)
     assert path.stat().st_size == size
+
+
+# --- readers -----------------------------------------------------------------------------------------------------
+
+
+def test_no_node_and_no_sweep_waits_for_those_who_look_on(house) -> None:
+    """Reads of pages that never end take the threads of pages alone, and no more than so many may wait."""
+    gone = threading.Event()
+
+    async def scenario(house) -> None:
+        database, line = house.office.database, house.line("nobody")
+        await house.commit(await house.claim_step(0))
+        looks = [asyncio.create_task(database.read_page(lambda c: gone.wait(20))) for _ in range(MOST_GUESTS)]
+        await asyncio.sleep(0.05)
+        try:
+            async with asyncio.timeout(10):
+                latest = await line.get(f"{house.path}/latest", m.Latest)
+                await line.get(f"{house.path}/manifests/{latest.manifest}", Signed)
+                await house.work("ada")
+                await house.audit()
+                await house.coordinator.sweeper.note_evals()
+                await house.swept()
+            for path in (f"{house.path}/status", "/metrics", "/v1/story/x", f"{house.path}/weights"):
+                with pytest.raises(errors.Unavailable, match="too many look on"):
+                    await line.get(path, m.Status)
+            assert (await line._http.get("/ledger")).status_code == 503
+        finally:
+            gone.set()
+            await asyncio.gather(*looks)
+        assert (await line.get(f"{house.path}/status", m.Status)).latest.step == 0
+        await line.close()
+
+    house.run(scenario)
+
+
+def test_readers_share_one_look_and_a_slow_one_is_kept() -> None:
+    async def scenario() -> None:
+        now, looks = [0.0], []
+
+        async def look() -> int:
+            looks.append(None)
+            await asyncio.sleep(0.01)
+            now[0] += took_s
+            return len(looks)
+
+        shared, took_s = Shared(look, lambda: now[0]), 1.0
+        assert await asyncio.gather(*(shared.get() for _ in range(50))) == [1] * 50
+        now[0] += 3.9
+        assert await shared.get() == 1
+        now[0] += 0.2
+        took_s = 0.01
+        assert await shared.get() == 2
+        assert await shared.get() == 3, "a quick look is taken anew each time"
+
+    asyncio.run(scenario())
+
+
+def test_one_reader_that_leaves_takes_the_look_from_nobody() -> None:
+    async def scenario() -> None:
+        async def look() -> str:
+            await asyncio.sleep(0.05)
+            return "seen"
+
+        shared = Shared(look)
+        first, second = asyncio.create_task(shared.get()), asyncio.create_task(shared.get())
+        await asyncio.sleep(0.01)
+        first.cancel()
+        assert await second == "seen"
+
+    asyncio.run(scenario())

@@ -11,8 +11,7 @@ from sqlalchemy import Connection, Row
 from starlette.responses import Response
 
 from farflung.coordinator.office import Office, digest_in
-from farflung.dashboard import versions, views
-from farflung.dashboard.prometheus import exposition
+from farflung.dashboard import views
 from farflung.protocol import messages as m
 from farflung.protocol.errors import Forbidden, Refusal, Unavailable
 from farflung.protocol.identity import Signed
@@ -88,13 +87,17 @@ def _note_beats(
 async def latest(office: Office, call: Call) -> m.Latest:
     """The newest published step."""
     office.here(call)
-    return await office.database.read(office.book.latest)
+    return await office.database.read_together(_latest, office)
+
+
+def _latest(connection: Connection, offices: Sequence[Office]) -> list[m.Latest]:
+    return [offices[0].book.latest(connection)] * len(offices)
 
 
 async def weights(office: Office, call: Call) -> m.Weights:
     """Versions of the weights: bytes, and how many nodes have them."""
     office.here(call)
-    return await office.database.read(lambda c: versions.versions(c, office.book, office.clock()))
+    return await office.weights.get()
 
 
 async def relays(office: Office, call: Call) -> m.Relays:
@@ -197,20 +200,21 @@ async def give_back(office: Office, call: Call) -> m.Done:
     return m.Done(changed=changed)
 
 
-async def status(office: Office, call: Call) -> m.Status:
+async def status(office: Office, call: Call) -> Response:
     """The run at a glance."""
     office.here(call)
-    return await office.database.read(lambda c: views.status(c, office.book, office.clock()))
+    return (await office.glance.get()).answer(call)
 
 
 async def prometheus(office: Office, call: Call) -> Response:
     """The same for Prometheus."""
-    return Response(exposition(await status(office, call)), media_type="text/plain; version=0.0.4; charset=utf-8")
+    text = (await office.glance.get()).exposition
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def story(office: Office, call: Call) -> m.Story:
     """Everything that happened to one id."""
-    return await office.database.read(lambda c: views.story(c, office.config, call.path["id"]))
+    return await office.database.read_page(lambda c: views.story(c, office.config, call.path["id"]))
 
 
 def _beat_values(node: str, beat: m.Heartbeat, now: float) -> dict[str, Any]:

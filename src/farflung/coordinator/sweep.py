@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import time
+from functools import partial
 
 from sqlalchemy import Connection
 
@@ -61,11 +62,12 @@ class Sweeper:
 
     async def note_evals(self) -> None:
         """Write down evaluations that are through, before the last of them ends the run."""
-        latest = (await self._office.database.read(self._office.book.latest)).step
+        database = self._office.database
+        latest = (await database.read(self._office.book.latest, "sweep")).step
         if due := set(self._office.config.eval_steps(latest)) - self._noted:
-            found = await self._office.database.read(lambda c: heldout.finished(c, self._office.config, due))
+            found = await database.read(lambda c: heldout.finished(c, self._office.config, due), "sweep")
             if found:
-                await asyncio.to_thread(self._office.metrics.note_evals, found, self._office.clock())
+                await database.aside(partial(self._office.metrics.note_evals, found, self._office.clock()), "sweep")
             self._noted |= {view.step for view in found}
 
     async def tidy(self) -> None:

@@ -304,9 +304,13 @@ def _content_type(headers: Mapping[str, str]) -> str:
 def _respond(headers: Mapping[str, str], answer: Any) -> Response:
     if answer is None:
         return Response(status_code=204)
-    wanted = headers.get("accept", "") + _content_type(headers)
-    kind = wire.MSGPACK if "msgpack" in wanted else wire.JSON
+    kind = wanted(headers)
     return Response(wire.encode(answer, kind), media_type=kind)
+
+
+def wanted(headers: Mapping[str, str]) -> str:
+    """The encoding in which a caller with these headers, by name in lower case, wants its answer."""
+    return wire.MSGPACK if "msgpack" in headers.get("accept", "") + _content_type(headers) else wire.JSON
 
 
 def problem_response(error: Refusal) -> Response:
