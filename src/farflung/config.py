@@ -230,6 +230,12 @@ class CoordinatorSection(Section):
     rate_per_address: float = setting(
         2000.0, "Most requests from one address (IPv6: /64) in a second, on average; 0 for no limit.", ge=0
     )
+    connections_per_address: int = setting(
+        2048, "Most connections from one address (IPv6: /64) to a process at a time; 0 for no limit.", ge=0
+    )
+    bodies_mb: float = setting(
+        256.0, "Most megabytes of submissions that a process receives at a time; 0 for no limit.", ge=0
+    )
     rate_burst_s: float = setting(10.0, "Seconds of these rates that may come at once.", ge=0.01, le=3600)
     proxies: tuple[str, ...] = setting(
         (), "Addresses of proxies whose X-Forwarded-For is believed; `*` for any, if nothing else can reach it."

@@ -203,7 +203,7 @@ def test_events_carry_what_changed(house) -> None:
 
     async def listen() -> list[bytes]:
         found: list[bytes] = []
-        async for chunk in house.coordinator.pages.live.events():
+        async for chunk in house.coordinator.pages.live.events("192.0.2.1"):
             found.append(chunk)
             if len(found) == 2:
                 return found

@@ -1,6 +1,7 @@
 """Who may ask a coordinator for what, and how often."""
 
 import logging
+import math
 import socket
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from starlette.types import ASGIApp
 
 from farflung.config import CoordinatorSection
 from farflung.protocol.admin import bears
+from farflung.protocol.bodies import Bodies
 from farflung.protocol.errors import Forbidden
 from farflung.protocol.hosts import ANY, KnownHosts
 from farflung.protocol.limits import Buckets, ByAddress
@@ -28,6 +30,7 @@ class Doors:
             Buckets(per_s, per_s * limits.rate_burst_s, what=what)
             for per_s, what in ((limits.rate_per_key, "node"), (limits.rate_per_address, "address"))
         )
+        self.bodies = Bodies(limits.bodies_mb * 1e6 or math.inf, self.roles.__contains__)
 
     def require(self, call: Call, role: str) -> None:
         """Raises Forbidden for a node that was not granted this role."""

@@ -10,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from farflung.config import Config, save
+from farflung.coordinator.connections import guarded
 from farflung.coordinator.office import Office
 from farflung.coordinator.routes import Coordinator
 from farflung.dashboard import pages
@@ -92,6 +93,7 @@ def _server_options(config: Config, app: ASGIApp) -> uvicorn.Config:
         timeout_graceful_shutdown=2,
         access_log=False,
         backlog=BACKLOG,
+        http=guarded(settings.connections_per_address, settings.proxies),
         proxy_headers=bool(settings.proxies),
         forwarded_allow_ips=list(settings.proxies),
         ssl_certfile=settings.tls_cert or None,

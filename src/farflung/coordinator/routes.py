@@ -46,7 +46,7 @@ class Coordinator:
         app = FastAPI(
             title="farflung coordinator", version=str(m.VERSION), lifespan=life, docs_url=None, redoc_url=None
         )
-        served = mount(app, routes(office), office.book.key.id, office.clock, office.doors.count)
+        served = mount(app, routes(office), office.book.key.id, office.clock, office.doors.count, office.doors.bodies)
         self.pages = pages.mount(
             app, pages.Desk(office.config, office.database, office.archive, office.metrics.path, office.clock)
         )

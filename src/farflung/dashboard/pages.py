@@ -1,13 +1,12 @@
 """The pages: GET, unsigned, readable without JavaScript. Every value on them is escaped and no script is inline."""
 
-import asyncio
 import hashlib
 import logging
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,16 @@ from starlette.types import Scope
 
 from farflung.config import Config
 from farflung.dashboard import asked, browse, stories
-from farflung.dashboard.live import MOST_VIEWERS, Live
+from farflung.dashboard.live import Live
 from farflung.dashboard.look import HERE, TEXT_SHOWN, clean, curves, environment
 from farflung.dashboard.meter import Meter
 from farflung.dashboard.nodes import DESCENDING, SORTS, ordered
+from farflung.dashboard.shared import Shared
 from farflung.dashboard.snapshot import Snapshot, take
 from farflung.dashboard.veil import veil_of
 from farflung.dashboard.versions import troubles, why_large
-from farflung.protocol.errors import Broken, Malformed, NotFound, Refusal, Unavailable
+from farflung.protocol.errors import Broken, Malformed, NotFound, Refusal
+from farflung.protocol.limits import sender_of
 from farflung.protocol.states import statuses
 from farflung.rollouts.archive import Archive
 from farflung.store.db import Database
@@ -69,7 +70,7 @@ class Desk:
 
     async def look(self) -> Snapshot:
         """Read everything the home page shows."""
-        return await self.database.read(lambda c: take(c, self.config, self.meter, self.clock()))
+        return await self.database.read_page(lambda c: take(c, self.config, self.meter, self.clock()))
 
 
 class Pages:
@@ -79,6 +80,7 @@ class Pages:
         self.desk = desk
         self._templates = environment(is_live=desk.is_live, run=desk.config.run.name, asset=asset)
         self.live = Live(desk.look, self._part)
+        self.accounts = Shared(lambda: desk.database.read_page(browse.accounts))
 
     # --- pages -------------------------------------------------------------------------------------------------------
 
@@ -103,7 +105,7 @@ class Pages:
         veiled: Callable[[Connection], Any] = lambda c: browse.rollouts(  # noqa: E731
             c, run, wanted, known, veil_of(c, self.desk.config)
         )
-        found = await self.desk.database.read(veiled)
+        found = await self.desk.database.read_page(veiled)
         texts = await self._texts(found.rows)
         verdicts = {v.node: v for v in reversed(s.verdicts)}
         return self._page(
@@ -114,7 +116,7 @@ class Pages:
     async def story(self, request: Request) -> Response:
         """What is known of one id."""
         subject = asked.an_id(request.path_params["id"], "id")
-        told = await self.desk.database.read(lambda c: stories.tell(c, self.desk.config, subject))
+        told = await self.desk.database.read_page(lambda c: stories.tell(c, self.desk.config, subject))
         texts = await self._texts(told.rollouts[:64])
         s = await self.live.snapshot(NAMES_S)
         return self._page("story.html", page="story", told=told, texts=texts, names=s.names, parts=browse.parts,
@@ -134,9 +136,9 @@ class Pages:
         until = asked.number(request.query_params.get("until", ""), "step", s.step, most=asked.STEP)
         loaded = Counter(node.loaded_step for node in s.nodes if node.is_present or s.status == "finished")
         run = self.desk.config.run.name
-        versions = await self.desk.database.read(lambda c: browse.weights(c, run, until, loaded))
+        versions = await self.desk.database.read_page(lambda c: browse.weights(c, run, until, loaded))
         since = self.desk.clock() - self.desk.config.lease.lost_s if s.status != "finished" else 0.0
-        said = await self.desk.database.read(lambda c: troubles(c, since))
+        said = await self.desk.database.read_page(lambda c: troubles(c, since))
         learn, newer = self.desk.config.learn, min(s.step, until + browse.STEPS_A_PAGE)
         note = "" if learn.lora_rank else why_large(learn.lr, versions)
         return self._page("weights.html", page="weights", s=s, versions=versions, note=note, present=loaded.total(),
@@ -145,18 +147,18 @@ class Pages:
     async def ledger(self, request: Request) -> Response:
         """Who holds how much credit, and why."""
         before = asked.number(request.query_params.get("before", ""), "entry", 0, most=asked.ENTRY)
-        accounts = await self.desk.database.read(browse.accounts)
-        entries = await self.desk.database.read(lambda c: browse.entries(c, before))
+        accounts = await self.accounts.get()
+        entries = await self.desk.database.read_page(lambda c: browse.entries(c, before))
         names = {node: name for node, name, _, _ in accounts.nodes}
         return self._page("ledger.html", page="ledger", accounts=accounts, entries=entries, before=before, names=names,
                           most=browse.ENTRIES_A_PAGE)  # fmt: skip
 
     async def events(self, request: Request) -> Response:
         """Server-sent events."""
-        if self.live.viewers >= MOST_VIEWERS:
-            raise Unavailable(f"{MOST_VIEWERS} people are looking already; reload later", retry_after_s=30)
+        sender = sender_of(request.client.host) if request.client else ""
+        self.live.viewers.check(sender)
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(self.live.events(), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(self.live.events(sender), media_type="text/event-stream", headers=headers)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -182,7 +184,8 @@ class Pages:
                     ids: bytes = (await archive.body(row.submission)).rollouts[row.position].ids
                 except NotFound:
                     continue
-                found[row.rollout] = clean(await asyncio.to_thread(archive.text, ids[: 4 * TEXT_SHOWN]))
+                text = await self.desk.database.aside(partial(archive.text, ids[: 4 * TEXT_SHOWN]), "pages")
+                found[row.rollout] = clean(text)
         return found
 
 

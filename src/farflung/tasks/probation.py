@@ -9,11 +9,14 @@ from farflung.store.book import Book
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS
 from farflung.tasks.assign import Plan
 
+COOL_S = 30.0
+
 
 class Probation:
     """The slots for nodes on probation: few, and shared by all new keys, so ten thousand of them slow only each other.
 
-    A node that holds a lease or waits for a replay has one, whatever role it took since. While a trusted node is here,
+    A node that holds a lease or waits for a replay has one, whatever role it took since, and for COOL_S after it let a
+    lease go: keys that come, take one and hand it back would fill the database. While a trusted node is here,
     new keys get no lease once they hold samples of half of the groups ahead: a group waits for all of its samples.
     """
 
@@ -35,8 +38,9 @@ class Probation:
             .where(LEASES.c.run == book.run, LEASES.c.status == "open", NODES.c.status == "probation")
             .where(LEASES.c.purpose == "train")
         )
+        left = connection.execute(_LEFT, {"of": book.run, "since": now - COOL_S}).scalars()
         self._waiting: dict[str, int] = {row[0]: row[1] for row in connection.execute(waiting)}
-        self._taken = {*self._waiting, *connection.execute(leased).scalars()}
+        self._taken = {*self._waiting, *connection.execute(leased).scalars(), *left}
 
     def why_not(self, node: str) -> str:
         """Why a node on probation has to wait, or nothing: until its own last work is replayed, and for a slot."""
@@ -59,6 +63,12 @@ _ANY_TRUSTED = (
     sa.select(NODES.c.node)
     .where(NODES.c.status == "trusted", NODES.c.role == "worker", NODES.c.seen_at > sa.bindparam("since"))
     .limit(1)
+)
+_LEFT = (
+    sa.select(LEASES.c.node)
+    .join(NODES, NODES.c.node == LEASES.c.node)
+    .where(LEASES.c.run == sa.bindparam("of"), LEASES.c.opened_at > sa.bindparam("since"))
+    .where(LEASES.c.status.in_(("returned", "expired")), NODES.c.status == "probation", NODES.c.receipt == "")
 )
 _IN_NEW_HANDS = (
     sa.select(ROLLOUTS.c.group)
