@@ -49,12 +49,7 @@ Wrap = Callable[[Engine], Engine]
 def refuse_oversize(config: bytes, dtype: torch.dtype, memory_gb: float) -> None:
     """Raise WeightsError before memory is taken for a model that this machine should not hold."""
     limit = memory_gb * 1e9 or psutil.virtual_memory().total / 2
-    need = model_bytes(config, dtype)
-    if need > limit:
-        raise WeightsError(
-            f"the run's model takes {need / 1e9:.1f} GB of memory, this node allows {limit / 1e9:.1f} GB; "
-            "allow more with --memory-gb, or join another run"
-        )
+    model_bytes(config, dtype, limit)
 
 
 class Worker:

@@ -6,12 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from farflung.engine.bounds import check_config, metered
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
 
+_ODD = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+)
+"""What transformers raises for fields that it did not expect."""
 _NEVER = ("auto_map", "quantization_config")
 """Keys that would make transformers look for somebody's Python or repack the weights."""
 
@@ -30,7 +44,7 @@ def build(config: Path | str | bytes, dtype: torch.dtype) -> PreTrainedModel:
                 settings, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
         model.tie_weights()  # part of what was left out
-    except (ValueError, TypeError, KeyError) as error:
+    except _ODD as error:
         raise ConfigError(f"config.json describes no causal language model that transformers knows: {error}") from error
     return model.eval().requires_grad_(False)
 
@@ -40,16 +54,20 @@ def read_config(config: Path | str | bytes) -> dict[str, Any]:
     try:
         text = config if isinstance(config, bytes) else (Path(config) / "config.json").read_bytes()
         fields = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"no readable config.json: {error}") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ConfigError("config.json names no model_type; take it from the model's own folder")
+    check_config(fields)
     return fields
 
 
-def model_bytes(config: Path | str | bytes, dtype: torch.dtype) -> int:
-    """Bytes that the parameters of a `config.json` would take, found without taking them."""
-    with torch.device("meta"):
+def model_bytes(config: Path | str | bytes, dtype: torch.dtype, limit_bytes: float = float("inf")) -> int:
+    """Bytes that the parameters of a `config.json` would take, found without taking them.
+
+    Raises WeightsError once they and the buffers come to more than `limit_bytes`, without building the rest.
+    """
+    with torch.device("meta"), metered(limit_bytes):
         model = build(config, dtype)
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
