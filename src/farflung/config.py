@@ -171,6 +171,9 @@ class TrustSection(Section):
     canaries: int = setting(
         1, "Rollouts of the trainer's own, each step, that a validator must judge rightly.", ge=0, le=64
     )
+    self_test: int = setting(
+        8, "Rollouts of the trainer's own, every 4 steps, on which nodes try their arithmetic; 0 for none.", ge=0, le=64
+    )
     brake_share: float = setting(
         0.9,
         "Share of the verified work of nodes with a good record: if those that did more fail in one step, verdicts and "
@@ -281,6 +284,9 @@ class WorkerSection(Section):
     memory_gb: float = setting(0.0, "Most memory for the model; 0 for half of the machine's.", ge=0)
     upstream: tuple[str, ...] = setting((), "Relays to fetch weights from; empty for those that the run lists.")
     context: int = setting(0, "Longest prompt and completion taken, in tokens; 0 for no limit.", ge=0)
+    ignore_self_test: bool = setting(
+        False, "Work even if this machine's arithmetic is noisier than its profile allows."
+    )
     metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 
 

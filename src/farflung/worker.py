@@ -19,7 +19,9 @@ from farflung.protocol import probe
 from farflung.protocol.client import Client
 from farflung.protocol.errors import (
     BadSignature,
+    ConfigError,
     Ejected,
+    FarflungError,
     LeaseGone,
     Malformed,
     NotFound,
@@ -29,10 +31,13 @@ from farflung.protocol.errors import (
     WrongWeights,
 )
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, Submission
+from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, SelfTest, Submission
 from farflung.protocol.session import Session
+from farflung.rollouts import selftest
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, slices_of, submission_of, submit
+from farflung.trust.evidence import Profile
+from farflung.trust.selftest import MARGIN
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
 from farflung.weights.patch import patch
@@ -49,12 +54,7 @@ Wrap = Callable[[Engine], Engine]
 def refuse_oversize(config: bytes, dtype: torch.dtype, memory_gb: float) -> None:
     """Raise WeightsError before memory is taken for a model that this machine should not hold."""
     limit = memory_gb * 1e9 or psutil.virtual_memory().total / 2
-    need = model_bytes(config, dtype)
-    if need > limit:
-        raise WeightsError(
-            f"the run's model takes {need / 1e9:.1f} GB of memory, this node allows {limit / 1e9:.1f} GB; "
-            "allow more with --memory-gb, or join another run"
-        )
+    model_bytes(config, dtype, limit)
 
 
 class Worker:
@@ -82,7 +82,7 @@ class Worker:
         self.engine: Engine
         self.weights: Versions
         self._paced_at = time.monotonic()
-        self._idle_because = ""
+        self._idle_because, self._is_tried = "", False
         self._held = ("", b"")
         """A probe and the values of its slices in the engine."""
 
@@ -92,6 +92,7 @@ class Worker:
         port = self.settings.metrics_port
         async with self.session.stay("worker", self.drain, metrics_port=port, on_pulse=self.weights.prefetch):
             try:
+                await self._prepare()
                 while not self.is_stopping and not self.session.is_over:
                     await self.step()
             except Ejected as error:
@@ -133,6 +134,37 @@ class Worker:
             config, dtype=dtype, threads=settings.threads, eos_ids=eos_ids, max_rows=settings.slots
         )
 
+    async def _prepare(self) -> None:
+        """Load what the first lease will ask for, and try this machine's arithmetic on it. Raises ConfigError."""
+        manifest = self.session.latest.manifest
+        try:
+            if not manifest:
+                return
+            await self.load(manifest)
+        except FarflungError as error:  # a lease will ask for it again
+            log.warning("not loaded yet manifest=%s because=%s", manifest[:12], error)
+            return
+        await self.try_numerics(manifest)
+
+    async def try_numerics(self, manifest: str) -> None:
+        """Once, with the first version that has a self-test. Raises ConfigError where the noise is not forgiven."""
+        test = None if self._is_tried else await selftest.fetch_or_none(self.session, manifest)
+        profile = selftest.profile_in(self.session, test, self.settings.profile) if test else None
+        if test is None or profile is None:
+            return
+        self._is_tried, self.session.figures.phase = True, "self-test"
+        tried = await asyncio.to_thread(self._attempt, test, profile)
+        if tried is None:
+            log.info("no self-test because=%s cannot tell gaps", self.settings.engine)
+            return
+        log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.told)
+        if tried.factor > MARGIN and not self.settings.ignore_self_test:
+            raise ConfigError(f"{tried.told}, or work all the same with --ignore-self-test")
+
+    def _attempt(self, test: SelfTest, profile: Profile) -> selftest.Tried | None:
+        with self.session.figures.working("proof"):
+            return selftest.attempt(self.engine, test, profile)
+
     def drain(self) -> None:
         """Stop soon: what is complete is handed in, the rest goes back."""
         log.info("draining phase=%s", self.session.figures.phase)
@@ -164,7 +196,11 @@ class Worker:
     async def _work(self, lease: Lease) -> None:
         try:
             await self.load(lease.manifest)
+            await self.try_numerics(lease.manifest)
             await self._hand_in(lease)
+        except ConfigError:
+            await self._return(lease)
+            raise
         except WrongWeights as error:
             log.error("loading the weights anew because=%s", error)
             self.session.figures.loaded_step = -1

@@ -40,7 +40,7 @@ def is_spoiled(house, job: m.AuditJob) -> bool | None:
     """Whether a job is a spoiled canary; None for a real audit."""
     if house.rows(sa.select(AUDITS).where(AUDITS.c.audit == job.audit)):
         return None
-    kept = msgspec.msgpack.decode(house.rows(sa.select(STEPS.c.canaries))[0][0], type=list[canary.Kept])
+    kept = canary.made(house.rows(sa.select(STEPS.c.canaries))[0][0]).canaries
     return job.rollouts[0].ids not in {one.ids for one in kept}
 
 

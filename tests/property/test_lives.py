@@ -19,7 +19,7 @@ from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, f
 SCALE, TOKENS, SAMPLES = 0.08, 22, 4
 EDGES = tuple(0.002 * 2 ** (i / 4) for i in range(40))
 ODD_SAMPLE = 25
-"""One sample of each life is arbitrarily bad: a card that was too hot, and gives the same again for this very prompt."""
+"""One sample of each life is arbitrarily bad, as of a card that was too hot; it is as bad whenever it is done."""
 SETTINGS, ASSIGN = TrustSettings(), AssignSettings(lease_rollouts=SAMPLES, group_size=SAMPLES)
 
 

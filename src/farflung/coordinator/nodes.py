@@ -17,7 +17,7 @@ from farflung.protocol.errors import Forbidden, Refusal, Unavailable
 from farflung.protocol.identity import Signed
 from farflung.protocol.server import BODY_BYTES, Call
 from farflung.protocol.session import Index
-from farflung.rollouts import audit, intake, orphans, parcel
+from farflung.rollouts import audit, canary, intake, orphans, parcel
 from farflung.store.book import Book, ejected, node_rows, unknown_node
 from farflung.store.rows import update_rows
 from farflung.store.tables import NODES
@@ -116,6 +116,12 @@ async def manifest(office: Office, call: Call) -> Signed:
     """A sealed manifest by its digest."""
     office.here(call)
     return await office.database.read(lambda c: views.manifest(c, office.book.run, call.path["digest"]))
+
+
+async def self_test(office: Office, call: Call) -> m.SelfTest:
+    """Rollouts that the trainer made with a version, for nodes to try their arithmetic on."""
+    office.here(call)
+    return await office.database.read(lambda c: canary.self_test(c, office.book, office.profiles, call.path["digest"]))
 
 
 async def get_blob(office: Office, call: Call) -> Response:

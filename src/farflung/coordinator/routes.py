@@ -84,6 +84,7 @@ def routes(office: Office) -> list[Route]:
         Route("GET", f"{run}/manifests/{{digest}}", to(nodes.manifest), None, Signed, signed=False),
         Route("GET", "/v1/blobs/{digest}", to(nodes.get_blob), signed=False),
         Route("PUT", f"{run}/blobs/{{digest}}", to(steps.put_blob), None, m.Done, gate=trainer, raw=True),
+        Route("GET", f"{run}/manifests/{{digest}}/self-test", to(nodes.self_test), None, m.SelfTest, signed=False),
         Route("POST", f"{run}/leases", to(nodes.ask_for_lease), m.LeaseRequest, m.LeaseAnswer),
         Route("POST", f"{run}/leases/{{lease}}/submission", to(nodes.submission), m.Submission, Signed, gate=leased),
         Route("POST", f"{run}/leases/{{lease}}/return", to(nodes.give_back), m.Empty, m.Done),

@@ -18,9 +18,13 @@ from farflung.ops.terminal import Terminal
 from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import CLOCK_SKEW_S, Key, Signed, node_id, readable_name
-from farflung.protocol.messages import VERSION, Run, Status
+from farflung.protocol.messages import VERSION, Latest, Run, SelfTest, Status
 from farflung.protocol.server import listen
-from farflung.protocol.session import Index, check_run
+from farflung.protocol.session import Index, Papers, Session, check_run
+from farflung.rollouts import selftest
+from farflung.trust.evidence import Profile
+from farflung.trust.selftest import MARGIN
+from farflung.weights.cache import Versions
 from farflung.weights.manifest import open_manifest
 
 SPARE_BYTES = 1 << 30
@@ -56,12 +60,15 @@ def show(console: Console, finding: Finding) -> None:
         console.print(Text(f"  {finding.mend}", "yellow"), soft_wrap=True)
 
 
-async def examine(url: str, folder: Path, root: bytes | None) -> AsyncIterator[Finding]:
-    """This machine first, then the way to the coordinator and what its run needs."""
+async def examine(url: str, folder: Path, root: bytes | None, *, is_joining: bool = False) -> AsyncIterator[Finding]:
+    """This machine first, then the way to the coordinator and what its run needs.
+
+    Who is joining tries its arithmetic as a worker, and not here.
+    """
     for check in (_python, _torch, lambda: _key(folder), lambda: _disk(folder, 0), _ports):
         yield check()
     if url:
-        async for finding in _remote(url, folder, root):
+        async for finding in _remote(url, folder, root, is_joining=is_joining):
             yield finding
 
 
@@ -111,7 +118,7 @@ def _ports() -> Finding:
 # --- the coordinator and its run -------------------------------------------------------------------------------------
 
 
-async def _remote(url: str, folder: Path, root: bytes | None) -> AsyncIterator[Finding]:
+async def _remote(url: str, folder: Path, root: bytes | None, *, is_joining: bool) -> AsyncIterator[Finding]:
     client = Client(url, Key.make(), patience_s=0.0)
     try:
         index = await client.get("/v1", Index)
@@ -119,7 +126,7 @@ async def _remote(url: str, folder: Path, root: bytes | None) -> AsyncIterator[F
         for run in index.runs:
             status = await client.get(f"/v1/runs/{run}/status", Status)
             yield _clock(status.now)
-            async for finding in _run(client, run, folder, root, status):
+            async for finding in _run(client, run, folder, root, status, is_joining=is_joining):
                 yield finding
     except FarflungError as error:
         yield Finding("coordinator", False, str(error), f"check the address {url}, this machine's network and a proxy")
@@ -141,7 +148,9 @@ def _clock(theirs: float) -> Finding:
     )
 
 
-async def _run(client: Client, run: str, folder: Path, root: bytes | None, status: Status) -> AsyncIterator[Finding]:
+async def _run(
+    client: Client, run: str, folder: Path, root: bytes | None, status: Status, *, is_joining: bool
+) -> AsyncIterator[Finding]:
     papers = await client.get(f"/v1/runs/{run}", Run)
     try:
         checked = check_run(papers, run, root)
@@ -158,6 +167,45 @@ async def _run(client: Client, run: str, folder: Path, root: bytes | None, statu
     yield Finding("weights", True, f"step {manifest.step}, {size_bytes / 1e9:.3f} GB, signature and digest are right")
     yield _disk(folder, size_bytes)
     yield _memory(size_bytes)
+    if not is_joining:
+        yield await _numerics(client, run, papers.root, checked, folder, status.latest)
+
+
+async def _numerics(client: Client, run: str, root: bytes, papers: Papers, folder: Path, latest: Latest) -> Finding:
+    """Try this machine on what the trainer generated with the latest version, which is fetched as `join` would."""
+    session = Session(client, run, root, papers)
+    try:
+        test = await selftest.fetch(session, latest.manifest)
+        profile = selftest.profile_in(session, test, "") if test else None
+        if test is None or profile is None:
+            return Finding("numerics", True, f"step {latest.step} has no self-test; a worker makes one when it can")
+        tried = await _attempt(session, folder, latest.manifest, test, profile)
+    except FarflungError as error:
+        return Finding("numerics", False, f"could not be tried: {error}", "mend what is said above, then try again")
+    told = "" if tried is None else tried.told
+    return Finding("numerics", tried is not None and tried.factor <= MARGIN, told, "join with another --profile")
+
+
+async def _attempt(
+    session: Session, folder: Path, manifest: str, test: SelfTest, profile: Profile
+) -> selftest.Tried | None:
+    from farflung.engine.local import LocalEngine  # torch takes seconds, and other findings need none
+    from farflung.engine.precision import arithmetic
+    from farflung.weights.fetch import fetch_model_config, tensors
+    from farflung.weights.patch import patch
+    from farflung.worker import refuse_oversize
+
+    dtype, _ = arithmetic(session.info.profile)
+    config = await fetch_model_config(session)
+    refuse_oversize(config, dtype, 0.0)
+    engine = LocalEngine.from_folder(config, dtype=dtype, eos_ids=session.info.eos_ids)
+    versions = Versions(session, folder / "weights", patch=patch)
+    try:
+        await versions.fetch(manifest)
+    finally:
+        await versions.close()
+    engine.load(tensors(versions, manifest))
+    return selftest.attempt(engine, test, profile)
 
 
 def _memory(size_bytes: int) -> Finding:

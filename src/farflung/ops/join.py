@@ -62,7 +62,7 @@ async def join(
 
 async def _preflight(console: Console, url: str, folder: Path, root: bytes | None) -> None:
     ill = 0
-    async for finding in doctor.examine(url, folder, root):
+    async for finding in doctor.examine(url, folder, root, is_joining=True):
         doctor.show(console, finding)
         ill += not finding.is_well
     if ill:

@@ -586,6 +586,25 @@ class Canary(Message, frozen=True):
     budget: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 
 
+class SelfTestItem(Message, frozen=True):
+    """A rollout that the trainer made from a seed that anybody may know."""
+
+    prompt_ids: Ids
+    seed: Seed
+    budget: Annotated[int, Meta(ge=1, le=1024)]
+    ids: Ids
+
+
+class SelfTest(Message, frozen=True):
+    """What a node may try its arithmetic on, with the weights of one version."""
+
+    step: Step
+    temperature: Annotated[float, Meta(ge=0, le=10)]
+    profiles: Annotated[dict[Name, Annotated[bytes, Meta(max_length=1 << 16)]], Meta(max_length=64)]
+    """The profiles that the run admits as JSON; `RunInfo` has their digests."""
+    items: Annotated[list[SelfTestItem], Meta(min_length=1, max_length=64)]
+
+
 class Batch(Message, frozen=True):
     """What a step consumes. Asked again, the same."""
 
@@ -601,8 +620,8 @@ class Batch(Message, frozen=True):
     groups: Annotated[list[BatchGroup], Meta(max_length=100_000)]
     spare: Annotated[list[BatchGroup], Meta(max_length=100_000)] = []
     """Dropped groups that were paid for, with one rollout of each submission, for the tripwire."""
-    canaries: Annotated[list[Canary], Meta(max_length=64)] = []
-    """To be generated with the new weights and handed in with the commit."""
+    canaries: Annotated[list[Canary], Meta(max_length=128)] = []
+    """To be generated with the new weights and handed in with the commit; those of a self-test after the others."""
     restores: Annotated[int, Meta(ge=-1, le=10**9)] = -1
     """The earlier step whose weights and optimizer this one takes up again, without a batch; -1 for none."""
     committed: str = ""
@@ -652,7 +671,7 @@ class Commit(Message, frozen=True):
     """The bytes of the slices that the batch's probe chooses, in the published type."""
     probe_before: Probe = b""
     """The same slices of the step before, so that a node that still holds it can be told so."""
-    canaries: Annotated[list[Ids], Meta(max_length=64)] = []
+    canaries: Annotated[list[Ids], Meta(max_length=128)] = []
     """What the new weights say to the batch's canaries."""
     restores: Annotated[int, Meta(ge=-1, le=10**9)] = -1
     """As in the batch; a batch that was rolled back meanwhile cannot be committed."""

@@ -114,6 +114,12 @@ class Adversary(Worker):
     def _engine(self, config: bytes, dtype: torch.dtype) -> Engine:
         return super()._engine(config, torch.float32 if self.attack.declares else dtype)
 
+    async def _prepare(self) -> None:
+        """No self-test: what would be tried is the attack, and a lease loads the weights."""
+
+    async def try_numerics(self, manifest: str) -> None:
+        """The same."""
+
     async def _work(self, lease: Lease) -> None:
         if not await self.attack.wants(self, lease):
             self._note(lease, [], "returned")
