@@ -37,7 +37,6 @@ from farflung.rollouts import selftest
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, slices_of, submission_of, submit
 from farflung.trust.evidence import Profile
-from farflung.trust.selftest import MARGIN
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
 from farflung.weights.patch import patch
@@ -158,7 +157,7 @@ class Worker:
             log.info("no self-test because=%s cannot tell gaps", self.settings.engine)
             return
         log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.told)
-        if tried.factor > MARGIN and not self.settings.ignore_self_test:
+        if not tried.is_forgiven and not self.settings.ignore_self_test:
             raise ConfigError(f"{tried.told}, or work all the same with --ignore-self-test")
 
     def _attempt(self, test: SelfTest, profile: Profile) -> selftest.Tried | None:

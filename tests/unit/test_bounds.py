@@ -64,13 +64,6 @@ def bounds_ratio(profile: Profile, seen: Seen, is_flip: bool) -> np.ndarray:
     return np.exp([evidence.log_ratios(profile, one) for one in parts])
 
 
-def test_noise_beyond_the_margin_is_measured(profile: Profile) -> None:
-    rng = np.random.default_rng(4)
-    for factor in (0.5, 1.0, 2.0, 4.0):
-        assert bounds.noise_factor(profile, [honest(rng, 20_000, factor)]) == pytest.approx(factor, rel=0.2)
-    assert bounds.noise_factor(profile, []) == 0
-
-
 def test_more_data_never_loosens_and_no_data_forgives_everything() -> None:
     rng = np.random.default_rng(5)
     small, large = (bounds.calibrate("p", [honest(rng, n)]) for n in (500, 50_000))

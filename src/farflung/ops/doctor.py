@@ -23,7 +23,6 @@ from farflung.protocol.server import listen
 from farflung.protocol.session import Index, Papers, Session, check_run
 from farflung.rollouts import selftest
 from farflung.trust.evidence import Profile
-from farflung.trust.selftest import MARGIN
 from farflung.weights.cache import Versions
 from farflung.weights.manifest import open_manifest
 
@@ -183,7 +182,7 @@ async def _numerics(client: Client, run: str, root: bytes, papers: Papers, folde
     except FarflungError as error:
         return Finding("numerics", False, f"could not be tried: {error}", "mend what is said above, then try again")
     told = "" if tried is None else tried.told
-    return Finding("numerics", tried is not None and tried.factor <= MARGIN, told, "join with another --profile")
+    return Finding("numerics", tried is not None and tried.is_forgiven, told, "join with another --profile")
 
 
 async def _attempt(

@@ -31,7 +31,9 @@ class Tried(NamedTuple):
     """What a self-test came to."""
 
     factor: float
-    """Noise as a multiple of the profile's."""
+    """Noise as a multiple of what the profile was calibrated on."""
+    is_forgiven: bool
+    """Whether the profile's margin is as wide."""
     tokens: int
     told: str
 
@@ -94,7 +96,8 @@ def attempt(engine: Engine, test: SelfTest, profile: Profile) -> Tried | None:
         own = [] if done is None else list(done.ids)
         seen.append(compared(own, ids, np.asarray(gap.gap), np.asarray(gap.pick)))
     factor = noise_factor(profile, seen)
-    return Tried(factor, sum(len(one.gap) for one in seen), expectation(factor, profile.name))
+    tokens = sum(len(one.gap) for one in seen)
+    return Tried(factor, factor <= profile.margin, tokens, expectation(factor, profile))
 
 
 async def fetch_or_none(session: Session, manifest: str) -> SelfTest | None:

@@ -41,8 +41,6 @@ EDGES: Final = tuple(round(1e-4 * 2 ** (i / 3), 10) for i in range(52))
 """Inner edges of the gap bins, three to an octave up to 13 nats; the last bin has no end."""
 MARGIN: Final = 3.0
 """How many times the calibrated noise an honest node may have."""
-FACTORS: Final = tuple(2 ** (i / 8) for i in range(-24, 57))
-"""Multiples of a profile's noise among which a node's is looked for, from 1/8 to 128."""
 
 
 def tally(edges: tuple[float, ...], seen: Iterable[Seen]) -> Tally:
@@ -124,31 +122,6 @@ def growth(profile: Profile, seen: Sequence[Seen]) -> float:
     """Nats per token by which the best alternative grows on these rollouts, 0 if none does."""
     nats = sum((log_ratios(profile, one) for one in seen), np.zeros(len(CHEATS)))
     return max(0.0, float(nats.max()) / max(1, sum(len(one.gap) for one in seen)))
-
-
-def noise_factor(profile: Profile, seen: Sequence[Seen]) -> float:
-    """By how much the calibrated noise would have to be multiplied to make these flips likeliest; 0 without flips.
-
-    P(Δ/κ) at κ times the noise, with P from the counts that the profile was calibrated on.
-    """
-    gap, margin = (np.concatenate([getattr(one, part) for one in seen] or [[]]) for part in ("gap", "margin"))
-    is_flip = np.asarray(margin) > TIE
-    if not is_flip.any():
-        return 0.0
-    edges = np.array(profile.honest.edges or profile.edges)
-    rate = np.array(_rates(profile.honest))
-    fits = [_log_likelihood(rate[np.searchsorted(edges, gap / k, side="right")], is_flip) for k in FACTORS]
-    return float(FACTORS[int(np.argmax(fits))])
-
-
-def _rates(seen: Tally) -> tuple[float, ...]:
-    """Estimates of P per bin, falling, never 0: half a flip is added to every bin."""
-    found = ((x + 0.5) / (n + 1) for x, n in zip(seen.flips, seen.positions, strict=True))
-    return tuple(accumulate(found, min, initial=0.5))[1:]
-
-
-def _log_likelihood(p: np.ndarray, is_flip: np.ndarray) -> float:
-    return float(np.where(is_flip, np.log(p), np.log1p(-p)).sum())
 
 
 def upper_bound(x: int, n: int, error: float) -> float:

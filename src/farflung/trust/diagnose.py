@@ -90,14 +90,14 @@ def _noisier(profile: Profile, leased: Sequence[Seen]) -> dict[str, Fit]:
     """The multiple of the profile's noise that fits best, by its name."""
     fits = {noise: _fit(profile, [scaled(one, noise) for one in leased]) for noise in NOISE}
     best = max(fits, key=lambda noise: fits[noise].log_likelihood)
-    return {f"noisier arithmetic (about {best:g} times the profile's)": fits[best]}
+    return {f"noisier arithmetic (about {best * profile.margin:g} times the profile's)": fits[best]}
 
 
 def _unseeded(profile: Profile, leased: Sequence[Seen]) -> Fit:
     """Of a sampler with noise of its own; a flip is near or far with even odds, as the alternatives have it."""
     pick = np.minimum(np.concatenate([one.pick for one in leased]).astype(float), SURE)
     margin = np.concatenate([one.margin for one in leased])
-    _, _, is_near, is_far = honest_odds(profile, Seen(np.concatenate([one.gap for one in leased]), margin, pick))
+    _, _, is_near, is_far = honest_odds(profile, Seen(np.concatenate([one.gap for one in leased]), margin, pick, pick))
     kept, other = np.log(pick), np.log((1 - pick) / 2)
     found = float(np.where(is_near | is_far, other, kept).sum())
     expected = float((pick * kept + (1 - pick) * other).sum())

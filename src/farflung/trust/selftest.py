@@ -1,4 +1,4 @@
-"""How noisy a machine's arithmetic is, in multiples of what its numerics profile forgives. Pure; no torch.
+"""How noisy a machine's arithmetic is, in multiples of what its numerics profile was calibrated on. Pure; no torch.
 
 A node generates what trusted machines generated before, from the same seeds. Where its tokens differ its scores did,
 by more than the gap there. The factor k is the least by which the profile's noise must be multiplied so that so many
@@ -17,8 +17,6 @@ BEYOND: Final = 128.0
 """What is said where no multiple of the grid explains the flips."""
 RARE: Final = 1e-3
 """A number of flips that comes with less than this probability is a surprise."""
-MARGIN: Final = 3.0
-"""Multiple of the profile's noise up to which a machine may work."""
 
 
 def compared(own: Sequence[int], known: Sequence[int], gap: np.ndarray, pick: np.ndarray) -> Seen:
@@ -30,12 +28,12 @@ def compared(own: Sequence[int], known: Sequence[int], gap: np.ndarray, pick: np
     margin = np.zeros(size)
     if list(own[:size]) != list(known[:size]):
         margin[-1] = gap[size - 1]
-    return Seen(np.asarray(gap[:size]), margin, np.asarray(pick[:size]))
+    return Seen(np.asarray(gap[:size]), margin, np.asarray(pick[:size]), np.zeros(size))
 
 
 def noise_factor(profile: Profile, seen: Sequence[Seen]) -> float:
-    """The least multiple of the profile's noise that explains these flips."""
-    return next((k for k in GRID if _is_explained(profile, seen, k)), BEYOND)
+    """The least multiple of the calibrated noise that explains these flips; a profile forgives up to its margin."""
+    return next((k for k in GRID if _is_explained(profile, seen, k / profile.margin)), BEYOND)
 
 
 def _is_explained(profile: Profile, seen: Sequence[Seen], k: float) -> bool:
@@ -43,7 +41,7 @@ def _is_explained(profile: Profile, seen: Sequence[Seen], k: float) -> bool:
     found = 0
     for one in seen:
         check(one)
-        near, far, is_near, is_far = honest_odds(profile, Seen(one.gap / k, one.margin / k, one.pick))
+        near, far, is_near, is_far = honest_odds(profile, one._replace(gap=one.gap / k, margin=one.margin / k))
         odds.append(near + far)
         found += int((is_near | is_far).sum())
     return not odds or _at_least(np.concatenate(odds), found) >= RARE
@@ -61,13 +59,11 @@ def _at_least(odds: np.ndarray, count: int) -> float:
     return 1.0 - float(below.sum())
 
 
-def expectation(factor: float, profile: str) -> str:
+def expectation(factor: float, profile: Profile) -> str:
     """What a machine with such noise may expect."""
-    told = f"this machine's noise is {_times(factor)} that of profile {profile}: "
-    if factor <= 1:
-        return told + "its work will pass"
-    if factor <= MARGIN:
-        return told + "within what is allowed; now and then a submission may be void"
+    told = f"this machine's noise is {_times(factor)} that of profile {profile.name}: "
+    if factor <= profile.margin:
+        return told + f"its work will pass, up to {profile.margin:g}× is forgiven"
     return told + "it would be ejected, honest or not; choose another --profile, or float32"
 
 
