@@ -99,9 +99,7 @@ def main() -> None:
         known, judged, of_all = seen[::2], seen[1::2], np.concatenate(noise)
         profile = bounds.calibrate("torch-cpu-bf16", known, noise=of_all, tolerance=TOLERANCE["bfloat16"] / t)
         flipped = sum(map(evidence.flips, seen)) / sum(len(one.gap) for one in seen)
-        say(
-            f"temperature={t} tokens={len(of_all)} flipped={flipped:.4f} noise={profile.noise:.4f}"
-        )
+        say(f"temperature={t} tokens={len(of_all)} flipped={flipped:.4f} noise={profile.noise:.4f}")
         for factor in ("recorded", *FACTORS):
             played = judged if isinstance(factor, str) else [
                 noisier(rng, one, of_all, factor) for _ in range(DRAWS) for one in judged

@@ -50,18 +50,11 @@ def test_each_alternatives_mean_ratio_is_at_most_one(profile: Profile, factor: f
     """E[LR] by the true probabilities of this very noise, position by position: no sampling, so no luck."""
     seen = honest(np.random.default_rng(3), 4000, factor)
     p = truth(seen.gap, factor)
-    flipped = [bounds_ratio(profile, seen, is_flip) for is_flip in (True, False)]
-    means = p[:, None] * flipped[0] + (1 - p[:, None]) * flipped[1]
-    assert means.max() <= 1 + 1e-9
-
-
-def bounds_ratio(profile: Profile, seen: Seen, is_flip: bool) -> np.ndarray:
-    """The likelihood ratio at each position against each cheat, had it flipped or not; (tokens, cheats)."""
-    margin = np.minimum(seen.gap, profile.far * 0.99) if is_flip else np.zeros_like(seen.gap)
-    parts = [Seen(*(part[i : i + 1] for part in seen._replace(margin=margin))) for i in range(len(seen.gap))]
-    if is_flip:
-        parts = [one._replace(margin=np.maximum(one.margin, 2 * evidence.TIE)) for one in parts]
-    return np.exp([evidence.log_ratios(profile, one) for one in parts])
+    margin = np.clip(seen.gap, 2 * evidence.TIE, profile.far * 0.99)
+    flipped, kept = (
+        np.exp(evidence.log_factors(profile, seen._replace(margin=m))) for m in (margin, np.zeros_like(margin))
+    )
+    assert (p * flipped + (1 - p) * kept).max() <= 1 + 1e-9
 
 
 def test_more_data_never_loosens_and_no_data_forgives_everything() -> None:

@@ -16,6 +16,7 @@ An honest node is safe up to κ times the calibrated noise by construction, and 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Final
 
@@ -39,6 +40,8 @@ from farflung.trust.watch import bits
 
 EDGES: Final = tuple(round(1e-4 * 2 ** (i / 3), 10) for i in range(52))
 """Inner edges of the gap bins, three to an octave up to 13 nats; the last bin has no end."""
+STRIDE: Final = 3
+"""Windows grow by a bin up to so many, an octave of `EDGES`, and by so many beyond."""
 MARGIN: Final = 3.0
 """How many times the calibrated noise an honest node may have."""
 
@@ -94,7 +97,7 @@ def bounds_of(
 ) -> tuple[float, ...]:
     """For each bin of `edges` a bound on P(Δ/margin) at its lower edge, and so on that of every position in it."""
     counted = seen.edges or tuple(edges)
-    share = error / (len(counted) + 2)
+    share = error / (len(counted) // STRIDE + STRIDE + 1)
     return tuple(
         min(_by_flips(low / margin, counted, seen, share), _by_noise(low / margin, noise, share))
         for low in (0.0, *edges)
@@ -104,7 +107,8 @@ def bounds_of(
 def _by_flips(gap: float, edges: Sequence[float], seen: Tally, error: float) -> float:
     """The lowest bound over windows of bins that end at or below a gap; 1 where there is none."""
     last = sum(edge <= gap for edge in edges)
-    flips, positions = (np.cumsum(part[:last][::-1]) for part in (seen.flips, seen.positions))
+    ends = [*range(min(STRIDE, last)), *range(2 * STRIDE - 1, last, STRIDE)]
+    flips, positions = (np.cumsum(part[:last][::-1])[ends] for part in (seen.flips, seen.positions))
     return min((upper_bound(int(x), int(n), error) for x, n in zip(flips, positions, strict=True)), default=1.0)
 
 
@@ -124,6 +128,7 @@ def growth(profile: Profile, seen: Sequence[Seen]) -> float:
     return max(0.0, float(nats.max()) / max(1, sum(len(one.gap) for one in seen)))
 
 
+@lru_cache(maxsize=1 << 14)
 def upper_bound(x: int, n: int, error: float) -> float:
     """The Clopper-Pearson upper bound: the q at which P(Binomial(n, q) ≤ x) = error; 1 where there is no data."""
     if x >= n:

@@ -260,15 +260,20 @@ def flips(seen: Seen) -> int:
 def log_ratios(profile: Profile, seen: Seen) -> np.ndarray:
     """ln LR of one rollout against every cheat of `CHEATS`, shape (cheats,)."""
     check(seen)
+    return log_factors(profile, seen).sum(axis=1)
+
+
+def log_factors(profile: Profile, seen: Seen) -> np.ndarray:
+    """ln of the factor that each position gives against every cheat, (cheats, tokens)."""
     near0, far0, is_near, is_far = honest_odds(profile, seen)
-    found: list[float] = []
+    found: list[np.ndarray] = []
     for flip in CHEATS.values():
         near, far = flip(seen, profile.far)
         near = np.clip(near, near0, CEILING)
         far = np.clip(far, far0, np.maximum(far0, 0.99 - near))
         none = np.log((1 - near - far) / (1 - near0 - far0))
-        found.append(np.where(is_far, np.log(far / far0), np.where(is_near, np.log(near / near0), none)).sum())
-    return np.array(found)
+        found.append(np.where(is_far, np.log(far / far0), np.where(is_near, np.log(near / near0), none)))
+    return np.stack(found)
 
 
 def honest_odds(profile: Profile, seen: Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
