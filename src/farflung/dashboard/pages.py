@@ -141,7 +141,8 @@ class Pages:
         learn, newer = self.desk.config.learn, min(s.step, until + browse.STEPS_A_PAGE)
         note = "" if learn.lora_rank else why_large(learn.lr, versions)
         return await self._page("weights.html", page="weights", s=s, versions=versions, note=note,
-                          present=loaded.total(), troubles=said, until=until, newer=newer, most=browse.STEPS_A_PAGE)  # fmt: skip
+                          present=loaded.total(), troubles=said, until=until, newer=newer,
+                          most=browse.STEPS_A_PAGE)  # fmt: skip
 
     async def ledger(self, request: Request) -> Response:
         """Who holds how much credit, and why."""
