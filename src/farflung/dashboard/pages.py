@@ -90,11 +90,11 @@ class Pages:
         points = curves(s.steps, s.evals)
         held_out = self.desk.config.eval
         k = held_out.k if held_out.samples else 0
-        return self._page("home.html", s=s, points=points, k=k, page="home", table=_table(s, request))
+        return await self._page("home.html", s=s, points=points, k=k, page="home", table=_table(s, request))
 
     async def nodes(self, request: Request) -> Response:
         """The nodes table alone, for htmx."""
-        return self._page("nodes.html", table=_table(await self.live.snapshot(), request))
+        return await self._page("nodes.html", table=_table(await self.live.snapshot(), request))
 
     async def rollouts(self, request: Request) -> Response:
         """Rollouts with their answers, newest first."""
@@ -108,7 +108,7 @@ class Pages:
         found = await self.desk.database.read_page(veiled)
         texts = await self._texts(found.rows)
         verdicts = {v.node: v for v in reversed(s.verdicts)}
-        return self._page(
+        return await self._page(
             "rollouts.html", page="rollouts", wanted=wanted, found=found, texts=texts, counts=counts,
             statuses=statuses("rollout"), verdicts=verdicts, names=s.names, parts=browse.parts,
         )  # fmt: skip
@@ -119,7 +119,7 @@ class Pages:
         told = await self.desk.database.read_page(lambda c: stories.tell(c, self.desk.config, subject))
         texts = await self._texts(told.rollouts[:64])
         s = await self.live.snapshot(NAMES_S)
-        return self._page("story.html", page="story", told=told, texts=texts, names=s.names, parts=browse.parts,
+        return await self._page("story.html", page="story", told=told, texts=texts, names=s.names, parts=browse.parts,
                           verdicts={v.node: v for v in reversed(s.verdicts)})  # fmt: skip
 
     async def find(self, request: Request) -> Response:
@@ -141,8 +141,9 @@ class Pages:
         said = await self.desk.database.read_page(lambda c: troubles(c, since))
         learn, newer = self.desk.config.learn, min(s.step, until + browse.STEPS_A_PAGE)
         note = "" if learn.lora_rank else why_large(learn.lr, versions)
-        return self._page("weights.html", page="weights", s=s, versions=versions, note=note, present=loaded.total(),
-                          troubles=said, until=until, newer=newer, most=browse.STEPS_A_PAGE)  # fmt: skip
+        return await self._page("weights.html", page="weights", s=s, versions=versions, note=note,
+                          present=loaded.total(), troubles=said, until=until, newer=newer,
+                          most=browse.STEPS_A_PAGE)  # fmt: skip
 
     async def ledger(self, request: Request) -> Response:
         """Who holds how much credit, and why."""
@@ -150,8 +151,8 @@ class Pages:
         accounts = await self.accounts.get()
         entries = await self.desk.database.read_page(lambda c: browse.entries(c, before))
         names = {node: name for node, name, _, _ in accounts.nodes}
-        return self._page("ledger.html", page="ledger", accounts=accounts, entries=entries, before=before, names=names,
-                          most=browse.ENTRIES_A_PAGE)  # fmt: skip
+        return await self._page("ledger.html", page="ledger", accounts=accounts, entries=entries, before=before,
+                          names=names, most=browse.ENTRIES_A_PAGE)  # fmt: skip
 
     async def events(self, request: Request) -> Response:
         """Server-sent events."""
@@ -165,13 +166,17 @@ class Pages:
     def _part(self, template: str, s: Snapshot) -> str:
         return self._templates.get_template(template).render(s=s)
 
-    def _page(self, template: str, status: int = 200, **values: Any) -> Response:
+    async def _page(self, template: str, **values: Any) -> Response:
+        """A page, written where it keeps no node waiting."""
+        return await self.desk.database.aside(partial(self._written, template, **values), "pages")
+
+    def _written(self, template: str, status: int = 200, **values: Any) -> Response:
         text = self._templates.get_template(template).render(**values)
         return HTMLResponse(text, status, headers={"cache-control": "no-store"})
 
     def instead(self, error: Refusal) -> Response:
         """The page for what is not there, or cannot be: what was wrong with the question, and the way back."""
-        return self._page("missing.html", error.status, page="", reason=str(error))
+        return self._written("missing.html", error.status, page="", reason=str(error))
 
     async def _texts(self, rows: list[Any]) -> dict[str, str]:
         """Transcripts of rollouts, where they are stored and can be read."""
