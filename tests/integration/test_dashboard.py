@@ -111,6 +111,7 @@ ODD = {
     "/rollouts?newer=1~%00": 400,
     "/rollouts?status='": 400,
     "/rollouts?node=%00": 404,
+    "/ledger?before=99999999999999999": 400,
     "/ledger?before=99999999999999999999": 400,
     "/ledger?before=-1": 400,
     "/ledger?before=%D9%A1": 400,

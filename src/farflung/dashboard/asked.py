@@ -9,8 +9,8 @@ import re
 from farflung.protocol.errors import Malformed, NotFound
 
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,80}")
-STEP, ENTRY = 2**31 - 1, 2**63 - 1
-"""The largest numbers that the columns of steps and ledger entries hold."""
+STEP, ENTRY = 2**31 - 1, 2**53 - 1
+"""The largest step that its column holds, and the largest ledger entry that a browser can count to."""
 
 
 def an_id(text: str, what: str) -> str:

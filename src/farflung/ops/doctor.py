@@ -18,12 +18,9 @@ from farflung.ops.terminal import Terminal
 from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import CLOCK_SKEW_S, Key, Signed, node_id, readable_name
-from farflung.protocol.messages import VERSION, Latest, Run, SelfTest, Status
+from farflung.protocol.messages import VERSION, Run, Status
 from farflung.protocol.server import listen
-from farflung.protocol.session import Index, Papers, Session, check_run
-from farflung.rollouts import selftest
-from farflung.trust.evidence import Profile
-from farflung.weights.cache import Versions
+from farflung.protocol.session import Index, Session, check_run
 from farflung.weights.manifest import open_manifest
 
 SPARE_BYTES = 1 << 30
@@ -167,44 +164,20 @@ async def _run(
     yield _disk(folder, size_bytes)
     yield _memory(size_bytes)
     if not is_joining:
-        yield await _numerics(client, run, papers.root, checked, folder, status.latest)
+        yield await _numerics(Session(client, run, papers.root, checked), folder, status.latest.manifest)
 
 
-async def _numerics(client: Client, run: str, root: bytes, papers: Papers, folder: Path, latest: Latest) -> Finding:
-    """Try this machine on what the trainer generated with the latest version, which is fetched as `join` would."""
-    session = Session(client, run, root, papers)
+async def _numerics(session: Session, folder: Path, manifest: str) -> Finding:
+    """Try this machine on what the trainer generated."""
+    from farflung.ops.numerics import attempt  # torch takes seconds, and other findings need none
+
     try:
-        test = await selftest.fetch(session, latest.manifest)
-        profile = selftest.profile_in(session, test, "") if test else None
-        if test is None or profile is None:
-            return Finding("numerics", True, f"step {latest.step} has no self-test; a worker makes one when it can")
-        tried = await _attempt(session, folder, latest.manifest, test, profile)
+        tried = await attempt(session, folder, manifest)
     except FarflungError as error:
-        return Finding("numerics", False, f"could not be tried: {error}", "mend what is said above, then try again")
-    told = "" if tried is None else tried.told
-    return Finding("numerics", tried is not None and tried.is_forgiven, told, "join with another --profile")
-
-
-async def _attempt(
-    session: Session, folder: Path, manifest: str, test: SelfTest, profile: Profile
-) -> selftest.Tried | None:
-    from farflung.engine.local import LocalEngine  # torch takes seconds, and other findings need none
-    from farflung.engine.precision import arithmetic
-    from farflung.weights.fetch import fetch_model_config, tensors
-    from farflung.weights.patch import patch
-    from farflung.worker import refuse_oversize
-
-    dtype, _ = arithmetic(session.info.profile)
-    config = await fetch_model_config(session)
-    refuse_oversize(config, dtype, 0.0)
-    engine = LocalEngine.from_folder(config, dtype=dtype, eos_ids=session.info.eos_ids)
-    versions = Versions(session, folder / "weights", patch=patch)
-    try:
-        await versions.fetch(manifest)
-    finally:
-        await versions.close()
-    engine.load(tensors(versions, manifest))
-    return selftest.attempt(engine, test, profile)
+        return Finding("numerics", False, f"cannot be tried: {error}", "see above; a worker tries again when it joins")
+    if tried is None:
+        return Finding("numerics", True, "no version here has a self-test; a worker makes one when one has")
+    return Finding("numerics", tried.is_forgiven, tried.told, "a worker would refuse to start")
 
 
 def _memory(size_bytes: int) -> Finding:
