@@ -13,7 +13,7 @@ from farflung.coordinator.office import Office
 from farflung.dashboard import heldout
 from farflung.protocol import messages as m
 from farflung.rollouts import compose, orphans
-from farflung.rollouts.credit import drop_groups
+from farflung.rollouts.unused import drop_groups
 from farflung.store.stories import last_event
 from farflung.tasks import lease, litter
 
@@ -62,7 +62,8 @@ class Sweeper:
         if now - self._stranded_at > STRANDED_S:
             self._stranded_at = now
             why = "every node at work handed in a sample of it before"
-            drop_groups(connection, lease.stranded(connection, self._office.book, now), now, why=why)
+            book = self._office.book
+            drop_groups(connection, book, lease.stranded(connection, book, now), now, why=why)
         compose.finish(connection, self._office.book, now)
         return last_event(connection)
 

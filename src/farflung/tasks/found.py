@@ -36,6 +36,8 @@ from farflung.tasks.keyring import Keyring
 from farflung.trust.evidence import Profile
 
 MODEL_FILES = ("config.json", "generation_config.json")
+SAVERS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Fields of config.json that tell how it was saved."""
 MOST_PROMPT_TOKENS = 131_072
 
 
@@ -56,8 +58,9 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of config.json: which architecture this is."""
-        return hashlib.sha256(self.file("config.json") or b"").hexdigest()
+        """SHA-256 of what config.json says of the architecture, whoever saved it."""
+        fields = {name: value for name, value in self.config.items() if name not in SAVERS}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
     def eos_ids(self) -> frozenset[int]:

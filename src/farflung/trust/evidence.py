@@ -109,7 +109,7 @@ class Scope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a profile was calibrated on, and so the runs that it is for."""
 
     model: Annotated[str, Meta(max_length=64)]
-    """SHA-256 of the model's config.json."""
+    """Which architecture, as `farflung.tasks.found.Model.digest` has it."""
     temperature: Annotated[float, Meta(gt=0)]
     """Noise of scores grows as 1 ÷ temperature."""
     tokens: Annotated[int, Meta(ge=1)]
@@ -118,7 +118,7 @@ class Scope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def refuses(self, model: str, temperature: float, tokens: int) -> str:
         """Why a run is outside, or nothing."""
         if model != self.model:
-            return f"another model (config.json {self.model[:12]}, the run's is {model[:12]})"
+            return f"another model ({self.model[:12]}, the run's is {model[:12]})"
         if not math.isclose(temperature, self.temperature, rel_tol=1e-3):
             return f"temperature {self.temperature:g}, the run's is {temperature:g}"
         return f"completions of up to {self.tokens} tokens, the run allows {tokens}" if tokens > self.tokens else ""
