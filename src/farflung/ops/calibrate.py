@@ -232,7 +232,8 @@ def _play(
 ) -> Iterator[Played]:
     """What each verifier sees of each rollout. Generated as `kind` says, replayed many at a time."""
     generator.max_rows = kind.rows
-    chunk, nonce = max(kind.rows, REPLAYED_AT_LEAST), secrets.token_hex(32)
+    at_once = int(2 * tokens / under.budget) if kind.is_older else REPLAYED_AT_LEAST  # a process is slow to start
+    chunk, nonce = max(kind.rows, at_once), secrets.token_hex(32)
     endless = zip(itertools.cycle(under.prompts), itertools.cycle(under.budgets), strict=False)
     seen, said, threads = 0, time.monotonic(), torch.get_num_threads()
     while seen < tokens:
