@@ -4,7 +4,6 @@ Evidence is kept as it comes but folded per node in the order of submission: the
 fixed before the evidence is known, and for no others. While the brake is on nothing is folded.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +14,14 @@ from sqlalchemy import Connection, Row
 
 from farflung.protocol import wire
 from farflung.protocol.errors import FailedCanary, Malformed, NotFound
-from farflung.protocol.identity import Signed, seal, unseal
+from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import Evidence, Lease, RolloutEvidence, Verdict
 from farflung.rollouts import brake, canary, consequences, standing, steering
 from farflung.rollouts.audit import open_audit, profile_of
+from farflung.rollouts.verdicts import pronounce
 from farflung.store.book import Book, node_row
 from farflung.store.stories import move
-from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS, VERDICTS
+from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS
 from farflung.trust import fingerprint
 from farflung.trust.diagnose import AS_LEASED, diagnose
 from farflung.trust.evidence import (
@@ -38,7 +38,6 @@ from farflung.trust.evidence import (
 from farflung.trust.record import Finding, NodeRecord, Outcome, confirm, fold, weigh
 from farflung.trust.watch import flips_and_allowed
 
-log = logging.getLogger(__name__)
 KIND = "evidence"
 
 
@@ -271,15 +270,5 @@ def _pronounce(
         reason=reason[:500],
         decided_at=now,
     )
-    connection.execute(
-        VERDICTS.insert().values(
-            run=book.run,
-            node=audit.node,
-            outcome=verdict.outcome,
-            step=audit.step,
-            was_trusted=before.status == "trusted",
-            submissions=record.submissions,
-            document=msgspec.msgpack.encode(seal(book.verdicts, "verdict", verdict)),
-        )
-    )
-    log.info("verdict node=%s outcome=%s reason=%s", audit.node, verdict.outcome, verdict.reason)
+    was_trusted = before.status == "trusted"
+    pronounce(connection, book, verdict, record.submissions, step=audit.step, was_trusted=was_trusted)

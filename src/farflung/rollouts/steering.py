@@ -4,24 +4,21 @@ Audits write what they found beside each rollout, and so does the trainer's trip
 step's batch was looked at, each of its rollouts that was not yet counted is: once in its life, with its reward.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from farflung.protocol.identity import seal
 from farflung.protocol.messages import RolloutLook, Verdict
 from farflung.rollouts import consequences, standing
+from farflung.rollouts.verdicts import pronounce
 from farflung.store.book import Book, node_row
 from farflung.store.stories import move
-from farflung.store.tables import GROUPS, ROLLOUTS, VERDICTS
-from farflung.trust.record import Outcome, look_over
+from farflung.store.tables import GROUPS, ROLLOUTS
+from farflung.trust.record import look_over
 from farflung.trust.watch import Look
 
-log = logging.getLogger(__name__)
 Looks = Mapping[str, tuple[int, float]]
 """By rollout, its flips and how many its profile allows on average."""
 
@@ -91,20 +88,6 @@ def _look_over(
         consequences.eject(connection, book, node, now)
     else:
         consequences.hold(connection, book, mine, why, now, live=("received", "accepted", "batched"))
-    _pronounce(connection, book, node, before.status == "trusted", after.submissions, outcome, step, now)
-    return 1
-
-
-def _pronounce(
-    connection: Connection,
-    book: Book,
-    node: str,
-    was_trusted: bool,
-    submissions: int,
-    outcome: Outcome,
-    step: int,
-    now: float,
-) -> None:
     verdict = Verdict(
         run=book.run,
         node=node,
@@ -115,7 +98,6 @@ def _pronounce(
         reason=outcome.reason[:500],
         decided_at=now,
     )
-    document = msgspec.msgpack.encode(seal(book.verdicts, "verdict", verdict))
-    values = {"run": book.run, "node": node, "outcome": outcome.kind, "step": step, "was_trusted": was_trusted}
-    connection.execute(VERDICTS.insert().values(values | {"submissions": submissions, "document": document}))
-    log.info("verdict node=%s outcome=%s reason=%s", node, outcome.kind, outcome.reason)
+    was_trusted = before.status == "trusted"
+    pronounce(connection, book, verdict, after.submissions, step=step, was_trusted=was_trusted)
+    return 1
