@@ -83,6 +83,7 @@ class Replayer:
                 gap=np.full(size, 1.5),
                 margin=np.full(size, float(bad)),
                 pick=np.full(size, 0.5),
+                lead=np.full(size, -1.0),
                 logp=np.zeros(size, np.float32),
             )
 
@@ -99,7 +100,7 @@ async def suspects(house, batch: m.Batch, *, is_all: bool):
 async def tripped(house, batch: m.Batch) -> list[str]:
     """Submissions of a batch that the trainer's own tripwire catches, by its own functions."""
     tripwire = pytest.importorskip("farflung.rollouts.tripwire")
-    looked = tripwire.look(Replayer(), await suspects(house, batch, is_all=False), 1.0, 8, PROFILE.run)
+    looked = tripwire.look(Replayer(), await suspects(house, batch, is_all=False), 1.0, 8, PROFILE)
     return tripwire.tripped((one.submission, one.log_ratios) for one in looked)
 
 
