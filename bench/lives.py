@@ -4,7 +4,7 @@ SmolLM2 generates in bfloat16 and is replayed in float32, once for each temperat
 profile, the other half is resampled into lives of 200 submissions of 16 rollouts, every one audited, which is more than
 any node ever is. Noise beyond the recorded is that of the recorded log-probabilities, drawn anew at every position and
 multiplied. Prints one JSON object as its last line. Needs models/smollm2-135m (scripts/get_smollm2.py); `--quick` takes
-an eighth of the rollouts and a tenth of the lives.
+a quarter of the rollouts and a tenth of the lives.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def main() -> None:
     generator, verifier = engine_of(model, "bfloat16", 2), engine_of(model, "float32", 2)
     rows: list[dict[str, Any]] = []
     for t in TEMPERATURES:
-        seen, noise = record(generator, verifier, prompts, t, 48 if is_quick else 384)
+        seen, noise = record(generator, verifier, prompts, t, 48 if is_quick else 192)
         known, judged, of_all = seen[::2], seen[1::2], np.concatenate(noise)
         profile = bounds.calibrate("torch-cpu-bf16", known, noise=of_all, tolerance=TOLERANCE["bfloat16"] / t)
         flipped = sum(map(evidence.flips, seen)) / sum(len(one.gap) for one in seen)

@@ -44,7 +44,7 @@ def test_a_profile_is_made_before_a_run_that_none_fits(tmp_path: Path, monkeypat
     monkeypatch.setattr(fitting, "TOKENS", 300)
     said: list[str] = []
     found = asyncio.run(fitting.calibrated(config(tmp_path, temperature=0.5), said.append))
-    (profile,) = {load_profiles(found).run}
+    profile = load_profiles(found).run
     assert profile.scope is not None
     assert (profile.name, profile.scope.temperature, profile.scope.tokens) == ("torch-cpu-fp32", 0.5, 16)
     assert profile.margin == 3
