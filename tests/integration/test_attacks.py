@@ -624,8 +624,11 @@ def test_changing_its_role_gets_a_granted_key_no_unaudited_training(house) -> No
         await turncoat.post("/v1/nodes", m.Register(version=m.VERSION, role="worker"), m.Welcome)
         lease = await house.lease("val-2")
         assert lease.purpose == "train"
-        await turncoat.post("/v1/nodes", m.Register(version=m.VERSION, role="validator"), m.Welcome)
+        back = m.Register(version=m.VERSION, role="validator")
+        with pytest.raises(errors.Conflict, match="before you change"):
+            await turncoat.post("/v1/nodes", back, m.Welcome)
         await house.submit("val-2", lease)
+        await turncoat.post("/v1/nodes", back, m.Welcome)
         assert house.statuses(AUDITS) == {"open": 1}
         assert house.statuses(ROLLOUTS, lease=lease.lease) == {"held": 4}
 

@@ -421,8 +421,8 @@ def test_a_rollout_that_only_looks_odd_is_leased_again_and_nobody_is_blamed(hous
         for one in found.rollouts:
             margin = np.zeros(len(one.gap) // 4)
             margin[:2] = 0.5 if one.rollout == odd else 0.0
-            sure, close = np.full(len(margin), 0.9), np.full(len(margin), 1.5)
-            close[1] = 0.7
+            sure, close = np.full(len(margin), 0.9), np.full(len(margin), 9.0)
+            close[:2] = 1.5, 0.7
             seen = {"margin": margin, "pick": sure, "gap": close}
             packed = {name: wire.pack_floats(values) for name, values in seen.items()}
             rollouts.append(msgspec.structs.replace(one, **packed))
