@@ -239,6 +239,7 @@ heartbeat_s = 5.0
 groups = 4
 [trust]
 canaries = 0
+self_test = 0
 [coordinator]
 host = "{host}"
 port = {port}

@@ -69,7 +69,11 @@ def configuration(folder: Path, args: argparse.Namespace, database: str) -> Conf
         "lease": {"rollouts": ROLLOUTS_PER_LEASE, "ahead": 1e5, "heartbeat_s": HEARTBEAT_S, "lost_s": 4 * HEARTBEAT_S},
         "trust": {"canaries": 0},
         "eval": {"tasks": 0},
-        "coordinator": {"database": database, "rate_per_address": 1e6},  # one address, thousands of nodes
+        "coordinator": {
+            "database": database,
+            "rate_per_address": 1e6,
+            "connections_per_address": 0,
+        },  # one address, thousands of nodes
     }
     config = Config.model_validate(tree)
     config.folder.mkdir(parents=True)

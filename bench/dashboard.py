@@ -214,6 +214,7 @@ async def measure(app: FastAPI, addresses: dict[str, str], times: int) -> dict[s
             spent, worked = [], []
             for _ in range(times):
                 live.forget()
+                app.state.pages.accounts.forget()
                 since, cpu = time.perf_counter(), time.process_time()
                 answer = await client.get(address)
                 spent.append((time.perf_counter() - since) * 1e3)

@@ -32,7 +32,7 @@ from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.protocol.errors import Unreachable
 from farflung.tasks.found import Model
-from farflung.trust import evidence
+from farflung.trust import bounds, evidence
 from farflung.trust.evidence import Profile, Seen
 
 NAME = "vllm-cpu-bf16"
@@ -208,13 +208,13 @@ def _seen(verifier: LocalEngine, made: Sequence[Made]) -> Iterator[Seen]:
     for start in range(0, len(made), 64):
         say(f"replaying from {start} of {len(made)}")
         items = [(m.request, m.said.ids) for m in made[start : start + 64]]
-        yield from (Seen(found.gap, found.margin, found.pick) for found in verifier.replay(items))
+        yield from (Seen(found.gap, found.margin, found.pick, found.lead) for found in verifier.replay(items))
 
 
 def verdicts(views: Views, tolerance: float) -> dict[str, Any]:
     """Calibrated on every other honest rollout, judged on the others and on the cheats."""
     honest = views.fp32["honest"]
-    profile = evidence.calibrate(NAME, [*honest[::2], *views.bf16[::2]], tolerance=tolerance)
+    profile = bounds.calibrate(NAME, [*honest[::2], *views.bf16[::2]], tolerance=tolerance)
     judged = {"honest": honest[1::2], "honest, bf16 verifier": views.bf16[1::2]}
     judged |= {kind: seen for kind, seen in views.fp32.items() if kind != "honest"}
     rng = np.random.default_rng(1)
@@ -227,7 +227,7 @@ def _row(profile: Profile, seen: Sequence[Seen], rng: np.random.Generator) -> di
     tokens, pool = sum(one.tokens for one in found), np.array(found, dtype=object)
     ends = [until_caught(lambda: list(rng.choice(pool, SIZE)), 40) for _ in range(10)]
     caught = [end for end in ends if end is not None]
-    nats, margin = evidence.growth(profile, seen), np.concatenate([one.margin for one in seen])
+    nats, margin = bounds.growth(profile, seen), np.concatenate([one.margin for one in seen])
     row = {
         "tokens": tokens, "flipped": round(sum(one.flips for one in found) / tokens, 4),
         "mean_margin": round(float(margin.mean()), 5), "max_margin": round(float(margin.max()), 3),
@@ -243,7 +243,7 @@ def _row(profile: Profile, seen: Sequence[Seen], rng: np.random.Generator) -> di
 def write(views: Views, path: Path, tolerance: float) -> dict[str, Any]:
     """The profile that all honest rollouts give."""
     honest = [*views.fp32["honest"], *views.bf16]
-    profile = evidence.calibrate(NAME, honest, {"unseeded": views.fp32["unseeded"]}, tolerance=tolerance)
+    profile = bounds.calibrate(NAME, honest, {"unseeded": views.fp32["unseeded"]}, tolerance=tolerance)
     path.write_bytes(evidence.to_json(msgspec.structs.replace(profile, holds_published=False)) + b"\n")
     return {"positions": profile.honest.positions, "flips": profile.honest.flips, "q0": profile.q0}
 

@@ -34,7 +34,7 @@ from farflung.envs.sums import Sums
 from farflung.learner import checkpoint
 from farflung.rollouts.tripwire import tripped
 from farflung.tasks.found import Model
-from farflung.trust import evidence
+from farflung.trust import bounds, evidence
 from farflung.trust.evidence import Profile, Seen
 from farflung.trust.policy import audit_probability
 from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, submitted
@@ -96,7 +96,7 @@ def play(
         done = generator.generate([sent(request) for request in part])
         torch.set_num_threads(1)
         items = [(request, edit(item.ids)) for request, item in zip(part, done, strict=True) if item is not None]
-        yield from (Seen(replay.gap, replay.margin, replay.pick) for replay in verifier.replay(items))
+        yield from (Seen(replay.gap, replay.margin, replay.pick, replay.lead) for replay in verifier.replay(items))
 
 
 def findings(profile: Profile, seen: Sequence[Seen]) -> list[Finding]:
@@ -153,7 +153,7 @@ def honest(folder: Path, first: Tensors, last: Tensors, shapes: dict[str, Any], 
         budget, t = shapes["budget"], shapes["temperature"]
         asked = requests(rng, shapes["easy"], int(shapes["calibrate"] * share), t, budget)
         known = list(play(generator_of[id(first)], verifier_of[id(first)], asked, threads=kind.threads))
-        profile = evidence.calibrate(kind.name, known, tolerance=2e-3)
+        profile = bounds.calibrate(kind.name, known, tolerance=2e-3)
         asked = requests(rng, shapes["hard"], int(shapes["judge"] * share), t, budget)
         seen = list(play(generator_of[id(last)], verifier_of[id(last)], asked, threads=kind.threads))
         found = findings(profile, seen)
@@ -333,7 +333,7 @@ def power(
         pool = np.array(found, dtype=object)
         ends = [until_caught(lambda pool=pool: list(rng.choice(pool, SIZE))) for _ in range(runs)]
         caught = [end for end in ends if end is not None]
-        kl = evidence.growth(profile, seen)
+        kl = bounds.growth(profile, seen)
         is_caught = len(caught) == runs
         tokens = statistics.median(end[1] for end in caught) if is_caught else None
         bound = math.log(1 / SETTINGS.false_ejection_probability) / kl if kl else None
@@ -484,7 +484,7 @@ def _smol(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], is_quick
     maker = engine(SMOL, tensors(SMOL), Kind("torch-cpu-bf16"), sorted(Model(str(SMOL)).eos_ids))
     verifier = engine(SMOL, tensors(SMOL), Kind("torch-cpu-fp32"), sorted(Model(str(SMOL)).eos_ids))
     known = list(play(maker, verifier, requests(rng, prompts, 48 if is_quick else 512, 1.0, 24)))
-    profile = evidence.calibrate("torch-cpu-bf16", known, tolerance=2e-3)
+    profile = bounds.calibrate("torch-cpu-bf16", known, tolerance=2e-3)
     attacks = power(SMOL, profile, asked, "torch-cpu-fp32", rng, 100, QUICK_CHEATS if is_quick else ())
     if not is_quick:  # an audit takes whole rollouts, so short ones come nearer to the bound
         brief = power(SMOL, profile, requests(rng, prompts, 288, 1.0, 8), "torch-cpu-fp32", rng, 100)

@@ -172,7 +172,12 @@ def evidence(job: m.AuditJob, bad: Callable[[str], bool], **changes: Any) -> m.E
         gap = wire.pack_floats(np.full(size, 1.5))
         pick = wire.pack_floats(np.full(size, 0.5))
         far = distance(rollout.fingerprint, sketch_of(rollout.seed)) if job.fingerprint else None
-        floats = {"gap": gap, "margin": wire.pack_floats(margin), "pick": pick}
+        floats = {
+            "gap": gap,
+            "margin": wire.pack_floats(margin),
+            "pick": pick,
+            "lead": wire.pack_floats(np.full(size, -1.0)),
+        }
         seen.append(m.RolloutEvidence(rollout=rollout.rollout, distance=far, **floats))
     fields = {"run": RUN, "audit": job.audit, "manifest": job.manifest, "profile": "torch-cpu-fp32", "rollouts": seen}
     return m.Evidence(**fields | changes)
@@ -489,3 +494,7 @@ class House:
             assert tokens >= 0 or account == ledger.ISSUED, (account, tokens)
         tokens = {row.rollout: row.tokens for row in self.rows(sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.tokens))}
         assert all(amount == tokens[rollout] for rollout, amount in paid.items()), "paid twice, or not what it is worth"
+        per_node = sa.select(ROLLOUTS.c.node, sa.func.sum(ROLLOUTS.c.tokens)).group_by(ROLLOUTS.c.node)
+        in_escrow = per_node.where(ROLLOUTS.c.escrow_step.is_not(None))
+        owed = {ledger.escrow(row[0]): row[1] for row in self.rows(in_escrow)}
+        assert owed == {name: held for name, held in balances.items() if held and name.startswith("escrow:")}

@@ -156,7 +156,7 @@ class LeaseSection(Section):
 class TrustSection(Section):
     false_ejection_probability: float = setting(1e-6, "Bound on ever ejecting an honest node (alpha).", gt=0, lt=1)
     arbitrary_share: float = setting(3e-4, "Share of honest submissions allowed to be arbitrarily bad.", ge=0, lt=1)
-    cap: float = setting(450.0, "Most that one submission may count against a node.", gt=1)
+    cap: float = setting(500.0, "Most that one submission may count against a node.", gt=1)
     probation_rollouts: int = setting(64, "Clean audited rollouts before a node is trusted.", ge=1)
     probation_waiting: int = setting(1, "Submissions of one node on probation that may wait for replay.", ge=1)
     probation_slots: int = setting(16, "Nodes on probation whose work may wait for replay at a time.", ge=1)
@@ -171,13 +171,17 @@ class TrustSection(Section):
     canaries: int = setting(
         1, "Rollouts of the trainer's own, each step, that a validator must judge rightly.", ge=0, le=64
     )
+    self_test: int = setting(
+        8, "Rollouts of the trainer's own, every 4 steps, on which nodes try their arithmetic; 0 for none.", ge=0, le=64
+    )
     brake_share: float = setting(
-        0.05,
-        "Share of the nodes with a good record that may fail in one step before verdicts and training stop.",
+        0.9,
+        "Share of the verified work of nodes with a good record: if those that did more fail in one step, verdicts and "
+        "training stop; ejections wait until those that did the rest pass.",
         ge=0,
         le=1,
     )
-    brake_nodes: int = setting(3, "Nodes with a good record that must fail in one step before they stop.", ge=1)
+    brake_nodes: int = setting(3, "Nodes with a good record that must fail in one step for either.", ge=1)
     fingerprint: bool = setting(
         False, "Every rollout carries a fingerprint of the activations behind its first tokens, for audits to compare."
     )
@@ -229,18 +233,29 @@ class CoordinatorSection(Section):
     rate_per_address: float = setting(
         2000.0, "Most requests from one address (IPv6: /64) in a second, on average; 0 for no limit.", ge=0
     )
+    connections_per_address: int = setting(
+        2048, "Most connections from one address (IPv6: /64) to a process at a time; 0 for no limit.", ge=0
+    )
+    bodies_mb: float = setting(
+        256.0, "Most megabytes of submissions that a process receives at a time; 0 for no limit.", ge=0
+    )
     rate_burst_s: float = setting(10.0, "Seconds of these rates that may come at once.", ge=0.01, le=3600)
     proxies: tuple[str, ...] = setting(
         (), "Addresses of proxies whose X-Forwarded-For is believed; `*` for any, if nothing else can reach it."
+    )
+    hosts: tuple[str, ...] = setting(
+        (),
+        "Names that it is reached by, if any but addresses in digits, names without a dot and `host`; `*` for any. "
+        "Empty is any too behind `proxies` or with `tls_cert`, which check the name themselves.",
     )
     tls_cert: str = setting("", "PEM file of the certificate and its chain, to speak https; with `tls_key`.")
     tls_key: str = setting("", "PEM file of its private key.")
     tls_ca: str = setting(
         "", "PEM file of an authority that roles trust beside the usual ones; for join, FARFLUNG_CA_FILE names it."
     )
-    minimum_version: int = setting(2, "Oldest protocol version that may join.", ge=0)
+    minimum_version: int = setting(3, "Oldest protocol version that may join.", ge=0)
     claim_s: float = setting(30.0, "Seconds that a scorer or validator may keep what it claimed.", gt=0)
-    mature_steps: int = setting(2, "Steps until credit leaves escrow.", ge=0)
+    mature_steps: int = setting(2, "Commits from a payment until it leaves escrow and is credit.", ge=0)
 
 
 class RelaySection(Section):
@@ -269,6 +284,9 @@ class WorkerSection(Section):
     memory_gb: float = setting(0.0, "Most memory for the model; 0 for half of the machine's.", ge=0)
     upstream: tuple[str, ...] = setting((), "Relays to fetch weights from; empty for those that the run lists.")
     context: int = setting(0, "Longest prompt and completion taken, in tokens; 0 for no limit.", ge=0)
+    ignore_self_test: bool = setting(
+        False, "Work even if this machine's arithmetic is noisier than its profile allows."
+    )
     metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535)
 
 

@@ -28,12 +28,15 @@ from farflung.protocol import probe, wire
 from farflung.protocol.client import Client
 from farflung.protocol.errors import BadSignature, Conflict, StepTaken, WeightsError
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import Batch, BatchAnswer, Commit, Done
+from farflung.protocol.messages import Batch, BatchAnswer, Commit, Done, RolloutLook
 from farflung.protocol.session import Session
 from farflung.rollouts import stale
+from farflung.rollouts.agreement import Agreement, agree, refuse_long
 from farflung.rollouts.batch import Suspect, claim, fetch, suspects, trip
 from farflung.rollouts.tripwire import Looked, look, tripped
 from farflung.store.sinks import Sinks
+from farflung.tasks.longest import longest_text
+from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
@@ -75,6 +78,7 @@ class Trainer:
             try:
                 await asyncio.to_thread(self.load)
                 await self._arm()
+                await self._agree()
                 while not self.is_stopping and self.done_step < self.config.run.steps:
                     await self.step()
                 self.crew.end()
@@ -98,8 +102,21 @@ class Trainer:
         )
         folder = self.config.folder / "nodes" / "trainer" / "weights"
         self.weights = Versions(self.session, folder, use_relays=False, patch=patch)
-        self._profile = load_profile(self.config.model.profile)
+        run, *others = map(load_profile, (self.config.model.profile, *self.config.model.profiles))
+        self._profiles = Profiles(run, tuple(others))
         self._loaded = ""
+
+    async def _agree(self) -> None:
+        """Refuse a model that does not say the same to all who compute with it. Raises ConfigError."""
+        found = await asyncio.to_thread(self._try)
+        log.info("model agrees %s", found)
+        if found.ways.most_tokens is not None:
+            refuse_long(found, await longest_text(self.config))
+
+    def _try(self) -> Agreement:
+        with self.session.figures.working():
+            self.engine.load(self.crew.tensors())
+            return agree(self.engine)
 
     def load(self) -> None:
         """The base model, or the latest checkpoint."""
@@ -143,9 +160,7 @@ class Trainer:
         batch = answer.batch
         before, self._checked_s, self._seen = time.monotonic(), 0.0, {}
         if self.config.learn.tripwire and not batch.committed:
-            while caught := await self._trip(batch):
-                log.warning("tripwire step=%d submissions=%d", step, len(caught))
-                await trip(self.session, step, caught)
+            while await self._trip(batch):
                 again = (await claim(self.session, step, WAIT_S)).batch
                 assert again is not None, "an open step keeps its batch"
                 batch = again
@@ -174,8 +189,8 @@ class Trainer:
         finally:
             self._asking = None
 
-    async def _trip(self, batch: Batch) -> list[str]:
-        """Submissions of a batch whose text is not what their seeds give.
+    async def _trip(self, batch: Batch) -> int:
+        """Replay a batch, and have what is not what its seeds give taken out; gives 0 if the batch stays as it is.
 
         Several updates need to know what every rollout was worth before the first, so then none is left out.
         """
@@ -187,12 +202,15 @@ class Trainer:
             part = [one for one in every if one.manifest == digest]
             found += await asyncio.to_thread(self._look, digest, part, batch.temperature)
         self._seen = {one.rollout: one.logp for one in found}
-        return tripped((one.submission, one.log_ratios) for one in found if not one.is_audited)
+        looked = [RolloutLook(rollout=one.rollout, flips=one.flips, allowed=one.allowed) for one in found]
+        if caught := tripped((one.submission, one.log_ratios) for one in found if not one.is_audited):
+            log.warning("tripwire step=%d submissions=%d", batch.step, len(caught))
+        return len(caught) + await trip(self.session, batch.step, caught, looked)
 
     def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[Looked]:
         with self.session.figures.working():
             self._hold(digest)
-            return look(self.engine, part, temperature, self.config.generate.budget, self._profile)
+            return look(self.engine, part, temperature, self.config.generate.budget, self._profiles)
 
     async def _take(self, batch: Batch) -> None:
         self.session.figures.phase = f"training step {batch.step}"

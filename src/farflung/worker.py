@@ -19,7 +19,9 @@ from farflung.protocol import probe
 from farflung.protocol.client import Client
 from farflung.protocol.errors import (
     BadSignature,
+    ConfigError,
     Ejected,
+    FarflungError,
     LeaseGone,
     Malformed,
     NotFound,
@@ -29,10 +31,12 @@ from farflung.protocol.errors import (
     WrongWeights,
 )
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, Submission
+from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, SelfTest, Submission
 from farflung.protocol.session import Session
+from farflung.rollouts import selftest
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, slices_of, submission_of, submit
+from farflung.trust.evidence import Profile
 from farflung.weights.cache import Versions
 from farflung.weights.fetch import fetch_model_config, tensors
 from farflung.weights.patch import patch
@@ -49,12 +53,7 @@ Wrap = Callable[[Engine], Engine]
 def refuse_oversize(config: bytes, dtype: torch.dtype, memory_gb: float) -> None:
     """Raise WeightsError before memory is taken for a model that this machine should not hold."""
     limit = memory_gb * 1e9 or psutil.virtual_memory().total / 2
-    need = model_bytes(config, dtype)
-    if need > limit:
-        raise WeightsError(
-            f"the run's model takes {need / 1e9:.1f} GB of memory, this node allows {limit / 1e9:.1f} GB; "
-            "allow more with --memory-gb, or join another run"
-        )
+    model_bytes(config, dtype, limit)
 
 
 class Worker:
@@ -82,6 +81,7 @@ class Worker:
         self.engine: Engine
         self.weights: Versions
         self._paced_at = time.monotonic()
+        self._idle_because, self._is_tried = "", False
         self._held = ("", b"")
         """A probe and the values of its slices in the engine."""
 
@@ -91,6 +91,7 @@ class Worker:
         port = self.settings.metrics_port
         async with self.session.stay("worker", self.drain, metrics_port=port, on_pulse=self.weights.prefetch):
             try:
+                await self._prepare()
                 while not self.is_stopping and not self.session.is_over:
                     await self.step()
             except Ejected as error:
@@ -132,6 +133,37 @@ class Worker:
             config, dtype=dtype, threads=settings.threads, eos_ids=eos_ids, max_rows=settings.slots
         )
 
+    async def _prepare(self) -> None:
+        """Load what the first lease will ask for, and try this machine's arithmetic on it. Raises ConfigError."""
+        manifest = self.session.latest.manifest
+        try:
+            if not manifest:
+                return
+            await self.load(manifest)
+        except FarflungError as error:  # a lease will ask for it again
+            log.warning("not loaded yet manifest=%s because=%s", manifest[:12], error)
+            return
+        await self.try_numerics(manifest)
+
+    async def try_numerics(self, manifest: str) -> None:
+        """Once, with the first version that has a self-test. Raises ConfigError where the noise is not forgiven."""
+        test = None if self._is_tried else await selftest.fetch_or_none(self.session, manifest)
+        profile = selftest.profile_in(self.session, test, self.settings.profile) if test else None
+        if test is None or profile is None:
+            return
+        self._is_tried, self.session.figures.phase = True, "self-test"
+        tried = await asyncio.to_thread(self._attempt, test, profile)
+        if tried is None:
+            log.info("no self-test because=%s cannot tell gaps", self.settings.engine)
+            return
+        log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.told)
+        if not tried.is_forgiven and not self.settings.ignore_self_test:
+            raise ConfigError(f"{tried.told}, or work all the same with --ignore-self-test")
+
+    def _attempt(self, test: SelfTest, profile: Profile) -> selftest.Tried | None:
+        with self.session.figures.working("proof"):
+            return selftest.attempt(self.engine, test, profile)
+
     def drain(self) -> None:
         """Stop soon: what is complete is handed in, the rest goes back."""
         log.info("draining phase=%s", self.session.figures.phase)
@@ -148,15 +180,26 @@ class Worker:
         self.session.latest = answer.latest
         self.weights.prefetch()
         if answer.lease is None:
-            log.debug("no lease because=%s", answer.reason)
+            self._say_why(answer.reason)
             await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
             return
+        self._idle_because = ""
         await self._work(await open_lease(self.session, answer.lease))
+
+    def _say_why(self, reason: str) -> None:
+        """That there is no work, once for each reason, so that no node idles without a word."""
+        if reason.rstrip("0123456789 s") != self._idle_because:
+            self._idle_because = reason.rstrip("0123456789 s")
+            log.info("no lease because=%s standing=%r", reason, str(self.session.standing))
 
     async def _work(self, lease: Lease) -> None:
         try:
             await self.load(lease.manifest)
+            await self.try_numerics(lease.manifest)
             await self._hand_in(lease)
+        except ConfigError:
+            await self._return(lease)
+            raise
         except WrongWeights as error:
             log.error("loading the weights anew because=%s", error)
             self.session.figures.loaded_step = -1
@@ -197,7 +240,8 @@ class Worker:
         submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
         self.session.figures.phase = "submitting"
         await self.send(lease, submission)
-        log.info("submitted lease=%s step=%d rollouts=%d", lease.lease, lease.step, len(done))
+        told = lease.lease, lease.step, len(done), str(self.session.standing)
+        log.info("submitted lease=%s step=%d rollouts=%d standing=%r", *told)
 
     async def _keep_pace(self, done: list[tuple[str, Completion]]) -> None:
         """Be no faster than was asked for, over the last few seconds."""

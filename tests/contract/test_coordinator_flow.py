@@ -541,7 +541,8 @@ def test_a_node_that_refuses_every_lease_is_leased_less_and_less(house) -> None:
 
 def test_groups_that_nobody_can_complete_do_not_end_all_leasing(make_house) -> None:
     """Four groups may be in progress; four of step 0 lose their nodes when step 2 is the latest."""
-    house = make_house(run={"steps": 9}, lease={"ahead": 2.0})
+    trust = {"probation_rollouts": 99, "probation_waiting": 99}  # nobody is trusted, for whom half would be kept
+    house = make_house(run={"steps": 9}, lease={"ahead": 2.0}, trust=trust)
 
     async def scenario(house) -> None:
         await house.step(0)

@@ -332,7 +332,43 @@ def test_odd_paths_are_not_found(house, path) -> None:
 
 @pytest.mark.parametrize("path", ["/nowhere", "/v1/", "/v1"])
 def test_an_odd_host_header_is_no_crash(house, path) -> None:
-    assert send(house, "GET", path, headers={"host": "[::1"}).status_code in (200, 404)
+    assert send(house, "GET", path, headers={"host": "[::1"}).status_code == 421
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/runs/test/status", "/metrics", "/", "/story/test", "/static/style.css"])
+def test_a_name_that_a_stranger_points_here_reads_nothing(house, path) -> None:
+    """DNS rebinding: a page of evil.example has its name point to this machine and asks on."""
+    refused = send(house, "GET", path, headers={"host": "evil.example:8000"})
+    assert (refused.status_code, code(refused)) == (421, "misdirected")
+    assert "coordinator.hosts" in refused.json()["detail"]
+    for host in ("127.0.0.1:8000", "[::1]:8000", "localhost", "box.localhost:1", "coordinator:8000", "203.0.113.5"):
+        assert send(house, "GET", path, headers={"host": host}).status_code == 200, host
+
+
+def test_a_coordinator_answers_to_the_names_that_it_is_given(make_house) -> None:
+    named = make_house(coordinator={"hosts": ["run.example.org"], "proxies": ["*"]})
+    assert send(named, "GET", "/v1", headers={"host": "Run.Example.Org.:443"}).status_code == 200
+    assert send(named, "GET", "/v1", headers={"host": "evil.example"}).status_code == 421
+    behind = make_house(coordinator={"proxies": ["10.0.0.1"]})
+    assert send(behind, "GET", "/v1", headers={"host": "run.example.org"}).status_code == 200
+
+
+def test_nobody_is_told_where_on_the_operators_disk_things_are(house) -> None:
+    started(house)
+    folder = str(house.config.folder.parent.parent)
+    assert house.config.model.path.startswith("/")
+    status = send(house, "GET", f"{house.path}/status")
+    assert status.json()["model"] == "base"
+    for path in (f"{house.path}/status", "/", "/story/test", "/story/test-step-0"):
+        transport = httpx2.ASGITransport(app=house.coordinator.app())
+
+        async def ask(path=path, transport=transport):
+            async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+                return (await client.get(path)).text
+
+        text = asyncio.run(ask())
+        assert folder not in text, path
+        assert house.config.model.path not in text, path
 
 
 def test_wrong_methods_and_numbers(house) -> None:
@@ -545,20 +581,36 @@ def test_samples_asked_for_at_once_go_to_one_node_each(house) -> None:
     house.run(scenario)
 
 
-def test_an_ejected_key_stays_ejected_however_it_registers(house) -> None:
+@pytest.mark.parametrize("role", ["worker", "relay"])
+def test_an_ejected_key_is_out_in_every_role(house, role) -> None:
     async def scenario(house) -> None:
         await house.step(0)
         await house.work("eve", 3)
         await house.audit(lambda rollout: True)
-        del house.clients["eve"]
-        await house.client("eve")
+        eve, url = house.clients["eve"], "http://8.8.8.8:80" if role == "relay" else ""
+        with pytest.raises(errors.Ejected, match="GET /v1/story/"):
+            await eve.post("/v1/nodes", m.Register(version=m.VERSION, role=role, url=url), m.Welcome)
         with pytest.raises(errors.Ejected):
             await house.lease("eve")
-        eve = house.clients["eve"]
-        await eve.post("/v1/nodes", m.Register(version=m.VERSION, role="relay", url="http://127.0.0.1:1"), m.Welcome)
-        with pytest.raises(errors.Refusal):
-            await house.lease("eve")
         assert house.row(NODES, house.named("eve").id).status == "ejected"
+        assert not (await eve.get(f"{house.path}/relays", m.Relays)).relays
+
+    house.run(scenario)
+
+
+def test_a_relay_whose_key_is_ejected_is_no_longer_listed(house) -> None:
+    relay = m.Register(version=m.VERSION, role="relay", url="http://8.8.8.8:80")
+
+    async def scenario(house) -> None:
+        await house.step(0)
+        eve = await house.client("eve")
+        await eve.post("/v1/nodes", relay, m.Welcome)
+        assert len((await eve.get(f"{house.path}/relays", m.Relays)).relays) == 1
+        eject = m.Rollback(to_step=0, without=[eve.key.id])
+        await house.line("coordinator").post(f"{house.admin_path}/rollback", eject, m.Done)
+        assert not (await eve.get(f"{house.path}/relays", m.Relays)).relays
+        with pytest.raises(errors.Ejected):
+            await house.lease("eve")
 
     house.run(scenario)
 
@@ -572,8 +624,11 @@ def test_changing_its_role_gets_a_granted_key_no_unaudited_training(house) -> No
         await turncoat.post("/v1/nodes", m.Register(version=m.VERSION, role="worker"), m.Welcome)
         lease = await house.lease("val-2")
         assert lease.purpose == "train"
-        await turncoat.post("/v1/nodes", m.Register(version=m.VERSION, role="validator"), m.Welcome)
+        back = m.Register(version=m.VERSION, role="validator")
+        with pytest.raises(errors.Conflict, match="before you change"):
+            await turncoat.post("/v1/nodes", back, m.Welcome)
         await house.submit("val-2", lease)
+        await turncoat.post("/v1/nodes", back, m.Welcome)
         assert house.statuses(AUDITS) == {"open": 1}
         assert house.statuses(ROLLOUTS, lease=lease.lease) == {"held": 4}
 

@@ -75,6 +75,55 @@ def test_new_keys_that_hold_leases_take_slots_and_leave_work_for_the_trusted(few
     few.run(scenario)
 
 
+async def become(house, name: str, role: str) -> None:
+    register = m.Register(version=m.VERSION, name=name, role=role)
+    await (await house.client(name)).post("/v1/nodes", register, m.Welcome)
+
+
+def test_a_slot_is_kept_by_its_lease_and_no_role_is_changed_while_one_is_open(few) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        await house.make_trusted("ada")
+        got = []
+        for name in (f"sybil-{i}" for i in range(40)):
+            if lease := await house.ask(name):
+                got.append((name, lease))
+                with pytest.raises(errors.Conflict, match=f"{lease.lease} as a worker; submit it or hand it back"):
+                    await become(house, name, "relay")
+            else:
+                await become(house, name, "relay")
+        assert len(got) == 2
+        assert await house.ask("ada") is not None
+        for name, lease in got:
+            await house.submit(name, lease)
+            await become(house, name, "relay")
+        assert house.statuses(AUDITS)["open"] == 2
+        assert await house.ask("sybil-40") is None, "a relay that waits for its replay has a slot still"
+
+    few.run(scenario)
+
+
+def test_new_keys_leave_half_of_a_small_run_to_the_trusted(make_house) -> None:
+    """Sixteen slots would do for all of sixteen groups ahead."""
+    house = make_house(trust={"probation_slots": 16, "probation_waiting": 1}, learn={"groups": 8})
+
+    async def scenario(house) -> None:
+        await house.step(0)
+        new = [await house.ask(f"sybil-{i}") for i in range(4)]
+        assert None not in new, "without a trusted node new ones get all there is"
+        for i, lease in enumerate(new):
+            await house.give_back(f"sybil-{i}", lease)
+        for i in range(8):
+            await house.make_trusted(f"ada-{i}")
+        await house.step(1)
+        sybils = [lease for i in range(40) if (lease := await house.ask(f"eve-{i}"))]
+        assert len({group.group for lease in sybils for group in lease.groups}) == 8
+        trusted = [lease for i in range(8) if (lease := await house.ask(f"ada-{i}"))]
+        assert len(trusted) == 8
+
+    house.run(scenario)
+
+
 def test_whoever_lets_a_lease_lapse_waits_before_the_next(house) -> None:
     async def scenario(house) -> None:
         await house.step(0)
@@ -91,7 +140,7 @@ def test_whoever_lets_a_lease_lapse_waits_before_the_next(house) -> None:
 
 
 def test_text_without_variance_is_looked_at_before_it_is_paid_for_good(make_house) -> None:
-    """A group whose rewards are equal is dropped; a quarter of such groups meets the tripwire all the same."""
+    """A group whose rewards are equal is dropped; one rollout of each node's part meets the tripwire all the same."""
     house = make_house(
         trust={"audit_floor": 0.0, "audit_scale": 0.0, "audit_least": 0.0, "probation_waiting": 99},
         learn={"groups": 40, "oversample": 1.0},
@@ -107,7 +156,8 @@ def test_text_without_variance_is_looked_at_before_it_is_paid_for_good(make_hous
             await house.score(lambda rollout: 0.0)
             batch = await house.claim_step(1)
         assert len(batch.groups) <= 1, "nothing to learn but from its first work"
-        assert 0 < len(batch.spare) < 40
+        assert {len(group.rollouts) for group in batch.spare} == {1}
+        assert len(batch.spare) == 40 - len(batch.groups)
         suspect = next(r for group in batch.spare for r in group.rollouts if not r.is_audited)
         trips = m.Trips(submissions=[suspect.submission])
         assert (await house.tell("trainer", "steps/1/trip", trips, m.Done)).changed >= 1

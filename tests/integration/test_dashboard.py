@@ -93,13 +93,64 @@ def test_odd_questions_get_the_table_anyway(house, query) -> None:
     assert answer.status_code == 200
 
 
-@pytest.mark.parametrize(
-    "path", ["/rollouts?older=nan~r", "/rollouts?older=x", "/rollouts?newer=1e999~", "/rollouts?status='"]
-)
-def test_odd_cursors_get_a_page(house, path) -> None:
+ODD = {
+    "/story?id=a/b": 404,
+    "/story?id=%00": 404,
+    "/story?id=" + "a" * 5000: 404,
+    "/story?id=../../v1": 404,
+    "/story?id=//evil.example": 404,
+    "/story/%00": 404,
+    "/story/a%2Fb": 404,
+    "/story/a/b": 404,
+    "/story/" + "a" * 5000: 404,
+    "/story/%F0%9F%92%A9": 404,
+    "/rollouts?older=nan~x": 400,
+    "/rollouts?older=inf~x": 400,
+    "/rollouts?older=x": 400,
+    "/rollouts?newer=1e999~": 400,
+    "/rollouts?newer=1~%00": 400,
+    "/rollouts?status='": 400,
+    "/rollouts?node=%00": 404,
+    "/ledger?before=99999999999999999": 400,
+    "/ledger?before=99999999999999999999": 400,
+    "/ledger?before=-1": 400,
+    "/ledger?before=%D9%A1": 400,
+    "/weights?until=999999999999999": 400,
+    "/weights?until=1e3": 400,
+}
+
+
+@pytest.mark.parametrize("path", ODD)
+def test_an_odd_question_gets_a_page_that_says_what_was_wrong(house, path) -> None:
     house.run(some_steps)
     (answer,) = get(house.coordinator.app(), path)
-    assert answer.status_code == 200
+    assert answer.status_code == ODD[path]
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "Nothing here" in answer.text
+    assert " is no " in answer.text
+
+
+def test_the_search_box_finds_nodes_by_names_that_are_no_ids(house) -> None:
+    async def scenario(house) -> None:
+        await house.line("ada").post("/v1/nodes", m.Register(version=m.VERSION, name="my box/2 (a+b)"), m.Welcome)
+
+    house.run(scenario)
+    found, spaced = get(house.coordinator.app(), "/story?id=my box/2 (a%2Bb)", "/story?id=+test+")
+    assert (found.status_code, found.headers["location"]) == (303, f"/story/{house.named('ada').id}")
+    assert (spaced.status_code, spaced.headers["location"]) == (303, "/story/test")
+
+
+def test_a_page_that_breaks_tells_nothing_of_why(house, caplog, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(browse, "accounts", broken)
+    (answer,) = get(house.coordinator.app(), "/ledger")
+    assert answer.status_code == 500
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "secret detail" not in answer.text
+    assert "secret detail" in caplog.text
 
 
 def test_paging_shows_every_rollout_once_there_and_back(house, monkeypatch) -> None:
@@ -153,7 +204,7 @@ def test_events_carry_what_changed(house) -> None:
 
     async def listen() -> list[bytes]:
         found: list[bytes] = []
-        async for chunk in house.coordinator.pages.live.events():
+        async for chunk in house.coordinator.pages.live.events("192.0.2.1"):
             found.append(chunk)
             if len(found) == 2:
                 return found

@@ -285,13 +285,15 @@ def test_gap_and_margin_by_hand(tiny_qwen) -> None:
 def test_scores_are_float32_even_where_logits_are_bfloat16() -> None:
     request, sent = Request((2,), 5, 0.7, 9), (7, 8, 9)
     logits = (torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 8).bfloat16()
-    gap, margin, pick, logp = replay_module._compare(logits, [(request, sent)], [3])
+    gap, margin, pick, lead, logp = replay_module._compare(logits, [(request, sent)], [3])
     scores = (logits.float() / 0.7 + noise.gumbel([5] * 3, [0, 1, 2], 32)).numpy()
     np.testing.assert_allclose(margin, scores.max(axis=1) - scores[range(3), list(sent)], atol=1e-5)
     assert (gap >= 0).all()
     chance = torch.softmax(logits.float() / 0.7, dim=1).numpy()
     np.testing.assert_allclose(pick, chance[range(3), scores.argmax(axis=1)], rtol=1e-5)
     np.testing.assert_allclose(np.exp(logp), chance[range(3), list(sent)], rtol=1e-5)
+    first, second = scores.argsort(axis=1)[:, -1], scores.argsort(axis=1)[:, -2]
+    np.testing.assert_allclose(np.exp(lead), chance[range(3), second] / chance[range(3), first], rtol=1e-4)
 
 
 def test_replay_does_not_depend_on_its_chunks_and_takes_empty_rows(tiny_qwen) -> None:

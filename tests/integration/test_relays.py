@@ -1,6 +1,7 @@
 """Relays that lie, stall or die: every node still ends with the right bytes, and nothing wrong is ever kept."""
 
 import asyncio
+import contextlib
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from backports import zstd
 from safetensors.torch import save
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -18,7 +20,7 @@ from starlette.routing import Route
 from farflung.learner import room
 from farflung.protocol.client import Client
 from farflung.protocol.digest import digest_of
-from farflung.protocol.errors import BadSignature, Busy, FarflungError, WeightsError
+from farflung.protocol.errors import BadSignature, Busy, FarflungError, Malformed, WeightsError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Manifest, Shard
 from farflung.weights import cache, download, pieces
@@ -29,6 +31,7 @@ from farflung.weights.mirror import Mirror
 from farflung.weights.publish import describe
 from standin import TRAINER, Source, papers, served, session_with
 
+EMPTY_FRAME = zstd.compress(b"")
 STRANGER = Key(b"x" * 32)
 WEIGHTS = {"a": torch.arange(60_000, dtype=torch.bfloat16), "b": torch.ones(7, 5, dtype=torch.bfloat16)}
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -129,7 +132,22 @@ def dying(shard: bytes) -> Handler:
     return handle
 
 
+def packing(shard: bytes) -> Handler:
+    """A quarter of a megabyte of empty zstd frames, which a client that unpacks sits over for half a second."""
+    body = EMPTY_FRAME * (262_144 // len(EMPTY_FRAME))
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Encoding: zstd\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+        writer.close()
+
+    return handle
+
+
 HOSTILE = {
+    "sends packed nothings": packing,
     "flips a bit": answering(flipped),
     "truncates": answering(lambda shard: (len(shard) // 2, shard[: len(shard) // 2])),
     "sends an older shard": answering(lambda shard: (5, b"older")),
@@ -194,6 +212,34 @@ def test_a_hostile_relay_among_honest_ones_is_found_out(name: str, tmp_path: Pat
             assert len(honest.sent) > 5
             assert [path.name for path in tmp_path.iterdir()] == [digest_of(shard)]
             relay.close()
+
+    asyncio.run(scene())
+
+
+def test_packed_nothings_hold_nobodys_loop(tmp_path: Path) -> None:
+    """Whoever fetches goes on with everything else meanwhile: heartbeats, and as a relay other nodes' shards."""
+
+    async def scene() -> None:
+        relay = await asyncio.start_server(packing(b""), "127.0.0.1", 0)
+        client = Client(f"http://127.0.0.1:{relay.sockets[0].getsockname()[1]}", STRANGER, patience_s=0.0)
+        longest, stop = 0.0, asyncio.Event()
+
+        async def tick() -> None:
+            nonlocal longest
+            while not stop.is_set():
+                since = time.perf_counter()
+                await asyncio.sleep(0)
+                longest = max(longest, time.perf_counter() - since)
+
+        ticking = asyncio.create_task(tick())
+        for ask in (client.download("/"), client.download_range("/", 0, 9), client.get("/", Manifest)):
+            with pytest.raises(Malformed, match="packed as 'zstd'"):
+                await ask
+        stop.set()
+        await ticking
+        await client.close()
+        relay.close()
+        assert longest < 0.25
 
     asyncio.run(scene())
 

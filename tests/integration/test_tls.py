@@ -48,7 +48,8 @@ def certify(folder: Path) -> tuple[Path, Path]:
 def command(folder: Path, *flags: str) -> list[str]:
     """The coordinator's command line."""
     config = folder / "tls.toml"
-    config.write_text(f'[run]\nname = "tls"\ndir = "{folder}"\n[model]\npath = "{BASE}"\n[env]\ntrain_tasks = 64\n')
+    tree = f'[run]\nname = "tls"\ndir = "{folder}"\n[model]\npath = "{BASE}"\n'
+    config.write_text(tree + "[env]\ntrain_tasks = 64\n[generate]\nbudget = 32\n")
     return [sys.executable, "-m", "farflung", "coordinator", str(config), *flags]
 
 

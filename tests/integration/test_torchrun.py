@@ -145,7 +145,7 @@ def sites(make_house) -> Iterator[Any]:
         house = make_house(
             run={"steps": 4},
             eval={"tasks": 0},
-            trust={"canaries": 0},
+            trust={"canaries": 0, "self_test": 0},
             learn={
                 "tripwire": False,
                 "lr": 1e-3,

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from farflung.protocol import errors
 from farflung.protocol import messages as m
+from farflung.rollouts import standing
 from farflung.rollouts.tripwire import tripped
-from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS
+from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS, VERDICTS
 from farflung.trust.evidence import CHEATS
 
 
@@ -89,3 +91,70 @@ def test_one_bad_rollout_trips_its_whole_submission() -> None:
     good, bad = np.full(len(CHEATS), -2.0), np.full(len(CHEATS), 9.0)
     assert tripped([("a", good), ("b", good), ("b", bad), ("c", good)]) == ["b"]
     assert tripped([]) == []
+
+
+# --- what all replays add up to --------------------------------------------------------------------------------------
+
+
+async def looked(house, batch: m.Batch, flips) -> int:
+    """Report every rollout of a batch as replayed; `flips` gives how many tokens of one are not the seed's."""
+    rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
+    told = [m.RolloutLook(rollout=one.rollout, flips=flips(one), allowed=0.5) for one in rollouts]
+    message = m.Trips(submissions=[], looked=told)
+    return (await house.tell("trainer", f"steps/{batch.step}/trip", message, m.Done)).changed
+
+
+def test_a_node_whose_flips_follow_reward_is_ejected_before_its_batch_is_trained(make_house) -> None:
+    house = make_house(
+        trust={"audit_floor": 0.0, "audit_scale": 0.0}, learn={"groups": 8, "oversample": 1.0}, run={"steps": 30}
+    )
+
+    async def scenario(house) -> None:
+        await house.step(0)
+        await house.make_trusted("eve")
+        eve = house.named("eve").id
+        for step in range(1, 30):
+            while (batch := await house.claim_step(step)) is None:
+                await house.work("eve")
+                await house.audit()
+                await house.score()
+            changed = await looked(house, batch, lambda one: 5 * int(one.reward))
+            if changed:
+                break
+            await house.commit(batch)
+        assert house.row(NODES, eve).status == "ejected"
+        assert step < 5
+        (verdict,) = house.rows(sa.select(VERDICTS.c.document).where(VERDICTS.c.outcome == "eject"))
+        assert b"its flips follow reward" in verdict[0]
+        again = await house.claim_step(step)
+        assert not again.groups, "nothing of it is trained on"
+
+    house.run(scenario)
+
+
+def test_flips_that_follow_nothing_have_no_consequence_and_each_rollout_counts_once(quiet) -> None:
+    async def scenario(house) -> None:
+        batch = await batched(house)
+        assert await looked(house, batch, lambda one: int(one.sample == 1)) == 0
+        eve = house.named("eve").id
+        watched = standing.read(house.row(NODES, eve)).watched
+        assert watched.rollouts == sum(
+            house.row(ROLLOUTS, one.rollout).node == eve for group in batch.groups for one in group.rollouts
+        )
+        assert await looked(house, batch, lambda one: 9) == 0
+        assert standing.read(house.row(NODES, eve)).watched == watched, "asked twice, it changes nothing"
+
+    quiet.run(scenario)
+
+
+def test_a_rollout_of_another_batch_is_not_written_to(quiet) -> None:
+    async def scenario(house) -> None:
+        batch = await batched(house)
+        lease = await house.lease("ada")
+        await house.submit("ada", lease)
+        other = lease.groups[0].samples[0].rollout
+        message = m.Trips(submissions=[], looked=[m.RolloutLook(rollout=other, flips=3, allowed=0.5)])
+        await house.tell("trainer", f"steps/{batch.step}/trip", message, m.Done)
+        assert house.row(ROLLOUTS, other).flips is None
+
+    quiet.run(scenario)

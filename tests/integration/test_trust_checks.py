@@ -1,6 +1,7 @@
 """Canaries for validators, the brake, the diagnosis of suspects, chained receipts, rollback, and the veil."""
 
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from farflung.rollouts import canary
 from farflung.rollouts.receipts import Receipts
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS, RUNS, STEPS, VERDICTS
-from farflung.trust.diagnose import diagnose
+from farflung.trust.diagnose import UNSEEDED, diagnose
 from farflung.trust.evidence import Profile, Seen, Tally
 
 
@@ -39,7 +40,7 @@ def is_spoiled(house, job: m.AuditJob) -> bool | None:
     """Whether a job is a spoiled canary; None for a real audit."""
     if house.rows(sa.select(AUDITS).where(AUDITS.c.audit == job.audit)):
         return None
-    kept = msgspec.msgpack.decode(house.rows(sa.select(STEPS.c.canaries))[0][0], type=list[canary.Kept])
+    kept = canary.made(house.rows(sa.select(STEPS.c.canaries))[0][0]).canaries
     return job.rollouts[0].ids not in {one.ids for one in kept}
 
 
@@ -104,7 +105,7 @@ CROWD = [f"node-{i}" for i in range(5)]
 
 @pytest.fixture
 def crowd(make_house):
-    """A run in which every rollout is audited, nodes are soon trusted, and two failures are too many."""
+    """A run in which every rollout is audited, nodes are soon trusted, and two that fail raise doubts."""
     return make_house(trust={"brake_nodes": 2, "audit_floor": 1.0, "audit_least": 1.0}, learn={"groups": 32})
 
 
@@ -118,7 +119,7 @@ def test_when_many_good_nodes_fail_at_once_nothing_is_judged_until_the_operator_
                 await house.work(name)
         await house.audit(lambda rollout: True)
         said = await status(house)
-        assert "2 of 5 nodes with a good record failed verification at step 0" in said.brake
+        assert "5 nodes that did 100% of the work with a good record failed verification at step 0" in said.brake
         assert said.brake in said.warnings
         assert house.statuses(NODES, role="worker")["ejected"] == 0
         batch = await house.tell("trainer", "steps/1/claim", m.ClaimStep(), m.BatchAnswer)
@@ -141,7 +142,7 @@ PROFILE = Profile("p", (0.1, 1.0), (0.3, 0.01, 1e-4), Tally((1, 1, 1), (0, 0, 0)
 
 def seen(flipped: int, of: int = 20) -> list[Seen]:
     margin = np.array([2.0] * flipped + [0.0] * (of - flipped))
-    return [Seen(np.full(of, 2.5), margin, np.full(of, 0.5))]
+    return [Seen(np.full(of, 2.5), margin, np.full(of, 0.5), np.full(of, -1.0))]
 
 
 def test_the_explanation_under_which_the_flips_vanish_is_named() -> None:
@@ -151,6 +152,64 @@ def test_the_explanation_under_which_the_flips_vanish_is_named() -> None:
     assert diagnose(PROFILE, seen(0), tried) == "", "nothing to explain"
     assert diagnose(PROFILE, seen(6), {}) == ""
     assert diagnose(PROFILE, seen(2, of=3), {"x": seen(0, of=3)}) == "", "too few tokens to say"
+
+
+def life(rng: np.random.Generator, tokens: int, flip) -> list[Seen]:
+    """Rollouts of twenty tokens of a policy that is sure at most positions; `flip` gives margins from (pick, gap)."""
+    found: list[Seen] = []
+    for _ in range(tokens // 20):
+        pick = np.where(rng.random(20) < 0.7, 1 - 10.0 ** -rng.uniform(2, 6, 20), rng.uniform(0.3, 0.99, 20))
+        gap = np.where(pick > 0.99, rng.uniform(4, 12, 20), rng.exponential(1.5, 20))
+        found.append(Seen(gap, flip(rng, pick, gap), pick, np.full(len(gap), -1.0)))
+    return found
+
+
+def honest(rng, pick, gap):
+    return np.zeros(len(gap))
+
+
+def unseeded(rng, pick, gap):
+    return np.where(rng.random(len(gap)) > pick, gap + rng.exponential(1.0, len(gap)), 0.0)
+
+
+def fabricated(rng, pick, gap):
+    return gap + rng.exponential(3.0, len(gap))
+
+
+def noisier(rng, pick, gap):
+    """Score noise of 0.15 nats where the profile has some 0.02."""
+    return np.where(rng.normal(0, 0.15, len(gap)) > gap, gap, 0.0)
+
+
+NARROW = Profile("p", (0.01, 0.05, 0.2), (0.3, 0.05, 1e-3, 1e-4), Tally((1,) * 4, (0,) * 4))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_other_noise_and_noisier_arithmetic_look_like_is_named(seed: int) -> None:
+    rng, names = np.random.default_rng(seed), {}
+    for cause in (unseeded, noisier, fabricated, honest):
+        seen = life(rng, 320, cause)
+        again = [Seen(one.gap, np.roll(one.margin, 1) * (rng.random(20) < 0.7), one.pick, one.lead) for one in seen]
+        names[cause.__name__] = diagnose(NARROW, seen, {"temperature 0.9": again})
+    assert names["unseeded"] == UNSEEDED
+    assert names["noisier"].startswith("noisier arithmetic") or names["noisier"] == ""
+    assert (names["fabricated"], names["honest"]) == ("", "")
+
+
+def test_noisier_arithmetic_is_named_with_its_size() -> None:
+    rng = np.random.default_rng(3)
+    named = diagnose(NARROW, life(rng, 4000, noisier), {"temperature 0.9": life(rng, 4000, noisier)})
+    (factor,) = re.findall(r"noisier arithmetic \(about ([\d.]+) times the profile's\)", named)
+    assert 3 <= float(factor) <= 16
+
+
+def test_a_temperature_that_explains_one_flip_by_chance_is_not_named() -> None:
+    """One flip in 23 tokens, as in the demo: another temperature leaves it clean, and other noise is as good."""
+    gap, pick = np.full(23, 9.0), np.full(23, 0.9999)
+    gap[5], pick[5], margin = 0.4, 0.6, np.zeros(23)
+    margin[5], lead = 0.4, np.full(23, -1.0)
+    tried = {"temperature 0.9": [Seen(gap, np.zeros(23), pick, lead)]}
+    assert diagnose(NARROW, [Seen(gap, margin, pick, lead)], tried) == ""
 
 
 def test_a_would_be_ejection_is_tried_under_other_explanations_and_the_verdict_names_the_best(house) -> None:
@@ -362,8 +421,8 @@ def test_a_rollout_that_only_looks_odd_is_leased_again_and_nobody_is_blamed(hous
         for one in found.rollouts:
             margin = np.zeros(len(one.gap) // 4)
             margin[:2] = 0.5 if one.rollout == odd else 0.0
-            sure, close = np.full(len(margin), 0.9), np.full(len(margin), 1.5)
-            close[1] = 0.7
+            sure, close = np.full(len(margin), 0.9), np.full(len(margin), 9.0)
+            close[:2] = 1.5, 0.7
             seen = {"margin": margin, "pick": sure, "gap": close}
             packed = {name: wire.pack_floats(values) for name, values in seen.items()}
             rollouts.append(msgspec.structs.replace(one, **packed))

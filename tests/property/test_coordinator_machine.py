@@ -167,7 +167,7 @@ def test_the_coordinator_keeps_its_books_whatever_happens(make_house, tmp_path) 
             latest = self.do(self.house.office.database.read(self.house.office.book.latest))
             batch = self.do(self.house.claim_step(latest.step + 1))
             if batch is not None and self.batch is not None and batch.step == self.batch.step:
-                assert batch == self.batch, "a step was claimed twice with different contents"
+                assert batch.groups == self.batch.groups, "a step was claimed twice with different contents"
             self.batch = batch or self.batch
 
         @action(4, again=st.booleans(), is_claimed_first=st.booleans())

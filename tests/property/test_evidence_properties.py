@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farflung.trust import evidence
+from farflung.trust import bounds, evidence
 from farflung.trust.evidence import CHEATS, Profile, Seen, Tally
 from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, weigh
 
@@ -79,8 +79,10 @@ def test_the_bound_fails_if_bad_submissions_are_folded_first() -> None:
 # --- hypothesis ------------------------------------------------------------------------------------------------------
 
 PROFILE = Profile("three bins", edges=(0.01, 0.5), q0=(0.4, 0.05, 0.002), honest=Tally((1, 1, 1), (0, 0, 0)))
-positions = st.tuples(st.floats(0, 20, width=32), st.floats(0, 20, width=32), st.floats(0, 1, width=32))
-rollouts = st.lists(positions, max_size=40).map(lambda rows: Seen(*np.array(rows, "f4").reshape(-1, 3).T))
+positions = st.tuples(
+    st.floats(0, 20, width=32), st.floats(0, 20, width=32), st.floats(0, 1, width=32), st.floats(-20, 20, width=32)
+)
+rollouts = st.lists(positions, max_size=40).map(lambda rows: Seen(*np.array(rows, "f4").reshape(-1, 4).T))
 ratios = st.lists(st.floats(-1e6, 1e6), min_size=len(CHEATS), max_size=len(CHEATS)).map(tuple)
 
 
@@ -111,7 +113,7 @@ def test_one_flip_more_is_never_better_for_the_node(one: Seen, place: int) -> No
 
 @given(st.lists(rollouts, max_size=5))
 def test_a_tally_loses_no_position(seen: list[Seen]) -> None:
-    found = evidence.tally(evidence.EDGES, seen)
+    found = bounds.tally(bounds.EDGES, seen)
     assert found.tokens == sum(len(one.gap) for one in seen)
     assert sum(found.flips) == sum(map(evidence.flips, seen))
     assert all(flips <= count for flips, count in zip(found.flips, found.positions, strict=True))

@@ -1,6 +1,7 @@
 """The container and compose files, as far as that goes without a container runtime: every name in them exists."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,67 @@ def test_every_variable_is_asked_for_and_every_secret_reaches_its_role() -> None
     assert VARIABLE in OURS["coordinator"]["environment"]
     filled = re.findall(r"(?m)^(\w+)=.+$", (DEPLOY / "env.example").read_text())
     assert set(filled) == {"HOST", "MODEL", "AWS_ACCESS_KEY_ID"}, "no secret has a value that somebody might keep"
+
+
+SECRETS = {"PGPASSWORD", "AWS_SECRET_ACCESS_KEY", VARIABLE}
+NEEDS = {
+    "database": {"PGPASSWORD"},
+    "store": {"AWS_SECRET_ACCESS_KEY"},
+    "bucket": {"AWS_SECRET_ACCESS_KEY"},
+    "coordinator": SECRETS,
+}
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_a_service_has_the_secrets_that_it_needs_and_no_others(name: str) -> None:
+    told = yaml.safe_dump(COMPOSE["services"][name])
+    assert {secret for secret in SECRETS if f"${{{secret}}}" in told} == NEEDS.get(name, set())
+    assert "env_file" not in told
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_the_folder_with_the_roots_key_is_the_coordinators_alone(name: str) -> None:
+    mounts = [one.split(":") for one in COMPOSE["services"][name].get("volumes", ())]
+    of_runs = [mount for mount in mounts if mount[0] == "runs"]
+    assert bool(of_runs) == (name in ("coordinator", "handover"))
+    if name == "handover":
+        assert of_runs == [["runs", "/runs", "ro"]]
+        assert COMPOSE["services"][name]["network_mode"] == "none"
+
+
+def neighbours(name: str) -> set[str]:
+    """Services that one can reach."""
+    mine = set(COMPOSE["services"][name].get("networks", ()))
+    return {other for other, one in COMPOSE["services"].items() if mine & set(one.get("networks", ()))} - {name}
+
+
+def test_who_reads_strangers_text_has_its_key_and_the_coordinator_and_nothing_else() -> None:
+    scorer = COMPOSE["services"]["scorer"]
+    assert "environment" not in scorer
+    assert [one.split(":")[0] for one in scorer["volumes"]] == ["scorer", "./run.toml"]
+    assert neighbours("scorer") == {"coordinator"}
+    assert all(COMPOSE["networks"][network]["internal"] for network in scorer["networks"])
+    assert (scorer["read_only"], scorer["cap_drop"]) == (True, ["ALL"])
+    assert neighbours("proxy") == {"coordinator"}
+    for name in ("trainer", "validator"):
+        assert neighbours(name) <= {"coordinator", "trainer", "validator"}
+
+
+def test_each_role_is_handed_its_own_key(tmp_path: Path) -> None:
+    """The script of the service, run over folders of its own."""
+    script = COMPOSE["services"]["handover"]["entrypoint"][-1].replace("$$", "$")
+    script = script.replace("/runs", f"{tmp_path}/runs").replace("/hand", f"{tmp_path}/hand")
+    keys = tmp_path / "runs" / "cloud" / "keys"
+    keys.mkdir(parents=True)
+    assert subprocess.run(["sh", "-ec", script], check=False, stderr=subprocess.DEVNULL).returncode, "too early"
+    for name in ("root", "coordinator", "scorer", "trainer", "validator-1", "delegations.json"):
+        (keys / name).write_text(name)
+    subprocess.run(["sh", "-ec", script], check=True)
+    for role, key in (("scorer", "scorer"), ("trainer", "trainer"), ("validator", "validator-1")):
+        found = {path.name: path for path in (tmp_path / "hand" / role).rglob("*") if path.is_file()}
+        assert set(found) == {key, "delegations.json"}
+        assert found[key].parent == tmp_path / "hand" / role / "cloud" / "keys"
+        assert found[key].stat().st_mode & 0o777 == 0o600
 
 
 def test_services_volumes_and_addresses_hang_together() -> None:

@@ -6,16 +6,18 @@ import msgspec
 import numpy as np
 import pytest
 
-from farflung.trust import evidence
+from farflung.trust import bounds, evidence
 from farflung.trust.evidence import ALTERNATIVES, CHEATS, Profile, Seen, Tally
 
 PROFILE = Profile("two bins", edges=(0.1,), q0=(0.3, 0.01), honest=Tally((100, 1000), (20, 0)))
+ROUNDING = 1e-4
+"""Noise of the scores in nats."""
 UNSEEDED = list(CHEATS).index("other noise at 1 of tokens")
 SHIFTED = list(CHEATS).index("scores shifted by 0.3")
 
 
-def arrays(gap: list[float], margin: list[float], pick: list[float]) -> Seen:
-    return Seen(*(np.array(part, "f4") for part in (gap, margin, pick)))
+def arrays(gap: list[float], margin: list[float], pick: list[float], lead: list[float] | None = None) -> Seen:
+    return Seen(*(np.array(part, "f4") for part in (gap, margin, pick, [-9.0] * len(gap) if lead is None else lead)))
 
 
 def play(rng: np.random.Generator, rollouts: int, tokens: int, *, seeded: bool, spread: float = 2.0) -> list[Seen]:
@@ -23,13 +25,14 @@ def play(rng: np.random.Generator, rollouts: int, tokens: int, *, seeded: bool, 
     shape = (rollouts, tokens, 32)
     logits, noise = rng.normal(0, spread, shape), rng.gumbel(size=shape)
     own = noise if seeded else rng.gumbel(size=shape)
-    sent = (logits + own + rng.normal(0, 1e-4, shape)).argmax(-1)
+    sent = (logits + own + rng.normal(0, ROUNDING, shape)).argmax(-1)
     scores = logits + noise
-    best = np.sort(scores, axis=-1)
+    best, order = np.sort(scores, axis=-1), np.argsort(scores, axis=-1)
     margin = best[..., -1] - np.take_along_axis(scores, sent[..., None], -1)[..., 0]
     chance = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     pick = np.take_along_axis(chance, scores.argmax(-1)[..., None], -1)[..., 0]
-    return [Seen(*parts) for parts in zip(best[..., -1] - best[..., -2], margin, pick, strict=True)]
+    first, second = (np.take_along_axis(logits, order[..., [place]], -1)[..., 0] for place in (-1, -2))
+    return [Seen(*parts) for parts in zip(best[..., -1] - best[..., -2], margin, pick, second - first, strict=True)]
 
 
 def total(profile: Profile, rollouts: list[Seen]) -> np.ndarray:
@@ -38,7 +41,8 @@ def total(profile: Profile, rollouts: list[Seen]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
-    return evidence.calibrate("simulated", play(np.random.default_rng(1), 400, 30, seeded=True))
+    rng = np.random.default_rng(1)
+    return bounds.calibrate("simulated", play(rng, 400, 30, seeded=True), noise=rng.normal(0, ROUNDING, 12_000))
 
 
 def test_the_ratio_by_hand() -> None:
@@ -71,7 +75,7 @@ def test_a_far_flip_weighs_however_sure_the_policy_was() -> None:
 
 def test_far_begins_well_above_what_honest_machines_show() -> None:
     def calibrated(margin: float) -> float:
-        return evidence.calibrate("p", [arrays([0.1, 5.0], [margin, 0.0], [0.5, 0.5])]).far
+        return bounds.calibrate("p", [arrays([0.1, 5.0], [margin, 0.0], [0.5, 0.5])]).far
 
     assert (calibrated(0.0), calibrated(0.2), calibrated(0.5)) == (1.0, 1.0, pytest.approx(2.0))
 
@@ -129,7 +133,7 @@ def test_the_process_by_hand() -> None:
 
 def test_three_flagrant_submissions_eject_and_two_do_not() -> None:
     m, k, history = np.zeros(len(ALTERNATIVES)), 0, []
-    flagrant = np.where(np.arange(len(ALTERNATIVES)) < 1, 50.0, -50.0)
+    flagrant = np.where(np.arange(len(ALTERNATIVES)) < 1, 50.0, -50.0)  # one alternative alone is there
     for _ in range(3):
         m, k = evidence.fold(m, k, evidence.e_values(flagrant))
         history.append(evidence.is_ejected(float(m.mean())))
@@ -171,20 +175,20 @@ def test_an_unsound_profile_is_refused(change: dict, message: str) -> None:
 
 def test_the_bound_on_a_proportion() -> None:
     """Clopper and Pearson: with no flip in n it is 1 − error^(1/n); the other by the defining equation."""
-    assert evidence._upper_bound(0, 1000, 1e-3) == pytest.approx(1 - 1e-3 ** (1 / 1000), rel=1e-4)
-    bound = evidence._upper_bound(3, 20, 0.025)
+    assert bounds.upper_bound(0, 1000, 1e-3) == pytest.approx(1 - 1e-3 ** (1 / 1000), rel=1e-4)
+    bound = bounds.upper_bound(3, 20, 0.025)
     assert bound == pytest.approx(0.37893, abs=1e-4)
     assert sum(math.comb(20, i) * bound**i * (1 - bound) ** (20 - i) for i in range(4)) == pytest.approx(0.025)
-    assert evidence._upper_bound(0, 0, 1e-3) == evidence._upper_bound(5, 5, 1e-3) == 1
-    assert 0.5 < evidence._upper_bound(50_000, 100_000, 1e-3) < 0.51
+    assert bounds.upper_bound(0, 0, 1e-3) == bounds.upper_bound(5, 5, 1e-3) == 1
+    assert 0.5 < bounds.upper_bound(50_000, 100_000, 1e-3) < 0.51
 
 
 def test_calibration_on_the_same_machine_forgives_others(profile: Profile) -> None:
     """No honest flip above 0.001 was seen; a near-tie may flip all the same, and a wide gap hardly ever."""
-    q0 = dict(zip((0.0, *profile.edges), profile.q0, strict=True))
-    assert q0[1e-3] > 0.3
-    assert q0[0.01] > 0.08
-    assert 1e-4 <= q0[2.0] < 2e-3
+    at = {gap: profile.q0[int(np.searchsorted(profile.edges, gap, side="right"))] for gap in (1e-3, 0.01, 2.0)}
+    assert at[1e-3] > 0.3
+    assert at[0.01] > 0.08
+    assert 1e-4 <= at[2.0] < 2e-3
     assert list(profile.q0) == sorted(profile.q0, reverse=True)
     assert profile.honest.tokens == 12_000
 
@@ -192,7 +196,7 @@ def test_calibration_on_the_same_machine_forgives_others(profile: Profile) -> No
 def test_power_is_measured_on_the_cheats_that_are_given() -> None:
     rng = np.random.default_rng(4)
     cheats = {"unseeded": play(rng, 20, 30, seeded=False), "none": play(rng, 20, 30, seeded=True)}
-    found = evidence.calibrate("x", play(rng, 400, 30, seeded=True), cheats)
+    found = bounds.calibrate("x", play(rng, 400, 30, seeded=True), cheats, noise=rng.normal(0, ROUNDING, 12_000))
     assert found.power["unseeded"] > 1
     assert found.power["none"] == 0
 
@@ -216,4 +220,33 @@ def test_honest_submissions_only_ever_speak_for_the_node(profile: Profile) -> No
 
 
 def test_every_alternative_has_words() -> None:
-    assert len({evidence.describe(index) for index in range(len(ALTERNATIVES))}) == len(ALTERNATIVES) == 18
+    assert len({evidence.describe(index) for index in range(len(ALTERNATIVES))}) == len(ALTERNATIVES) == 26
+
+
+# --- temperature -----------------------------------------------------------------------------------------------------
+
+
+def tempered(rng: np.random.Generator, factor: float, *, noise: float, tokens: int = 4000) -> Seen:
+    """A replay of what somebody sampled under the leased noise at `factor` times the temperature."""
+    shape = (tokens, 32)
+    logits, gumbel = rng.normal(0, 2.0, shape), rng.gumbel(size=shape)
+    scores = logits + gumbel
+    sent = (logits / factor + gumbel + rng.normal(0, noise, shape)).argmax(-1)
+    order = np.argsort(scores, axis=-1)
+    rows = np.arange(tokens)
+    first, second = order[:, -1], order[:, -2]
+    chance = np.exp(logits[rows, first]) / np.exp(logits).sum(-1)
+    gap, margin = scores[rows, first] - scores[rows, second], scores[rows, first] - scores[rows, sent]
+    return Seen(gap, margin, chance, logits[rows, second] - logits[rows, first])
+
+
+@pytest.mark.parametrize(("factor", "name"), [(0.9, "0.9 times the temperature"), (1.1, "1.1 times the temperature")])
+def test_another_temperature_is_told_from_noise_of_its_size(factor: float, name: str) -> None:
+    """Noise of a tenth of a nat flips as many tokens; only a temperature flips just those that it must."""
+    rng = np.random.default_rng(5)
+    honest = [tempered(rng, 1.0, noise=0.1)]
+    profile = bounds.calibrate("noisy", honest, noise=rng.normal(0, 0.1, 4000), tolerance=2e-3, margin=1.0)
+    weighs = dict(zip(CHEATS, evidence.log_ratios(profile, tempered(rng, factor, noise=0.1)), strict=True))
+    assert max(weighs, key=lambda cheat: weighs[cheat]) == name
+    assert weighs[name] > math.log(1e6)
+    assert max(evidence.log_ratios(profile, tempered(rng, 1.0, noise=0.1))) < math.log(evidence.ODD)

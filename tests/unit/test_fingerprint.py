@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -103,7 +104,8 @@ def test_good_fingerprints_change_nothing() -> None:
 
 @pytest.mark.parametrize("distance", [-0.1, 1e7, math.nan])
 def test_a_distance_that_means_nothing_is_no_evidence(distance: float) -> None:
-    sent = msgspec.msgpack.encode({"rollout": "r1", "gap": b"", "margin": b"", "pick": b"", "distance": distance})
+    floats = dict.fromkeys(("gap", "margin", "pick", "lead"), b"")
+    sent = msgspec.msgpack.encode({"rollout": "r1", **floats, "distance": distance})
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(sent, type=RolloutEvidence)
 
@@ -121,7 +123,9 @@ def test_a_run_that_asks_for_fingerprints_needs_profiles_that_bound_them(tmp_pat
     blind = msgspec.structs.replace(load_profile("torch-cpu-fp32"), fingerprint=0.0)
     path = tmp_path / "blind.json"
     path.write_bytes(to_json(blind))
-    tree = {"model": {"profile": str(path)}, "trust": {"fingerprint": True}}
+    base = Path(__file__).parents[2] / "examples" / "base"
+    tree = {"model": {"path": str(base), "profile": str(path)}, "generate": {"budget": 32}}
+    tree |= {"trust": {"fingerprint": True}}
     with pytest.raises(ConfigError, match="bounds none"):
         load_profiles(Config.model_validate(tree))
     assert load_profiles(Config.model_validate(tree | {"trust": {}})).run.name == blind.name

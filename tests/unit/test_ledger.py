@@ -42,13 +42,6 @@ def test_balances_follow_what_was_posted(connection) -> None:
     assert sum(ledger.balances(connection).values()) == 0
 
 
-def test_clearing_moves_all_of_it_once(connection) -> None:
-    ledger.post(connection, [ledger.Transfer("r1", ledger.ISSUED, ledger.escrow("n1"), 10)], "demo", 0.0)
-    assert ledger.clear(connection, "n1", ledger.BURNED, "ejection", "demo", 1.0) == 10
-    assert ledger.clear(connection, "n1", ledger.BURNED, "ejection", "demo", 2.0) == 0
-    assert ledger.balances(connection) == {"issued": -10, "escrow:n1": 0, "burned": 10}
-
-
 def test_amounts_beyond_32_bits(connection) -> None:
     for _ in range(3):
         ledger.post(connection, [ledger.Transfer("r1", ledger.ISSUED, ledger.escrow("n1"), 2**40)], "demo", 0.0)

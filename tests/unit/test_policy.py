@@ -4,11 +4,13 @@ import pytest
 
 from farflung.trust.policy import (
     NodeRecord,
+    Poll,
     TrustSettings,
     affordable,
     audit_probability,
     draw,
     is_brake,
+    is_doubtful,
     probability_caught,
 )
 
@@ -65,11 +67,27 @@ def test_the_budget_caps_the_probability_but_never_below_the_least() -> None:
     assert audit_probability(NodeRecord(), SETTINGS, 0.0) == 1
 
 
-def test_the_brake_needs_several_nodes_and_a_share() -> None:
-    assert not is_brake(2, 10, 0.05, 3)
-    assert is_brake(3, 10, 0.05, 3)
-    assert not is_brake(3, 60, 0.05, 3)
-    assert is_brake(4, 60, 0.05, 3)
+def test_the_brake_needs_several_nodes_and_nearly_all_of_the_work() -> None:
+    def brake(*weights: int) -> bool:
+        return is_brake(Poll(*weights), 0.9, 3)
+
+    assert not brake(2, 100, 0, 0), "two nodes"
+    assert brake(3, 100, 0, 0)
+    assert brake(3, 91, 4, 5)
+    assert not brake(30, 30, 0, 5), "honest nodes that nobody has looked at yet"
+    assert not brake(30, 30, 5, 0)
+    assert brake(3), "nobody did any work that counts"
+
+
+def test_a_step_is_in_doubt_until_others_pass() -> None:
+    def doubt(*weights: int) -> bool:
+        return is_doubtful(Poll(*weights), 0.9, 3)
+
+    assert not doubt(2, 100, 0, 0)
+    assert doubt(3, 3, 0, 20)
+    assert doubt(3, 3, 2, 18)
+    assert not doubt(3, 3, 3, 17)
+    assert not doubt(30, 30, 4, 1)
 
 
 def test_the_share_that_is_drawn() -> None:

@@ -3,15 +3,18 @@
 import gzip
 
 import pytest
+import sqlalchemy as sa
 
 from farflung.config import Cheat, Config
 from farflung.engine.base import Completion
 from farflung.ops.redteam import GALLERY, senders, texts
 from farflung.ops.redteam.base import Attack, Cheating
-from farflung.ops.trial import _more_pay, _outcome, _with, pay_error, run_trial
+from farflung.ops.trial import _more_in_time, _more_pay, _outcome, _pay_of, _with, pay_error, run_trial
 from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError, Malformed
 from farflung.protocol.messages import Submission, SubmittedRollout
+from farflung.store import ledger
+from farflung.store.tables import metadata
 
 SENT = Submission(rollouts=[SubmittedRollout(rollout="r1", ids=wire.pack_ids([1, 2, 3]))])
 
@@ -64,9 +67,32 @@ def test_outcomes_follow_from_what_was_measured() -> None:
     assert _outcome(quiet | {"gain": 0.1, "gain_error": 0.04}) == "not told apart"
 
 
-def test_pay_is_compared_within_a_swarm() -> None:
-    assert _more_pay((500, 1.0), [(900, 3.0), (1100, 3.0)]) == pytest.approx((-0.5, 0.5))
-    assert _more_pay((0, 0.0), [(900, 3.0)]) == (0.0, 0.0)
+def test_pay_is_compared_within_a_swarm_and_by_what_was_spent_for_it() -> None:
+    honest = [(900, 3.0), (1100, 3.0)]
+    assert _more_pay((500, 1.0), honest) == pytest.approx(0.5)
+    assert _more_in_time(500, honest) == pytest.approx(-0.5)
+    assert _more_pay((0, 0.0), honest) == _more_in_time(0, honest) == -1
+    assert _more_pay((10, 1.0), []) == _more_in_time(10, [(0, 1.0)]) == 0
+
+
+def test_free_garbage_cannot_hide_behind_honest_work() -> None:
+    """2,880 tokens for 4 ms, by a node that was paid for 1,047 honest tokens as others are."""
+    gain = _more_pay((2880, 0.004), [(1047, 0.44)])
+    assert gain > 300
+    quiet = {"status": "trusted", "layer": "", "bad_submissions": 0, "gain": gain, "gain_error": 0.5}
+    assert _outcome(quiet) == "not told apart"
+
+
+def test_what_was_kept_of_some_submissions_is_paid_less_burned() -> None:
+    engine = sa.create_engine("sqlite://")
+    metadata.create_all(engine)
+    with engine.connect() as connection:
+        paid = [ledger.Transfer(rollout, ledger.ISSUED, ledger.escrow("n"), 10) for rollout in ("a", "b", "c")]
+        ledger.post(connection, [*paid, ledger.Transfer("a", ledger.escrow("n"), ledger.BURNED, 10)], "demo", 0.0)
+        lines = [{"rollouts": [("a", [], []), ("b", [], [])], "cpu_s": 0.5}]
+        assert _pay_of(connection, lines) == (10, 0.5)
+        assert _pay_of(connection, []) == (0, 0)
+    engine.dispose()
 
 
 def test_the_error_of_pay_is_pooled_over_swarms_of_unlike_speed() -> None:

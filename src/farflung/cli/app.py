@@ -13,6 +13,7 @@ from farflung.config import Config, load
 from farflung.engine.heap import keep_freed_memory
 from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError, FarflungError
+from farflung.protocol.shown import one_line
 
 app = App(name="farflung", help="Reinforcement learning on far-flung machines that nobody has to trust.")
 
@@ -21,7 +22,7 @@ Flags = Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings as --
 
 
 def complain(error: FarflungError) -> int:
-    sys.stderr.write(f"farflung: {error}\n")
+    sys.stderr.write(f"farflung: {one_line(str(error))}\n")
     return 2
 
 

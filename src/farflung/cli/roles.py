@@ -88,6 +88,7 @@ def worker(
     patience_s: float = 60.0,
     relay_port: int = 0,
     relay_url: str = "",
+    ignore_self_test: bool = False,
     metrics_port: int = 0,
     json: bool = False,
 ) -> None:
@@ -121,6 +122,8 @@ def worker(
         Open port to be a relay at as well, on all addresses; 0 to be none.
     relay_url
         Where nodes reach that relay, such as http://worker.example:7000.
+    ignore_self_test
+        Work even if this machine's arithmetic is noisier than its profile allows.
     metrics_port
         Port on 127.0.0.1 for Prometheus; 0 for none.
     json
@@ -139,6 +142,7 @@ def worker(
         engine=engine,
         engine_url=engine_url,
         profile=profile,
+        ignore_self_test=ignore_self_test,
         metrics_port=metrics_port,
     )
     options: Any = {"run": run, "root": pinned, "name": name}
@@ -183,6 +187,7 @@ def join(
     memory_gb: float = 0.0,
     context: int = 0,
     unchecked: bool = False,
+    ignore_self_test: bool = False,
     metrics_port: int = 0,
     json: bool = False,
 ) -> None:
@@ -218,6 +223,8 @@ def join(
         Longest prompt and completion taken, in tokens; 0 for no limit.
     unchecked
         Join even if checks fail.
+    ignore_self_test
+        Work even if this machine's arithmetic is noisier than its profile allows.
     metrics_port
         Port on 127.0.0.1 for Prometheus; 0 for none.
     json
@@ -235,6 +242,7 @@ def join(
         disk_gb=disk_gb,
         memory_gb=memory_gb,
         context=context,
+        ignore_self_test=ignore_self_test,
         metrics_port=metrics_port,
     )
     asyncio.run(join_run(address, folder, settings, name=name, run=run, invite=invite, is_checked=not unchecked))

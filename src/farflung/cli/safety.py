@@ -71,6 +71,8 @@ def calibrate(
     out: Path,
     prompts: Path | None = None,
     tokens: int = 80_000,
+    temperature: float = 1.0,
+    budget: int = 32,
     threads: int = 1,
     engine_url: str = "",
 ) -> None:
@@ -85,10 +87,14 @@ def calibrate(
     out
         JSON file to write.
     prompts
-        Text file with one prompt a line, or the TOML file of a run, whose environment gives them; without it, the
-        demo's sums.
+        Text file with one prompt a line, or the TOML file of a run, whose environment gives them and which says
+        temperature and budget; without it, the demo's sums.
     tokens
-        Tokens generated in large batches; small batches add a third of that.
+        Tokens generated in large batches; other ways to generate add two thirds of that.
+    temperature
+        Of the runs that the profile is for.
+    budget
+        Most tokens of a completion in these runs.
     threads
         Torch threads.
     engine_url
@@ -97,7 +103,17 @@ def calibrate(
     from farflung.ops.calibrate import write_profile
 
     start_logging()
-    write_profile(model, profile, out, prompts, tokens=tokens, threads=threads, engine_url=engine_url)
+    write_profile(
+        model,
+        profile,
+        out,
+        prompts,
+        tokens=tokens,
+        threads=threads,
+        engine_url=engine_url,
+        temperature=temperature,
+        budget=budget,
+    )
 
 
 @app.command

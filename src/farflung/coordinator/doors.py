@@ -1,6 +1,8 @@
 """Who may ask a coordinator for what, and how often."""
 
 import logging
+import math
+import socket
 import time
 from collections.abc import Mapping
 
@@ -8,7 +10,9 @@ from starlette.types import ASGIApp
 
 from farflung.config import CoordinatorSection
 from farflung.protocol.admin import bears
+from farflung.protocol.bodies import Bodies
 from farflung.protocol.errors import Forbidden
+from farflung.protocol.hosts import ANY, KnownHosts
 from farflung.protocol.limits import Buckets, ByAddress
 from farflung.protocol.server import Call
 
@@ -21,10 +25,12 @@ class Doors:
     def __init__(self, roles: Mapping[str, str], own: str, admin_token: str, limits: CoordinatorSection) -> None:
         """`roles` by node; `own` is the coordinator's node id."""
         self.roles, self._own, self._admin_token = roles, own, admin_token
+        self._hosts = _hosts(limits)
         self._by_key, self._by_address = (
             Buckets(per_s, per_s * limits.rate_burst_s, what=what)
             for per_s, what in ((limits.rate_per_key, "node"), (limits.rate_per_address, "address"))
         )
+        self.bodies = Bodies(limits.bodies_mb * 1e6 or math.inf, self.roles.__contains__)
 
     def require(self, call: Call, role: str) -> None:
         """Raises Forbidden for a node that was not granted this role."""
@@ -47,5 +53,12 @@ class Doors:
             self._by_key.take(node, time.monotonic())
 
     def before(self, app: ASGIApp) -> ASGIApp:
-        """The app behind the limit by address."""
-        return ByAddress(app, self._by_address)
+        """The app behind the limit by address, and answering to its own names alone."""
+        return ByAddress(KnownHosts(app, self._hosts, "coordinator.hosts"), self._by_address)
+
+
+def _hosts(settings: CoordinatorSection) -> tuple[str, ...]:
+    """The names a coordinator answers to besides addresses: a certificate and a proxy have a list of their own."""
+    if not settings.hosts and (settings.tls_cert or settings.proxies):
+        return (ANY,)
+    return (*settings.hosts, settings.host, socket.gethostname())

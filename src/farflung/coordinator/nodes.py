@@ -11,15 +11,14 @@ from sqlalchemy import Connection, Row
 from starlette.responses import Response
 
 from farflung.coordinator.office import Office, digest_in
-from farflung.dashboard import versions, views
-from farflung.dashboard.prometheus import exposition
+from farflung.dashboard import rulings, views
 from farflung.protocol import messages as m
-from farflung.protocol.errors import Forbidden, Refusal
+from farflung.protocol.errors import Forbidden, Refusal, Unavailable
 from farflung.protocol.identity import Signed
 from farflung.protocol.server import BODY_BYTES, Call
 from farflung.protocol.session import Index
-from farflung.rollouts import audit, intake, parcel
-from farflung.store.book import node_rows, unknown_node
+from farflung.rollouts import audit, canary, intake, orphans, parcel
+from farflung.store.book import Book, ejected, node_rows, unknown_node
 from farflung.store.rows import update_rows
 from farflung.store.tables import NODES
 from farflung.tasks import admit, lease
@@ -71,29 +70,39 @@ def _note_beats(
     lost = lease.lost_leases(connection, nodes, now - 2 * office.config.lease.lease_s)
     latest, heard = office.book.latest(connection), [(rows[node], beat) for node, beat in beats if node in rows]
     for row, beat in heard:
-        office.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
+        if row.receipt or row.role != "worker":  # a key that handed nothing in costs nobody anything
+            office.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
         if row.node in office.doors.roles:
             audit.renew(connection, office.book, row.node, now)
     last = {row.node: _beat_values(row.node, beat, now) for row, beat in heard}
     update_rows(connection, NODES, list(last.values()))
-    return [
-        m.Pulse(latest=latest, status=rows[node].status, lost_leases=lost.get(node, [])[:MOST_LOST])
-        if node in rows
-        else unknown_node(node)
-        for node, _ in beats
-    ]
+    judged = rulings.rulings(connection, office.book, rows.values())
+    pulses = {
+        node: _pulse(office.book, row, latest, lost.get(node, []), judged.get(node, [])) for node, row in rows.items()
+    }
+    return [pulses.get(node) or unknown_node(node) for node, _ in beats]
+
+
+def _pulse(book: Book, row: Row[Any], latest: m.Latest, lost: list[str], judged: list[m.Ruling]) -> m.Pulse:
+    clean, needed = rulings.progress(book, row)
+    told = {"clean": clean, "needed": needed, "rulings": judged}
+    return m.Pulse(latest=latest, status=row.status, lost_leases=lost[:MOST_LOST], **told)
 
 
 async def latest(office: Office, call: Call) -> m.Latest:
     """The newest published step."""
     office.here(call)
-    return await office.database.read(office.book.latest)
+    return await office.database.read_together(_latest, office)
+
+
+def _latest(connection: Connection, offices: Sequence[Office]) -> list[m.Latest]:
+    return [offices[0].book.latest(connection)] * len(offices)
 
 
 async def weights(office: Office, call: Call) -> m.Weights:
     """Versions of the weights: bytes, and how many nodes have them."""
     office.here(call)
-    return await office.database.read(lambda c: versions.versions(c, office.book, office.clock()))
+    return await office.weights.get()
 
 
 async def relays(office: Office, call: Call) -> m.Relays:
@@ -107,6 +116,12 @@ async def manifest(office: Office, call: Call) -> Signed:
     """A sealed manifest by its digest."""
     office.here(call)
     return await office.database.read(lambda c: views.manifest(c, office.book.run, call.path["digest"]))
+
+
+async def self_test(office: Office, call: Call) -> m.SelfTest:
+    """Rollouts that the trainer made with a version, for nodes to try their arithmetic on."""
+    office.here(call)
+    return await office.database.read(lambda c: canary.self_test(c, office.book, office.profiles, call.path["digest"]))
 
 
 async def get_blob(office: Office, call: Call) -> Response:
@@ -140,6 +155,8 @@ def _issue(
 def _may_not_lease(office: Office, row: Row[Any] | None, node: str) -> Refusal | None:
     if row is None:
         return unknown_node(node)
+    if row.status == "ejected":
+        return ejected(node)
     if row.role in ("worker", office.doors.roles.get(node)):
         return None
     return Forbidden(f"node {node} is registered as {row.role!r}; register as a worker to be leased work")
@@ -174,7 +191,12 @@ async def submission(office: Office, call: Call) -> Signed:
     logp = await office.archive.blobs.put(sent.logp) if sent.logp else None
 
     delivery = intake.Delivery(call.node, sent, call.message.possession, logp)
-    receipt = await office.write_together(take, delivery)
+    try:
+        receipt = await office.write_together(take, delivery)
+    except Refusal as refusal:
+        if not isinstance(refusal, Unavailable):  # then nobody knows what became of it
+            await orphans.discard(office.archive.blobs, office.database, [sent.digest, *([logp] if logp else [])])
+        raise
     office.hall.wake()
     return receipt
 
@@ -191,20 +213,21 @@ async def give_back(office: Office, call: Call) -> m.Done:
     return m.Done(changed=changed)
 
 
-async def status(office: Office, call: Call) -> m.Status:
+async def status(office: Office, call: Call) -> Response:
     """The run at a glance."""
     office.here(call)
-    return await office.database.read(lambda c: views.status(c, office.book, office.clock()))
+    return (await office.glance.get()).answer(call)
 
 
 async def prometheus(office: Office, call: Call) -> Response:
     """The same for Prometheus."""
-    return Response(exposition(await status(office, call)), media_type="text/plain; version=0.0.4; charset=utf-8")
+    text = (await office.glance.get()).exposition
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def story(office: Office, call: Call) -> m.Story:
     """Everything that happened to one id."""
-    return await office.database.read(lambda c: views.story(c, office.config, call.path["id"]))
+    return await office.database.read_page(lambda c: views.story(c, office.config, call.path["id"]))
 
 
 def _beat_values(node: str, beat: m.Heartbeat, now: float) -> dict[str, Any]:

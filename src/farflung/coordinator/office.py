@@ -10,7 +10,10 @@ from sqlalchemy import Connection
 
 from farflung.config import Config
 from farflung.coordinator.doors import Doors
+from farflung.coordinator.glance import Glance
 from farflung.coordinator.waiting import Hall
+from farflung.dashboard import versions, views
+from farflung.dashboard.shared import Shared
 from farflung.protocol import messages as m
 from farflung.protocol.errors import Malformed, NotFound, Refusal
 from farflung.protocol.identity import Trusted
@@ -47,6 +50,8 @@ class Office:
         self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
         self.doors = Doors(book.granted, book.key.id, admin_token, self.config.coordinator)
         self.hall = Hall()
+        self.glance = Shared(lambda: database.read_page(lambda c: Glance(views.status(c, book, clock()))))
+        self.weights = Shared(lambda: database.read_page(lambda c: versions.versions(c, book, clock())))
         self.collected_step = 0
         """The shards of versions before this one are deleted."""
 

@@ -10,11 +10,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from farflung.config import Config, save
+from farflung.coordinator.connections import guarded
 from farflung.coordinator.office import Office
 from farflung.coordinator.routes import Coordinator
 from farflung.dashboard import pages
 from farflung.protocol.admin import read_token
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.hosts import is_loopback
 from farflung.protocol.identity import Key
 from farflung.protocol.server import listen
 from farflung.rollouts.archive import Archive
@@ -22,7 +24,7 @@ from farflung.store.blobs import Blobs
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.tasks import keyring
-from farflung.tasks.found import Model, found, local_grants, seal_papers, weights_key
+from farflung.tasks.found import Model, found, local_grants, refuse_misfit, seal_papers, weights_key
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 
@@ -36,14 +38,27 @@ GARBAGE = 20_000
 
 
 def load_profiles(config: Config) -> Profiles:
-    """The numerics profiles that a run admits. Raises ConfigError."""
+    """The numerics profiles that a run admits. Raises ConfigError for one that was made for other runs."""
     run, *others = (load_profile(name) for name in (config.model.profile, *config.model.profiles))
     blind = [profile.name for profile in (run, *others) if not profile.fingerprint]
     if config.trust.fingerprint and blind:
         raise ConfigError(
             f"trust.fingerprint is set, but profile {blind[0]} bounds none; `farflung calibrate` makes one that does"
         )
+    for profile in (run, *others):
+        refuse_misfit(config, profile)
     return Profiles(run, tuple(others))
+
+
+def refuse_guessable(config: Config) -> None:
+    """Raises ConfigError for a run whose secret anybody can compute, on an address that anybody can reach."""
+    host = config.coordinator.host
+    if config.run.reproducible and (config.coordinator.proxies or not is_loopback(host)):
+        raise ConfigError(
+            f"run.reproducible = true makes the secret follow from run.seed, so that every node could choose its "
+            f"tokens, and {host} is open to others: set run.reproducible = false, or coordinator.host = 127.0.0.1 and "
+            "no coordinator.proxies"
+        )
 
 
 async def open_coordinator(config: Config) -> Coordinator:
@@ -78,6 +93,7 @@ def _server_options(config: Config, app: ASGIApp) -> uvicorn.Config:
         timeout_graceful_shutdown=2,
         access_log=False,
         backlog=BACKLOG,
+        http=guarded(settings.connections_per_address, settings.proxies),
         proxy_headers=bool(settings.proxies),
         forwarded_allow_ips=list(settings.proxies),
         ssl_certfile=settings.tls_cert or None,
@@ -95,6 +111,7 @@ def _server_options(config: Config, app: ASGIApp) -> uvicorn.Config:
 
 async def serve(config: Config) -> None:
     """Run a coordinator until it is told to stop. One of several processes on a port begins and ends no stay."""
+    refuse_guessable(config)
     is_one_of_many = config.coordinator.processes > 1
     listener = listen(config.coordinator.host, config.coordinator.port, is_shared=is_one_of_many)
     config = local_grants(config)

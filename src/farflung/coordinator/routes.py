@@ -46,7 +46,7 @@ class Coordinator:
         app = FastAPI(
             title="farflung coordinator", version=str(m.VERSION), lifespan=life, docs_url=None, redoc_url=None
         )
-        served = mount(app, routes(office), office.book.key.id, office.clock, office.doors.count)
+        served = mount(app, routes(office), office.book.key.id, office.clock, office.doors.count, office.doors.bodies)
         self.pages = pages.mount(
             app, pages.Desk(office.config, office.database, office.archive, office.metrics.path, office.clock)
         )
@@ -84,6 +84,7 @@ def routes(office: Office) -> list[Route]:
         Route("GET", f"{run}/manifests/{{digest}}", to(nodes.manifest), None, Signed, signed=False),
         Route("GET", "/v1/blobs/{digest}", to(nodes.get_blob), signed=False),
         Route("PUT", f"{run}/blobs/{{digest}}", to(steps.put_blob), None, m.Done, gate=trainer, raw=True),
+        Route("GET", f"{run}/manifests/{{digest}}/self-test", to(nodes.self_test), None, m.SelfTest, signed=False),
         Route("POST", f"{run}/leases", to(nodes.ask_for_lease), m.LeaseRequest, m.LeaseAnswer),
         Route("POST", f"{run}/leases/{{lease}}/submission", to(nodes.submission), m.Submission, Signed, gate=leased),
         Route("POST", f"{run}/leases/{{lease}}/return", to(nodes.give_back), m.Empty, m.Done),

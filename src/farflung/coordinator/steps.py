@@ -15,7 +15,7 @@ from farflung.protocol import messages as m
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Conflict, Malformed, NotFound, WeightsError
 from farflung.protocol.server import Call
-from farflung.rollouts import compose
+from farflung.rollouts import compose, steering
 from farflung.weights import collect
 from farflung.weights.manifest import check_follows, manifest_digest, open_manifest
 
@@ -57,10 +57,15 @@ async def logp_body(office: Office, call: Call) -> Response:
 
 
 async def trip(office: Office, call: Call) -> m.Done:
-    """The trainer's tripwire: submissions that leave the batch and are audited in full."""
+    """The trainer's tripwire: submissions that leave the batch and are audited in full, and what all replays found."""
     office.require(call, "trainer")
-    step, caught = number_in(call, "step"), call.message.submissions
-    return m.Done(changed=await office.write(lambda c: compose.trip(c, office.book, step, caught, office.clock())))
+    step, caught, looked = number_in(call, "step"), call.message.submissions, call.message.looked
+
+    def take(connection: Connection) -> int:
+        tripped = compose.trip(connection, office.book, step, caught, office.clock())
+        return tripped + steering.take_looks(connection, office.book, step, looked, office.clock())
+
+    return m.Done(changed=await office.write(take))
 
 
 async def put_blob(office: Office, call: Call) -> m.Done:

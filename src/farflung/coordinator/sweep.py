@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import time
+from functools import partial
 
 from sqlalchemy import Connection
 
@@ -12,9 +13,9 @@ from farflung.coordinator.office import Office
 from farflung.dashboard import heldout
 from farflung.protocol import messages as m
 from farflung.rollouts import compose, orphans
-from farflung.rollouts.credit import drop_groups
+from farflung.rollouts.unused import drop_groups
 from farflung.store.stories import last_event
-from farflung.tasks import lease
+from farflung.tasks import lease, litter
 
 log = logging.getLogger(__name__)
 SWEEP_S = 0.25
@@ -61,27 +62,41 @@ class Sweeper:
         if now - self._stranded_at > STRANDED_S:
             self._stranded_at = now
             why = "every node at work handed in a sample of it before"
-            drop_groups(connection, lease.stranded(connection, self._office.book, now), now, why=why)
+            book = self._office.book
+            drop_groups(connection, book, lease.stranded(connection, book, now), now, why=why)
         compose.finish(connection, self._office.book, now)
         return last_event(connection)
 
     async def note_evals(self) -> None:
         """Write down evaluations that are through, before the last of them ends the run."""
-        latest = (await self._office.database.read(self._office.book.latest)).step
+        database = self._office.database
+        latest = (await database.read(self._office.book.latest, "sweep")).step
         if due := set(self._office.config.eval_steps(latest)) - self._noted:
-            found = await self._office.database.read(lambda c: heldout.finished(c, self._office.config, due))
+            found = await database.read(lambda c: heldout.finished(c, self._office.config, due), "sweep")
             if found:
-                await asyncio.to_thread(self._office.metrics.note_evals, found, self._office.clock())
+                await database.aside(partial(self._office.metrics.note_evals, found, self._office.clock()), "sweep")
             self._noted |= {view.step for view in found}
 
     async def tidy(self) -> None:
-        """For ever, now and then: delete bodies of submissions that were refused."""
+        """For ever, now and then: delete bodies of refused submissions and what came to nothing."""
         while True:
             await asyncio.sleep(TIDY_S * random.uniform(0.5, 1.5))
             try:
                 await self.tidy_once(time.time())
+                await self.forget()
             except Exception:
                 log.exception("tidying failed, going on")
+
+    async def forget(self) -> int:
+        """Forget leases and nodes that came to nothing, a few in each transaction; gives how many."""
+        count = 0
+        while found := await self._office.database.write(self._forget_some):
+            count += found
+        await asyncio.to_thread(self._office.metrics.thin)
+        return count
+
+    def _forget_some(self, connection: Connection) -> int:
+        return litter.forget(connection, self._office.book, self._office.clock())
 
     async def tidy_once(self, now: float) -> int:
         """Once; `now` by the clock of the blob store."""

@@ -8,6 +8,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
+from farflung.dashboard import asked
 from farflung.dashboard.veil import SHOWN_AS, Veil
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest
@@ -53,13 +54,13 @@ def rollouts(connection: Connection, run: str, wanted: Wanted, known: int, veil:
     is_back = bool(wanted.newer)
     query = _columns(veil).where(LEASES.c.run == run)
     if wanted.status:
-        asked = ("held", SHOWN_AS) if veil.is_on and wanted.status in ("held", SHOWN_AS) else (wanted.status,)
+        shown = ("held", SHOWN_AS) if veil.is_on and wanted.status in ("held", SHOWN_AS) else (wanted.status,)
         query = query.where(
-            ROLLOUTS.c.run.concat("") == run if not is_rare else ROLLOUTS.c.run == run, status.in_(asked)
+            ROLLOUTS.c.run.concat("") == run if not is_rare else ROLLOUTS.c.run == run, status.in_(shown)
         )
     if wanted.node:
         query = query.where(ROLLOUTS.c.node == wanted.node)
-    cursor = _cursor(wanted.newer or wanted.older)
+    cursor = asked.cursor(wanted.newer or wanted.older)
     if cursor is not None:
         at, rollout = cursor
         beyond, later = (
@@ -109,14 +110,6 @@ def siblings(connection: Connection, which: sa.ColumnElement[bool], veil: Veil, 
 
 def _mark(row: Row[Any]) -> str:
     return f"{row.opened_at!r}~{row.rollout}"
-
-
-def _cursor(text: str) -> tuple[float, str] | None:
-    at, _, rollout = text.partition("~")
-    try:
-        return (float(at), rollout) if rollout else None
-    except ValueError:
-        return None
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -8,16 +8,53 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from farflung.dashboard.look import curves
 from farflung.dashboard.snapshot import Snapshot
+from farflung.protocol.errors import Busy
 
 REFRESH_S = 1.0
 SHARE = 10.0
 """The database is asked again no sooner than this many times as long as the last asking took."""
 NODES_EVERY_S = 3.0
 ALIVE_EVERY_S = 15.0
-MOST_VIEWERS = 256
+MOST_VIEWERS, OF_ADDRESS = 256, 16
+"""Streams in all, and from one address: several windows of several people behind it."""
 
 Frames = dict[str, str]
 """Name of an event → its data."""
+
+
+class Viewers:
+    """Who looks on, by address. When all places are taken, the address with most streams loses its oldest."""
+
+    def __init__(self, most: int = MOST_VIEWERS, of_address: int = OF_ADDRESS) -> None:
+        self.most, self.of_address = most, of_address
+        self._of: dict[str, list[asyncio.Event]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))
+
+    def check(self, sender: str) -> None:
+        """Raises Busy for an address that has streams enough."""
+        if len(self._of.get(sender, ())) >= self.of_address:
+            raise Busy(f"{self.of_address} streams go to {sender} already; reload later", retry_after_s=30)
+
+    def enter(self, sender: str) -> asyncio.Event:
+        """A place for one stream; its event says that the stream has to end. Raises Busy."""
+        self.check(sender)
+        if len(self) >= self.most:
+            most = max(self._of, key=lambda one: len(self._of[one]))
+            oldest = self._of[most][0]
+            oldest.set()
+            self.leave(most, oldest)
+        place = asyncio.Event()
+        self._of.setdefault(sender, []).append(place)
+        return place
+
+    def leave(self, sender: str, place: asyncio.Event) -> None:
+        """This stream is over; one that lost its place has none to give back."""
+        left = [one for one in self._of.get(sender, ()) if one is not place]
+        self._of[sender] = left
+        if not left:
+            del self._of[sender]
 
 
 class Live:
@@ -29,7 +66,7 @@ class Live:
         self._snapshot: Snapshot | None = None
         self._frames: tuple[Snapshot | None, Frames] = (None, {})
         self._due = 0.0
-        self.viewers = 0
+        self.viewers = Viewers()
         self._over = asyncio.Event()
 
     def stop(self) -> None:
@@ -64,14 +101,14 @@ class Live:
             "nodes": str(int(snapshot.now / NODES_EVERY_S)),
         }
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events for one viewer, each part only when it changed."""
-        self.viewers += 1
+    async def events(self, sender: str) -> AsyncIterator[bytes]:
+        """Server-sent events for one viewer, each part only when it changed, until its place is needed."""
+        place = self.viewers.enter(sender)
         try:
             sent: Frames = {"nodes": (await self.frames())["nodes"]}
             silent_since = time.monotonic()
             yield b"retry: 2000\n\n"
-            while not self._over.is_set():
+            while not self._over.is_set() and not place.is_set():
                 frames = await self.frames()
                 fresh = [name for name, data in frames.items() if sent.get(name) != data]
                 if fresh:
@@ -83,7 +120,7 @@ class Live:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._over.wait(), REFRESH_S)
         finally:
-            self.viewers -= 1
+            self.viewers.leave(sender, place)
 
 
 def event(name: str, data: str) -> bytes:

@@ -13,16 +13,12 @@ from markupsafe import Markup, escape
 
 from farflung.dashboard.stories import Moment
 from farflung.protocol.messages import EvalView, StepView
+from farflung.protocol.shown import visible
 
 HERE = Path(__file__).parent
 ID = re.compile(
     r"(?<![\w-])(?:[rglat][0-9a-f]{12}|t[0-9a-f]{16}|n[a-z2-7]{16}|[a-z0-9][a-z0-9-]{0,40}-step-\d+|[0-9a-f]{64})(?![\w-])"
 )
-OBEYED = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u0600-\u0605\u061c\u06dd\u070f\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    "\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
-)
-"""Characters that a terminal or browser obeys instead of showing: controls, directions, joiners, lone surrogates."""
 STATES = (
     *("joined", "starting", "waiting", "fetching", "generating", "submitting", "training", "publishing"),
     *("auditing", "evaluating", "scoring", "mirroring", "serving"),
@@ -70,7 +66,7 @@ def environment(**shared: Any) -> Environment:
 
 def clean(text: str, limit: int = TEXT_SHOWN) -> str:
     """Text whose control and direction characters are shown, not obeyed, cut to `limit` characters."""
-    shown = OBEYED.sub("�", text[:limit])
+    shown = visible(text[:limit])
     return shown if len(text) <= limit else f"{shown}… ({len(text) - limit:,} more characters)"
 
 

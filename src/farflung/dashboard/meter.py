@@ -1,12 +1,12 @@
 """What a run's metrics.jsonl says of time and money, as it grows: cost and verification overhead so far."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from farflung.config import Config
+from farflung.store.metrics import Tail
 
 Line = dict[str, Any]
 Process = tuple[str, float]
@@ -43,26 +43,19 @@ class Meter:
     """Follows the file: each look reads only what was appended since the last one."""
 
     def __init__(self, path: Path, config: Config) -> None:
-        self._path, self._config, self._offset = path, config, 0
+        self._tail, self._config = Tail(path), config
         self._lives: dict[Process, Line] = {}
         self._past_s, self._since, self._last = 0.0, 0.0, 0.0
 
     def look(self) -> tuple[float, float | None, float]:
         """Cost in USD, verification overhead and seconds of work so far, pauses between stop and resume left out."""
-        for line in self._appended():
+        if self._tail.begins_anew():
+            self._lives, self._past_s, self._since, self._last = {}, 0.0, 0.0, 0.0
+        for line in self._tail.lines():
             self._take(line)
         lives = self._lives.values()
         wall_s = self._past_s + (self._last - self._since if self._since else 0.0)
         return cost_usd(lives, wall_s, self._config), overhead(lives), wall_s
-
-    def _appended(self) -> list[Line]:
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        return [json.loads(text) for text in whole.splitlines()]
 
     def _take(self, line: Line) -> None:
         self._last = line["at"]

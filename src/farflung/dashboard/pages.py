@@ -1,12 +1,12 @@
 """The pages: GET, unsigned, readable without JavaScript. Every value on them is escaped and no script is inline."""
 
-import asyncio
 import hashlib
+import logging
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,22 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from farflung.config import Config
-from farflung.dashboard import browse, stories
-from farflung.dashboard.live import MOST_VIEWERS, Live
+from farflung.dashboard import asked, browse, stories
+from farflung.dashboard.live import Live
 from farflung.dashboard.look import HERE, TEXT_SHOWN, clean, curves, environment
 from farflung.dashboard.meter import Meter
 from farflung.dashboard.nodes import DESCENDING, SORTS, ordered
+from farflung.dashboard.shared import Shared
 from farflung.dashboard.snapshot import Snapshot, take
 from farflung.dashboard.veil import veil_of
 from farflung.dashboard.versions import troubles, why_large
-from farflung.protocol.errors import NotFound, Unavailable
+from farflung.protocol.errors import Broken, Malformed, NotFound, Refusal
+from farflung.protocol.limits import sender_of
 from farflung.protocol.states import statuses
 from farflung.rollouts.archive import Archive
 from farflung.store.db import Database
 
+log = logging.getLogger(__name__)
 NODES_A_PAGE = 100
 NAMES_S = 20.0
 """Pages that need of the snapshot little more than names take one this old."""
@@ -67,7 +70,7 @@ class Desk:
 
     async def look(self) -> Snapshot:
         """Read everything the home page shows."""
-        return await self.database.read(lambda c: take(c, self.config, self.meter, self.clock()))
+        return await self.database.read_page(lambda c: take(c, self.config, self.meter, self.clock()))
 
 
 class Pages:
@@ -77,6 +80,7 @@ class Pages:
         self.desk = desk
         self._templates = environment(is_live=desk.is_live, run=desk.config.run.name, asset=asset)
         self.live = Live(desk.look, self._part)
+        self.accounts = Shared(lambda: desk.database.read_page(browse.accounts))
 
     # --- pages -------------------------------------------------------------------------------------------------------
 
@@ -86,89 +90,93 @@ class Pages:
         points = curves(s.steps, s.evals)
         held_out = self.desk.config.eval
         k = held_out.k if held_out.samples else 0
-        return self._page("home.html", s=s, points=points, k=k, page="home", table=_table(s, request))
+        return await self._page("home.html", s=s, points=points, k=k, page="home", table=_table(s, request))
 
     async def nodes(self, request: Request) -> Response:
         """The nodes table alone, for htmx."""
-        return self._page("nodes.html", table=_table(await self.live.snapshot(), request))
+        return await self._page("nodes.html", table=_table(await self.live.snapshot(), request))
 
     async def rollouts(self, request: Request) -> Response:
         """Rollouts with their answers, newest first."""
-        asked = request.query_params
-        wanted = browse.Wanted(*(asked.get(name, "")[:80] for name in ("status", "node", "older", "newer")))
+        wanted = _wanted(request)
         s = await self.live.snapshot(NAMES_S)
         counts, run = s.counts.statuses, self.desk.config.run.name
         known = counts.get(wanted.status, 0)
         veiled: Callable[[Connection], Any] = lambda c: browse.rollouts(  # noqa: E731
             c, run, wanted, known, veil_of(c, self.desk.config)
         )
-        found = await self.desk.database.read(veiled)
+        found = await self.desk.database.read_page(veiled)
         texts = await self._texts(found.rows)
         verdicts = {v.node: v for v in reversed(s.verdicts)}
-        return self._page(
+        return await self._page(
             "rollouts.html", page="rollouts", wanted=wanted, found=found, texts=texts, counts=counts,
             statuses=statuses("rollout"), verdicts=verdicts, names=s.names, parts=browse.parts,
         )  # fmt: skip
 
     async def story(self, request: Request) -> Response:
         """What is known of one id."""
-        subject = request.path_params["id"]
-        told = await self.desk.database.read(lambda c: stories.tell(c, self.desk.config, subject))
+        subject = asked.an_id(request.path_params["id"], "id")
+        told = await self.desk.database.read_page(lambda c: stories.tell(c, self.desk.config, subject))
         texts = await self._texts(told.rollouts[:64])
         s = await self.live.snapshot(NAMES_S)
-        return self._page("story.html", page="story", told=told, texts=texts, names=s.names, parts=browse.parts,
+        return await self._page("story.html", page="story", told=told, texts=texts, names=s.names, parts=browse.parts,
                           verdicts={v.node: v for v in reversed(s.verdicts)})  # fmt: skip
 
     async def find(self, request: Request) -> Response:
         """The search box: to the story of an id, or to a node by its name."""
-        wanted = request.query_params.get("id", "").strip()[:100]
+        wanted = request.query_params.get("id", "").strip()
         by_name = {node.name: node.node for node in (await self.live.snapshot(NAMES_S)).nodes}
         if not wanted:
             return RedirectResponse("/", 303)
-        return RedirectResponse(request.url_for("dashboard:story", id=by_name.get(wanted, wanted)).path, 303)
+        return RedirectResponse(f"/story/{by_name.get(wanted) or asked.an_id(wanted, 'id or name of a node')}", 303)
 
     async def weights(self, request: Request) -> Response:
         """Published steps: digests, bytes, who trained them, who has them."""
         s = await self.live.snapshot()
-        until = _number(request.query_params.get("until"), s.step)
+        until = asked.number(request.query_params.get("until", ""), "step", s.step, most=asked.STEP)
         loaded = Counter(node.loaded_step for node in s.nodes if node.is_present or s.status == "finished")
         run = self.desk.config.run.name
-        versions = await self.desk.database.read(lambda c: browse.weights(c, run, until, loaded))
+        versions = await self.desk.database.read_page(lambda c: browse.weights(c, run, until, loaded))
         since = self.desk.clock() - self.desk.config.lease.lost_s if s.status != "finished" else 0.0
-        said = await self.desk.database.read(lambda c: troubles(c, since))
+        said = await self.desk.database.read_page(lambda c: troubles(c, since))
         learn, newer = self.desk.config.learn, min(s.step, until + browse.STEPS_A_PAGE)
         note = "" if learn.lora_rank else why_large(learn.lr, versions)
-        return self._page("weights.html", page="weights", s=s, versions=versions, note=note, present=loaded.total(),
-                          troubles=said, until=until, newer=newer, most=browse.STEPS_A_PAGE)  # fmt: skip
+        return await self._page("weights.html", page="weights", s=s, versions=versions, note=note,
+                          present=loaded.total(), troubles=said, until=until, newer=newer,
+                          most=browse.STEPS_A_PAGE)  # fmt: skip
 
     async def ledger(self, request: Request) -> Response:
         """Who holds how much credit, and why."""
-        before = _number(request.query_params.get("before"), 0)
-        accounts = await self.desk.database.read(browse.accounts)
-        entries = await self.desk.database.read(lambda c: browse.entries(c, before))
+        before = asked.number(request.query_params.get("before", ""), "entry", 0, most=asked.ENTRY)
+        accounts = await self.accounts.get()
+        entries = await self.desk.database.read_page(lambda c: browse.entries(c, before))
         names = {node: name for node, name, _, _ in accounts.nodes}
-        return self._page("ledger.html", page="ledger", accounts=accounts, entries=entries, before=before, names=names,
-                          most=browse.ENTRIES_A_PAGE)  # fmt: skip
+        return await self._page("ledger.html", page="ledger", accounts=accounts, entries=entries, before=before,
+                          names=names, most=browse.ENTRIES_A_PAGE)  # fmt: skip
 
     async def events(self, request: Request) -> Response:
         """Server-sent events."""
-        if self.live.viewers >= MOST_VIEWERS:
-            raise Unavailable(f"{MOST_VIEWERS} people are looking already; reload later", retry_after_s=30)
+        sender = sender_of(request.client.host) if request.client else ""
+        self.live.viewers.check(sender)
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(self.live.events(), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(self.live.events(sender), media_type="text/event-stream", headers=headers)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _part(self, template: str, s: Snapshot) -> str:
         return self._templates.get_template(template).render(s=s)
 
-    def _page(self, template: str, status: int = 200, **values: Any) -> Response:
+    async def _page(self, template: str, **values: Any) -> Response:
+        """A page, written where it keeps no node waiting."""
+        return await self.desk.database.aside(partial(self._written, template, **values), "pages")
+
+    def _written(self, template: str, status: int = 200, **values: Any) -> Response:
         text = self._templates.get_template(template).render(**values)
         return HTMLResponse(text, status, headers={"cache-control": "no-store"})
 
-    def missing(self, error: NotFound) -> Response:
-        """The page for what is not there."""
-        return self._page("missing.html", 404, page="", reason=str(error))
+    def instead(self, error: Refusal) -> Response:
+        """The page for what is not there, or cannot be: what was wrong with the question, and the way back."""
+        return self._written("missing.html", error.status, page="", reason=str(error))
 
     async def _texts(self, rows: list[Any]) -> dict[str, str]:
         """Transcripts of rollouts, where they are stored and can be read."""
@@ -181,7 +189,8 @@ class Pages:
                     ids: bytes = (await archive.body(row.submission)).rollouts[row.position].ids
                 except NotFound:
                     continue
-                found[row.rollout] = clean(await asyncio.to_thread(archive.text, ids[: 4 * TEXT_SHOWN]))
+                text = await self.desk.database.aside(partial(archive.text, ids[: 4 * TEXT_SHOWN]), "pages")
+                found[row.rollout] = clean(text)
         return found
 
 
@@ -195,7 +204,7 @@ def mount(app: FastAPI, desk: Desk) -> Pages:
         ("/weights", pages.weights),
         ("/ledger", pages.ledger),
         ("/story", pages.find),
-        ("/story/{id}", pages.story),
+        ("/story/{id:path}", pages.story),
         ("/live", pages.events),
     ):
         app.add_api_route(
@@ -213,8 +222,13 @@ def _guarded(pages: Pages, page: Callable[[Request], Awaitable[Response]]) -> Ca
     async def endpoint(request: Request) -> Response:
         try:
             response = await page(request)
-        except NotFound as error:
-            response = pages.missing(error)
+        except (NotFound, Malformed) as error:
+            response = pages.instead(error)
+        except Refusal:
+            raise
+        except Exception:  # whatever broke stays in the log: a stranger learns nothing of it
+            log.exception("broken page path=%s", request.scope["path"][:200])
+            response = pages.instead(Broken("this page cannot be shown; the coordinator's log says why"))
         response.headers.update(SECURITY)
         return response
 
@@ -257,16 +271,25 @@ def asset(name: str) -> str:
 
 def _table(s: Snapshot, request: Request) -> dict[str, Any]:
     """What of the nodes is asked for: column, direction, page."""
-    asked = request.query_params
-    sort = asked.get("sort", "role")
+    wish = request.query_params
+    sort = wish.get("sort", "role")
     sort = sort if sort in SORTS else "role"
-    is_down = asked.get("order", "down" if sort in DESCENDING else "up") == "down"
+    is_down = wish.get("order", "down" if sort in DESCENDING else "up") == "down"
     pages = max(1, -(-len(s.nodes) // NODES_A_PAGE))
-    page = min(pages, max(1, _number(asked.get("page"), 1)))
+    page = min(pages, max(1, _page_number(wish.get("page", ""))))
     rows = ordered(s.nodes, sort, is_down)[(page - 1) * NODES_A_PAGE : page * NODES_A_PAGE]
     return {"rows": rows, "sort": sort, "is_down": is_down, "page": page, "pages": pages, "total": len(s.nodes),
             "first_down": DESCENDING}  # fmt: skip
 
 
-def _number(text: str | None, default: int) -> int:
-    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 16 else default
+def _page_number(text: str) -> int:
+    """Of a table that refreshes itself: whatever is no number is the first page."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else 1
+
+
+def _wanted(request: Request) -> browse.Wanted:
+    """Which rollouts are asked for. Raises Malformed."""
+    status, node, older, newer = (request.query_params.get(name, "") for name in ("status", "node", "older", "newer"))
+    if status and status not in statuses("rollout"):
+        raise Malformed(f"{status[:40]!r} is no status of a rollout; there are {', '.join(statuses('rollout'))}")
+    return browse.Wanted(status, node and asked.an_id(node, "node"), older, newer)

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -11,7 +10,7 @@ from farflung.config import Config
 from farflung.dashboard import heldout, views
 from farflung.dashboard.meter import Meter
 from farflung.dashboard.nodes import NodeLine, Tally, lines, tally
-from farflung.dashboard.veil import veil_of
+from farflung.dashboard.veil import pathless, veil_of
 from farflung.protocol.messages import EvalView, StepView, Verdict
 from farflung.store.ledger import ISSUED
 from farflung.store.tables import AUDITS, ENTRIES, GROUPS, RUNS, STEPS
@@ -124,8 +123,8 @@ def take(connection: Connection, config: Config, meter: Meter, now: float) -> Sn
     return Snapshot(
         run=run,
         status=row.status,
-        model=Path(config.model.path).name or config.model.path,
-        env=config.env.name,
+        model=pathless(config.model.path),
+        env=pathless(config.env.name),
         step=latest,
         steps_total=config.run.steps,
         started_at=row.created_at,

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 from farflung.config import Config
 from farflung.dashboard import browse, views
 from farflung.dashboard.nodes import describe
-from farflung.dashboard.veil import Veil, veil_of
+from farflung.dashboard.veil import Veil, pathless, veil_of
 from farflung.learner.difficulty import Count, pass_rate
 from farflung.protocol.errors import NotFound
 from farflung.protocol.messages import Event
@@ -30,7 +30,7 @@ from farflung.store.tables import (
     TASKS,
     VERDICTS,
 )
-from farflung.trust.record import NodeRecord
+from farflung.trust.record import NodeRecord, Watched
 
 EVENTS_SHOWN = 500
 RELATED_SHOWN = 100
@@ -167,7 +167,11 @@ def _step(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
     if row.manifest is not None:
         manifest = browse.open_unchecked(row.manifest)
         facts += [("committed", Moment(row.committed_at)), ("manifest", row.manifest_digest)]
-        facts += [("weights digest", row.weights_digest), ("parent", manifest.parent), ("checkpoint", row.checkpoint)]
+        facts += [
+            ("weights digest", row.weights_digest),
+            ("parent", manifest.parent),
+            ("checkpoint", pathless(row.checkpoint)),
+        ]
         kinds = [manifest.kind] * bool(manifest.shards) + [f"difference to step {manifest.base_step}"] * bool(
             manifest.deltas
         )
@@ -201,7 +205,7 @@ def _node(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
     if not veil.is_on:
         facts += [("audited rollouts", record.audited_rollouts), ("clean in a row", record.clean_rollouts)]
         facts += [("bad submissions", record.bad_submissions), ("M", f"{record.statistic:.4g}")]
-        facts += [("most like", record.suspicion)]
+        facts += [("most like", record.suspicion), ("flips in all replays", _watched(record.watched))]
     query = sa.select(LEASES).where(LEASES.c.node == subject).order_by(LEASES.c.opened_at.desc()).limit(20)
     leases = [
         (le.lease, le.purpose, le.step, le.status, Moment(le.opened_at), le.submission)
@@ -212,6 +216,17 @@ def _node(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
     return facts, [_verdicts(connection, subject), *related], []
 
 
+def _watched(watched: Watched) -> str:
+    """What all replays of a node add up to, and by how much its flips raised its reward."""
+    if not watched.rollouts:
+        return ""
+    each = watched.gain / watched.rollouts
+    return (
+        f"{watched.flips} in {watched.rollouts} rollouts, {watched.allowed:.3g} allowed; reward {each:+.3g} a rollout; "
+        f"M = {watched.statistic:.3g}"
+    )
+
+
 def _run(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
     row = _row(connection, RUNS, subject)
     if row is None:
@@ -219,7 +234,7 @@ def _run(connection: Connection, run: str, subject: str, veil: Veil) -> Found | 
     tree = json.loads(row.config)
     settings = [(f"{part}.{name}", value) for part in SHOWN for name, value in tree.get(part, {}).items()]
     facts: list[Fact] = [("status", row.status), ("founded", Moment(row.created_at))]
-    return facts, [Related("Settings", ("name", "value"), [(n, json.dumps(v)) for n, v in settings])], []
+    return facts, [Related("Settings", ("name", "value"), [(n, json.dumps(pathless(v))) for n, v in settings])], []
 
 
 SHOWN = ("run", "model", "env", "generate", "learn", "lease", "trust", "eval")

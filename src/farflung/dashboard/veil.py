@@ -5,7 +5,7 @@ Else a node could see which of its rollouts are held for audit, and how near to 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -14,6 +14,18 @@ from farflung.config import Config
 from farflung.protocol.messages import Event
 from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, RUNS, STEPS
 from farflung.trust.record import NodeRecord
+
+
+def pathless(value: Any) -> Any:
+    """A setting as anybody may read it: of absolute paths the last part, for the rest tells of the operator's disk."""
+    if isinstance(value, str):
+        return value.rpartition("/")[2] if value.startswith(("/", "~", "file:")) else value
+    if isinstance(value, list):
+        return [pathless(one) for one in cast(list[Any], value)]
+    if isinstance(value, dict):
+        return {name: pathless(one) for name, one in cast(dict[str, Any], value).items()}
+    return value
+
 
 SHOWN_AS = "received"
 """What a rollout that is held for audit is shown as."""

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from farflung.config import Config
 from farflung.dashboard.heldout import evals
 from farflung.dashboard.nodes import PAID, NodeLine, lines, tally
-from farflung.dashboard.veil import veil_of
+from farflung.dashboard.veil import pathless, veil_of
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import NodeView, Relays, RelayView, Status, StepView, Story, Verdict
@@ -41,9 +41,10 @@ def manifest(connection: Connection, run: str, digest: str) -> Signed:
 
 
 def relays(connection: Connection, since: float) -> Relays:
-    """Relays heard of since a time, those seen last first."""
+    """Relays heard of since a time, those seen last first; no ejected key among them."""
     query = sa.select(NODES.c.node, NODES.c.url).where(
-        NODES.c.role == "relay", NODES.c.url != "", NODES.c.seen_at >= since, NODES.c.phase != "gone"
+        *(NODES.c.role == "relay", NODES.c.url != "", NODES.c.status != "ejected"),
+        *(NODES.c.seen_at >= since, NODES.c.phase != "gone"),
     )
     rows = connection.execute(query.order_by(NODES.c.seen_at.desc()).limit(64))
     return Relays(relays=[RelayView(node=row.node, url=row.url) for row in rows])
@@ -76,8 +77,8 @@ def status(connection: Connection, book: Book, now: float) -> Status:
     return Status(
         run=book.run,
         status=book.status(connection),
-        model=config.model.path,
-        env=config.env.name,
+        model=pathless(config.model.path),
+        env=pathless(config.env.name),
         steps_total=config.run.steps,
         latest=latest,
         started_at=connection.execute(sa.select(RUNS.c.created_at).where(RUNS.c.run == book.run)).scalar_one(),

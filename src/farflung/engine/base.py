@@ -51,6 +51,9 @@ class Replay:
     """Probability that the policy itself gives to the best-scored token, in (0, 1]; 1 when greedy.
 
     Somebody who samples from the policy with other noise sends another token with probability 1 - pick."""
+    lead: np.ndarray
+    """By how much the policy itself prefers the second best score's token to the best one's: log-probability of that
+    one less that of this one, at the sampling temperature; often below 0."""
     logp: np.ndarray
     """Log-probability of the token that was sent, at the sampling temperature."""
     sketch: np.ndarray | None = None
@@ -83,6 +86,9 @@ class Engine(Protocol):
         """
         ...
 
-    def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:
-        """Prefill each (request, completion ids) once and compare each token with the seeded pick."""
+    def replay(self, items: Sequence[tuple[Request, Sequence[int]]], *, alone: bool = False) -> list[Replay]:
+        """Prefill each (request, completion ids) once and compare each token with the seeded pick.
+
+        With `alone` each is read by itself, sharing and padding nothing: slow, and another path than the usual one.
+        """
         ...

@@ -3,7 +3,9 @@
 Legend: R requests, B live rows, T positions, V vocabulary, K positions of noise made ahead.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -15,11 +17,16 @@ from farflung.engine.choice import best, silenced, tempered
 from farflung.engine.fingerprint import Sketches, tapped
 from farflung.engine.noise import exponential
 from farflung.engine.rows import Rows
+from farflung.engine.whole import WholeRows
+from farflung.numerics.trying import FAULTS, Text, Trial
 
-_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5}
-"""Most by which logits of a model that is tried may differ, in their standard deviations."""
+Batching = Literal["padded", "level", "alone", "whole"]
+"""Prompts of all lengths in one batch, of one length each, one row at a time; or all rows, each read whole for a token,
+for models that have no use for a cache."""
 _PATIENCE, _FEW = 2, 64
 """Requests join once slots have been idle for as much as so many steps of the whole batch, fewer where it is small."""
+_TYPES = (torch.float32, torch.bfloat16)
+"""In which attention by plain products is tried."""
 _NOISE_AHEAD = 1 << 16
 """Noise values made at once. For a vocabulary of 32, 32 positions at a time cost 12 us each instead of 100."""
 
@@ -31,24 +38,54 @@ def decode(
     should_stop: Callable[[], bool] | None = None,
     is_plain: bool = False,
     slots: int = 64,
+    batching: Batching = "padded",
 ) -> list[Completion | None]:
     """Complete all requests, `slots` at a time: as rows end, others join. None for those that `should_stop` left out.
 
     Each token is argmax(logits / T + Gumbel noise), or argmax(logits) where T = 0; finished rows leave the batch.
-    The longest prompts come first. `is_plain` says that the model's attention is (see `attends_plainly`).
+    The longest prompts come first. What a model can do, `is_plain` and `batching`, is found by `ways.py`.
     """
     order = sorted(range(len(requests)), key=lambda index: first(requests[index]))
-    waiting = [requests[one] for one in order]
+    found: list[Completion | None] = [None] * len(requests)
+    done: list[Completion | None] = []
+    for batch in batches([requests[one] for one in order], batching, slots):
+        done += _complete(model, batch, eos_ids, should_stop, is_plain, slots, batching)
+    for place, completion in zip(order, done, strict=True):
+        found[place] = completion
+    return found
+
+
+def _complete(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    eos_ids: frozenset[int],
+    should_stop: Callable[[], bool] | None,
+    is_plain: bool,
+    slots: int,
+    batching: Batching,
+) -> list[Completion | None]:
     prompts = {request.prompt_ids for request in requests}
     is_shared = is_plain and is_worth_sharing(list(prompts), len(requests))
     with tapped(model, requests) as tap:
         horizon = max(map(len, prompts)) + max(request.budget for request in requests)
-        rows = Rows(model, horizon, tap, is_plain=is_plain, is_shared=is_shared)
-        done = _decode(rows, waiting, eos_ids, should_stop, slots)
-    found: list[Completion | None] = [None] * len(requests)
-    for index, completion in zip(order, done, strict=True):
-        found[index] = completion
-    return found
+        rows = rows_of(batching)(model, horizon, tap, is_plain=is_plain, is_shared=is_shared)
+        return _decode(rows, requests, eos_ids, should_stop, slots)
+
+
+def batches(requests: Sequence[Request], batching: Batching, slots: int) -> Iterator[list[Request]]:
+    """Requests, sorted by length, that are decoded together; what comes later in one may join as others leave."""
+    if batching in ("padded", "whole"):
+        yield list(requests)
+        return
+    size = slots if batching == "level" else 1
+    for _, level in groupby(requests, key=lambda one: len(one.prompt_ids)):
+        some = list(level)
+        yield from (some[start : start + size] for start in range(0, len(some), size))
+
+
+def rows_of(batching: Batching) -> type[Rows] | type[WholeRows]:
+    """What holds the rows of a batch."""
+    return WholeRows if batching == "whole" else Rows
 
 
 def first(request: Request) -> tuple[int, tuple[int, ...]]:
@@ -56,33 +93,42 @@ def first(request: Request) -> tuple[int, tuple[int, ...]]:
     return -len(request.prompt_ids), request.prompt_ids
 
 
-def attends_plainly(model: PreTrainedModel) -> bool:
-    """Whether a model's attention can be taken by plain products and in two parts, found by trying a few tokens."""
-    tolerance = _TOLERANCE.get(model.dtype)
-    if tolerance is None or model.device.type != "cpu":
+def attends_plainly(model: PreTrainedModel, trial: Trial | None = None) -> bool:
+    """Whether a model's attention can be taken by plain products and in two parts, found by trying a few texts."""
+    if model.dtype not in _TYPES or model.device.type != "cpu":
         return False
-    vocab = model.config.get_text_config().vocab_size
-    prompts = [tuple(token % vocab for token in part) for part in ((5, 3, 8, 2), (7, 1, 4))]
-    asked = [Request(prompt, 0, 0.0, 4) for prompt in (*prompts, *prompts)]
-
-    def seen(**how: bool) -> torch.Tensor:
-        rows = Rows(model, 8, **how)
-        rows.join(asked)
-        rows.advance(torch.tensor([1, 2, 3, 4]) % vocab)
-        rows.keep(torch.tensor([3, 1, 2]))
-        rows.advance(torch.tensor([4, 3, 2]) % vocab)
-        return rows.logits_BV.float()
-
     try:
-        usual_BV = seen()
-        others = [seen(is_plain=True, is_shared=is_shared) for is_shared in (False, True)]
-    except (RuntimeError, TypeError, ValueError, AttributeError):  # it asks for other attention, or not in this way
+        trial = trial or Trial(model)
+    except FAULTS:
         return False
-    return all(bool((other_BV - usual_BV).abs().max() <= tolerance * usual_BV.std()) for other_BV in others)
+
+    def decoded(*, is_shared: bool) -> Callable[[Sequence[Text]], list[torch.Tensor]]:
+        def attempt(texts: Sequence[Text]) -> list[torch.Tensor]:
+            horizon = max(len(text.prompt + text.tail) for text in texts)
+            return followed(Rows(model, horizon, is_plain=True, is_shared=is_shared), texts)
+
+        return attempt
+
+    return all(trial.holds(decoded(is_shared=is_shared)) for is_shared in (True, False))
+
+
+def followed(rows: Rows | WholeRows, texts: Sequence[Text]) -> list[torch.Tensor]:
+    """Logits (T, V) of the tokens of each text as its rows go on; of several the first leaves halfway."""
+    rows.join([Request(text.prompt, 0, 0.0, len(text.tail)) for text in texts])
+    seen: list[list[torch.Tensor]] = [[] for _ in texts]
+    live = list(range(len(texts)))
+    for step, tokens in enumerate(zip(*(text.tail for text in texts), strict=True)):
+        for row, index in enumerate(live):
+            seen[index].append(rows.logits_BV[row])
+        if len(live) > 1 and step == len(texts[0].tail) // 2:
+            live = [live[-1], *live[1:-1]]
+            rows.keep(torch.tensor(live, device=rows.device))
+        rows.advance(torch.tensor([tokens[index] for index in live], device=rows.device))
+    return [torch.stack(parts) for parts in seen]
 
 
 def _decode(
-    rows: Rows,
+    rows: Rows | WholeRows,
     requests: Sequence[Request],
     eos_ids: frozenset[int],
     should_stop: Callable[[], bool] | None,
@@ -114,7 +160,7 @@ def _decode(
     return record.completions(sketches)
 
 
-def _joining(rows: Rows, slots: int, waiting: int, idle: int) -> int:
+def _joining(rows: Rows | WholeRows, slots: int, waiting: int, idle: int) -> int:
     """How many requests join now: several at once, for to read a prompt takes as long as a token of half a batch.
 
     `idle` counts each free slot once a step, so that the longer completions are, the sooner they are followed. Nobody

@@ -2,16 +2,31 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from farflung.engine.config_check import check_config, metered
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
 
+_ODD = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+)
+"""What transformers raises for fields that it did not expect."""
 _NEVER = ("auto_map", "quantization_config")
 """Keys that would make transformers look for somebody's Python or repack the weights."""
 
@@ -26,30 +41,46 @@ def build(config: Path | str | bytes, dtype: torch.dtype) -> PreTrainedModel:
     try:
         settings = AutoConfig.for_model(**{key: value for key, value in fields.items() if key not in _NEVER})
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
+            model = _of(settings, dtype)
         model.tie_weights()  # part of what was left out
-    except (ValueError, TypeError, KeyError) as error:
+    except _ODD as error:
         raise ConfigError(f"config.json describes no causal language model that transformers knows: {error}") from error
     return model.eval().requires_grad_(False)
+
+
+def _of(settings: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """With torch's own attention, or for those that do not know it with the model's."""
+    make = partial(AutoModelForCausalLM.from_config, settings, dtype=dtype, trust_remote_code=False)
+    try:
+        return make(attn_implementation="sdpa")
+    except ValueError:
+        return make(attn_implementation="eager")
 
 
 def read_config(config: Path | str | bytes) -> dict[str, Any]:
     """The fields of `config.json`, given as bytes or as the folder it is in."""
     try:
         text = config if isinstance(config, bytes) else (Path(config) / "config.json").read_bytes()
-        fields = json.loads(text)
-    except (OSError, ValueError) as error:
+        fields = json.loads(text, object_hook=_plain)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"no readable config.json: {error}") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ConfigError("config.json names no model_type; take it from the model's own folder")
+    check_config(fields)
     return fields
 
 
-def model_bytes(config: Path | str | bytes, dtype: torch.dtype) -> int:
-    """Bytes that the parameters of a `config.json` would take, found without taking them."""
-    with torch.device("meta"):
+def _plain(fields: dict[str, Any]) -> Any:
+    """What JSON has no number for is written by transformers as {"__float__": "Infinity"}."""
+    return float(fields["__float__"]) if fields.keys() == {"__float__"} else fields
+
+
+def model_bytes(config: Path | str | bytes, dtype: torch.dtype, limit_bytes: float = float("inf")) -> int:
+    """Bytes that the parameters of a `config.json` would take, found without taking them.
+
+    Raises WeightsError once they and the buffers come to more than `limit_bytes`, without building the rest.
+    """
+    with torch.device("meta"), metered(limit_bytes):
         model = build(config, dtype)
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 

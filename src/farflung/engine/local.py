@@ -8,11 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Completion, Replay, Request
-from farflung.engine.decode import attends_plainly, decode
+from farflung.engine.decode import decode
 from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
 from farflung.engine.matmul import hasten
 from farflung.engine.replay import replay
-from farflung.protocol.errors import WeightsError
+from farflung.engine.ways import Ways, find_ways
+from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
 
 
@@ -34,7 +35,7 @@ class LocalEngine:
         self.max_rows = max_rows
         self.replay_tokens = replay_tokens
         self._is_loaded = True
-        self._is_plain = cache(lambda: attends_plainly(model))
+        self._ways = cache(lambda: find_ways(model))
 
     @classmethod
     def from_folder(
@@ -69,25 +70,35 @@ class LocalEngine:
         self._refuse_unloaded()
         return read_slices(self.model.state_dict(), slices)
 
+    @property
+    @torch.inference_mode()
+    def ways(self) -> Ways:
+        """How this model is decoded and replayed; tried with the first weights that are there when somebody asks."""
+        self._refuse_unloaded()
+        return self._ways()
+
     @torch.inference_mode()
     def generate(
         self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None
     ) -> list[Completion | None]:
         """Generate every request, in order, `max_rows` at a time: as some end, others join.
 
-        `should_stop` is asked before every token; once it says yes, what is incomplete stays None.
+        `should_stop` is asked before every token; once it says yes, what is incomplete stays None. Raises ConfigError
+        for texts in which the model's rotations would depend on their length.
         """
         self._refuse_unloaded()
         _refuse_empty(requests)
         if not requests:
             return []
-        return decode(self.model, requests, self.eos_ids, should_stop, self._is_plain(), self.max_rows)
+        ways = self.ways
+        refuse_unsteady(ways.most_tokens, max(len(one.prompt_ids) + one.budget for one in requests))
+        return decode(self.model, requests, self.eos_ids, should_stop, ways.is_plain, self.max_rows, ways.batching)
 
     @torch.inference_mode()
-    def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:
+    def replay(self, items: Sequence[tuple[Request, Sequence[int]]], *, alone: bool = False) -> list[Replay]:
         """Prefill each (request, completion ids) once and compare each token with the seeded pick."""
         self._refuse_unloaded()
-        return replay(self.model, items, self.replay_tokens)
+        return replay(self.model, items, self.replay_tokens, "alone" if alone else self.ways.reading)
 
     def _refuse_unloaded(self) -> None:
         if not self._is_loaded:
@@ -98,3 +109,13 @@ def _refuse_empty(requests: Sequence[Request]) -> None:
     for index, request in enumerate(requests):
         if not request.prompt_ids or request.budget < 1:
             raise ValueError(f"request {index} needs a prompt and a budget of at least one token: {request}")
+
+
+def refuse_unsteady(most_tokens: int | None, tokens: int) -> None:
+    """Raise ConfigError for a text so long that what was said before it was that long no longer holds."""
+    if most_tokens is not None and tokens - 1 > most_tokens:
+        raise ConfigError(
+            f"this model's rope depends on the length of a text beyond {most_tokens} tokens, so no replay of a text of "
+            f"{tokens} can agree with its generation; shorten prompts and generate.budget, or give config.json a rope "
+            "that is the same for every length (rope_type yarn, linear or default)"
+        )

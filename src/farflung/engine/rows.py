@@ -4,7 +4,9 @@ Legend: B live rows, G different prompts, T columns of the cache, V vocabulary, 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache as once
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -196,9 +198,10 @@ class Rows:
         ids_BT: torch.Tensor,
         place_BT: torch.Tensor,
         mask_BT: torch.Tensor | None,
-        **options: Held,
+        **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of each row's last token, and what the head was fed for them."""
+        options |= {_cache_name(type(self._model)): cache.layers}
         # The last column by mask, not by slice: a strided bf16 input makes the output head 1,000 times slower on CPUs.
         is_last_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
         is_last_BT[:, -1] = True
@@ -206,10 +209,15 @@ class Rows:
             input_ids=ids_BT,
             position_ids=place_BT,
             attention_mask=mask_BT,
-            past_key_values=cache.layers,
             use_cache=True,
             logits_to_keep=is_last_BT,
             **options,
         )
         fed_BD = None if self._tap is None else self._tap.fed_BD
         return out.logits.view(len(ids_BT), -1).contiguous(), fed_BD
+
+
+@once
+def _cache_name(kind: type[PreTrainedModel]) -> str:
+    """What a class of models calls the cache that it is given."""
+    return "cache_params" if "cache_params" in signature(kind.forward).parameters else "past_key_values"

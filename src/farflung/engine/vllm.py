@@ -81,7 +81,7 @@ class VllmEngine:
         self._refuse_unloaded()
         return asyncio.run(self._generate(requests, should_stop))
 
-    def replay(self, items: Sequence[tuple[Request, Sequence[int]]]) -> list[Replay]:
+    def replay(self, items: Sequence[tuple[Request, Sequence[int]]], *, alone: bool = False) -> list[Replay]:
         """Refused: replay is torch's. Raises ConfigError."""
         raise ConfigError("vLLM generates only; replay needs the local engine")
 

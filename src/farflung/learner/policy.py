@@ -6,11 +6,13 @@ Legend: B rollouts, T positions of their completions.
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from farflung.learner.calm import checkpoint_calmly
 from farflung.learner.dither import publishable
 from farflung.learner.forward import find_kind, logp_entropy_BT
 from farflung.learner.lora import adapt, base, factors_of, merged, published
@@ -38,17 +40,15 @@ class Policy:
     ) -> None:
         """Take a model; its parameters become float32. `is_checkpointed` trades a second forward pass for memory.
 
-        Dropout stays off, or the ratio of the first update would not be 1; but transformers checkpoints activations
-        in training mode only, so there a model with dropout must have it set to 0 in its config. With several `ranks`
-        the model is sharded, and every rank must do the same with it in the same order. With a `lora_rank` only
-        adapters are trained; not on several ranks. With `is_lora_alone` they travel without the rest: then frozen
-        matrices are rounded as they were published, and adapted ones are merged as others merge them. Raises
-        ConfigError.
+        Dropout stays off, or the ratio of the first update would not be 1. With several `ranks` the model is sharded,
+        and every rank must do the same with it in the same order. With a `lora_rank` only adapters are trained; not on
+        several ranks. With `is_lora_alone` they travel without the rest: then frozen matrices are rounded as they were
+        published, and adapted ones are merged as others merge them. Raises ConfigError.
         """
-        self.model = model.float().train(is_checkpointed)
+        self.model = model.float().eval()
         self.compute_dtype, self.is_dithered = compute_dtype, is_dithered
         if is_checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_calmly(model)
         self.ranks = ranks or Ranks()
         self._names = list(model.state_dict())
         is_rounded = is_dithered and compute_dtype == torch.bfloat16 and self.ranks.is_alone
@@ -82,13 +82,7 @@ class Policy:
     ) -> "Policy":
         """Load a folder or a hub id; safetensors only, no remote code. Raises ConfigError if there is no such model."""
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
+            model = _pretrained(source)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"no model at {str(source)!r}; give a folder or a model hub id ({reason})") from error
@@ -173,3 +167,12 @@ class Policy:
     def _autocast(self) -> AbstractContextManager[None]:
         is_mixed = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, self.compute_dtype if is_mixed else torch.bfloat16, enabled=is_mixed)
+
+
+def _pretrained(source: str | Path) -> PreTrainedModel:
+    """With torch's own attention, or for models that do not know it with theirs. Raises OSError or ValueError."""
+    make = partial(AutoModelForCausalLM.from_pretrained, source, dtype=torch.float32, trust_remote_code=False)
+    try:
+        return make(attn_implementation="sdpa", use_safetensors=True)
+    except ValueError:
+        return make(attn_implementation="eager", use_safetensors=True)

@@ -1,42 +1,47 @@
 """`farflung calibrate`: measure, on a trusted machine, how honest nodes and known cheats look to a validator.
 
-Honest means: the same policy, whatever the batch size; so rollouts are generated at several, none of which is the
-verifier's. In bfloat16 each is also replayed in float32, as the confirmation of an ejection does.
+Honest means the same policy, however it is computed: rows at once, threads, and where the processor can be told to,
+older instructions, none of which is the verifier's. Generated token by token, replayed in one prefill. In bfloat16 each
+is also replayed in float32. Temperature, length of completions and prompts are the run's: noise of scores grows as
+1 ÷ temperature, and a profile says what it is for.
 """
 
 import itertools
 import logging
 import math
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 
-from farflung.config import load
+from farflung.config import Config, load
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.envs.base import Env
 from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
+from farflung.ops.logs import start_logging
+from farflung.ops.older import OlderEngine
 from farflung.protocol.errors import ConfigError
 from farflung.tasks.found import Model
 from farflung.trust import fingerprint
-from farflung.trust.evidence import ALPHA, Profile, Seen, calibrate, flips, growth, to_json
+from farflung.trust.bounds import calibrate, growth
+from farflung.trust.evidence import ALPHA, Profile, Scope, Seen, flips, to_json
 
 log = logging.getLogger(__name__)
-BUDGETS = (1, 32, 2, 32, 4, 32, 8)
-"""Most tokens of a rollout, in turn: fingerprints of few tokens are the farthest; an odd number of them, so that every
-prompt meets every budget."""
+SHORT = (1, 2, 4, 8)
+"""Completions of so few tokens are among the others: their fingerprints are the farthest."""
 PROMPTS = 1024
 REPLAYED_AT_LEAST = 16
-PARTS = {64: 1.0, 7: 0.25, 1: 0.0625}
-"""Rows generated at once, and the share of the tokens that is generated so: few rows are slow."""
 CHEAT_PART = 0.25
 CHEATS: dict[str, Callable[[Request], Request]] = {
     "unseeded": lambda request: replace(request, seed=secrets.randbits(64)),
@@ -45,36 +50,137 @@ CHEATS: dict[str, Callable[[Request], Request]] = {
 }
 """What a profile must still tell from honest work: it widens with the noise that it forgives."""
 TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-3}
+"""Score noise, in nats at temperature 1, that is forgiven on the best of machines."""
 VERIFIERS = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32")}
-PROGRESS_S = 10.0
+PROGRESS_S = 3.0
+
+
+class Kind(NamedTuple):
+    """One way to generate honestly, and the share of the tokens that is generated so: few rows are slow."""
+
+    rows: int
+    threads: int
+    is_older: bool
+    share: float
+
+
+KINDS = (
+    Kind(64, 1, False, 1.0),
+    Kind(64, 2, False, 0.25),
+    Kind(7, 1, False, 0.25),
+    Kind(1, 1, False, 0.0625),
+    Kind(16, 1, True, 0.0625),
+)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Whose generation is measured: the model, its prompts, at which temperature, up to how many tokens."""
+
+    model: Model
+    prompts: Sequence[tuple[int, ...]]
+    temperature: float
+    budget: int
+
+    @property
+    def scope(self) -> Scope:
+        """The runs that a profile made under these conditions is for."""
+        return Scope(self.model.digest, self.temperature, self.budget)
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Most tokens of a rollout, in turn; an odd number of them, so that every prompt meets every budget."""
+        short = [size for size in SHORT if size < self.budget]
+        found = [self.budget, *(size for one in short for size in (one, self.budget))]
+        return tuple(found if len(found) % 2 else [*found, self.budget])
+
+
+class Played(NamedTuple):
+    """One honest rollout as one verifier saw it."""
+
+    seen: Seen
+    noise: np.ndarray
+    """By how much the generator's log-probability of each token differs from the verifier's."""
+    distance: float | None
+    """Of the fingerprints, where the engine makes them."""
 
 
 def write_profile(
-    model: str, name: str, out: Path, prompts: Path | None, *, tokens: int, threads: int, engine_url: str = ""
+    model: str,
+    name: str,
+    out: Path,
+    prompts: Path | None,
+    *,
+    tokens: int,
+    threads: int,
+    engine_url: str = "",
+    temperature: float = 1.0,
+    budget: int = 32,
 ) -> Profile:
-    """Generate, replay, calibrate, write. `tokens` are generated at the largest batch, parts of it at smaller ones.
+    """Generate, replay, calibrate, write. `tokens` are generated at the largest batch, parts of it in other ways.
 
-    With the URL of a vLLM server it is that which generates; it no longer holds the values that were published.
+    `prompts` may be the TOML of a run: then temperature and budget are that run's. With the URL of a vLLM server it is
+    that which generates; it no longer holds the values that were published.
     """
+    if prompts is not None and prompts.suffix == ".toml":
+        generate = load(prompts).generate
+        temperature, budget = generate.temperature, generate.budget
+    found = Model(model)
+    under = Conditions(found, _prompt_ids(found, prompts), temperature, budget)
+    profile = make_profile(under, name, tokens=tokens, threads=threads, engine_url=engine_url)
+    out.write_bytes(to_json(profile) + b"\n")
+    return profile
+
+
+def profile_of_run(config: Config, name: str, tokens: int) -> Profile:
+    """A profile for just this run, made on the machine that is to trust it; in seconds, so of few kinds."""
+    model, env = Model(config.model.path), load_env(config.env.name, config.env.args)
+    prompts = [env.prompt(task) for task in itertools.islice(env.tasks("train"), PROMPTS)]
+    asked = [tuple(model.prompt_ids(prompt)) for prompt in prompts]
+    under = Conditions(model, asked, config.generate.temperature, config.generate.budget)
+    return make_profile(under, name, tokens=tokens, threads=1, kinds=KINDS[:3], cheats=())
+
+
+def make_profile(
+    under: Conditions,
+    name: str,
+    *,
+    tokens: int,
+    threads: int,
+    engine_url: str = "",
+    kinds: Sequence[Kind] = KINDS,
+    cheats: Sequence[str] = tuple(CHEATS),
+) -> Profile:
+    """The profile of one kind of arithmetic under some conditions."""
     dtype = "bfloat16" if "bf16" in name else "float32"
-    asked = _prompt_ids(Model(model), prompts)
-    engines = {name: _engine(model, name, threads) for name in VERIFIERS[dtype]}
+    engines = {kind: engine_of(under.model, kind, threads) for kind in VERIFIERS[dtype]}
+    verifiers = list(engines.values())
     with tempfile.TemporaryDirectory() as folder:
-        generator = _served(model, engine_url, Path(folder)) if engine_url else engines[dtype]
-        verifiers = list(engines.values())
-        played = [s for rows, part in PARTS.items() for s in _samples(generator, verifiers, asked, rows, tokens * part)]
-        honest, distances = [seen for seen, _ in played], [far for _, far in played if far is not None]
-        cheats = {
-            cheat: [s for s, _ in _samples(generator, verifiers[:1], asked, max(PARTS), tokens * CHEAT_PART, change)]
-            for cheat, change in CHEATS.items()
+        served = _served(under.model, engine_url, Path(folder)) if engine_url else None
+        generator = served or engines[dtype]
+        of_kind = [
+            (OlderEngine(under.model.path, dtype) if kind.is_older else generator, kind)
+            for kind in kinds
+            if not (served and kind.is_older)
+        ]
+        honest = [
+            one for made_by, kind in of_kind for one in _play(made_by, verifiers, under, kind, tokens * kind.share)
+        ]
+        tried = {
+            cheat: [
+                one.seen for one in _play(generator, verifiers[:1], under, KINDS[0], tokens * CHEAT_PART, CHEATS[cheat])
+            ]
+            for cheat in cheats
         }
-    profile = calibrate(name, honest, cheats, tolerance=TOLERANCE[dtype])
+    seen, noise = [one.seen for one in honest], np.concatenate([one.noise for one in honest])
+    tolerance = TOLERANCE[dtype] / under.temperature
+    profile = calibrate(name, seen, tried, noise=noise, tolerance=tolerance, scope=under.scope)
     profile = msgspec.structs.replace(profile, holds_published=not engine_url)
+    distances = [one.distance for one in honest if one.distance is not None]
     if distances:
         profile = msgspec.structs.replace(profile, fingerprint=round(fingerprint.bound(distances), 4))
         log.info("fingerprints farthest=%.4f bound=%.4f", max(distances), profile.fingerprint)
-    out.write_bytes(to_json(profile) + b"\n")
-    _report(profile, {"honest": honest, **cheats})
+    _report(profile, {"honest": seen, **tried})
     return profile
 
 
@@ -97,60 +203,61 @@ def _env(config: Path | None) -> Env:
     return load_env(env.name, env.args)
 
 
-def _engine(model: str, dtype: str, threads: int) -> LocalEngine:
-    from farflung.learner.policy import Policy
-
-    found = Model(model)
-    engine = LocalEngine.from_folder(model, dtype=getattr(torch, dtype), threads=threads, eos_ids=found.eos_ids)
-    # Weights are published in bfloat16 whatever the arithmetic.
-    engine.load(Policy.from_pretrained(model).tensors())
+def engine_of(model: Model, dtype: str, threads: int) -> LocalEngine:
+    engine = LocalEngine.from_folder(model.path, dtype=getattr(torch, dtype), threads=threads, eos_ids=model.eos_ids)
+    engine.load(_published(model.path))
     return engine
 
 
-def _served(model: str, url: str, folder: Path) -> VllmEngine:
+def _published(model: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights as they are published, in bfloat16 whatever the arithmetic."""
     from farflung.learner.policy import Policy
 
-    engine = VllmEngine(url, folder, eos_ids=Model(model).eos_ids)
-    engine.load(Policy.from_pretrained(model).tensors())
+    return Policy.from_pretrained(model).tensors()
+
+
+def _served(model: Model, url: str, folder: Path) -> VllmEngine:
+    engine = VllmEngine(url, folder, eos_ids=model.eos_ids)
+    engine.load(_published(model.path))
     return engine
 
 
-def _samples(
-    generator: LocalEngine | VllmEngine,
+def _play(
+    generator: LocalEngine | VllmEngine | OlderEngine,
     verifiers: Sequence[LocalEngine],
-    prompts: Sequence[tuple[int, ...]],
-    rows: int,
+    under: Conditions,
+    kind: Kind,
     tokens: float,
     change: Callable[[Request], Request] = lambda request: request,
-) -> Iterator[tuple[Seen, float | None]]:
-    """What each verifier sees of each rollout, and how far its own fingerprint is from the one that was generated.
-
-    Generated `rows` at a time, replayed many at a time.
-    """
-    generator.max_rows = rows
-    chunk, nonce = max(rows, REPLAYED_AT_LEAST), secrets.token_hex(32)
-    endless = zip(itertools.cycle(prompts), itertools.cycle(BUDGETS), strict=False)
-    seen, said = 0, time.monotonic()
+) -> Iterator[Played]:
+    """What each verifier sees of each rollout. Generated as `kind` says, replayed many at a time."""
+    generator.max_rows = kind.rows
+    at_once = int(2 * tokens / under.budget) if kind.is_older else REPLAYED_AT_LEAST  # a process is slow to start
+    chunk, nonce = max(kind.rows, at_once), secrets.token_hex(32)
+    endless = zip(itertools.cycle(under.prompts), itertools.cycle(under.budgets), strict=False)
+    seen, said, threads = 0, time.monotonic(), torch.get_num_threads()
     while seen < tokens:
         requests = [
-            Request(prompt, secrets.randbits(64), 1.0, budget, nonce)
+            Request(prompt, secrets.randbits(64), under.temperature, budget, nonce)
             for prompt, budget in itertools.islice(endless, chunk)
         ]
+        torch.set_num_threads(kind.threads)
         done = [one for one in generator.generate([change(request) for request in requests]) if one is not None]
+        torch.set_num_threads(threads)
         seen += sum(len(completion.ids) for completion in done)
         items = [(request, completion.ids) for request, completion in zip(requests, done, strict=True)]
         for verifier in verifiers:
-            yield from map(_sample, done, verifier.replay(items))
+            yield from map(_played, done, verifier.replay(items))
         if time.monotonic() > said + PROGRESS_S or seen >= tokens:
             said = time.monotonic()
-            log.info("generated rows=%d tokens=%d of=%d", rows, seen, tokens)
+            log.info("generated rows=%d threads=%d tokens=%d of=%d", kind.rows, kind.threads, seen, tokens)
 
 
-def _sample(done: Completion, replay: Replay) -> tuple[Seen, float | None]:
-    """No distance where the engine makes no fingerprints."""
+def _played(done: Completion, replay: Replay) -> Played:
     assert replay.sketch is not None, "every request here asks for a fingerprint"
     far = fingerprint.distance(done.fingerprint, replay.sketch) if done.fingerprint else None
-    return Seen(replay.gap, replay.margin, replay.pick), far
+    seen = Seen(replay.gap, replay.margin, replay.pick, replay.lead)
+    return Played(seen, np.array(done.logp) - replay.logp, far)
 
 
 def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:
@@ -160,6 +267,18 @@ def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:
         flipped = sum(map(flips, samples)) / tokens
         needed = f"{math.log(1 / ALPHA) / nats:.0f}" if nats else "none suffice"
         log.info("%s tokens=%d flipped=%.4f nats_per_token=%.3f ejection=%s", name, tokens, flipped, nats, needed)
+    noise, choice = profile.noise, profile.bits
+    log.info("margin=%g noise=%.3g far=%.3g choice_bits_per_token=%.3g", profile.margin, noise, profile.far, choice)
     told = [cheat for cheat in CHEATS if not profile.power.get(cheat)]
     if told:
         log.warning("profile=%s tells nothing of %s on these prompts: this policy is too sure", profile.name, told)
+
+
+def _main(config: str, name: str, out: str, tokens: str) -> None:
+    """Make the profile of a run before it starts, in a process of its own."""
+    start_logging()
+    Path(out).write_bytes(to_json(profile_of_run(load(Path(config)), name, int(tokens))) + b"\n")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -10,7 +10,6 @@ import statistics
 from typing import Any
 
 import sqlalchemy as sa
-from rich.console import Console
 from rich.table import Table
 from sqlalchemy import Connection
 
@@ -20,6 +19,7 @@ from farflung.ops.invariants import violations
 from farflung.ops.recovery import settle
 from farflung.ops.storm import Storm
 from farflung.ops.swarm import prepare
+from farflung.ops.terminal import Terminal
 from farflung.protocol.errors import ConfigError
 from farflung.store.db import open_engine
 from farflung.store.tables import EVENTS, GROUPS, LEASES, ROLLOUTS, STEPS
@@ -128,7 +128,7 @@ def show(faults: list[Fault], result: Row) -> None:
         table.add_row(
             f"{fault.due_s:.0f}", fault.kind, fault.victim, *seen, str(fault.lost_tokens), fault.skipped or fault.lease
         )
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(table)
     for sentence in result["violations"]:
         console.print(f"broken: {sentence}")

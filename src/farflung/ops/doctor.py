@@ -12,13 +12,15 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
+from rich.text import Text
 
+from farflung.ops.terminal import Terminal
 from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import CLOCK_SKEW_S, Key, Signed, node_id, readable_name
 from farflung.protocol.messages import VERSION, Run, Status
 from farflung.protocol.server import listen
-from farflung.protocol.session import Index, check_run
+from farflung.protocol.session import Index, Session, check_run
 from farflung.weights.manifest import open_manifest
 
 SPARE_BYTES = 1 << 30
@@ -38,7 +40,7 @@ class Finding:
 
 async def doctor(url: str, folder: Path, root: bytes | None) -> bool:
     """Print every finding; whether nothing is in the way."""
-    console = Console(highlight=False)
+    console = Terminal()
     is_well = True
     async for finding in examine(url, folder, root):
         is_well &= finding.is_well
@@ -48,18 +50,21 @@ async def doctor(url: str, folder: Path, root: bytes | None) -> bool:
 
 def show(console: Console, finding: Finding) -> None:
     """One line, and the mend below it where one is needed."""
-    mark = "[green]✓[/]" if finding.is_well else "[red]✗[/]"
-    console.print(f"{mark} {finding.what:<12} {finding.told}", soft_wrap=True)
+    mark = ("✓", "green") if finding.is_well else ("✗", "red")
+    console.print(Text.assemble(mark, f" {finding.what:<12} {finding.told}"), soft_wrap=True)
     if not finding.is_well:
-        console.print(f"  [yellow]{finding.mend}[/]", soft_wrap=True)
+        console.print(Text(f"  {finding.mend}", "yellow"), soft_wrap=True)
 
 
-async def examine(url: str, folder: Path, root: bytes | None) -> AsyncIterator[Finding]:
-    """This machine first, then the way to the coordinator and what its run needs."""
+async def examine(url: str, folder: Path, root: bytes | None, *, is_joining: bool = False) -> AsyncIterator[Finding]:
+    """This machine first, then the way to the coordinator and what its run needs.
+
+    Who is joining tries its arithmetic as a worker, and not here.
+    """
     for check in (_python, _torch, lambda: _key(folder), lambda: _disk(folder, 0), _ports):
         yield check()
     if url:
-        async for finding in _remote(url, folder, root):
+        async for finding in _remote(url, folder, root, is_joining=is_joining):
             yield finding
 
 
@@ -109,7 +114,7 @@ def _ports() -> Finding:
 # --- the coordinator and its run -------------------------------------------------------------------------------------
 
 
-async def _remote(url: str, folder: Path, root: bytes | None) -> AsyncIterator[Finding]:
+async def _remote(url: str, folder: Path, root: bytes | None, *, is_joining: bool) -> AsyncIterator[Finding]:
     client = Client(url, Key.make(), patience_s=0.0)
     try:
         index = await client.get("/v1", Index)
@@ -117,7 +122,7 @@ async def _remote(url: str, folder: Path, root: bytes | None) -> AsyncIterator[F
         for run in index.runs:
             status = await client.get(f"/v1/runs/{run}/status", Status)
             yield _clock(status.now)
-            async for finding in _run(client, run, folder, root, status):
+            async for finding in _run(client, run, folder, root, status, is_joining=is_joining):
                 yield finding
     except FarflungError as error:
         yield Finding("coordinator", False, str(error), f"check the address {url}, this machine's network and a proxy")
@@ -139,7 +144,9 @@ def _clock(theirs: float) -> Finding:
     )
 
 
-async def _run(client: Client, run: str, folder: Path, root: bytes | None, status: Status) -> AsyncIterator[Finding]:
+async def _run(
+    client: Client, run: str, folder: Path, root: bytes | None, status: Status, *, is_joining: bool
+) -> AsyncIterator[Finding]:
     papers = await client.get(f"/v1/runs/{run}", Run)
     try:
         checked = check_run(papers, run, root)
@@ -156,6 +163,21 @@ async def _run(client: Client, run: str, folder: Path, root: bytes | None, statu
     yield Finding("weights", True, f"step {manifest.step}, {size_bytes / 1e9:.3f} GB, signature and digest are right")
     yield _disk(folder, size_bytes)
     yield _memory(size_bytes)
+    if not is_joining:
+        yield await _numerics(Session(client, run, papers.root, checked), folder, status.latest.manifest)
+
+
+async def _numerics(session: Session, folder: Path, manifest: str) -> Finding:
+    """Try this machine on what the trainer generated."""
+    from farflung.ops.numerics import attempt  # torch takes seconds, and other findings need none
+
+    try:
+        tried = await attempt(session, folder, manifest)
+    except FarflungError as error:
+        return Finding("numerics", False, f"cannot be tried: {error}", "see above; a worker tries again when it joins")
+    if tried is None:
+        return Finding("numerics", True, "no version here has a self-test; a worker makes one when one has")
+    return Finding("numerics", tried.is_forgiven, tried.told, "a worker would refuse to start")
 
 
 def _memory(size_bytes: int) -> Finding:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from farflung.config import Config
 from farflung.coordinator import open_coordinator, serve
+from farflung.coordinator.process import refuse_guessable
 from farflung.ops.nursery import die_with_parent
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.server import listen
@@ -35,6 +36,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 def serve_all(config: Config) -> None:
     """A coordinator in as many processes as are configured, until told to stop. Raises ConfigError."""
+    refuse_guessable(config)
     if config.coordinator.processes == 1:
         run(serve(config))
         return

@@ -106,9 +106,8 @@ EVIDENCE = example(m.Evidence)
 
 def _evidence(profile: Profile) -> Callable[[Chance], object]:
     """Well-formed evidence with odd numbers: what it comes to, and what explains it."""
-    honest = {
-        name: np.full(12, value, "<f4").tobytes() for name, value in (("gap", 1.0), ("margin", 0.0), ("pick", 0.5))
-    }
+    values = {"gap": 1.0, "margin": 0.0, "pick": 0.5, "lead": -1.0}
+    honest = {name: np.full(12, value, "<f4").tobytes() for name, value in values.items()}
 
     def attempt(chance: Chance) -> object:
         arrays = honest.copy()

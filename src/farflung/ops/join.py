@@ -6,14 +6,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rich.console import Console
+from rich.text import Text
 
 from farflung.config import WorkerSection
 from farflung.ops import doctor
+from farflung.ops.terminal import Terminal
 from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import KEY_BYTES, Key, readable_name
 from farflung.protocol.messages import NodeView, Status
 from farflung.protocol.session import Index, hardware
+from farflung.protocol.shown import one_line
 from farflung.worker import Worker
 
 BENCHMARK_S = 0.5
@@ -39,12 +42,11 @@ async def join(
 ) -> None:
     """Check, work, and tell what came of it. Raises ConfigError if the machine cannot take part."""
     url, root = parse(address)
-    console = Console(highlight=False, stderr=False)
+    console = Terminal()
     folder.mkdir(parents=True, exist_ok=True)
     key = Key.load_or_make(folder / "key")
-    console.print(
-        f"You are [bold]{name or readable_name(key.id)}[/], node {key.id}, key in {folder / 'key'}", soft_wrap=True
-    )
+    who = (name or readable_name(key.id), "bold")
+    console.print(Text.assemble("You are ", who, f", node {key.id}, key in {folder / 'key'}"), soft_wrap=True)
     machine = hardware()
     console.print(
         f"{machine.cpu}, {machine.cores} cores, {machine.memory_bytes / 1e9:.1f} GB, {benchmark(settings):.0f} GFLOP/s"
@@ -60,7 +62,7 @@ async def join(
 
 async def _preflight(console: Console, url: str, folder: Path, root: bytes | None) -> None:
     ill = 0
-    async for finding in doctor.examine(url, folder, root):
+    async for finding in doctor.examine(url, folder, root, is_joining=True):
         doctor.show(console, finding)
         ill += not finding.is_well
     if ill:
@@ -87,7 +89,7 @@ async def tell_earnings(console: Console, url: str, node: str) -> None:
     try:
         view = await _view(client, node)
     except FarflungError as error:
-        sys.stderr.write(f"what this node earned cannot be told now: {error}\n")
+        sys.stderr.write(f"what this node earned cannot be told now: {one_line(str(error))}\n")
         return
     finally:
         await client.close()

@@ -3,10 +3,10 @@
 import time
 from urllib.parse import quote
 
-from rich.console import Console
 from rich.table import Table
 
 from farflung.ops.screen import nodes_table, run_panel
+from farflung.ops.terminal import Terminal
 from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key
@@ -19,7 +19,7 @@ async def show_status(url: str, run: str) -> None:
     client = Client(url, Key.make(), patience_s=5.0)
     status = await client.get(f"/v1/runs/{run or await _only_run(client)}/status", Status)
     await client.close()
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(run_panel(status))
     console.print(nodes_table(status, console.width))
 
@@ -34,10 +34,10 @@ async def show_weights(url: str, run: str) -> None:
         table.add_column(name, justify="left" if name == "kind" else "right")
     for view in weights.versions:
         table.add_row(*_version_cells(view, weights))
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(table)
     for trouble in weights.troubles:
-        console.print(f"{trouble.name}: {trouble.said}", markup=False)
+        console.print(f"{trouble.name}: {trouble.said}")
     if weights.note:
         console.print(weights.note, style="dim")
 
@@ -60,7 +60,7 @@ async def _only_run(client: Client) -> str:
 async def tell_story(url: str, subject: str) -> None:
     """Print every event of one id, oldest first."""
     client = Client(url, Key.make(), patience_s=5.0)
-    story = await client.get(f"/v1/story/{quote(subject)}", Story)
+    story = await client.get(f"/v1/story/{quote(subject, safe='')}", Story)
     await client.close()
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for name in ("time", "what", "from", "to", "detail"):
@@ -68,4 +68,4 @@ async def tell_story(url: str, subject: str) -> None:
     for event in story.events:
         clock = time.strftime("%H:%M:%S", time.localtime(event.at))
         table.add_row(clock, event.noun, event.before or "–", event.after, event.detail)
-    Console(highlight=False).print(table)
+    Terminal().print(table)

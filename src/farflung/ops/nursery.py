@@ -24,12 +24,15 @@ from typing import Any, NoReturn
 from farflung.config import Config, RelaySection, load
 from farflung.ops.logs import start_logging
 from farflung.protocol.client import set_skew
-from farflung.protocol.errors import FarflungError
+from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import Key
+from farflung.protocol.shown import one_line
 from farflung.tasks.keyring import root_of
 
 POLL_S = 0.05
 GRACE_S = 10.0
+REFUSED = 78
+"""Exit code of a role whose configuration is wrong (EX_CONFIG of sysexits.h): to start it again is no use."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -102,8 +105,8 @@ def _live(order: dict[str, Any]) -> NoReturn:
         _be(order, config)
         code = 0
     except FarflungError as error:
-        sys.stderr.write(f"farflung: {error}\n")
-        code = 2
+        sys.stderr.write(f"farflung: {one_line(str(error))}\n")
+        code = REFUSED if isinstance(error, ConfigError) else 2
     except KeyboardInterrupt:
         code = 130
     finally:
@@ -170,11 +173,13 @@ def _worker(order: dict[str, Any], config: Config, folder: Path, root: bytes | N
 
     from farflung.ops.redteam import GALLERY
     from farflung.ops.redteam.base import Adversary
+    from farflung.trust.profiles import load_profile
     from farflung.trust.record import TrustSettings
 
     settings = config.trust.model_dump()
     trust = TrustSettings(**{name: settings[name] for name in TrustSettings.__struct_fields__})
-    return Adversary(*about, attack=GALLERY[order["attack"]](), trust=trust, **options)
+    judged_by = load_profile(config.model.profile)
+    return Adversary(*about, attack=GALLERY[order["attack"]](), trust=trust, judged_by=judged_by, **options)
 
 
 def die_with_parent() -> None:

@@ -9,6 +9,7 @@ from farflung.protocol.client import Client
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Done, Empty, Rollback, Status
 from farflung.protocol.session import Index
+from farflung.protocol.shown import visible
 
 ADMIN = "/v1/admin"
 
@@ -48,6 +49,6 @@ async def _tell(url: str, config: Config, ask: Callable[[Client, str], Awaitable
     client.admin_token = read_token(config.coordinator.admin_token_file)
     try:
         client.tag = (await client.get("/v1", Index)).coordinator
-        sys.stdout.write(await ask(client, f"/runs/{config.run.name}") + "\n")
+        sys.stdout.write(visible(await ask(client, f"/runs/{config.run.name}")) + "\n")
     finally:
         await client.close()

@@ -14,7 +14,9 @@ from rich.text import Text
 
 from farflung.config import Config
 from farflung.ops.examples import Pair, five_answers
+from farflung.ops.terminal import Terminal
 from farflung.protocol.messages import EvalView, NodeView, Status
+from farflung.protocol.shown import visible
 
 LINE_EVERY_S = 10.0
 BARS = "▁▂▃▄▅▆▇█"
@@ -27,7 +29,7 @@ class Screen:
 
     def __init__(self, config: Config, *, is_plain: bool) -> None:
         self.config, self.is_plain = config, is_plain
-        self.console = Console(highlight=False)
+        self.console = Terminal()
         self._live = None if is_plain else Live(console=self.console, refresh_per_second=4, transient=False)
         self._notes: list[str] = []
         self._since = time.time()
@@ -118,7 +120,7 @@ def run_panel(status: Status) -> Panel:
     title = (
         f"farflung · {status.run} · {Path(status.model).name} · {status.env} · {status.now - status.started_at:.0f} s"
     )
-    return Panel(grid, title=title, title_align="left", border_style="cyan")
+    return Panel(grid, title=Text(visible(title)), title_align="left", border_style="cyan")
 
 
 def spark(values: list[float]) -> str:
@@ -187,18 +189,15 @@ def print_summary(console: Console, s: dict[str, Any], folder: Path) -> None:
     """The figures that matter most, in words."""
     console.print()
     if s["eval_before"] is not None and s["eval_after"] is not None:
-        gain = f"held-out score {s['eval_before']:.3f} → [bold green]{s['eval_after']:.3f}[/]"
         low, high = s["eval_after_interval"]
-        gain += f" (95 %: {low:.3f} to {high:.3f})"
-        console.print(f"{gain} on {s['eval_tasks']} tasks, after {s['steps']} steps in {s['wall_s']:.0f} s")
+        after = f" (95 %: {low:.3f} to {high:.3f}) on {s['eval_tasks']} tasks, after {s['steps']} steps"
+        gain = (f"held-out score {s['eval_before']:.3f} → ", (f"{s['eval_after']:.3f}", "bold green"))
+        console.print(Text.assemble(*gain, f"{after} in {s['wall_s']:.0f} s"))
     if s["pass_k_before"] is not None and s["pass_k_after"] is not None:
         console.print(f"held-out pass@{s['pass_k']} {s['pass_k_before']:.3f} → {s['pass_k_after']:.3f}")
     for node in s["nodes_ejected"]:
-        console.print(
-            f"ejected [bold red]{node['name']}[/] ({node['true_role']}) after {node['submissions_until_caught']} "
-            f"submissions: {node['reason']}",
-            soft_wrap=True,
-        )
+        caught = f" ({node['true_role']}) after {node['submissions_until_caught']} submissions: {node['reason']}"
+        console.print(Text.assemble("ejected ", (node["name"], "bold red"), caught), soft_wrap=True)
     console.print(f"honest nodes ejected: {s['honest_ejected']}; leases re-issued to others: {s['leases_reissued']}")
     share = s["verification_overhead"]
     steady = s["verification_overhead_steady"]

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from farflung.config import Config, save
-from farflung.ops.nursery import LIGHT, die_with_parent
+from farflung.coordinator.process import refuse_guessable
+from farflung.ops.fitting import calibrated
+from farflung.ops.nursery import LIGHT, REFUSED, die_with_parent
 from farflung.ops.report import write_report
 from farflung.ops.screen import Screen
 from farflung.ops.summary import write_summary
@@ -49,6 +51,7 @@ NURSERIES = ("torch", "light")
 def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> None:
     """Make the run's folder, or find it for `--resume`. Raises ConfigError."""
     folder = config.folder
+    refuse_guessable(config)
     if not config.model.path:
         raise ConfigError("model.path is missing; name a folder of a Hugging Face causal LM or its hub id")
     if resume and not (folder / "config.json").exists():
@@ -86,12 +89,15 @@ class Swarm:
         self.most_restarts = MOST_RESTARTS
         self._born: dict[str, float] = {}
         self._ready = {kind: asyncio.Event() for kind in NURSERIES}
+        self._is_refused = False
+        """Whether the trainer found that this model and these settings do not go together."""
         self._is_open, self._has_failed = False, asyncio.Event()
         """Whether the coordinator has answered once, and whether it ended before it did."""
         self._listening: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> int:
         """Start, watch, stop, sum up. Gives the exit code."""
+        self.config = await calibrated(self.config, self.screen.note)
         self.metrics.begin(time.time())
         save(self.config, self.path)
         loop = asyncio.get_running_loop()
@@ -206,6 +212,9 @@ class Swarm:
             self._has_failed.set()
         if self.is_stopping or not self._is_open or name in self.killed or (code == 0 and name != "coordinator"):
             return
+        if code == REFUSED and name == "trainer":  # it would refuse the same again
+            self._is_refused = True
+            return
         self.restarts[name] = self.restarts.get(name, 0) + 1
         self.screen.note(f"{name} ended with {code}, starting it again")
         self.metrics.write("restart", time.time(), name=name, code=code)
@@ -224,8 +233,10 @@ class Swarm:
     # --- watching ----------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> bool:
-        """Until the run is finished (True) or somebody says stop (False)."""
+        """Until the run is finished (True) or somebody says stop (False). Raises ConfigError if the trainer does."""
         while not self.is_stopping:
+            if self._is_refused:
+                raise ConfigError(_last_words(self.folder / "logs" / "trainer.log", has_ended=True))
             await self._restart_nurseries()
             status = await self._status()
             if status is not None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from rich.console import Console
 from rich.table import Table
 from sqlalchemy import Connection
 
@@ -25,12 +24,13 @@ from farflung.ops.redteam import GALLERY
 from farflung.ops.redteam.base import LEDGER
 from farflung.ops.screen import Screen
 from farflung.ops.swarm import Swarm, prepare
+from farflung.ops.terminal import Terminal
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, Signed, unseal
 from farflung.protocol.messages import Verdict
 from farflung.store import ledger
 from farflung.store.db import open_engine
-from farflung.store.tables import EVENTS, GROUPS, NODES, ROLLOUTS, TASKS, VERDICTS
+from farflung.store.tables import ENTRIES, EVENTS, GROUPS, NODES, ROLLOUTS, TASKS, VERDICTS
 from farflung.tasks.found import Model
 from farflung.trust.record import NodeRecord
 
@@ -43,6 +43,8 @@ WIDTH = 160
 Row = dict[str, Any]
 Pay = tuple[int, float]
 """Tokens that a node was paid and still has, and the CPU-seconds that it generated for."""
+LEAST_CPU_S = 1e-6
+"""What generation is counted to take at least, so that free work has a gain."""
 
 
 class Quiet(Screen):
@@ -95,7 +97,7 @@ def pay_error(honest: Sequence[Sequence[float]]) -> float:
 
 
 def _one_run(config: Config) -> tuple[list[Row], list[float]]:
-    """Its adversaries, and the pay of its honest workers."""
+    """Its adversaries, and the pay of its honest workers per CPU-second."""
     prepare(config, fresh=True)
     swarm = Swarm(config, is_plain=True)
     swarm.screen = Quiet(swarm.config, is_plain=True)
@@ -105,7 +107,7 @@ def _one_run(config: Config) -> tuple[list[Row], list[float]]:
         honest = _honest(connection, config)
         rows = [_row(connection, config, cheat, honest) for cheat in config.swarm.cheats]
     engine.dispose()
-    return rows, [tokens for tokens, _ in honest]
+    return rows, [tokens / cpu_s for tokens, cpu_s in honest]
 
 
 # --- one attack ------------------------------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ def _row(connection: Connection, config: Config, cheat: Cheat, honest: Sequence[
     gains = _gains(connection, config, lines)
     cpu_s = sum(line["cpu_s"] for line in lines)
     kept = _kept(connection, node)
-    gains["pay"], per_cpu_s = _more_pay((kept, cpu_s), honest)
+    gains["pay"] = _more_pay(_pay_of(connection, [line for line in lines if _is_cheating(line)] or lines), honest)
     gains["poison"] = float(_poisoned(connection, lines))
     aim = GALLERY[cheat.attack]().aim
     layer = _layer(connection, node, lines, verdict)
@@ -138,7 +140,7 @@ def _row(connection: Connection, config: Config, cheat: Cheat, honest: Sequence[
         "aim": aim,
         "gain": gains[aim],
         "gain_error": gains.get(f"{aim}_error", 0.0),
-        "pay_per_cpu_s": per_cpu_s,
+        "pay_in_time": _more_in_time(kept, honest),
         "tokens_kept": kept,
         "cpu_s": round(cpu_s, 3),
         "poisoned_tokens_trained": int(gains["poison"]),
@@ -215,12 +217,25 @@ def _verdict(connection: Connection, node: str) -> tuple[Verdict, int] | None:
 # --- gains -----------------------------------------------------------------------------------------------------------
 
 
-def _more_pay(mine: Pay, honest: Sequence[Pay]) -> tuple[float, float]:
-    """By how much more of the mean honest worker's pay it kept: in the same time, and per CPU-second of generation."""
-    if not mine[1] or not sum(tokens for tokens, _ in honest):
-        return 0.0, 0.0
-    per_cpu_s = statistics.fmean(tokens / cpu_s for tokens, cpu_s in honest)
-    return mine[0] / statistics.fmean(tokens for tokens, _ in honest) - 1, mine[0] / mine[1] / per_cpu_s - 1
+def _more_pay(mine: Pay, honest: Sequence[Pay]) -> float:
+    """By how much more of the mean honest worker's pay per CPU-second of generation it kept; -1 is nothing at all."""
+    per_cpu_s = [tokens / cpu_s for tokens, cpu_s in honest]
+    return mine[0] / max(mine[1], LEAST_CPU_S) / statistics.fmean(per_cpu_s) - 1 if any(per_cpu_s) else 0.0
+
+
+def _more_in_time(kept: int, honest: Sequence[Pay]) -> float:
+    """By how much more of the mean honest worker's pay it kept in the same time, whatever either spent."""
+    pay = [tokens for tokens, _ in honest]
+    return kept / statistics.fmean(pay) - 1 if any(pay) else 0.0
+
+
+def _pay_of(connection: Connection, lines: Sequence[Row]) -> Pay:
+    """What was paid for these submissions and not burned, and the CPU-seconds that they took."""
+    rollouts = [rollout for line in lines for rollout, _, _ in line["rollouts"]]
+    moved = sa.select(sa.func.coalesce(sa.func.sum(ENTRIES.c.tokens), 0)).where(
+        ENTRIES.c.cause.in_(rollouts), ENTRIES.c.account.in_((ledger.ISSUED, ledger.BURNED))
+    )
+    return -int(connection.execute(moved).scalar_one()), sum(line["cpu_s"] for line in lines)
 
 
 def _honest(connection: Connection, config: Config) -> list[Pay]:
@@ -303,7 +318,7 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(name, overflow="fold")
     for attack in dict.fromkeys(row["attack"] for row in rows):
         table.add_row(*_line([row for row in rows if row["attack"] == attack]))
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    Terminal(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def _line(rows: Sequence[Row]) -> list[str]:

@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 from farflung.config import Config, load
 from farflung.dashboard import pages
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.hosts import KnownHosts
 from farflung.protocol.server import listen
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs
@@ -72,7 +73,9 @@ def view(folder: Path, host: str, port: int) -> None:
         address, port = listener.getsockname()[:2]
         print(f"farflung: {folder} is at http://{address}:{port}, read only; Ctrl-C ends it", flush=True)
         app, shown = app_of(desk)
-        options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, access_log=False)
+        options = uvicorn.Config(
+            KnownHosts(app, (host,)), log_level="warning", timeout_graceful_shutdown=1, access_log=False
+        )
         try:
             asyncio.run(pages.Server(options, shown.live.stop).serve(sockets=[listener]))
         finally:

@@ -31,6 +31,7 @@ AHEAD_BYTES = 2 * BATCH_BYTES
 """What may have been read from a line and not come out of the layers above it yet."""
 LONGEST_PAUSE_S = 2.0
 """Between tries, at first 0.1 s; no two nodes pause as long, so that they do not all come at once."""
+PLAIN = {"accept-encoding": "identity"}
 CA_VARIABLE = "FARFLUNG_CA_FILE"
 """Environment variable that names a PEM file of authorities to trust beside the usual ones."""
 
@@ -137,7 +138,7 @@ class Client:
     async def _once(
         self, method: str, path: str, body: bytes, signed: bool, headers: dict[str, str], limit_bytes: int
     ) -> bytes:
-        headers = {"accept": wire.MSGPACK, "content-type": wire.MSGPACK} | headers
+        headers = {"accept": wire.MSGPACK, "content-type": wire.MSGPACK, **PLAIN} | headers
         if self.admin_token:
             headers["authorization"] = f"Bearer {self.admin_token}"
         if signed:
@@ -153,7 +154,7 @@ class Client:
         return content
 
     async def _once_range(self, path: str, start: int, end: int) -> list[bytes]:
-        headers = {"accept-encoding": "identity", "range": f"bytes={start}-{end - 1}"}
+        headers = {**PLAIN, "range": f"bytes={start}-{end - 1}"}
         try:
             async with self._http.stream("GET", path, headers=headers) as response:
                 content = await _bounded(response, end - start if response.status_code == 206 else PROBLEM_BYTES)
@@ -167,7 +168,7 @@ class Client:
 
     async def _once_into(self, path: str, file: BinaryIO, limit_bytes: int) -> None:
         start = file.seek(0, os.SEEK_END)
-        headers = {"accept-encoding": "identity"} | ({"range": f"bytes={start}-"} if start else {})
+        headers = PLAIN | ({"range": f"bytes={start}-"} if start else {})
         try:
             async with self._http.stream("GET", path, headers=headers) as response:
                 if response.status_code >= 300:
@@ -202,7 +203,12 @@ def _context(ca_file: str) -> ssl.SSLContext:
 
 
 async def _parts(response: Any) -> AsyncGenerator[bytes]:
-    """The body, unpacked. While much of it is to come, the kernel wakes this process for BATCH_BYTES at a time."""
+    """The body as it comes. While much of it is to come, the kernel wakes this process for BATCH_BYTES at a time.
+
+    Raises Malformed for one that is packed: a quarter of a megabyte of empty frames takes half a second to unpack.
+    """
+    if (packed := response.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise Malformed(f"{response.url} sends a body packed as {packed[:40]!r}; it was asked for a plain one")
     stream = response.extensions.get("network_stream")
     line = stream.get_extra_info("socket") if stream else None
     size = int(response.headers.get("content-length", "0")[:18])
@@ -225,7 +231,7 @@ def _wait_for(line: socket.socket, size_bytes: int) -> None:
 
 
 async def _bounded(response: Any, limit_bytes: int) -> list[bytes]:
-    """The body, unpacked, as far as it is sane: whoever answers may be out to fill this machine's memory."""
+    """The body as far as it is sane: whoever answers may be out to fill this machine's memory."""
     parts: list[bytes] = []
     size = 0
     async for part in _parts(response):

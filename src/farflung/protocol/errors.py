@@ -19,6 +19,7 @@
         │   └── StepTaken
         ├── TooLarge           413
         ├── OutOfRange         416
+        ├── Misdirected        421
         ├── Rejected           422   a submission that fails sanity
         │   ├── WrongWeights
         │   └── FailedCanary
@@ -151,6 +152,12 @@ class OutOfRange(Refusal):
     """The range lies outside of the blob."""
 
     status, code = 416, "out-of-range"
+
+
+class Misdirected(Refusal):
+    """The Host header names another server than this one."""
+
+    status, code = 421, "misdirected"
 
 
 class Rejected(Refusal):

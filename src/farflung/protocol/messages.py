@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 from farflung.protocol.identity import Signed
 
-VERSION = 2
+VERSION = 3
 """Spoken protocol version; a node with another is told what to do."""
 
 MAX_TOKENS = 131_072
@@ -374,11 +374,31 @@ class Heartbeat(Message, frozen=True):
     """What last went wrong with weights on this node, such as a relay that lied, in its own words."""
 
 
+class Ruling(Message, frozen=True):
+    """A verdict as its node's owner is told of it."""
+
+    id: Count
+    """Rises from verdict to verdict."""
+    outcome: Literal["void", "quarantine", "eject", "release"]
+    submission: MaybeDigest
+    """The one that was judged; empty where an operator ejected the node."""
+    reason: Line
+    """In detail once the step is closed; short before."""
+    at: Seconds
+
+
 class Pulse(Message, frozen=True):
     """Answer to a heartbeat."""
 
     latest: Latest
     status: Name
+    """The node's standing."""
+    clean: Count = 0
+    """Clean audited rollouts in a row of a worker on probation."""
+    needed: Count = 0
+    """How many end probation; 0 for roles of which no trust is kept."""
+    rulings: Annotated[list[Ruling], Meta(max_length=8)] = []
+    """The latest verdicts on the node, oldest first."""
     lost_leases: Annotated[list[Id], Meta(max_length=1000)] = []
 
 
@@ -462,6 +482,8 @@ class AuditJob(Message, frozen=True):
     cap: float
     """Likelihood ratio at which the evidence is decisive, so that the rest need not be replayed; 0 to replay all."""
     rollouts: Annotated[list[AuditRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
+    others: Annotated[list[AuditRollout], Meta(max_length=64)] = []
+    """Further rollouts of the submission, for the explanations alone."""
     is_suspect: bool = False
     """Whether this is the second opinion on a would-be ejection, and other explanations are to be tried."""
     manifest_before: MaybeDigest = ""
@@ -478,13 +500,15 @@ class AuditJobs(Message, frozen=True):
 
 
 class RolloutEvidence(Message, frozen=True):
-    """What replay saw in one rollout: float32 gap, margin and pick per generated token."""
+    """What replay saw in one rollout: float32 gap, margin, pick and lead per generated token."""
 
     rollout: Id
     gap: Floats
     margin: Floats
     pick: Floats
     """The policy's own probability of the seeded pick."""
+    lead: Floats
+    """By how much the policy itself prefers the runner-up to the pick, in nats."""
     distance: Annotated[float, Meta(ge=0, le=1e6)] | None = None
     """Of the fingerprint that was sent from the validator's own; required if the audit names a nonce for it."""
 
@@ -508,7 +532,7 @@ class Evidence(Message, frozen=True):
     possession: MaybeDigest = ""
     """As in a submission, for the audit's nonce and probe."""
     explanations: Annotated[list[Explanation], Meta(max_length=8)] = []
-    """Of a would-be ejection."""
+    """Of a would-be ejection; each of the drawn rollouts and the others after them, `as leased` among them."""
 
 
 class Verdict(Message, frozen=True):
@@ -539,6 +563,8 @@ class BatchRollout(Message, frozen=True):
     seed: Seed
     is_audited: bool
     """Whether every token of it was replayed already."""
+    profile: Name = ""
+    """Numerics profile of its node; the run's own if empty."""
 
 
 class BatchGroup(Message, frozen=True):
@@ -560,6 +586,25 @@ class Canary(Message, frozen=True):
     budget: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 
 
+class SelfTestItem(Message, frozen=True):
+    """A rollout that the trainer made from a seed that anybody may know."""
+
+    prompt_ids: Ids
+    seed: Seed
+    budget: Annotated[int, Meta(ge=1, le=1024)]
+    ids: Ids
+
+
+class SelfTest(Message, frozen=True):
+    """What a node may try its arithmetic on, with the weights of one version."""
+
+    step: Step
+    temperature: Annotated[float, Meta(ge=0, le=10)]
+    profiles: Annotated[dict[Name, Annotated[bytes, Meta(max_length=1 << 16)]], Meta(max_length=64)]
+    """The profiles that the run admits as JSON; `RunInfo` has their digests."""
+    items: Annotated[list[SelfTestItem], Meta(min_length=1, max_length=64)]
+
+
 class Batch(Message, frozen=True):
     """What a step consumes. Asked again, the same."""
 
@@ -574,9 +619,9 @@ class Batch(Message, frozen=True):
     temperature: float
     groups: Annotated[list[BatchGroup], Meta(max_length=100_000)]
     spare: Annotated[list[BatchGroup], Meta(max_length=100_000)] = []
-    """Some of the groups that were dropped for want of variance, for the tripwire alone: they were paid for."""
-    canaries: Annotated[list[Canary], Meta(max_length=64)] = []
-    """To be generated with the new weights and handed in with the commit."""
+    """Dropped groups that were paid for, with one rollout of each submission, for the tripwire."""
+    canaries: Annotated[list[Canary], Meta(max_length=128)] = []
+    """To be generated with the new weights and handed in with the commit; those of a self-test after the others."""
     restores: Annotated[int, Meta(ge=-1, le=10**9)] = -1
     """The earlier step whose weights and optimizer this one takes up again, without a batch; -1 for none."""
     committed: str = ""
@@ -600,10 +645,20 @@ class ClaimStep(Message, frozen=True):
     wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
 
 
-class Trips(Message, frozen=True):
-    """Submissions of a batch whose text the tripwire does not take for what their seeds give."""
+class RolloutLook(Message, frozen=True):
+    """How often one rollout flips, and how often its numerics profile lets it on average."""
 
-    submissions: Annotated[list[Digest], Meta(min_length=1, max_length=100_000)]
+    rollout: Id
+    flips: Annotated[int, Meta(ge=0, le=1 << 20)]
+    allowed: Annotated[float, Meta(ge=0, le=1 << 20)]
+
+
+class Trips(Message, frozen=True):
+    """What the tripwire found in a batch: submissions whose text it does not take for what their seeds give."""
+
+    submissions: Annotated[list[Digest], Meta(max_length=100_000)]
+    looked: Annotated[list[RolloutLook], Meta(max_length=1_000_000)] = []
+    """Every rollout that it replayed."""
 
 
 class Commit(Message, frozen=True):
@@ -616,7 +671,7 @@ class Commit(Message, frozen=True):
     """The bytes of the slices that the batch's probe chooses, in the published type."""
     probe_before: Probe = b""
     """The same slices of the step before, so that a node that still holds it can be told so."""
-    canaries: Annotated[list[Ids], Meta(max_length=64)] = []
+    canaries: Annotated[list[Ids], Meta(max_length=128)] = []
     """What the new weights say to the batch's canaries."""
     restores: Annotated[int, Meta(ge=-1, le=10**9)] = -1
     """As in the batch; a batch that was rolled back meanwhile cannot be committed."""

@@ -12,7 +12,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farflung.protocol import wire
+from farflung.protocol.bodies import Bodies, Grow
 from farflung.protocol.errors import (
     BadSignature,
     Broken,
@@ -170,15 +171,17 @@ def mount(
     tag: str,
     clock: Callable[[], float] = time.time,
     count: Callable[[str], None] = lambda node: None,
+    bodies: Bodies | None = None,
 ) -> Shortcut:
     """Add the routes to the app and the error shape to all of it, and a way past it for them.
 
-    `count` may raise Busy for a node that signed.
+    `count` may raise Busy for a node that signed; `bodies` bounds what routes with a gate receive at a time.
     """
     nonces, paths = Nonces(), Paths()
+    bodies = bodies or Bodies(math.inf)
     app.router.redirect_slashes = False  # a redirect would not be a problem+json, and repeats the Host header
     for route in routes:
-        endpoint = _endpoint(route, nonces, tag, clock, count)
+        endpoint = _endpoint(route, nonces, tag, clock, count, bodies)
         paths.add(route.method, route.path, endpoint)
         app.add_api_route(
             route.path,
@@ -198,7 +201,12 @@ def mount(
 
 
 def _endpoint(
-    route: Route, nonces: Nonces, tag: str, clock: Callable[[], float], count: Callable[[str], None]
+    route: Route,
+    nonces: Nonces,
+    tag: str,
+    clock: Callable[[], float],
+    count: Callable[[str], None],
+    bodies: Bodies,
 ) -> Endpoint:
     async def answer(request: Request) -> Response:
         path = {name: _checked(name, value) for name, value in request.path_params.items()}
@@ -209,11 +217,16 @@ def _endpoint(
             count(signer.node)
             nonces.check(signer.node + signer.nonce, clock())
         door = Call(None, b"", path, signer, request)
-        body = await _read(request, headers, await route.gate(door) if route.gate else route.limit_bytes)
+        if route.gate is None:
+            return await serve(door, headers, route.limit_bytes, _any_size)
+        async with bodies.receiving(door.node) as grow:
+            return await serve(door, headers, await route.gate(door), grow)
+
+    async def serve(door: Call, headers: Mapping[str, str], limit: int, grow: Grow) -> Response:
+        body = await _read(door.request, headers, limit, grow)
         if route.signed:
             check_digest(headers, body)
-        message = _message(route, body, headers)
-        found = await route.handler(Call(message, body, path, signer, request))
+        found = await route.handler(replace(door, message=_message(route, body, headers), body=body))
         return found if isinstance(found, Response) else _respond(headers, found)
 
     async def endpoint(request: Request) -> Response:
@@ -256,7 +269,11 @@ def _verify(request: Request, headers: Mapping[str, str], tag: str, now: float) 
     return verify_request(headers, request.method, path, query, now=now, tag=tag)
 
 
-async def _read(request: Request, headers: Mapping[str, str], limit: int) -> bytes:
+def _any_size(size: int) -> None:
+    """Small bodies are bounded by the number of connections."""
+
+
+async def _read(request: Request, headers: Mapping[str, str], limit: int, grow: Grow) -> bytes:
     """The whole body, refused before it is read when it says it is too large, and while it is when it lies."""
     declared = headers.get("content-length", "0")
     if not _SIZE.fullmatch(declared):
@@ -271,6 +288,7 @@ async def _read(request: Request, headers: Mapping[str, str], limit: int) -> byt
                 size += len(part)
                 if size > limit:
                     raise TooLarge(f"the body has more than the {limit} bytes this route takes")
+                grow(len(part))
                 parts.append(part)
     except TimeoutError:
         raise Malformed(f"the body did not arrive within {BODY_S:.0f} s; send it faster") from None
@@ -286,9 +304,13 @@ def _content_type(headers: Mapping[str, str]) -> str:
 def _respond(headers: Mapping[str, str], answer: Any) -> Response:
     if answer is None:
         return Response(status_code=204)
-    wanted = headers.get("accept", "") + _content_type(headers)
-    kind = wire.MSGPACK if "msgpack" in wanted else wire.JSON
+    kind = wanted(headers)
     return Response(wire.encode(answer, kind), media_type=kind)
+
+
+def wanted(headers: Mapping[str, str]) -> str:
+    """The encoding in which a caller with these headers, by name in lower case, wants its answer."""
+    return wire.MSGPACK if "msgpack" in headers.get("accept", "") + _content_type(headers) else wire.JSON
 
 
 def problem_response(error: Refusal) -> Response:

@@ -31,6 +31,7 @@ from farflung.protocol.messages import (
     RunInfo,
     Welcome,
 )
+from farflung.protocol.standing import Standing
 
 log = logging.getLogger(__name__)
 HURRY_S = 5.0
@@ -122,6 +123,7 @@ class Session:
         self.latest = Latest(status=info.status, step=-1, manifest="")
         self.lost: set[str] = set()
         """Leases that the coordinator has given to others."""
+        self.standing = Standing()
 
     @classmethod
     async def open(
@@ -180,8 +182,8 @@ class Session:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has ended."""
-        return self.latest.status == "finished"
+        """Whether the run has ended, or this node was ejected from it."""
+        return self.latest.status == "finished" or self.standing.is_ejected
 
     async def look(self) -> None:
         """Learn where the run stands, without a word of oneself; a coordinator that is away is waited for."""
@@ -210,6 +212,7 @@ class Session:
         pulse = await self.client.post(self.path("heartbeat"), message, Pulse)
         self.latest = pulse.latest
         self.lost.update(pulse.lost_leases)
+        self.standing.hear(pulse)
 
     async def keep_beating(self, on_pulse: Callable[[], None] = lambda: None) -> None:
         """Heartbeats until cancelled; a coordinator that is away is waited for."""

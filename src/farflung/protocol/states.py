@@ -25,12 +25,12 @@ Lifecycle = Mapping[str, tuple[str, ...]]
 
 _ROLLOUT: Lifecycle = {
     "leased": ("received", "held", "expired"),  # expired: the lease lapsed, was handed back or was voided
-    "received": ("accepted", "held", "void", "dropped"),  # waits for a score; dropped: cannot be scored, or stale
+    "received": ("accepted", "held", "rejected", "void", "dropped"),  # waits for a score; rejected: nobody can give one
     "held": ("received", "accepted", "rejected", "void", "dropped"),  # waits for a replay; accepted: was scored before
     "accepted": ("batched", "held", "void", "dropped"),  # dropped: no variance, stale, or its group stayed incomplete
     "batched": ("trained", "held", "accepted"),  # back only if the tripwire took its group out of the batch
     "expired": (),
-    "rejected": (),  # its own replay failed
+    "rejected": (),  # its own replay failed, or it was not replayed and no scorer could judge it
     "void": (),  # a verdict on its submission or its node, not on itself
     "dropped": (),
     "trained": (),

@@ -12,11 +12,15 @@ from sqlalchemy import Connection, Row
 from farflung.protocol import seeds
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import AuditJob, AuditRollout, Lease, SubmissionBody
+from farflung.rollouts import brake
 from farflung.store.book import Book, new_id
 from farflung.store.rows import insert_rows
 from farflung.store.stories import move, record
 from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
 from farflung.trust.evidence import Profile, Profiles, to_json
+
+OTHERS = 64
+"""Further rollouts of a suspect's submission on which explanations are tried."""
 
 
 def audit_nonce(audit: str) -> str:
@@ -87,6 +91,8 @@ def claim_audits(
     _release(connection, book, now, AUDITS.c.claimed_until < now, why="the validator's claim lapsed")
     _release(connection, book, now, AUDITS.c.claimed_by == validator, why="the validator asks again")
     is_open = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "open", _may_answer(book, validator, now))
+    if brake.is_in_doubt(connection, book, now):
+        is_open = sa.and_(is_open, AUDITS.c.kind != "confirm")  # nobody is ejected before others have passed
     since = sa.case((AUDITS.c.claimed_until > AUDITS.c.opened_at, AUDITS.c.claimed_until), else_=AUDITS.c.opened_at)
     if not _is_worth_claiming(connection, book, is_open, limit, now - linger_s):
         return []
@@ -164,6 +170,7 @@ def job(connection: Connection, book: Book, profiles: Profiles, audit: Row[Any],
     """One audit as a validator gets it: prompt, seed and budget are the coordinator's, only tokens the node's."""
     sent = {rollout.rollout: rollout for rollout in body.rollouts}
     drawn = msgspec.json.decode(audit.rollouts, type=list[str])
+    others = [name for name in sent if name not in drawn][:OTHERS] if audit.kind == "confirm" else []
     secret = book.step_secret(audit.step)
     sealed = connection.execute(sa.select(LEASES.c.document).where(LEASES.c.lease == audit.lease)).scalar_one()
     lease = unseal(msgspec.msgpack.decode(sealed, type=Signed), "lease", Lease)
@@ -171,9 +178,19 @@ def job(connection: Connection, book: Book, profiles: Profiles, audit: Row[Any],
         sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.sample, TASKS.c.task, TASKS.c.prompt_ids)
         .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
         .join(TASKS, TASKS.c.task == GROUPS.c.task)
-        .where(ROLLOUTS.c.rollout.in_(drawn))
+        .where(ROLLOUTS.c.rollout.in_([*drawn, *others]))
         .order_by(ROLLOUTS.c.position)
     )
+    told = [
+        AuditRollout(
+            rollout=row.rollout,
+            prompt_ids=row.prompt_ids,
+            seed=seeds.sample_seed(secret, row.task, row.sample),
+            ids=sent[row.rollout].ids,
+            fingerprint=sent[row.rollout].fingerprint,
+        )
+        for row in rows
+    ]
     return AuditJob(
         audit=audit.audit,
         step=audit.step,
@@ -187,16 +204,8 @@ def job(connection: Connection, book: Book, profiles: Profiles, audit: Row[Any],
         is_suspect=audit.kind == "confirm",
         manifest_before=_manifest_before(connection, book, audit.step) if audit.kind == "confirm" else "",
         fingerprint=lease.nonce if lease.fingerprint else "",
-        rollouts=[
-            AuditRollout(
-                rollout=row.rollout,
-                prompt_ids=row.prompt_ids,
-                seed=seeds.sample_seed(secret, row.task, row.sample),
-                ids=sent[row.rollout].ids,
-                fingerprint=sent[row.rollout].fingerprint,
-            )
-            for row in rows
-        ],
+        rollouts=[one for one in told if one.rollout in drawn],
+        others=[one for one in told if one.rollout not in drawn],
     )
 
 

@@ -15,7 +15,16 @@ from farflung.learner.pack import Rollout, Segment
 from farflung.protocol import wire
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
-from farflung.protocol.messages import Batch, BatchAnswer, BatchGroup, ClaimStep, Done, SubmissionBody, Trips
+from farflung.protocol.messages import (
+    Batch,
+    BatchAnswer,
+    BatchGroup,
+    ClaimStep,
+    Done,
+    RolloutLook,
+    SubmissionBody,
+    Trips,
+)
 from farflung.protocol.session import Session
 
 AT_ONCE = 16
@@ -33,6 +42,8 @@ class Suspect:
     ids: tuple[int, ...]
     is_audited: bool
     """Whether a validator has replayed it, so that it is no suspect any more."""
+    profile: str
+    """Numerics profile of its node."""
 
 
 async def claim(session: Session, step: int, wait_s: float) -> BatchAnswer:
@@ -42,9 +53,13 @@ async def claim(session: Session, step: int, wait_s: float) -> BatchAnswer:
     return answer
 
 
-async def trip(session: Session, step: int, submissions: Sequence[str]) -> None:
-    """Report submissions that must not be trained on before they are audited."""
-    await session.client.post(session.path(f"steps/{step}/trip"), Trips(submissions=list(submissions)), Done)
+async def trip(session: Session, step: int, submissions: Sequence[str], looked: Sequence[RolloutLook]) -> int:
+    """Report submissions that must not be trained on before they are audited, and what each replay found.
+
+    Gives 0 if the batch stays as it is.
+    """
+    trips = Trips(submissions=list(submissions), looked=list(looked))
+    return (await session.client.post(session.path(f"steps/{step}/trip"), trips, Done)).changed
 
 
 async def suspects(session: Session, batch: Batch, *, is_all: bool) -> list[Suspect]:
@@ -61,6 +76,7 @@ async def suspects(session: Session, batch: Batch, *, is_all: bool) -> list[Susp
             rollout.seed,
             tokens[rollout.rollout],
             rollout.is_audited,
+            rollout.profile,
         )
         for group, rollout in every
     ]

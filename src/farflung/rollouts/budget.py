@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.protocol.messages import Heartbeat
-from farflung.rollouts import standing
+from farflung.rollouts import brake, standing
 from farflung.store.book import Book
 from farflung.store.stories import memo
 from farflung.store.tables import NODES
@@ -17,8 +17,11 @@ from farflung.trust.policy import affordable, audit_probability
 from farflung.trust.record import NodeRecord
 
 
-def probability(connection: Connection, book: Book, record: NodeRecord) -> float:
-    """The audit probability of a submission of a node with this record, now."""
+def probability(connection: Connection, book: Book, record: NodeRecord, now: float) -> float:
+    """The audit probability of a submission of a node with this record, now: 1 for all while the verifier is in doubt,
+    so that good nodes vouch for it soon, or fail as well."""
+    if brake.is_in_doubt(connection, book, now):
+        return 1.0
     affordable_ = memo(connection, "afford", lambda: afford(connection, book))
     return audit_probability(record, standing.settings(book), affordable_)
 

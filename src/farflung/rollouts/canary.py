@@ -12,19 +12,27 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.protocol import seeds, wire
-from farflung.protocol.errors import Malformed
-from farflung.protocol.messages import AuditJob, AuditRollout, Canary, Evidence, Ids
+from farflung.protocol.errors import Malformed, NotFound
+from farflung.protocol.messages import AuditJob, AuditRollout, Canary, Evidence, Ids, SelfTest, SelfTestItem
+from farflung.rollouts import selftest
 from farflung.rollouts.audit import audit_nonce
 from farflung.rollouts.possession import warn
 from farflung.store.book import Book
 from farflung.store.tables import CHECKS, STEPS, TASKS
-from farflung.trust.evidence import TIE, Profile, Seen, is_bad, log_ratios, mean_log_ratio, to_json
+from farflung.trust.evidence import TIE, Profile, Profiles, Seen, is_bad, log_ratios, mean_log_ratio, to_json
 
 log = logging.getLogger(__name__)
 TOKENS = 8
 """Most tokens of a canary."""
 SPOILED_EVERY = 4
 """One token in so many is another one in a spoiled canary, the first among them."""
+
+
+class Made(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is stored where a step has a self-test too; else the canaries alone."""
+
+    canaries: "list[Kept]"
+    self_test: "list[Kept]"
 
 
 class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,7 +43,12 @@ class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def ask(connection: Connection, book: Book, step: int) -> list[Canary]:
-    """What the trainer is to generate with the weights of a step."""
+    """What the trainer is to generate with the weights of a step: its canaries, then its self-test."""
+    prompts = [_prompt_of(connection, task) for task in selftest.tasks(book, step)]
+    return [*_canaries(connection, book, step), *selftest.ask(book, step, prompts)]
+
+
+def _canaries(connection: Connection, book: Book, step: int) -> list[Canary]:
     key = seeds.canary_key(book.step_secret(step))
     budget = min(TOKENS, book.config.generate.budget)
     return [
@@ -46,6 +59,10 @@ def ask(connection: Connection, book: Book, step: int) -> list[Canary]:
 
 def _prompt(connection: Connection, book: Book, key: bytes, i: int) -> bytes:
     task = book.tasks[_number(key, "task", i) % len(book.tasks)][0]
+    return _prompt_of(connection, task)
+
+
+def _prompt_of(connection: Connection, task: str) -> bytes:
     return connection.execute(sa.select(TASKS.c.prompt_ids).where(TASKS.c.task == task)).scalar_one()
 
 
@@ -58,9 +75,35 @@ def keep(connection: Connection, book: Book, step: int, answers: Sequence[bytes]
     if not answers:
         return None
     asked = ask(connection, book, step)
-    if len(answers) != len(asked) or not all(0 < len(ids) <= 4 * TOKENS for ids in answers):
-        raise Malformed(f"step {step} asks for {len(asked)} canaries of 1 to {TOKENS} tokens, not for {len(answers)}")
-    return msgspec.msgpack.encode([Kept(*pair) for pair in zip(asked, answers, strict=True)])
+    sizes = [(len(ids), 4 * one.budget) for one, ids in zip(asked, answers, strict=False)]
+    if len(answers) != len(asked) or not all(0 < size <= most for size, most in sizes):
+        raise Malformed(f"step {step} asks for {len(asked)} canaries within their budgets, not for {len(answers)}")
+    kept, split = [Kept(*pair) for pair in zip(asked, answers, strict=True)], book.config.trust.canaries
+    return msgspec.msgpack.encode(Made(kept[:split], kept[split:]) if kept[split:] else kept)
+
+
+def made(stored: bytes | None) -> Made:
+    """What is stored of a step."""
+    found = msgspec.msgpack.decode(stored, type=list[Kept] | Made) if stored else []
+    return found if isinstance(found, Made) else Made(found, [])
+
+
+def self_test(connection: Connection, book: Book, profiles: Profiles, digest: str) -> SelfTest:
+    """The self-test of a version. Raises NotFound."""
+    query = sa.select(STEPS.c.step, STEPS.c.canaries).where(STEPS.c.run == book.run, STEPS.c.manifest_digest == digest)
+    row = connection.execute(query).first()
+    kept = made(row.canaries).self_test if row else []
+    if row is None or not kept:
+        raise NotFound(f"version {digest[:12]} has no self-test")
+    return SelfTest(
+        step=row.step,
+        temperature=book.config.generate.temperature,
+        profiles={one.name: to_json(one) for one in (profiles.run, *profiles.others)},
+        items=[
+            SelfTestItem(prompt_ids=k.canary.prompt_ids, seed=k.canary.seed, budget=k.canary.budget, ids=k.ids)
+            for k in kept
+        ],
+    )
 
 
 # --- trying a validator ----------------------------------------------------------------------------------------------
@@ -139,7 +182,7 @@ def take(
 def _fault(profile: Profile, evidence: Evidence, *, is_spoiled: bool) -> str:
     """What a validator got wrong about one canary, or nothing."""
     (found,) = evidence.rollouts[:1]
-    seen = Seen(wire.unpack_floats(found.gap), wire.unpack_floats(found.margin), wire.unpack_floats(found.pick))
+    seen = Seen(*(wire.unpack_floats(getattr(found, name)) for name in Seen._fields))
     try:
         weight = mean_log_ratio(log_ratios(profile, seen))
     except ValueError as error:
@@ -155,7 +198,7 @@ def _named(connection: Connection, book: Book, validator: str, step: int) -> Ite
     query = sa.select(STEPS.c.canaries).where(STEPS.c.run == book.run, STEPS.c.step == step)
     stored = connection.execute(query).scalar()
     key = seeds.canary_key(book.step_secret(step))
-    for i, kept in enumerate(msgspec.msgpack.decode(stored, type=list[Kept]) if stored else []):
+    for i, kept in enumerate(made(stored).canaries):
         for is_spoiled in (False, True):
             name = seeds.derive(key, "canary name", validator, i, int(is_spoiled))[:6].hex()
             yield f"a{name}", kept, is_spoiled

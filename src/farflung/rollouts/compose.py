@@ -14,16 +14,14 @@ from sqlalchemy import Connection, Row
 from farflung.protocol import seeds
 from farflung.protocol.errors import Conflict, StepTaken
 from farflung.protocol.messages import Batch, BatchGroup, BatchRollout, Commit, Manifest
-from farflung.rollouts import brake, canary
+from farflung.rollouts import brake, canary, payment
 from farflung.rollouts.consequences import hold
-from farflung.rollouts.credit import audits_waiting, drop_groups
-from farflung.store import heldout, ledger
+from farflung.rollouts.credit import audits_waiting
+from farflung.rollouts.unused import drop_groups, look_at, one_of_each
+from farflung.store import heldout
 from farflung.store.book import Book
 from farflung.store.stories import move, record
-from farflung.store.tables import AUDITS, ENTRIES, GROUPS, NODES, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
-
-SPARE_OF_256 = 64
-"""How many of 256 groups without variance the tripwire looks at."""
+from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
 
 
 def claim_step(connection: Connection, book: Book, step: int, now: float) -> Batch | str:
@@ -73,7 +71,7 @@ def _open_step(connection: Connection, book: Book, step: int, now: float) -> str
         )
     )
     record(connection, "step", [identity], "", "open", now, groups=len(chosen))
-    _take(connection, chosen, step, now)
+    _take(connection, book, chosen, step, now)
     return ""
 
 
@@ -118,11 +116,12 @@ def choose(ready: Sequence[Any], groups: int, oversample: float) -> list[Any] | 
     return None
 
 
-def _take(connection: Connection, chosen: Sequence[Row[Any]], step: int, now: float) -> None:
+def _take(connection: Connection, book: Book, chosen: Sequence[Row[Any]], step: int, now: float) -> None:
     """Informative groups go into the batch, the others are done with: equal rewards have no gradient."""
     useful = [row.group for row in chosen if row.is_informative]
     connection.execute(GROUPS.update().where(GROUPS.c.group.in_([row.group for row in chosen])).values(batch_step=step))
-    drop_groups(connection, [row.group for row in chosen if not row.is_informative], now, why="zero variance")
+    alike = [row.group for row in chosen if not row.is_informative]
+    drop_groups(connection, book, alike, now, why="zero variance", is_looked_at=True)
     move(connection, "group", useful, "complete", "batched", now, step=step)
     query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.group.in_(useful), ROLLOUTS.c.status == "accepted")
     move(connection, "rollout", list(connection.execute(query).scalars()), "accepted", "batched", now, step=step)
@@ -150,12 +149,18 @@ def _of_step(book: Book, step: int, statuses: Sequence[str]) -> Any:
 
 
 def _spare(connection: Connection, book: Book, step: int) -> list[BatchGroup]:
-    """A keyed quarter of the groups without variance: nothing is learned from them, but they were paid for."""
-    query = sa.select(GROUPS.c.group).where(_of_step(book, step, ("dropped",)), ~GROUPS.c.is_informative)
-    key = seeds.audit_key(book.step_secret(step))
-    drawn = [g for g in connection.execute(query).scalars() if seeds.derive(key, "spare", g)[0] < SPARE_OF_256]
-    audited = sa.select(AUDITS.c.submission).where(AUDITS.c.run == book.run, AUDITS.c.kind == "suspicion")
-    return _groups(connection, book, GROUPS.c.group.in_(drawn), ROLLOUTS.c.submission.not_in(audited))
+    """One rollout of each submission's part of groups without variance: they teach nothing, but were paid for."""
+    rows = connection.execute(
+        sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.submission, ROLLOUTS.c.group, GROUPS.c.step)
+        .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+        .where(_of_step(book, step, ("dropped",)), ~GROUPS.c.is_informative, ROLLOUTS.c.reward.is_not(None))
+        .where(ROLLOUTS.c.status == "dropped")
+        .order_by(ROLLOUTS.c.group, ROLLOUTS.c.submission, ROLLOUTS.c.sample)
+    ).all()
+    drawn = one_of_each(book, rows)
+    suspicion = sa.and_(AUDITS.c.submission == ROLLOUTS.c.submission, AUDITS.c.kind == "suspicion")
+    which = sa.and_(ROLLOUTS.c.rollout.in_([row.rollout for row in drawn]), ~sa.exists().where(suspicion))
+    return _groups(connection, book, GROUPS.c.group.in_({row.group for row in drawn}), which)
 
 
 def _groups(connection: Connection, book: Book, which: Any, rollouts: Any) -> list[BatchGroup]:
@@ -185,7 +190,10 @@ def _rollouts(
 ) -> dict[str, list[BatchRollout]]:
     found: dict[str, list[BatchRollout]] = {group: [] for group in groups}
     known = sa.and_(ROLLOUTS.c.status.in_(("batched", "trained", "dropped")), ROLLOUTS.c.reward.is_not(None))
-    query = sa.select(ROLLOUTS).where(ROLLOUTS.c.group.in_(groups), known, which)
+    query = sa.select(ROLLOUTS, SUBMISSIONS.c.profile).join(
+        SUBMISSIONS, SUBMISSIONS.c.submission == ROLLOUTS.c.submission
+    )
+    query = query.where(ROLLOUTS.c.group.in_(groups), known, which)
     for row in connection.execute(query.order_by(ROLLOUTS.c.sample)):
         found[row.group].append(
             BatchRollout(
@@ -195,6 +203,7 @@ def _rollouts(
                 reward=row.reward,
                 seed=seeds.sample_seed(book.step_secret(groups[row.group].step), groups[row.group].task, row.sample),
                 is_audited=row.is_audited,
+                profile=row.profile,
             )
         )
     return found
@@ -259,7 +268,7 @@ def commit_step(
     move(connection, "step", [row.id], "open", "committed", now, weights=manifest.digest)
     _trained(connection, book, manifest.step, now)
     _drop_stale(connection, book, manifest.step, now)
-    _mature(connection, book, manifest.step - book.config.coordinator.mature_steps, now)
+    payment.mature(connection, book, now)
     if manifest.step >= book.config.run.steps:
         move(connection, "run", [book.run], "running", "finishing", now)
     return 1
@@ -290,32 +299,8 @@ def _drop_stale(connection: Connection, book: Book, latest: int, now: float) -> 
         GROUPS.c.status.in_(("open", "complete")),
         GROUPS.c.step < latest - book.config.learn.max_staleness,
     )
-    drop_groups(connection, list(connection.execute(sa.select(GROUPS.c.group).where(stale)).scalars()), now, "stale")
-
-
-def _mature(connection: Connection, book: Book, step: int, now: float) -> None:
-    """What nodes earned up to this policy step is theirs for good."""
-    earned = sa.select(ENTRIES.c.account).where(ENTRIES.c.account.like("escrow:%")).distinct()
-    undecided = sa.and_(AUDITS.c.run == book.run, AUDITS.c.outcome.is_(None), AUDITS.c.status != "cancelled")
-    query = sa.select(AUDITS.c.node).where(undecided, AUDITS.c.step <= step).distinct()
-    waiting = set(connection.execute(query).scalars())  # a verdict may yet burn what they have in escrow
-    for account in list(connection.execute(earned).scalars()):
-        node = account.removeprefix("escrow:")
-        if node in waiting:
-            continue
-        tokens = _earned(connection, book, node, step) - ledger.balance(connection, ledger.credit(node))
-        tokens = min(tokens, ledger.balance(connection, account))
-        transfer = ledger.Transfer(f"{book.run}-step-{step}", account, ledger.credit(node), tokens)
-        ledger.post(connection, [transfer], book.run, now)
-
-
-def _earned(connection: Connection, book: Book, node: str, step: int) -> int:
-    """Tokens this node was paid for at policy steps up to `step` and keeps."""
-    total = sa.select(sa.func.coalesce(sa.func.sum(ENTRIES.c.tokens), 0)).select_from(
-        ENTRIES.join(ROLLOUTS, ROLLOUTS.c.rollout == ENTRIES.c.cause).join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
-    )
-    kept = sa.and_(ENTRIES.c.account == ledger.escrow(node), GROUPS.c.step <= step, ROLLOUTS.c.status != "void")
-    return int(connection.execute(total.where(kept, GROUPS.c.run == book.run)).scalar_one())
+    groups = list(connection.execute(sa.select(GROUPS.c.group).where(stale)).scalars())
+    drop_groups(connection, book, groups, now, "stale")
 
 
 def finish(connection: Connection, book: Book, now: float) -> bool:
@@ -324,9 +309,8 @@ def finish(connection: Connection, book: Book, now: float) -> bool:
         return False
     if any(heldout.left(connection, book.config, book.config.run.steps)):
         return False
-    if audits_waiting(connection, book):
-        return False
-    for node in list(connection.execute(sa.select(NODES.c.node).where(NODES.c.status != "ejected")).scalars()):
-        ledger.clear(connection, node, ledger.credit(node), f"end of {book.run}", book.run, now)
+    if audits_waiting(connection, book) or look_at(connection, book, ROLLOUTS.c.status == "accepted", now):
+        return False  # what no step took is looked at before it is paid for good
+    payment.settle(connection, book, now)
     move(connection, "run", [book.run], "finishing", "finished", now)
     return True

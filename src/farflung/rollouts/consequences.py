@@ -7,21 +7,22 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
+from farflung.rollouts import payment
 from farflung.rollouts.audit import open_audit
 from farflung.rollouts.credit import complete
-from farflung.store import ledger
 from farflung.store.book import Book
 from farflung.store.stories import end_leases, move
 from farflung.store.tables import AUDITS, GROUPS, LEASES, ROLLOUTS, SUBMISSIONS
 
 
-def clear(connection: Connection, audit: Row[Any], odd: Sequence[str], now: float) -> None:
+def clear(connection: Connection, book: Book, audit: Row[Any], odd: Sequence[str], now: float) -> None:
     """The audit passed: what it held back goes on to the scorers, or back to where it was if it was scored before.
 
     But for rollouts that look odd by themselves: nobody is blamed, and the sample is leased to somebody else.
     """
     drawn = ROLLOUTS.c.rollout.in_(msgspec.json.decode(audit.rollouts, type=list[str]))
     connection.execute(ROLLOUTS.update().where(drawn).values(is_audited=True))
+    _pay_late(connection, book, drawn, odd, now)
     held = sa.and_(drawn, ROLLOUTS.c.status == "held")
     query = sa.select(ROLLOUTS.c.rollout).where(held, ROLLOUTS.c.rollout.in_(odd))
     move(connection, "rollout", list(connection.execute(query).scalars()), "held", "rejected", now, audit=audit.audit)
@@ -34,15 +35,22 @@ def clear(connection: Connection, audit: Row[Any], odd: Sequence[str], now: floa
         complete(connection, group, now)
 
 
+def _pay_late(connection: Connection, book: Book, drawn: Any, odd: Sequence[str], now: float) -> None:
+    """What was let go while it waited for its replay is paid for when that has passed."""
+    unpaid = sa.and_(ROLLOUTS.c.status == "dropped", ROLLOUTS.c.reward.is_(None), ROLLOUTS.c.escrow_step.is_(None))
+    rows = connection.execute(sa.select(ROLLOUTS).where(drawn, unpaid, ROLLOUTS.c.rollout.not_in(odd))).all()
+    payment.pay(connection, book, rows, now)
+
+
 def hold(
     connection: Connection, book: Book, which: Any, why: str, now: float, live: Sequence[str] = ("received", "accepted")
 ) -> int:
     """Hold untrained rollouts that no audit has passed, and have all of them replayed. Gives how many audits it opens.
 
     Batched ones are in the trainer's hands: only the trainer may ask for them to leave the batch, with their groups.
-    What was dropped, having no variance, was paid for all the same, and is replayed too while that can be burned.
+    What was dropped was paid for all the same, and is replayed too while that can be burned.
     """
-    unproven = sa.and_(which, ROLLOUTS.c.run == book.run, ~ROLLOUTS.c.is_audited, _in_reach(connection, book, live))
+    unproven = sa.and_(which, ROLLOUTS.c.run == book.run, ~ROLLOUTS.c.is_audited, _in_reach(live))
     rows = connection.execute(sa.select(ROLLOUTS).where(unproven).order_by(ROLLOUTS.c.position)).all()
     for status in live:
         held = [row.rollout for row in rows if row.status == status]
@@ -57,15 +65,12 @@ def hold(
     return len(by_submission)
 
 
-def _in_reach(connection: Connection, book: Book, live: Sequence[str]) -> Any:
+def _in_reach(live: Sequence[str]) -> Any:
     """Rollouts that are not trained on, or dropped and paid for but lately, and under no audit yet."""
-    oldest = book.latest(connection).step - book.config.coordinator.mature_steps
-    paid = sa.and_(ROLLOUTS.c.status == "dropped", ROLLOUTS.c.reward.is_not(None))
-    fresh = sa.select(GROUPS.c.group).where(GROUPS.c.run == book.run, GROUPS.c.step >= oldest)
     looked_at = sa.or_(AUDITS.c.status.in_(("open", "claimed")), AUDITS.c.kind == "suspicion")
-    known = sa.select(AUDITS.c.submission).where(AUDITS.c.run == book.run, looked_at)
-    late = sa.and_(paid, ROLLOUTS.c.group.in_(fresh), ROLLOUTS.c.submission.not_in(known))
-    return sa.or_(ROLLOUTS.c.status.in_(live), late)
+    known = sa.exists().where(AUDITS.c.submission == ROLLOUTS.c.submission, looked_at)
+    paid = sa.and_(ROLLOUTS.c.status == "dropped", ROLLOUTS.c.escrow_step.is_not(None))
+    return sa.or_(ROLLOUTS.c.status.in_(live), sa.and_(paid, ~known))
 
 
 def void(connection: Connection, book: Book, audit: Row[Any], bad: Sequence[str], now: float) -> None:
@@ -74,29 +79,17 @@ def void(connection: Connection, book: Book, audit: Row[Any], bad: Sequence[str]
     query = sa.select(ROLLOUTS.c.rollout).where(of_it, ROLLOUTS.c.rollout.in_(bad), ROLLOUTS.c.status == "held")
     rejected = list(connection.execute(query).scalars())
     move(connection, "rollout", rejected, "held", "rejected", now, audit=audit.audit)
-    void_rollouts(connection, book, of_it, audit.audit, audit.node, now)
+    void_rollouts(connection, book, of_it, audit.audit, now)
 
 
-def void_rollouts(connection: Connection, book: Book, which: Any, cause: str, node: str, now: float) -> None:
-    paid = sa.and_(which, ROLLOUTS.c.reward.is_not(None))
-    _burn(connection, book, connection.execute(sa.select(ROLLOUTS).where(paid)).all(), node, now)
+def void_rollouts(connection: Connection, book: Book, which: Any, cause: str, now: float) -> None:
+    """Untrained rollouts are void, and what is in escrow for these and others is burned."""
+    payment.burn(connection, book, which, now)
     for status in ("held", "received", "accepted"):
         rows = connection.execute(sa.select(ROLLOUTS).where(which, ROLLOUTS.c.status == status)).all()
         move(connection, "rollout", [row.rollout for row in rows], status, "void", now, cause=cause)
         if status == "accepted":
             reopen(connection, [row.group for row in rows], now, "a sample was voided")
-
-
-def _burn(connection: Connection, book: Book, rows: Sequence[Row[Any]], node: str, now: float) -> None:
-    """What was paid for these goes to nobody; no more of it than the escrow holds, for the rest has matured."""
-    left = ledger.balance(connection, ledger.escrow(node))
-    burned = ledger.burned(connection, [row.rollout for row in rows])
-    transfers: list[ledger.Transfer] = []
-    for row in (row for row in rows if row.rollout not in burned):
-        tokens = min(row.tokens, left)
-        left -= tokens
-        transfers.append(ledger.Transfer(row.rollout, ledger.escrow(node), ledger.BURNED, tokens))
-    ledger.post(connection, transfers, book.run, now)
 
 
 def reopen(connection: Connection, groups: Sequence[str], now: float, why: str) -> None:
@@ -115,8 +108,7 @@ def eject(connection: Connection, book: Book, node: str, now: float) -> None:
     """All untrained work of the node is void, its leases go to others, its escrow to nobody."""
     query = sa.select(LEASES.c.lease).where(LEASES.c.node == node, LEASES.c.status == "open")
     end_leases(connection, list(connection.execute(query).scalars()), "void", now, why="the node was ejected")
-    void_rollouts(connection, book, ROLLOUTS.c.node == node, f"ejection of {node}", node, now)
-    ledger.clear(connection, node, ledger.BURNED, f"ejection of {node}", book.run, now)
+    void_rollouts(connection, book, ROLLOUTS.c.node == node, f"ejection of {node}", now)
     waiting = sa.select(AUDITS.c.audit, AUDITS.c.status).where(
         AUDITS.c.node == node, AUDITS.c.status.in_(("open", "claimed"))
     )

@@ -12,11 +12,13 @@ from farflung.envs.length import penalty
 from farflung.learner.difficulty import RIGHT, Count, add
 from farflung.learner.filters import is_informative
 from farflung.protocol.messages import ScoreResult
-from farflung.store import ledger
+from farflung.rollouts import payment
+from farflung.rollouts.audit import open_audit
+from farflung.rollouts.unused import drop_groups
 from farflung.store.book import Book
 from farflung.store.heldout import HELD_OUT
 from farflung.store.stories import move, record
-from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, TASKS
+from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, SUBMISSIONS, TASKS
 
 
 def claim_scores(connection: Connection, book: Book, scorer: str, limit: int, now: float) -> Sequence[Row[Any]]:
@@ -77,8 +79,7 @@ def _accept(
         [_score_values(row, given[row.rollout], book.config.env.length_weight) for row in rows],
     )
     _learn_difficulty(connection, [row for row in rows if row.purpose == "train"], given)
-    paid = [row for row in rows if row.purpose not in HELD_OUT]
-    ledger.post(connection, (_pay(row) for row in paid), book.run, now)
+    payment.pay(connection, book, [row for row in rows if row.purpose not in HELD_OUT], now)
     for group in dict.fromkeys(row.group for row in rows):
         complete(connection, group, now)
 
@@ -117,10 +118,6 @@ def _learn_difficulty(connection: Connection, rows: Sequence[Row[Any]], given: d
     connection.execute(_COUNTED, written)
 
 
-def _pay(row: Row[Any]) -> ledger.Transfer:
-    return ledger.Transfer(row.rollout, ledger.ISSUED, ledger.escrow(row.node), row.tokens)
-
-
 def complete(connection: Connection, group: str, now: float) -> None:
     """Close an open group once all of its samples are accepted."""
     row = connection.execute(sa.select(GROUPS).where(GROUPS.c.group == group)).one()
@@ -142,20 +139,31 @@ def _fault(connection: Connection, book: Book, row: Row[Any], error: str, now: f
     this = ROLLOUTS.c.rollout == row.rollout
     connection.execute(ROLLOUTS.update().where(this).values(score_faults=faults, claimed_until=0.0))
     if faults >= book.config.scorer.faults:
-        move(connection, "rollout", [row.rollout], "received", "dropped", now, why=f"unscorable: {error}")
-        drop_groups(connection, [row.group], now, why="a sample cannot be scored")
+        _give_up(connection, book, row, f"unscorable: {error}", now)
     else:
         record(connection, "rollout", [row.rollout], "received", "received", now, fault=error)
 
 
-def drop_groups(connection: Connection, groups: Sequence[str], now: float, why: str) -> None:
-    """Let go of groups that will not be trained on, with all that is under way for them."""
-    for status in ("open", "complete"):
-        query = sa.select(GROUPS.c.group).where(GROUPS.c.group.in_(groups), GROUPS.c.status == status)
-        move(connection, "group", list(connection.execute(query).scalars()), status, "dropped", now, why=why)
-    for status, after in (("leased", "expired"), ("held", "dropped"), ("received", "dropped"), ("accepted", "dropped")):
-        query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.group.in_(groups), ROLLOUTS.c.status == status)
-        move(connection, "rollout", list(connection.execute(query).scalars()), status, after, now, why=why)
+def _give_up(connection: Connection, book: Book, row: Row[Any], why: str, now: float) -> None:
+    """An unscorable text costs its own sample: it is replayed if it was not, and the sample leased to somebody else.
+
+    Where that can mend nothing, for the seed gives such a text, the group is dropped.
+    """
+    is_suspect = row.purpose not in HELD_OUT and not row.is_audited
+    is_hopeless = not is_suspect or _was_given_up(connection, book, row)
+    move(connection, "rollout", [row.rollout], "received", "dropped" if is_hopeless else "rejected", now, why=why)
+    if is_suspect:
+        submission = sa.select(SUBMISSIONS).where(SUBMISSIONS.c.submission == row.submission)
+        open_audit(connection, book, connection.execute(submission).one(), [row.rollout], "suspicion", now)
+    if is_hopeless:
+        drop_groups(connection, book, [row.group], now, why="a sample cannot be scored")
+
+
+def _was_given_up(connection: Connection, book: Book, row: Row[Any]) -> bool:
+    """Whether somebody else's text of the same sample could not be scored either."""
+    same = sa.and_(ROLLOUTS.c.group == row.group, ROLLOUTS.c.sample == row.sample, ROLLOUTS.c.status == "rejected")
+    query = sa.select(ROLLOUTS.c.rollout).where(same, ROLLOUTS.c.score_faults >= book.config.scorer.faults)
+    return connection.execute(query).first() is not None
 
 
 def audits_waiting(connection: Connection, book: Book) -> int:

@@ -197,7 +197,7 @@ def _entries(
     for delivery in deliveries:
         parcel, sender, left = delivery.parcel, senders[delivery.node], waiting[delivery.lease]
         order = [rollout for rollout in parcel.tokens if rollout in left]
-        probability = budget.probability(connection, book, standing.read(sender))
+        probability = budget.probability(connection, book, standing.read(sender), now)
         entry = _Entry(
             delivery=delivery,
             sender=sender,
@@ -258,7 +258,8 @@ def _free(entry: _Entry) -> list[str]:
 
 def _lease_values(entry: _Entry) -> dict[str, Any]:
     sealed = msgspec.msgpack.encode(entry.receipt)
-    return {"lease": entry.delivery.lease, "status": "submitted", "submission": entry.digest, "receipt": sealed}
+    row = {"lease": entry.delivery.lease, "status": "submitted", "submission": entry.digest, "receipt": sealed}
+    return row | {"is_partial": bool(entry.unsent)}
 
 
 def give_back(connection: Connection, lease: str, node: str, now: float) -> int:

@@ -4,7 +4,6 @@ Evidence is kept as it comes but folded per node in the order of submission: the
 fixed before the evidence is known, and for no others. While the brake is on nothing is folded.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,29 +14,30 @@ from sqlalchemy import Connection, Row
 
 from farflung.protocol import wire
 from farflung.protocol.errors import FailedCanary, Malformed, NotFound
-from farflung.protocol.identity import Signed, seal, unseal
+from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import Evidence, Lease, RolloutEvidence, Verdict
-from farflung.rollouts import brake, canary, consequences, standing
+from farflung.rollouts import brake, canary, consequences, standing, steering
 from farflung.rollouts.audit import open_audit, profile_of
+from farflung.rollouts.verdicts import pronounce
 from farflung.store.book import Book, node_row
 from farflung.store.stories import move
-from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS, VERDICTS
+from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS
 from farflung.trust import fingerprint
-from farflung.trust.diagnose import diagnose
+from farflung.trust.diagnose import AS_LEASED, diagnose
 from farflung.trust.evidence import (
     ODD,
     Profile,
     Profiles,
     Seen,
-    flips,
     is_bad,
     is_void,
     log_ratios,
+    mean_log_ratio,
     submission_log_ratios,
 )
 from farflung.trust.record import Finding, NodeRecord, Outcome, confirm, fold, weigh
+from farflung.trust.watch import flips_and_allowed
 
-log = logging.getLogger(__name__)
 KIND = "evidence"
 
 
@@ -157,9 +157,12 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
     standing.write(connection, audit.node, after)
     if after.status != before.status:
         move(connection, "node", [audit.node], before.status, after.status, now, why=outcome.reason)
+    steering.note(connection, {found.rollout: (found.flips, found.allowed) for found in findings})
     _take_effect(connection, book, audit, findings, outcome, now)
     if outcome.kind != "ok":
         _pronounce(connection, book, audit, before, after, outcome, _diagnosis(profile, evidence), now)
+        if outcome.kind == "release" and _is_contradicted(connection, book, profile, audit, findings):
+            brake.disagree(connection, book, audit.step, now)
         brake.look(connection, book, audit.step, now)
 
 
@@ -181,11 +184,27 @@ def _is_news(connection: Connection, audit: Row[Any], findings: Sequence[Finding
     return connection.execute(query.limit(1)).first() is None
 
 
+def _is_contradicted(
+    connection: Connection, book: Book, profile: Profile, audit: Row[Any], second: Sequence[Finding]
+) -> bool:
+    """Whether the first opinion voids what the second finds honest: a node's near-ties may turn an opinion, but only a
+    broken verifier turns it so far."""
+    condemned = sa.and_(AUDITS.c.submission == audit.submission, AUDITS.c.outcome == "quarantine")
+    first = connection.execute(sa.select(AUDITS.c.evidence).where(condemned)).scalars().first()
+    if first is None:
+        return False
+    evidence = unseal(msgspec.msgpack.decode(first, type=Signed), KIND, Evidence)
+    found = [finding(profile, one) for one in evidence.rollouts]
+    ratios = submission_log_ratios([np.array(one.log_ratios) for one in second])
+    return is_decisive(found, book.config.trust.cap) and not is_bad(mean_log_ratio(ratios), ODD)
+
+
 def _diagnosis(profile: Profile, evidence: Evidence) -> str:
     """What explains a suspect's rollouts, if the validator tried that."""
     tried = {one.name: [seen_of(found) for found in one.rollouts] for one in evidence.explanations}
+    leased = tried.pop(AS_LEASED, None) or [seen_of(found) for found in evidence.rollouts]
     try:
-        return diagnose(profile, [seen_of(found) for found in evidence.rollouts], tried)
+        return diagnose(profile, leased, tried)
     except ValueError as error:
         raise Malformed(f"evidence on audit {evidence.audit}: {error}") from error
 
@@ -196,7 +215,7 @@ def _take_effect(
     match outcome.kind:
         case "ok" | "release":
             odd = [found.rollout for found in findings if is_bad(found.log_lr, ODD)]
-            consequences.clear(connection, audit, odd, now)
+            consequences.clear(connection, book, audit, odd, now)
         case "void":
             bad = [f.rollout for f in findings if f.is_far or is_bad(f.log_lr, book.config.trust.cap)]
             consequences.void(connection, book, audit, bad, now)
@@ -220,11 +239,13 @@ def finding(profile: Profile, found: RolloutEvidence) -> Finding:
     except ValueError as error:
         raise Malformed(f"evidence on rollout {found.rollout}: {error}") from error
     far = found.distance is not None and fingerprint.is_far(found.distance, profile.fingerprint)
-    return Finding(found.rollout, len(seen.gap), flips(seen), tuple(ratios.tolist()), found.distance or 0.0, far)
+    flipped, allowed = flips_and_allowed(profile, seen)
+    return Finding(found.rollout, len(seen.gap), flipped, tuple(ratios.tolist()), found.distance or 0.0, far, allowed)
 
 
 def seen_of(found: RolloutEvidence) -> Seen:
-    return Seen(wire.unpack_floats(found.gap), wire.unpack_floats(found.margin), wire.unpack_floats(found.pick))
+    """What a validator's arrays say."""
+    return Seen(*(wire.unpack_floats(getattr(found, name)) for name in Seen._fields))
 
 
 def _pronounce(
@@ -249,15 +270,5 @@ def _pronounce(
         reason=reason[:500],
         decided_at=now,
     )
-    connection.execute(
-        VERDICTS.insert().values(
-            run=book.run,
-            node=audit.node,
-            outcome=verdict.outcome,
-            step=audit.step,
-            was_trusted=before.status == "trusted",
-            submissions=record.submissions,
-            document=msgspec.msgpack.encode(seal(book.verdicts, "verdict", verdict)),
-        )
-    )
-    log.info("verdict node=%s outcome=%s reason=%s", audit.node, verdict.outcome, verdict.reason)
+    was_trusted = before.status == "trusted"
+    pronounce(connection, book, verdict, record.submissions, step=audit.step, was_trusted=was_trusted)

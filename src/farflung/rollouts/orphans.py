@@ -28,6 +28,11 @@ async def collect(blobs: Blobs, database: Database, before: float) -> int:
     return count
 
 
+async def discard(blobs: Blobs, database: Database, digests: Sequence[str]) -> None:
+    """Delete what was stored for a submission that is refused, unless another one names it."""
+    await blobs.delete(await database.read(lambda c: unnamed(c, digests)))
+
+
 def unnamed(connection: Connection, digests: Sequence[str]) -> list[str]:
     """Those of some blobs that no submission names."""
     known = set[str]()

@@ -11,13 +11,13 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.protocol.errors import Conflict
-from farflung.protocol.identity import seal
 from farflung.protocol.messages import Verdict
 from farflung.rollouts import consequences, standing
-from farflung.rollouts.credit import drop_groups
+from farflung.rollouts.unused import drop_groups
+from farflung.rollouts.verdicts import pronounce
 from farflung.store.book import Book, node_row
 from farflung.store.stories import end_leases, move, record
-from farflung.store.tables import GROUPS, LEASES, STEPS, VERDICTS
+from farflung.store.tables import GROUPS, LEASES, STEPS
 
 WHY = "rolled back to step {step}"
 
@@ -53,9 +53,7 @@ def _eject(connection: Connection, book: Book, node: str, why: str, now: float) 
         run=book.run, node=node, audit="none", outcome="eject", statistic=0.0, threshold=0.0, reason=reason,
         decided_at=now,
     )  # fmt: skip
-    document = msgspec.msgpack.encode(seal(book.verdicts, "verdict", verdict))
-    values = {"run": book.run, "node": node, "outcome": "eject", "submissions": standing.read(row).submissions}
-    connection.execute(VERDICTS.insert().values(values | {"document": document}))
+    pronounce(connection, book, verdict, standing.read(row).submissions)
 
 
 def _drop(connection: Connection, book: Book, to_step: int, why: str, now: float) -> None:
@@ -67,7 +65,7 @@ def _drop(connection: Connection, book: Book, to_step: int, why: str, now: float
     batched = list(connection.execute(sa.select(GROUPS.c.group).where(mine, GROUPS.c.status == "batched")).scalars())
     consequences.reopen(connection, batched, now, why)
     groups = sa.select(GROUPS.c.group).where(mine, GROUPS.c.step > to_step, GROUPS.c.status.in_(("open", "complete")))
-    drop_groups(connection, list(connection.execute(groups).scalars()), now, why)
+    drop_groups(connection, book, list(connection.execute(groups).scalars()), now, why)
 
 
 def _restoring(connection: Connection, book: Book, step: int, to_step: int, now: float) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from farflung.engine.base import Engine, Request
+from farflung.engine.base import Engine, Replay, Request
 from farflung.rollouts.batch import Suspect
-from farflung.trust.evidence import ODD, Profile, Seen, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
+from farflung.trust.evidence import ODD, Profiles, Seen, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
+from farflung.trust.watch import flips_and_allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,25 +26,27 @@ class Looked:
     log_ratios: np.ndarray
     """ln LR against every cheat."""
     is_audited: bool
+    flips: int
+    allowed: float
+    """Flips that its profile allows on average."""
     logp: torch.Tensor
     """Of each of its tokens under the weights that it was leased at, float32 (N,)."""
 
 
 def look(
-    engine: Engine, suspects: Sequence[Suspect], temperature: float, budget: int, profile: Profile
+    engine: Engine, suspects: Sequence[Suspect], temperature: float, budget: int, profiles: Profiles
 ) -> list[Looked]:
-    """Each rollout, replayed; the engine holds the weights they were leased at."""
+    """Each rollout, replayed, judged by its node's profile; the engine holds the weights they were leased at."""
     items = [(Request(one.prompt_ids, one.seed, temperature, budget), one.ids) for one in suspects]
-    return [
-        Looked(
-            one.rollout,
-            one.submission,
-            log_ratios(profile, Seen(replay.gap, replay.margin, replay.pick)),
-            one.is_audited,
-            torch.from_numpy(replay.logp.copy()),
-        )
-        for one, replay in zip(suspects, engine.replay(items), strict=True)
-    ]
+    return [_looked(one, found, profiles) for one, found in zip(suspects, engine.replay(items), strict=True)]
+
+
+def _looked(one: Suspect, found: Replay, profiles: Profiles) -> Looked:
+    profile = profiles.of(one.profile)
+    seen = Seen(found.gap, found.margin, found.pick, found.lead)
+    flips, allowed = flips_and_allowed(profile, seen)
+    ratios, logp = log_ratios(profile, seen), torch.from_numpy(found.logp.copy())
+    return Looked(one.rollout, one.submission, ratios, one.is_audited, flips, allowed, logp)
 
 
 def tripped(found: Iterable[tuple[str, np.ndarray]]) -> list[str]:

@@ -21,6 +21,7 @@ from farflung.protocol.messages import (
 )
 from farflung.protocol.session import Session
 from farflung.rollouts.submit import slices_of
+from farflung.trust.diagnose import AS_LEASED
 from farflung.trust.evidence import Seen, from_json, further, log_ratios, submission_log_ratios
 from farflung.trust.fingerprint import distance
 
@@ -49,7 +50,7 @@ def replay(
         parts = [
             items_of(job)[len(found) : len(found) + count] for job, found, count in zip(jobs, seen, wanted, strict=True)
         ]
-        for found, part in zip(seen, _replay_each(engine, parts), strict=True):
+        for found, part in zip(seen, _replay_each(engine, jobs, parts), strict=True):
             found += part
     for key in {job.probe for job in jobs} - set(held):
         held[key] = engine.values(slices_of(manifest, key))
@@ -59,15 +60,15 @@ def replay(
             audit=job.audit,
             manifest=job.manifest,
             profile=profile,
-            rollouts=list(_told(job, found)),
+            rollouts=list(_told(job.rollouts, found)),
             possession=probe.answer(job.nonce, held[job.probe]),
         )
         for job, found in zip(jobs, seen, strict=True)
     ]
 
 
-def items_of(job: AuditJob, temperature: float = 1.0) -> list[Item]:
-    """What an engine replays of an audit; at `temperature` times the leased one."""
+def items_of(job: AuditJob, temperature: float = 1.0, others: Sequence[AuditRollout] = ()) -> list[Item]:
+    """What an engine replays of an audit, and of `others` after it; at `temperature` times the leased one."""
     return [
         (
             Request(
@@ -79,7 +80,7 @@ def items_of(job: AuditJob, temperature: float = 1.0) -> list[Item]:
             ),
             wire.unpack_ids(one.ids).tolist(),
         )
-        for one in job.rollouts
+        for one in (*job.rollouts, *others)
     ]
 
 
@@ -96,42 +97,50 @@ def more(job: AuditJob, found: Sequence[Replay]) -> int:
         return 1
     profile = from_json(job.profile)
     try:
-        ratios = [log_ratios(profile, Seen(one.gap, one.margin, one.pick)) for one in found]
+        ratios = [log_ratios(profile, Seen(one.gap, one.margin, one.pick, one.lead)) for one in found]
     except ValueError:  # this machine computes nonsense; the coordinator refuses it
         return left
     total = submission_log_ratios(ratios)
     return min(left, further(total, len(found), job.cap))
 
 
-def _replay_each(engine: Engine, of_jobs: Sequence[Sequence[Item]]) -> list[list[Replay]]:
-    """One pass over all items, given back job by job."""
-    seen = engine.replay([item for items in of_jobs for item in items])
-    ends = np.cumsum([len(items) for items in of_jobs])
-    return [seen[end - len(items) : end] for end, items in zip(ends, of_jobs, strict=True)]
+def _replay_each(engine: Engine, jobs: Sequence[AuditJob], of_jobs: Sequence[Sequence[Item]]) -> list[list[Replay]]:
+    """One pass over all items, given back job by job.
+
+    A suspect's come one by one and as plainly as can be: a second opinion in the arithmetic of the first would agree.
+    """
+    routine = [[] if job.is_suspect else items for job, items in zip(jobs, of_jobs, strict=True)]
+    seen = engine.replay([item for items in routine for item in items])
+    ends = np.cumsum([len(items) for items in routine])
+    return [
+        engine.replay(items, alone=True) if job.is_suspect and items else seen[end - len(part) : end]
+        for job, items, part, end in zip(jobs, of_jobs, routine, ends, strict=True)
+    ]
 
 
-def _told(job: AuditJob, found: Sequence[Replay]) -> Iterator[RolloutEvidence]:
-    for one, seen in zip(job.rollouts, found, strict=False):
-        gap, margin, pick = (wire.pack_floats(part) for part in (seen.gap, seen.margin, seen.pick))
-        yield RolloutEvidence(rollout=one.rollout, gap=gap, margin=margin, pick=pick, distance=_distance(one, seen))
+def _told(rollouts: Sequence[AuditRollout], found: Sequence[Replay]) -> Iterator[RolloutEvidence]:
+    for one, seen in zip(rollouts, found, strict=False):
+        told = {name: wire.pack_floats(getattr(seen, name)) for name in Seen._fields}
+        yield RolloutEvidence(rollout=one.rollout, **told, distance=_distance(one, seen))
 
 
 def explain(
     engine: Engine, evidence: Evidence, job: AuditJob, loads: Sequence[tuple[str, Callable[[], None]]]
 ) -> Evidence:
-    """The same evidence with what the rollouts look like under other explanations.
+    """The same evidence with what the rollouts look like under other explanations, and as leased.
 
-    Other temperatures are tried with the weights in the engine, then each (name, load) of `loads`, which leaves its
-    weights there.
+    They are tried on more of the submission than was drawn: one flip may have many causes. Other temperatures come
+    with the weights in the engine, then each (name, load) of `loads`, which leaves its weights there.
     """
-    found = [
-        (f"temperature {factor:g} times the leased one", engine.replay(items_of(job, factor)))
-        for factor in TEMPERATURES
-    ]
+    found = [(AS_LEASED, engine.replay(items_of(job, others=job.others)))]
+    for factor in TEMPERATURES:
+        name = f"temperature {factor:g} times the leased one"
+        found.append((name, engine.replay(items_of(job, factor, job.others))))
     for name, load in loads:
         load()
-        found.append((name, engine.replay(items_of(job))))
-    told = [Explanation(name=name, rollouts=list(_told(job, seen))) for name, seen in found]
+        found.append((name, engine.replay(items_of(job, others=job.others))))
+    all_of_them = (*job.rollouts, *job.others)
+    told = [Explanation(name=name, rollouts=list(_told(all_of_them, seen))) for name, seen in found]
     return msgspec.structs.replace(evidence, explanations=told)
 
 

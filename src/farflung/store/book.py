@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row
 
 from farflung.config import Config
 from farflung.protocol import seeds
-from farflung.protocol.errors import NotFound
+from farflung.protocol.errors import Ejected, NotFound
 from farflung.protocol.identity import Key, node_id
 from farflung.protocol.messages import Latest
 from farflung.store.db import migrate, open_engine
@@ -125,6 +125,11 @@ def node_rows(connection: Connection, nodes: Iterable[str]) -> dict[str, Row[Any
 def unknown_node(node: str) -> NotFound:
     """What a node is told that is not registered."""
     return NotFound(f"node {node} is not registered here; POST /v1/nodes first")
+
+
+def ejected(node: str) -> Ejected:
+    """What an ejected node is told, whatever it asks for and in whichever role."""
+    return Ejected(f"node {node} was ejected for failing verification; GET /v1/story/{node} says why")
 
 
 def train_tasks(connection: Connection, run: str) -> tuple[tuple[str, int], ...]:

@@ -15,10 +15,11 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event, exc
@@ -38,6 +39,11 @@ A = TypeVar("A")
 B = TypeVar("B")
 Serve = Callable[[Connection, Sequence[Any]], Sequence[Any]]
 """Serves requests of one kind: an answer for each, in their order; one that is an exception is raised to who asked."""
+Pool = Literal["work", "pages", "sweep"]
+"""Who reads: nodes and roles, those who look on, or the clock. None of them waits for a thread of another."""
+POOLS: dict[Pool, int] = {"work": 6, "pages": 2, "sweep": 1}
+MOST_GUESTS = 64
+"""Reads for pages that may run or wait."""
 MIGRATIONS = Path(__file__).with_name("migrations")
 MOST_IN_A_COMMIT = 256
 MOST_WAITING = 2000
@@ -113,6 +119,9 @@ class Database:
         self.engine = open_engine(url)
         self.failures = 0
         """Commits that failed."""
+        self._pools = {name: ThreadPoolExecutor(size, f"database-{name}") for name, size in POOLS.items()}
+        self._guests = 0
+        """Reads for pages that run or wait."""
         self._writer = Teller("database-writer", self._commit)
         self._reader = Teller("database-reader", self._look)
 
@@ -128,8 +137,8 @@ class Database:
         """
         return await self._writer.ask(serve, item)
 
-    async def read(self, query: Callable[[Connection], T]) -> T:
-        """Run `query` on a connection of its own, off the event loop."""
+    async def read(self, query: Callable[[Connection], T], pool: Pool = "work") -> T:
+        """Run `query` on a connection of its own, off the event loop, among others of the same pool."""
 
         def run() -> T:
             try:
@@ -138,7 +147,24 @@ class Database:
             except exc.DBAPIError as error:
                 raise told(error) from error
 
-        return await asyncio.to_thread(run)
+        return await self.aside(run, pool)
+
+    async def read_page(self, query: Callable[[Connection], T]) -> T:
+        """A read that anybody may ask for, however long it takes: few at a time, and no work of the run waits for it.
+
+        Raises Unavailable when too many wait.
+        """
+        if self._guests >= MOST_GUESTS:
+            raise Unavailable("too many look on; try again", retry_after_s=2)
+        self._guests += 1
+        try:
+            return await self.read(query, "pages")
+        finally:
+            self._guests -= 1
+
+    async def aside(self, work: Callable[[], T], pool: Pool) -> T:
+        """Do something in a thread of a pool."""
+        return await asyncio.get_running_loop().run_in_executor(self._pools[pool], work)
 
     async def read_together(self, serve: Callable[[Connection, Sequence[A]], Sequence[B | Exception]], item: A) -> B:
         """A read of a kind that is asked so often that those who wait share a query."""
@@ -148,6 +174,8 @@ class Database:
         """Finish what is queued, then let go of the file."""
         self._writer.close()
         self._reader.close()
+        for pool in self._pools.values():
+            pool.shutdown()
         self.engine.dispose()
 
     def _commit(self, line: Callable[[], list[Waiting]]) -> None:

@@ -6,7 +6,7 @@
 Every transfer writes two entries that cancel, so all accounts always sum to zero. Nothing that a worker says is in it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,20 +60,7 @@ def balance(connection: Connection, account: str) -> int:
     return int(connection.execute(total).scalar_one())
 
 
-def burned(connection: Connection, causes: Sequence[str]) -> set[str]:
-    """Which of these causes something was burned for already."""
-    query = sa.select(ENTRIES.c.cause).where(ENTRIES.c.cause.in_(causes), ENTRIES.c.account == BURNED)
-    return set(connection.execute(query).scalars())
-
-
 def balances(connection: Connection) -> dict[str, int]:
     """Every account with its tokens."""
     query = sa.select(ENTRIES.c.account, sa.func.sum(ENTRIES.c.tokens)).group_by(ENTRIES.c.account)
     return {account: int(tokens) for account, tokens in connection.execute(query)}
-
-
-def clear(connection: Connection, node: str, target: str, cause: str, run: str, at: float) -> int:
-    """Move all of a node's escrow to `target` (its credit, or burned); gives the tokens moved."""
-    tokens = balance(connection, escrow(node))
-    post(connection, [Transfer(cause, escrow(node), target, tokens)], run, at)
-    return tokens

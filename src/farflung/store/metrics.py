@@ -4,15 +4,54 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
 from farflung.protocol.messages import EvalView, Heartbeat, Manifest
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 NODES_EVERY_S = 2.0
+NODES_AT_ONCE = 8
+"""Most nodes that get a line in one flush: 4 lines a second however many there are, some 100 MB a day."""
+MOST_BYTES = 256 << 20
+"""A larger file is thinned."""
+
+
+class Tail:
+    """Follows the file line by line: each look reads only what was appended since the last one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self._whose = path, 0, -1
+
+    def begins_anew(self) -> bool:
+        """Whether this is the first look, or the file was thinned since and is read from its beginning."""
+        whose = self._path.stat().st_ino if self._path.exists() else -1
+        if whose == self._whose:
+            return False
+        self._whose, self._offset = whose, 0
+        return True
+
+    def lines(self, part: bytes = b"") -> Iterator[dict[str, Any]]:
+        """Lines appended since, of those with this part in them; one that is not whole yet waits for the next look."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for text in file:
+                if not text.endswith(b"\n"):
+                    return
+                self._offset += len(text)
+                if part in text:
+                    with contextlib.suppress(json.JSONDecodeError):
+                        yield json.loads(text)
 
 
 class Metrics:
@@ -20,14 +59,28 @@ class Metrics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._nodes: dict[str, dict[str, Any]] = {}
+        self._nodes: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        """What nodes said since their last line, those first that have waited longest for one."""
+        self._evals, self._tail = set[int](), Tail(path)
+        """Steps whose evaluation has a line, as far as the file was read."""
         self._sent_bytes = 0
         self._flushed_at = 0.0
 
     def write(self, kind: str, at: float, **fields: Any) -> None:
         """Append one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "at": round(at, 3), **fields}) + "\n")
+        with self._appending() as file:
+            file.write(json.dumps({"kind": kind, "at": round(at, 3), **fields}).encode() + b"\n")
+
+    @contextlib.contextmanager
+    def _appending(self) -> Generator[IO[bytes]]:
+        """The file, locked against a process that thins it; opened again if that one has just put another in place."""
+        while True:
+            with self.path.open("ab") as file:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_ino == self.path.stat().st_ino:
+                    yield file
+                    return
 
     def begin(self, at: float) -> bool:
         """Write the line that a stay begins with, unless one is under way; whether it was written."""
@@ -39,9 +92,7 @@ class Metrics:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Every line so far; one that a crash cut short is passed over."""
-        for text in self.path.read_text().splitlines() if self.path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(text)
+        yield from Tail(self.path).lines()
 
     def note_node(self, node: str, role: str, since: float, beat: Heartbeat, now: float) -> None:
         """A node's own word of its CPU time and pauses."""
@@ -64,9 +115,10 @@ class Metrics:
 
     def note_evals(self, views: Iterable[EvalView], now: float) -> None:
         """Evaluations that are through; those that have a line are passed over."""
-        noted = {line["step"] for line in self.lines() if line["kind"] == "eval"}
+        self._tail.begins_anew()
+        self._evals |= {line["step"] for line in self._tail.lines(b'"kind": "eval"') if line["kind"] == "eval"}
         for view in views:
-            if view.step not in noted:
+            if view.step not in self._evals:
                 self.write("eval", now, **msgspec.to_builtins(view))
 
     def count_sent(self, size_bytes: int) -> None:
@@ -77,12 +129,30 @@ class Metrics:
         """Write what was noted since, every few seconds."""
         if not force and now - self._flushed_at < NODES_EVERY_S:
             return
-        nodes, self._nodes = self._nodes, {}  # swapped first: another thread may note one meanwhile
         sent_bytes, self._sent_bytes, self._flushed_at = self._sent_bytes, 0, now
-        for fields in nodes.values():
-            self.write("node", now, **fields)
+        for _ in range(len(self._nodes) if force else min(len(self._nodes), NODES_AT_ONCE)):
+            self.write("node", now, **self._nodes.popitem(last=False)[1])
         if sent_bytes:
             self.write("sent", now, size_bytes=sent_bytes)
+
+    def thin(self) -> bool:
+        """Of a file that has grown too large keep what is of no node, and of each process one line an hour and the
+        last; whether it did. Lines keep their order."""
+        if not self.path.exists() or self.path.stat().st_size <= MOST_BYTES:
+            return False
+        with self._appending():
+            last = {_hour(line): number for number, line in enumerate(self.lines()) if line["kind"] == "node"}
+            kept, fresh = set(last.values()), self.path.with_suffix(".thin")
+            with fresh.open("wb") as file:
+                for number, line in enumerate(self.lines()):
+                    if line["kind"] != "node" or number in kept:
+                        file.write(json.dumps(line).encode() + b"\n")
+            fresh.replace(self.path)
+        return True
+
+
+def _hour(line: dict[str, Any]) -> tuple[str, float, int]:
+    return line["node"], line["started_at"], int(line["at"] // 3600)
 
 
 def commit() -> str:

@@ -10,6 +10,11 @@ metadata = MetaData()
 LIVE_ROLLOUT = tuple(status for status in states.statuses("rollout") if status not in states.REOPENING)
 """Statuses in which a rollout owns its sample; the unique index makes two owners impossible."""
 
+GIVEN_UP = "(status IN ('returned', 'expired') OR is_partial)"
+"""Of a lease: its node left samples to others."""
+UNDECIDED = "outcome IS NULL AND status != 'cancelled'"
+"""Of an audit: a verdict may come of it yet."""
+
 
 def _status(noun: str) -> list[sa.schema.SchemaItem]:
     allowed = ", ".join(f"'{status}'" for status in states.statuses(noun))
@@ -50,6 +55,7 @@ NODES = Table(
     Column("seen_at", Float, nullable=False),
     Column("receipt", Text, nullable=False, default=""),
     Column("beat", LargeBinary, nullable=False, default=b""),
+    Index("nodes_by_status", "status", "role"),
 )
 TASKS = Table(
     "tasks",
@@ -131,6 +137,7 @@ LEASES = Table(
     Column("document", LargeBinary, nullable=False),
     Column("submission", Text),
     Column("receipt", LargeBinary),
+    Column("is_partial", sa.Boolean, nullable=False, default=False),
     Index("lease_open", "status", "expires_at"),
     Index("lease_node", "node", "status"),
     Index(
@@ -142,6 +149,13 @@ LEASES = Table(
         postgresql_where=sa.text("status = 'open'"),
     ),
     Index("lease_recent", "run", "opened_at"),
+    Index(
+        "lease_given_up",
+        "node",
+        "opened_at",
+        sqlite_where=sa.text(GIVEN_UP),
+        postgresql_where=sa.text(GIVEN_UP),
+    ),
 )
 ROLLOUTS = Table(
     "rollouts",
@@ -164,6 +178,10 @@ ROLLOUTS = Table(
     Column("claimed_by", Text),
     Column("claimed_until", Float, nullable=False, default=0.0),
     Column("score_faults", Integer, nullable=False, default=0),
+    Column("flips", Integer),
+    Column("allowed", Float),
+    Column("is_watched", sa.Boolean, nullable=False, default=False),
+    Column("escrow_step", Integer),  # the latest step when its pay went into escrow; null while none of it is there
     Index(
         "one_owner",
         "group",
@@ -177,6 +195,13 @@ ROLLOUTS = Table(
     Index("rollout_submission", "submission"),
     Index("rollout_group", "group"),
     Index("rollout_node", "node", "status", "run", "tokens", "reward"),  # the tally of every node without the table
+    Index(
+        "rollout_escrow",
+        "run",
+        "escrow_step",
+        sqlite_where=sa.text("escrow_step IS NOT NULL"),
+        postgresql_where=sa.text("escrow_step IS NOT NULL"),
+    ),
 )
 SUBMISSIONS = Table(
     "submissions",
@@ -214,6 +239,13 @@ AUDITS = Table(
     Index("audit_status", "run", "status", "step"),
     Index("audit_submission", "submission"),
     Index("audit_node", "node", "status"),
+    Index(
+        "audit_undecided",
+        "run",
+        "submission",
+        sqlite_where=sa.text(UNDECIDED),
+        postgresql_where=sa.text(UNDECIDED),
+    ),
 )
 CHECKS = Table(
     "checks",
@@ -237,6 +269,7 @@ VERDICTS = Table(
     Column("was_trusted", sa.Boolean, nullable=False, default=False),
     Column("submissions", Integer, nullable=False),
     Column("document", LargeBinary, nullable=False),
+    Index("verdict_step", "run", "step"),
 )
 ENTRIES = Table(
     "entries",

@@ -6,15 +6,17 @@ from collections.abc import Collection
 from typing import Any
 
 import msgspec
+import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.config import CoordinatorSection
-from farflung.protocol.errors import Forbidden, TooOld
+from farflung.protocol.errors import Conflict, Forbidden, TooOld
 from farflung.protocol.identity import readable_name
 from farflung.protocol.messages import Register
 from farflung.protocol.states import first
+from farflung.store.book import ejected
 from farflung.store.stories import move, record
-from farflung.store.tables import NODES
+from farflung.store.tables import LEASES, NODES
 from farflung.trust.record import NodeRecord
 
 UNTRUSTED = ("worker", "relay")
@@ -46,7 +48,11 @@ def _is_invited(settings: CoordinatorSection, token: str) -> bool:
 
 
 def admit(connection: Connection, node: str, public: bytes, ask: Register, now: float) -> str:
-    """Remember a key, or refresh what it says of its machine. Its record stays what it is."""
+    """Remember a key, or refresh what it says of its machine. Its record stays what it is.
+
+    Raises Ejected for a key that was, whichever role it asks for: a relay is listed to all nodes. Raises Conflict for
+    another role while a lease is open: as a relay a node would keep work that is a worker's.
+    """
     said = {
         "name": ask.name or readable_name(node),
         "role": ask.role,
@@ -57,7 +63,11 @@ def admit(connection: Connection, node: str, public: bytes, ask: Register, now: 
         "seen_at": now,
     }
     row = connection.execute(NODES.select().where(NODES.c.node == node)).first()
+    if row is not None and row.status == "ejected":
+        raise ejected(node)
     if row is not None:
+        if row.role != ask.role:
+            _check_idle(connection, row, ask)
         connection.execute(NODES.update().where(NODES.c.node == node).values(said))
         return _restart(connection, row, ask, now) if row.profile != ask.profile else row.status
     status = first("node")
@@ -66,6 +76,15 @@ def admit(connection: Connection, node: str, public: bytes, ask: Register, now: 
     connection.execute(NODES.insert().values(said | fresh))
     record(connection, "node", [node], "", status, now, name=said["name"], role=ask.role)
     return status
+
+
+def _check_idle(connection: Connection, row: Row[Any], ask: Register) -> None:
+    mine = sa.and_(LEASES.c.node == row.node, LEASES.c.status == "open")
+    lease = connection.execute(sa.select(LEASES.c.lease).where(mine)).scalar()
+    if lease is not None:
+        raise Conflict(
+            f"node {row.node} holds lease {lease} as a {row.role}; submit it or hand it back before you change"
+        )
 
 
 def _restart(connection: Connection, row: Row[Any], ask: Register, now: float) -> str:

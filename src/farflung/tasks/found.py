@@ -33,8 +33,11 @@ from farflung.store.stories import move, record
 from farflung.store.tables import RUNS, STEPS, TASKS
 from farflung.tasks import kept
 from farflung.tasks.keyring import Keyring
+from farflung.trust.evidence import Profile
 
 MODEL_FILES = ("config.json", "generation_config.json")
+SAVERS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Fields of config.json that tell how it was saved."""
 MOST_PROMPT_TOKENS = 131_072
 
 
@@ -52,6 +55,12 @@ class Model:
     def vocab(self) -> int:
         """Size of the model's vocabulary, the largest id any token may have plus one."""
         return int(self.config.get("vocab_size") or self.config["text_config"]["vocab_size"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what config.json says of the architecture, whoever saved it."""
+        fields = {name: value for name, value in self.config.items() if name not in SAVERS}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -109,6 +118,24 @@ def _from_hub(name: str, file: str) -> Path:
         raise ConfigError(
             f"model path {name!r} is no folder, and no such model can be had from the hub ({type(error).__name__})"
         ) from error
+
+
+def refuse_misfit(config: Config, profile: Profile) -> None:
+    """Raise ConfigError for a numerics profile that bounds nothing in this run."""
+    if why := misfit(config, profile):
+        raise ConfigError(
+            f"numerics profile {profile.name!r} was calibrated for {why}; on a machine that you trust run `farflung "
+            f"calibrate {config.model.path} --profile {profile.name} --prompts RUN.toml --out FILE.json` and name the "
+            "file in model.profile or model.profiles"
+        )
+
+
+def misfit(config: Config, profile: Profile) -> str:
+    """What a numerics profile was calibrated for instead of this run, or nothing."""
+    if profile.scope is None:
+        return "it does not say what"
+    digest = Model(config.model.path).digest
+    return profile.scope.refuses(digest, config.generate.temperature, config.generate.budget)
 
 
 def local_grants(config: Config) -> Config:

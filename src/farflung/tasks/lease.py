@@ -13,17 +13,18 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
-from farflung.protocol.errors import Ejected, Refusal
+from farflung.protocol.errors import Refusal
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Latest, LeaseRequest
 from farflung.store import heldout
-from farflung.store.book import Book, new_id
+from farflung.store.book import Book, ejected, new_id
 from farflung.store.heldout import Part
 from farflung.store.stories import end_leases
-from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, TASKS
+from farflung.store.tables import GIVEN_UP, GROUPS, LEASES, NODES, ROLLOUTS, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.documents import write
 from farflung.tasks.offers import Samples, groups_now, next_tasks, open_groups, open_samples, owners
+from farflung.tasks.probation import Probation
 from farflung.tasks.shelf import Shelf
 
 ANY_CONTEXT = 1 << 40
@@ -69,7 +70,8 @@ class _Papers:
         self._given_up = {row[0]: row[1:] for row in connection.execute(_ABANDONED, {"ids": nodes, "since": since})}
 
     def pause_s(self, node: str) -> float:
-        """How long a node that hands leases back or lets them lapse has to wait: 1 s, and twice that after each more.
+        """How long a node that hands leases back, whole or in part, or lets them lapse has to wait: 1 s, and twice that
+        after each more.
 
         Otherwise one that refuses whatever it is given, because its disk is full, say, would be leased without end,
         and keys that do nothing would take all work.
@@ -88,7 +90,7 @@ _ABANDONED = (
     sa.select(LEASES.c.node, sa.func.count(), sa.func.max(LEASES.c.opened_at))
     .where(
         LEASES.c.node.in_(sa.bindparam("ids", expanding=True)),
-        LEASES.c.status.in_(("returned", "expired")),
+        sa.text(GIVEN_UP),
         LEASES.c.opened_at > sa.bindparam("since"),
     )
     .group_by(LEASES.c.node)
@@ -98,7 +100,7 @@ _ABANDONED = (
 def _without_work(node: Row[Any], latest: Latest, papers: _Papers) -> Answer | None:
     """The answer to a node for which no new lease is to be looked for."""
     if node.status == "ejected":
-        return Ejected(f"node {node.node} was ejected for failing verification; GET /v1/story/{node.node} says why")
+        return ejected(node.node)
     if (document := papers.held.get(node.node)) is not None:
         return msgspec.msgpack.decode(document, type=Signed)
     if latest.step < 0:
@@ -106,42 +108,10 @@ def _without_work(node: Row[Any], latest: Latest, papers: _Papers) -> Answer | N
     if node.role == "validator":
         return None
     if (pause_s := papers.pause_s(node.node)) > 0:
-        return Wait(f"node {node.node} handed a lease back; the next one comes in {pause_s:.0f} s")
+        return Wait(f"node {node.node} left samples of a lease to others; the next one comes in {pause_s:.0f} s")
     if latest.status != "running" or node.role != "worker" or node.status == "quarantined":
         return Wait(f"the run is {latest.status} and node {node.node} is a {node.status} {node.role}")
     return None
-
-
-class _Probation:
-    """The slots for nodes on probation: few, and shared by all new keys, so ten thousand of them slow only each other.
-
-    Whoever holds a lease or waits for a replay has one.
-    """
-
-    def __init__(self, connection: Connection, book: Book) -> None:
-        self._trust = book.config.trust
-        waiting = (
-            sa.select(AUDITS.c.node, sa.func.count())
-            .join(NODES, NODES.c.node == AUDITS.c.node)
-            .where(AUDITS.c.run == book.run, AUDITS.c.status.in_(("open", "claimed")), NODES.c.status == "probation")
-            .group_by(AUDITS.c.node)
-        )
-        leased = (
-            sa.select(LEASES.c.node)
-            .join(NODES, NODES.c.node == LEASES.c.node)
-            .where(LEASES.c.run == book.run, LEASES.c.status == "open", NODES.c.status == "probation")
-        )
-        self._waiting: dict[str, int] = {row[0]: row[1] for row in connection.execute(waiting)}
-        self.taken = {*self._waiting, *connection.execute(leased.where(NODES.c.role == "worker")).scalars()}
-
-    def why_not(self, node: str) -> str:
-        """Why a node on probation has to wait, or nothing: until its own last work is replayed, and for a slot."""
-        if self._waiting.get(node, 0) >= self._trust.probation_waiting:
-            return f"node {node} is on probation and what it sent waits for its replay"
-        if node not in self.taken and len(self.taken) >= self._trust.probation_slots:
-            most = self._trust.probation_slots
-            return f"{len(self.taken)} nodes on probation work or wait for their replays; {most} may at a time"
-        return ""
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -163,14 +133,14 @@ def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest
         settings,
     )
     is_any_new = any(ask.node.status == "probation" for ask in asks)
-    probation = _Probation(connection, book) if is_any_new else None
+    probation = Probation(connection, book, settings.groups_ahead, now) if is_any_new else None
     found = {ask.node.node: _plan(shelf, probation, ask, now) for ask in asks}
     plans = {node: plan for node, plan in found.items() if isinstance(plan, Plan)}
     waits = {node: wait for node, wait in found.items() if isinstance(wait, Wait)}
     return waits | write(connection, book, plans, "train", now, had.reopened)
 
 
-def _plan(shelf: Shelf, probation: _Probation | None, ask: Ask, now: float) -> Plan | Wait:
+def _plan(shelf: Shelf, probation: Probation | None, ask: Ask, now: float) -> Plan | Wait:
     node, wish = ask.node, ask.wish
     is_new = probation is not None and node.status == "probation"
     if is_new and (why := probation.why_not(node.node)):
@@ -179,7 +149,7 @@ def _plan(shelf: Shelf, probation: _Probation | None, ask: Ask, now: float) -> P
     asker = Asker(loaded, wish.slots, wish.context or ANY_CONTEXT, node.node)
     plan = shelf.take(asker, now)
     if is_new and isinstance(plan, Plan):
-        probation.taken.add(node.node)
+        probation.take(node.node, plan)
     return plan
 
 

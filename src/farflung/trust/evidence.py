@@ -1,17 +1,20 @@
 """What an audit says: likelihood ratios over replayed positions, and the test that may eject a key. Pure; no torch.
 
 A replay (`farflung.engine.base.Replay`) gives at each position the gap Δ between the two best scores, the margin by
-which the token that was sent lost, and π, the policy's own probability of the pick. A margin above a tie is a *flip*,
+which the token that was sent lost, π, the policy's own probability of the pick, and the lead λ, by how much the policy
+itself prefers the runner-up to the pick. A margin above a tie is a *flip*,
 one above the profile's `far` a *far flip*. Honest numerics flip near-ties and nothing else: calibration bounds the
-honest probability q₀(Δ) of a near flip from above, and `far` is a multiple of the largest margin that it ever saw, so
-that a far flip is no rounding at all (q_far, one position in a million; what breaks a machine is forgiven by η).
+honest probability q₀(Δ) of a near flip from above (`farflung.trust.bounds`), and `far` is a multiple of the largest
+margin that it ever saw, so that a far flip is no rounding at all (q_far, one position in a million; what breaks a
+machine is forgiven by η).
 
 **Alternatives.** What a cheat does to q is known well enough without catching one. Whoever samples with other noise
 flips with probability 1 − π. Whatever shifts the scores (another temperature, fewer bits, other weights) by about s
-flips a gap Δ with probability falling as exp(−Δ/s). So q₁ ≥ q₀ comes from a short grid: four scales s, and "other
-noise" in three dilutions, and tokens edited at two rates however sure the policy was of them; each of them over the
-whole submission or over one rollout in eight. On SmolLM2 the best of the grid grows as fast as a q₁ fitted to the very
-cheat, to within a tenth, so none has to be calibrated.
+flips a gap Δ with probability falling as exp(−Δ/s). Another temperature, c times the leased one, says at which
+positions: there the gap becomes Δ − (1/c − 1)·λ, and the runner-up is sent where that is below 0; so it is told from
+noise of its own size. q₁ ≥ q₀ comes from a short grid: four scales s, four temperatures, "other noise" in three
+dilutions, and tokens edited at two rates however sure the policy was of them; each of them over the whole submission
+or over one rollout in eight.
 
 **One submission.** LR = ∏ over its audited positions of n₁/q₀ (near flip), f₁/q_far (far flip) or
 (1 − n₁ − f₁)/(1 − q₀ − q_far) (none), with n₁ ≥ q₀ and f₁ ≥ q_far. If the honest probabilities of the two kinds of flip
@@ -39,8 +42,7 @@ Sources: Shafer, Shen, Vereshchagin & Vovk, Test martingales, Bayes factors and 
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Final, NamedTuple
 
 import msgspec
@@ -49,8 +51,6 @@ from msgspec import Meta
 
 TIE: Final = 1e-5
 """A margin up to this is no flip: it is the rounding of the noise itself in float32."""
-EDGES: Final = (1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Inner edges of the gap bins, chosen before any data was seen; the last bin has no end."""
 FAR: Final = 1.0
 """The least margin, in nats, that may be called far."""
 FAR_FACTOR: Final = 4.0
@@ -60,15 +60,19 @@ CEILING: Final = 0.95
 """No flip probability is taken to be higher, so that no single position is worth infinitely much."""
 SCALES: Final = (0.12, 0.3, 0.8, 2.5)
 """By how much, in nats, the scores of a cheat may be shifted."""
+TEMPERATURES: Final = (0.8, 0.9, 1.1, 1.25)
+"""By how much a cheat may have multiplied the temperature."""
+SHARPNESS: Final = 0.05
+"""Scale, in nats, of the noise that blurs where another temperature flips."""
 DILUTIONS: Final = (1.0, 0.125, 0.015625)
 """The share of tokens that a cheat may have taken from other noise."""
 EDITS: Final = (0.0625, 0.00390625)
 """The share of tokens that a cheat may have replaced by what it likes."""
 SHARES: Final = (1.0, 0.125)
 """The share of rollouts that a cheat may have cheated on."""
-CAP: Final = 450.0
-"""Three submissions at the cap quarantine a new key if but one of the 18 alternatives is there, though the process over
-all of its audits is only part of M (`farflung.trust.record`): 0.8·(450/1.135)³/2/18 > 10⁶."""
+CAP: Final = 500.0
+"""Three submissions at the cap quarantine a new key if but one of the 26 alternatives is there, though the process over
+all of its audits is only part of M (`farflung.trust.record`): 0.8·(500/1.15)³/2/26 > 10⁶."""
 ODD: Final = 10.0
 """Likelihood ratio at which a rollout is not trained on, though nothing else follows: 1 in 10 of the honest at most."""
 ETA: Final = 3e-4
@@ -79,11 +83,12 @@ Counts = Annotated[tuple[int, ...], Meta(min_length=1, max_length=64)]
 
 
 class Seen(NamedTuple):
-    """What a replay saw of one rollout: three arrays of shape (tokens,), as in `farflung.engine.base.Replay`."""
+    """What a replay saw of one rollout: arrays of shape (tokens,), as in `farflung.engine.base.Replay`."""
 
     gap: np.ndarray
     margin: np.ndarray
     pick: np.ndarray
+    lead: np.ndarray
 
 
 class Tally(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,11 +96,32 @@ class Tally(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     positions: Counts
     flips: Counts
+    edges: Annotated[tuple[float, ...], Meta(max_length=63)] = ()
+    """Inner edges of its bins, where they are not those of the profile."""
 
     @property
     def tokens(self) -> int:
         """Positions in all bins."""
         return sum(self.positions)
+
+
+class Scope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a profile was calibrated on, and so the runs that it is for."""
+
+    model: Annotated[str, Meta(max_length=64)]
+    """Which architecture, as `farflung.tasks.found.Model.digest` has it."""
+    temperature: Annotated[float, Meta(gt=0)]
+    """Noise of scores grows as 1 ÷ temperature."""
+    tokens: Annotated[int, Meta(ge=1)]
+    """Most tokens of a completion."""
+
+    def refuses(self, model: str, temperature: float, tokens: int) -> str:
+        """Why a run is outside, or nothing."""
+        if model != self.model:
+            return f"another model ({self.model[:12]}, the run's is {model[:12]})"
+        if not math.isclose(temperature, self.temperature, rel_tol=1e-3):
+            return f"temperature {self.temperature:g}, the run's is {temperature:g}"
+        return f"completions of up to {self.tokens} tokens, the run allows {tokens}" if tokens > self.tokens else ""
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,14 +142,21 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Farthest that an honest fingerprint may be (`farflung.trust.fingerprint`); 0 if that was not calibrated."""
     holds_published: bool = True
     """Whether an engine of this kind still has the published values, so that it can show possession of them."""
+    margin: Annotated[float, Meta(ge=1)] = 1.0
+    """How many times the calibrated noise `q0` forgives."""
+    noise: Annotated[float, Meta(ge=0)] = 0.0
+    """Root mean square of what log-probabilities of honest nodes differ by, in nats; 0 if that was not measured."""
+    bits: Annotated[float, Meta(ge=0)] = 0.0
+    """The most that a node can choose unseen within what `q0` allows, in bits a token of the calibration's rollouts."""
+    scope: Scope | None = None
     power: Annotated[dict[str, float], Meta(max_length=32)] = {}
     """Measured nats per token of the best alternative, by the cheat that was tried; 0 where it cannot be told."""
 
     def __post_init__(self) -> None:
-        bins = len(self.edges) + 1
-        rows = (self.q0, self.honest.positions, self.honest.flips)
-        if any(len(row) != bins for row in rows):
-            raise ValueError(f"profile {self.name} has {bins} bins, but its rows {[len(row) for row in rows]}")
+        bins, counted = len(self.edges) + 1, len(self.honest.edges or self.edges) + 1
+        found = [len(row) for row in (self.q0, self.honest.positions, self.honest.flips)]
+        if found != [bins, counted, counted]:
+            raise ValueError(f"profile {self.name} has {bins} bins, counted in {counted}, but its rows {found}")
         if list(self.edges) != sorted(set(self.edges)) or not all(0 < edge < math.inf for edge in self.edges):
             raise ValueError(f"profile {self.name} has edges {self.edges}; they must rise and be positive")
         if not all(0 < low <= CEILING for low in self.q0):
@@ -176,6 +209,15 @@ def _shifted(scale: float) -> Flip:
     return flip
 
 
+def _tempered(factor: float) -> Flip:
+    def flip(seen: Seen, far: float) -> tuple[np.ndarray, np.ndarray]:
+        moved = seen.gap - (1 / factor - 1) * seen.lead
+        tail = 0.5 * np.exp(-np.abs(moved) / SHARPNESS)
+        return np.where(moved < 0, 1 - tail, tail), np.zeros_like(seen.gap)
+
+    return flip
+
+
 def _other_noise(share: float) -> Flip:
     return lambda seen, far: (share * (1 - seen.pick) / 2,) * 2
 
@@ -186,6 +228,7 @@ def _edited(share: float) -> Flip:
 
 CHEATS: Final[Mapping[str, Flip]] = {
     **{f"scores shifted by {scale:g}": _shifted(scale) for scale in SCALES},
+    **{f"{factor:g} times the temperature": _tempered(factor) for factor in TEMPERATURES},
     **{f"other noise at {share:g} of tokens": _other_noise(share) for share in DILUTIONS},
     **{f"{share:.2g} of tokens replaced": _edited(share) for share in EDITS},
 }
@@ -202,7 +245,9 @@ def describe(index: int) -> str:
 def check(seen: Seen) -> None:
     """Raise ValueError for arrays of several shapes, or numbers that no replay gives: NaN would pass for no flip."""
     if len({np.shape(part) for part in seen}) != 1 or not all(np.isfinite(part).all() for part in seen):
-        raise ValueError(f"gap, margin and pick must be finite and of one shape, not {[np.shape(p) for p in seen]}")
+        raise ValueError(
+            f"gap, margin, pick and lead must be finite and of one shape, not {[np.shape(p) for p in seen]}"
+        )
     if (np.minimum(seen.gap, seen.margin) < 0).any() or (seen.pick < 0).any() or (seen.pick > 1.001).any():
         raise ValueError("gaps and margins are never negative, and a pick is a probability")
 
@@ -215,15 +260,20 @@ def flips(seen: Seen) -> int:
 def log_ratios(profile: Profile, seen: Seen) -> np.ndarray:
     """ln LR of one rollout against every cheat of `CHEATS`, shape (cheats,)."""
     check(seen)
+    return log_factors(profile, seen).sum(axis=1)
+
+
+def log_factors(profile: Profile, seen: Seen) -> np.ndarray:
+    """ln of the factor that each position gives against every cheat, (cheats, tokens)."""
     near0, far0, is_near, is_far = honest_odds(profile, seen)
-    found: list[float] = []
+    found: list[np.ndarray] = []
     for flip in CHEATS.values():
         near, far = flip(seen, profile.far)
         near = np.clip(near, near0, CEILING)
         far = np.clip(far, far0, np.maximum(far0, 0.99 - near))
         none = np.log((1 - near - far) / (1 - near0 - far0))
-        found.append(np.where(is_far, np.log(far / far0), np.where(is_near, np.log(near / near0), none)).sum())
-    return np.array(found)
+        found.append(np.where(is_far, np.log(far / far0), np.where(is_near, np.log(near / near0), none)))
+    return np.stack(found)
 
 
 def honest_odds(profile: Profile, seen: Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -294,83 +344,3 @@ def fold(m: np.ndarray, k: int, e: np.ndarray) -> tuple[np.ndarray, int]:
 def is_ejected(m: float, alpha: float = ALPHA) -> bool:
     """Whether M ≥ 1/α, which an honest key ever reaches with probability at most α (Ville; see above)."""
     return m >= 1 / alpha
-
-
-# --- calibration -----------------------------------------------------------------------------------------------------
-
-
-def tally(edges: tuple[float, ...], seen: Iterable[Seen]) -> Tally:
-    """Count positions and flips per bin of the gap."""
-    size = len(edges) + 1
-    positions, flipped = np.zeros((2, size), int)
-    for one in seen:
-        check(one)
-        bins = np.searchsorted(edges, one.gap, side="right")
-        positions += np.bincount(bins, minlength=size)
-        flipped += np.bincount(bins[np.asarray(one.margin) > TIE], minlength=size)
-    return Tally(tuple(positions.tolist()), tuple(flipped.tolist()))
-
-
-def calibrate(
-    name: str,
-    honest: Iterable[Seen],
-    cheats: Mapping[str, Sequence[Seen]] | None = None,
-    *,
-    edges: tuple[float, ...] = EDGES,
-    tolerance: float = 1e-3,
-    floor: float = 1e-4,
-    error: float = 1e-3,
-) -> Profile:
-    """Make a profile from replays of trusted nodes; `cheats`, by name, only measure what it can tell.
-
-    q₀ is the Clopper–Pearson upper bound, exceeded with probability `error` per bin, or `_floor` if that is higher:
-    calibration on the validator's own machine may flip nothing at all, while honest nodes have other thread counts
-    and batch sizes. `tolerance` is the score noise that must be forgiven; 1e-3 is 100 times that of float32.
-    Numerics flip a wider gap no more often than a narrow one, so a bin with little data takes the bound of the one
-    before, and the bound of all wider ones together where that is lower.
-    """
-    honest = list(honest)
-    seen, worst = tally(edges, honest), max((float(one.margin.max(initial=0.0)) for one in honest), default=0.0)
-    narrow = [_upper_bound(x, n, error) for x, n in zip(seen.flips, seen.positions, strict=True)]
-    wide = [_upper_bound(sum(seen.flips[b:]), sum(seen.positions[b:]), error) for b in range(len(narrow))]
-    floors = (_floor(low, tolerance, floor) for low in (0.0, *edges))
-    bounds = (max(min(pair), low) for *pair, low in zip(narrow, _pooled(seen, wide), floors, strict=True))
-    q0 = tuple(accumulate(bounds, min, initial=CEILING))[1:]
-    profile = Profile(name, edges, q0, seen, far=max(FAR, FAR_FACTOR * worst))
-    power = {cheat: growth(profile, samples) for cheat, samples in (cheats or {}).items()}
-    return msgspec.structs.replace(profile, power=power)
-
-
-def _pooled(seen: Tally, wide: Sequence[float]) -> list[float]:
-    """The bound over all wider gaps together, where none of them flipped at all; elsewhere none."""
-    return [bound if not sum(seen.flips[b:]) else 1.0 for b, bound in enumerate(wide)]
-
-
-def _floor(gap: float, tolerance: float, least: float) -> float:
-    """Flip probability to forgive at a gap: ½ at a tie, falling as s/Δ (a heavy tail of scale s), never below least."""
-    return max(tolerance / (gap + 2 * tolerance) if gap < 100 * tolerance else 0.0, least)
-
-
-def growth(profile: Profile, seen: Sequence[Seen]) -> float:
-    """Nats per token by which the best alternative grows on these rollouts, 0 if none does."""
-    nats = sum((log_ratios(profile, one) for one in seen), np.zeros(len(CHEATS)))
-    return max(0.0, float(nats.max()) / max(1, sum(len(one.gap) for one in seen)))
-
-
-def _upper_bound(x: int, n: int, error: float) -> float:
-    """The Clopper–Pearson upper bound: the q at which P(Binomial(n, q) ≤ x) = error; 1 where there is no data."""
-    if x >= n:
-        return 1.0
-    low, high = x / n, 1.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _binomial_cdf(x, n, middle) > error else (low, middle)
-    return high
-
-
-def _binomial_cdf(x: int, n: int, q: float) -> float:
-    """P(Binomial(n, q) ≤ x) for 0 < q < 1, by the ratio of neighbouring terms in log space."""
-    i = np.arange(1, x + 1)
-    steps = np.log((n - i + 1) / i) + math.log(q) - math.log1p(-q)
-    logs = np.concatenate(([0.0], np.cumsum(steps))) + n * math.log1p(-q)
-    return math.exp(np.logaddexp.reduce(logs))

@@ -5,11 +5,22 @@ restart can draw again, nobody without the key can foresee it, and whoever learn
 """
 
 import math
+from dataclasses import dataclass
 
 from farflung.protocol.seeds import derive
 from farflung.trust.record import NodeRecord, TrustSettings
 
-__all__ = ["NodeRecord", "TrustSettings", "affordable", "audit_probability", "draw", "is_brake", "probability_caught"]
+__all__ = [
+    "NodeRecord",
+    "Poll",
+    "TrustSettings",
+    "affordable",
+    "audit_probability",
+    "draw",
+    "is_brake",
+    "is_doubtful",
+    "probability_caught",
+]
 
 
 def audit_probability(record: NodeRecord, settings: TrustSettings, afford: float = 1.0) -> float:
@@ -60,9 +71,41 @@ def probability_caught(n: int, cheat_fraction: float, audit_p: float, size: int,
     return -math.expm1(rollouts * math.log1p(-found))
 
 
-def is_brake(failed: int, good: int, share: float, least: int) -> bool:
-    """Whether so many of the nodes with a good record failed at once that the verifier is suspect, not they.
-
-    `least` keeps one cheat among twenty nodes from stopping a small run.
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """How nodes with a good record fared at one step, weighed by verified tokens: work that passed a replay is the one
+    thing that a swarm of keys has to pay for.
     """
-    return failed >= least and failed > share * good
+
+    nodes: int
+    """Nodes that failed."""
+    failed: int = 0
+    passed: int = 0
+    """Of nodes that passed an audit of work which came since the first failed."""
+    unknown: int = 0
+    """Of nodes that are here and were not looked at since."""
+
+    @property
+    def failed_share(self) -> float:
+        """Share of the work that nodes did which failed; all of it where there is none."""
+        total = self.failed + self.passed + self.unknown
+        return self.failed / total if total else 1.0
+
+    @property
+    def passed_share(self) -> float:
+        """The same of those that passed."""
+        total = self.failed + self.passed + self.unknown
+        return self.passed / total if total else 0.0
+
+
+def is_brake(poll: Poll, share: float, least: int) -> bool:
+    """Whether the verifier is suspect, not the nodes that failed: they did more than `share` of the work.
+
+    A broken verifier fails everybody; cheats that turn together leave honest nodes that pass.
+    """
+    return poll.nodes >= least and poll.failed_share > share
+
+
+def is_doubtful(poll: Poll, share: float, least: int) -> bool:
+    """Whether several failed, and those that passed since did too little of the work to vouch for the verifier."""
+    return poll.nodes >= least and poll.passed_share <= (1 - share) * (1 - 1e-9)

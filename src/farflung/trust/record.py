@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from farflung.trust import evidence
+from farflung.trust import evidence, watch
 
 WHOLE = 0.8
 """Weight of the process over all audits in M; a mixture of two processes with mean 1 has mean 1."""
@@ -39,6 +39,26 @@ class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The same whatever the budget."""
 
 
+class Watched(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What all replayed rollouts of a key add up to, audited or not (`farflung.trust.watch`)."""
+
+    groups: Count = 0
+    """k of both tests: a node's samples of one task are taken together."""
+    rollouts: Count = 0
+    flips: Count = 0
+    allowed: float = 0.0
+    """Flips that honest arithmetic would have made at most, on average."""
+    gain: float = 0.0
+    """Reward by which flips lay above chance, summed."""
+    excess: Process = (0.0,) * len(watch.EXCESS)
+    steering: Process = (0.0,) * len(watch.STEERING)
+
+    @property
+    def statistic(self) -> float:
+        """The larger of both tests' means."""
+        return max(sum(self.excess) / len(self.excess), sum(self.steering) / len(self.steering))
+
+
 class NodeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The record of one key, across steps and numerics profiles."""
 
@@ -61,6 +81,7 @@ class NodeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bad_submissions: Count = 0
     submissions: Count = 0
     """Submissions taken in, audited or not."""
+    watched: Watched = Watched()
 
     @property
     def statistic(self) -> float:
@@ -87,6 +108,8 @@ class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of its fingerprint from the verifier's, where the lease asked for one."""
     is_far: bool = False
     """Whether that is more than its profile allows; see `farflung.trust.fingerprint`."""
+    allowed: float = 0.0
+    """How many flips its profile allows on average."""
 
     @property
     def log_lr(self) -> float:
@@ -177,6 +200,46 @@ def confirm(
     return released, _release(released, settings)
 
 
+def look_over(
+    record: NodeRecord, groups: Sequence[Sequence[watch.Look]], settings: TrustSettings
+) -> tuple[NodeRecord, Outcome]:
+    """Take in replayed rollouts, a node's samples of one task at a time, each rollout once in its life.
+
+    A node whose flips follow reward is ejected: within the noise nothing else would ever show it. One that merely flips
+    more often than its profile allows goes back to probation, where audits settle it.
+    """
+    watched = record.watched
+    for looks in groups:
+        excess, steering = watch.group_ratios(looks)
+        watched = msgspec.structs.replace(
+            watched,
+            groups=watched.groups + 1,
+            rollouts=watched.rollouts + len(looks),
+            flips=watched.flips + sum(look.flips for look in looks),
+            allowed=watched.allowed + sum(look.allowed for look in looks),
+            gain=watched.gain + watch.gain(looks),
+            excess=watch.fold(watched.excess, watched.groups, excess),
+            steering=watch.fold(watched.steering, watched.groups, steering),
+        )
+    after = msgspec.structs.replace(record, watched=watched)
+    return _watchful(record, after, settings)
+
+
+def _watchful(record: NodeRecord, after: NodeRecord, settings: TrustSettings) -> tuple[NodeRecord, Outcome]:
+    watched, limit = after.watched, 1 / settings.false_ejection_probability
+    steering, m = sum(watched.steering) / len(watched.steering), watched.statistic
+    told = f"{watched.flips} flips in {watched.rollouts} replayed rollouts, {watched.allowed:.3g} allowed"
+    if steering >= limit:
+        reason = (
+            f"its flips follow reward: M = {steering:.3g}, not below {limit:.3g}; {told}, worth {watched.gain:+.3g}"
+        )
+        return msgspec.structs.replace(after, status="ejected"), Outcome("eject", steering, limit, reason)
+    if m >= watch.WARY and record.status == "trusted":
+        reason = f"its flips are too many or follow reward: M = {m:.3g}, above {watch.WARY:.3g} all is audited; {told}"
+        return demote(after), Outcome("void", m, watch.WARY, reason)
+    return after, Outcome("ok", m, limit, told)
+
+
 def _total(findings: Sequence[Finding]) -> np.ndarray:
     return evidence.submission_log_ratios([np.array(finding.log_ratios) for finding in findings])
 
@@ -209,10 +272,14 @@ def demote(record: NodeRecord) -> NodeRecord:
 
 
 def _promote(record: NodeRecord, settings: TrustSettings) -> NodeRecord:
-    needed = settings.probation_rollouts << min(record.bad_submissions, HARDER)
-    if record.status != "probation" or record.clean_rollouts < needed:
+    if record.status != "probation" or record.clean_rollouts < needed(record, settings):
         return record
     return msgspec.structs.replace(record, status="trusted")
+
+
+def needed(record: NodeRecord, settings: TrustSettings) -> int:
+    """Clean rollouts in a row that end probation."""
+    return settings.probation_rollouts << min(record.bad_submissions, HARDER)
 
 
 # --- sentences for receipts ------------------------------------------------------------------------------------------

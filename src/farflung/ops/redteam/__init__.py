@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from farflung.ops.redteam import senders, texts
+from farflung.ops.redteam import idlers, senders, texts
 from farflung.ops.redteam.base import Attack
 
 GALLERY: dict[str, Callable[[], Attack]] = {
@@ -46,9 +46,14 @@ GALLERY: dict[str, Callable[[], Attack]] = {
     "sometimes": texts.Sometimes,
     "patient": texts.Patient,
     "patient-tenth": texts.PatientTenth,
+    "stale-partial": idlers.StalePartial,
+    "colluding": idlers.Colluding,
     "easy-picking": senders.EasyPicking,
     "many-keys": senders.ManyKeys,
     "near-tie": lambda: texts.NearTie(0.02),
+    "teacher": lambda: texts.Teacher(0.02),
+    "teacher-wide": lambda: texts.Teacher(1.0),
+    "teacher-bf16": lambda: texts.Teacher(0.2, "torch-cpu-bf16"),
     "margin-budget": texts.MarginBudget,
 }
 """Name → how to make the attack."""

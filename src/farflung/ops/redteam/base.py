@@ -10,17 +10,21 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from farflung.engine.base import Completion, Engine, Request
 from farflung.protocol import fingerprint, wire
 from farflung.protocol.errors import Ejected, FarflungError, LeaseGone, Unreachable
 from farflung.protocol.messages import Lease, Submission
 from farflung.rollouts.submit import generate, submit
+from farflung.trust.evidence import Profile
 from farflung.trust.record import TrustSettings
 from farflung.worker import Worker
 
 Aim = Literal["reward", "length", "pay", "poison"]
 """What an attack is after, and so what its gain is: the shift of mean reward or of tokens a rollout against what the
-seeds give on the same prompts; tokens paid and kept per CPU-second relative to the honest; poisoned tokens trained."""
+seeds give on the same prompts; tokens paid and kept per CPU-second, where it cheated, relative to the honest; poisoned
+tokens trained."""
 Made = list[Completion | None]
 LEDGER = "cheats.jsonl"
 TRIES = 3
@@ -36,7 +40,10 @@ class Attack:
     truth: Engine
     """The engine with the leased weights, which also answers for possession."""
     trust: TrustSettings
-    profile: str = ""
+    judged_by: Profile
+    """The run's own numerics profile."""
+    declares: str = ""
+    """Numerics profile that it says it computes by, whatever it does; the run's own if empty."""
 
     def load(self, tensors: Sequence[tuple[str, Any]]) -> None:
         """Look at the weights that `truth` holds from now on."""
@@ -94,16 +101,24 @@ class Cheating:
 class Adversary(Worker):
     """A worker that runs an attack."""
 
-    def __init__(self, *arguments: Any, attack: Attack, trust: TrustSettings, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, attack: Attack, trust: TrustSettings, judged_by: Profile, **options: Any
+    ) -> None:
         super().__init__(*arguments, wrap=lambda engine: Cheating(engine, attack), **options)
         self.attack, self._tries, self._cpu_s = attack, 0, 0.0
-        attack.trust = trust
+        attack.trust, attack.judged_by = trust, judged_by
+        if attack.declares:
+            self.settings = self.settings.model_copy(update={"profile": attack.declares})
         self._seeded: dict[str, tuple[int, ...]] = {}
 
-    async def open(self) -> None:
-        """As a worker; the attack learns the profile too."""
-        await super().open()
-        self.attack.profile = self.session.info.profile
+    def _engine(self, config: bytes, dtype: torch.dtype) -> Engine:
+        return super()._engine(config, torch.float32 if self.attack.declares else dtype)
+
+    async def _prepare(self) -> None:
+        """No self-test: what would be tried is the attack, and a lease loads the weights."""
+
+    async def try_numerics(self, manifest: str) -> None:
+        """The same."""
 
     async def _work(self, lease: Lease) -> None:
         if not await self.attack.wants(self, lease):

@@ -21,7 +21,6 @@ from farflung.ops.redteam.base import Aim, Attack, Made
 from farflung.protocol.messages import Lease, Status
 from farflung.trust import evidence
 from farflung.trust.evidence import Seen
-from farflung.trust.profiles import load_profile
 from farflung.worker import Worker
 
 Stop = Callable[[], bool] | None
@@ -165,6 +164,20 @@ class NearTie(Steered):
         return torch.where(is_near_B, best.indices[:, 1], best.indices[:, 0])
 
 
+class Teacher(Steered):
+    """A teacher within the noise: where the two best scores are within `reach` nats it sends the one that the policy
+    itself likes better, which is more often right; replay where that is wider, and flips that follow reward."""
+
+    def __init__(self, reach: float, declares: str = "") -> None:
+        self.reach, self.declares = reach, declares
+
+    def pick(self, logits_BV: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        best = scores_BV.topk(2, dim=-1)
+        is_near_B = best.values[:, 0] - best.values[:, 1] < self.reach
+        likes_BK = logits_BV.gather(-1, best.indices)
+        return torch.where(is_near_B & (likes_BK[:, 1] > likes_BK[:, 0]), best.indices[:, 1], best.indices[:, 0])
+
+
 class MarginBudget(Attack):
     """Steers as widely as keeps its own M below 1/alpha, for it knows every secret of the test; nothing does."""
 
@@ -187,8 +200,8 @@ class MarginBudget(Attack):
     def _is_affordable(self, requests: Sequence[Request], done: Made) -> bool:
         """Whether an audit of all of it would leave M at a hundredth of the threshold; if so, M goes on from there."""
         items = [(request, one.ids) for request, one in zip(requests, done, strict=True) if one is not None]
-        seen = [Seen(r.gap, r.margin, r.pick) for r in self.truth.replay(items)]
-        total = evidence.submission_log_ratios([evidence.log_ratios(load_profile(self.profile), one) for one in seen])
+        seen = [Seen(r.gap, r.margin, r.pick, r.lead) for r in self.truth.replay(items)]
+        total = evidence.submission_log_ratios([evidence.log_ratios(self.judged_by, one) for one in seen])
         e = evidence.e_values(total, self.trust.cap, self.trust.arbitrary_share)
         m, k = evidence.fold(self.m, self.k, e)
         limit = 0.01 / self.trust.false_ejection_probability

@@ -1,0 +1,44 @@
+"""One look at the database for all who ask the same: a thousand readers cost as much as one."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+QUICK_S = 0.05
+"""A look that takes no longer is taken anew each time, so that who reads a small run reads what is."""
+SHARE = 4.0
+"""After a longer one nobody looks for this many times as long as it took: readers take a fifth of one thread."""
+
+
+class Shared(Generic[T]):
+    """The last look, while it is young. One at a time is under way, and those who come meanwhile wait for it."""
+
+    def __init__(self, look: Callable[[], Awaitable[T]], clock: Callable[[], float] = time.monotonic) -> None:
+        self._look, self._clock = look, clock
+        self._running: asyncio.Future[T] | None = None
+        self._last: tuple[T] | None = None
+        self._due = 0.0
+
+    async def get(self) -> T:
+        """What the last look saw, or a fresh one."""
+        if self._last is not None and self._clock() < self._due:
+            return self._last[0]
+        if self._running is None:
+            self._running = asyncio.ensure_future(self._fresh())
+        return await asyncio.shield(self._running)  # one who leaves must not take the look from the others
+
+    def forget(self) -> None:
+        """Look again at the next request."""
+        self._due = 0.0
+
+    async def _fresh(self) -> T:
+        since = self._clock()
+        try:
+            found = await self._look()
+        finally:
+            self._running = None
+        took_s = self._clock() - since
+        self._last, self._due = (found,), self._clock() + (SHARE * took_s if took_s > QUICK_S else 0.0)
+        return found

@@ -1,0 +1,26 @@
+"""The terminal of every command: what is printed is text, whoever wrote it. Nothing in it is markup or obeyed."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from farflung.protocol.shown import visible
+
+
+class Terminal(Console):
+    """A console without markup; style what needs it by `Text`. Control characters come out as their escapes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string as text, in tables and panels too: escaped before it is laid out, so that columns stay straight."""
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: Any = None) -> Iterable[Segment]:
+        """The last gate, for whatever is no string, such as `Text`; rich's own movements of the cursor pass."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(visible(part.text), part.style)

@@ -1,0 +1,133 @@
+"""A node tries its arithmetic on what the trainer made before it works, and says what to expect."""
+
+import asyncio
+import hashlib
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from farflung.config import WorkerSection
+from farflung.engine.base import Request
+from farflung.engine.local import LocalEngine
+from farflung.protocol import errors, seeds, wire
+from farflung.protocol import messages as m
+from farflung.protocol.identity import Key
+from farflung.protocol.session import Figures
+from farflung.rollouts import selftest
+from farflung.trust.evidence import to_json
+from farflung.trust.profiles import load_profile
+from farflung.worker import Worker
+
+PROFILE = load_profile("torch-cpu-fp32")
+PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11], [12, 13], [14], [15, 16], [17, 18, 19], [20]]
+
+
+def made_by(engine: LocalEngine, temperature: float = 1.0) -> m.SelfTest:
+    """What a trainer with this engine makes."""
+    items = []
+    for seed, prompt in enumerate(PROMPTS):
+        (done,) = engine.generate([Request(tuple(prompt), seed, temperature, 32)])
+        packed = {"prompt_ids": wire.pack_ids(prompt), "ids": wire.pack_ids(done.ids)}
+        items.append(m.SelfTestItem(seed=seed, budget=32, **packed))
+    return m.SelfTest(step=0, temperature=temperature, profiles={PROFILE.name: to_json(PROFILE)}, items=items)
+
+
+def noisy(model, scale: float):
+    """The same model with so much noise in its weights: arithmetic of another kind."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * parameter.std() * torch.randn_like(parameter)
+    return model
+
+
+def test_the_same_arithmetic_has_less_noise_than_the_profile_allows(tiny_qwen) -> None:
+    test = made_by(LocalEngine(tiny_qwen()))
+    tried = selftest.attempt(LocalEngine(tiny_qwen()), test, PROFILE)
+    assert tried.factor <= 1
+    assert tried.tokens > 50
+    assert "its work will pass" in tried.told
+
+
+def test_undeclared_bfloat16_and_worse_are_told_before_they_work(tiny_qwen) -> None:
+    test = made_by(LocalEngine(tiny_qwen()))
+    factors = [selftest.attempt(LocalEngine(noisy(tiny_qwen(), scale)), test, PROFILE).factor for scale in (0.03, 0.3)]
+    assert factors[0] > 3
+    assert factors == sorted(factors)
+
+
+def worker_with(engine, tmp_path, test: m.SelfTest | None, **settings) -> Worker:
+    """A worker that has joined, with what a coordinator would say of a self-test."""
+    worker = Worker("http://127.0.0.1:1", Key.make(), tmp_path, WorkerSection(**settings))
+
+    async def get(path: str, kind: type) -> m.SelfTest:
+        if test is None:
+            raise errors.NotFound("none")
+        return test
+
+    digests = {PROFILE.name: hashlib.sha256(to_json(PROFILE)).hexdigest()}
+    info = SimpleNamespace(profile=PROFILE.name, profiles=digests)
+    worker.session = SimpleNamespace(
+        info=info, client=SimpleNamespace(get=get), path=lambda rest: rest,
+        figures=Figures(),
+    )  # fmt: skip
+    worker.engine = engine
+    return worker
+
+
+def test_a_worker_says_what_to_expect_once(tiny_qwen, tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    worker = worker_with(LocalEngine(tiny_qwen()), tmp_path, made_by(LocalEngine(tiny_qwen())))
+    for _ in range(3):
+        asyncio.run(worker.try_numerics("0" * 64))
+    said = [one.getMessage() for one in caplog.records if one.getMessage().startswith("self-test")]
+    assert len(said) == 1
+    assert "that of profile torch-cpu-fp32: its work will pass" in said[0]
+
+
+def test_a_worker_refuses_to_start_where_it_would_be_ejected_unless_told_otherwise(tiny_qwen, tmp_path) -> None:
+    test, broken = made_by(LocalEngine(tiny_qwen())), LocalEngine(noisy(tiny_qwen(), 0.3))
+    with pytest.raises(errors.ConfigError, match=r"would be ejected.*--profile.*--ignore-self-test"):
+        asyncio.run(worker_with(broken, tmp_path, test).try_numerics("0" * 64))
+    asyncio.run(worker_with(broken, tmp_path, test, ignore_self_test=True).try_numerics("0" * 64))
+
+
+def test_without_a_self_test_or_with_a_profile_that_the_papers_do_not_name_it_works(tiny_qwen, tmp_path) -> None:
+    engine, test = LocalEngine(noisy(tiny_qwen(), 0.3)), made_by(LocalEngine(tiny_qwen()))
+    asyncio.run(worker_with(engine, tmp_path, None).try_numerics("0" * 64))
+    worker = worker_with(engine, tmp_path, test)
+    worker.session.info.profiles = {PROFILE.name: "0" * 64}
+    asyncio.run(worker.try_numerics("0" * 64))
+
+
+def test_an_engine_that_cannot_tell_gaps_is_not_tried(tiny_qwen) -> None:
+    class Blind(LocalEngine):
+        def replay(self, items):
+            raise errors.ConfigError("vLLM generates only")
+
+    assert selftest.attempt(Blind(tiny_qwen()), made_by(LocalEngine(tiny_qwen())), PROFILE) is None
+
+
+def test_a_coordinator_serves_it_with_seeds_that_derive_from_no_secret(make_house) -> None:
+    house = make_house(trust={"self_test": 4, "canaries": 1})
+
+    async def scenario(house) -> None:
+        batch = await house.claim_step(0)
+        assert len(batch.canaries) == 5
+        await house.commit(batch, canaries=True)
+        manifest = (await house.office.database.read(house.office.book.latest)).manifest
+        line = house.line("anyone")
+        test = await line.get(f"{house.path}/manifests/{manifest}/self-test", m.SelfTest)
+        assert [one.seed for one in test.items] == [one.seed for one in batch.canaries[1:]]
+        assert batch.canaries[0].seed not in {one.seed for one in test.items}
+        public = hashlib.sha256(b"farflung self-test test").digest()
+        first = int.from_bytes(seeds.derive(public, "self-test seed", 0, 0)[:8], "big")
+        assert test.items[0].seed == first, "anybody can compute it"
+        (name,) = test.profiles
+        assert hashlib.sha256(test.profiles[name]).hexdigest() == house.office.profiles.digests[name]
+        with pytest.raises(errors.NotFound):
+            await line.get(f"{house.path}/manifests/{'0' * 64}/self-test", m.SelfTest)
+
+    house.run(scenario)

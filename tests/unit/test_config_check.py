@@ -1,0 +1,94 @@
+"""A config of a few hundred bytes builds no more than this machine allows, and says no in a moment."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farflung.engine.config_check import metered
+from farflung.engine.loading import model_bytes, read_config
+from farflung.protocol.errors import ConfigError, FarflungError, WeightsError
+from farflung.worker import refuse_oversize
+
+BASE = Path(__file__).parents[2] / "examples" / "base"
+SMALL = json.loads((BASE / "config.json").read_text())
+
+
+def config(**changes: Any) -> bytes:
+    return json.dumps(SMALL | changes).encode()
+
+
+def test_an_honest_config_is_measured() -> None:
+    model_bytes(BASE, torch.float32)
+    need = model_bytes(config(), torch.float32)
+    assert 0 < need == 2 * model_bytes(config(), torch.bfloat16)
+    refuse_oversize(config(), torch.float32, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"num_hidden_layers": 10_000}, "num_hidden_layers = 10000"),
+        ({"num_hidden_layers": 2**40}, "num_hidden_layers"),
+        ({"num_hidden_layers": float("inf")}, "num_hidden_layers"),
+        ({"vision_config": {"depth": 10_000}}, "depth = 10000"),
+        ({"text_config": {"n_routed_experts": 10**6}}, "n_routed_experts"),
+        ({"num_local_experts": 5000}, "num_local_experts"),
+        ({"hidden_size": 10**12}, "hidden_size"),
+        ({"layer_types": ["full_attention"] * 30_000}, "fields"),
+        ({"x": json.loads("[" * 100 + "]" * 100)}, "nested"),
+    ],
+)
+def test_a_config_beyond_all_models_is_refused_before_anything_is_built(changes: dict[str, Any], word: str) -> None:
+    since = time.monotonic()
+    with pytest.raises(ConfigError, match=word):
+        refuse_oversize(config(**changes), torch.float32, 4.0)
+    assert time.monotonic() - since < 1
+
+
+@pytest.mark.parametrize("depth", [10_000, 500_000])
+@pytest.mark.parametrize("brackets", ["[]", '{"a":'])
+def test_nested_json_is_one_sentence(depth: int, brackets: str) -> None:
+    body = (brackets[:-1] if brackets == "[]" else brackets) * depth
+    with pytest.raises(ConfigError, match=r"no readable config\.json|nested"):
+        read_config(f'{{"model_type": "llama", "x": {body}'.encode())
+    closed = "[" * depth + "]" * depth
+    with pytest.raises(ConfigError, match=r"no readable config\.json|nested"):
+        read_config(f'{{"model_type": "llama", "x": {closed}}}'.encode())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 500, "layer_types": None, "hidden_size": 8192, "intermediate_size": 65536},
+        {"vocab_size": 2**31 - 1, "hidden_size": 8192},
+    ],
+)
+def test_a_model_too_large_is_refused_while_it_grows(changes: dict[str, Any]) -> None:
+    since = time.monotonic()
+    with pytest.raises(WeightsError, match="allow more with --memory-gb"):
+        refuse_oversize(config(**changes), torch.float32, 1.0)
+    assert time.monotonic() - since < 5
+
+
+def test_tables_that_are_no_parameters_count_too() -> None:
+    with pytest.raises(WeightsError, match="allow more"), metered(1000), torch.device("meta"):
+        torch.nn.Module().register_buffer("mask", torch.empty(1000))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 0}, {"hidden_size": -1}, {"hidden_size": "x"}, {"num_attention_heads": 7},
+        {"rope_theta": "x"}, {"hidden_act": "nothing"}, {"vocab_size": -5}, {"num_hidden_layers": -1, "head_dim": None},
+        {"rope_scaling": {"type": "x"}}, {"rope_parameters": 5}, {"layer_types": 3}, {"model_type": []},
+        {"model_type": "no-such"}, {"dtype": "float1"},
+    ],
+)  # fmt: skip
+def test_an_odd_config_builds_or_is_an_error_of_ours(changes: dict[str, Any]) -> None:
+    with contextlib.suppress(FarflungError):
+        refuse_oversize(config(**changes), torch.float32, 1.0)
