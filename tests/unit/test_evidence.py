@@ -75,9 +75,12 @@ def test_a_far_flip_weighs_however_sure_the_policy_was() -> None:
 
 def test_far_begins_well_above_what_honest_machines_show() -> None:
     def calibrated(margin: float) -> float:
-        return bounds.calibrate("p", [arrays([0.1, 5.0], [margin, 0.0], [0.5, 0.5])]).far
+        return bounds.calibrate("p", [arrays([0.1, 5.0], [margin, 0.0], [0.5, 0.5])], noise=noise).far
 
+    noise: list[float] = []
     assert (calibrated(0.0), calibrated(0.2), calibrated(0.5)) == (1.0, 1.0, pytest.approx(2.0))
+    noise = [0.0, -0.3]
+    assert calibrated(0.0) == pytest.approx(2.4), "two tokens may each be off by so much"
 
 
 def test_a_share_of_the_rollouts() -> None:

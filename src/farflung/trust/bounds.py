@@ -9,6 +9,9 @@ edge, where flips crowd. Two bounds hold there, each by Clopper and Pearson (193
 the tokens that were sent, which differ by d; |δ₁ − δ₂| > Δ needs |d| > Δ/2 for one of the two, so that
 P(Δ) ≤ 2·P(|d| > Δ/2), and every position has its say, for the Gumbel noise that makes a gap knows nothing of rounding.
 
+No rounding is as large as four times the largest seen, be it the margin of a flip or twice a difference d: a flip by
+more than that is far.
+
 **Margin.** Honest machines are not alike, and a stranger's arithmetic may be noisier than the calibrated. Noise of κ
 times the scale has P(Δ/κ), so a profile that admits it bounds P(Δ/κ) instead: bounds are read κ times nearer to zero.
 An honest node is safe up to κ times the calibrated noise by construction, and the profile says for which κ.
@@ -84,7 +87,7 @@ def calibrate(
     floors = (_floor(low, tolerance, floor) for low in (0.0, *edges))
     q0 = tuple(accumulate(map(max, bounds, floors), min, initial=CEILING))[1:]
     scale = float(np.sqrt((size**2).mean())) if len(size) else 0.0
-    far = max(FAR, FAR_FACTOR * worst)
+    far = max(FAR, FAR_FACTOR * worst, FAR_FACTOR * 2 * float(size.max(initial=0.0)))
     profile = Profile(name, edges, q0, seen, far=far, margin=margin, noise=scale, scope=scope)
     tokens = max(1, seen.tokens)
     profile = msgspec.structs.replace(profile, bits=sum(bits(profile, one) for one in honest) / tokens)
