@@ -54,7 +54,7 @@ TIE: Final = 1e-5
 FAR: Final = 1.0
 """The least margin, in nats, that may be called far."""
 FAR_FACTOR: Final = 4.0
-"""A flip is far from this many times the largest honest margin on."""
+"""A flip is far from this many times the largest honest rounding on."""
 Q_FAR: Final = 1e-6
 CEILING: Final = 0.95
 """No flip probability is taken to be higher, so that no single position is worth infinitely much."""
