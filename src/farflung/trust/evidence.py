@@ -276,9 +276,14 @@ def log_factors(profile: Profile, seen: Seen) -> np.ndarray:
     return np.stack(found)
 
 
+def allowed_at(profile: Profile, gap: np.ndarray) -> np.ndarray:
+    """q₀ at each of these gaps."""
+    return np.array(profile.q0)[np.searchsorted(profile.edges, gap, side="right")]
+
+
 def honest_odds(profile: Profile, seen: Seen) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Bounds on the honest probabilities of a near and a far flip at each position, and whether there is one."""
-    near0 = np.array(profile.q0)[np.searchsorted(profile.edges, seen.gap, side="right")]
+    near0 = allowed_at(profile, seen.gap)
     is_far = np.asarray(seen.margin) > profile.far
     return near0, np.full(near0.shape, profile.q_far), (np.asarray(seen.margin) > TIE) & ~is_far, is_far
 

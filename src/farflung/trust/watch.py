@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from farflung.trust import evidence
-from farflung.trust.evidence import TIE, Profile, Seen, check
+from farflung.trust.evidence import Profile, Seen, allowed_at, check, flips
 
 EXCESS: Final = (1.0, 4.0, 16.0)
 """By how much more often than allowed a cheat may flip."""
@@ -46,32 +46,33 @@ class Look(NamedTuple):
 def flips_and_allowed(profile: Profile, seen: Seen) -> tuple[int, float]:
     """The flips of one rollout, and how many its profile allows at most on average."""
     check(seen)
-    near0 = np.array(profile.q0)[np.searchsorted(profile.edges, seen.gap, side="right")]
-    return int((np.asarray(seen.margin) > TIE).sum()), float(near0.sum())
+    return flips(seen), float(allowed_at(profile, seen.gap).sum())
 
 
 def bits(profile: Profile, seen: Seen) -> float:
     """The most that a node can choose in one rollout within what its profile allows, in bits: Σ H(min(q₀, ½))."""
-    near0 = np.minimum(np.array(profile.q0)[np.searchsorted(profile.edges, seen.gap, side="right")], 0.5)
+    near0 = np.minimum(allowed_at(profile, seen.gap), 0.5)
     return float(-(near0 * np.log2(near0) + (1 - near0) * np.log2(1 - near0)).sum())
 
 
 def group_ratios(looks: Sequence[Look]) -> tuple[np.ndarray, np.ndarray]:
     """ln of the e-values of a node's samples of one task: (EXCESS,) and (STEERING,)."""
-    flips, allowed, reward = np.array(looks, float).reshape(-1, 3).T
-    excess = np.array([flips.sum() * math.log1p(more) - more * allowed.sum() for more in EXCESS])
+    flipped, allowed, reward = np.array(looks, float).reshape(-1, 3).T
+    excess = np.array([flipped.sum() * math.log1p(more) - more * allowed.sum() for more in EXCESS])
     spread, weight = np.ptp(reward) if len(reward) else 0.0, allowed.sum()
     if spread <= 0 or weight <= 0:
         return excess, np.zeros(len(STEERING))
     pull = (reward - (allowed * reward).sum() / weight) / spread
-    return excess, np.array([(flips * np.log1p(strength * pull)).sum() for strength in STEERING])
+    return excess, np.array([(flipped * np.log1p(strength * pull)).sum() for strength in STEERING])
 
 
 def gain(looks: Sequence[Look]) -> float:
     """By how much reward the flips of these samples lie above what chance would give them, summed."""
-    flips, allowed, reward = np.array(looks, float).reshape(-1, 3).T
+    flipped, allowed, reward = np.array(looks, float).reshape(-1, 3).T
     return (
-        float((flips * reward).sum() - flips.sum() * (allowed * reward).sum() / allowed.sum()) if allowed.sum() else 0.0
+        float((flipped * reward).sum() - flipped.sum() * (allowed * reward).sum() / allowed.sum())
+        if allowed.sum()
+        else 0.0
     )
 
 
