@@ -88,15 +88,29 @@ def play(
     threads: int = 1,
     sent: Callable[[Request], Request] = lambda request: request,
     edit: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda ids: ids,
+    noise: list[np.ndarray] | None = None,
 ) -> Iterator[Seen]:
-    """What a verifier sees of what a generator made of these requests; a cheat generates from `sent`, or edits."""
+    """What a verifier sees of what a generator made of these requests; a cheat generates from `sent`, or edits.
+
+    `noise`, if given, gets by how much both sides' log-probabilities of each honest rollout differ.
+    """
     for start in range(0, len(asked), 256):
         part = asked[start : start + 256]
         torch.set_num_threads(threads)
         done = generator.generate([sent(request) for request in part])
         torch.set_num_threads(1)
-        items = [(request, edit(item.ids)) for request, item in zip(part, done, strict=True) if item is not None]
-        yield from (Seen(replay.gap, replay.margin, replay.pick, replay.lead) for replay in verifier.replay(items))
+        made = [(request, item) for request, item in zip(part, done, strict=True) if item is not None]
+        replays = verifier.replay([(request, edit(item.ids)) for request, item in made])
+        if noise is not None:
+            noise.extend(np.array(item.logp) - again.logp for (_, item), again in zip(made, replays, strict=True))
+        yield from (Seen(replay.gap, replay.margin, replay.pick, replay.lead) for replay in replays)
+
+
+def calibrated(name: str, *played: Any, **tricks: Any) -> tuple[Profile, list[Seen]]:
+    """The profile that honest rollouts give (`play` gets the rest), and what the verifier saw of them."""
+    noise: list[np.ndarray] = []
+    known = list(play(*played, noise=noise, **tricks))
+    return bounds.calibrate(name, known, noise=np.concatenate(noise), tolerance=2e-3), known
 
 
 def findings(profile: Profile, seen: Sequence[Seen]) -> list[Finding]:
@@ -152,8 +166,8 @@ def honest(folder: Path, first: Tensors, last: Tensors, shapes: dict[str, Any], 
         generator_of = {id(w): engine(folder, w, kind, eos) for w in (first, last)}
         budget, t = shapes["budget"], shapes["temperature"]
         asked = requests(rng, shapes["easy"], int(shapes["calibrate"] * share), t, budget)
-        known = list(play(generator_of[id(first)], verifier_of[id(first)], asked, threads=kind.threads))
-        profile = bounds.calibrate(kind.name, known, tolerance=2e-3)
+        pair = generator_of[id(first)], verifier_of[id(first)]
+        profile, _ = calibrated(kind.name, *pair, asked, threads=kind.threads)
         asked = requests(rng, shapes["hard"], int(shapes["judge"] * share), t, budget)
         seen = list(play(generator_of[id(last)], verifier_of[id(last)], asked, threads=kind.threads))
         found = findings(profile, seen)
@@ -483,8 +497,8 @@ def _smol(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], is_quick
     asked = requests(rng, prompts, 16 if is_quick else 96, 1.0, 24)
     maker = engine(SMOL, tensors(SMOL), Kind("torch-cpu-bf16"), sorted(Model(str(SMOL)).eos_ids))
     verifier = engine(SMOL, tensors(SMOL), Kind("torch-cpu-fp32"), sorted(Model(str(SMOL)).eos_ids))
-    known = list(play(maker, verifier, requests(rng, prompts, 48 if is_quick else 512, 1.0, 24)))
-    profile = bounds.calibrate("torch-cpu-bf16", known, tolerance=2e-3)
+    honest_ones = requests(rng, prompts, 48 if is_quick else 512, 1.0, 24)
+    profile, known = calibrated("torch-cpu-bf16", maker, verifier, honest_ones)
     attacks = power(SMOL, profile, asked, "torch-cpu-fp32", rng, 100, QUICK_CHEATS if is_quick else ())
     if not is_quick:  # an audit takes whole rollouts, so short ones come nearer to the bound
         brief = power(SMOL, profile, requests(rng, prompts, 288, 1.0, 8), "torch-cpu-fp32", rng, 100)

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,11 @@ class House:
         token = read_token(config.coordinator.admin_token_file, {})
         return cls(config, Coordinator(Office(*parts, admin_token=token)), clock)
 
+    @cached_property
+    def app(self) -> Any:
+        """The coordinator's HTTP application."""
+        return self.coordinator.app()
+
     @property
     def office(self) -> Office:
         """What the coordinator's routes work with."""
@@ -247,7 +253,7 @@ class House:
 
     def line(self, name: str, **options: Any) -> Client:
         """A client with the key of this name, not registered."""
-        transport = httpx2.ASGITransport(app=self.coordinator.app())
+        transport = httpx2.ASGITransport(app=self.app)
         tag = self.office.book.key.id
         line = Client("http://test", named(name), tag, patience_s=0.0, transport=transport, clock=self.clock)
         return line

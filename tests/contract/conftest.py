@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from farflung.store.db import migrate
+
 NUMBERS = itertools.count()
 
 
@@ -21,18 +23,28 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def new_postgres(postgres: str) -> Callable[[], str]:
-    """Makes empty databases, and gives their URLs."""
+def new_postgres(postgres: str) -> Callable[..., str]:
+    """Makes databases, empty or copied from another, and gives their URLs."""
 
-    def make() -> str:
+    def make(template: str = "template1") -> str:
         name = f"test{next(NUMBERS)}"
         engine = sa.create_engine(postgres % "postgres", isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
-            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+            connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template}")
         engine.dispose()
         return postgres % name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(new_postgres: Callable[..., str]) -> Callable[[], str]:
+    """Makes databases with all tables: the migrations run once a session."""
+    url = new_postgres()
+    migrate(url)
+    name = sa.make_url(url).database
+    assert name is not None
+    return lambda: new_postgres(name)
 
 
 @pytest.fixture(scope="session")
@@ -79,5 +91,5 @@ def place(request: pytest.FixtureRequest) -> Callable[[], dict[str, str]]:
     """Coordinators over the embedded stores, and over the shared ones."""
     if request.param == "sqlite, folder":
         return dict
-    new_postgres, new_s3 = (request.getfixturevalue(name) for name in ("new_postgres", "new_s3"))
-    return lambda: {"database": new_postgres(), "blobs": new_s3()}
+    postgres, s3 = (request.getfixturevalue(name) for name in ("migrated_postgres", "new_s3"))
+    return lambda: {"database": postgres(), "blobs": s3()}

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 200.0
+WAIT_S, LOOK_S = 200.0, 0.25
 
 
 class Running:
@@ -26,6 +26,7 @@ class Running:
         command += ["--resume"] if resume else []
         settings = ["--run.dir", str(folder), "--run.name", "test", *flags]
         self.output = ""
+        self.client = httpx2.Client(timeout=5, trust_env=False)
         self.process = subprocess.Popen(
             [*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -38,7 +39,7 @@ class Running:
     def status(self) -> dict[str, Any] | None:
         """GET …/status, or None while nobody answers."""
         try:
-            answer = httpx2.get(f"{self.url}/v1/runs/test/status", timeout=5, trust_env=False)
+            answer = self.client.get(f"{self.url}/v1/runs/test/status")
         except (OSError, httpx2.TransportError):
             return None
         return answer.json() if answer.status_code == 200 else None
@@ -50,7 +51,7 @@ class Running:
             status = self.status()
             if status is not None and is_so(status):
                 return status
-            time.sleep(0.1)
+            time.sleep(LOOK_S)
         pytest.fail(f"waited in vain, the run said:\n{self.finish()[-3000:]}")
 
     def kill(self, role: str) -> int:
@@ -71,6 +72,7 @@ class Running:
         """Wait for the end; gives all it printed."""
         if self.process.stdout is None or self.process.stdout.closed:
             return self.output
+        self.client.close()
         try:
             self.output, _ = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:

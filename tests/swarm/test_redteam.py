@@ -15,6 +15,7 @@ def test_three_adversaries_end_as_they_must(tmp_path):
     command = [sys.executable, "-m", "farflung", "redteam", str(ROOT / "examples" / "redteam.toml")]
     settings = ["--attacks", "other-prompt,nan,forged-logp", "--run.dir", str(tmp_path)]
     settings += ["--run.steps", "4", "--learn.groups", "8"]
+    settings += ["--generate.temperature", "1"]  # which the profiles of the package are for: none is made at the start
     done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["attack"]: row for row in json.loads((tmp_path / "redteam-redteam.json").read_text())}

@@ -20,6 +20,7 @@ from sqlalchemy import Connection
 
 from farflung.config import Cheat, Config
 from farflung.envs.load import load_env
+from farflung.ops.fitting import calibrated
 from farflung.ops.redteam import GALLERY
 from farflung.ops.redteam.base import LEDGER
 from farflung.ops.screen import Screen
@@ -62,6 +63,7 @@ def run_trial(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE, ti
     unknown = sorted(set(attacks) - set(GALLERY))
     if unknown:
         raise ConfigError(f"there is no attack {unknown[0]!r}; the gallery has {', '.join(GALLERY)}")
+    config = _fitted(config)
     rows: list[Row] = []
     honest: list[list[float]] = []
     cheats = [
@@ -80,6 +82,14 @@ def run_trial(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE, ti
     config.run.dir.mkdir(parents=True, exist_ok=True)
     (config.run.dir / f"{config.run.name}-redteam.json").write_text(json.dumps(rows, indent=2) + "\n")
     return rows
+
+
+def _fitted(config: Config) -> Config:
+    """The configuration with profiles that fit its runs, made once for all of them."""
+    own = _with(config, (), f"{config.run.name}-profiles")
+    prepare(own, fresh=True)
+    fitted = asyncio.run(calibrated(own, lambda text: sys.stderr.write(f"{text}\n")))
+    return config.model_copy(update={"model": fitted.model})
 
 
 def _with(config: Config, cheats: tuple[Cheat, ...], name: str) -> Config:

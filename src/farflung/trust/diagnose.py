@@ -16,7 +16,7 @@ true explanation the flips vanish but for near-ties, as the profile's honest fli
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -46,21 +46,23 @@ SURE: Final = 1 - 1e-6
 
 
 class Fit(NamedTuple):
-    """How well something explains the rollouts, and whether that leaves nothing odd."""
+    """How well something explains the rollouts, and whether that leaves nothing odd, which is asked of the best."""
 
     log_likelihood: float
-    is_clean: bool
+    is_clean: Callable[[], bool]
 
 
 def log_likelihood(profile: Profile, seen: Sequence[Seen]) -> float:
     """ln P(these flips | honest arithmetic of this profile), over all positions. Raises ValueError for odd numbers."""
-    total = 0.0
-    for one in seen:
-        check(one)
-        near, far, is_near, is_far = honest_odds(profile, one)
-        found = np.where(is_far, np.log(far), np.where(is_near, np.log(near), np.log1p(-near - far)))
-        total += float(found.sum())
-    return total
+    one = joined(seen)
+    check(one)
+    near, far, is_near, is_far = honest_odds(profile, one)
+    return float(np.where(is_far, np.log(far), np.where(is_near, np.log(near), np.log1p(-near - far))).sum())
+
+
+def joined(seen: Sequence[Seen]) -> Seen:
+    """The positions of all rollouts, one after the other."""
+    return Seen(*(np.concatenate(part) for part in zip(*seen, strict=True)))
 
 
 def scaled(seen: Seen, noise: float) -> Seen:
@@ -77,12 +79,15 @@ def diagnose(profile: Profile, leased: Sequence[Seen], explanations: Mapping[str
     best = max(fits, key=lambda name: fits[name].log_likelihood)
     others = [fit.log_likelihood for name, fit in fits.items() if name != best]
     ahead = fits[best].log_likelihood - max(log_likelihood(profile, leased), *others)
-    return best if ahead >= math.log(FACTOR) and fits[best].is_clean else ""
+    return best if ahead >= math.log(FACTOR) and fits[best].is_clean() else ""
 
 
 def _fit(profile: Profile, seen: Sequence[Seen]) -> Fit:
     """Of honest arithmetic; clean if no cheat explains the rest: else the best of several wrong ones would be named."""
-    is_clean = mean_log_ratio(submission_log_ratios([log_ratios(profile, one) for one in seen])) <= 0
+
+    def is_clean() -> bool:
+        return mean_log_ratio(submission_log_ratios([log_ratios(profile, one) for one in seen])) <= 0
+
     return Fit(log_likelihood(profile, seen), is_clean)
 
 
@@ -95,11 +100,11 @@ def _noisier(profile: Profile, leased: Sequence[Seen]) -> dict[str, Fit]:
 
 def _unseeded(profile: Profile, leased: Sequence[Seen]) -> Fit:
     """Of a sampler with noise of its own; a flip is near or far with even odds, as the alternatives have it."""
-    pick = np.minimum(np.concatenate([one.pick for one in leased]).astype(float), SURE)
-    margin = np.concatenate([one.margin for one in leased])
-    _, _, is_near, is_far = honest_odds(profile, Seen(np.concatenate([one.gap for one in leased]), margin, pick, pick))
+    gap, margin, pick, lead = joined(leased)
+    pick = np.minimum(pick.astype(float), SURE)
+    _, _, is_near, is_far = honest_odds(profile, Seen(gap, margin, pick, lead))
     kept, other = np.log(pick), np.log((1 - pick) / 2)
     found = float(np.where(is_near | is_far, other, kept).sum())
     expected = float((pick * kept + (1 - pick) * other).sum())
     spread = math.sqrt(float((pick * (1 - pick) * (kept - other) ** 2).sum()))
-    return Fit(found, found >= expected - SURPRISE * max(spread, 1.0))
+    return Fit(found, lambda: found >= expected - SURPRISE * max(spread, 1.0))
