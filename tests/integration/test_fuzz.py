@@ -43,9 +43,8 @@ def test_no_input_that_the_schema_allows_or_forbids_is_a_server_error(house) -> 
     asyncio.run(prepare())
     answers = Counter()
     for operation in operations:
-        for name in (None, *ROLES.values()):
-            for mode in GenerationMode.POSITIVE, GenerationMode.NEGATIVE:
-                answers.update(fuzz(house, app, operation, name, mode))
+        for mode in GenerationMode.POSITIVE, GenerationMode.NEGATIVE:
+            answers.update(fuzz(house, app, operation, mode))
     assert {200, 400, 401, 403, 404} <= set(answers), answers
     assert answers.total() > 400
 
@@ -60,8 +59,8 @@ def with_known_paths(document):
     return document
 
 
-def fuzz(house, app, operation, name, mode) -> Counter:
-    """A handful of cases of one operation, signed by one role or by nobody; gives how often which status came."""
+def fuzz(house, app, operation, mode) -> Counter:
+    """A handful of cases of one operation, each sent by nobody and by every role; gives how often which status came."""
     answers = Counter()
 
     @given(case=operation.as_strategy(generation_mode=mode))
@@ -73,12 +72,13 @@ def fuzz(house, app, operation, name, mode) -> Counter:
         suppress_health_check=list(HealthCheck),
     )
     def check(case) -> None:
-        response = asyncio.run(call(house, app, case, name))
-        assert response.status_code < 500, (operation.label, name, case.body, response.text)
-        if response.status_code >= 400 and operation.path.startswith("/v1"):
-            assert response.headers["content-type"] == "application/problem+json", (operation.label, response.text)
-            assert json.loads(response.content)["detail"]
-        answers[response.status_code] += 1
+        for name in (None, *ROLES.values()):
+            response = asyncio.run(call(house, app, case, name))
+            assert response.status_code < 500, (operation.label, name, case.body, response.text)
+            if response.status_code >= 400 and operation.path.startswith("/v1"):
+                assert response.headers["content-type"] == "application/problem+json", (operation.label, response.text)
+                assert json.loads(response.content)["detail"]
+            answers[response.status_code] += 1
 
     with contextlib.suppress(Unsatisfiable):  # an operation without parameters or body cannot be wrong
         check()

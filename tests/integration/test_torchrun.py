@@ -13,18 +13,16 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-import uvicorn
 
 pytest.importorskip("torch")
 import torch
-from tests.conftest import Clock, House, named
+from tests.conftest import House, named
+from tests.served import Served
 
 from farflung.config import Config, save
 from farflung.protocol import messages as m
 from farflung.protocol import probe
-from farflung.protocol.client import Client
 from farflung.protocol.identity import seal
-from farflung.protocol.server import listen
 from farflung.store.tables import STEPS
 from farflung.trainer import Trainer
 
@@ -32,26 +30,8 @@ WAIT_S = 240.0
 METRICS = ("loss", "grad_norm", "entropy", "ratio_mean", "tokens", "importance", "reward")
 
 
-class Now(Clock):
-    """The time of day, which a test may move."""
-
-    def __call__(self) -> float:
-        return time.time() + self.now - Clock.now
-
-
-class Site:
+class Site(Served):
     """A coordinator on a socket."""
-
-    def __init__(self, house: House) -> None:
-        self.house = house
-        listener = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        options = uvicorn.Config(house.coordinator.app(), log_level="error", timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(options)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[listener])))
-        self._thread.start()
-        # Over the socket, for what polls there waits on that thread's event loop.
-        house.line = lambda name: Client(self.url, named(name), house.office.book.key.id, clock=house.clock)
 
     def config(self, steps: int) -> Config:
         """The trainer's own: it leaves after so many steps."""
@@ -73,10 +53,6 @@ class Site:
                 await asyncio.sleep(0.05)
 
         self.house.run(scenario)
-
-    def close(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
 
 
 def _committed(house: House) -> int:
@@ -156,7 +132,6 @@ def sites(make_house) -> Iterator[Any]:
                 "max_staleness": 0,
             },
         )
-        house.clock = house.office.clock = Now()
         made.append(Site(house))
         return made[-1]
 
