@@ -93,8 +93,8 @@ def prefill(verifier: LocalEngine, items: Sequence[tuple[Request, tuple[int, ...
     for start in range(0, len(items), rows):
         some = items[start : start + rows]
         with tapped(verifier.model, [request for request, _ in some]) as tap:
-            replaying._completion_logits(verifier.model, some)
-        parts.append(tap.fed_BD.view(len(some), TOKENS, -1))
+            order = [index for index, _ in replaying.read(verifier.model, some, "padded")]
+        parts.append(tap.fed_BD.view(len(some), TOKENS, -1)[torch.tensor(order).argsort()])
     return torch.cat(parts).numpy()
 
 

@@ -154,7 +154,7 @@ def test_a_plain_model_keeps_every_fast_way() -> None:
 @pytest.mark.parametrize("batching", ["level", "alone", "whole"])
 def test_each_way_to_decode_that_may_be_fallen_back_to(name: str, batching: str) -> None:
     engine = LocalEngine(model_of(name), eos_ids=[2])
-    engine._ways = lambda: SLOWEST._replace(batching=batching)
+    engine._ways = SLOWEST._replace(batching=batching)
     engine.max_rows = 2
     check(engine)
 

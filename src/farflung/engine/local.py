@@ -1,7 +1,6 @@
 """The embedded engine: any Hugging Face causal LM, generation and replay in this process, no compiler needed."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from farflung.engine.loading import build, end_tokens, load_strictly, read_slice
 from farflung.engine.matmul import hasten
 from farflung.engine.replay import replay
 from farflung.engine.ways import Ways, find_ways
+from farflung.numerics.trying import Trial
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
 
@@ -35,7 +35,7 @@ class LocalEngine:
         self.max_rows = max_rows
         self.replay_tokens = replay_tokens
         self._is_loaded = True
-        self._ways = cache(lambda: find_ways(model))
+        self._ways: Ways | None = None
 
     @classmethod
     def from_folder(
@@ -71,11 +71,16 @@ class LocalEngine:
         return read_slices(self.model.state_dict(), slices)
 
     @property
-    @torch.inference_mode()
     def ways(self) -> Ways:
         """How this model is decoded and replayed; tried with the first weights that are there when somebody asks."""
+        return self._ways or self.find_ways()
+
+    @torch.inference_mode()
+    def find_ways(self, trial: Trial | None = None) -> Ways:
+        """Try it with the weights that are there now, by a trial that is at hand if one is given."""
         self._refuse_unloaded()
-        return self._ways()
+        self._ways = find_ways(self.model, trial)
+        return self._ways
 
     @torch.inference_mode()
     def generate(

@@ -31,10 +31,10 @@ SLOWEST = Ways(is_plain=False, batching="whole", reading="alone", most_tokens=No
 """What is plain itself."""
 
 
-def find_ways(model: PreTrainedModel) -> Ways:
-    """Try a model on a few texts, the fastest way first."""
+def find_ways(model: PreTrainedModel, trial: Trial | None = None) -> Ways:
+    """Try a model on a few texts, the fastest way first. A `trial` of it that is at hand need not be made again."""
     try:
-        trial = Trial(model)
+        trial = trial or Trial(model)
     except FAULTS:
         return SLOWEST
     is_plain = attends_plainly(model, trial)

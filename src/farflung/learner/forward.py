@@ -47,12 +47,12 @@ _KINDS: WeakKeyDictionary[PreTrainedModel, Kind] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def find_kind(model: PreTrainedModel) -> Kind:
-    """Try a model on a few texts, once."""
+def find_kind(model: PreTrainedModel, trial: Trial | None = None) -> Kind:
+    """Try a model on a few texts, once. A `trial` of it that is at hand need not be made again."""
     if model not in _KINDS:
         kind = Kind(_has_linear_head(model), can_share=False, can_pad=False)
         try:
-            trial = Trial(model)
+            trial = trial or Trial(model)
         except FAULTS:
             return kind
         shared, padded = replace(kind, can_share=True, can_pad=True), replace(kind, can_pad=True)

@@ -57,8 +57,9 @@ def agree(engine: LocalEngine) -> Agreement:
 
 
 def _compared(engine: LocalEngine) -> Agreement:
-    model = engine.model
-    asked = [Request(text.prompt, seed, TEMPERATURES[seed % 2], TAIL) for seed, text in enumerate(Trial(model).texts)]
+    model, trial = engine.model, Trial(engine.model)
+    ways, kind = engine.find_ways(trial), find_kind(model, trial)
+    asked = [Request(text.prompt, seed, TEMPERATURES[seed % 2], TAIL) for seed, text in enumerate(trial.texts)]
     said = [one for one in engine.generate(asked) if one is not None]
     replays = engine.replay([(request, one.ids) for request, one in zip(asked, said, strict=True)])
     found = {"generation": [np.array(one.logp) for one in said], "replay": [one.logp for one in replays]}
@@ -68,7 +69,7 @@ def _compared(engine: LocalEngine) -> Agreement:
         off = [np.abs(one - other) for one, other in zip(logp, plain, strict=True)]
         _refuse_far(model.dtype, f"{name} and one plain pass over the same text", off)
     _refuse_far(model.dtype, "generation and the picks of its replay", [replay.margin for replay in replays])
-    return Agreement(engine.ways, find_kind(model))
+    return Agreement(ways, kind)
 
 
 def refuse_long(agreement: Agreement, tokens: int) -> None:
