@@ -371,13 +371,14 @@ def _path_parameter(name: str) -> dict[str, Any]:
 
 
 def _publish_schema(app: FastAPI, routes: Sequence[Route]) -> None:
-    types = list({t for route in routes for t in (route.takes, route.gives) if t is not None})
-    _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    types = frozenset(t for route in routes for t in (route.takes, route.gives) if t is not None)
     build = app.openapi
 
     def openapi() -> dict[str, Any]:
-        schema = build()
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        is_first, schema = app.openapi_schema is None, build()
+        if is_first:
+            _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
         return schema
 
     app.openapi = openapi
