@@ -1,4 +1,6 @@
-"""What a teacher within the noise gets from each profile of the package before it is found out, and how much it alters.
+"""What a teacher within the noise gets under a profile before it is found out, and how much it alters.
+
+The profiles are those of the package, and one of bfloat16 that is calibrated here on a real model, SmolLM2.
 
 A teacher sends, of the two best tokens, the one that the policy likes better wherever their scores are closer than its
 reach, and its reward follows that alone: 1 for the half of its group whose text the policy likes best. No task rewards
@@ -7,8 +9,8 @@ submissions are two groups of eight, all of them in batches that are trained, so
 which the coordinator does (`farflung.trust.record`), in its order. Altered tokens are those of rollouts that no verdict
 took before they were trained.
 
-Prints one JSON object as its last line. The profile of vLLM is for SmolLM2: needs models/smollm2-135m
-(scripts/get_smollm2.py), else its rows are left out. `--quick` takes a quarter of the rollouts and of the lives.
+Prints one JSON object as its last line. Needs models/smollm2-135m (scripts/get_smollm2.py), else its rows are left out.
+`--quick` takes a quarter of the rollouts and of the lives.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from verification import SMOL, TOY, say
+from verification import SMOL, TOY, calibrated, requests, say
 
 from farflung.engine.base import Completion, Request
 from farflung.engine.local import LocalEngine
@@ -33,7 +35,7 @@ from farflung.tasks.found import Model
 from farflung.trust import evidence, watch
 from farflung.trust.evidence import Profile, Seen
 from farflung.trust.policy import audit_probability
-from farflung.trust.profiles import load_profile
+from farflung.trust.profiles import load_profile, names
 from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, look_over, submitted, weigh
 from farflung.trust.watch import Look
 
@@ -60,6 +62,12 @@ def prompts_of(model: Model, path: str) -> list[tuple[int, ...]]:
         return [tuple(model.prompt_ids(f"Explain in a few words what {word} is.")) for word in WORDS]
     env = Sums()
     return [tuple(model.prompt_ids(env.prompt(task))) for task in itertools.islice(env.tasks("train"), 64)]
+
+
+def own_profile(model: Model, verifier: LocalEngine, prompts: Sequence[tuple[int, ...]], part: float) -> Profile:
+    """Of bfloat16 against float32, from honest rollouts."""
+    asked = requests(np.random.default_rng(2), prompts, int(256 * part), 1.0, BUDGET)
+    return calibrated("SmolLM2 in bfloat16", engine_of(model, "bfloat16", 1), verifier, asked)[0]
 
 
 def sent(engine: LocalEngine, asked: Sequence[Request], reach: float) -> list[Completion]:
@@ -153,11 +161,11 @@ def main() -> None:
     part = 0.25 if parser.parse_args().quick else 1.0
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    for path, names in ((TOY, ("torch-cpu-fp32", "torch-cpu-bf16")), (SMOL, ("vllm-cpu-bf16",))):
-        if path.exists():
-            model = Model(str(path))
-            engine, prompts = engine_of(model, "float32", 1), prompts_of(model, str(path))
-            rows += [row(engine, prompts, reach, load_profile(name), part) for name in names for reach in REACHES]
+    for path in (path for path in (TOY, SMOL) if path.exists()):
+        model = Model(str(path))
+        engine, prompts = engine_of(model, "float32", 1), prompts_of(model, str(path))
+        profiles = [own_profile(model, engine, prompts, part)] if path == SMOL else map(load_profile, names())
+        rows += [row(engine, prompts, reach, profile, part) for profile in profiles for reach in REACHES]
     sys.stdout.write(json.dumps({"lives_of_submissions": MOST, "rows": rows}) + "\n")
 
 
