@@ -45,9 +45,11 @@ def url(make_house) -> Iterator[str]:
         await house.commit(batch, probe=b"weights of step 0")
 
     served = Served(house)
-    house.run(publish)
-    yield served.url
-    served.close()
+    try:
+        house.run(publish)
+        yield served.url
+    finally:
+        served.close()
 
 
 def test_a_client_in_javascript_is_refused_as_the_protocol_says(url: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 SMALL = (
-    *("--run.steps", "4", "--eval.tasks", "0", "--swarm.kill", "0", "--swarm.cheats", "[]", "--swarm.workers", "2"),
+    *("--run.steps", "5", "--eval.tasks", "0", "--swarm.kill", "0", "--swarm.cheats", "[]", "--swarm.workers", "2"),
     *("--learn.groups", "4", "--learn.lockstep", "true", "--learn.max_staleness", "1", "--learn.checkpoint_every", "3"),
 )
 KILL_AFTER_S = (0.0, 0.7)
@@ -35,7 +35,7 @@ def test_a_killed_trainer_ends_with_the_digest_of_one_that_was_not(start, tmp_pa
     output = killed.finish()
     assert killed.process.returncode == 0, output
     assert output.count("trainer ended with -9") == len(KILL_AFTER_S)
-    assert len(digests(whole.folder)) == 5
+    assert len(digests(whole.folder)) == 6
     assert digests(killed.folder) == digests(whole.folder)
     assert all(groups == 4 for step, _, groups in digests(whole.folder) if step)
     log = (killed.folder / "logs" / "trainer.log").read_text()
