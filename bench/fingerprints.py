@@ -76,6 +76,7 @@ class Watching(decode.Rows):
 
 def generate(maker: LocalEngine, asked: Sequence[Request], rows: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """The ids of each request, and what the head was fed for each, (R, T, D). Nothing ends before its budget."""
+    maker.find_ways()  # by rows that nobody watches
     maker.max_rows, plain = rows, decode.Rows
     Watching.batches.clear()
     decode.Rows = Watching
