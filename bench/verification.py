@@ -380,11 +380,11 @@ def at_the_floor(
         record, number, is_over = trusted, 0, False
         while not is_over and number < 1000:
             number += 1
-            record = submitted(record)
             mine = [
                 bad[rng.integers(len(bad))] if rng.random() < 0.1 else good[rng.integers(len(good))]
                 for _ in range(SIZE)
             ]
+            record = submitted(record, sum(one.tokens for one in mine))
             p = audit_probability(record, SETTINGS)
             trips = rng.random() < looked and tripped(("s", np.array(one.log_ratios)) for one in mine)
             if drawn := replayed([one for one in mine if trips or rng.random() < p]):

@@ -202,7 +202,7 @@ class Trainer:
             part = [one for one in every if one.manifest == digest]
             found += await asyncio.to_thread(self._look, digest, part, batch.temperature)
         self._seen = {one.rollout: one.logp for one in found}
-        looked = [RolloutLook(rollout=one.rollout, flips=one.flips, allowed=one.allowed) for one in found]
+        looked = [RolloutLook(rollout=one.rollout, **one.flips._asdict()) for one in found]
         if caught := tripped((one.submission, one.log_ratios) for one in found if not one.is_audited):
             log.warning("tripwire step=%d submissions=%d", batch.step, len(caught))
         return len(caught) + await trip(self.session, batch.step, caught, looked)

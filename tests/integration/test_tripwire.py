@@ -96,15 +96,28 @@ def test_one_bad_rollout_trips_its_whole_submission() -> None:
 # --- what all replays add up to --------------------------------------------------------------------------------------
 
 
-async def looked(house, batch: m.Batch, flips) -> int:
-    """Report every rollout of a batch as replayed; `flips` gives how many tokens of one are not the seed's."""
+async def looked(house, batch: m.Batch, flips, *, is_liked: bool = False) -> int:
+    """Report every rollout of a batch as replayed; `flips` gives how many tokens of one are not the seed's, all of them
+    or none such as the policy likes better."""
     rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
-    told = [m.RolloutLook(rollout=one.rollout, flips=flips(one), allowed=0.5) for one in rollouts]
+    told = [
+        m.RolloutLook(rollout=one.rollout, flips=flips(one), liked=is_liked * flips(one), allowed=0.5)
+        for one in rollouts
+    ]
     message = m.Trips(submissions=[], looked=told)
     return (await house.tell("trainer", f"steps/{batch.step}/trip", message, m.Done)).changed
 
 
-def test_a_node_whose_flips_follow_reward_is_ejected_before_its_batch_is_trained(make_house) -> None:
+@pytest.mark.parametrize(
+    ("flips", "is_liked", "reason"),
+    [
+        (lambda one: 5 * int(one.reward), False, b"its flips follow reward"),
+        (lambda one: 2, True, b"its flips follow what the policy likes"),
+    ],
+)
+def test_a_node_whose_flips_serve_it_is_ejected_before_its_batch_is_trained(
+    make_house, flips, is_liked: bool, reason: bytes
+) -> None:
     house = make_house(
         trust={"audit_floor": 0.0, "audit_scale": 0.0}, learn={"groups": 8, "oversample": 1.0}, run={"steps": 30}
     )
@@ -118,14 +131,14 @@ def test_a_node_whose_flips_follow_reward_is_ejected_before_its_batch_is_trained
                 await house.work("eve")
                 await house.audit()
                 await house.score()
-            changed = await looked(house, batch, lambda one: 5 * int(one.reward))
+            changed = await looked(house, batch, flips, is_liked=is_liked)
             if changed:
                 break
             await house.commit(batch)
         assert house.row(NODES, eve).status == "ejected"
         assert step < 5
         (verdict,) = house.rows(sa.select(VERDICTS.c.document).where(VERDICTS.c.outcome == "eject"))
-        assert b"its flips follow reward" in verdict[0]
+        assert reason in verdict[0]
         again = await house.claim_step(step)
         assert not again.groups, "nothing of it is trained on"
 
@@ -153,7 +166,7 @@ def test_a_rollout_of_another_batch_is_not_written_to(quiet) -> None:
         lease = await house.lease("ada")
         await house.submit("ada", lease)
         other = lease.groups[0].samples[0].rollout
-        message = m.Trips(submissions=[], looked=[m.RolloutLook(rollout=other, flips=3, allowed=0.5)])
+        message = m.Trips(submissions=[], looked=[m.RolloutLook(rollout=other, flips=3, liked=1, allowed=0.5)])
         await house.tell("trainer", f"steps/{batch.step}/trip", message, m.Done)
         assert house.row(ROLLOUTS, other).flips is None
 

@@ -1,7 +1,9 @@
 """Whom to audit, and what that catches."""
 
+import numpy as np
 import pytest
 
+from farflung.trust.evidence import CHEATS
 from farflung.trust.policy import (
     NodeRecord,
     Poll,
@@ -13,6 +15,7 @@ from farflung.trust.policy import (
     is_doubtful,
     probability_caught,
 )
+from farflung.trust.record import Finding, fold, submitted
 
 KEY, DIGEST = bytes(range(32)), bytes(32)
 SETTINGS = TrustSettings()
@@ -20,6 +23,11 @@ SETTINGS = TrustSettings()
 
 def trusted(clean: int) -> NodeRecord:
     return NodeRecord("trusted", clean_rollouts=clean)
+
+
+def clean(tokens: int) -> Finding:
+    """Of a rollout in which every token was the seed's."""
+    return Finding("r", tokens, 0, (-0.01,) * len(CHEATS))
 
 
 def drawn(record: NodeRecord, lease: str = "l1", digest: bytes = DIGEST, size: int = 16, **changes) -> tuple[int, ...]:
@@ -65,6 +73,25 @@ def test_the_budget_caps_the_probability_but_never_below_the_least() -> None:
     found = [audit_probability(trusted(10), SETTINGS, afford) for afford in (1.0, 0.05, 0.004, 0.0)]
     assert found == [0.1, 0.05, 0.004, SETTINGS.audit_least]
     assert audit_probability(NodeRecord(), SETTINGS, 0.0) == 1
+
+
+def test_what_was_replayed_beyond_the_budget_is_made_up_for_by_drawing_less() -> None:
+    """Looks at work that no step trains on are not drawn within the budget; over a long life all together are."""
+    rng, record, replayed, tokens = np.random.default_rng(1), trusted(10**6), 0, 0
+    for number in range(20_000):
+        p = audit_probability(record, SETTINGS, 0.01)
+        looks = 1 if number % 25 == 0 else 0  # 0.5 % of all
+        size = int(rng.binomial(8, p)) + looks
+        record = submitted(record, 8 * 20)
+        if size:
+            record, outcome = fold(record, [clean(20)] * size, SETTINGS, was_trusted=True)
+            assert outcome.kind == "ok"
+        replayed, tokens = replayed + 20 * size, tokens + 8 * 20
+    assert record.trusted_tokens == tokens
+    assert record.audited_trusted_tokens == replayed
+    assert 0.009 < replayed / tokens < 0.0105
+    new = submitted(NodeRecord(), 100)
+    assert (new.submissions, new.trusted_tokens) == (1, 0), "what is on probation is no trusted work"
 
 
 def test_the_brake_needs_several_nodes_and_nearly_all_of_the_work() -> None:

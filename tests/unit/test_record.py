@@ -118,7 +118,7 @@ def test_ejection_is_for_ever() -> None:
 
 
 def test_submissions_are_counted_whether_audited_or_not() -> None:
-    assert submitted(submitted(TRUSTED)).submissions == 2
+    assert submitted(submitted(TRUSTED, 5), 5).submissions == 2
 
 
 def test_every_change_of_status_is_legal() -> None:

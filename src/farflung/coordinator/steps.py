@@ -63,7 +63,7 @@ async def trip(office: Office, call: Call) -> m.Done:
 
     def take(connection: Connection) -> int:
         tripped = compose.trip(connection, office.book, step, caught, office.clock())
-        return tripped + steering.take_looks(connection, office.book, step, looked, office.clock())
+        return tripped + steering.take_looks(connection, office.book, office.profiles, step, looked, office.clock())
 
     return m.Done(changed=await office.write(take))
 

@@ -222,7 +222,8 @@ def _watched(watched: Watched) -> str:
         return ""
     each = watched.gain / watched.rollouts
     return (
-        f"{watched.flips} in {watched.rollouts} rollouts, {watched.allowed:.3g} allowed; reward {each:+.3g} a rollout; "
+        f"{watched.flips} in {watched.rollouts} rollouts, {watched.allowed:.3g} allowed; {watched.liked} to a token "
+        f"that the policy likes better; reward {each:+.3g} a rollout; "
         f"M = {watched.statistic:.3g}"
     )
 

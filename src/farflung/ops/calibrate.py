@@ -269,6 +269,7 @@ def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:
         log.info("%s tokens=%d flipped=%.4f nats_per_token=%.3f ejection=%s", name, tokens, flipped, nats, needed)
     noise, choice = profile.noise, profile.bits
     log.info("margin=%g noise=%.3g far=%.3g choice_bits_per_token=%.3g", profile.margin, noise, profile.far, choice)
+    log.info("liked=%.3g", profile.liked)
     told = [cheat for cheat in CHEATS if not profile.power.get(cheat)]
     if told:
         log.warning("profile=%s tells nothing of %s on these prompts: this policy is too sure", profile.name, told)

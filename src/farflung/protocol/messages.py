@@ -646,10 +646,12 @@ class ClaimStep(Message, frozen=True):
 
 
 class RolloutLook(Message, frozen=True):
-    """How often one rollout flips, and how often its numerics profile lets it on average."""
+    """How often one rollout flips, how often to a token that the policy likes better, and how often its numerics
+    profile lets it on average."""
 
     rollout: Id
     flips: Annotated[int, Meta(ge=0, le=1 << 20)]
+    liked: Annotated[int, Meta(ge=0, le=1 << 20)]
     allowed: Annotated[float, Meta(ge=0, le=1 << 20)]
 
 

@@ -179,6 +179,11 @@ class _Entry:
         return self.delivery.parcel.digest
 
     @property
+    def tokens(self) -> int:
+        """Of the rollouts that it is about."""
+        return sum(self.delivery.parcel.tokens[rollout] for rollout in self.order)
+
+    @property
     def is_audited(self) -> bool:
         """Whether it is of the kind that is audited."""
         return self.delivery.parcel.lease.purpose != "eval" and bool(self.order)
@@ -330,7 +335,7 @@ def _sender_values(entry: _Entry, now: float) -> dict[str, Any]:
     speed = sum(entry.delivery.parcel.tokens.values()) / max(now - entry.opened_at, 1e-3)
     return {
         "node": sender.node,
-        "record": msgspec.msgpack.encode(submitted(known) if entry.is_audited else known),
+        "record": msgspec.msgpack.encode(submitted(known, entry.tokens) if entry.is_audited else known),
         "receipt": digest_of(entry.receipt.payload),
         "tokens_per_s": 0.7 * sender.tokens_per_s + 0.3 * speed if sender.tokens_per_s else speed,
     }

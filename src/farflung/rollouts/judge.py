@@ -36,7 +36,7 @@ from farflung.trust.evidence import (
     submission_log_ratios,
 )
 from farflung.trust.record import Finding, NodeRecord, Outcome, confirm, fold, weigh
-from farflung.trust.watch import flips_and_allowed
+from farflung.trust.watch import Flips, count_flips
 
 KIND = "evidence"
 
@@ -157,7 +157,7 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
     standing.write(connection, audit.node, after)
     if after.status != before.status:
         move(connection, "node", [audit.node], before.status, after.status, now, why=outcome.reason)
-    steering.note(connection, {found.rollout: (found.flips, found.allowed) for found in findings})
+    steering.note(connection, {one.rollout: Flips(one.flips, one.liked, one.allowed) for one in findings})
     _take_effect(connection, book, audit, findings, outcome, now)
     if outcome.kind != "ok":
         _pronounce(connection, book, audit, before, after, outcome, _diagnosis(profile, evidence), now)
@@ -239,8 +239,10 @@ def finding(profile: Profile, found: RolloutEvidence) -> Finding:
     except ValueError as error:
         raise Malformed(f"evidence on rollout {found.rollout}: {error}") from error
     far = found.distance is not None and fingerprint.is_far(found.distance, profile.fingerprint)
-    flipped, allowed = flips_and_allowed(profile, seen)
-    return Finding(found.rollout, len(seen.gap), flipped, tuple(ratios.tolist()), found.distance or 0.0, far, allowed)
+    distance, counted = found.distance or 0.0, count_flips(profile, seen)._asdict()
+    return Finding(
+        found.rollout, len(seen.gap), log_ratios=tuple(ratios.tolist()), distance=distance, is_far=far, **counted
+    )
 
 
 def seen_of(found: RolloutEvidence) -> Seen:

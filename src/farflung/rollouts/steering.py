@@ -15,17 +15,15 @@ from farflung.rollouts import consequences, standing
 from farflung.rollouts.verdicts import pronounce
 from farflung.store.book import Book, node_row
 from farflung.store.stories import move
-from farflung.store.tables import GROUPS, ROLLOUTS
+from farflung.store.tables import GROUPS, ROLLOUTS, SUBMISSIONS
+from farflung.trust.evidence import Profiles
 from farflung.trust.record import look_over
-from farflung.trust.watch import Look
-
-Looks = Mapping[str, tuple[int, float]]
-"""By rollout, its flips and how many its profile allows on average."""
+from farflung.trust.watch import Flips, Look
 
 
-def note(connection: Connection, looks: Looks) -> None:
+def note(connection: Connection, found: Mapping[str, Flips]) -> None:
     """Write beside rollouts what their replay found; what was found first stays."""
-    rows = [{"id": rollout, "x": flips, "a": allowed} for rollout, (flips, allowed) in looks.items()]
+    rows = [{"id": rollout, "x": one.flips, "y": one.liked, "a": one.allowed} for rollout, one in found.items()]
     if rows:
         connection.execute(_NOTED, rows)
 
@@ -33,18 +31,23 @@ def note(connection: Connection, looks: Looks) -> None:
 _NOTED = (
     ROLLOUTS.update()
     .where(ROLLOUTS.c.rollout == sa.bindparam("id"), ROLLOUTS.c.flips.is_(None))
-    .values(flips=sa.bindparam("x"), allowed=sa.bindparam("a"))
+    .values(flips=sa.bindparam("x"), liked=sa.bindparam("y"), allowed=sa.bindparam("a"))
 )
 
 
-def take_looks(connection: Connection, book: Book, step: int, looked: Sequence[RolloutLook], now: float) -> int:
+def take_looks(
+    connection: Connection, book: Book, profiles: Profiles, step: int, looked: Sequence[RolloutLook], now: float
+) -> int:
     """Count what the replays of an open step's batch found; gives how many nodes that has consequences for."""
     of_batch = _of_batch(connection, book, step)
-    note(connection, {one.rollout: (one.flips, one.allowed) for one in looked if one.rollout in of_batch})
+    note(
+        connection, {one.rollout: Flips(one.flips, one.liked, one.allowed) for one in looked if one.rollout in of_batch}
+    )
     found: dict[str, dict[str, list[Look]]] = defaultdict(lambda: defaultdict(list))
     counted: list[str] = []
     for row in connection.execute(_UNWATCHED, {"of": book.run, "at": step}):
-        found[row.node][row.group].append(Look(row.flips, row.allowed, row.reward))
+        likely = profiles.of(row.profile).liked
+        found[row.node][row.group].append(Look(row.flips, row.liked, row.allowed, row.reward, likely))
         counted.append(row.rollout)
     if counted:
         connection.execute(_WATCHED, [{"id": rollout} for rollout in counted])
@@ -58,9 +61,10 @@ def _of_batch(connection: Connection, book: Book, step: int) -> set[str]:
 _BATCH = sa.and_(GROUPS.c.run == sa.bindparam("of"), GROUPS.c.batch_step == sa.bindparam("at"))
 _OF_BATCH = sa.select(ROLLOUTS.c.rollout).join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group).where(_BATCH)
 _UNWATCHED = (
-    sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.node, ROLLOUTS.c.group, ROLLOUTS.c.flips, ROLLOUTS.c.allowed)
-    .add_columns(ROLLOUTS.c.reward)
+    sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.node, ROLLOUTS.c.group, ROLLOUTS.c.flips, ROLLOUTS.c.liked)
+    .add_columns(ROLLOUTS.c.allowed, ROLLOUTS.c.reward, SUBMISSIONS.c.profile)
     .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+    .join(SUBMISSIONS, SUBMISSIONS.c.submission == ROLLOUTS.c.submission)
     .where(_BATCH, ~ROLLOUTS.c.is_watched, ROLLOUTS.c.flips.is_not(None), ROLLOUTS.c.reward.is_not(None))
     .order_by(GROUPS.c.group, ROLLOUTS.c.sample)
 )
@@ -81,7 +85,7 @@ def _look_over(
         return 0
     if after.status != before.status:
         move(connection, "node", [node], before.status, after.status, now, why=outcome.reason)
-    mine, why = ROLLOUTS.c.node == node, "its node's flips are too many or follow reward"
+    mine, why = ROLLOUTS.c.node == node, "its node's flips are too many or serve it"
     if outcome.kind == "eject":
         batched = sa.select(ROLLOUTS.c.group).where(mine, ROLLOUTS.c.status == "batched").distinct()
         consequences.reopen(connection, list(connection.execute(batched).scalars()), now, why)

@@ -14,7 +14,7 @@ import torch
 from farflung.engine.base import Engine, Replay, Request
 from farflung.rollouts.batch import Suspect
 from farflung.trust.evidence import ODD, Profiles, Seen, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
-from farflung.trust.watch import flips_and_allowed
+from farflung.trust.watch import Flips, count_flips
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,7 @@ class Looked:
     log_ratios: np.ndarray
     """ln LR against every cheat."""
     is_audited: bool
-    flips: int
-    allowed: float
-    """Flips that its profile allows on average."""
+    flips: Flips
     logp: torch.Tensor
     """Of each of its tokens under the weights that it was leased at, float32 (N,)."""
 
@@ -44,9 +42,8 @@ def look(
 def _looked(one: Suspect, found: Replay, profiles: Profiles) -> Looked:
     profile = profiles.of(one.profile)
     seen = Seen(found.gap, found.margin, found.pick, found.lead)
-    flips, allowed = flips_and_allowed(profile, seen)
     ratios, logp = log_ratios(profile, seen), torch.from_numpy(found.logp.copy())
-    return Looked(one.rollout, one.submission, ratios, one.is_audited, flips, allowed, logp)
+    return Looked(one.rollout, one.submission, ratios, one.is_audited, count_flips(profile, seen), logp)
 
 
 def tripped(found: Iterable[tuple[str, np.ndarray]]) -> list[str]:

@@ -179,6 +179,7 @@ ROLLOUTS = Table(
     Column("claimed_until", Float, nullable=False, default=0.0),
     Column("score_faults", Integer, nullable=False, default=0),
     Column("flips", Integer),
+    Column("liked", Integer),
     Column("allowed", Float),
     Column("is_watched", sa.Boolean, nullable=False, default=False),
     Column("escrow_step", Integer),  # the latest step when its pay went into escrow; null while none of it is there

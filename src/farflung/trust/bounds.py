@@ -15,6 +15,9 @@ more than that is far.
 **Margin.** Honest machines are not alike, and a stranger's arithmetic may be noisier than the calibrated. Noise of κ
 times the scale has P(Δ/κ), so a profile that admits it bounds P(Δ/κ) instead: bounds are read κ times nearer to zero.
 An honest node is safe up to κ times the calibrated noise by construction, and the profile says for which κ.
+
+Which of two near-tied tokens rounding prefers is no matter of its size, but a machine may be biased: of the share of
+flips that send the token which the policy likes better twice the odds are forgiven, of the bound that was calibrated.
 """
 
 import math
@@ -31,6 +34,7 @@ from farflung.trust.evidence import (
     CHEATS,
     FAR,
     FAR_FACTOR,
+    LIKED,
     TIE,
     Profile,
     Scope,
@@ -39,7 +43,7 @@ from farflung.trust.evidence import (
     check,
     log_ratios,
 )
-from farflung.trust.watch import bits
+from farflung.trust.watch import Flips, bits, count_flips
 
 EDGES: Final = tuple(round(1e-4 * 2 ** (i / 3), 10) for i in range(52))
 """Inner edges of the gap bins, three to an octave up to 13 nats; the last bin has no end."""
@@ -89,6 +93,7 @@ def calibrate(
     scale = float(np.sqrt((size**2).mean())) if len(size) else 0.0
     far = max(FAR, FAR_FACTOR * worst, FAR_FACTOR * 2 * float(size.max(initial=0.0)))
     profile = Profile(name, edges, q0, seen, far=far, margin=margin, noise=scale, scope=scope)
+    profile = msgspec.structs.replace(profile, liked=liked_bound([count_flips(profile, one) for one in honest], error))
     tokens = max(1, seen.tokens)
     profile = msgspec.structs.replace(profile, bits=sum(bits(profile, one) for one in honest) / tokens)
     power = {cheat: growth(profile, samples) for cheat, samples in (cheats or {}).items()}
@@ -123,6 +128,12 @@ def _by_noise(gap: float, noise: np.ndarray, error: float) -> float:
 def _floor(gap: float, tolerance: float, least: float) -> float:
     """Flip probability to forgive at a gap: ½ at a tie, falling as s/Δ (a heavy tail of scale s), never below least."""
     return max(tolerance / (gap + 2 * tolerance) if gap < 100 * tolerance else 0.0, least)
+
+
+def liked_bound(counted: Sequence[Flips], error: float) -> float:
+    """The largest share of honest flips that is liked: twice the odds of its bound; 1 where there were no flips."""
+    high = upper_bound(sum(one.liked for one in counted), sum(one.flips for one in counted), error)
+    return max(LIKED, 2 * high / (1 + high))
 
 
 def growth(profile: Profile, seen: Sequence[Seen]) -> float:

@@ -56,6 +56,9 @@ FAR: Final = 1.0
 FAR_FACTOR: Final = 4.0
 """A flip is far from this many times the largest honest rounding on."""
 Q_FAR: Final = 1e-6
+LIKED: Final = 0.7
+"""The share of honest flips to tokens that the policy likes better which is forgiven whatever was seen; half of them
+are expected."""
 CEILING: Final = 0.95
 """No flip probability is taken to be higher, so that no single position is worth infinitely much."""
 SCALES: Final = (0.12, 0.3, 0.8, 2.5)
@@ -148,6 +151,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Root mean square of what log-probabilities of honest nodes differ by, in nats; 0 if that was not measured."""
     bits: Annotated[float, Meta(ge=0)] = 0.0
     """The most that a node can choose unseen within what `q0` allows, in bits a token of the calibration's rollouts."""
+    liked: Annotated[float, Meta(gt=0, le=1)] = LIKED
+    """The largest share of honest flips that sends a token which the policy likes better; at 1 nothing follows of it
+    (`farflung.trust.watch`)."""
     scope: Scope | None = None
     power: Annotated[dict[str, float], Meta(max_length=32)] = {}
     """Measured nats per token of the best alternative, by the cheat that was tried; 0 where it cannot be told."""

@@ -25,7 +25,8 @@ __all__ = [
 
 def audit_probability(record: NodeRecord, settings: TrustSettings, afford: float = 1.0) -> float:
     """Without trust 1: every rollout is audited. With trust it falls with the record, and is never more than the
-    budget affords (`afford`) nor less than `audit_least`.
+    budget affords (`afford`) nor less than `audit_least`, to which it goes while more than what the budget affords was
+    replayed: work that no step trains on is looked at whatever it costs, and draws make up for it.
 
     It falls as 1 ÷ the clean record, down to a floor: the rule of BOINC's adaptive replication, where a host with n
     consecutive valid results has its next one replicated with probability 1/n (Anderson, BOINC: a platform for
@@ -33,6 +34,8 @@ def audit_probability(record: NodeRecord, settings: TrustSettings, afford: float
     """
     if record.status != "trusted":
         return 1.0
+    if record.audited_trusted_tokens > afford * record.trusted_tokens:
+        return settings.audit_least
     falling = max(settings.audit_floor, settings.audit_scale / max(record.clean_rollouts, 1))
     return min(1.0, max(min(falling, afford), settings.audit_least))
 

@@ -52,11 +52,23 @@ class Watched(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Reward by which flips lay above chance, summed."""
     excess: Process = (0.0,) * len(watch.EXCESS)
     steering: Process = (0.0,) * len(watch.STEERING)
+    leaning: Process = (0.0,) * len(watch.LEANING)
+    liked: Count = 0
+    """Flips that sent a token which the policy likes better."""
+
+    @property
+    def serving(self) -> float:
+        """The evidence that its flips serve it: the mean over both tests of where they go."""
+        return (_mean(self.steering) + _mean(self.leaning)) / 2
 
     @property
     def statistic(self) -> float:
-        """The larger of both tests' means."""
-        return max(sum(self.excess) / len(self.excess), sum(self.steering) / len(self.steering))
+        """The larger of that and of the evidence that they are too many."""
+        return max(_mean(self.excess), self.serving)
+
+
+def _mean(process: Process) -> float:
+    return sum(process) / len(process)
 
 
 class NodeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,6 +93,10 @@ class NodeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bad_submissions: Count = 0
     submissions: Count = 0
     """Submissions taken in, audited or not."""
+    trusted_tokens: Count = 0
+    """Tokens that it handed in while it was trusted."""
+    audited_trusted_tokens: Count = 0
+    """Those of them that were drawn for audit, and those looked at because no step trains on them."""
     watched: Watched = Watched()
 
     @property
@@ -110,6 +126,8 @@ class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether that is more than its profile allows; see `farflung.trust.fingerprint`."""
     allowed: float = 0.0
     """How many flips its profile allows on average."""
+    liked: Count = 0
+    """Flips that sent a token which the policy likes better."""
 
     @property
     def log_lr(self) -> float:
@@ -129,9 +147,10 @@ class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str
 
 
-def submitted(record: NodeRecord) -> NodeRecord:
-    """Count one more submission."""
-    return msgspec.structs.replace(record, submissions=record.submissions + 1)
+def submitted(record: NodeRecord, tokens: int) -> NodeRecord:
+    """Count one more submission of so many tokens."""
+    trusted = record.trusted_tokens + (tokens if record.status == "trusted" else 0)
+    return msgspec.structs.replace(record, submissions=record.submissions + 1, trusted_tokens=trusted)
 
 
 def fold(
@@ -145,7 +164,7 @@ def fold(
     if record.status == "ejected":
         return record, _already(record, settings)
     total = _total(findings)
-    after = _count(_advance(record, total, settings, was_trusted=was_trusted), findings)
+    after = _count(_advance(record, total, settings, was_trusted=was_trusted), findings, was_trusted=was_trusted)
     if evidence.is_ejected(after.statistic, settings.false_ejection_probability):
         after = msgspec.structs.replace(demote(after), status="quarantined")
         after = msgspec.structs.replace(after, m_before=record.m, m_trusted_before=record.m_trusted)
@@ -205,21 +224,21 @@ def look_over(
 ) -> tuple[NodeRecord, Outcome]:
     """Take in replayed rollouts, a node's samples of one task at a time, each rollout once in its life.
 
-    A node whose flips follow reward is ejected: within the noise nothing else would ever show it. One that merely flips
-    more often than its profile allows goes back to probation, where audits settle it.
+    A node whose flips follow reward, or what the policy likes, is ejected: within the noise nothing else would ever
+    show it. One that merely flips more often than its profile allows goes back to probation, where audits settle it.
     """
     watched = record.watched
     for looks in groups:
-        excess, steering = watch.group_ratios(looks)
+        ratios = watch.group_ratios(looks)._asdict()
         watched = msgspec.structs.replace(
             watched,
             groups=watched.groups + 1,
             rollouts=watched.rollouts + len(looks),
             flips=watched.flips + sum(look.flips for look in looks),
+            liked=watched.liked + sum(look.liked for look in looks),
             allowed=watched.allowed + sum(look.allowed for look in looks),
             gain=watched.gain + watch.gain(looks),
-            excess=watch.fold(watched.excess, watched.groups, excess),
-            steering=watch.fold(watched.steering, watched.groups, steering),
+            **{name: watch.fold(getattr(watched, name), watched.groups, found) for name, found in ratios.items()},
         )
     after = msgspec.structs.replace(record, watched=watched)
     return _watchful(record, after, settings)
@@ -227,15 +246,17 @@ def look_over(
 
 def _watchful(record: NodeRecord, after: NodeRecord, settings: TrustSettings) -> tuple[NodeRecord, Outcome]:
     watched, limit = after.watched, 1 / settings.false_ejection_probability
-    steering, m = sum(watched.steering) / len(watched.steering), watched.statistic
-    told = f"{watched.flips} flips in {watched.rollouts} replayed rollouts, {watched.allowed:.3g} allowed"
-    if steering >= limit:
-        reason = (
-            f"its flips follow reward: M = {steering:.3g}, not below {limit:.3g}; {told}, worth {watched.gain:+.3g}"
-        )
-        return msgspec.structs.replace(after, status="ejected"), Outcome("eject", steering, limit, reason)
+    serving, m = watched.serving, watched.statistic
+    told = (
+        f"{watched.flips} flips in {watched.rollouts} replayed rollouts, {watched.allowed:.3g} allowed, "
+        f"{watched.liked} of them to tokens that the policy likes better, reward {watched.gain:+.3g}"
+    )
+    if serving >= limit:
+        follow = "reward" if _mean(watched.steering) > _mean(watched.leaning) else "what the policy likes"
+        reason = f"its flips follow {follow}: M = {serving:.3g}, not below {limit:.3g}; {told}"
+        return msgspec.structs.replace(after, status="ejected"), Outcome("eject", serving, limit, reason)
     if m >= watch.WARY and record.status == "trusted":
-        reason = f"its flips are too many or follow reward: M = {m:.3g}, above {watch.WARY:.3g} all is audited; {told}"
+        reason = f"its flips are too many or serve it: M = {m:.3g}, above {watch.WARY:.3g} all is audited; {told}"
         return demote(after), Outcome("void", m, watch.WARY, reason)
     return after, Outcome("ok", m, limit, told)
 
@@ -255,11 +276,13 @@ def _advance(record: NodeRecord, log_ratios: np.ndarray, settings: TrustSettings
     return msgspec.structs.replace(after, m_trusted=tuple(m.tolist()), audited_trusted=k)
 
 
-def _count(record: NodeRecord, findings: Sequence[Finding]) -> NodeRecord:
+def _count(record: NodeRecord, findings: Sequence[Finding], *, was_trusted: bool) -> NodeRecord:
+    tokens = sum(finding.tokens for finding in findings)
     return msgspec.structs.replace(
         record,
         audited_rollouts=record.audited_rollouts + len(findings),
-        audited_tokens=record.audited_tokens + sum(finding.tokens for finding in findings),
+        audited_tokens=record.audited_tokens + tokens,
+        audited_trusted_tokens=record.audited_trusted_tokens + was_trusted * tokens,
         clean_rollouts=record.clean_rollouts + len(findings),
     )
 

@@ -1,8 +1,9 @@
-"""Watches for steering within the noise: every rollout that is replayed adds to two tests per key. Pure; no torch.
+"""Watches for steering within the noise: every rollout that is replayed adds to three tests per key. Pure; no torch.
 
 Where the two best scores are closer than arithmetic resolves, a node may send either and stay honest by any test on one
-rollout. What it cannot hide is that its flips serve it. Of each replayed rollout two numbers are kept: its flips x, and
-the flips a = Σ q₀(Δ) that its profile allows at most.
+rollout. What it cannot hide is that its flips serve it. Of each replayed rollout three numbers are kept: its flips x,
+how many of them are *liked*, sent a token which the policy likes better than the one that won, and the flips
+a = Σ q₀(Δ) that its profile allows at most.
 
 *excess*: each flip of an honest node has probability q₀ at most, so E[(1 + δ)^x] ≤ exp(δ·a), and (1 + δ)^x·exp(−δ·a) is
 an e-value for each δ of a grid.
@@ -13,7 +14,13 @@ its samples of one task, each of these flips is in rollout j with probability a_
 for those whose flips are where the rewards are. (A flip sends the token that lost, which the policy likes no better
 than the one that won: honest flips are a little more often in wrong answers, and that is on the safe side.)
 
-Both are folded as in `farflung.trust.evidence`: anytime-valid, each sample once. What is within the noise and serves no
+*leaning*: rounding does not know either which token the policy likes better. Between two scores as close as rounding
+the likelier token wins as often as the other or more (the difference of two Gumbel draws is logistic, its mode at 0),
+so that honest flips, which undo it, go to the likelier at most every second time, however large the noise. A machine
+may be biased; the profile's p₀ says how far. With odds k times those of p₀ a liked flip counts k/(1 + (k − 1)·p₀) and
+any other 1/(1 + (k − 1)·p₀), whose mean is 1 at p₀ and less below. It grows for those who say what the policy likes.
+
+All are folded as in `farflung.trust.evidence`: anytime-valid, each sample once. What is within the noise and serves no
 reward is not seen; how much that can be is `bits`.
 """
 
@@ -24,29 +31,56 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from farflung.trust import evidence
-from farflung.trust.evidence import Profile, Seen, allowed_at, check, flips
+from farflung.trust.evidence import TIE, Profile, Seen, allowed_at, check
 
 EXCESS: Final = (1.0, 4.0, 16.0)
 """By how much more often than allowed a cheat may flip."""
 STEERING: Final = (0.45, 0.9)
 """How strongly a cheat's flips may follow reward."""
+LEANING: Final = (4.0, 16.0)
+"""How many times the odds of an honest flip to be a liked one those of a cheat's may be."""
 WARY: Final = 1e3
 """The statistic from which on all work of a node is audited."""
 
 
-class Look(NamedTuple):
-    """What the replay of one rollout came to, and its reward."""
+class Flips(NamedTuple):
+    """What the replay of one rollout came to."""
 
     flips: int
+    liked: int
+    """Flips that sent a token which the policy likes better than the one that won."""
     allowed: float
     """Flips that honest arithmetic makes at most, on average."""
+
+
+class Look(NamedTuple):
+    """The same, with the reward of the rollout and what of its node's profile it takes to weigh it."""
+
+    flips: int
+    liked: int
+    allowed: float
     reward: float
+    likely: float
+    """The share of honest flips that are liked at most, `Profile.liked`."""
 
 
-def flips_and_allowed(profile: Profile, seen: Seen) -> tuple[int, float]:
-    """The flips of one rollout, and how many its profile allows at most on average."""
+class Ratios(NamedTuple):
+    """ln of the e-values of a node's samples of one task, (EXCESS,), (STEERING,) and (LEANING,)."""
+
+    excess: np.ndarray
+    steering: np.ndarray
+    leaning: np.ndarray
+
+
+def count_flips(profile: Profile, seen: Seen) -> Flips:
+    """The flips of one rollout, and how many its profile allows.
+
+    A flip to a third token counts as liked: of that token a replay does not tell, and the honest make few.
+    """
     check(seen)
-    return flips(seen), float(allowed_at(profile, seen.gap).sum())
+    is_flip = np.asarray(seen.margin) > TIE
+    is_liked = (np.asarray(seen.lead) > 0) | (np.asarray(seen.margin) > seen.gap)
+    return Flips(int(is_flip.sum()), int((is_flip & is_liked).sum()), float(allowed_at(profile, seen.gap).sum()))
 
 
 def bits(profile: Profile, seen: Seen) -> float:
@@ -55,20 +89,25 @@ def bits(profile: Profile, seen: Seen) -> float:
     return float(-(near0 * np.log2(near0) + (1 - near0) * np.log2(1 - near0)).sum())
 
 
-def group_ratios(looks: Sequence[Look]) -> tuple[np.ndarray, np.ndarray]:
-    """ln of the e-values of a node's samples of one task: (EXCESS,) and (STEERING,)."""
-    flipped, allowed, reward = np.array(looks, float).reshape(-1, 3).T
-    excess = np.array([flipped.sum() * math.log1p(more) - more * allowed.sum() for more in EXCESS])
+def group_ratios(looks: Sequence[Look]) -> Ratios:
+    """What a node's samples of one task say."""
+    flipped, liked, allowed, reward, likely = np.array(looks, float).reshape(-1, len(Look._fields)).T
+    excess = [flipped.sum() * math.log1p(more) - more * allowed.sum() for more in EXCESS]
+    leaning = [(liked * math.log(k) - flipped * np.log1p((k - 1) * likely)).sum() for k in LEANING]
+    return Ratios(np.array(excess), _steering(flipped, allowed, reward), np.array(leaning))
+
+
+def _steering(flipped: np.ndarray, allowed: np.ndarray, reward: np.ndarray) -> np.ndarray:
     spread, weight = np.ptp(reward) if len(reward) else 0.0, allowed.sum()
     if spread <= 0 or weight <= 0:
-        return excess, np.zeros(len(STEERING))
+        return np.zeros(len(STEERING))
     pull = (reward - (allowed * reward).sum() / weight) / spread
-    return excess, np.array([(flipped * np.log1p(strength * pull)).sum() for strength in STEERING])
+    return np.array([(flipped * np.log1p(strength * pull)).sum() for strength in STEERING])
 
 
 def gain(looks: Sequence[Look]) -> float:
     """By how much reward the flips of these samples lie above what chance would give them, summed."""
-    flipped, allowed, reward = np.array(looks, float).reshape(-1, 3).T
+    flipped, _, allowed, reward, _ = np.array(looks, float).reshape(-1, len(Look._fields)).T
     return (
         float((flipped * reward).sum() - flipped.sum() * (allowed * reward).sum() / allowed.sum())
         if allowed.sum()
@@ -77,6 +116,6 @@ def gain(looks: Sequence[Look]) -> float:
 
 
 def fold(m: Sequence[float], k: int, log_ratios: np.ndarray) -> tuple[float, ...]:
-    """Both processes after the k-th group."""
+    """A process after the k-th group."""
     e = np.exp(np.minimum(log_ratios, math.log(evidence.CAP)))
     return tuple(evidence.fold(np.array(m), k, e)[0].tolist())

@@ -272,6 +272,7 @@ def upgrade() -> None:
         sa.Column("claimed_until", sa.Float(), nullable=False),
         sa.Column("score_faults", sa.Integer(), nullable=False),
         sa.Column("flips", sa.Integer(), nullable=True),
+        sa.Column("liked", sa.Integer(), nullable=True),
         sa.Column("allowed", sa.Float(), nullable=True),
         sa.Column("is_watched", sa.Boolean(), nullable=False),
         sa.Column("escrow_step", sa.Integer(), nullable=True),
