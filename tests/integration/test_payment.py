@@ -135,7 +135,25 @@ def test_garbage_that_is_left_when_the_run_ends_is_looked_at_first(make_house) -
     house.run(scenario)
 
 
-def test_one_rollout_of_each_part_is_looked_at(unseen) -> None:
+def test_no_group_is_opened_once_the_last_step_has_its_batch(make_house) -> None:
+    """What nobody will train on costs its node electricity, and a look."""
+    house = make_house(run={"steps": 2}, learn={"groups": 1}, eval={"tasks": 0})
+
+    async def scenario(house) -> None:
+        await house.step(0)
+        for step in (1, 2):
+            while (batch := await house.claim_step(step)) is None:
+                await house.work("ada")
+                await house.audit()
+                await house.score()
+            lease = await house.ask("ada")
+            assert (lease is None) is (step == 2), "it is no use in the last step alone"
+            await house.commit(batch)
+
+    house.run(scenario)
+
+
+def test_one_rollout_of_each_submission_is_looked_at(unseen) -> None:
     async def scenario(house) -> None:
         books = await begin(house, "ada", "bob")
         lease = await house.lease("bob")

@@ -149,13 +149,13 @@ def _of_step(book: Book, step: int, statuses: Sequence[str]) -> Any:
 
 
 def _spare(connection: Connection, book: Book, step: int) -> list[BatchGroup]:
-    """One rollout of each submission's part of groups without variance: they teach nothing, but were paid for."""
+    """One rollout of each submission among groups without variance: they teach nothing, but were paid for."""
     rows = connection.execute(
         sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.submission, ROLLOUTS.c.group, GROUPS.c.step)
         .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
         .where(_of_step(book, step, ("dropped",)), ~GROUPS.c.is_informative, ROLLOUTS.c.reward.is_not(None))
         .where(ROLLOUTS.c.status == "dropped")
-        .order_by(ROLLOUTS.c.group, ROLLOUTS.c.submission, ROLLOUTS.c.sample)
+        .order_by(ROLLOUTS.c.group, ROLLOUTS.c.sample)
     ).all()
     drawn = one_of_each(book, rows)
     suspicion = sa.and_(AUDITS.c.submission == ROLLOUTS.c.submission, AUDITS.c.kind == "suspicion")

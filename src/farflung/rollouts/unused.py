@@ -1,8 +1,8 @@
 """Coordinator: what becomes of work that no step will train on. It is paid for, so it is looked at.
 
-The tripwire replays what is trained on. Of the rest one rollout of each submission's part of a group is replayed, drawn
-by a key that its node did not know. A part of which a share f is made up is paid for with probability 1 - f, which is
-what the computed share is worth: garbage gains nothing, even before what a verdict takes
+The tripwire replays what is trained on. Of the rest, of all that a submission has among what is let go together, one
+rollout is replayed, drawn by a key that its node did not know. Work of which a share f is made up is paid for with
+probability 1 - f, which is what the computed share is worth: garbage gains nothing, even before what a verdict takes
 (docs/decisions/0051-paid-for-what-is-looked-at.md).
 """
 
@@ -50,15 +50,15 @@ def _pay_unscored(connection: Connection, book: Book, which: Any, now: float) ->
 
 
 def look_at(connection: Connection, book: Book, which: Any, now: float) -> int:
-    """Open audits of one paid rollout of each part of these; gives how many. A submission is in the test's count once,
-    so further audits of one count as suspicion."""
+    """Open audits of one paid rollout of each submission among these; gives how many. A submission is in the test's
+    count once, so further audits of one count as suspicion."""
     rows = connection.execute(
         sa.select(ROLLOUTS, GROUPS.c.step)
         .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
         .where(which, ROLLOUTS.c.escrow_step.is_not(None))
-        .order_by(ROLLOUTS.c.group, ROLLOUTS.c.submission, ROLLOUTS.c.sample)
+        .order_by(ROLLOUTS.c.group, ROLLOUTS.c.sample)
     ).all()
-    drawn = _by_submission(row for row in one_of_each(book, rows) if not row.is_audited)
+    drawn = {row.submission: _drawn(row) for row in one_of_each(book, rows) if not row.is_audited}
     query = sa.select(AUDITS.c.submission).where(AUDITS.c.submission.in_(list(drawn)), AUDITS.c.kind == "draw")
     counted = set(connection.execute(query).scalars()) if drawn else set[str]()
     for kind, is_counted in (("draw", False), ("suspicion", True)):
@@ -68,29 +68,21 @@ def look_at(connection: Connection, book: Book, which: Any, now: float) -> int:
 
 
 def one_of_each(book: Book, rows: Iterable[Row[Any]]) -> list[Row[Any]]:
-    """Of the rollouts of each submission in each group one, drawn by the audit key of their policy's step."""
+    """Of the rollouts of each submission one, drawn by the audit key of their policy's step."""
     return draw_one_of_each(rows, lambda step: seeds.audit_key(book.step_secret(step)))
 
 
 def draw_one_of_each(rows: Iterable[Any], key_of: Callable[[int], bytes]) -> list[Any]:
-    """The same, given the keys. Each of a part of n is drawn with probability 1/n."""
-    parts: dict[tuple[str, str], list[Any]] = {}
+    """The same, given the keys. Each of n is drawn with probability 1/n."""
+    parts: dict[str, list[Any]] = {}
     for row in rows:
-        parts.setdefault((row.group, row.submission), []).append(row)
-    return [part[_index(key_of(part[0].step), *of, len(part))] for of, part in parts.items()]
+        parts.setdefault(row.submission, []).append(row)
+    return [part[_index(key_of(part[0].step), part[0].group, of, len(part))] for of, part in parts.items()]
 
 
 def _index(key: bytes, group: str, submission: str, size: int) -> int:
     return int.from_bytes(seeds.derive(key, "one of a part", group, submission)[:8], "big") % size
 
 
-def _by_submission(rows: Iterable[Row[Any]]) -> dict[str, Drawn]:
-    found: dict[str, list[Row[Any]]] = {}
-    for row in rows:
-        found.setdefault(row.submission, []).append(row)
-    return {submission: _drawn(sorted(some, key=lambda row: row.position)) for submission, some in found.items()}
-
-
-def _drawn(rows: Sequence[Row[Any]]) -> Drawn:
-    first, tokens = rows[0], sum(row.tokens for row in rows)
-    return Drawn(first.submission, first.lease, first.node, [row.rollout for row in rows], first.step, tokens)
+def _drawn(row: Row[Any]) -> Drawn:
+    return Drawn(row.submission, row.lease, row.node, [row.rollout], row.step, row.tokens)

@@ -212,6 +212,8 @@ def _open(
 
 
 def _why(node: Asker, groups_now: int, settings: AssignSettings) -> str:
+    if settings.groups_ahead == 0:
+        return "the last step has its batch: no further groups are wanted"
     if groups_now >= settings.groups_ahead:
         return f"{groups_now} groups are in progress or wait for the trainer, {settings.groups_ahead} are wanted"
     return f"no open sample or unopened task fits a context of {node.max_context} tokens"

@@ -20,7 +20,7 @@ from farflung.store import heldout
 from farflung.store.book import Book, ejected, new_id
 from farflung.store.heldout import Part
 from farflung.store.stories import end_leases
-from farflung.store.tables import GIVEN_UP, GROUPS, LEASES, NODES, ROLLOUTS, TASKS
+from farflung.store.tables import GIVEN_UP, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.documents import write
 from farflung.tasks.offers import Samples, groups_now, next_tasks, open_groups, open_samples, owners
@@ -121,7 +121,7 @@ def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest
     """Lease training work to nodes, one after the other."""
     if book.config.learn.lockstep:
         latest = _unfilled(connection, book, latest)
-    settings = assign_settings(book, latest)
+    settings = assign_settings(book, latest, is_last_taken=_is_last_taken(connection, book, latest))
     groups = open_groups(connection, book, latest - settings.max_staleness)
     had = owners(connection, [row.group for row in groups])
     shelf = Shelf(
@@ -153,15 +153,22 @@ def _plan(shelf: Shelf, probation: Probation | None, ask: Ask, now: float) -> Pl
     return plan
 
 
-def assign_settings(book: Book, latest: int) -> AssignSettings:
-    """The pure assignment's view of the configuration.
+def _is_last_taken(connection: Connection, book: Book, latest: int) -> bool:
+    """Whether the run's last step has its batch already."""
+    last = book.config.run.steps
+    query = sa.select(STEPS.c.step).where(STEPS.c.run == book.run, STEPS.c.step == last)
+    return latest + 1 >= last and connection.execute(query).first() is not None
+
+
+def assign_settings(book: Book, latest: int, *, is_last_taken: bool = False) -> AssignSettings:
+    """The pure assignment's view of the configuration. Once the last step has its batch no step wants further groups.
 
     In lockstep new groups are of one policy, as many as some step takes, and whatever is missing of an older one is
     leased again for as long as its step waits.
     """
     config = book.config
     is_lockstep = config.learn.lockstep
-    ahead = int(config.learn.groups * max(config.lease.ahead, config.learn.oversample))
+    ahead = 0 if is_last_taken else int(config.learn.groups * max(config.lease.ahead, config.learn.oversample))
     return AssignSettings(
         max_staleness=config.learn.max_staleness + is_lockstep,
         max_lag=0 if is_lockstep else config.lease.max_lag,

@@ -36,7 +36,7 @@ MARGIN_S = 2.0
 
 class StalePartial(Patient):
     """Paid without work: holds a lease until its groups can be leased no more, sends all but a sample of each, made
-    up; replay of one rollout of each part that no step takes."""
+    up; replay of one rollout of all that no step takes."""
 
     aim: ClassVar[Aim] = "pay"
 
@@ -68,7 +68,7 @@ class StalePartial(Patient):
 
 class Colluding(StalePartial):
     """Paid without work or waiting: sends all but a sample of each group, made up, while fresh keys take what is left
-    over and sit on it; replay of one rollout of each part that no step takes."""
+    over and sit on it; replay of one rollout of all that no step takes."""
 
     def __init__(self) -> None:
         self._accomplices = set[asyncio.Task[None]]()
