@@ -270,7 +270,7 @@ class Swarm:
             pid = self.forked.get(node.name)
             if pid is None or not node.name.startswith("doomed-") or node.name in self.killed or not node.lease:
                 continue
-            os.kill(pid, signal.SIGSTOP)
+            _tell(pid, signal.SIGSTOP)
             await asyncio.sleep(SETTLE_S)  # a submission that is on its way would still end the lease
             status = await self._status()
             still = status is not None and any(n.name == node.name and n.lease for n in status.nodes)
@@ -278,8 +278,7 @@ class Swarm:
                 self.killed.add(node.name)
                 self.metrics.write("kill", time.time(), name=node.name, node=node.node)
                 self.screen.note(f"killed {node.name} (-9) while it held lease {node.lease}")
-                os.kill(pid, signal.SIGKILL)
-            os.kill(pid, signal.SIGCONT)
+            _tell(pid, signal.SIGKILL if still else signal.SIGCONT)
 
     # --- stopping ----------------------------------------------------------------------------------------------------
 
@@ -294,8 +293,7 @@ class Swarm:
     async def _stop(self, names: list[str]) -> None:
         """Tell them to stop, and wait for it; whoever does not is killed with its nursery."""
         for name in names:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.forked[name], signal.SIGTERM)
+            _tell(self.forked[name], signal.SIGTERM)
         until = time.monotonic() + STOP_S
         while any(name in self.forked for name in names) and time.monotonic() < until:
             await asyncio.sleep(0.05)
@@ -309,6 +307,12 @@ class Swarm:
             await _wait(process)
         if kind in self._listening:
             await self._listening[kind]  # its last words
+
+
+def _tell(pid: int, what: signal.Signals) -> None:
+    """Send a signal to a process that may have ended meanwhile."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, what)
 
 
 def _nursery_of(role: str) -> str:
