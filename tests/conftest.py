@@ -253,10 +253,8 @@ class House:
 
     def line(self, name: str, **options: Any) -> Client:
         """A client with the key of this name, not registered."""
-        transport = httpx2.ASGITransport(app=self.app)
-        tag = self.office.book.key.id
-        line = Client("http://test", named(name), tag, patience_s=0.0, transport=transport, clock=self.clock)
-        return line
+        options = {"transport": httpx2.ASGITransport(app=self.app)} | options
+        return Client("http://test", named(name), self.office.book.key.id, patience_s=0.0, clock=self.clock, **options)
 
     async def client(self, name: str) -> Client:
         """A registered node: its role follows from its name."""
