@@ -78,14 +78,20 @@ class Trainer:
         self._bodies = Bodies(self.session)
         async with self.session.stay("trainer", self.stop, metrics_port=self.config.learn.metrics_port):
             try:
+                self._starts("loading the model")
                 await asyncio.to_thread(self.load)
+                self._starts("loading what replays the batches")
                 await self._arm()
+                self._starts("trying the model")
                 await self._agree()
                 while not self.is_stopping and self.done_step < self.config.run.steps:
                     await self.step()
                 self.crew.end()
             finally:
                 self._sinks.finish()
+
+    def _starts(self, with_what: str) -> None:
+        self.session.figures.phase = f"starting up, {with_what}"
 
     def stop(self) -> None:
         """Stop after the work in hand."""

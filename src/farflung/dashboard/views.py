@@ -145,7 +145,7 @@ def steps(connection: Connection, run: str) -> list[StepView]:
             reward=r.seen_reward,
             groups=r.seen_groups,
             committed_at=r.committed_at,
-            metrics=json.loads(r.metrics),
+            metrics=msgspec.json.decode(r.metrics),
         )
         for r in rows
     ]
