@@ -91,7 +91,7 @@ class Trainer:
                 self._sinks.finish()
 
     def _starts(self, with_what: str) -> None:
-        self.session.figures.phase = f"starting up, {with_what}"
+        self.session.figures.phase = f"starting up: {with_what}"
 
     def stop(self) -> None:
         """Stop after the work in hand."""

@@ -147,7 +147,7 @@ def test_the_command_says_what_it_does_before_it_imports_what_it_takes(tmp_path)
 @pytest.mark.parametrize(
     ("step", "accepted", "phase", "word"),
     [
-        (-1, 0, "starting up, loading the model", "the trainer is starting up, loading the model"),
+        (-1, 0, "starting up: loading the model", "the trainer is starting up: loading the model"),
         (-1, 0, "", "the trainer is starting up"),
         (0, 0, "waiting", "the first rollouts"),
         (0, 3, "waiting", ""),
