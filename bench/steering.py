@@ -10,7 +10,7 @@ which the coordinator does (`farflung.trust.record`), in its order. Altered toke
 took before they were trained.
 
 Prints one JSON object as its last line. Needs models/smollm2-135m (scripts/get_smollm2.py), else its rows are left out.
-`--quick` takes a quarter of the rollouts and of the lives.
+`--quick` takes a quarter of the rollouts and of the lives; the full command is `python bench/steering.py`.
 """
 
 import argparse
