@@ -28,7 +28,7 @@ check: .venv/installed
 	$(BIN)/pyright
 
 bench: .venv/installed
-	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file --quick; done
+	@for file in $$(grep -l -e --quick bench/*.py); do echo "== $$file"; $(BIN)/python $$file --quick; done
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Making .venv: about 1.7 GB with the CPU build of torch; see README.md to choose another build."

@@ -4,7 +4,8 @@ Prints one JSON object as its last line. Trains adapters on right and wrong answ
 at what would be published. By form there is KL in nats a token between the policy in training and what nodes would
 load, over all positions of some answers: `merged` from the masters, `int16` as adapters are published, and for
 comparison `int8` and `bfloat16` adapters. `merge_s` is the median time of merging all matrices, without digests and
-files, by threads. Needs models/smollm2-135m (scripts/get_smollm2.py). `--quick`: one rank, one rate, one step.
+files, by threads. Needs models/smollm2-135m (scripts/get_smollm2.py). `--quick` measures the same of one rank at one
+rate after one step; the full command is `python bench/adapters.py`.
 """
 
 import argparse

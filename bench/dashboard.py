@@ -2,7 +2,7 @@
 
 Prints one JSON object as its last line: median and maximum milliseconds of every page, the CPU time of the
 median, and the slowest of all. Every look is a cold one.
-`--quick` takes a tenth of everything.
+`--quick` measures the same pages at a tenth of everything; the full command is `python bench/dashboard.py`.
 """
 
 import argparse

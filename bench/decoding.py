@@ -10,6 +10,7 @@ than 64 rows, `generate` takes 64 after 64. All in float32 at temperature 1. A p
 of prompt and new tokens, without the output head. With `--vllm-url` a vLLM server on the same model (docs/run.md says
 how to start one, here with `--dtype float32`) does the work of `WORK`. Best of `REPEATS` runs each, in turn; of the
 chats the mean, for `generate` draws others every time. Prints one JSON object as its last line.
+`--quick` does the chats and the shortest of the others, once; the full command is `python bench/decoding.py`.
 """
 
 import argparse

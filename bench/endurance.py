@@ -6,6 +6,7 @@ Runs the demo's model in very small steps. Beside its two workers strangers join
 and leave: half of them in order, half by kill -9. Looks at the run's folder and its processes a hundred times, checks
 the invariants at the end, and prints one JSON object as its last line: sizes in MB, each at a tenth of the steps, half
 way and at the end.
+`--quick` looks at 60 steps in the same way; the full command is `python bench/endurance.py`, which takes hours.
 """
 
 import argparse

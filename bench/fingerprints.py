@@ -4,7 +4,7 @@ Prints one JSON object as its last line. Cheats and honest nodes generate 16 tok
 compared with what a verifier's prefill of the same text feeds it. Outputs of n tokens are stretches of n positions, so
 every rollout serves 16 ÷ n times. `detected` is the share farther away than every honest output; `auc` the chance that
 a cheat's output is farther than an honest one. `--quick` takes 8 prompts instead of 48, and
-int4 and int8 alone of the cheats. `--states FILE` keeps the
+int4 and int8 alone of the cheats; the full command is `python bench/fingerprints.py`. `--states FILE` keeps the
 activations in a file and uses them the next time. `--toploc-python PATH`, an interpreter with toploc built from source
 (`pip install --no-build-isolation --no-binary toploc toploc`), adds that package on the same activations.
 Needs models/smollm2-135m (scripts/get_smollm2.py).
@@ -416,6 +416,8 @@ def main() -> None:
         sys.stdout.write(json.dumps({"skipped": f"{SMOL} is missing: python scripts/get_smollm2.py"}) + "\n")
         return
     check_congruence(np.random.default_rng(2))
+    if arguments.states and arguments.quick:  # fewer prompts and cheats: not to be taken for the full ones
+        arguments.states = arguments.states.with_name(f"quick-{arguments.states.name}")
     if arguments.states and arguments.states.exists():
         states = dict(np.load(arguments.states))
     else:

@@ -9,6 +9,7 @@ that this script makes in a cache folder, in float32 where the machine does not 
 `--peer-precision` says so. Each is stopped once the mean reward of five steps reaches the last of `--until`. Clocks
 start when training does: models are loaded, nothing is generated yet.
 Prints one JSON object as its last line: ratios are ours ÷ the peer's, medians over seeds; null if never reached.
+`--quick` compares one seed up to the first of `--until`; the full command is `python bench/learn.py`.
 """
 
 import argparse

@@ -4,7 +4,7 @@ SmolLM2 generates in bfloat16 and is replayed in float32, once for each temperat
 profile, the other half is resampled into lives of 200 submissions of 16 rollouts, every one audited, which is more than
 any node ever is. Noise beyond the recorded is that of the recorded log-probabilities, drawn anew at every position and
 multiplied. Prints one JSON object as its last line. Needs models/smollm2-135m (scripts/get_smollm2.py); `--quick` takes
-a quarter of the rollouts and a tenth of the lives.
+a quarter of the rollouts and a tenth of the lives; the full command is `python bench/lives.py`.
 """
 
 import argparse

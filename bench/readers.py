@@ -2,7 +2,8 @@
 
 Prints one JSON object as its last line: milliseconds of `GET latest` and of heartbeats, without readers and beside
 them, and how many requests the readers got answered. The coordinator is a process of its own.
-`--quick` takes a tenth of the rollouts and a third of the time.
+`--quick` measures the same at a tenth of the rollouts for a third of the time; the full command is
+`python bench/readers.py`.
 """
 
 import argparse

@@ -6,6 +6,7 @@ Everything happens in one process, in lockstep: step s trains on rollouts of pol
 rollouts of the base model. Each is run with importance weights (from log-probabilities of the weights that generated
 the rollout) and with 8 also without. A curve is the mean reward that each policy's own fresh rollouts earn. Prints one
 JSON object as its last line: per setting the curves' mean over all policies and over the last five, each seed apart.
+`--quick` takes one seed and 12 steps of the same settings; the full command is `python bench/staleness.py`.
 """
 
 import argparse

@@ -11,7 +11,7 @@ all of them in batches that are trained, so that the tripwire replays each: that
 trained.
 
 Prints one JSON object as its last line. Needs models/smollm2-135m (scripts/get_smollm2.py), else its rows are left out.
-`--quick` takes a quarter of the rollouts and of the lives.
+`--quick` takes a quarter of the rollouts and of the lives; the full command is `python bench/steering.py`.
 """
 
 import argparse

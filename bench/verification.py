@@ -5,7 +5,8 @@ profiles are calibrated on the first policy, judged on the last one and on the h
 where at least 1 % of the tokens are not the verifier's arg-max: the demo's model is too sure of itself for that, so a
 model of its shape with 1,024 tokens and random weights, whose near-ties are as common as SmolLM2's, gives the mass of
 the rollouts; it is trained on its own likeliest answers between its first policy and its last.
-`--quick` takes a twentieth of the tokens. SmolLM2 parts need models/smollm2-135m (scripts/get_smollm2.py); the last
+`--quick` takes a twentieth of the tokens; the full command is `python bench/verification.py`.
+SmolLM2 parts need models/smollm2-135m (scripts/get_smollm2.py); the last
 policies need finished runs (`--run DIR` of the demo's model, `--smol DIR`), else the base models stand for both.
 """
 

@@ -4,7 +4,8 @@ Prints one JSON object as its last line. Trains with float32 masters on right an
 and applies what would be published. Needs models/smollm2-135m (scripts/get_smollm2.py). `--peers DIR` also runs other
 projects' codecs on the same pairs: DIR/grail and DIR/SkyRL are their checkouts, which need the package zstandard.
 `--keep DIR` keeps the trained pairs there and takes them from there. Masters are rounded as a run rounds them
-(`learn.rounding`), or with `--nearest` each to its neighbour. `--quick` trains on less and times once.
+(`learn.rounding`), or with `--nearest` each to its neighbour. `--quick` trains on a
+quarter of the sums and times once; the full command is `python bench/weights.py`.
 """
 
 import argparse
@@ -246,8 +247,9 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     codecs, notes = find_peers(arguments.peers)
     rows = []
+    keep = arguments.keep / "quick" if arguments.keep and arguments.quick else arguments.keep
     for lr in RATES:
-        before, after = pair(lr, 2 if arguments.quick else 8, arguments.keep, is_dithered=is_dithered)
+        before, after = pair(lr, 2 if arguments.quick else 8, keep, is_dithered=is_dithered)
         rows.append(row(lr, before, after, codecs, 1 if arguments.quick else 5))
     sys.stdout.write(
         json.dumps({"rows": rows, "peers": notes, "dithered": is_dithered, "quick": arguments.quick}) + "\n"

@@ -31,7 +31,7 @@ from farflung.protocol.digest import digest_of
 from farflung.protocol.identity import Key, Signed, seal, unseal
 from farflung.protocol.session import PURPOSES, delegate
 from farflung.rollouts.archive import Archive
-from farflung.store import ledger
+from farflung.store import counts, ledger
 from farflung.store.blobs import Blobs
 from farflung.store.book import Book
 from farflung.store.db import Database, migrate
@@ -253,10 +253,8 @@ class House:
 
     def line(self, name: str, **options: Any) -> Client:
         """A client with the key of this name, not registered."""
-        transport = httpx2.ASGITransport(app=self.app)
-        tag = self.office.book.key.id
-        line = Client("http://test", named(name), tag, patience_s=0.0, transport=transport, clock=self.clock)
-        return line
+        options = {"transport": httpx2.ASGITransport(app=self.app)} | options
+        return Client("http://test", named(name), self.office.book.key.id, patience_s=0.0, clock=self.clock, **options)
 
     async def client(self, name: str) -> Client:
         """A registered node: its role follows from its name."""
@@ -441,6 +439,7 @@ class House:
         self._check_owners()
         self._check_groups()
         self._check_ledger()
+        self._check_kept()
 
     def _check_stories(self) -> None:
         told: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
@@ -486,6 +485,17 @@ class House:
                 assert not set(held[group.group]) & {"leased", "held", "received", "accepted"}, held[group.group]
         trained = [row.subject for row in self.rows(sa.select(EVENTS).where(EVENTS.c.after == "trained"))]
         assert len(trained) == len(set(trained)), "something was trained on twice"
+
+    def _check_kept(self) -> None:
+        """What is kept count of is what the rows add up to."""
+        with self.office.database.engine.connect() as connection:
+            assert list(counts.differences(connection)) == []
+        again = ROLLOUTS.alias()
+        same = sa.and_(again.c.group == ROLLOUTS.c.group, again.c.sample == ROLLOUTS.c.sample, again.c.is_reissue)
+        had = sa.select(ROLLOUTS.c.lease).join(again, sa.and_(same, again.c.lease != ROLLOUTS.c.lease))
+        ended = LEASES.c.status.in_(("expired", "returned"))
+        left = {row[0] for row in self.rows(sa.select(LEASES.c.lease).where(ended, LEASES.c.lease.in_(had)))}
+        assert {row[0] for row in self.rows(sa.select(LEASES.c.lease).where(LEASES.c.is_reissued))} == left
 
     def _check_ledger(self) -> None:
         entries = self.rows(sa.select(ENTRIES))

@@ -32,7 +32,7 @@ from farflung.protocol.messages import Batch, BatchAnswer, Commit, Done, Rollout
 from farflung.protocol.session import Session
 from farflung.rollouts import stale
 from farflung.rollouts.agreement import Agreement, agree, refuse_long
-from farflung.rollouts.batch import Suspect, claim, fetch, suspects, trip
+from farflung.rollouts.batch import Bodies, Suspect, claim, fetch, suspects, trip
 from farflung.rollouts.tripwire import Looked, look, tripped
 from farflung.store.sinks import Sinks
 from farflung.tasks.longest import longest_text
@@ -61,6 +61,7 @@ class Trainer:
         self.done_step = -1
         """The step whose weights are in memory; -1 before the base model counts as step 0."""
         self.session: Session
+        self._bodies: Bodies
         self.crew = crew_of(config, ranks or Ranks())
         self._waited_s = self._checked_s = 0.0
         self._seen: dict[str, torch.Tensor] = {}
@@ -74,16 +75,23 @@ class Trainer:
         self.session = await Session.open(
             self.client, "trainer", run=self.config.run.name, root=self._root, name="trainer", engine="hf"
         )
+        self._bodies = Bodies(self.session)
         async with self.session.stay("trainer", self.stop, metrics_port=self.config.learn.metrics_port):
             try:
+                self._starts("loading the model")
                 await asyncio.to_thread(self.load)
+                self._starts("loading what replays the batches")
                 await self._arm()
+                self._starts("trying the model")
                 await self._agree()
                 while not self.is_stopping and self.done_step < self.config.run.steps:
                     await self.step()
                 self.crew.end()
             finally:
                 self._sinks.finish()
+
+    def _starts(self, with_what: str) -> None:
+        self.session.figures.phase = f"starting up: {with_what}"
 
     def stop(self) -> None:
         """Stop after the work in hand."""
@@ -195,7 +203,7 @@ class Trainer:
         Several updates need to know what every rollout was worth before the first, so then none is left out.
         """
         self.session.figures.phase = f"checking step {batch.step}"
-        every = await suspects(self.session, batch, is_all=self.config.learn.minibatches > 1)
+        every = await suspects(self._bodies, batch, is_all=self.config.learn.minibatches > 1)
         found: list[Looked] = []
         for digest in sorted({one.manifest for one in every}):
             await self._fetch(digest)
@@ -241,7 +249,7 @@ class Trainer:
         if batch.restores >= 0:
             await self._restore(batch.restores)
             return None
-        rollouts = await fetch(self.session, batch, divide_by_std=self.config.learn.divide_by_std)
+        rollouts = await fetch(self._bodies, batch, divide_by_std=self.config.learn.divide_by_std)
         if not rollouts:
             return None
         logp = await self._behaviour(batch, rollouts)

@@ -94,7 +94,7 @@ async def suspects(house, batch: m.Batch, *, is_all: bool):
     from farflung.rollouts import batch as batches
 
     session = SimpleNamespace(client=await house.client("trainer"), path=lambda path: f"{house.path}/{path}")
-    return await batches.suspects(session, batch, is_all=is_all)
+    return await batches.suspects(batches.Bodies(session), batch, is_all=is_all)
 
 
 async def tripped(house, batch: m.Batch) -> list[str]:

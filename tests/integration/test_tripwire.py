@@ -1,8 +1,13 @@
 """Text that its seed does not give leaves the batch before it is trained on, whoever sent it."""
 
+from collections import Counter
+from types import SimpleNamespace
+
+import httpx2
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from tests.conftest import tokens_of
 
 from farflung.protocol import errors
 from farflung.protocol import messages as m
@@ -169,5 +174,49 @@ def test_a_rollout_of_another_batch_is_not_written_to(quiet) -> None:
         message = m.Trips(submissions=[], looked=[m.RolloutLook(rollout=other, flips=3, liked=1, allowed=0.5)])
         await house.tell("trainer", f"steps/{batch.step}/trip", message, m.Done)
         assert house.row(ROLLOUTS, other).flips is None
+
+    quiet.run(scenario)
+
+
+# --- what the trainer downloads --------------------------------------------------------------------------------------
+
+
+class Counting(httpx2.ASGITransport):
+    """A way to a coordinator that counts what is asked for."""
+
+    def __init__(self, app) -> None:
+        super().__init__(app=app)
+        self.asked = Counter[str]()
+
+    async def handle_async_request(self, request):
+        self.asked[request.url.path] += 1
+        return await super().handle_async_request(request)
+
+
+@pytest.mark.parametrize(("most_bytes", "times"), [(1 << 20, 1), (0, 3)])
+def test_a_body_is_downloaded_once_for_a_step_where_there_is_room_to_keep_it(quiet, most_bytes, times) -> None:
+    """The tripwire looks, looks again at what is left after it caught something, and the learner reads the same."""
+    batches = pytest.importorskip("farflung.rollouts.batch")
+
+    async def scenario(house) -> None:
+        batch = await batched(house)
+        way = Counting(house.app)
+        client = house.line("trainer", transport=way)
+        session = SimpleNamespace(client=client, path=lambda path: f"{house.path}/{path}")
+        bodies = batches.Bodies(session, most_bytes)
+        for _ in range(2):
+            every = await batches.suspects(bodies, batch, is_all=True)
+            assert all(list(one.ids) == tokens_of(one.seed) for one in every)
+        rollouts = await batches.fetch(bodies, batch, divide_by_std=True)
+        seeds = [one.seed for group in batch.groups for one in group.rollouts]
+        assert [list(one.segments[1].ids) for one in rollouts] == [tokens_of(seed) for seed in seeds]
+        digests = {one.submission for group in batch.groups for one in group.rollouts}
+        paths = {digest: f"{house.path}/submissions/{digest}" for digest in digests}
+        assert len(digests) > 1
+        assert {way.asked[path] for path in paths.values()} == {times}
+        assert {way.asked[f"{path}/logp"] for path in paths.values()} == {1}
+        await batches.fetch(bodies, batch, divide_by_std=True)
+        assert {way.asked[path] for path in paths.values()} == {times + 1}, "nothing is kept beyond the step"
+        await client.close()
 
     quiet.run(scenario)

@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import queue
+import subprocess
 import sys
 
 import pytest
@@ -16,6 +18,8 @@ from farflung.ops import doctor
 from farflung.ops.examples import Pair
 from farflung.ops.logs import TEXT, Json, Lines
 from farflung.ops.screen import nodes_table, print_answers, run_panel
+from farflung.ops.screen import one_line as status_line
+from farflung.ops.starting import Waits
 from farflung.ops.terminal import Terminal
 from farflung.protocol.errors import Malformed
 from farflung.protocol.messages import Latest, NodeView, Status
@@ -77,16 +81,14 @@ def node(**changes: object) -> NodeView:
     return NodeView(**blank | counts | floats | changes)  # type: ignore[arg-type]
 
 
+def status_of(**told: object) -> Status:
+    fields = dict.fromkeys(Status.__struct_fields__, 0) | {name: [] for name in LISTS} | {"audits": {}}
+    return Status(**fields | {"latest": Latest(status="x", step=0, manifest="")} | told)  # type: ignore[arg-type]
+
+
 def test_a_status_is_shown_whatever_nodes_and_operator_call_themselves() -> None:
-    fields = dict.fromkeys(Status.__struct_fields__, 0) | {name: [] for name in LISTS} | {"model": HOSTILE}
-    told = {
-        "env": HOSTILE,
-        "status": HOSTILE,
-        "run": HOSTILE,
-        "audits": {},
-        "latest": Latest(status="x", step=0, manifest=""),
-    }
-    status = Status(**fields | told | {"nodes": [node(name=HOSTILE, phase=HOSTILE, status=HOSTILE)]})
+    hostile = dict.fromkeys(("model", "env", "status", "run"), HOSTILE)
+    status = status_of(**hostile, nodes=[node(name=HOSTILE, phase=HOSTILE, status=HOSTILE)])
     found = printed(run_panel(status), nodes_table(status, 400))
     assert "[/INST][bold]" in found
     assert is_safe(found.replace("\x1b[", "")), repr(found)
@@ -110,6 +112,53 @@ def test_a_finding_may_quote_a_coordinator() -> None:
 def test_an_error_is_one_sentence_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert complain(Malformed(f"bad {HOSTILE}\nfarflung: all is well")) == 2
     assert capsys.readouterr().err == f"farflung: bad {SAFE}\\nfarflung: all is well\n"
+
+
+# --- a start ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_start_waits_for_is_said_at_once_and_again_until_it_is_over() -> None:
+    said: queue.Queue[str] = queue.Queue()
+    with Waits(said.put, again_s=0.01) as waits:
+        waits("importing")
+        assert said.get_nowait().endswith("s  importing …")
+        assert said.get(timeout=30).endswith("s  still importing …")
+        waits.over()
+        waits._thread.join()
+        waits("nothing")
+    assert not any("nothing" in said.get_nowait() for _ in range(said.qsize()))
+
+
+def test_the_command_says_what_it_does_before_it_imports_what_it_takes(tmp_path) -> None:
+    """`farflung run` of a file that is not there: the line comes first, and by then nothing large is imported."""
+    code = (
+        "import sys; from farflung.ops import starting; say = starting.to_terminal\n"
+        'def told(text): say(f\'{text} {"sqlalchemy" in sys.modules} {"torch" in sys.modules}\')\n'
+        "starting.Waits.__init__.__defaults__ = (told, 60.0)\n"
+        "from farflung.cli.app import app; import farflung.cli; app(['run', sys.argv[1]])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "missing.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    first = done.stdout.splitlines()[0]
+    assert "missing.toml" in first
+    assert first.endswith("False False"), "neither the database's library nor torch"
+
+
+@pytest.mark.parametrize(
+    ("step", "accepted", "phase", "word"),
+    [
+        (-1, 0, "starting up: loading the model", "the trainer is starting up: loading the model"),
+        (-1, 0, "", "the trainer is starting up"),
+        (0, 0, "waiting", "the first rollouts"),
+        (0, 3, "waiting", ""),
+    ],
+)
+def test_a_line_tells_what_a_run_without_results_waits_for(step, accepted, phase, word) -> None:
+    latest = Latest(status="running", step=step, manifest="")
+    nodes = [node(role="trainer", phase=phase)]
+    line = status_line(status_of(latest=latest, accepted=accepted, nodes=nodes, status="running"))
+    assert ("waits for" in line) is bool(word)
+    assert word in line
 
 
 def record(message: str, *args: object, **options: object) -> logging.LogRecord:

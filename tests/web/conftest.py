@@ -21,9 +21,21 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
+NO_BROWSER = "no Chromium on this machine"
 T = TypeVar("T")
 WAIT_S = 20.0
 WAIT_MS = 1000 * WAIT_S
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say at the end of a run how to have the tests that had no browser."""
+    reports = terminalreporter.stats.get("skipped", ())
+    if count := sum(NO_BROWSER in str(report.longrepr) for report in reports):
+        terminalreporter.write_line(
+            f"{count} tests of the pages were skipped: they look with Chromium. To have it: apt-get install chromium "
+            "(or google-chrome in the PATH), and pip install playwright -c constraints.txt",
+            yellow=True,
+        )
 
 
 def apart(work: Callable[[], T]) -> T:
@@ -91,11 +103,9 @@ def site(make_house: Callable[..., Any]) -> Iterable[Site]:
 @pytest.fixture(scope="module")
 def chromium() -> Iterable[Any]:
     """One browser for the tests of a file."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
-    )
+    playwright = pytest.importorskip("playwright.sync_api", reason=NO_BROWSER)
     if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
+        pytest.skip(NO_BROWSER)
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser

@@ -24,11 +24,16 @@ def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, 
     plain
         Print lines instead of the live view, as it does anyway where there is no terminal.
     """
-    from farflung.ops.swarm import Swarm, prepare
+    from farflung.ops.starting import Waits
 
-    settings = settings_of(config, flags)
-    prepare(settings, resume=resume, fresh=fresh)
-    sys.exit(asyncio.run(Swarm(settings, is_plain=plain or not sys.stdout.isatty()).run()))
+    with Waits() as waits:  # first of all: the imports below take seconds on a slow machine
+        waits(f"reading {config}, importing what it takes to run it")
+        from farflung.ops.swarm import Swarm, prepare
+
+        settings = settings_of(config, flags)
+        prepare(settings, resume=resume, fresh=fresh)
+        swarm = Swarm(settings, is_plain=plain or not sys.stdout.isatty(), waits=waits)
+        sys.exit(asyncio.run(swarm.run()))
 
 
 @app.command

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row
 from farflung.config import Config
 from farflung.dashboard.veil import Veil
 from farflung.store import ledger
-from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS
+from farflung.store.tables import AUDIT_COUNTS, AUDITS, LEASES, NODES, ROLLOUT_COUNTS
 from farflung.trust.record import NodeRecord
 
 PAID = ("accepted", "batched", "trained", "dropped")
@@ -36,26 +36,16 @@ class Tally:
 
 
 def tally(connection: Connection, run: str) -> Tally:
-    """Count rollouts; one walk of the index `rollout_node`."""
-    column = ROLLOUTS.c
-    query = (
-        sa.select(
-            column.node,
-            column.status,
-            sa.func.count(),
-            sa.func.count(column.reward),
-            sa.func.sum(sa.case((column.reward.is_not(None), column.tokens), else_=0)),
-        )
-        .where(column.run.concat("") == run)  # no index by run: SQLite would leave the covering one for it, 4× slower
-        .group_by(column.node, column.status)
-    )
+    """Count rollouts, by what is kept of them."""
+    kept = ROLLOUT_COUNTS.c
+    query = sa.select(kept.node, kept.status, kept.count, kept.scored, kept.tokens)
     found = Tally(defaultdict(int), defaultdict(int), defaultdict(int), {})
-    for node, status, count, scored, tokens in connection.execute(query):
+    for node, status, count, scored, tokens in connection.execute(query.where(kept.run == run, kept.count > 0)):
         found.statuses[status] += count
         if status in PAID:
             found.done[node] += count
             before = found.scored.get(node, (0, 0))
-            found.scored[node] = before[0] + scored, before[1] + int(tokens)
+            found.scored[node] = before[0] + scored, before[1] + tokens
         elif status in ("rejected", "void"):
             found.bad[node] += count
     return found
@@ -125,10 +115,8 @@ class NodeLine:
 def lines(connection: Connection, config: Config, counts: Tally, latest: int, now: float, veil: Veil) -> list[NodeLine]:
     """Every node, trusted roles first, then in the order of joining."""
     rows = connection.execute(sa.select(NODES).order_by(NODES.c.role, NODES.c.registered_at)).all()
-    done = sa.and_(AUDITS.c.status == "done", veil.audits())
-    audited = sa.select(AUDITS.c.node, sa.func.count()).where(done).group_by(AUDITS.c.node)
     held = sa.select(LEASES.c.node, LEASES.c.lease).where(LEASES.c.run == config.run.name, LEASES.c.status == "open")
-    audits = {row[0]: row[1] for row in connection.execute(audited)}
+    audits = _audited(connection, config.run.name, veil)
     leases = {row[0]: row[1] for row in connection.execute(held)}
     accounts = ledger.balances(connection)
 
@@ -161,6 +149,16 @@ def lines(connection: Connection, config: Config, counts: Tally, latest: int, no
         )
 
     return [line(row) for row in rows]
+
+
+def _audited(connection: Connection, run: str, veil: Veil) -> Counter[str]:
+    """Audits by node that are done and may be told of: all that are kept count of but the latest."""
+    kept, mine = AUDIT_COUNTS.c, sa.and_(AUDITS.c.run == run, AUDITS.c.status == "done", ~veil.audits())
+    done = sa.select(kept.node, kept.count).where(kept.run == run, kept.status == "done")
+    hidden = sa.select(AUDITS.c.node, sa.func.count()).where(mine).group_by(AUDITS.c.node)
+    found = Counter({row[0]: row[1] for row in connection.execute(done)})
+    found.subtract({row[0]: row[1] for row in connection.execute(hidden)} if veil.is_on else {})
+    return found
 
 
 def describe(hardware: str) -> str:

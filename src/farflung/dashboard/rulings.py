@@ -4,7 +4,6 @@ Which rollout and how many tokens gave it away would teach a cheat how far it ma
 """
 
 from collections.abc import Collection
-from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,7 +11,7 @@ from sqlalchemy import Connection, Row
 
 from farflung.dashboard import views
 from farflung.dashboard.veil import Veil, veil_of
-from farflung.protocol.messages import Ruling, Verdict
+from farflung.protocol.messages import Ruling
 from farflung.rollouts import standing
 from farflung.store.book import Book
 from farflung.store.tables import AUDITS, VERDICTS
@@ -54,14 +53,8 @@ def rulings(connection: Connection, book: Book, nodes: Collection[Row[Any]]) -> 
     return found
 
 
-@lru_cache(maxsize=1024)
-def _opened(document: bytes) -> Verdict:
-    """Remembered: a heartbeat must not cost eight signatures."""
-    return views.open_verdict(document)
-
-
 def _ruling(connection: Connection, row: Row[Any], veil: Veil) -> Ruling:
-    verdict = _opened(row.document)
+    verdict = views.open_verdict(row.document)
     query = sa.select(AUDITS.c.submission).where(AUDITS.c.audit == verdict.audit)
     is_open = veil.since is not None and row.step >= veil.since
     return Ruling(

@@ -13,7 +13,7 @@ from farflung.dashboard.nodes import NodeLine, Tally, lines, tally
 from farflung.dashboard.veil import pathless, veil_of
 from farflung.protocol.messages import EvalView, StepView, Verdict
 from farflung.store.ledger import ISSUED
-from farflung.store.tables import AUDITS, ENTRIES, GROUPS, RUNS, STEPS
+from farflung.store.tables import AUDITS, BALANCES, ENTRIES, GROUP_COUNTS, RUNS, STEPS
 
 RATE_S = 600.0
 """The rate of accepted rollouts is taken over the last ten minutes."""
@@ -134,12 +134,14 @@ def take(connection: Connection, config: Config, meter: Meter, now: float) -> Sn
         evals=heldout.shown(connection, config),
         nodes=lines(connection, config, counts, latest, now, veil),
         counts=replace(counts, statuses=veil.counts(counts.statuses)),
-        groups=_groups(connection, run),
+        groups=views.counts_of(connection, GROUP_COUNTS, run, GROUP_COUNTS.c.purpose == "train"),
         groups_wanted=config.learn.groups,
         audits_waiting=None if veil.is_on else connection.execute(waiting).scalar_one(),
         brake=row.brake,
         catch=views.catch(connection, config),
-        accepted_per_hour=_accepted_since(connection, since) * 3600 / max(1.0, now - since),
+        accepted_per_hour=_accepted(connection, None if since == row.created_at else since)
+        * 3600
+        / max(1.0, now - since),
         leases_reissued=views.reissued(connection, run),
         cost_usd=cost,
         overhead=overhead,
@@ -147,15 +149,13 @@ def take(connection: Connection, config: Config, meter: Meter, now: float) -> Sn
     )
 
 
-def _groups(connection: Connection, run: str) -> dict[str, int]:
-    query = sa.select(GROUPS.c.status, sa.func.count()).where(GROUPS.c.run == run, GROUPS.c.purpose == "train")
-    return {row[0]: row[1] for row in connection.execute(query.group_by(GROUPS.c.status))}
-
-
-def _accepted_since(connection: Connection, since: float) -> int:
-    """Rollouts accepted since a time: each has one entry in the account that issues credit."""
-    query = sa.select(sa.func.count()).where(ENTRIES.c.account == ISSUED, ENTRIES.c.at >= since)
-    return connection.execute(query).scalar_one()
+def _accepted(connection: Connection, since: float | None) -> int:
+    """Rollouts accepted since a time or ever: each has one entry in the account that issues credit."""
+    if since is None:
+        query = sa.select(BALANCES.c.entries).where(BALANCES.c.account == ISSUED)
+    else:
+        query = sa.select(sa.func.count()).where(ENTRIES.c.account == ISSUED, ENTRIES.c.at >= since)
+    return connection.execute(query).scalar() or 0
 
 
 def _waits(s: Snapshot) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 import msgspec
 import sqlalchemy as sa
@@ -17,13 +18,14 @@ from farflung.protocol.messages import NodeView, Relays, RelayView, Status, Step
 from farflung.store import stories
 from farflung.store.book import Book
 from farflung.store.tables import (
-    AUDITS,
+    AUDIT_COUNTS,
     EVENTS,
-    GROUPS,
+    GROUP_COUNTS,
     LEASES,
     NODES,
-    ROLLOUTS,
+    ROLLOUT_COUNTS,
     RUNS,
+    STAYED,
     STEPS,
     SUBMISSIONS,
     VERDICTS,
@@ -84,10 +86,10 @@ def status(connection: Connection, book: Book, now: float) -> Status:
         started_at=connection.execute(sa.select(RUNS.c.created_at).where(RUNS.c.run == book.run)).scalar_one(),
         now=now,
         rollouts=veil.counts(counts.statuses),
-        groups=_counts(connection, book, GROUPS),
-        leases_open=_counts(connection, book, LEASES).get("open", 0),
+        groups=counts_of(connection, GROUP_COUNTS, book.run),
+        leases_open=_leases_open(connection, book.run),
         leases_reissued=reissued(connection, book.run),
-        audits={} if veil.is_on else _counts(connection, book, AUDITS),
+        audits={} if veil.is_on else counts_of(connection, AUDIT_COUNTS, book.run),
         accepted=sum(count for count, _ in paid),
         accepted_tokens=sum(tokens for _, tokens in paid),
         steps=steps(connection, book.run),
@@ -100,46 +102,34 @@ def status(connection: Connection, book: Book, now: float) -> Status:
     )
 
 
-def _counts(connection: Connection, book: Book, table: sa.Table) -> dict[str, int]:
-    query = sa.select(table.c.status, sa.func.count()).where(table.c.run == book.run).group_by(table.c.status)
-    return {row[0]: row[1] for row in connection.execute(query)}
+def counts_of(connection: Connection, kept: sa.Table, run: str, *only: sa.ColumnElement[bool]) -> dict[str, int]:
+    """Rows by status, by what is kept of them."""
+    query = sa.select(kept.c.status, sa.func.sum(kept.c.count)).where(kept.c.run == run, kept.c.count > 0, *only)
+    return {row[0]: int(row[1]) for row in connection.execute(query.group_by(kept.c.status))}
+
+
+def _leases_open(connection: Connection, run: str) -> int:
+    query = sa.select(sa.func.count()).where(LEASES.c.run == run, LEASES.c.status == sa.literal_column("'open'"))
+    return connection.execute(query).scalar_one()
 
 
 def accepted(connection: Connection, run: str) -> tuple[int, int]:
     """Rollouts and tokens accepted for training, of nodes in good standing."""
+    kept = ROLLOUT_COUNTS.c
+    good = sa.and_(NODES.c.status != "ejected", NODES.c.role == "worker")
     query = (
-        sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(ROLLOUTS.c.tokens), 0))
-        .join(NODES, NODES.c.node == ROLLOUTS.c.node)
-        .where(
-            ROLLOUTS.c.run == run,
-            ROLLOUTS.c.status.in_(PAID),
-            ROLLOUTS.c.reward.is_not(None),
-            NODES.c.status != "ejected",
-            NODES.c.role == "worker",
-        )
+        sa.select(sa.func.coalesce(sa.func.sum(kept.scored), 0), sa.func.coalesce(sa.func.sum(kept.tokens), 0))
+        .join(NODES, NODES.c.node == kept.node)
+        .where(kept.run == run, kept.status.in_(PAID), good)
     )
     row = connection.execute(query).one()
-    return row[0], row[1]
+    return int(row[0]), int(row[1])
 
 
 def reissued(connection: Connection, run: str) -> int:
     """Leases that ended without a submission and whose samples were leased again."""
-    again = ROLLOUTS.alias()
-    query = (
-        sa.select(sa.func.count(sa.distinct(LEASES.c.lease)))
-        .join(ROLLOUTS, ROLLOUTS.c.lease == LEASES.c.lease)
-        .join(
-            again,
-            sa.and_(
-                again.c.group == ROLLOUTS.c.group,
-                again.c.sample == ROLLOUTS.c.sample,
-                again.c.lease != LEASES.c.lease,
-                again.c.is_reissue,
-            ),
-        )
-        .where(LEASES.c.run == run, LEASES.c.status.in_(("expired", "returned")))
-    )
-    return connection.execute(query).scalar_one()
+    marked = sa.select(sa.func.count()).where(LEASES.c.run == run, sa.text("is_reissued"))
+    return connection.execute(marked).scalar_one()
 
 
 def steps(connection: Connection, run: str) -> list[StepView]:
@@ -155,7 +145,7 @@ def steps(connection: Connection, run: str) -> list[StepView]:
             reward=r.seen_reward,
             groups=r.seen_groups,
             committed_at=r.committed_at,
-            metrics=json.loads(r.metrics),
+            metrics=msgspec.json.decode(r.metrics),
         )
         for r in rows
     ]
@@ -193,8 +183,7 @@ def verdicts(connection: Connection, run: str, *, latest: int = 0) -> list[Verdi
 
 def warnings(connection: Connection, most: int = 20) -> list[str]:
     """What a person should look at, the latest last."""
-    about = EVENTS.c.noun.in_(("node", "run"))
-    said = sa.and_(about, EVENTS.c.before == EVENTS.c.after, EVENTS.c.detail.like('%"warning"%'))
+    said = sa.and_(sa.text(STAYED), EVENTS.c.detail.like('%"warning"%'))
     rows = connection.execute(sa.select(EVENTS.c.detail).where(said).order_by(EVENTS.c.id.desc()).limit(most)).scalars()
     return [json.loads(detail)["warning"] for detail in reversed(list(rows))]
 
@@ -220,6 +209,10 @@ def catch(connection: Connection, config: Config) -> dict[int, float]:
     return {n: probability_caught(n, CHEATED, rate, config.lease.rollouts, POWER) for n in LOOK_AHEAD}
 
 
+@lru_cache(maxsize=4096)
 def open_verdict(document: bytes) -> Verdict:
-    """A stored verdict. Raises BadSignature if somebody changed it in the database."""
+    """A stored verdict, remembered: a look must not cost as many signatures as there are.
+
+    Raises BadSignature if somebody changed it in the database.
+    """
     return unseal(msgspec.msgpack.decode(document, type=Signed), "verdict", Verdict)

@@ -14,7 +14,7 @@ from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Receipt
 from farflung.protocol.states import REOPENING
 from farflung.rollouts.receipts import FILE
-from farflung.store import ledger
+from farflung.store import counts, ledger
 from farflung.store.tables import ENTRIES, EVENTS, LEASES, ROLLOUTS, STEPS, SUBMISSIONS
 from farflung.tasks.found import weights_key
 from farflung.weights.manifest import open_manifest
@@ -29,6 +29,7 @@ def violations(connection: Connection, config: Config) -> list[str]:
         *_trained_once(connection),
         *_none_vanished(connection),
         *_ledger(connection),
+        *counts.differences(connection),
         *_weights(connection, config),
         *_one_owner(connection),
         *_one_lease(connection),

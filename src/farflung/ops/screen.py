@@ -92,8 +92,18 @@ def one_line(status: Status) -> str:
     return (
         f"step {max(status.latest.step, 0)}/{status.steps_total} reward {reward} accepted {status.accepted} rollouts "
         f"({status.accepted_tokens} tokens) nodes {online} audits {status.audits.get('done', 0)} "
-        f"re-issued {status.leases_reissued} · {status.status}"
+        f"re-issued {status.leases_reissued} · {status.status}{_awaited(status)}"
     )
+
+
+def _awaited(status: Status) -> str:
+    """What a run that has accepted nothing yet waits for."""
+    if status.accepted or status.status != "running":
+        return ""
+    phase = next((node.phase or "starting up" for node in status.nodes if node.role == "trainer"), "on its way")
+    if status.latest.step < 0:
+        return f", waits for the first weights: the trainer is {phase}"
+    return ", waits for the first rollouts that are replayed and scored"
 
 
 def _held_out(view: EvalView) -> str:

@@ -24,6 +24,7 @@ from farflung.ops.fitting import calibrated
 from farflung.ops.nursery import LIGHT, REFUSED, die_with_parent
 from farflung.ops.report import write_report
 from farflung.ops.screen import Screen
+from farflung.ops.starting import Waits
 from farflung.ops.summary import write_summary
 from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError, FarflungError, Unreachable
@@ -72,14 +73,14 @@ def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> Non
 class Swarm:
     """Every process of an embedded run."""
 
-    def __init__(self, config: Config, *, is_plain: bool) -> None:
+    def __init__(self, config: Config, *, is_plain: bool, waits: Waits | None = None) -> None:
         self.config = _settled(config)
         self.folder = self.config.folder
         self.path = self.folder / "config.json"
         self.url = f"{self.config.scheme}://{self.config.coordinator.host}:{self.config.coordinator.port}"
         self.client = Client(self.url, Key.make(), patience_s=0.0)
         self.metrics = Metrics(self.folder / "metrics.jsonl")
-        self.screen = Screen(self.config, is_plain=is_plain)
+        self.screen, self._waits = Screen(self.config, is_plain=is_plain), waits or Waits()
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.forked: dict[str, int] = {}
         self.orders: dict[str, dict[str, Any]] = {}
@@ -97,7 +98,7 @@ class Swarm:
 
     async def run(self) -> int:
         """Start, watch, stop, sum up. Gives the exit code."""
-        self.config = await calibrated(self.config, self.screen.note)
+        self.config = await calibrated(self.config, self._waits)
         self.metrics.begin(time.time())
         save(self.config, self.path)
         loop = asyncio.get_running_loop()
@@ -123,7 +124,9 @@ class Swarm:
     # --- starting ----------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
+        self._waits("starting the coordinator, importing torch for the roles that compute")
         await asyncio.gather(self._spawn_nursery("torch"), self._open())
+        self._waits.over()
         self._order("scorer", "scorer")
         for number in range(self.config.swarm.relays):
             self._order(f"relay-{number + 1}", "relay")

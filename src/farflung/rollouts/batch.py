@@ -4,7 +4,7 @@ Rewards come from the coordinator, tokens by digest; a worker's log-probabilitie
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -23,11 +23,14 @@ from farflung.protocol.messages import (
     Done,
     RolloutLook,
     SubmissionBody,
+    SubmittedRollout,
     Trips,
 )
 from farflung.protocol.session import Session
 
 AT_ONCE = 16
+MOST_BYTES = 512 << 20
+"""Bodies that are kept from the tripwire to the learner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,76 @@ async def trip(session: Session, step: int, submissions: Sequence[str], looked: 
     return (await session.client.post(session.path(f"steps/{step}/trip"), trips, Done)).changed
 
 
-async def suspects(session: Session, batch: Batch, *, is_all: bool) -> list[Suspect]:
+class Bodies:
+    """The submissions of the step in hand, each downloaded once: the tripwire reads them, then the learner."""
+
+    def __init__(self, session: Session, most_bytes: int = MOST_BYTES) -> None:
+        self.session, self._most_bytes = session, most_bytes
+        self._kept: dict[str, bytes] = {}
+        """What was downloaded, as it came; what does not fit is downloaded again."""
+        self._size_bytes = 0
+
+    def only(self, batch: Batch) -> None:
+        """Let go of what is not of this batch."""
+        digests = {rollout.submission for group in (*batch.groups, *batch.spare) for rollout in group.rollouts}
+        self._kept = {digest: body for digest, body in self._kept.items() if digest in digests}
+        self._size_bytes = sum(map(len, self._kept.values()))
+
+    def forget(self) -> None:
+        """Let go of everything."""
+        self._kept, self._size_bytes = {}, 0
+
+    async def read(self, digests: Iterable[str]) -> dict[str, list[SubmittedRollout]]:
+        """The rollouts of submissions. Raises WeightsError for bytes that do not hash to their name."""
+        bodies = await _each(digests, self._body)
+        return {digest: msgspec.msgpack.decode(body, type=SubmissionBody).rollouts for digest, body in bodies.items()}
+
+    async def logp(self, found: Mapping[str, list[SubmittedRollout]]) -> dict[str, tuple[float, ...]]:
+        """By rollout, the log-probabilities that its node claimed, where it did."""
+        claimed = await _each(found, lambda digest: self._download(f"{digest}/logp"))
+        return {
+            rollout.rollout: tuple(wire.unpack_floats(values).tolist())
+            for digest, body in claimed.items()
+            if body
+            for rollout, values in zip(found[digest], msgspec.msgpack.decode(body, type=list[bytes]), strict=True)
+        }
+
+    async def _body(self, digest: str) -> bytes:
+        if digest in self._kept:
+            return self._kept[digest]
+        body = await self._download(digest)
+        if digest_of(body) != digest:
+            raise WeightsError(f"submission {digest[:12]} does not hash to its name; the blob store is damaged")
+        if self._size_bytes + len(body) <= self._most_bytes:
+            self._kept[digest] = body
+            self._size_bytes += len(body)
+        return body
+
+    async def _download(self, name: str) -> bytes:
+        return await self.session.client.download(self.session.path(f"submissions/{name}"), signed=True)
+
+
+async def _each(digests: Iterable[str], get: Callable[[str], Awaitable[bytes]]) -> dict[str, bytes]:
+    """What `get` gives for each, a few at a time."""
+    limit = asyncio.Semaphore(AT_ONCE)
+
+    async def one(digest: str) -> tuple[str, bytes]:
+        async with limit:
+            return digest, await get(digest)
+
+    return dict(await asyncio.gather(*(one(digest) for digest in sorted(digests))))
+
+
+def _tokens(found: Mapping[str, list[SubmittedRollout]]) -> dict[str, tuple[int, ...]]:
+    return {r.rollout: tuple(wire.unpack_ids(r.ids).tolist()) for rollouts in found.values() for r in rollouts}
+
+
+async def suspects(bodies: Bodies, batch: Batch, *, is_all: bool) -> list[Suspect]:
     """Every rollout of a batch that no audit has replayed in full, or simply every one, as the tripwire needs it."""
     groups = [*batch.groups, *batch.spare]
     every = [(group, rollout) for group in groups for rollout in group.rollouts if is_all or not rollout.is_audited]
-    tokens, _ = await _bodies(session, {rollout.submission for _, rollout in every})
+    bodies.only(batch)
+    tokens = _tokens(await bodies.read({rollout.submission for _, rollout in every}))
     return [
         Suspect(
             rollout.rollout,
@@ -82,10 +150,13 @@ async def suspects(session: Session, batch: Batch, *, is_all: bool) -> list[Susp
     ]
 
 
-async def fetch(session: Session, batch: Batch, *, divide_by_std: bool) -> list[Rollout]:
+async def fetch(bodies: Bodies, batch: Batch, *, divide_by_std: bool) -> list[Rollout]:
     """Every rollout of a batch, in its order, with tokens, advantage and claimed log-probabilities."""
     digests = {rollout.submission for group in batch.groups for rollout in group.rollouts}
-    tokens, logp = await _bodies(session, digests)
+    bodies.only(batch)
+    found = await bodies.read(digests)
+    bodies.forget()  # nobody reads them again before the next step
+    tokens, logp = _tokens(found), await bodies.logp(found)
     return [
         rollout
         for group in batch.groups
@@ -107,27 +178,3 @@ def _rollouts(
     for rollout, advantage in zip(group.rollouts, shares, strict=True):
         segments = (prompt, Segment("model", tokens[rollout.rollout]))
         yield Rollout(segments, advantage, temperature, logp.get(rollout.rollout), group.step)
-
-
-async def _bodies(
-    session: Session, digests: Iterable[str]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[float, ...]]]:
-    tokens: dict[str, tuple[int, ...]] = {}
-    logp: dict[str, tuple[float, ...]] = {}
-    limit = asyncio.Semaphore(AT_ONCE)
-
-    async def one(digest: str) -> None:
-        async with limit:
-            path = session.path(f"submissions/{digest}")
-            body = await session.client.download(path, signed=True)
-            claimed = await session.client.download(path + "/logp", signed=True)
-        if digest_of(body) != digest:
-            raise WeightsError(f"submission {digest[:12]} does not hash to its name; the blob store is damaged")
-        found = msgspec.msgpack.decode(body, type=SubmissionBody).rollouts
-        tokens.update({rollout.rollout: tuple(wire.unpack_ids(rollout.ids).tolist()) for rollout in found})
-        if claimed:
-            values = msgspec.msgpack.decode(claimed, type=list[bytes])
-            logp.update({r.rollout: tuple(wire.unpack_floats(v).tolist()) for r, v in zip(found, values, strict=True)})
-
-    await asyncio.gather(*(one(digest) for digest in sorted(digests)))
-    return tokens, logp

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.config import Config
-from farflung.store.tables import GROUPS, TASKS
+from farflung.store.tables import GROUP_COUNTS, TASKS
 
 GREEDY, SAMPLED = "eval", "sampled"
 HELD_OUT = (GREEDY, SAMPLED)
@@ -53,7 +53,13 @@ def left(connection: Connection, config: Config, latest: int) -> Iterator[tuple[
 
 def _done(connection: Connection, run: str) -> dict[tuple[int, str], int]:
     """Groups by step and purpose that are scored, or dropped: those cannot be scored and never will be."""
-    is_done = sa.and_(GROUPS.c.purpose.in_(HELD_OUT), GROUPS.c.status.in_(("complete", "dropped")))
-    query = sa.select(GROUPS.c.step, GROUPS.c.purpose, sa.func.count()).where(GROUPS.c.run == run, is_done)
-    rows = connection.execute(query.group_by(GROUPS.c.step, GROUPS.c.purpose))
-    return {(row[0], row[1]): row[2] for row in rows}
+    rows = connection.execute(_DONE, {"of": run})
+    return {(row[0], row[1]): int(row[2]) for row in rows}
+
+
+_KEPT = GROUP_COUNTS.c
+_DONE = (  # asked for nearly every lease
+    sa.select(_KEPT.step, _KEPT.purpose, sa.func.sum(_KEPT.count))
+    .where(_KEPT.run == sa.bindparam("of"), _KEPT.purpose.in_(HELD_OUT), _KEPT.status.in_(("complete", "dropped")))
+    .group_by(_KEPT.step, _KEPT.purpose)
+)

@@ -4,6 +4,7 @@
                             └───────burn─────▶ burned
 
 Every transfer writes two entries that cancel, so all accounts always sum to zero. Nothing that a worker says is in it.
+Balances are kept with every entry (`store/counts.py`): nobody adds up the history.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from farflung.store.tables import ENTRIES
+from farflung.store.tables import BALANCES, ENTRIES
 
 ISSUED, BURNED = "issued", "burned"
 
@@ -56,11 +57,12 @@ def post(connection: Connection, transfers: Iterable[Transfer], run: str, at: fl
 
 def balance(connection: Connection, account: str) -> int:
     """Tokens in one account."""
-    total = sa.select(sa.func.coalesce(sa.func.sum(ENTRIES.c.tokens), 0)).where(ENTRIES.c.account == account)
-    return int(connection.execute(total).scalar_one())
+    return connection.execute(sa.select(BALANCES.c.tokens).where(BALANCES.c.account == account)).scalar() or 0
 
 
 def balances(connection: Connection) -> dict[str, int]:
     """Every account with its tokens."""
-    query = sa.select(ENTRIES.c.account, sa.func.sum(ENTRIES.c.tokens)).group_by(ENTRIES.c.account)
-    return {account: int(tokens) for account, tokens in connection.execute(query)}
+    return {row[0]: row[1] for row in connection.execute(_BALANCES)}
+
+
+_BALANCES = sa.select(BALANCES.c.account, BALANCES.c.tokens)

@@ -15,6 +15,9 @@ GIVEN_UP = "(status IN ('returned', 'expired') OR is_partial)"
 UNDECIDED = "outcome IS NULL AND status != 'cancelled'"
 """Of an audit: a verdict may come of it yet."""
 
+STAYED = """"before" = "after" AND noun IN ('node', 'run')"""
+"""Of an event: nothing changed its status, so it is a remark, perhaps a warning."""
+
 
 def _status(noun: str) -> list[sa.schema.SchemaItem]:
     allowed = ", ".join(f"'{status}'" for status in states.statuses(noun))
@@ -138,6 +141,7 @@ LEASES = Table(
     Column("submission", Text),
     Column("receipt", LargeBinary),
     Column("is_partial", sa.Boolean, nullable=False, default=False),
+    Column("is_reissued", sa.Boolean, nullable=False, default=False),  # ended with nothing, then leased to others
     Index("lease_open", "status", "expires_at"),
     Index("lease_node", "node", "status"),
     Index(
@@ -156,6 +160,7 @@ LEASES = Table(
         sqlite_where=sa.text(GIVEN_UP),
         postgresql_where=sa.text(GIVEN_UP),
     ),
+    Index("lease_reissued", "run", sqlite_where=sa.text("is_reissued"), postgresql_where=sa.text("is_reissued")),
 )
 ROLLOUTS = Table(
     "rollouts",
@@ -195,7 +200,7 @@ ROLLOUTS = Table(
     Index("rollout_lease", "lease"),
     Index("rollout_submission", "submission"),
     Index("rollout_group", "group"),
-    Index("rollout_node", "node", "status", "run", "tokens", "reward"),  # the tally of every node without the table
+    Index("rollout_node", "node", "status"),
     Index(
         "rollout_escrow",
         "run",
@@ -281,7 +286,7 @@ ENTRIES = Table(
     Column("cause", Text, nullable=False),
     Column("account", Text, nullable=False),
     Column("tokens", BigInteger, nullable=False),
-    Index("entry_account", "account", "at", "tokens"),  # balances without the table
+    Index("entry_account", "account", "at"),
     Index("entry_cause", "cause"),
 )
 EVENTS = Table(
@@ -295,6 +300,52 @@ EVENTS = Table(
     Column("after", Text, nullable=False),
     Column("detail", Text, nullable=False),
     Index("event_subject", "subject"),
+    Index("event_warning", "id", sqlite_where=sa.text(STAYED), postgresql_where=sa.text(STAYED)),
+)
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False, default=0)
+
+
+# Sums of the tables above; `store/counts.py` has the triggers that keep them.
+ROLLOUT_COUNTS = Table(
+    "rollout_counts",
+    metadata,
+    Column("run", Text, primary_key=True),
+    Column("node", Text, primary_key=True),
+    Column("status", Text, primary_key=True),
+    _count("count"),
+    _count("scored"),  # with a reward
+    _count("tokens"),  # of those
+    sqlite_with_rowid=False,
+)
+GROUP_COUNTS = Table(
+    "group_counts",
+    metadata,
+    Column("run", Text, primary_key=True),
+    Column("purpose", Text, primary_key=True),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("status", Text, primary_key=True),
+    _count("count"),
+    sqlite_with_rowid=False,
+)
+AUDIT_COUNTS = Table(
+    "audit_counts",
+    metadata,
+    Column("run", Text, primary_key=True),
+    Column("node", Text, primary_key=True),
+    Column("status", Text, primary_key=True),
+    _count("count"),
+    sqlite_with_rowid=False,
+)
+BALANCES = Table(
+    "balances",
+    metadata,
+    Column("account", Text, primary_key=True),
+    _count("tokens"),
+    _count("entries"),
+    sqlite_with_rowid=False,
 )
 
 TABLE_OF = {

@@ -35,7 +35,9 @@ def write(
     drafts = [_draft(connection, book, node, plan, purpose, prompts, now) for node, plan in plans.items()]
     signed = {draft.node: seal(book.key, KIND, draft) for draft in drafts}
     insert_rows(connection, LEASES, [_lease_row(draft, signed[draft.node], now) for draft in drafts])
-    insert_rows(connection, ROLLOUTS, [row for draft in drafts for row in _rollout_rows(draft, reopened)])
+    rows = [row for draft in drafts for row in _rollout_rows(draft, reopened)]
+    insert_rows(connection, ROLLOUTS, rows)
+    _mark_reissued(connection, [row["rollout"] for row in rows if row["is_reissue"]])
     for draft in drafts:
         rollouts = [sample.rollout for group in draft.groups for sample in group.samples]
         record(
@@ -132,6 +134,25 @@ def _rollout_rows(draft: Lease, reopened: Samples) -> Iterator[dict[str, Any]]:
             is_reissue = sample.index in reopened.get(group.group, ())
             own = {"rollout": sample.rollout, "sample": sample.index, "is_reissue": is_reissue}
             yield common | own | {"group": group.group}
+
+
+def _mark_reissued(connection: Connection, rollouts: Collection[str]) -> None:
+    """Note on the leases that had these samples before and ended with nothing that others have their work."""
+    if rollouts:
+        connection.execute(_REISSUED, {"fresh": list(rollouts)})
+
+
+_AGAIN = ROLLOUTS.alias()
+_BEFORE = (
+    sa.select(ROLLOUTS.c.lease)
+    .join(_AGAIN, sa.and_(_AGAIN.c.group == ROLLOUTS.c.group, _AGAIN.c.sample == ROLLOUTS.c.sample))
+    .where(_AGAIN.c.rollout.in_(sa.bindparam("fresh", expanding=True)), _AGAIN.c.lease != ROLLOUTS.c.lease)
+)
+_REISSUED = (
+    LEASES.update()
+    .where(LEASES.c.lease.in_(_BEFORE), LEASES.c.status.in_(("expired", "returned")), ~LEASES.c.is_reissued)
+    .values(is_reissued=True)
+)
 
 
 def _prompts(connection: Connection, tasks: Collection[str]) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from farflung.store import heldout
 from farflung.store.book import Book, ejected, new_id
 from farflung.store.heldout import Part
 from farflung.store.stories import end_leases
-from farflung.store.tables import GIVEN_UP, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
+from farflung.store.tables import GIVEN_UP, GROUP_COUNTS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.documents import write
 from farflung.tasks.offers import Samples, groups_now, next_tasks, open_groups, open_samples, owners
@@ -183,10 +183,11 @@ def _unfilled(connection: Connection, book: Book, latest: int) -> int:
 
     The next step may be committed before all groups of this one are opened: they are opened none the less.
     """
-    of_run = sa.and_(GROUPS.c.run == book.run, GROUPS.c.purpose == "train")
-    query = sa.select(GROUPS.c.step, sa.func.count()).where(of_run).group_by(GROUPS.c.step)
-    opened: dict[int, int] = {row[0]: row[1] for row in connection.execute(query)}
     policies = range(max(0, latest - book.config.learn.max_staleness), latest + 1)
+    kept = GROUP_COUNTS.c
+    mine = sa.and_(kept.run == book.run, kept.purpose == "train", kept.step >= policies.start)
+    query = sa.select(kept.step, sa.func.sum(kept.count)).where(mine).group_by(kept.step)
+    opened: dict[int, int] = {row[0]: int(row[1]) for row in connection.execute(query)}
     return next((p for p in policies if opened.get(p, 0) < book.config.lockstep_groups(p)), latest)
 
 

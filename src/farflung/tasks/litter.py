@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.store.book import Book
-from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUTS
+from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUT_COUNTS, ROLLOUTS
 
 AT_ONCE = 200
 """Leases that one transaction forgets, so that nobody waits long behind it."""
@@ -40,6 +40,7 @@ def _forget_nodes(connection: Connection, book: Book, now: float) -> int:
     query = sa.select(NODES.c.node).where(silent, *_never_paid(book), ~has_lease)
     nodes = list(connection.execute(query.limit(AT_ONCE)).scalars())
     _delete(connection, NODES.c.node, nodes)
+    connection.execute(ROLLOUT_COUNTS.delete().where(ROLLOUT_COUNTS.c.node.in_(nodes)))  # all of them are 0
     return len(nodes)
 
 
