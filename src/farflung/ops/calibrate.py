@@ -32,6 +32,7 @@ from farflung.envs.sums import Sums
 from farflung.ops.logs import start_logging
 from farflung.ops.older import OlderEngine
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.shown import one_line
 from farflung.tasks.found import Model
 from farflung.trust import fingerprint
 from farflung.trust.bounds import calibrate, growth
@@ -277,7 +278,11 @@ def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:
 def _main(config: str, name: str, out: str, tokens: str) -> None:
     """Make the profile of a run before it starts, in a process of its own."""
     start_logging()
-    Path(out).write_bytes(to_json(profile_of_run(load(Path(config)), name, int(tokens))) + b"\n")
+    try:
+        Path(out).write_bytes(to_json(profile_of_run(load(Path(config)), name, int(tokens))) + b"\n")
+    except ConfigError as error:
+        sys.stderr.write(f"{one_line(str(error))}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from farflung.protocol.errors import ConfigError
 from farflung.tasks.found import misfit
 from farflung.trust.profiles import load_profile, names
 
+REFUSED = 2
+"""Exit code of a calibration that a ConfigError ended; the last line of its log is the sentence."""
 TOKENS = 8000
 """Tokens that are generated for a profile, in large batches."""
 
@@ -49,6 +51,8 @@ async def _calibrate(config: Config, name: str, out: Path) -> None:
         finally:
             if process.returncode is None:
                 process.kill()
+    if code == REFUSED:
+        raise ConfigError(log.read_text(errors="replace").strip().splitlines()[-1])
     if code:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no word"])[-1]
         raise ConfigError(f"numerics profile {name} cannot be calibrated on this machine: {last}; its log is {log}")
