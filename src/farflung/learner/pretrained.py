@@ -18,8 +18,13 @@ from farflung.protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-PREFIXES = {r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": "", r"^module\.": ""}
-"""What torch.compile, FSDP and DDP put into the names of tensors: pattern → what stands there without them."""
+PREFIXES = {
+    r"^(?:(?:_orig_mod|_fsdp_wrapped_module|module|base_model\.model|base_model)\.)+": "",
+    r"\._orig_mod\.": ".",
+    r"\._fsdp_wrapped_module\.": ".",
+    r"\._checkpoint_wrapped_module\.": ".",
+}
+"""What torch.compile, FSDP, DDP and PEFT put into the names of tensors: pattern → what stands there without them."""
 ODD = (
     OSError,
     ValueError,
@@ -62,11 +67,14 @@ def check_pretrained(source: Path | str) -> None:
 
 
 def _loaded(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
-    refuse_quantised(read_json(source, "config.json") or {}, source)
+    fields = read_json(source, "config.json") or {}
+    refuse_quantised(fields, source)
     try:
         model, told = _filled(source, dtype)
     except ODD as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        if "auto_map" in fields:
+            reason = [f"a {fields.get('model_type')} wants code of its own, auto_map in config.json, that is never run"]
         raise ConfigError(
             f"model {str(source)!r} cannot be loaded ({reason[0]}); name a folder of a Hugging Face causal LM that "
             "transformers knows without code of its own, or its hub id"

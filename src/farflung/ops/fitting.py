@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from farflung.config import Config, save
+from farflung.ops.nursery import die_with_parent
 from farflung.protocol.errors import ConfigError
 from farflung.tasks.found import misfit
 from farflung.trust.profiles import load_profile, names
@@ -45,7 +46,9 @@ async def _calibrate(config: Config, name: str, out: Path) -> None:
     command = (sys.executable, "-m", "farflung.ops.calibrate", str(settings), name, str(out), str(TOKENS))
     log = out.with_suffix(".log")
     with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=output, stderr=output, preexec_fn=die_with_parent
+        )
         try:
             code = await process.wait()
         finally:

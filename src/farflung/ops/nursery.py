@@ -78,7 +78,7 @@ def _import_light(_: str) -> None:
 def _import_torch(model: str) -> None:
     """All that roles with a model import, its own classes too: it is loaded once, and refused if its parts misfit."""
     import torch
-    import transformers  # noqa: F401 - for the children, as all that follows
+    import transformers.utils.logging
 
     import farflung.trainer
     import farflung.validator
@@ -88,6 +88,7 @@ def _import_torch(model: str) -> None:
 
     torch.set_num_threads(1)
     keep_freed_memory()
+    transformers.utils.logging.disable_progress_bar()  # its thread would be there at the fork
     check_pretrained(model)
 
 

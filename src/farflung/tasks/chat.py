@@ -18,9 +18,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from farflung.numerics.model_files import find, read, read_json
 from farflung.protocol.errors import ConfigError
 
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-FLAGS = ("add_bos_token", "add_eos_token")
-"""Settings of a tokenizer that end like the name of a token and hold none."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which people put a message's thoughts; templates read the first, some the second."""
 NAMED = "additional_chat_templates"
@@ -88,7 +85,7 @@ def special_tokens(source: str, settings: Mapping[str, Any]) -> dict[str, str]:
         fields |= read_json(source, "special_tokens_map.json") or {}
     if isinstance(extra := fields.get("extra_special_tokens"), dict):
         fields |= extra
-    texts = {name: _text(value) for name, value in fields.items() if name.endswith("_token") and name not in FLAGS}
+    texts = {name: _text(value) for name, value in fields.items() if name.endswith("_token")}
     return {name: text for name, text in texts.items() if text is not None}
 
 

@@ -153,9 +153,7 @@ async def _tasks(config: Config, model: Model) -> list[dict[str, Any]]:
     if env.keep:
         train = [(task, prompt) for task, prompt in train if kept.identity(task) in only]
     rows = [*_rows(config, "train", train, model, only), *_rows(config, "eval", held_out, model, {})]
-    refuse_long(
-        model, max((len(wire.unpack_ids(row["prompt_ids"])) for row in rows), default=0), config.generate.budget
-    )
+    refuse_long(model, (len(wire.unpack_ids(row["prompt_ids"])) for row in rows), config.generate.budget)
     count = sum(row["split"] == "train" for row in rows)
     need = int(config.learn.groups * config.learn.oversample)
     if count < need:

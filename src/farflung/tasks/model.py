@@ -5,11 +5,11 @@ import json
 from functools import cached_property
 from typing import Any
 
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 
 from farflung.numerics.model_files import parse, read, read_json
 from farflung.protocol.errors import ConfigError
-from farflung.tasks.chat import FLAGS, Chat, special_tokens
+from farflung.tasks.chat import Chat
 
 SAVERS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Fields of config.json that tell how it was saved."""
@@ -46,15 +46,20 @@ class Model:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
-    def eos_ids(self) -> frozenset[int]:
-        """Tokens that end a rollout; whatever stands there, `refuse_unfit` looks at it."""
+    def ends(self) -> list[Any]:
+        """What stands in the place of the end tokens; `refuse_unfit` looks whether they are some."""
         for source in (self.generation, self.config, self.text_config):
             if (eos := source.get("eos_token_id")) is not None:
-                return frozenset(eos if isinstance(eos, list) else [eos])
+                return eos if isinstance(eos, list) else [eos]
         raise ConfigError(
             f"model {self.path} names no eos_token_id in config.json or generation_config.json; write there which "
             "token ends a text"
         )
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a rollout."""
+        return frozenset(self.ends)
 
     def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """A prompt as token ids; chat messages go through the model's own template, in a sandbox."""
@@ -95,20 +100,7 @@ class Model:
             ) from error
         tokenizer.no_truncation()  # left there by whoever saved it in the middle of a training
         tokenizer.no_padding()
-        self._mark_ends(tokenizer)
         return tokenizer
-
-    def _mark_ends(self, tokenizer: Tokenizer) -> None:
-        """What tokenizer_config.json says of marks at both ends of a text counts more than tokenizer.json."""
-        if not any(name in self._settings for name in FLAGS):
-            return
-        tokens = special_tokens(self.path, self._settings)
-        wanted = [tokens.get(flag.removeprefix("add_"), "") if self._settings.get(flag) else "" for flag in FLAGS]
-        ids = {token: number for token in wanted if (number := tokenizer.token_to_id(token)) is not None}
-        first, last = ([token] if token in ids else [] for token in wanted)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*first, "$A", *last], special_tokens=list(ids.items())
-        )
 
 
 SAVE = (

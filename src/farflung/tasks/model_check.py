@@ -66,7 +66,7 @@ def _ends_there(model: Model, limit: int) -> bool:
 
 
 def _refuse_ends(model: Model) -> None:
-    ends = list(model.eos_ids)
+    ends = model.ends
     if not ends:
         raise ConfigError(
             f"model {model.path!r} names no end token, its eos_token_id is an empty list; write there which token ends "
