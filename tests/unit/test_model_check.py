@@ -2,7 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from farflung.numerics.model_files import find, read
+from farflung.numerics.model_files import find, is_cut_off, read
 from farflung.numerics.weight_files import entries, refuse_infinite
 from farflung.protocol.errors import ConfigError
 from farflung.tasks.model import Model
@@ -262,7 +264,7 @@ def test_texts_beyond_the_last_position(folder: Path, caplog, fields: Any, table
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of a model that was fetched from the hub once, on a machine that is cut off now."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -270,7 +272,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "models--acme--small" / "refs" / "main").write_text("0" * 40)
     snapshot = tmp_path / "models--acme--small" / "snapshots" / ("0" * 40)
     shutil.copytree(BASE, snapshot)
-    return snapshot
+    is_cut_off.cache_clear()
+    yield snapshot
+    is_cut_off.cache_clear()
 
 
 def test_a_model_in_the_cache_needs_no_network(hub: Path) -> None:
@@ -292,6 +296,44 @@ def test_a_model_that_is_nowhere(hub: Path, name: str) -> None:
         Model(name)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "words"), [(404, "no such model"), (401, "no such model"), (403, "gated"), (0, "")])
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path: Path, status: int, words: str) -> None:
+    """A server on this machine in place of the hub; with status 0 none."""
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("X-Error-Code", "GatedRepo" if status == 403 else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        if status:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        else:
+            server.server_close()
+        is_cut_off.cache_clear()
+        try:
+            with pytest.raises(ConfigError, match=words or "cannot be had from the hub now"):
+                Model("acme/small")
+        finally:
+            is_cut_off.cache_clear()
+            if status:
+                server.shutdown()
+    assert len(asked) <= 2
 
 
 def test_an_unreadable_file_is_one_sentence(folder: Path) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from farflung.numerics.model_files import read_json
+from farflung.numerics.model_files import is_cut_off, read_json
 from farflung.numerics.weight_files import NOT_FINITE, entries, refuse_quantised
 from farflung.protocol.errors import ConfigError
 
@@ -92,6 +92,7 @@ def _filled(source: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, di
         dtype=dtype,
         trust_remote_code=False,
         use_safetensors=True,
+        local_files_only=is_cut_off(str(source)),
         key_mapping=PREFIXES,
         output_loading_info=True,
         ignore_mismatched_sizes=True,

@@ -1,12 +1,17 @@
 """The files of a model, in its folder or on the hub. No torch."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from httpx2 import HTTPError
 
 from farflung.protocol.errors import ConfigError
 
 LFS = b"version https://git-lfs"
+PATIENCE_S = 5.0
+"""How long the hub may take to answer."""
 SHOWN = 40
 """Characters of a file that is not what it should be that a message quotes."""
 
@@ -60,6 +65,26 @@ def refuse_pointer(path: Path, data: bytes) -> None:
         )
 
 
+@cache
+def is_cut_off(source: str) -> bool:
+    """Whether a model is on the hub and the hub does not answer; asked once in the life of a process.
+
+    The hub's own client asks six times in half a minute, and again for every file that is not there.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if Path(source).is_dir():
+        return False
+    try:
+        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=PATIENCE_S)
+    except (HfHubHTTPError, HFValidationError):
+        return False  # an answer, or no question
+    except (HTTPError, OSError):
+        return True
+    return False
+
+
 def _begin(data: bytes) -> str:
     return repr(data[:SHOWN].decode("utf-8", "replace"))
 
@@ -81,7 +106,7 @@ def _from_hub(name: str, file: str) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(name, file))
+        return Path(hf_hub_download(name, file, local_files_only=is_cut_off(name)))
     except EntryNotFoundError:
         return None
     except GatedRepoError as error:

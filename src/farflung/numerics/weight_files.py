@@ -94,7 +94,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 _AGAIN = "copy or download it again"
 
 
-def refuse_infinite(found: dict[str, Entry], say: Callable[[str], None]) -> None:
+def refuse_infinite(found: dict[str, Entry], say: Callable[[str], object]) -> None:
     """Raise ConfigError for a tensor with a value that is not a finite number; says so if that takes a while."""
     since, is_told = time.monotonic(), False
     for name, one in found.items():

@@ -57,7 +57,7 @@ def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> Non
     if not config.model.path:
         raise ConfigError("model.path is missing; name a folder of a Hugging Face causal LM or its hub id")
     if not resume:
-        refuse_unfit(Model(config.model.path), lambda text: print(f"farflung: {text}", file=sys.stderr))
+        refuse_unfit(Model(config.model.path), lambda text: sys.stderr.write(f"farflung: {text}\n"))
     if resume and not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
     if folder.exists() and not resume:

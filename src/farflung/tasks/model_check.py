@@ -21,7 +21,7 @@ FIXED = ("gpt2", "openai-gpt", "opt", "gpt_neo", "gpt_bigcode", "biogpt", "gptj"
 """Model types that end at their last position, learned or not, for weights that are not here yet."""
 
 
-def refuse_unfit(model: Model, say: Callable[[str], None] | None = None) -> None:
+def refuse_unfit(model: Model, say: Callable[[str], object] | None = None) -> None:
     """Raise ConfigError for a model that no role could work with.
 
     Every value of its weights is looked at where `say` can be told that it takes a while.
