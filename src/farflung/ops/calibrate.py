@@ -34,6 +34,7 @@ from farflung.ops.older import OlderEngine
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.shown import one_line
 from farflung.tasks.found import Model
+from farflung.tasks.model_check import refuse_long
 from farflung.trust import fingerprint
 from farflung.trust.bounds import calibrate, growth
 from farflung.trust.evidence import ALPHA, Profile, Scope, Seen, flips, to_json
@@ -138,6 +139,7 @@ def profile_of_run(config: Config, name: str, tokens: int) -> Profile:
     model, env = Model(config.model.path), load_env(config.env.name, config.env.args)
     prompts = [env.prompt(task) for task in itertools.islice(env.tasks("train"), PROMPTS)]
     asked = [tuple(model.prompt_ids(prompt)) for prompt in prompts]
+    refuse_long(model, map(len, asked), config.generate.budget)
     under = Conditions(model, asked, config.generate.temperature, config.generate.budget)
     return make_profile(under, name, tokens=tokens, threads=1, kinds=KINDS[:3], cheats=())
 
