@@ -115,6 +115,10 @@ WELL = {
     "no padding": edit("config.json", pad_token_id=None),
     "padding from the end": edit("config.json", pad_token_id=-1),
     "an empty tensor": weights(nothing=np.ones((0, 4), np.float32), flag=np.array([True]), n=np.array(3)),
+    "all layers": weights(**{f"model.layers.{number}.x": np.ones(1, np.float32) for number in range(5)}),
+    "tied twice": weights(
+        **{"embed_tokens.weight": np.ones((32, 3), np.float32), "lm_head.weight": np.ones((32, 3), np.float32)}
+    ),
     "both formats": write("pytorch_model.bin", b"\x80"),
     "byte order mark": lambda folder: write("config.json", b"\xef\xbb\xbf" + (BASE / "config.json").read_bytes())(
         folder
@@ -152,6 +156,24 @@ UNFIT = {
     "shard elsewhere": (shards(weight_map={"x": "../model.safetensors"}), "shard ../model.safetensors"),
     "index without map": (shards(weight_map=[1]), "no weight_map"),
     "index no JSON": (instead("model.safetensors.index.json", weight_map={}), "no weight_map"),
+    "layer missing": (
+        weights(**{f"model.layers.{number}.x": np.ones(1, np.float32) for number in (0, 1, 3)}),
+        "lack layer 2 of the 4",
+    ),
+    "rows": (weights(**{"wte.weight": np.ones((40, 4), np.float32)}), "wte.weight of .* shape .40, 4., .* is 32"),
+    "head missing": (
+        lambda folder: (
+            edit("config.json", tie_word_embeddings=False)(folder),
+            weights(**{"wte.weight": np.ones((32, 3), np.float32)})(folder),
+        ),
+        "lack an output head",
+    ),
+    "head of its own": (
+        weights(
+            **{"embed_tokens.weight": np.ones((32, 3), np.float32), "lm_head.weight": np.zeros((32, 3), np.float32)}
+        ),
+        "lm_head.weight and embed_tokens.weight .* differ",
+    ),
     "NaN": (weights(bad=np.array([1, np.nan], np.float32)), "tensor bad of .*infinite or no numbers"),
     "half infinite": (weights(bad=np.array([[np.inf]], np.float16)), "tensor bad of .*infinite or no numbers"),
     "bitsandbytes": (

@@ -2,10 +2,10 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from farflung.numerics.weight_files import entries, refuse_infinite, refuse_quantised
+from farflung.numerics.weight_files import Entry, entries, is_same, refuse_infinite, refuse_quantised
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.messages import MOST_END_TOKENS
 from farflung.tasks.model import Model
@@ -19,6 +19,12 @@ SPARE_ROWS = 2
 """By how many rows such a table is longer than its config.json says (OPT's)."""
 FIXED = ("gpt2", "openai-gpt", "opt", "gpt_neo", "gpt_bigcode", "biogpt", "gptj", "codegen", "ctrl", "mpt")
 """Model types that end at their last position, learned or not, for weights that are not here yet."""
+
+
+LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+"""The number of a layer in the names of its tensors."""
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
 
 def refuse_unfit(model: Model, say: Callable[[str], object] | None = None) -> None:
@@ -35,6 +41,7 @@ def refuse_unfit(model: Model, say: Callable[[str], object] | None = None) -> No
     _refuse_padding(model)
     _refuse_large_tokenizer(model)
     stored = entries(model.path)
+    _refuse_gaps(model, stored)
     if say is not None:
         refuse_infinite(stored, say)
 
@@ -104,4 +111,38 @@ def _refuse_large_tokenizer(model: Model) -> None:
             f"the tokenizer of model {model.path!r} has token {text!r} with id {token}, but the embedding ends at "
             f"{model.vocab - 1}; resize the embedding (model.resize_token_embeddings), or take the tokenizer that "
             "belongs to the model"
+        )
+
+
+def _refuse_gaps(model: Model, stored: Mapping[str, Entry]) -> None:
+    """Raise ConfigError for what names and shapes show at once; whoever has torch finds the rest, a while later."""
+    layers = model.text_config.get("num_hidden_layers") or model.text_config.get("n_layer")
+    found = {int(match[1]) for name in stored if (match := LAYER.search(name))}
+    if found and isinstance(layers, int) and (absent := sorted(set(range(layers)) - found)):
+        raise ConfigError(
+            f"the weights of model {model.path!r} lack layer {absent[0]} of the {layers} of its config.json; take the "
+            "whole checkpoint and the config.json that belongs to it"
+        )
+    embeddings = [name for name in stored if EMBEDDING.search(name)]
+    if len(embeddings) == 1:
+        _refuse_misfit_ends(model, stored, embeddings[0])
+
+
+def _refuse_misfit_ends(model: Model, stored: Mapping[str, Entry], name: str) -> None:
+    embedding, is_tied = stored[name], model.config.get("tie_word_embeddings")
+    if embedding.shape[:1] != (model.vocab,):
+        raise ConfigError(
+            f"tensor {name} of model {model.path!r} has the shape {list(embedding.shape)}, by config.json vocab_size is "
+            f"{model.vocab}; weights and config.json belong to different models, take both from the same"
+        )
+    heads = [other for other in stored if HEAD.search(other)]
+    if is_tied is False and not any(one.shape == embedding.shape for other, one in stored.items() if other != name):
+        raise ConfigError(
+            f"the weights of model {model.path!r} lack an output head (lm_head.weight); take the whole checkpoint, or "
+            "write tie_word_embeddings: true into its config.json where the head is the embedding"
+        )
+    if is_tied is True and heads and not is_same(embedding, stored[heads[0]]):
+        raise ConfigError(
+            f"tensors {heads[0]} and {name} of model {model.path!r} differ, though config.json ties them; set "
+            "tie_word_embeddings to false there, or take the model's own files"
         )
