@@ -260,8 +260,8 @@ def test_what_takes_long_is_said_once(folder: Path, monkeypatch: pytest.MonkeyPa
     [
         ({"max_position_embeddings": 24}, {}, ""),
         ({"max_position_embeddings": 24}, {"visual.pos.position_embedding.weight": 16}, ""),
-        ({"model_type": "gpt2", "n_positions": 24}, {}, "has 9 tokens and .* is 16, 25 in all, .* 24 positions"),
-        ({"model_type": "odd", "n_positions": 24}, {"h.wpe.weight": 24}, "has 9 tokens and .* is 16, 25 in all"),
+        ({"model_type": "gpt2", "n_positions": 24}, {}, "of 9 tokens and .* = 16 come to 25 .* 24 positions"),
+        ({"model_type": "odd", "n_positions": 24}, {"h.wpe.weight": 24}, "of 9 tokens and .* = 16 come to 25 tokens"),
         ({"max_position_embeddings": 24}, {"m.embed_positions.weight": 26}, "24 positions .max_position_embeddings"),
         ({"model_type": "opt", "text_config": {"max_position_embeddings": 24}}, {}, "24 positions"),
     ],
@@ -279,7 +279,7 @@ def test_texts_beyond_the_last_position(folder: Path, caplog, fields: Any, table
             refuse_long(model, [3, 9], 16)
     else:
         refuse_long(model, [3, 9], 16)
-        assert "25 in all" in caplog.text
+        assert "come to 25 tokens" in caplog.text
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------

@@ -57,8 +57,8 @@ def refuse_long(model: Model, prompts: Iterable[int], budget: int) -> None:
     if not limit or longest + budget <= limit:
         return
     told = (
-        f"the longest prompt has {longest} tokens and generate.budget is {budget}, {longest + budget} in all, but "
-        f"model {model.path!r} has {limit} positions ({name} in config.json)"
+        f"a prompt of {longest} tokens and generate.budget = {budget} come to {longest + budget} tokens, but model "
+        f"{model.path!r} has {limit} positions ({name} in config.json)"
     )
     if _ends_there(model, limit):
         raise ConfigError(f"{told}; lower generate.budget, leave out long tasks, or take a model with more positions")
@@ -132,8 +132,8 @@ def _refuse_misfit_ends(model: Model, stored: Mapping[str, Entry], name: str) ->
     embedding, is_tied = stored[name], model.config.get("tie_word_embeddings")
     if embedding.shape[:1] != (model.vocab,):
         raise ConfigError(
-            f"tensor {name} of model {model.path!r} has the shape {list(embedding.shape)}, by config.json vocab_size is "
-            f"{model.vocab}; weights and config.json belong to different models, take both from the same"
+            f"tensor {name} of model {model.path!r} has the shape {list(embedding.shape)}, by config.json vocab_size "
+            f"is {model.vocab}; weights and config.json belong to different models, take both from the same"
         )
     heads = [other for other in stored if HEAD.search(other)]
     if is_tied is False and not any(one.shape == embedding.shape for other, one in stored.items() if other != name):
