@@ -213,7 +213,7 @@ ALIASES = {
 """Names that the messages give to types, with what they stand for."""
 NO_LINE_FEED = r"(?!\n)$"
 """How Python says that nothing follows; elsewhere `$` says it."""
-LIMITS = {"MAX_TOKENS": messages.MAX_TOKENS, "MAX_SAMPLES": messages.MAX_SAMPLES}
+LIMITS = {name: getattr(messages, name) for name in ("MAX_TOKENS", "MAX_SAMPLES", "MOST_END_TOKENS")}
 
 
 def message_types() -> dict[str, ast.ClassDef]:

@@ -1,5 +1,6 @@
 """What a user can get wrong ends in one clear sentence and exit code 2."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -41,6 +42,15 @@ def test_a_value_out_of_bounds_says_which(tmp_path):
 def test_missing_model_path(tmp_path):
     done = farflung("run", DEMO, "--run.dir", str(tmp_path), "--model.path", str(tmp_path / "nowhere"))
     assert_one_sentence(done, "nowhere", "model")
+
+
+def test_a_model_that_cannot_work_leaves_no_run_behind(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "examples" / "base", model)
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    done = farflung("run", DEMO, "--run.dir", str(tmp_path / "runs"), "--model.path", str(model))
+    assert_one_sentence(done, "git-lfs pointer", "git lfs pull", str(model))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_busy_port(tmp_path):

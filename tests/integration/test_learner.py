@@ -329,6 +329,6 @@ def test_attention_by_plain_products_is_as_exact_as_the_kernel(tiny_qwen, monkey
 
 
 def test_a_missing_model_is_one_clear_sentence(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="no model at") as caught:
+    with pytest.raises(ConfigError, match="no such model can be had") as caught:
         Policy.from_pretrained(tmp_path / "absent")
     assert "\n" not in str(caught.value)

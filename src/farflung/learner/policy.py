@@ -6,11 +6,10 @@ Legend: B rollouts, T positions of their completions.
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from farflung.learner.calm import checkpoint_calmly
 from farflung.learner.dither import publishable
@@ -19,6 +18,7 @@ from farflung.learner.lora import adapt, base, factors_of, merged, published
 from farflung.learner.merge import Factors
 from farflung.learner.mixed import compute_as_published
 from farflung.learner.pack import MicroBatch
+from farflung.learner.pretrained import load_pretrained
 from farflung.learner.ranks import Ranks, shard, whole
 from farflung.protocol.errors import ConfigError
 
@@ -80,14 +80,9 @@ class Policy:
         lora_scale: float = 2.0,
         is_lora_alone: bool = False,
     ) -> "Policy":
-        """Load a folder or a hub id; safetensors only, no remote code. Raises ConfigError if there is no such model."""
-        try:
-            model = _pretrained(source)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"no model at {str(source)!r}; give a folder or a model hub id ({reason})") from error
+        """Load a folder or a hub id, strictly, as `learner/pretrained.py` says. Raises ConfigError."""
         return cls(
-            model.to(device),
+            load_pretrained(source, torch.float32).to(device),
             compute_dtype=compute_dtype,
             is_checkpointed=is_checkpointed,
             is_dithered=is_dithered,
@@ -167,12 +162,3 @@ class Policy:
     def _autocast(self) -> AbstractContextManager[None]:
         is_mixed = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, self.compute_dtype if is_mixed else torch.bfloat16, enabled=is_mixed)
-
-
-def _pretrained(source: str | Path) -> PreTrainedModel:
-    """With torch's own attention, or for models that do not know it with theirs. Raises OSError or ValueError."""
-    make = partial(AutoModelForCausalLM.from_pretrained, source, dtype=torch.float32, trust_remote_code=False)
-    try:
-        return make(attn_implementation="sdpa", use_safetensors=True)
-    except ValueError:
-        return make(attn_implementation="eager", use_safetensors=True)

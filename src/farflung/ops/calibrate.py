@@ -32,7 +32,9 @@ from farflung.envs.sums import Sums
 from farflung.ops.logs import start_logging
 from farflung.ops.older import OlderEngine
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.shown import one_line
 from farflung.tasks.found import Model
+from farflung.tasks.model_check import refuse_long
 from farflung.trust import fingerprint
 from farflung.trust.bounds import calibrate, growth
 from farflung.trust.evidence import ALPHA, Profile, Scope, Seen, flips, to_json
@@ -137,6 +139,7 @@ def profile_of_run(config: Config, name: str, tokens: int) -> Profile:
     model, env = Model(config.model.path), load_env(config.env.name, config.env.args)
     prompts = [env.prompt(task) for task in itertools.islice(env.tasks("train"), PROMPTS)]
     asked = [tuple(model.prompt_ids(prompt)) for prompt in prompts]
+    refuse_long(model, map(len, asked), config.generate.budget)
     under = Conditions(model, asked, config.generate.temperature, config.generate.budget)
     return make_profile(under, name, tokens=tokens, threads=1, kinds=KINDS[:3], cheats=())
 
@@ -278,7 +281,11 @@ def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:
 def _main(config: str, name: str, out: str, tokens: str) -> None:
     """Make the profile of a run before it starts, in a process of its own."""
     start_logging()
-    Path(out).write_bytes(to_json(profile_of_run(load(Path(config)), name, int(tokens))) + b"\n")
+    try:
+        Path(out).write_bytes(to_json(profile_of_run(load(Path(config)), name, int(tokens))) + b"\n")
+    except ConfigError as error:
+        sys.stderr.write(f"{one_line(str(error))}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,13 @@ from farflung.learner.estimate import interval
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.tasks.found import Model
 
-FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 """What goes along from the base model, where it has it."""
 
 

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from farflung.config import Config, save
+from farflung.ops.nursery import die_with_parent
 from farflung.protocol.errors import ConfigError
 from farflung.tasks.found import misfit
 from farflung.trust.profiles import load_profile, names
 
+REFUSED = 2
+"""Exit code of a calibration that a ConfigError ended; the last line of its log is the sentence."""
 TOKENS = 8000
 """Tokens that are generated for a profile, in large batches."""
 
@@ -43,12 +46,16 @@ async def _calibrate(config: Config, name: str, out: Path) -> None:
     command = (sys.executable, "-m", "farflung.ops.calibrate", str(settings), name, str(out), str(TOKENS))
     log = out.with_suffix(".log")
     with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=output, stderr=output, preexec_fn=die_with_parent
+        )
         try:
             code = await process.wait()
         finally:
             if process.returncode is None:
                 process.kill()
+    if code == REFUSED:
+        raise ConfigError(log.read_text(errors="replace").strip().splitlines()[-1])
     if code:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no word"])[-1]
         raise ConfigError(f"numerics profile {name} cannot be calibrated on this machine: {last}; its log is {log}")

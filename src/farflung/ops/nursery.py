@@ -42,8 +42,11 @@ LIGHT = ("coordinator", "scorer", "relay")
 
 
 def main() -> None:
-    """Serve until stdin closes; the argument says which roles."""
-    {"light": _import_light, "torch": _import_torch}[sys.argv[1]]()
+    """Serve until stdin closes; the arguments say which roles, and of what base model."""
+    try:
+        {"light": _import_light, "torch": _import_torch}[sys.argv[1]](sys.argv[2])
+    except ConfigError as error:
+        sys.exit(f"farflung: {one_line(str(error))}")
     gc.freeze()  # or the first collection in a child would touch, and so copy, every page
     children: dict[int, str] = {}
     _say(event="ready")
@@ -63,7 +66,7 @@ def main() -> None:
     _end(children)
 
 
-def _import_light() -> None:
+def _import_light(_: str) -> None:
     """What no child has to import: a coordinator takes 1.5 CPU-seconds to import, and a tenth to open its run."""
     import alembic.command  # noqa: F401 - for the children, as all that follows
 
@@ -72,17 +75,21 @@ def _import_light() -> None:
     import farflung.scorer  # noqa: F401
 
 
-def _import_torch() -> None:
+def _import_torch(model: str) -> None:
+    """All that roles with a model import, its own classes too: it is loaded once, and refused if its parts misfit."""
     import torch
-    import transformers  # noqa: F401 - for the children, as all that follows
+    import transformers.utils.logging
 
     import farflung.trainer
     import farflung.validator
     import farflung.worker  # noqa: F401
     from farflung.engine.heap import keep_freed_memory
+    from farflung.learner.pretrained import check_pretrained
 
     torch.set_num_threads(1)
     keep_freed_memory()
+    transformers.utils.logging.disable_progress_bar()  # its thread would be there at the fork
+    check_pretrained(model)
 
 
 def _fork(order: dict[str, Any]) -> int:

@@ -35,6 +35,8 @@ from farflung.store.book import holds_run
 from farflung.store.db import shown
 from farflung.store.metrics import Metrics
 from farflung.tasks.found import local_grants
+from farflung.tasks.model import Model
+from farflung.tasks.model_check import refuse_long, refuse_unfit
 
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
@@ -55,6 +57,10 @@ def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> Non
     refuse_guessable(config)
     if not config.model.path:
         raise ConfigError("model.path is missing; name a folder of a Hugging Face causal LM or its hub id")
+    if not resume:
+        model = Model(config.model.path)
+        refuse_unfit(model, lambda text: sys.stderr.write(f"farflung: {text}\n"))
+        refuse_long(model, [1], config.generate.budget)  # no prompt is shorter
     if resume and not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
     if folder.exists() and not resume:
@@ -167,7 +173,7 @@ class Swarm:
         with log_path.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "farflung.ops.nursery", kind),
+                *("-m", "farflung.ops.nursery", kind, self.config.model.path),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,

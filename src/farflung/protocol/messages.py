@@ -17,6 +17,7 @@ VERSION = 3
 
 MAX_TOKENS = 131_072
 MAX_SAMPLES = 4_096
+MOST_END_TOKENS = 64
 TRANSCRIPT_CHARS = 8 * MAX_TOKENS
 
 Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}(?!\n)$")]
@@ -117,7 +118,7 @@ class RunInfo(Message, frozen=True):
     the operator cannot judge by other numbers than it signed."""
     dtype: Literal["float32", "bfloat16"]
     vocab: Count
-    eos_ids: Annotated[list[int], Meta(max_length=64)]
+    eos_ids: Annotated[list[int], Meta(max_length=MOST_END_TOKENS)]
     model_files: Annotated[list[File], Meta(max_length=64)]
     max_staleness: Count
     heartbeat_s: Seconds

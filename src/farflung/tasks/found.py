@@ -4,18 +4,14 @@ Done once; started again, the coordinator finds the run in its database and goes
 """
 
 import hashlib
-import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sqlalchemy import Connection
-from tokenizers import Tokenizer
 
 from farflung.config import Config, Role
 from farflung.envs import length
@@ -33,91 +29,12 @@ from farflung.store.stories import move, record
 from farflung.store.tables import RUNS, STEPS, TASKS
 from farflung.tasks import kept
 from farflung.tasks.keyring import Keyring
+from farflung.tasks.model import Model
+from farflung.tasks.model_check import refuse_long, refuse_unfit
 from farflung.trust.evidence import Profile
 
 MODEL_FILES = ("config.json", "generation_config.json")
-SAVERS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-"""Fields of config.json that tell how it was saved."""
 MOST_PROMPT_TOKENS = 131_072
-
-
-class Model:
-    """What the coordinator knows of the base model: its small files, tokenizer and chat template. No torch."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.config = self._json("config.json")
-        self.generation = self._json("generation_config.json", required=False)
-        self.tokenizer = self._tokenizer()
-        self._settings = self._json("tokenizer_config.json", required=False)
-
-    @property
-    def vocab(self) -> int:
-        """Size of the model's vocabulary, the largest id any token may have plus one."""
-        return int(self.config.get("vocab_size") or self.config["text_config"]["vocab_size"])
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what config.json says of the architecture, whoever saved it."""
-        fields = {name: value for name, value in self.config.items() if name not in SAVERS}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """Tokens that end a rollout."""
-        for source in (self.generation, self.config):
-            if (eos := source.get("eos_token_id")) is not None:
-                return frozenset(eos if isinstance(eos, list) else [eos])
-        raise ConfigError(f"model {self.path} names no eos_token_id in config.json or generation_config.json")
-
-    def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """A prompt as token ids; chat messages go through the model's own template, in a sandbox."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt).ids
-        return self.tokenizer.encode(self._chat(prompt), add_special_tokens=False).ids
-
-    def file(self, name: str) -> bytes | None:
-        """A small file of the model, from its folder or the hub."""
-        path = Path(self.path) / name
-        if not Path(self.path).is_dir():
-            path = _from_hub(self.path, name)
-        return path.read_bytes() if path.is_file() else None
-
-    def _chat(self, messages: list[dict[str, str]]) -> str:
-        template = self._settings.get("chat_template") or (self.file("chat_template.jinja") or b"").decode()
-        if not template:
-            raise ConfigError(f"the environment gives chat messages, but model {self.path} has no chat template")
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        special = {name: _text(self._settings.get(name)) for name in ("bos_token", "eos_token")}
-        return sandbox.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
-
-    def _json(self, name: str, *, required: bool = True) -> dict[str, Any]:
-        data = self.file(name)
-        if data is None and required:
-            raise ConfigError(f"model path {self.path!r} has no {name}; name a folder of a Hugging Face causal LM")
-        return json.loads(data or b"{}")
-
-    def _tokenizer(self) -> Tokenizer:
-        data = self.file("tokenizer.json")
-        if data is None:
-            raise ConfigError(f"model path {self.path!r} has no tokenizer.json; save it with a fast tokenizer")
-        return Tokenizer.from_buffer(data)
-
-
-def _text(token: Any) -> str:
-    return token.get("content", "") if isinstance(token, dict) else token or ""
-
-
-def _from_hub(name: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(name, file))
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ConfigError(
-            f"model path {name!r} is no folder, and no such model can be had from the hub ({type(error).__name__})"
-        ) from error
 
 
 def refuse_misfit(config: Config, profile: Profile) -> None:
@@ -167,6 +84,7 @@ async def found(
     """The run of this configuration, made if it is not in the database yet. `key` signs what no other key is for."""
     row = await database.read(lambda c: c.execute(sa.select(RUNS).where(RUNS.c.run == config.run.name)).first())
     if row is None:
+        refuse_unfit(model)
         rows = await _tasks(config, model)
         secret = await database.write(lambda c: _write(c, config, rows, now))
     else:
@@ -235,6 +153,7 @@ async def _tasks(config: Config, model: Model) -> list[dict[str, Any]]:
     if env.keep:
         train = [(task, prompt) for task, prompt in train if kept.identity(task) in only]
     rows = [*_rows(config, "train", train, model, only), *_rows(config, "eval", held_out, model, {})]
+    refuse_long(model, (len(wire.unpack_ids(row["prompt_ids"])) for row in rows), config.generate.budget)
     count = sum(row["split"] == "train" for row in rows)
     need = int(config.learn.groups * config.learn.oversample)
     if count < need:

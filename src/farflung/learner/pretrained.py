@@ -1,0 +1,130 @@
+"""The base model with its own weights, loaded as strictly as strangers' are: nothing of it is drawn at random."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from farflung.numerics.model_files import is_cut_off, read_json
+from farflung.numerics.weight_files import NOT_FINITE, entries, refuse_quantised
+from farflung.protocol.errors import ConfigError
+
+log = logging.getLogger(__name__)
+TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+PREFIXES = {
+    r"^(?:(?:_orig_mod|_fsdp_wrapped_module|module|base_model\.model|base_model)\.)+": "",
+    r"\._orig_mod\.": ".",
+    r"\._fsdp_wrapped_module\.": ".",
+    r"\._checkpoint_wrapped_module\.": ".",
+}
+"""What torch.compile, FSDP, DDP and PEFT put into the names of tensors: pattern → what stands there without them."""
+ODD = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+    SafetensorError,
+)
+"""What transformers raises for a model that it cannot load."""
+
+
+def load_pretrained(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
+    """A base model with its own weights, of a folder or a hub id.
+
+    As strict as `load_strictly` of `engine/loading.py`: every tensor of the model comes from the files, in its shape
+    and finite. Names may have what wrappers put before them; tensors that the model has no place for are left, with a
+    warning. safetensors alone, no remote code. Raises ConfigError.
+    """
+    entries(source)
+    model = _loaded(source, dtype)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ConfigError(NOT_FINITE.format(name=name, place=f"model {str(source)!r}"))
+    return model.eval()
+
+
+def check_pretrained(source: Path | str) -> None:
+    """Raise ConfigError for weights and a config.json that do not belong together; nothing is said of the hub's.
+
+    In the type of its files a model is mapped into memory and not copied, so this takes a moment.
+    """
+    if stored := entries(source):
+        kinds = Counter(one.dtype for one in stored.values() if one.dtype in TYPES)
+        _loaded(source, TYPES[kinds.most_common(1)[0][0]] if kinds else torch.float32)
+
+
+def _loaded(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
+    fields = read_json(source, "config.json") or {}
+    refuse_quantised(fields, source)
+    try:
+        model, told = _filled(source, dtype)
+    except ODD as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        if "auto_map" in fields:
+            reason = [f"a {fields.get('model_type')} wants code of its own, auto_map in config.json, that is never run"]
+        raise ConfigError(
+            f"model {str(source)!r} cannot be loaded ({reason[0]}); name a folder of a Hugging Face causal LM that "
+            "transformers knows without code of its own, or its hub id"
+        ) from error
+    _refuse_gaps(source, told)
+    _refuse_torn(source, model)
+    return model
+
+
+def _filled(source: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, with torch's own attention or else its own, and what transformers tells of names and shapes."""
+    make = partial(
+        AutoModelForCausalLM.from_pretrained,
+        source,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=is_cut_off(str(source)),
+        key_mapping=PREFIXES,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    try:
+        return make(attn_implementation="sdpa")
+    except ValueError:
+        return make(attn_implementation="eager")
+
+
+def _refuse_gaps(source: Path | str, told: Mapping[str, Any]) -> None:
+    """Raise ConfigError for tensors that transformers drew at random: those that are absent, or of another shape."""
+    for name, theirs, ours in sorted(told["mismatched_keys"]):
+        raise ConfigError(
+            f"tensor {name} of model {str(source)!r} has shape {list(theirs)}, by config.json {list(ours)}; weights "
+            "and config.json belong to different models, take both from the same"
+        )
+    if missing := sorted(told["missing_keys"]):
+        raise ConfigError(
+            f"the weights of model {str(source)!r} lack {len(missing)} of its tensors, the first is {missing[0]}; take "
+            "the whole checkpoint and the config.json that belongs to it (tie_word_embeddings: true where the head is "
+            "the embedding)"
+        )
+    if unused := sorted(told["unexpected_keys"]):
+        log.warning("unused tensors=%d first=%s model=%s", len(unused), unused[0], source)
+
+
+def _refuse_torn(source: Path | str, model: PreTrainedModel) -> None:
+    """Raise ConfigError for tied tensors that came with different values: transformers unties them."""
+    for one, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter_or_buffer(one) is not model.get_parameter_or_buffer(other):
+            raise ConfigError(
+                f"tensors {one} and {other} of model {str(source)!r} differ, though config.json ties them; set "
+                "tie_word_embeddings to false there, or take the model's own files"
+            )
