@@ -277,7 +277,7 @@ def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:
 def _main(config: str, name: str, out: str, tokens: str) -> None:
     """Make the profile of a run before it starts, in a process of its own."""
     start_logging()
-    Path(out).write_bytes(to_json(profile_of_run(load(Path(config)), name, int(tokens))) + b"\n")
+    Path(out).write_bytes(to_json(profile_of_run(load(Path(config), environ={}), name, int(tokens))) + b"\n")
 
 
 if __name__ == "__main__":
