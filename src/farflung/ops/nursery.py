@@ -97,7 +97,7 @@ def _live(order: dict[str, Any]) -> NoReturn:
     code = 1
     try:
         die_with_parent()
-        config = load(Path(order["config"]), environ={})  # what the environment says is in there, but for flags
+        config = config_of(order)
         set_skew(order.get("skew_s", 0.0))
         _log_to(config.folder / "logs" / f"{order['name']}.log")
         start_logging()
@@ -115,6 +115,11 @@ def _live(order: dict[str, Any]) -> NoReturn:
             traceback.print_exc()
         sys.stderr.flush()
         os._exit(code)
+
+
+def config_of(order: dict[str, Any]) -> Config:
+    """The settings of an order: what the environment says is in them already, where no flag goes before it."""
+    return load(Path(order["config"]), environ={})
 
 
 def _be(order: dict[str, Any], config: Config) -> None:

@@ -16,7 +16,7 @@ from farflung.protocol.hosts import KnownHosts, url_of
 from farflung.protocol.server import listen
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs
-from farflung.store.db import Database, reading
+from farflung.store.db import Database, readable, reading
 from farflung.store.tables import EVENTS, NODES, RUNS
 from farflung.tasks.found import Model
 
@@ -34,7 +34,7 @@ def desk_of(config: Config) -> pages.Desk:
     """What the pages need, at the moment the run was last heard of."""
     with reading(config.database_url) as connection:
         end = _end(connection, config.run.name)
-    database = Database(config.database_url)
+    database = Database(readable(config.database_url))
     return pages.Desk(config, database, _archive(config), config.folder / "metrics.jsonl", lambda: end, is_live=False)
 
 

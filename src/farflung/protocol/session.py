@@ -266,9 +266,10 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
 
 def ending_signals() -> list[signal.Signals]:
     """SIGTERM, SIGINT, and that the terminal was closed, unless that is ignored, as nohup has it."""
-    hangup = getattr(signal, "SIGHUP", None)
-    is_heard = hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *([hangup] if is_heard else [])]
+    found = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        found.append(signal.SIGHUP)
+    return found
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event, exc
@@ -321,7 +322,7 @@ def open_engine(url: str) -> Engine:
         engine = sa.create_engine(url, **options)
     except (exc.ArgumentError, ModuleNotFoundError) as error:
         raise ConfigError(f"database URL {shown(url)!r} cannot be used: {error}") from error
-    if engine.dialect.name == "sqlite":
+    if engine.dialect.name == "sqlite" and "immutable" not in engine.url.query:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -386,12 +387,33 @@ def reading(url: str) -> Generator[Connection]:
     """A connection to look at a database of a run that may be over. Raises ConfigError if there is none to be read."""
     if (file := file_of(url)) and not file.exists():
         raise ConfigError(f"there is no database {file}; was this run ever started?")
-    engine = open_engine(url)
+    engine = open_engine(readable(url))
     try:
         with named(url), engine.connect() as connection:
             yield connection
     finally:
         engine.dispose()
+
+
+def readable(url: str) -> str:
+    """The URL of a database to look at: of a file beside which nothing can be written, one that needs nothing there.
+
+    SQLite keeps an index of its journal in a file of its own, which a full disk or a read-only folder does not take.
+    """
+    file = file_of(url)
+    if file is None or not file.exists():
+        return url
+    engine = open_engine(url)
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("SELECT count(*) FROM sqlite_master")
+    except exc.DBAPIError as error:
+        journal = file.with_name(f"{file.name}-wal")
+        if is_away(error) and not (journal.exists() and journal.stat().st_size):
+            return f"sqlite:///file:{quote(str(file.resolve()))}?mode=ro&immutable=1&uri=true"
+    finally:
+        engine.dispose()
+    return url
 
 
 def file_of(url: str) -> Path | None:
