@@ -250,6 +250,8 @@ def join(
     json
         Log as JSON.
     """
+    folder = expanded(folder)
+    _key_in(folder)
     from farflung.ops.join import join as join_run
 
     start_computing(json)
@@ -265,8 +267,6 @@ def join(
         ignore_self_test=ignore_self_test,
         metrics_port=metrics_port,
     )
-    folder = expanded(folder)
-    _key_in(folder)
     asyncio.run(join_run(address, folder, settings, name=name, run=run, invite=invite, is_checked=not unchecked))
 
 
