@@ -40,6 +40,8 @@ class Screen:
         self._told: set[str] = set()
         self._trouble, self._like_it = "", Counter[str]()
         """The last warning or error, and how often there was one like it."""
+        self._is_troubled = False
+        """Whether there was one like an earlier one since the last line."""
 
     def __enter__(self) -> "Screen":
         self.console.print(f"farflung · run {self.config.run.name} · starting in {self.config.folder}")
@@ -70,6 +72,7 @@ class Screen:
             self.note(self._trouble)
         else:
             self._trouble += f" (one of {self._like_it[kind]} like it)"
+            self._is_troubled = True
 
     def show(self, status: Status) -> None:
         """The run as it stands."""
@@ -82,7 +85,8 @@ class Screen:
             self._live.update(Group(panel, nodes_table(status, self.console.width), *trouble, notes))
         elif time.monotonic() - self._lined_at >= LINE_EVERY_S:
             self._lined_at = time.monotonic()
-            self.note(one_line(status))
+            self.note(one_line(status) + (f" · {self._trouble}" if self._is_troubled else ""))
+            self._is_troubled = False
 
     def _tell_verdicts(self, status: Status) -> None:
         names = {node.node: node.name for node in status.nodes}
