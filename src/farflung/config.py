@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from farflung.protocol.errors import ConfigError
 
 Role = Literal["trainer", "validator", "scorer"]
 PREFIX = "FARFLUNG_"
+SAVED = "config.json"
+"""The resolved configuration in a run's folder."""
+OF_A_RUN = ("keys", "farflung.db", "checkpoints")
+"""A folder with any of these beside its config.json is the folder of a run."""
 
 
 class Section(BaseModel):
@@ -359,6 +363,8 @@ class Config(Section):
     chaos: ChaosSection = ChaosSection()
     prices: PricesSection = PricesSection()
     sinks: SinksSection = SinksSection()
+    _place: tuple[Path, str, Path] | None = PrivateAttr(default=None)
+    """`run.dir`, `run.name` and the folder where the run with these two is in fact, once it was moved."""
 
     @model_validator(mode="after")
     def _lengths_within_budget(self) -> Self:
@@ -373,7 +379,21 @@ class Config(Section):
     @property
     def folder(self) -> Path:
         """Where the run keeps its files."""
+        if self._place and self._place[:2] == (self.run.dir, self.run.name):
+            return self._place[2]
         return self.run.dir / self.run.name
+
+    def at(self, folder: Path) -> "Config":
+        """The same run in the folder where it is by now, wherever it was founded and whatever it was called."""
+        model = self.model.model_copy(
+            update={
+                "profile": _moved(self.model.profile, folder),
+                "profiles": tuple(_moved(name, folder) for name in self.model.profiles),
+            }
+        )
+        config = self.model_copy(update={"model": model})
+        config._place = (self.run.dir, self.run.name, folder)
+        return config
 
     @property
     def scheme(self) -> Literal["http", "https"]:
@@ -404,26 +424,52 @@ class Config(Section):
 
 
 def load(path: Path | None, flags: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
-    """Read a configuration. Raises ConfigError with one sentence for whatever is wrong."""
+    """Read a configuration. Raises ConfigError with one sentence for whatever is wrong.
+
+    The config.json in a run's folder means the run in that folder, unless a flag or variable names another.
+    """
     tree = _read(path) if path else {}
+    own = _run_of(tree)
     for key, value in environ.items():
         if key.startswith(PREFIX) and "__" in key:
             _set(tree, key.removeprefix(PREFIX).lower().split("__"), value)
     for dotted, value in _flags(flags):
         _set(tree, dotted.split("."), value)
-    config = _parse(tree, path)
-    return _anchor(config, path.parent if path else Path())
+    config = _anchor(_parse(tree, path), path.parent if path else Path())
+    if path and path.name == SAVED and own == _run_of(tree) and any((path.parent / name).exists() for name in OF_A_RUN):
+        return config.at(path.parent)
+    return config
+
+
+def load_run(folder: Path) -> Config:
+    """The configuration of the run in a folder, as it was saved there. Raises ConfigError."""
+    if not (folder / SAVED).exists():
+        raise ConfigError(f"{folder} holds no run: {SAVED} is missing")
+    return load(folder / SAVED, environ={}).at(folder)
+
+
+def _run_of(tree: dict[str, Any]) -> tuple[Any, Any]:
+    run = tree.get("run")
+    return (run.get("dir"), run.get("name")) if isinstance(run, dict) else (None, None)
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """A file as a tree, whatever the locale; the mark that some editors put first is passed over."""
+    kind = path.suffix[1:].upper() or "TOML"
     try:
-        text = path.read_text()
+        text = path.read_bytes().decode("utf-8-sig")
+        tree = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
-    try:
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper() or 'TOML'}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not text in UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}); save it as UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid {kind}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}; write one object with a section per role")
+    return tree
 
 
 def _flags(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -446,7 +492,7 @@ def _set(tree: dict[str, Any], keys: Sequence[str], text: str) -> None:
             raise ConfigError(f"{'.'.join(keys)}: {key} is a value, not a section")
     try:
         tree[keys[-1]] = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         tree[keys[-1]] = text
 
 
@@ -490,6 +536,14 @@ def _anchor(config: Config, base: Path) -> Config:
     return config.model_copy(update={"model": model, "env": env})
 
 
+def _moved(name: str, folder: Path) -> str:
+    """A profile that was made for the run whose folder was elsewhere then; any other stays as it is."""
+    here = folder / "profiles" / Path(name).name
+    return str(here.resolve()) if name.endswith(".json") and not Path(name).exists() and here.exists() else name
+
+
 def save(config: Config, path: Path) -> None:
-    """Write the resolved configuration beside the run."""
-    path.write_text(config.model_dump_json(indent=2) + "\n")
+    """Write the resolved configuration beside the run, whole or not at all."""
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)

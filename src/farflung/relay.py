@@ -15,6 +15,7 @@ from starlette.routing import Route
 from farflung.config import RelaySection
 from farflung.protocol.client import Client
 from farflung.protocol.exposition import exposition
+from farflung.protocol.hosts import url_of
 from farflung.protocol.identity import Key
 from farflung.protocol.server import listen
 from farflung.protocol.session import Session, stop_on_signals
@@ -50,7 +51,7 @@ class Relay:
         """Mirror and serve until the run ends or somebody says stop."""
         with listen(self.settings.host, self.settings.port) as listener:
             port = listener.getsockname()[1]
-            url = self.settings.public_url or f"http://{self.settings.host}:{port}"
+            url = self.settings.public_url or url_of("http", self.settings.host, port)
             self.session = await Session.open(
                 self.client, "relay", run=self._run, root=self._root, name=self.name, url=url
             )

@@ -133,11 +133,11 @@ class Trainer:
 
     def _resume(self, most: int) -> int:
         """Load the latest checkpoint up to a step; gives its own, -1 if there is none and nothing was loaded."""
-        fitting = [found for found in checkpoint.complete(self.checkpoints) if found.step <= most]
-        if not fitting:
+        found = checkpoint.newest(self.checkpoints, most)
+        if found is None:
             return -1
-        log.info("resumed step=%d from=%s", fitting[-1].step, fitting[-1].path)
-        return self.crew.resume(fitting[-1].path)
+        log.info("resumed step=%d from=%s", found.step, found.path)
+        return self.crew.resume(found.path)
 
     async def _restore(self, step: int) -> None:
         """Bring weights and optimizer back to where they were after an earlier step, by its checkpoint or by replay."""

@@ -76,3 +76,17 @@ def test_a_url_that_names_no_store_says_what_is_wrong() -> None:
         Blobs("ftp://somewhere")
     with pytest.raises(ConfigError, match="takes endpoint and region, not key"):
         Blobs("s3://bucket/folder?key=secret")
+
+
+@pytest.mark.parametrize("left", [b"", bytes(len(DATA)), DATA[:-1]], ids=["empty", "zeros", "cut"])
+def test_what_a_power_cut_has_spoiled_is_stored_again(tmp_path: Path, left: bytes) -> None:
+    async def scene() -> bytes:
+        blobs = Blobs(f"file://{tmp_path}")
+        digest = await blobs.put(DATA)
+        (tmp_path / digest[:2] / digest).write_bytes(left)
+        await blobs.put(b"something else", digest)
+        assert await blobs.get(digest) == left, "what is no better is not taken"
+        await blobs.put(DATA, digest)
+        return await blobs.get(digest)
+
+    assert asyncio.run(scene()) == DATA

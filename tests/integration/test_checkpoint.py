@@ -103,6 +103,51 @@ def test_an_incomplete_checkpoint_is_refused_and_not_found(learner, tmp_path: Pa
     assert checkpoint.latest(tmp_path).step == 1
 
 
+def spoil(file: Path, damage: str) -> None:
+    data = file.read_bytes()
+    if damage == "zeros":
+        file.write_bytes(data[:-100] + bytes(100))
+    elif damage == "bit":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "cut":
+        file.write_bytes(data[:-1])
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"])
+@pytest.mark.parametrize("damage", ["zeros", "bit", "cut", "missing"])
+def test_of_damaged_checkpoints_the_one_before_is_taken_else_none(learner, tmp_path: Path, name, damage) -> None:
+    one = learner()
+    for step in (1, 2):
+        checkpoint.save(one, step, tmp_path)
+    found = checkpoint.newest(tmp_path, 9)
+    assert found is not None
+    assert found.step == 2
+    spoil(found.path / name, damage)
+    earlier = checkpoint.newest(tmp_path, 9)
+    assert earlier is not None
+    assert checkpoint.load(one, earlier.path) == earlier.step == 1
+    spoil(earlier.path / name, damage)
+    assert checkpoint.newest(tmp_path, 9) is None
+    checkpoint.save(one, 2, tmp_path)
+    assert checkpoint.newest(tmp_path, 9) == found, "what was set aside is in nobody's way"
+
+
+def test_a_damaged_checkpoint_is_not_exported(learner, tmp_path: Path) -> None:
+    saved = checkpoint.save(learner(), 1, tmp_path)
+    spoil(saved.path / "model.safetensors", "zeros")
+    with pytest.raises(ConfigError, match=r"damaged: model\.safetensors .* name another step"):
+        list(checkpoint.published(saved.path, is_dithered=False))
+
+
+def test_a_checkpoint_of_an_earlier_version_has_sizes_alone(learner, tmp_path: Path) -> None:
+    saved = checkpoint.save(learner(), 1, tmp_path)
+    sizes = {name: mark["size_bytes"] for name, mark in json.loads((saved.path / "COMPLETE").read_text()).items()}
+    (saved.path / "COMPLETE").write_text(json.dumps(sizes))
+    assert checkpoint.newest(tmp_path, 1) == saved
+
+
 def test_a_crash_while_writing_leaves_the_last_checkpoint(learner, tmp_path: Path, monkeypatch) -> None:
     one = learner()
     checkpoint.save(one, 1, tmp_path)

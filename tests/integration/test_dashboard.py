@@ -3,20 +3,27 @@
 import asyncio
 import json
 import re
+import shutil
+from pathlib import Path
 
 import httpx2
 import pytest
 import sqlalchemy as sa
 from fastapi.routing import APIRoute
 
+from farflung.config import load, save
 from farflung.dashboard import browse
 from farflung.dashboard.veil import Veil
+from farflung.ops.backup import back_up, restore
+from farflung.ops.keys import show
 from farflung.ops.report import write_report
-from farflung.ops.summary import write_summary
+from farflung.ops.summary import summarise, write_summary
 from farflung.ops.view import app_of, desk_of, run_in
 from farflung.protocol import messages as m
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.session import PURPOSES
 from farflung.store.tables import GROUPS, LEASES, ROLLOUTS
+from farflung.tasks import keyring
 
 PAGES = ("/", "/nodes", "/rollouts", "/weights", "/ledger", "/story/test", "/story/test-step-1", "/story/nothing")
 
@@ -239,6 +246,28 @@ def test_a_run_that_is_over_is_shown_read_only(house) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"holds no run: config\.json is missing"):
         run_in(tmp_path)
+
+
+def test_a_folder_that_was_moved_and_renamed_is_the_run(house, tmp_path, capsys) -> None:
+    """Its config.json says where it was founded, relative to where the command was given then."""
+    house.run(some_steps)
+    here = house.config.run.model_copy(update={"dir": Path("runs")})
+    moved = tmp_path / "elsewhere" / "other"
+    shutil.copytree(house.config.folder, moved)
+    save(house.config.model_copy(update={"run": here}), moved / "config.json")
+    (moved / "keys").mkdir(exist_ok=True)
+    keyring.delegated(moved / "keys", house.config.run.name, dict.fromkeys(PURPOSES, bytes(32)), 0.0)
+    assert asyncio.run(write_report(moved, write_summary(moved))) == moved / "report.html"
+    assert summarise(moved)["steps"] > 0
+    config = load(moved / "config.json", environ={})
+    show(config)
+    assert "coordinator" in capsys.readouterr().out
+    told = asyncio.run(back_up(config, tmp_path / "copy"))
+    assert told.startswith(f"backed up run {config.run.name!r}")
+    told = asyncio.run(restore(tmp_path / "copy", tmp_path / "back"))
+    again = load(tmp_path / "back" / config.run.name / "config.json", environ={})
+    assert again.folder.resolve() == (tmp_path / "back" / config.run.name).resolve()
+    assert summarise(again.folder)["steps"] == summarise(moved)["steps"]
 
 
 def test_the_report_stands_alone(house) -> None:

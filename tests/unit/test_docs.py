@@ -164,7 +164,9 @@ def _written(module: ModuleType) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         match node:
-            case ast.Call(func=ast.Attribute(attr="write"), args=[ast.Constant(value=str(kind)), *_], keywords=given):
+            case ast.Call(
+                func=ast.Attribute(attr="write" | "_record"), args=[ast.Constant(value=str(kind)), *_], keywords=given
+            ):
                 found.setdefault(kind, set()).update(keyword.arg for keyword in given if keyword.arg)
     return found
 

@@ -6,7 +6,7 @@ from farflung.config import Config
 from farflung.coordinator.process import refuse_guessable
 from farflung.ops.swarm import prepare
 from farflung.protocol.errors import ConfigError
-from farflung.protocol.hosts import is_known, is_loopback
+from farflung.protocol.hosts import is_known, is_loopback, url_of
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,11 @@ def test_a_secret_that_follows_from_a_seed_is_for_this_machine_alone(coordinator
             refuse(config(**coordinator))
     refuse_guessable(config())
     refuse_guessable(Config.model_validate({"coordinator": coordinator}))
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:8"), ("::1", "http://[::1]:8"), ("::", "http://[::]:8"), ("box", "http://box:8")],
+)
+def test_an_ipv6_address_stands_in_brackets(host: str, url: str) -> None:
+    assert url_of("http", host, 8) == url

@@ -1,5 +1,7 @@
 """The command line. Each command is a few lines: read the configuration, start the role, say what went wrong."""
 
+import io
+import locale
 import os
 import sys
 
@@ -12,11 +14,26 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run one command; whatever the user can mend is one sentence and exit code 2."""
+    _speak_utf8()
     # Read once, as torch is imported: a thread that waits for another soon gives its core to the roles beside it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except FarflungError as error:
         sys.exit(complain(error))
+    except BrokenPipeError:  # whoever read what we print has gone
+        os._exit(141)
+    except OSError as error:
+        sys.exit(complain(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _speak_utf8() -> None:
+    """Read and write files in UTF-8 whatever the locale, here and in children; what a stream cannot say is escaped."""
+    os.environ["PYTHONUTF8"] = "1"
+    if not sys.flags.utf8_mode and os.name == "posix" and locale.getencoding().lower() != "utf-8":
+        os.execv(sys.executable, sys.orig_argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,6 +1,8 @@
 """What all commands share: the application, the settings, how they end."""
 
 import asyncio
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Coroutine
@@ -17,13 +19,41 @@ from farflung.protocol.shown import one_line
 
 app = App(name="farflung", help="Reinforcement learning on far-flung machines that nobody has to trust.")
 
-HOME = Path.home() / ".farflung"
+HOME = Path("~/.farflung")
+WAYS_OUT = {
+    errno.ENOSPC: "; make room on that disk, or name another folder",
+    errno.EDQUOT: "; make room on that disk, or name another folder",
+    errno.EFBIG: "; files may not grow so large here, see `ulimit -f`",
+    errno.EROFS: "; name a folder that can be written to",
+    errno.EACCES: "; name a folder or file that this user may use",
+    errno.EPERM: "; name a folder or file that this user may use",
+    errno.EMFILE: "; raise the limit of open files, see `ulimit -n`",
+}
 Flags = Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings as --section.key value.")]
 
 
-def complain(error: FarflungError) -> int:
-    sys.stderr.write(f"farflung: {one_line(str(error))}\n")
+def complain(error: FarflungError | OSError) -> int:
+    """Say in one sentence what went wrong, where anybody still reads it; gives the exit code."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"farflung: {one_line(_told(error) if isinstance(error, OSError) else str(error))}\n")
     return 2
+
+
+def _told(error: OSError) -> str:
+    """What the machine refused, and the way out."""
+    what = f"{error.filename}: " if error.filename else ""
+    return f"{what}{error.strerror or error}{WAYS_OUT.get(error.errno or 0, '')}"
+
+
+def expanded(folder: Path) -> Path:
+    """A folder with `~` as the home folder. Raises ConfigError where there is none."""
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"there is no home folder for {folder}: HOME is not set, and user {os.getuid()} is in no list; name a "
+            "folder with --folder"
+        ) from error
 
 
 def end_with(main: Coroutine[Any, Any, str]) -> NoReturn:

@@ -5,11 +5,12 @@ import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
-from farflung.cli.app import HOME, Flags, app, known_root, parts_of, settings_of, start_computing, url_of
-from farflung.config import RelaySection, WorkerSection
+from farflung.cli.app import HOME, Flags, app, expanded, known_root, parts_of, settings_of, start_computing, url_of
+from farflung.config import Config, RelaySection, WorkerSection
 from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key
+from farflung.store import owner
 
 
 @app.command
@@ -18,7 +19,9 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
     from farflung.ops.fleet import serve_all
 
     start_logging(json)
-    serve_all(settings_of(config, flags))
+    settings = settings_of(config, flags)
+    _enter(settings)
+    serve_all(settings)
 
 
 @app.command
@@ -34,6 +37,7 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
     if ranks.rank:
         follow(settings, ranks)
     else:
+        _enter(settings, "trainer")
         key = Key.load_or_make(settings.folder / "keys" / "trainer")
         asyncio.run(Trainer(url_of(url, settings), key, settings, root=known_root(settings), ranks=ranks).run())
     part(ranks)
@@ -46,6 +50,7 @@ def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator
 
     start_computing(json)
     settings = settings_of(config, flags)
+    _enter(settings, name)
     key = Key.load_or_make(settings.folder / "keys" / name)
     folder = settings.folder / "nodes" / name
     asyncio.run(
@@ -68,6 +73,7 @@ def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", jso
 
     start_logging(json)
     settings = settings_of(config, flags)
+    _enter(settings, name)
     key = Key.load_or_make(settings.folder / "keys" / name)
     asyncio.run(Scorer(url_of(url, settings), key, settings, root=known_root(settings), name=name).run())
 
@@ -130,8 +136,7 @@ def worker(
         Log as JSON.
     """
     start_computing(json)
-    folder.mkdir(parents=True, exist_ok=True)
-    key = Key.load_or_make(folder / "key")
+    key = _key_in(folder)
     asyncio.run(_reach(url, key, patience_s))
     from farflung.worker import Worker
 
@@ -156,6 +161,21 @@ def worker(
             address = stack.enter_context(relay_beside(url, folder, own, **options))
             settings = settings.model_copy(update={"upstream": (address,)})
         asyncio.run(Worker(url, key, folder, settings, patience_s=patience_s, **options).run())
+
+
+def _enter(settings: Config, part: str = "") -> None:
+    """Share the folder of a run with its other roles, and have one part of it alone. Raises ConfigError."""
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    owner.own(settings.folder, is_shared=True)
+    if part:
+        owner.own(settings.folder, part)
+
+
+def _key_in(folder: Path) -> Key:
+    """The key of a node whose folder this process alone works in. Raises ConfigError if another does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owner.own(folder)
+    return Key.load_or_make(folder / "key")
 
 
 async def _reach(url: str, key: Key, patience_s: float) -> None:
@@ -230,6 +250,8 @@ def join(
     json
         Log as JSON.
     """
+    folder = expanded(folder)
+    _key_in(folder)
     from farflung.ops.join import join as join_run
 
     start_computing(json)
@@ -293,8 +315,7 @@ def relay(
     from farflung.relay import Relay
 
     start_logging(json)
-    folder.mkdir(parents=True, exist_ok=True)
-    key = Key.load_or_make(folder / "key")
+    key = _key_in(folder)
     settings = RelaySection(host=host, port=port, public_url=public_url, upstream=parts_of(upstream), disk_gb=disk_gb)
     pinned = bytes.fromhex(root) if root else None
     asyncio.run(Relay(url, key, folder, settings, run=run, root=pinned, name=name).run())

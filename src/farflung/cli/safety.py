@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from farflung.cli.app import HOME, Flags, app, settings_of
+from farflung.cli.app import HOME, Flags, app, expanded, settings_of
 from farflung.ops.logs import start_logging
 
 
@@ -175,4 +175,4 @@ def doctor(address: str = "", *, folder: Path = HOME) -> None:
     from farflung.ops.join import parse
 
     url, root = parse(address) if address else ("", None)
-    sys.exit(0 if asyncio.run(examine(url, folder, root)) else 1)
+    sys.exit(0 if asyncio.run(examine(url, expanded(folder), root)) else 1)

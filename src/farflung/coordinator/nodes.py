@@ -57,9 +57,11 @@ async def run(office: Office, call: Call) -> m.Run:
 
 
 async def heartbeat(office: Office, call: Call) -> m.Pulse:
-    """Keep a node's leases alive; tells it where the run stands."""
+    """Keep a node's leases alive; tells it where the run stands, or now and then that its key is in use elsewhere."""
     office.here(call)
-    return await office.write_together(_note_beats, (call.node, call.message))
+    pulse = await office.write_together(_note_beats, (call.node, call.message))
+    office.twins.check(call.node, call.message, office.clock())
+    return pulse
 
 
 def _note_beats(

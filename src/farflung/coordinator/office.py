@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from farflung.config import Config
 from farflung.coordinator.doors import Doors
 from farflung.coordinator.glance import Glance
+from farflung.coordinator.twins import Twins
 from farflung.coordinator.waiting import Hall
 from farflung.dashboard import versions, views
 from farflung.dashboard.shared import Shared
@@ -49,7 +50,7 @@ class Office:
         self.book, self.papers, self.weights_keys, self.profiles = book, papers, weights_keys, profiles
         self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
         self.doors = Doors(book.granted, book.key.id, admin_token, self.config.coordinator)
-        self.hall = Hall()
+        self.hall, self.twins = Hall(), Twins()
         self.glance = Shared(lambda: database.read_page(lambda c: Glance(views.status(c, book, clock()))))
         self.weights = Shared(lambda: database.read_page(lambda c: versions.versions(c, book, clock())))
         self.collected_step = 0

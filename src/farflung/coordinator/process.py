@@ -16,7 +16,7 @@ from farflung.coordinator.routes import Coordinator
 from farflung.dashboard import pages
 from farflung.protocol.admin import read_token
 from farflung.protocol.errors import ConfigError
-from farflung.protocol.hosts import is_loopback
+from farflung.protocol.hosts import is_loopback, url_of
 from farflung.protocol.identity import Key
 from farflung.protocol.server import listen
 from farflung.rollouts.archive import Archive
@@ -75,7 +75,8 @@ async def open_coordinator(config: Config) -> Coordinator:
     options = {"receipts": signers["receipts"], "verdicts": signers["verdicts"]}
     book = await found(config, database, model, key, time.time(), **options)
     papers = await seal_papers(config, blobs, model, key, ring, profiles.digests)
-    archive, metrics = Archive(Blobs(config.submissions_url), model.tokenizer), Metrics(folder / "metrics.jsonl")
+    archive = Archive(Blobs(config.submissions_url), model.tokenizer)
+    metrics = Metrics(folder / "metrics.jsonl", time.monotonic)
     weights = ring.live(config.run.name, "weights", time.time())
     token = read_token(config.coordinator.admin_token_file)
     office = Office(book, papers, weights, profiles, archive, database, blobs, metrics, admin_token=token)
@@ -119,7 +120,7 @@ async def serve(config: Config) -> None:
     options = _server_options(config, coordinator.app())
     listener.listen(BACKLOG)  # who reads the line below may call at once: the call waits until it is taken
     host, port = listener.getsockname()[:2]
-    url = f"{config.scheme}://{host}:{port}"
+    url = url_of(config.scheme, host, port)
     log.info("listening url=%s run=%s", url, config.run.name)
     (config.folder / "coordinator.url").write_text(f"{url}\n")
     if not (config.folder / "config.json").exists():

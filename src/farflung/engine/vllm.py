@@ -90,7 +90,7 @@ class VllmEngine:
     ) -> list[Completion | None]:
         limits = httpx2.Limits(max_connections=self.max_rows)
         timeout = httpx2.Timeout(_TIMEOUT_S, pool=None)
-        async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=timeout) as client:
+        async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=timeout, trust_env=False) as client:
             tasks = [asyncio.create_task(self._complete(client, request)) for request in requests]
             try:
                 await _until(tasks, should_stop)

@@ -7,13 +7,15 @@
     │                           published where adapters travel alone
     ├── optimizer.safetensors   AdamW's moments, `<state>/<parameter>`
     ├── state.json              step, optimizer updates, torch's random state
-    └── COMPLETE                sizes of the files above; written last
+    └── COMPLETE                sizes and digests of the files above; written last
 
 Of several ranks each writes its own shards, `model-00000-of-00002.safetensors` and so on; any number can go on from
 them. It is written beside its place, flushed to disk and renamed, so a crash leaves the previous checkpoints whole.
+What a disk has damaged since is found by its digest before it is resumed from, and set aside as damaged-step-000012.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,11 +33,13 @@ from farflung.learner.dither import publishable
 from farflung.learner.lora import adapters
 from farflung.learner.optimise import Learner
 from farflung.learner.ranks import Ranks, local, meet, share_of, told
+from farflung.protocol.digest import file_digest
 from farflung.protocol.errors import ConfigError
 
+log = logging.getLogger(__name__)
 _MARKER = "COMPLETE"
 _NAME = re.compile(r"step-(\d{6,})")
-_UNFINISHED = ".unfinished-"
+_UNFINISHED, _DAMAGED = ".unfinished-", "damaged-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +92,10 @@ def load(learner: Learner, path: Path) -> int:
 
 
 def published(path: Path, *, is_dithered: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """What was published of a checkpoint's step: its masters in bfloat16. Raises ConfigError if it is incomplete."""
+    """What was published of a checkpoint's step: its masters in bfloat16. Raises ConfigError if it is not whole."""
     _refuse_incomplete(path)
+    if fault := _damage(path):
+        raise ConfigError(f"checkpoint {path} is damaged: {fault}; name another step")
     for name, tensor in _read(path, "model").items():
         yield name, publishable(tensor, is_dithered=is_dithered)
 
@@ -101,6 +108,20 @@ def complete(root: Path) -> list[Checkpoint]:
 def latest(root: Path) -> Checkpoint | None:
     """The complete checkpoint of the highest step, if there is any."""
     return max(_found(root), key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def newest(root: Path, most: int) -> Checkpoint | None:
+    """The newest whole checkpoint up to a step, if there is any; what is damaged on the way there is set aside."""
+    for found in reversed(complete(root)):
+        if found.step > most:
+            continue
+        if not (fault := _damage(found.path)):
+            return found
+        log.warning("checkpoint %s is damaged and set aside: %s", found.path, fault)
+        place = found.path.with_name(f"{_DAMAGED}{found.path.name}")
+        shutil.rmtree(place, ignore_errors=True)  # an earlier one of the same step
+        found.path.rename(place)
+    return None
 
 
 def _write_tensors(learner: Learner, folder: Path, ranks: Ranks) -> None:
@@ -117,10 +138,12 @@ def _write_rest(learner: Learner, step: int, folder: Path) -> None:
     learner.policy.model.config.save_pretrained(folder)
     state = {"step": step, "updates": learner.updates, "torch_rng": torch.get_rng_state().numpy().tobytes().hex()}
     (folder / "state.json").write_text(json.dumps(state))
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    for name in sizes:
+    marks = {
+        file.name: {"size_bytes": file.stat().st_size, "digest": file_digest(file)} for file in sorted(folder.iterdir())
+    }
+    for name in marks:
         _sync(folder / name)
-    (folder / _MARKER).write_text(json.dumps(sizes))
+    (folder / _MARKER).write_text(json.dumps(marks))
     _sync(folder / _MARKER)
     _sync(folder)
 
@@ -181,16 +204,34 @@ def _found(root: Path) -> Iterator[Checkpoint]:
 
 
 def _fault(path: Path) -> str:
-    """What is wrong with the folder, empty if nothing."""
-    try:
-        sizes = json.loads((path / _MARKER).read_text())
-    except (OSError, ValueError):
+    """What is missing in the folder, empty if nothing."""
+    marks = _marks(path)
+    if not marks:
         return f"{_MARKER} is missing"
-    for name, size_bytes in sizes.items():
-        file = path / name
+    for name, mark in marks.items():
+        file, size_bytes = path / name, mark.get("size_bytes")
         if not file.is_file() or file.stat().st_size != size_bytes:
             return f"{name} is missing or not {size_bytes} bytes long"
     return ""
+
+
+def _damage(path: Path) -> str:
+    """What of a complete checkpoint is not as it was written, empty if nothing."""
+    for name, mark in _marks(path).items():
+        if "digest" in mark and file_digest(path / name) != mark["digest"]:
+            return f"{name} does not have its digest"
+    return ""
+
+
+def _marks(path: Path) -> dict[str, dict[str, Any]]:
+    """What COMPLETE says of each file, nothing if it is not to be read; older ones have sizes alone."""
+    try:
+        marks = json.loads((path / _MARKER).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(marks, dict):
+        return {}
+    return {name: mark if isinstance(mark, dict) else {"size_bytes": mark} for name, mark in marks.items()}
 
 
 def _refuse_incomplete(path: Path) -> None:

@@ -15,27 +15,28 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from farflung.config import Config, load, save
+from farflung.config import Config, load, load_run, save
 from farflung.ops.invariants import violations
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import ConfigError, NotFound
 from farflung.protocol.identity import Key
+from farflung.store import owner
 from farflung.store.blobs import Blobs
 from farflung.store.book import Book
-from farflung.store.db import open_engine
+from farflung.store.db import file_of, reading
 from farflung.store.tables import SUBMISSIONS
 from farflung.weights import collect
 
 log = logging.getLogger(__name__)
 TRIES = 3
-FOLDERS, FILES = ("checkpoints", "keys"), ("metrics.jsonl",)
+FOLDERS, FILES = ("checkpoints", "keys", "profiles"), ("metrics.jsonl",)
 DATABASE, BLOBS = "farflung.db", "blobs"
 
 
 async def back_up(config: Config, to: Path) -> str:
     """Copy a run to a folder; says what came of it. Raises ConfigError where that cannot be."""
     if (config.folder / "config.json").exists():
-        config = load(config.folder / "config.json", environ={})
+        config = load_run(config.folder)
     file = _database_file(config)
     if to.exists():
         raise ConfigError(f"{to} exists already; name a folder that does not, or a copy could be a mixture of two")
@@ -63,7 +64,11 @@ async def restore(backup: Path, to: Path) -> str:
     folder = to / saved.run.name
     if folder.exists():
         raise ConfigError(f"{folder} exists already; move it away, or restore into another folder of runs")
-    shutil.copytree(backup, folder, ignore=shutil.ignore_patterns("config.json"))
+    try:
+        shutil.copytree(backup, folder, ignore=shutil.ignore_patterns("config.json", owner.NAME))
+    except OSError:  # shutil.Error is one
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     config = _moved(saved, to)
     if wrong := await problems(config):
         shutil.rmtree(folder)
@@ -74,12 +79,8 @@ async def restore(backup: Path, to: Path) -> str:
 
 async def problems(config: Config) -> list[str]:
     """What does not hold in a run that nobody writes to: its invariants, and blobs that are missing or spoiled."""
-    engine = open_engine(config.database_url)
-    try:
-        with engine.connect() as connection:
-            found = violations(connection, config)
-    finally:
-        engine.dispose()
+    with reading(config.database_url) as connection:
+        found = violations(connection, config)
     missing = [f"blob {digest[:12]} is missing" for digest in await _missing(config)]
     return [*found, *missing, *[said async for said in _spoiled(config)]]
 
@@ -88,15 +89,15 @@ async def problems(config: Config) -> list[str]:
 
 
 def _database_file(config: Config) -> Path:
-    url = sa.make_url(config.database_url)
-    if url.get_backend_name() != "sqlite" or not url.database:
+    file = file_of(config.database_url)
+    if file is None:
         raise ConfigError(
             "only a run on SQLite is copied here; for PostgreSQL use pg_dump and copy the blob store after it, as "
             "docs/operate.md says under Backup"
         )
-    if not Path(url.database).exists():
-        raise ConfigError(f"there is no database {url.database}; was this run ever started?")
-    return Path(url.database)
+    if not file.exists():
+        raise ConfigError(f"there is no database {file}; was this run ever started?")
+    return file
 
 
 def _at(config: Config, folder: Path) -> Config:
@@ -108,12 +109,13 @@ def _at(config: Config, folder: Path) -> Config:
 def _moved(config: Config, runs: Path) -> Config:
     """The configuration of a run in another folder of runs, with database and blobs of its own in there."""
     here = {"database": "", "blobs": ""}
-    return config.model_copy(
+    moved = config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": runs.resolve()}),
             "coordinator": config.coordinator.model_copy(update=here),
         }
     )
+    return moved.at(runs.resolve() / config.run.name)
 
 
 def _copy_files(folder: Path, to: Path) -> None:
@@ -159,12 +161,8 @@ async def _copy_blobs(config: Config, copy: Config) -> tuple[int, int]:
 
 async def _missing(config: Config) -> list[str]:
     """Digests that the database needs and the store does not have."""
-    engine = open_engine(config.database_url)
-    try:
-        with engine.connect() as connection:
-            shards, bodies = _shards(connection, config), _bodies(connection)
-    finally:
-        engine.dispose()
+    with reading(config.database_url) as connection:
+        shards, bodies = _shards(connection, config), _bodies(connection)
     has_shards = {digest async for digest, _ in Blobs(config.blobs_url).kept()}
     has_bodies = {digest async for digest, _ in Blobs(config.submissions_url).kept()}
     return sorted(shards - has_shards) + sorted(bodies - has_bodies)

@@ -282,7 +282,8 @@ def _main(config: str, name: str, out: str, tokens: str) -> None:
     """Make the profile of a run before it starts, in a process of its own."""
     start_logging()
     try:
-        Path(out).write_bytes(to_json(profile_of_run(load(Path(config)), name, int(tokens))) + b"\n")
+        settings = load(Path(config), environ={})
+        Path(out).write_bytes(to_json(profile_of_run(settings, name, int(tokens))) + b"\n")
     except ConfigError as error:
         sys.stderr.write(f"{one_line(str(error))}\n")
         sys.exit(2)

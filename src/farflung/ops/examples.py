@@ -7,10 +7,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from farflung.config import Config, load
+from farflung.config import Config, load_run
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs
-from farflung.store.db import open_engine
+from farflung.store.db import reading
 from farflung.store.tables import GROUPS, ROLLOUTS, TASKS
 from farflung.tasks.found import Model
 
@@ -30,11 +30,9 @@ class Pair:
 
 async def five_answers(folder: Path) -> list[Pair]:
     """Held-out questions whose answer at the first and the last evaluated step is known, those that changed first."""
-    config = load(folder / "config.json", environ={})
-    engine = open_engine(config.database_url)
-    with engine.connect() as connection:
+    config = load_run(folder)
+    with reading(config.database_url) as connection:
         rows = _pairs(connection, config)
-    engine.dispose()
     changed = [row for row in rows if row.before_reward != row.after_reward]
     same = [row for row in rows if row.before_reward == row.after_reward]
     return await _texts(config, (changed[: SHOWN - 1] + same)[:SHOWN])

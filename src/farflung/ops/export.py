@@ -9,7 +9,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from farflung.config import Config, load
+from farflung.config import Config, load_run
 from farflung.learner.estimate import interval
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.tasks.found import Model
@@ -31,11 +31,9 @@ def export(folder: Path, out: Path, step: int | None = None) -> int:
     from farflung.learner import checkpoint
     from farflung.weights.publish import weights_digest
 
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds no run: config.json is missing")
+    config = load_run(folder)
     if out.exists():
         raise ConfigError(f"{out} exists already; remove it or name another folder")
-    config = load(folder / "config.json", environ={})
     fitting = [one for one in checkpoint.complete(folder / "checkpoints") if step in (None, one.step)]
     if not fitting:
         raise ConfigError(f"{folder / 'checkpoints'} has no checkpoint of step {step}; leave --step out for the newest")

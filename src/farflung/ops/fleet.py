@@ -17,6 +17,7 @@ from farflung.coordinator.process import refuse_guessable
 from farflung.ops.nursery import die_with_parent
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.server import listen
+from farflung.protocol.session import ending_signals
 from farflung.store.metrics import Metrics
 from farflung.tasks.found import local_grants
 
@@ -45,7 +46,7 @@ def serve_all(config: Config) -> None:
         coordinator = config.coordinator.model_copy(update={"port": listener.getsockname()[1]})
         config = config.model_copy(update={"coordinator": coordinator})
         _wait_for(_fork(_found(config)))
-        metrics = Metrics(config.folder / "metrics.jsonl")
+        metrics = Metrics(config.folder / "metrics.jsonl", time.monotonic)
         is_by_hand = metrics.begin(time.time())
         _keep(config)
         if is_by_hand:
@@ -74,7 +75,7 @@ def _keep(config: Config) -> None:
         for child in children:
             os.kill(child, signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ending_signals():
         signal.signal(number, stop)
     while children or not stopping:
         while len(children) < config.coordinator.processes and not stopping:
@@ -96,7 +97,7 @@ def _fork(main: Coroutine[Any, Any, None]) -> int:
 
 
 def _live(main: Coroutine[Any, Any, None]) -> NoReturn:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ending_signals():
         signal.signal(number, signal.SIG_DFL)
     die_with_parent()
     code = 1

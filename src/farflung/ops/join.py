@@ -25,8 +25,12 @@ SIZE = 768
 
 def parse(address: str) -> tuple[str, bytes | None]:
     """`https://host:port#root` as URL and root key; without the fragment the first root met is believed."""
-    parts = urlsplit(address if "://" in address else f"http://{address}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+        is_well = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # half a bracket, a port beyond 65535
+        parts, is_well = urlsplit(""), False
+    if not is_well:
         raise ConfigError(f"{address!r} is no address; write https://host:port, as the operator gave it to you")
     try:
         root = bytes.fromhex(parts.fragment)

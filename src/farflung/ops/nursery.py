@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from farflung.config import Config, RelaySection, load
 from farflung.ops.logs import start_logging
+from farflung.ops.restarts import REFUSED
 from farflung.protocol.client import set_skew
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import Key
@@ -31,8 +32,6 @@ from farflung.tasks.keyring import root_of
 
 POLL_S = 0.05
 GRACE_S = 10.0
-REFUSED = 78
-"""Exit code of a role whose configuration is wrong (EX_CONFIG of sysexits.h): to start it again is no use."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -105,7 +104,7 @@ def _live(order: dict[str, Any]) -> NoReturn:
     code = 1
     try:
         die_with_parent()
-        config = load(Path(order["config"]))
+        config = config_of(order)
         set_skew(order.get("skew_s", 0.0))
         _log_to(config.folder / "logs" / f"{order['name']}.log")
         start_logging()
@@ -123,6 +122,11 @@ def _live(order: dict[str, Any]) -> NoReturn:
             traceback.print_exc()
         sys.stderr.flush()
         os._exit(code)
+
+
+def config_of(order: dict[str, Any]) -> Config:
+    """The settings of an order: what the environment says is in them already, where no flag goes before it."""
+    return load(Path(order["config"]), environ={})
 
 
 def _be(order: dict[str, Any], config: Config) -> None:

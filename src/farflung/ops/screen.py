@@ -1,6 +1,7 @@
 """What a run looks like in a terminal: a live view where there is one, else a line now and then."""
 
 import time
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from farflung.config import Config
 from farflung.ops.examples import Pair, five_answers
+from farflung.ops.logs import alike
 from farflung.ops.terminal import Terminal
 from farflung.protocol.messages import EvalView, NodeView, Status
 from farflung.protocol.shown import visible
@@ -21,6 +23,7 @@ from farflung.protocol.shown import visible
 LINE_EVERY_S = 10.0
 BARS = "▁▂▃▄▅▆▇█"
 NOTES = 5
+TROUBLE_CHARS = 400
 COLOURS = {"trusted": "green", "probation": "yellow", "quarantined": "red", "ejected": "bold red"}
 
 
@@ -32,9 +35,13 @@ class Screen:
         self.console = Terminal()
         self._live = None if is_plain else Live(console=self.console, refresh_per_second=4, transient=False)
         self._notes: list[str] = []
-        self._since = time.time()
+        self._since = time.monotonic()
         self._lined_at = 0.0
         self._told: set[str] = set()
+        self._trouble, self._like_it = "", Counter[str]()
+        """The last warning or error, and how often there was one like it."""
+        self._is_troubled = False
+        """Whether there was one like an earlier one since the last line."""
 
     def __enter__(self) -> "Screen":
         self.console.print(f"farflung · run {self.config.run.name} · starting in {self.config.folder}")
@@ -48,22 +55,38 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Something that happened, worth a line."""
-        stamped = f"{time.time() - self._since:6.1f} s  {text}"
+        stamped = f"{time.monotonic() - self._since:6.1f} s  {text}"
         self._notes.append(stamped)
         if self.is_plain:
             self.console.print(stamped, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Something to be read after the live view is over."""
+        self.console.print(text, soft_wrap=True)
+
+    def trouble(self, role: str, text: str) -> None:
+        """A warning or an error: the last one stays in view; of those that are alike but for numbers one is noted."""
+        self._trouble, kind = f"{role}: {text}"[:TROUBLE_CHARS], alike(text)
+        self._like_it[kind] += 1
+        if self._like_it[kind] == 1:
+            self.note(self._trouble)
+        else:
+            self._trouble += f" (one of {self._like_it[kind]} like it)"
+            self._is_troubled = True
 
     def show(self, status: Status) -> None:
         """The run as it stands."""
         self._tell_verdicts(status)
         self._tell_warnings(status)
         if self._live is not None:
-            self._live.update(
-                Group(run_panel(status), nodes_table(status, self.console.width), Text("\n".join(self._notes[-NOTES:])))
-            )
+            notes = Text("\n".join(self._notes[-NOTES:]))
+            trouble = [Text(self._trouble, style="yellow")] if self._trouble else []
+            panel = run_panel(status, time.monotonic() - self._since)
+            self._live.update(Group(panel, nodes_table(status, self.console.width), *trouble, notes))
         elif time.monotonic() - self._lined_at >= LINE_EVERY_S:
             self._lined_at = time.monotonic()
-            self.note(one_line(status))
+            self.note(one_line(status) + (f" · {self._trouble}" if self._is_troubled else ""))
+            self._is_troubled = False
 
     def _tell_verdicts(self, status: Status) -> None:
         names = {node.node: node.name for node in status.nodes}
@@ -111,8 +134,9 @@ def _held_out(view: EvalView) -> str:
     return f"step {view.step}: {view.score:.3f} ({view.tasks}){chance}"
 
 
-def run_panel(status: Status) -> Panel:
-    """Header: where the run stands."""
+def run_panel(status: Status, elapsed_s: float | None = None) -> Panel:
+    """Header: where the run stands, and since when: by a clock of our own where one was running."""
+    since_s = max(0.0, status.now - status.started_at) if elapsed_s is None else elapsed_s
     grid = Table.grid(padding=(0, 3))
     rewards = [step.reward for step in status.steps]
     first = f"{rewards[0]:.2f}" if rewards else "–"
@@ -127,9 +151,7 @@ def run_panel(status: Status) -> Panel:
         f"{status.accepted:,} rollouts, {status.accepted_tokens:,} tokens",
         f"audits {status.audits.get('done', 0)}  re-issued leases {status.leases_reissued}",
     )
-    title = (
-        f"farflung · {status.run} · {Path(status.model).name} · {status.env} · {status.now - status.started_at:.0f} s"
-    )
+    title = f"farflung · {status.run} · {Path(status.model).name} · {status.env} · {since_s:.0f} s"
     return Panel(grid, title=Text(visible(title)), title_align="left", border_style="cyan")
 
 

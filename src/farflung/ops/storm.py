@@ -14,6 +14,7 @@ import psutil
 
 from farflung.config import Config
 from farflung.ops.faults import LASTS_S, SKEW_S, Fault, Link, Postgres, await_writer, full_disk, hold
+from farflung.ops.restarts import Restarts
 from farflung.ops.screen import Screen
 from farflung.ops.swarm import Swarm
 from farflung.protocol.client import Client
@@ -44,7 +45,7 @@ class Storm(Swarm):
         super().__init__(config, is_plain=True)
         self.screen = Quiet(self.config, is_plain=True)
         self.seconds, self.faults, self.server = seconds, faults, server
-        self.most_restarts = 1_000_000
+        self.restarts = Restarts(most=1_000_000, most_alike=1_000_000)
         self.links: dict[str, Link] = {}
         self.alive: dict[str, list[list[float]]] = defaultdict(list)
         """Worker → [from, until] of its lives."""

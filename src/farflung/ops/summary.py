@@ -14,13 +14,12 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from farflung.config import Config, load
+from farflung.config import Config, load_run
 from farflung.dashboard import heldout, views
-from farflung.dashboard.meter import cost_usd, last_per_process
-from farflung.protocol.errors import ConfigError
+from farflung.dashboard.meter import Worked, cost_usd, last_per_process
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import EvalView
-from farflung.store.db import open_engine
+from farflung.store.db import reading
 from farflung.store.metrics import Metrics
 from farflung.store.tables import AUDITS, EVENTS, NODES, ROLLOUTS, SUBMISSIONS, VERDICTS
 
@@ -39,29 +38,26 @@ def write_summary(folder: Path) -> dict[str, Any]:
 
 def summarise(folder: Path) -> dict[str, Any]:
     """All figures of the run in `folder`. Raises ConfigError if there is none."""
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds no run: config.json is missing")
-    config = load(folder / "config.json", environ={})
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder.parent})})
+    config = load_run(folder)
     lines = list(Metrics(folder / "metrics.jsonl").lines())
-    engine = open_engine(config.database_url)
-    with engine.connect() as connection:
-        figures = _figures(connection, config, lines)
-    engine.dispose()
-    return figures
+    with reading(config.database_url) as connection:
+        return _figures(connection, config, lines)
 
 
 def _figures(connection: Connection, config: Config, lines: list[Line]) -> dict[str, Any]:
     run = config.run.name
-    start, end = _span(lines)
+    start = next((line["at"] for line in lines if line["kind"] == "start"), 0.0)
+    worked, last = Worked(), last_per_process(lines)
+    for line in lines:
+        worked.take(line)
     steps = views.steps(connection, run)
     first_reward, last_reward = first_and_last([step.reward for step in steps])
     figures: dict[str, Any] = {
         "run": run,
         "seed": config.run.seed,
-        "commit": next((line["commit"] for line in lines if line["kind"] == "start"), ""),
+        "commit": next((line.get("commit", "") for line in lines if line["kind"] == "start"), ""),
         "steps": len(steps),
-        "wall_s": round(end - start, 2),
+        "wall_s": round(worked.seconds, 2),
         "first_reward_s": _first_reward(connection, run, start),
         "reward_first": first_reward,
         "reward_last": last_reward,
@@ -75,7 +71,8 @@ def _figures(connection: Connection, config: Config, lines: list[Line]) -> dict[
         **_trainer(steps),
         **_weights(lines, steps),
     }
-    cost = cost_usd(last_per_process(lines).values(), end - start, config)
+    lives = [(line["role"], worked.lived_s[process]) for process, line in last.items()]
+    cost = cost_usd(lives, worked.seconds, config)
     verified = figures["tokens_verified"]
     figures["cost_usd"] = round(cost, 6)
     figures["usd_per_million_verified_tokens"] = round(cost / verified * 1e6, 4) if verified else None
@@ -91,22 +88,6 @@ def first_and_last(rewards: Sequence[float]) -> tuple[float | None, float | None
     return (statistics.fmean(rewards[:count]), statistics.fmean(rewards[-count:])) if rewards else (None, None)
 
 
-def _span(lines: list[Line]) -> tuple[float, float]:
-    """Start of the first and end of the last stay, with pauses between a stop and a resume left out."""
-    total, since, last = 0.0, None, 0.0
-    for line in lines:
-        if line["kind"] == "start":
-            since = line["at"]
-        elif since is not None:
-            last = line["at"]
-            if line["kind"] == "end":
-                total, since = total + line["at"] - since, None
-    if since is not None:
-        total += last - since
-    first = next((line["at"] for line in lines if line["kind"] == "start"), 0.0)
-    return first, first + total
-
-
 def _first_reward(connection: Connection, run: str, start: float) -> float | None:
     """Seconds from the command to the first accepted rollout."""
     query = (
@@ -115,7 +96,7 @@ def _first_reward(connection: Connection, run: str, start: float) -> float | Non
         .where(ROLLOUTS.c.run == run, EVENTS.c.noun == "rollout", EVENTS.c.after == "accepted")
     )
     at = connection.execute(query).scalar()
-    return None if at is None else round(at - start, 2)
+    return None if at is None else round(max(0.0, at - start), 2)
 
 
 def _evals(connection: Connection, config: Config) -> dict[str, Any]:

@@ -9,35 +9,38 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
 from farflung.config import Config, save
-from farflung.coordinator.process import refuse_guessable
 from farflung.ops.fitting import calibrated
-from farflung.ops.nursery import LIGHT, REFUSED, die_with_parent
+from farflung.ops.logs import Troubles, last_words
+from farflung.ops.nursery import LIGHT, die_with_parent
+from farflung.ops.place import has_no_room, prepare
 from farflung.ops.report import write_report
+from farflung.ops.restarts import REFUSED, STEADY_S, Restarts, killed_by
 from farflung.ops.screen import Screen
 from farflung.ops.starting import Waits
-from farflung.ops.summary import write_summary
+from farflung.ops.summary import summarise, write_summary
+from farflung.ops.terminal import let_go_of_lost
 from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError, FarflungError, Unreachable
+from farflung.protocol.hosts import url_of
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import NodeView, Status
 from farflung.protocol.server import listen
-from farflung.store.book import holds_run
-from farflung.store.db import shown
+from farflung.protocol.session import stop_on_signals
+from farflung.protocol.shown import one_line
+from farflung.store import owner
 from farflung.store.metrics import Metrics
 from farflung.tasks.found import local_grants
-from farflung.tasks.model import Model
-from farflung.tasks.model_check import refuse_long, refuse_unfit
 
+__all__ = ["Swarm", "prepare"]
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
 DOOMED_LOOK_S = 0.25
@@ -45,35 +48,11 @@ DOOMED_LOOK_S = 0.25
 SETTLE_S = 0.5
 START_S = 240.0
 STOP_S = 15.0
-MOST_RESTARTS = 20
-STEADY_S, PAUSES_S = 10.0, (0.05, 1.0)
-"""What lived so long comes back after the first pause, what died sooner after the second."""
+PAUSES_S = (0.05, 1.0)
+"""What lived for STEADY_S comes back after the first pause, what died sooner after the second."""
+DESERTED_S = 15.0
+"""How long nothing may happen in a run whose workers are all gone."""
 NURSERIES = ("torch", "light")
-
-
-def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> None:
-    """Make the run's folder, or find it for `--resume`. Raises ConfigError."""
-    folder = config.folder
-    refuse_guessable(config)
-    if not config.model.path:
-        raise ConfigError("model.path is missing; name a folder of a Hugging Face causal LM or its hub id")
-    if not resume:
-        model = Model(config.model.path)
-        refuse_unfit(model, lambda text: sys.stderr.write(f"farflung: {text}\n"))
-        refuse_long(model, [1], config.generate.budget)  # no prompt is shorter
-    if resume and not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
-    if folder.exists() and not resume:
-        if not fresh:
-            raise ConfigError(f"{folder} exists already; use --resume to go on, --fresh to throw it away")
-        shutil.rmtree(folder)
-    if not resume and config.coordinator.database and holds_run(config.database_url, config.run.name):
-        raise ConfigError(
-            f"database {shown(config.database_url)} holds run {config.run.name!r} already; name another run or "
-            "database, or use --resume"
-        )
-    (folder / "keys").mkdir(parents=True, exist_ok=True)
-    (folder / "logs").mkdir(exist_ok=True)
 
 
 class Swarm:
@@ -83,33 +62,39 @@ class Swarm:
         self.config = _settled(config)
         self.folder = self.config.folder
         self.path = self.folder / "config.json"
-        self.url = f"{self.config.scheme}://{self.config.coordinator.host}:{self.config.coordinator.port}"
+        self.url = url_of(self.config.scheme, self.config.coordinator.host, self.config.coordinator.port)
         self.client = Client(self.url, Key.make(), patience_s=0.0)
-        self.metrics = Metrics(self.folder / "metrics.jsonl")
+        self.metrics = Metrics(self.folder / "metrics.jsonl", time.monotonic)
         self.screen, self._waits = Screen(self.config, is_plain=is_plain), waits or Waits()
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.forked: dict[str, int] = {}
         self.orders: dict[str, dict[str, Any]] = {}
-        self.restarts: dict[str, int] = {}
+        self.restarts = Restarts()
         self.killed: set[str] = set()
+        self.gone: dict[str, str] = {}
+        """Workers and relays that do not come back, and why."""
         self.is_stopping = False
-        self.most_restarts = MOST_RESTARTS
-        self._born: dict[str, float] = {}
-        self._ready = {kind: asyncio.Event() for kind in NURSERIES}
+        self.failure = ""
+        """Why the run cannot go on, if it cannot."""
         self._is_refused = False
-        """Whether the trainer found that this model and these settings do not go together."""
+        """Whether that is a setting that is wrong."""
+        self._troubles = Troubles(self.folder / "logs")
+        self._born: dict[str, float] = {}
+        self._log_begins: dict[str, int] = {}
+        """How long each role's log was when it was started."""
+        self._still = (("", 0, 0, 0), 0.0)
+        """What was done when anything last happened in a run without workers, and when that was."""
+        self._ready = {kind: asyncio.Event() for kind in NURSERIES}
         self._is_open, self._has_failed = False, asyncio.Event()
         """Whether the coordinator has answered once, and whether it ended before it did."""
         self._listening: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> int:
-        """Start, watch, stop, sum up. Gives the exit code."""
+        """Start, watch, stop, sum up. Gives the exit code. Raises ConfigError."""
         self.config = await calibrated(self.config, self._waits)
-        self.metrics.begin(time.time())
+        self.metrics.begin(time.time(), is_alone=True)
         save(self.config, self.path)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.stop)
+        stop_on_signals(self.stop)
         is_finished = False
         with self.screen:
             try:
@@ -117,15 +102,48 @@ class Swarm:
                 is_finished = await self._watch()
             finally:
                 await self._end()
-        self.metrics.write("end", time.time(), is_finished=is_finished)
-        summary = write_summary(self.folder)
-        await write_report(self.folder, summary)
-        await self.screen.conclude(summary, self.folder)
-        return 0 if is_finished else 130
+        if self._is_refused:
+            raise ConfigError(self.failure)
+        self._record("end", is_finished=is_finished)
+        await self._sum_up()
+        if self.failure:
+            sys.stderr.write(f"farflung: {one_line(self.failure)}\n")
+        return 0 if is_finished else 1 if self.failure else 130
 
     def stop(self) -> None:
         """Stop cleanly; `--resume` goes on later."""
         self.is_stopping = True
+        let_go_of_lost()
+
+    def fail(self, why: str, *, is_refused: bool = False) -> None:
+        """Stop because the run cannot go on; says why on the screen, and again as the last word."""
+        if not self.failure:
+            self.failure, self._is_refused = why, is_refused
+            self.screen.note(why)
+        self.is_stopping = True
+
+    async def _sum_up(self) -> None:
+        """Figures and report. What cannot be written, on a full disk say, does not keep the rest from being shown."""
+        with self._told("summary.json"):
+            write_summary(self.folder)
+        with self._told("report.html"):
+            await write_report(self.folder, summarise(self.folder))
+        with self._told("the figures"):
+            await self.screen.conclude(summarise(self.folder), self.folder)
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Generator[None]:
+        try:
+            yield
+        except (OSError, FarflungError) as error:
+            self.screen.say(f"{what} cannot be made: {error}")
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        """A line of metrics.jsonl, if there is room for it."""
+        try:
+            self.metrics.write(kind, time.time(), **fields)
+        except OSError as error:
+            self.screen.trouble("metrics.jsonl", f"cannot be written: {error.strerror}")
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
@@ -153,7 +171,7 @@ class Swarm:
         await self._spawn_nursery("light")
         self._order("coordinator", "coordinator")
         if not await _first(self._until_it_answers(), self._has_failed.wait()):
-            raise ConfigError(_last_words(self.folder / "logs" / "coordinator.log", self._has_failed.is_set()))
+            raise ConfigError(self._why_not_ready("coordinator", self._has_failed.is_set()))
         self._is_open = True
 
     async def _until_it_answers(self) -> None:
@@ -170,6 +188,7 @@ class Swarm:
     async def _spawn_nursery(self, kind: str) -> None:
         name = f"nursery-{kind}"
         log_path = self.folder / "logs" / f"{name}.log"
+        self._log_begins[name] = _size_of(log_path)
         with log_path.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -179,12 +198,13 @@ class Swarm:
                 stderr=output,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
+                pass_fds=owner.held(self.folder),  # what outlives this process for a moment still owns the folder
             )
         self.processes[kind] = process
         self._ready[kind].clear()
         self._listening[kind] = asyncio.create_task(self._listen(kind, process))
         if not await _first(self._ready[kind].wait(), process.wait()):
-            raise ConfigError(_last_words(log_path, process.returncode is not None))
+            raise ConfigError(self._why_not_ready(name, process.returncode is not None))
 
     def url_for(self, name: str) -> str:
         """Where a role finds the coordinator."""
@@ -195,6 +215,7 @@ class Swarm:
         order = {"name": name, "role": role, "config": str(self.path), "url": self.url_for(name), "attack": attack}
         order = self.orders.get(name, {}) | order
         self.orders[name] = order
+        self._log_begins[name] = _size_of(self._log_of(name))
         stdin = self.processes[_nursery_of(role)].stdin
         assert stdin is not None, "nurseries are started with pipes"
         stdin.write(json.dumps(order).encode() + b"\n")
@@ -219,20 +240,41 @@ class Swarm:
         """What died by accident comes back; what ended well, was killed on purpose or was ejected does not."""
         if not self._is_open:
             self._has_failed.set()
-        if self.is_stopping or not self._is_open or name in self.killed or (code == 0 and name != "coordinator"):
+        if self.is_stopping or not self._is_open:
             return
-        if code == REFUSED and name == "trainer":  # it would refuse the same again
-            self._is_refused = True
+        if name in self.killed or (code == 0 and name != "coordinator"):
+            self.gone[name] = "was killed" if name in self.killed else "left"
             return
-        self.restarts[name] = self.restarts.get(name, 0) + 1
-        self.screen.note(f"{name} ended with {code}, starting it again")
-        self.metrics.write("restart", time.time(), name=name, code=code)
-        if self.restarts[name] > self.most_restarts:
-            self.screen.note(f"{name} ended {self.most_restarts} times; see logs/{name}.log")
-            self.is_stopping = True
+        words = self._words_of(name, code)
+        lived_s = time.monotonic() - self._born.get(name, 0.0)
+        if why := self.restarts.refuse(name, code, words, lived_s):
+            self._give_up(name, why, is_refused=code == REFUSED)
             return
-        pause_s = PAUSES_S[time.monotonic() - self._born[name] < STEADY_S]
-        asyncio.get_running_loop().call_later(pause_s, self._order_again, name)
+        self.screen.note(f"{name} ended with {code}, starting it again: {words}")
+        self._record("restart", name=name, code=code)
+        asyncio.get_running_loop().call_later(PAUSES_S[lived_s < STEADY_S], self._order_again, name)
+
+    def _give_up(self, name: str, why: str, *, is_refused: bool) -> None:
+        """A run goes on without one of its workers or relays, but not without another role."""
+        if self.orders[name]["role"] in ("worker", "relay"):
+            self.gone[name] = why
+            self.screen.note(f"{name} is not started again: {why}")
+        else:
+            told = "" if is_refused else f"; its log is {self._log_of(name)}"
+            self.fail(f"{why}{told}", is_refused=is_refused)
+
+    def _words_of(self, name: str, code: int) -> str:
+        """Why a role ended, in its own words."""
+        return killed_by(code) if code < 0 else last_words(self._log_of(name), self._log_begins.get(name, 0))
+
+    def _why_not_ready(self, name: str, has_ended: bool) -> str:
+        path = self._log_of(name)
+        if not has_ended:
+            return f"{name} is not ready after {START_S:.0f} s; is this machine very busy? Its log is {path}"
+        return last_words(path, self._log_begins.get(name, 0)) or f"{name} ended with nothing in {path}"
+
+    def _log_of(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
 
     def _order_again(self, name: str) -> None:
         if not self.is_stopping:
@@ -242,20 +284,49 @@ class Swarm:
     # --- watching ----------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> bool:
-        """Until the run is finished (True) or somebody says stop (False). Raises ConfigError if the trainer does."""
+        """Until the run is finished (True), or it cannot go on or somebody says stop (False)."""
         while not self.is_stopping:
-            if self._is_refused:
-                raise ConfigError(_last_words(self.folder / "logs" / "trainer.log", has_ended=True))
             await self._restart_nurseries()
+            self._look_for_trouble()
             status = await self._status()
             if status is not None:
                 self.screen.show(status)
                 await self._kill_doomed(status.nodes)
                 if status.status == "finished":
                     return True
+                self._leave_if_deserted(status)
             is_killing = len(self.killed) < self.config.swarm.kill
             await asyncio.sleep(DOOMED_LOOK_S if is_killing else LOOK_S)
         return False
+
+    def _look_for_trouble(self) -> None:
+        """What the roles warn of in their logs, and what none of them could write there."""
+        for role, text in self._troubles.look():
+            self.screen.trouble(role, text)
+        if why := has_no_room(self.folder):
+            self.screen.trouble("disk", why)
+
+    def _leave_if_deserted(self, status: Status) -> None:
+        """Fail once all workers are gone for good, none came from elsewhere, and nothing is under way any more."""
+        own = {name for name, _ in self._workers()}
+        if not own or own - self.gone.keys() or any(map(_is_at_work, status.nodes)) or status.status != "running":
+            self._still = ("", 0, 0, 0), 0.0
+            return
+        done = status.status, status.latest.step, status.accepted, status.audits.get("done", 0)
+        if done != self._still[0]:
+            self._still = done, time.monotonic()
+        elif time.monotonic() - self._still[1] > max(DESERTED_S, 3 * self.config.lease.heartbeat_s):
+            self.fail(f"no worker is left: {self._how_they_left(own, status)}")
+
+    def _how_they_left(self, own: set[str], status: Status) -> str:
+        """Each worker with its reason; a reason that several have is told once."""
+        names = {node.node: node.name for node in status.nodes}
+        ejected = {names.get(one.node, ""): one.reason for one in status.verdicts if one.outcome == "eject"}
+        why: dict[str, list[str]] = {}
+        for name in sorted(own):
+            told = f"ejected ({ejected[name]})" if name in ejected else self.gone[name]
+            why.setdefault(told, []).append(name)
+        return "; ".join(f"{', '.join(who)}: {told}" for told, who in why.items())
 
     async def _status(self) -> Status | None:
         try:
@@ -285,7 +356,7 @@ class Swarm:
             still = status is not None and any(n.name == node.name and n.lease for n in status.nodes)
             if still:
                 self.killed.add(node.name)
-                self.metrics.write("kill", time.time(), name=node.name, node=node.node)
+                self._record("kill", name=node.name, node=node.node)
                 self.screen.note(f"killed {node.name} (-9) while it held lease {node.lease}")
             _tell(pid, signal.SIGKILL if still else signal.SIGCONT)
 
@@ -324,6 +395,17 @@ def _tell(pid: int, what: signal.Signals) -> None:
         os.kill(pid, what)
 
 
+def _is_at_work(node: NodeView) -> bool:
+    """Whether something may still come of it: of a worker that is there, or of a role that does more than wait."""
+    if node.role == "worker":
+        return node.is_online and node.status != "ejected" and node.phase != "gone"
+    return node.is_online and node.role != "relay" and node.phase not in ("waiting", "gone", "")
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def _nursery_of(role: str) -> str:
     return "light" if role in LIGHT else "torch"
 
@@ -359,11 +441,3 @@ def _free_port(config: Config) -> int:
     """The port that was asked for, or any free one. Raises ConfigError if it is taken."""
     with listen(config.coordinator.host, config.coordinator.port) as probe:
         return probe.getsockname()[1]
-
-
-def _last_words(path: Path, has_ended: bool) -> str:
-    """Why a process did not start: the last line of its log, without our own prefix, or that it takes too long."""
-    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    if not has_ended:
-        return f"{path.stem} is not ready after {START_S:.0f} s; is this machine very busy? Its log is {path}"
-    return (lines[-1] if lines else f"{path.stem} ended with nothing in {path}").removeprefix("farflung: ")

@@ -1,5 +1,7 @@
 """The terminal of every command: what is printed is text, whoever wrote it. Nothing in it is markup or obeyed."""
 
+import os
+import stat
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,3 +26,12 @@ class Terminal(Console):
         """The last gate, for whatever is no string, such as `Text`; rich's own movements of the cursor pass."""
         for part in super().render(renderable, options):
             yield part if part.control else Segment(visible(part.text), part.style)
+
+
+def let_go_of_lost() -> None:
+    """After a terminal is closed what is printed goes nowhere, where it would fail: the last words are in files too."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -31,6 +31,7 @@ from farflung.protocol.identity import Key, Signed, unseal
 from farflung.protocol.messages import Verdict
 from farflung.store import ledger
 from farflung.store.db import open_engine
+from farflung.store.metrics import Metrics
 from farflung.store.tables import ENTRIES, EVENTS, GROUPS, NODES, ROLLOUTS, TASKS, VERDICTS
 from farflung.tasks.found import Model
 from farflung.trust.record import NodeRecord
@@ -253,7 +254,7 @@ def _honest(connection: Connection, config: Config) -> list[Pay]:
     names = {cheat.name for cheat in config.swarm.cheats}
     rows = connection.execute(sa.select(NODES.c.node, NODES.c.name).where(NODES.c.role == "worker")).all()
     honest = {row.node for row in rows if row.name not in names}
-    lines = [json.loads(line) for line in _text(config.folder / "metrics.jsonl").splitlines()]
+    lines = Metrics(config.folder / "metrics.jsonl").lines()
     cpu_s = {line["node"]: line["work_cpu_s"] for line in lines if line["kind"] == "node" and line["node"] in honest}
     return [(_kept(connection, node), taken_s) for node, taken_s in cpu_s.items() if taken_s]
 

@@ -9,14 +9,14 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Connection
 
-from farflung.config import Config, load
+from farflung.config import Config, load_run
 from farflung.dashboard import pages
 from farflung.protocol.errors import ConfigError
-from farflung.protocol.hosts import KnownHosts
+from farflung.protocol.hosts import KnownHosts, url_of
 from farflung.protocol.server import listen
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs
-from farflung.store.db import Database
+from farflung.store.db import Database, readable, reading
 from farflung.store.tables import EVENTS, NODES, RUNS
 from farflung.tasks.found import Model
 
@@ -25,22 +25,16 @@ log = logging.getLogger(__name__)
 
 def run_in(folder: Path) -> Config:
     """The configuration of the run in a folder, wherever that folder is by now. Raises ConfigError."""
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds no run: config.json is missing")
-    config = load(folder / "config.json", environ={})
-    place = folder.resolve()
-    run = config.run.model_copy(update={"dir": place.parent})
-    if place.name != config.run.name:
-        raise ConfigError(f"{folder} holds the run {config.run.name!r}; call its folder by that name")
+    config = load_run(folder)
     coordinator = config.coordinator.model_copy(update={"veil": False})  # whoever has the folder may see all of it
-    return config.model_copy(update={"run": run, "coordinator": coordinator})
+    return config.model_copy(update={"coordinator": coordinator})
 
 
 def desk_of(config: Config) -> pages.Desk:
     """What the pages need, at the moment the run was last heard of."""
-    database = Database(config.database_url)
-    with database.engine.connect() as connection:
+    with reading(config.database_url) as connection:
         end = _end(connection, config.run.name)
+    database = Database(readable(config.database_url))
     return pages.Desk(config, database, _archive(config), config.folder / "metrics.jsonl", lambda: end, is_live=False)
 
 
@@ -48,7 +42,7 @@ def _end(connection: Connection, run: str) -> float:
     if connection.execute(sa.select(RUNS.c.run).where(RUNS.c.run == run)).first() is None:
         raise ConfigError(f"the database of run {run!r} does not know it; was it ever started?")
     last = [connection.execute(sa.select(sa.func.max(column))).scalar() for column in (NODES.c.seen_at, EVENTS.c.at)]
-    return max(at for at in last if at is not None)
+    return max((at for at in last if at is not None), default=0.0)
 
 
 def _archive(config: Config) -> Archive | None:
@@ -71,7 +65,7 @@ def view(folder: Path, host: str, port: int) -> None:
     desk = desk_of(run_in(folder))
     with listen(host, port) as listener:
         address, port = listener.getsockname()[:2]
-        print(f"farflung: {folder} is at http://{address}:{port}, read only; Ctrl-C ends it", flush=True)
+        print(f"farflung: {folder} is at {url_of('http', address, port)}, read only; Ctrl-C ends it", flush=True)
         app, shown = app_of(desk)
         options = uvicorn.Config(
             KnownHosts(app, (host,)), log_level="warning", timeout_graceful_shutdown=1, access_log=False

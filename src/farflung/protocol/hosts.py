@@ -36,6 +36,11 @@ class KnownHosts:
         return f"this is not {host[:100]!r}: use the address in digits{listed}"
 
 
+def url_of(scheme: str, host: str, port: int) -> str:
+    """The URL of a server that listens on a host; an IPv6 address stands in brackets there."""
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def is_known(host: str, names: frozenset[str] = frozenset()) -> bool:
     """Whether a Host header, port and all, names this server; an empty one does, for no browser leaves it out."""
     name = _without_port(host)

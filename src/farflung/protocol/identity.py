@@ -201,12 +201,15 @@ class Key:
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):
-            os.link(partial, path)
-        partial.unlink()
+            try:
+                os.link(partial, path)
+            except PermissionError:  # a file system without links, such as a memory card's
+                partial.rename(path)
+        partial.unlink(missing_ok=True)
 
     @classmethod
     def _read(cls, path: Path) -> "Key":
-        text = path.read_text().strip()
+        text = path.read_bytes().decode("ascii", "replace").strip()
         if not re.fullmatch(r"[0-9a-f]{64}", text):
             raise ConfigError(f"{path} is not a key file (64 hex digits); move it away and a new key will be made")
         return cls(bytes.fromhex(text))

@@ -257,11 +257,19 @@ class Session:
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:
-    """Call `stop` on SIGTERM and SIGINT, where there is a main thread to be told."""
+    """Call `stop` on what ends a process in good order, where there is a main thread to be told."""
     if threading.current_thread() is threading.main_thread():
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ending_signals():
             loop.add_signal_handler(number, stop)
+
+
+def ending_signals() -> list[signal.Signals]:
+    """SIGTERM, SIGINT, and that the terminal was closed, unless that is ignored, as nohup has it."""
+    found = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        found.append(signal.SIGHUP)
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -59,7 +60,10 @@ def kept(folder: Path, step: int) -> Logp:
         raise WeightsError(
             f"{path} is missing; step {step} used what its rollouts were worth before and cannot be replayed without it"
         )
-    return {int(index): values for index, values in load_file(path).items()}
+    try:
+        return {int(index): values for index, values in load_file(path).items()}
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged ({error}), and step {step} cannot be replayed without it") from error
 
 
 def _name(step: int) -> str:

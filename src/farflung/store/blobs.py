@@ -1,6 +1,7 @@
 """Content-addressed bytes: a folder when embedded, S3 when shared. Write-once; the key is their digest."""
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Generator, Sequence
 from datetime import timedelta
 from urllib.parse import parse_qsl, urlsplit
@@ -12,6 +13,7 @@ from obstore.store import LocalStore, MemoryStore, ObjectStore, S3Store
 from farflung.protocol.digest import DIGEST_CHARS, digest_of
 from farflung.protocol.errors import ConfigError, NotFound, Unavailable
 
+log = logging.getLogger(__name__)
 S3_PATIENCE = timedelta(seconds=10)
 """How long an S3 store that does not answer is asked again before the client is told to come back."""
 S3_OPTIONS = ("endpoint", "region")
@@ -31,9 +33,19 @@ class Blobs:
     async def put(self, data: bytes, digest: str | None = None) -> str:
         """Store bytes and give their digest; those that are there already are left alone. Raises Unavailable."""
         digest = digest or digest_of(data)
-        with _told(digest, "stored"), contextlib.suppress(AlreadyExistsError):  # same digest, same bytes
-            await obstore.put_async(self._store, _path(digest), data, mode="create")
+        with _told(digest, "stored"):
+            try:
+                await obstore.put_async(self._store, _path(digest), data, mode="create")
+            except AlreadyExistsError:  # same digest, same bytes, unless a power cut left others
+                await self._heal(data, digest)
         return digest
+
+    async def _heal(self, data: bytes, digest: str) -> None:
+        """Put bytes in the place of what is not what its name says; that which is stays, whatever is offered."""
+        kept = await obstore.get_async(self._store, _path(digest))
+        if digest_of(bytes(await kept.bytes_async())) != digest == digest_of(data):
+            log.warning("blob %s was damaged and is stored again", digest[:12])
+            await obstore.put_async(self._store, _path(digest), data)
 
     async def get(self, digest: str) -> bytes:
         """All bytes of a blob. Raises NotFound or Unavailable."""

@@ -14,7 +14,7 @@ from farflung.protocol import seeds
 from farflung.protocol.errors import Ejected, NotFound
 from farflung.protocol.identity import Key, node_id
 from farflung.protocol.messages import Latest
-from farflung.store.db import migrate, open_engine
+from farflung.store.db import file_of, reading
 from farflung.store.stories import memo
 from farflung.store.tables import NODES, RUNS, STEPS, TASKS
 
@@ -89,13 +89,13 @@ def step_secret(run_secret: bytes, step: int) -> bytes:
 
 
 def holds_run(url: str, run: str) -> bool:
-    """Whether the database at `url` has this run. Raises ConfigError if it cannot be reached."""
-    migrate(url)
-    engine = open_engine(url)
-    with engine.connect() as connection:
-        found = connection.execute(sa.select(RUNS.c.run).where(RUNS.c.run == run)).first()
-    engine.dispose()
-    return found is not None
+    """Whether the database at `url` has this run; it is left as it is. Raises ConfigError if it cannot be read."""
+    if (file := file_of(url)) and not file.exists():
+        return False
+    with reading(url) as connection:
+        if not sa.inspect(connection).has_table(RUNS.name):
+            return False
+        return connection.execute(sa.select(RUNS.c.run).where(RUNS.c.run == run)).first() is not None
 
 
 def new_id(letter: str) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event, exc
@@ -61,6 +62,8 @@ SQLITE_AWAY = {
     for name in ("BUSY", "LOCKED", "IOERR", "FULL", "CANTOPEN", "READONLY", "PROTOCOL")
 }
 """Codes of a file that is locked, full or gone, unlike those of a statement that is wrong."""
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT)
+"""Codes of a file that is no database, or was one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -319,7 +322,7 @@ def open_engine(url: str) -> Engine:
         engine = sa.create_engine(url, **options)
     except (exc.ArgumentError, ModuleNotFoundError) as error:
         raise ConfigError(f"database URL {shown(url)!r} cannot be used: {error}") from error
-    if engine.dialect.name == "sqlite":
+    if engine.dialect.name == "sqlite" and "immutable" not in engine.url.query:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -362,17 +365,85 @@ def migrate(url: str) -> None:
     """Bring the schema of the database at `url` to this version's; replicas that start together do it in turn."""
     from alembic import command
     from alembic.config import Config
+    from alembic.util import CommandError
 
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["engine"] = engine = open_engine(url)
     try:
-        with engine.connect() as connection, _alone(connection):
+        with named(url), engine.connect() as connection, _alone(connection):
             command.upgrade(config, "head")
-    except exc.OperationalError as error:
-        raise ConfigError(f"database {shown(url)} cannot be reached: {str(error).splitlines()[0][:200]}") from error
+    except CommandError as error:
+        raise ConfigError(
+            f"database {shown(url)} was made by a later version of farflung ({error}); upgrade with: pip install -U "
+            "farflung"
+        ) from error
     finally:
         engine.dispose()
+
+
+@contextlib.contextmanager
+def reading(url: str) -> Generator[Connection]:
+    """A connection to look at a database of a run that may be over. Raises ConfigError if there is none to be read."""
+    if (file := file_of(url)) and not file.exists():
+        raise ConfigError(f"there is no database {file}; was this run ever started?")
+    engine = open_engine(readable(url))
+    try:
+        with named(url), engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def readable(url: str) -> str:
+    """The URL of a database to look at: of a file beside which nothing can be written, one that needs nothing there.
+
+    SQLite keeps an index of its journal in a file of its own, which a full disk or a read-only folder does not take.
+    """
+    file = file_of(url)
+    if file is None or not file.exists():
+        return url
+    engine = open_engine(url)
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("SELECT count(*) FROM sqlite_master")
+    except exc.DBAPIError as error:
+        journal = file.with_name(f"{file.name}-wal")
+        if is_away(error) and not (journal.exists() and journal.stat().st_size):
+            return f"sqlite:///file:{quote(str(file.resolve()))}?mode=ro&immutable=1&uri=true"
+    finally:
+        engine.dispose()
+    return url
+
+
+def file_of(url: str) -> Path | None:
+    """The file of a database, if it is one."""
+    parts = sa.make_url(url)
+    return Path(parts.database) if parts.get_backend_name() == "sqlite" and parts.database else None
+
+
+@contextlib.contextmanager
+def named(url: str) -> Generator[None]:
+    """A database that cannot be used as a ConfigError that names it and says what to do."""
+    try:
+        yield
+    except exc.DBAPIError as error:
+        raise ConfigError(f"database {shown(url)} {_ill(error)}") from error
+
+
+def _ill(error: exc.DBAPIError) -> str:
+    said = str(error.orig).splitlines()[0][:200]
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    if code is None:
+        return f"cannot be {'reached' if isinstance(error, exc.OperationalError) else 'used'}: {said}"
+    if code & 0xFF in DAMAGED:
+        return (
+            f"is damaged ({said}); bring a backup back with `farflung restore`, or move the run's folder away and "
+            "begin anew"
+        )
+    if code & 0xFF in SQLITE_AWAY:
+        return f"cannot be opened ({said}); is its folder there, writable, and its disk not full?"
+    return f"does not have this version's tables ({said}); go on with the run once, by --resume, to bring it up to date"
 
 
 @contextlib.contextmanager

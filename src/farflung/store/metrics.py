@@ -5,9 +5,9 @@ import json
 import os
 import subprocess
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import msgspec
 
@@ -23,6 +23,16 @@ NODES_AT_ONCE = 8
 """Most nodes that get a line in one flush: 4 lines a second however many there are, some 100 MB a day."""
 MOST_BYTES = 256 << 20
 """A larger file is thinned."""
+WORDS = ("kind", "node", "role", "name")
+NEEDED = {
+    "node": ("node", "role", "started_at", "heard_at", "cpu_s", "work_cpu_s", "proof_cpu_s", "sync_pause_s"),
+    "step": ("step", "weights_bytes"),
+    "eval": ("step",),
+    "sent": ("size_bytes",),
+    "kill": ("name", "node"),
+    "restart": ("name",),
+}
+"""Fields that readers rely on."""
 
 
 class Tail:
@@ -40,7 +50,10 @@ class Tail:
         return True
 
     def lines(self, part: bytes = b"") -> Iterator[dict[str, Any]]:
-        """Lines appended since, of those with this part in them; one that is not whole yet waits for the next look."""
+        """Lines appended since, of those with this part in them; one that is not whole yet waits for the next look.
+
+        What is no line of ours, cut short by a crash or damaged on its disk, is passed over.
+        """
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -49,16 +62,36 @@ class Tail:
                 if not text.endswith(b"\n"):
                     return
                 self._offset += len(text)
-                if part in text:
-                    with contextlib.suppress(json.JSONDecodeError):
-                        yield json.loads(text)
+                if part in text and (line := parse(text)) is not None:
+                    yield line
+
+
+def parse(text: bytes) -> dict[str, Any] | None:
+    """A line as its fields, or None where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    line = cast(dict[str, Any], found)
+    needed = ("kind", "at", *NEEDED.get(str(line.get("kind")), ()))
+    is_well = all(_is_well(name, line.get(name)) for name in needed) and _is_well("up_s", line.get("up_s", 0))
+    return line if is_well else None
+
+
+def _is_well(name: str, value: Any) -> bool:
+    if name in WORDS:
+        return isinstance(value, str)
+    return isinstance(value, int | float) and abs(value) < 1e18  # NaN is not
 
 
 class Metrics:
     """Appends lines. What nodes say of themselves is kept until the next flush; losing it loses only metrics."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, uptime: Callable[[], float] | None = None) -> None:
+        """`uptime` is a clock that nobody sets, the same for all processes of this machine; readers need none."""
+        self.path, self._uptime = path, uptime
         self._nodes: OrderedDict[str, dict[str, Any]] = OrderedDict()
         """What nodes said since their last line, those first that have waited longest for one."""
         self._evals, self._tail = set[int](), Tail(path)
@@ -69,23 +102,33 @@ class Metrics:
     def write(self, kind: str, at: float, **fields: Any) -> None:
         """Append one line."""
         with self._appending() as file:
-            file.write(json.dumps({"kind": kind, "at": round(at, 3), **fields}).encode() + b"\n")
+            up = {} if self._uptime is None else {"up_s": round(self._uptime(), 3)}
+            file.write(json.dumps({"kind": kind, "at": round(at, 3), **up, **fields}).encode() + b"\n")
 
     @contextlib.contextmanager
     def _appending(self) -> Generator[IO[bytes]]:
-        """The file, locked against a process that thins it; opened again if that one has just put another in place."""
+        """The file, locked against a process that thins it; opened again if that one has just put another in place.
+
+        It stands at the beginning of a line, even where a crash or a full disk cut the last one.
+        """
         while True:
-            with self.path.open("ab") as file:
+            with self.path.open("ab+") as file:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX)
                 if os.fstat(file.fileno()).st_ino == self.path.stat().st_ino:
+                    size = file.seek(0, os.SEEK_END)
+                    if size and (file.seek(size - 1), file.read(1))[1] != b"\n":
+                        file.write(b"\n")
                     yield file
                     return
 
-    def begin(self, at: float) -> bool:
-        """Write the line that a stay begins with, unless one is under way; whether it was written."""
+    def begin(self, at: float, *, is_alone: bool = False) -> bool:
+        """Write the line that a stay begins with, unless one is under way; whether it was written.
+
+        Where the writer `is_alone`, a stay that is under way was cut short by a crash, and the next one begins.
+        """
         kinds = [line["kind"] for line in self.lines() if line["kind"] in ("start", "end")]
-        if kinds and kinds[-1] == "start":
+        if kinds and kinds[-1] == "start" and not is_alone:
             return False
         self.write("start", at, pid=os.getpid(), commit=commit())
         return True

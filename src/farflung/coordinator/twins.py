@@ -1,0 +1,56 @@
+"""One key at work on two machines: the coordinator sees it by the heartbeats, which each process marks with its start.
+
+A process that is started again takes the place of the one before, for good. Where the one before comes back, both live:
+they do each piece of work twice, for one pay. Both are told, now and then, instead of an answer to a heartbeat.
+"""
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from farflung.protocol.errors import Conflict
+from farflung.protocol.messages import Heartbeat
+
+log = logging.getLogger(__name__)
+MOST_NODES = 10_000
+"""Nodes that are remembered; a flood of keys makes others forgotten, which costs a warning."""
+LASTS_S, TOLD_EVERY_S = 60.0, 60.0
+
+
+@dataclass
+class _Lives:
+    """When the two last processes of a node started, when they were last seen in turn, and when each was told."""
+
+    now: float
+    before: float = -1.0
+    met_at: float = -LASTS_S
+    told: dict[float, float] = field(default_factory=dict[float, float])
+
+
+class Twins:
+    """What this coordinator has seen of each node."""
+
+    def __init__(self) -> None:
+        self._lives: OrderedDict[str, _Lives] = OrderedDict()
+
+    def check(self, node: str, beat: Heartbeat, at: float) -> None:
+        """Raises Conflict, once in a while, for each of two processes that share a key."""
+        if beat.phase == "gone":  # the last word of one that is replaced may come late
+            return
+        lives = self._lives.setdefault(node, _Lives(beat.started_at))
+        self._lives.move_to_end(node)
+        if len(self._lives) > MOST_NODES:
+            self._lives.popitem(last=False)
+        if beat.started_at != lives.now:
+            if beat.started_at == lives.before:
+                lives.met_at = at
+            lives.now, lives.before = beat.started_at, lives.now
+        told_at = lives.told.get(beat.started_at, at - TOLD_EVERY_S)
+        if at - lives.met_at < LASTS_S and at - told_at >= TOLD_EVERY_S:
+            lives.told = {start: lives.told[start] for start in (lives.now, lives.before) if start in lives.told}
+            lives.told[beat.started_at] = at
+            log.warning("node %s works in two places at once", node)
+            raise Conflict(
+                f"the key of node {node} is in use in two places at once, so work is done twice and paid once; end one "
+                "of them, or give it a folder, and so a key, of its own"
+            )
