@@ -36,7 +36,7 @@ def test_duplicates_and_blank_lines_are_dropped(write):
     ("match", "answer", "right", "wrong"),
     [
         ("exact", "Paris", "I recall.\nAnswer: Paris.", "Answer: Paris or Rome"),
-        ("exact", "Paris", "Paris", "paris"),
+        ("exact", "Paris", "Answer: paris", "Answer: Pari"),
         ("number", 1000, "it makes 1,000.0", "1000 or 1001"),
         ("choice", "B", "the answer: (B)", "A, B, C, D"),
     ],

@@ -34,7 +34,7 @@ class Jsonl:
         self.spec: dict[str, Any] = {"path": str(path), "match": match, "question": question, "answer": answer}
         digest = hashlib.sha256()
         self.lines = read_tasks(path, question, answer, match, digest)
-        self.version = f"1+{digest.hexdigest()[:16]}"
+        self.version = f"2+{digest.hexdigest()[:16]}"
 
     def tasks(self, split: Split) -> Iterator[Task]:
         """Yield the distinct questions of the split in the order of the file."""
@@ -60,8 +60,8 @@ def find(reply: str, match: Match) -> str:
 def matches(found: str, right: str, match: Match) -> bool:
     """Whether the answer found is right; nothing found is never right."""
     if match == "number":
-        return answers.value(found) is not None and answers.value(found) == answers.value(right)
-    return found != "" and found == right
+        return answers.same_number(found, right)
+    return answers.same(found, right) if match == "exact" else found != "" and found == right
 
 
 def read_tasks(path: str, question: str, answer: str, match: Match, digest: Any) -> list[Task]:
@@ -126,6 +126,8 @@ def check_answer(given: Any, place: str, match: Match) -> str:
     if isinstance(given, bool) or not isinstance(given, str | int | float):
         raise ConfigError(f"{place}: the answer is {type(given).__name__}; write text or a number")
     text = answers.tidy(str(given))
+    if match != "exact" or answers.is_marked(text):
+        text = text if matches(find(text, match), text, match) else find(text, match)
     if not matches(find(text, match), text, match):
         raise ConfigError(f"{place}: no reply could match the answer {str(given)[:80]!r} as {match!r}; change either")
     return text
