@@ -181,7 +181,12 @@ def last_number(reply: str) -> str:
         return "0"
     said = ENUMERATION.sub("", said) if len(ENUMERATION.findall(said)) > 1 else said
     lines = [line for line in SENTENCES.split(said) if line.strip()]
-    return last_in(lines, numbers.read) or ("" if re.search(r"\d", said) else last_in(lines, numbers.read_words))
+    return last_in(lines, numbers.read) or ("" if has_digits(said) else last_in(lines, numbers.read_words))
+
+
+def has_digits(text: str) -> bool:
+    """Whether the text writes a number in other signs than letters."""
+    return any(character.isnumeric() for character in text)
 
 
 def last_in(lines: list[str], read: Callable[[str], list[Number]]) -> str:

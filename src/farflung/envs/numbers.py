@@ -58,7 +58,8 @@ AND_SHARE = re.compile(rf"\ and (?:a|one)[ -]({'|'.join(SHARES)})\b")
 PERCENT = re.compile(r"\ ?(?:%|percent\b|per cent\b)", re.IGNORECASE)
 LETTERS = re.compile(r"\ ?([^\W\d_]+)")
 LEADS_ON = re.compile(
-    rf"\.[.\d]|[,'_:]\d|\.?\ ?{OTHER}|[(\w√]|\ ?(?:[*^±√|]|/(?![^\W\d_]{{3}})|[-+]\ ?[(]|\+(?!\w))|\ or (?:more|less|fewer)\b"
+    rf"\.[.\d]|[,'_:]\d|\.?\ ?{OTHER}|[(\w√]|\ ?(?:[*^±√|]|/(?![^\W\d_]{{3}})|[-+]\ ?[(]|\+(?!\w))|"
+    r"\ or (?:more|less|fewer)\b"
 )
 BOUNDED = re.compile(
     r"(?:\b(?:than|least|most|above|below|under|over|up to|exceeds?|nearly|almost)|equal to or)\ ?[$€£]?\ ?$",
