@@ -17,7 +17,7 @@ QUESTIONS = ("question", "prompt", "problem", "input", "instruction", "query")
 ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", "target", "label")
 ANSWERS += ("solution", "completion", "response", "output")
 """Keys that data sets have their questions and answers under, the first one that a row has is taken."""
-MAX_TASK_CHARS = 450_000
+MAX_TASK_BYTES = 450_000
 """A task goes to the coordinator twice in one line, as itself and as its prompt."""
 SHOWN_ANSWER_CHARS = 200
 SHOWN_CHARS = 80
@@ -111,7 +111,7 @@ def read_task(row: dict[str, Any], place: str, question: str, answer: str, match
                 f"{place} has no {key!r}, only {sorted(map(str, row))[:8]}; rename one, or set env.args.{argument}"
             )
     task = {"question": check_question(row[question], place), "answer": check_answer(row[answer], place, match)}
-    if len(json.dumps(task)) > MAX_TASK_CHARS:
+    if len(json.dumps(task, ensure_ascii=False).encode()) > MAX_TASK_BYTES:
         raise ConfigError(f"{place} is longer than {rows.MAX_LINE_BYTES} bytes; shorten or remove it")
     return task
 

@@ -30,10 +30,11 @@ from farflung.protocol.errors import ConfigError, FarflungError, Unreachable
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import NodeView, Status
 from farflung.protocol.server import listen
+from farflung.rollouts.unscorable import refuse_unscorable
 from farflung.store.book import holds_run
 from farflung.store.db import shown
 from farflung.store.metrics import Metrics
-from farflung.tasks.found import local_grants
+from farflung.tasks.found import founded_in, local_grants, refuse_another
 
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
@@ -56,6 +57,8 @@ def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> Non
         raise ConfigError("model.path is missing; name a folder of a Hugging Face causal LM or its hub id")
     if resume and not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds no run to resume; start it without --resume")
+    if resume:
+        refuse_another(founded_in(folder), config)
     if folder.exists() and not resume:
         if not fresh:
             raise ConfigError(f"{folder} exists already; use --resume to go on, --fresh to throw it away")
@@ -234,6 +237,7 @@ class Swarm:
 
     async def _watch(self) -> bool:
         """Until the run is finished (True) or somebody says stop (False). Raises ConfigError if the trainer does."""
+        known: list[str] | None = None  # warnings of before a --resume
         while not self.is_stopping:
             if self._is_refused:
                 raise ConfigError(_last_words(self.folder / "logs" / "trainer.log", has_ended=True))
@@ -241,6 +245,8 @@ class Swarm:
             status = await self._status()
             if status is not None:
                 self.screen.show(status)
+                known = status.warnings if known is None else known
+                refuse_unscorable(status.warnings, known)
                 await self._kill_doomed(status.nodes)
                 if status.status == "finished":
                     return True
