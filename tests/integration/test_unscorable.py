@@ -20,7 +20,8 @@ async def warned(house) -> list[str]:
 
 async def fail(house, error: str) -> None:
     """No scorer can judge anything that waits."""
-    while jobs := (await house.tell("scorer", "scores/claim", m.Claim(limit=64), m.ScoreJobs)).jobs:
+    for _ in range(house.config.scorer.faults):
+        jobs = (await house.tell("scorer", "scores/claim", m.Claim(limit=64), m.ScoreJobs)).jobs
         results = [m.ScoreResult(rollout=job.rollout, error=error) for job in jobs]
         await house.tell("scorer", "scores", m.Scores(results=results), m.Done)
 
