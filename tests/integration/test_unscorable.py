@@ -23,7 +23,8 @@ async def fail(house, error: str) -> None:
     for _ in range(house.config.scorer.faults):
         jobs = (await house.tell("scorer", "scores/claim", m.Claim(limit=64), m.ScoreJobs)).jobs
         results = [m.ScoreResult(rollout=job.rollout, error=error) for job in jobs]
-        await house.tell("scorer", "scores", m.Scores(results=results), m.Done)
+        if results:
+            await house.tell("scorer", "scores", m.Scores(results=results), m.Done)
 
 
 def test_the_first_fault_is_told_and_so_is_that_nothing_can_be_scored(house) -> None:
