@@ -7,7 +7,6 @@ from tests.conftest import settings
 from tests.integration.test_tasks import rows_of
 
 from farflung.dashboard.views import warnings
-from farflung.protocol import messages as m
 from farflung.protocol.errors import ConfigError
 from farflung.rollouts import unscorable
 from farflung.store.db import Database
@@ -18,23 +17,17 @@ async def warned(house) -> list[str]:
     return await house.office.database.read(warnings)
 
 
-async def fail(house, error: str) -> None:
-    """No scorer can judge anything that waits."""
-    for _ in range(house.config.scorer.faults):
-        jobs = (await house.tell("scorer", "scores/claim", m.Claim(limit=64), m.ScoreJobs)).jobs
-        results = [m.ScoreResult(rollout=job.rollout, error=error) for job in jobs]
-        if results:
-            await house.tell("scorer", "scores", m.Scores(results=results), m.Done)
-
-
 def test_the_first_fault_is_told_and_so_is_that_nothing_can_be_scored(house) -> None:
     async def scenario(house) -> None:
         await house.step(0)
         known = await warned(house)
-        await house.work("ada")
-        await fail(house, "environment 'sums': KeyError: 'terms' at 0")
         book = house.office.book
-        assert book.faults[unscorable.NONE_SCORED] > 0
+        for number in range(3):
+            await house.office.database.write(
+                lambda c, number=number: unscorable.tell_fault(
+                    c, book, "r1", f"environment 'sums': KeyError: 'terms' at {number}", 1.0
+                )
+            )
         for _ in range(unscorable.MOST_IN_A_ROW):
             await house.office.database.write(
                 lambda c: unscorable.count_unscored(c, book, "r1", "environment 'sums': KeyError: 'terms' at 1", 1.0)
