@@ -56,7 +56,9 @@ class ModelSection(Section):
 
 
 class EnvSection(Section):
-    name: str = setting("sums", "`sums`, `reasoning_gym:TASK`, `path/to/file.py:Class` or `path/to/questions.jsonl`.")
+    name: str = setting(
+        "sums", "`sums`, `reasoning_gym:TASK`, `path/to/file.py:Class` or `path/to/questions.jsonl` (or .json, .csv)."
+    )
     args: dict[str, Any] = setting({}, "Keyword arguments of the environment.")
     train_tasks: int = setting(4096, "Training tasks taken from the environment.", ge=1, le=1_000_000)
     eval_tasks: int = setting(512, "Held-out tasks taken from the environment.", ge=0, le=100_000)
@@ -529,7 +531,7 @@ def _anchor(config: Config, base: Path) -> Config:
     if model.path and (base / model.path).exists():
         model = model.model_copy(update={"path": str((base / model.path).resolve())})
     name, colon, attribute = env.name.partition(":")
-    if name.endswith((".py", ".jsonl")) and (base / name).exists():
+    if name.endswith((".py", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")) and (base / name).exists():
         env = env.model_copy(update={"name": str((base / name).resolve()) + colon + attribute})
     if env.keep and (base / env.keep).exists():
         env = env.model_copy(update={"keep": str((base / env.keep).resolve())})

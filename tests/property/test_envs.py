@@ -1,10 +1,10 @@
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from farflung.envs import answers
+from farflung.envs import answers, numbers
 from farflung.envs.reasoning_gym import ReasoningGym
 from farflung.envs.split import shuffled, split_of
 from farflung.envs.sums import Sums, worked
@@ -69,13 +69,82 @@ def test_listing_sums_pays_nothing(a, b, guesses):
 def test_hostile_text_never_raises_and_wins_only_by_its_one_answer(transcript, place):
     found = answers.find(transcript, place)
     assert answers.same(found, "4711") == (answers.value(answers.tidy(found)) == 4711)
-    assert answers.choice(transcript) in {"", *"ABCDEFGH"}
+    assert answers.choice(transcript) in {"", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+
+
+@given(st.lists(st.integers(0, 99), min_size=2, max_size=30, unique=True), st.sampled_from([" ", "\n", ". ", ", "]))
+def test_a_list_of_answers_pays_nothing(guesses, between):
+    listed = between.join(map(str, guesses))
+    found = {
+        answers.last_number(listed),
+        answers.find(listed, "exact"),
+        answers.tagged(listed) if between != "\n" else "",
+    }
+    assert not found & set(map(str, guesses))
+
+
+NUMBER = st.one_of(
+    st.integers(1, 10**6).map(str),
+    st.builds("{}.{}".format, st.integers(0, 99), st.integers(1, 99)),
+    st.builds("{}/{}".format, st.integers(1, 99), st.integers(2, 99)),
+    st.builds("{}%".format, st.integers(1, 99)),
+    st.builds("{:,}".format, st.integers(1000, 10**7)),
+    st.sampled_from(["½", "2½", "1e3", "10^3", "seven", "forty-two", "-8", "$12"]),
+)
+BETWEEN = st.sampled_from(
+    [", ", "; ", " or ", " and ", " | ", ", or ", " or maybe ", " to ", " apples or ", " versus ", ", possibly "]
+)
+AROUND = st.sampled_from(
+    [
+        "{}",
+        "Answer: {}",
+        "The answer is {}.",
+        "\\boxed{{{}}}",
+        "<answer>{}</answer>",
+        "#### {}",
+        "It is either {}",
+        "({})",
+    ]
+)
+
+
+@given(NUMBER, NUMBER, BETWEEN, AROUND)
+@settings(max_examples=200)
+def test_two_different_numbers_as_the_answer_pay_nothing(one, other, between, around):
+    assume(numeric(one) != numeric(other))
+    assert answers.last_number(around.format(one + between + other)) == ""
+
+
+def numeric(text):
+    return answers.value(answers.last_number(text))
+
+
+@given(st.sampled_from("ABCDJZ"), st.sampled_from("ABCDJZ"), BETWEEN, AROUND)
+def test_two_different_choices_pay_nothing(one, other, between, around):
+    assume(one != other)
+    assert answers.choice(around.format(one + between + other)) == ""
 
 
 @given(
-    st.lists(st.integers(0, 99), min_size=2, max_size=30, unique=True), st.sampled_from(["last_number", "tag", "exact"])
+    st.lists(st.integers(0, 2000).map(str), min_size=2, max_size=4),
+    st.lists(st.sampled_from("./^:-+*e_',xπ√½²"), min_size=5, max_size=5),
 )
-def test_of_a_list_of_answers_the_last_counts_at_most(guesses, place):
-    listed = " ".join(map(str, guesses))
-    paid = [guess for guess in guesses if answers.same(answers.find(listed, place), str(guess))]
-    assert paid == ([guesses[-1]] if place == "last_number" else [])
+@settings(max_examples=200)
+def test_a_part_of_a_number_is_never_the_number(parts, joints):
+    text = parts[0] + "".join(joint + part for joint, part in zip(joints, parts[1:], strict=False))
+    found, whole = answers.last_number(text), numbers.whole(text)
+    assert found == (numbers.shown(whole) if whole else "")
+
+
+@given(st.fractions(max_denominator=10**6).filter(lambda number: abs(number) < 10**20), st.booleans())
+def test_a_number_shown_is_read_back(value, is_percent):
+    number = numbers.Number(value, 0, 0, is_percent)
+    read = numbers.whole(numbers.shown(number))
+    assert read is not None
+    assert (read.value, read.is_percent) == (value, is_percent)
+
+
+@given(WHOLE, st.sampled_from(["<think>", "so ", "Answer: ", "\\boxed{9}"]))
+def test_a_thought_alone_is_no_answer(number, begins):
+    assert answers.last_number(f"<think>{begins}{number}") == ""
+    assert answers.tagged(f"<think>{begins}{number}") == ""

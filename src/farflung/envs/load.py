@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from farflung.envs import rows
 from farflung.envs.base import Env
 from farflung.envs.jsonl import Jsonl
 from farflung.envs.reasoning_gym import ReasoningGym
@@ -25,7 +26,7 @@ def load_env(spec: str, args: dict[str, Any] | None = None) -> Env:
     path, _, name = spec.rpartition(":")
     if path.endswith(".py"):
         return check_members(construct(class_in(path, name), dict(args or {}), spec), spec)
-    if spec.endswith(".jsonl"):
+    if spec.lower().endswith(rows.SUFFIXES):
         return construct(Jsonl, {"path": spec, **(args or {})}, spec)
     kind, colon, task = spec.partition(":")
     if kind not in BUILT_IN or (colon and kind != "reasoning_gym"):
@@ -37,8 +38,14 @@ def unknown(spec: str) -> str:
     """The message for a spec of no known form."""
     if spec.endswith(".py"):
         return f"the environment {spec!r} names no class; write {spec}:Env"
+    if spec.lower().endswith((".parquet", ".arrow", ".gz", ".zip", ".xlsx", ".txt")):
+        return f"the environment {spec!r} is no file of questions that can be read; save it as .jsonl, .json or .csv"
     nearest = get_close_matches(spec.partition(":")[0], BUILT_IN, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else "choose sums, reasoning_gym:NAME, FILE.py:CLASS or a .jsonl"
+    hint = (
+        f"did you mean {nearest[0]!r}?"
+        if nearest
+        else "choose sums, reasoning_gym:NAME, FILE.py:CLASS or a .jsonl, .json or .csv"
+    )
     return f"there is no environment {spec!r}; {hint}"
 
 

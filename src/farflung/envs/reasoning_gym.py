@@ -70,7 +70,7 @@ class ReasoningGym:
                   for fewer; held-out tasks are judged right or wrong
     """
 
-    version = "1"
+    version = "2"
 
     def __init__(
         self,

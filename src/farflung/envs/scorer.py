@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, BinaryIO
 
-from farflung.envs.base import Env, Score, Split
+from farflung.envs.base import Env, Score, Split, Task
 from farflung.envs.load import load_env
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
@@ -56,7 +56,9 @@ class Session:
         """List the first tasks of a split with their prompts."""
         count = 0
         for task in islice(self.opened.tasks(split), limit):
-            yield {"task": task, "prompt": self.opened.prompt(task)}
+            prompt = self.opened.prompt(task)
+            check_text(task, prompt, f"task {count + 1} of the split {split}")
+            yield {"task": task, "prompt": prompt}
             count += 1
         yield {"end": True, "count": count}
 
@@ -70,6 +72,16 @@ class Session:
         if self.env is None:
             raise ValueError("no environment is open; send the op open first")
         return self.env
+
+
+def check_text(task: Task, prompt: object, place: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which no line can carry."""
+    for name, value in {**task, "its prompt": prompt}.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise ValueError(f"{place} has half a character, {half}, in {name}; write the whole one") from error
 
 
 def checked(score: Score) -> Reply:
@@ -101,8 +113,8 @@ def serve(requests: BinaryIO, replies: BinaryIO, session: Session, cpu_s: int) -
 
 
 def write(replies: BinaryIO, reply: Reply) -> None:
-    """Send one line, encoded whole before its first byte is sent; NaN is no JSON and is refused."""
-    replies.write(json.dumps(reply, allow_nan=False).encode() + b"\n")
+    """Send one line, encoded whole before its first byte is sent; NaN and half a character are no JSON, and refused."""
+    replies.write(json.dumps(reply, allow_nan=False, ensure_ascii=False).encode() + b"\n")
     replies.flush()
 
 

@@ -1,7 +1,7 @@
 """Which questions are held out, and in what order the others come: pure functions of a hash, the same for every env."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from farflung.envs.base import Split
 
@@ -15,9 +15,25 @@ def number_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
+def divided(questions: Sequence[str]) -> list[Split]:
+    """The split of each of all the questions there are: as `split_of` says, but neither is left without any.
+
+    Where all of a few questions fall into one split, the one with the lowest hash is held out, the others are not.
+    """
+    splits = [split_of(question) for question in questions]
+    if len(set(questions)) < 2 or len(set(splits)) == 2:
+        return splits
+    held_out = min(questions, key=_hashed)
+    return ["eval" if _hashed(question) == _hashed(held_out) else "train" for question in questions]
+
+
+def _hashed(question: str) -> int:
+    return number_of("split", " ".join(question.casefold().split()))
+
+
 def split_of(question: str) -> Split:
     """The one split this question belongs to, whatever its case and spacing."""
-    return "eval" if number_of("split", " ".join(question.casefold().split())) % EVAL_ONE_IN == 0 else "train"
+    return "eval" if _hashed(question) % EVAL_ONE_IN == 0 else "train"
 
 
 def shuffled(count: int, key: str) -> Iterator[int]:

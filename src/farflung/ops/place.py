@@ -13,6 +13,7 @@ from farflung.protocol.errors import ConfigError
 from farflung.store import owner
 from farflung.store.book import holds_run
 from farflung.store.db import shown
+from farflung.tasks.found import founded_in, refuse_another
 from farflung.tasks.model import Model
 from farflung.tasks.model_check import refuse_long, refuse_unfit
 
@@ -37,6 +38,7 @@ def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> Non
     _make(folder)
     owner.own(folder)
     if resume:
+        refuse_another(founded_in(folder), config)
         _refuse_unfounded(config)
     else:
         _refuse_held(config)

@@ -36,6 +36,7 @@ from farflung.protocol.messages import NodeView, Status
 from farflung.protocol.server import listen
 from farflung.protocol.session import stop_on_signals
 from farflung.protocol.shown import one_line
+from farflung.rollouts.unscorable import refuse_unscorable
 from farflung.store import owner
 from farflung.store.metrics import Metrics
 from farflung.tasks.found import local_grants
@@ -285,12 +286,15 @@ class Swarm:
 
     async def _watch(self) -> bool:
         """Until the run is finished (True), or it cannot go on or somebody says stop (False)."""
+        known: list[str] | None = None  # warnings of before a --resume
         while not self.is_stopping:
             await self._restart_nurseries()
             self._look_for_trouble()
             status = await self._status()
             if status is not None:
                 self.screen.show(status)
+                known = status.warnings if known is None else known
+                refuse_unscorable(status.warnings, known)
                 await self._kill_doomed(status.nodes)
                 if status.status == "finished":
                     return True

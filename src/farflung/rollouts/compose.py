@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row
 from farflung.protocol import seeds
 from farflung.protocol.errors import Conflict, StepTaken
 from farflung.protocol.messages import Batch, BatchGroup, BatchRollout, Commit, Manifest
-from farflung.rollouts import brake, canary, payment
+from farflung.rollouts import brake, canary, payment, unscorable
 from farflung.rollouts.consequences import hold
 from farflung.rollouts.credit import audits_waiting
 from farflung.rollouts.unused import drop_groups, look_at, one_of_each
@@ -22,6 +22,9 @@ from farflung.store import heldout
 from farflung.store.book import Book
 from farflung.store.stories import move, record
 from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
+
+FEW_TASKS = 1_000
+"""A run of more tasks always has another one to open."""
 
 
 def claim_step(connection: Connection, book: Book, step: int, now: float) -> Batch | str:
@@ -54,6 +57,8 @@ def _open_step(connection: Connection, book: Book, step: int, now: float) -> str
         else:
             ready = _ready(connection, book, step)
             chosen = choose(ready, book.config.learn.groups, book.config.learn.oversample)
+        if chosen is None and ready and _is_exhausted(connection, book, step - 1):
+            chosen = list(ready)
         if chosen is None:
             useful = sum(row.is_informative for row in ready)
             return f"{useful} of {book.config.learn.groups} groups are ready ({len(ready)} complete)"
@@ -71,6 +76,7 @@ def _open_step(connection: Connection, book: Book, step: int, now: float) -> str
         )
     )
     record(connection, "step", [identity], "", "open", now, groups=len(chosen))
+    unscorable.tell_nothing_learned(connection, book, step, chosen, now)
     _take(connection, book, chosen, step, now)
     return ""
 
@@ -84,6 +90,18 @@ def _ready(connection: Connection, book: Book, step: int) -> Sequence[Row[Any]]:
         GROUPS.c.step >= step - 1 - book.config.learn.max_staleness,
     )
     return connection.execute(query.order_by(GROUPS.c.step, GROUPS.c.group)).all()
+
+
+def _is_exhausted(connection: Connection, book: Book, policy: int) -> bool:
+    """Whether every task was opened at the latest policy and no group is under way: no more will come for the step."""
+    if book.config.learn.lockstep or len(book.tasks) > FEW_TASKS:
+        return False
+    train = sa.and_(GROUPS.c.run == book.run, GROUPS.c.purpose == "train")
+    opened = sa.select(sa.func.count(GROUPS.c.task.distinct())).where(train, GROUPS.c.step == policy)
+    oldest = policy - book.config.learn.max_staleness
+    under_way = sa.select(GROUPS.c.group).where(train, GROUPS.c.status == "open", GROUPS.c.step >= oldest)
+    is_all = connection.execute(opened).scalar_one() >= len(book.tasks)
+    return is_all and connection.execute(under_way.limit(1)).first() is None
 
 
 def _lockstep(connection: Connection, book: Book, step: int) -> tuple[Sequence[Row[Any]], list[Row[Any]] | None]:

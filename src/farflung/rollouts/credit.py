@@ -12,7 +12,7 @@ from farflung.envs.length import penalty
 from farflung.learner.difficulty import RIGHT, Count, add
 from farflung.learner.filters import is_informative
 from farflung.protocol.messages import ScoreResult
-from farflung.rollouts import payment
+from farflung.rollouts import payment, unscorable
 from farflung.rollouts.audit import open_audit
 from farflung.rollouts.unused import drop_groups
 from farflung.store.book import Book
@@ -54,6 +54,8 @@ def take_scores(connection: Connection, book: Book, scorer: str, results: Sequen
         .where(ROLLOUTS.c.rollout.in_(given), ROLLOUTS.c.status == "received", ROLLOUTS.c.claimed_by == scorer)
     ).all()
     scored = [row for row in rows if not given[row.rollout].error]
+    if scored:
+        unscorable.count_scored(book)
     _accept(connection, book, scored, given, now)
     for row in rows:
         if given[row.rollout].error and _is_received(connection, row.rollout):
@@ -136,10 +138,12 @@ def complete(connection: Connection, group: str, now: float) -> None:
 def _fault(connection: Connection, book: Book, row: Row[Any], error: str, now: float) -> None:
     """A scorer that fails is not the rollout's fault: try again, and give up without a reward after a few."""
     faults = row.score_faults + 1
+    unscorable.tell_fault(connection, book, row.rollout, error, now)
     this = ROLLOUTS.c.rollout == row.rollout
     connection.execute(ROLLOUTS.update().where(this).values(score_faults=faults, claimed_until=0.0))
     if faults >= book.config.scorer.faults:
         _give_up(connection, book, row, f"unscorable: {error}", now)
+        unscorable.count_unscored(connection, book, row.rollout, error, now)
     else:
         record(connection, "rollout", [row.rollout], "received", "received", now, fault=error)
 

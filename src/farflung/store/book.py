@@ -38,6 +38,9 @@ class Book:
     orders: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
     """How far the tasks of recent steps are opened, so that nobody looks from the beginning for every lease."""
 
+    faults: dict[str, int] = field(default_factory=dict[str, int], compare=False, repr=False)
+    """Kinds of faults in scoring that were told of, and how many rollouts in a row could not be scored."""
+
     @cached_property
     def granted(self) -> dict[str, str]:
         """Node → the role that the operator granted its key."""

@@ -4,6 +4,8 @@ Done once; started again, the coordinator finds the run in its database and goes
 """
 
 import hashlib
+import json
+import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -155,13 +157,20 @@ async def _tasks(config: Config, model: Model) -> list[dict[str, Any]]:
     rows = [*_rows(config, "train", train, model, only), *_rows(config, "eval", held_out, model, {})]
     refuse_long(model, (len(wire.unpack_ids(row["prompt_ids"])) for row in rows), config.generate.budget)
     count = sum(row["split"] == "train" for row in rows)
-    need = int(config.learn.groups * config.learn.oversample)
+    need = math.ceil(config.learn.groups * config.learn.oversample)
+    if config.learn.lockstep:
+        need = config.lockstep_groups(0)
     if count < need:
         raise ConfigError(
             f"environment {env.name!r} has {count} training tasks{_of(env.keep)}; a step may need {need}, each once, "
-            "so give it more, or lower learn.groups"
+            f"so give it more, or lower learn.groups = {config.learn.groups}{_or(config)}"
         )
     return rows
+
+
+def _or(config: Config) -> str:
+    """What else makes a step need fewer tasks."""
+    return " or learn.max_staleness" if config.learn.lockstep else " or learn.oversample"
 
 
 def _of(keep: str) -> str:
@@ -228,12 +237,44 @@ def _write(connection: Connection, config: Config, tasks: list[dict[str, Any]], 
     )
     connection.execute(TASKS.insert(), tasks)
     record(connection, "run", [run], "", "running", now, tasks=len(tasks))
+    if config.env.eval_tasks and all(task["split"] != "eval" for task in tasks):
+        warning = f"no task of {config.env.name} is held out, so there will be no held-out score; give it more tasks"
+        record(connection, "run", [run], "running", "running", now, warning=warning)
     return secret
+
+
+def refuse_another(founded: dict[str, Any], config: Config) -> None:
+    """Raise ConfigError for a run that goes on with another environment or model than it was founded with.
+
+    A folder that was moved is the same one: of paths the last part counts.
+    """
+    asked = config.model_dump(mode="json")
+    for section, key in (("env", "name"), ("env", "args"), ("model", "path")):
+        before, after = founded.get(section, {}).get(key), asked[section][key]
+        if before is not None and _last_part(before) != _last_part(after):
+            raise ConfigError(
+                f"run {config.run.name!r} was founded with {section}.{key} = {before!r} and cannot go on with "
+                f"{after!r}; set it back, or begin a run of another name"
+            )
+
+
+def founded_in(folder: Path) -> dict[str, Any]:
+    """The configuration that a run's folder holds, or nothing of one that cannot be read."""
+    try:
+        return json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _last_part(value: Any) -> Any:
+    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else value
 
 
 def _resume(connection: Connection, config: Config, now: float) -> None:
     """A run that is given more steps goes on, also one that was about to end; one with fewer than it has done ends."""
     run = config.run.name
+    founded = connection.execute(sa.select(RUNS.c.config).where(RUNS.c.run == run)).scalar_one()
+    refuse_another(json.loads(founded), config)
     status = connection.execute(sa.select(RUNS.c.status).where(RUNS.c.run == run)).scalar_one()
     done = connection.execute(
         sa.select(sa.func.max(STEPS.c.step)).where(STEPS.c.run == run, STEPS.c.status == "committed")

@@ -1,0 +1,70 @@
+"""Coordinator: tell people of rollouts that the environment cannot score, and of a run in which nothing is learned."""
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from farflung.protocol.errors import ConfigError
+from farflung.store.book import Book
+from farflung.store.stories import record
+
+log = logging.getLogger(__name__)
+MOST_KINDS = 8
+"""So many kinds of faults are told; more come from texts, not from a mistake in the environment."""
+MOST_IN_A_ROW = 16
+NONE_SCORED = "none of the last rollouts could be scored"
+
+
+def tell_fault(connection: Connection, book: Book, rollout: str, error: str, now: float) -> None:
+    """Warn of the first fault of its kind."""
+    kind = re.sub(r"\d+", "", error)[:100]
+    if kind in book.faults or len(book.faults) >= MOST_KINDS:
+        return
+    book.faults[kind] = 0
+    log.warning("unscorable rollout=%s because=%s", rollout, error)
+    warn(connection, book, f"a rollout could not be scored: {error}", now)
+
+
+def count_unscored(connection: Connection, book: Book, rollout: str, error: str, now: float) -> None:
+    """Warn when so many rollouts in a row were given up that no more will be scored."""
+    book.faults[NONE_SCORED] = book.faults.get(NONE_SCORED, 0) + 1
+    if book.faults[NONE_SCORED] == MOST_IN_A_ROW:
+        said = f"{NONE_SCORED} ({MOST_IN_A_ROW} up to {rollout}): {error}; mend the environment, then use --resume"
+        log.error("%s", said)
+        warn(connection, book, said, now)
+
+
+def count_scored(book: Book) -> None:
+    """Some rollout was scored, so the environment can."""
+    book.faults[NONE_SCORED] = 0
+
+
+def refuse_unscorable(warnings: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ConfigError if a run has come to a warning, not among those known before, that nothing can be scored."""
+    for warning in warnings:
+        if warning.startswith(NONE_SCORED) and warning not in known:
+            raise ConfigError(warning)
+
+
+def tell_nothing_learned(connection: Connection, book: Book, step: int, groups: Sequence[Any], now: float) -> None:
+    """Warn after the first step if each of its groups has equal rewards: nothing can be learned from it."""
+    if step != 1 or not groups or any(group.is_informative for group in groups):
+        return
+    rewards = {round(group.reward, 3) for group in groups}
+    what = f"every answer earned {rewards.pop():g}" if len(rewards) == 1 else "all answers to a task earned the same"
+    warn(
+        connection,
+        book,
+        f"nothing could be learned from step 1: in each of its {len(groups)} groups {what}; look at some answers, at "
+        "how they are matched and at generate.budget, or take harder or easier tasks (farflung sift)",
+        now,
+    )
+
+
+def warn(connection: Connection, book: Book, text: str, now: float) -> None:
+    """Tell people who look at the run."""
+    status = book.status(connection)
+    record(connection, "run", [book.run], status, status, now, warning=text)

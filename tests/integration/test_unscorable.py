@@ -1,0 +1,96 @@
+"""What a run tells when its environment cannot score, or nothing can be learned, or it cannot go on."""
+
+import json
+
+import pytest
+from tests.conftest import settings
+from tests.integration.test_tasks import rows_of
+
+from farflung.dashboard.views import warnings
+from farflung.protocol.errors import ConfigError
+from farflung.rollouts import unscorable
+from farflung.store.db import Database
+from farflung.tasks.found import founded_in, refuse_another
+
+
+async def warned(house) -> list[str]:
+    return await house.office.database.read(warnings)
+
+
+def test_the_first_fault_is_told_and_so_is_that_nothing_can_be_scored(house) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        known = await warned(house)
+        book = house.office.book
+        for number in range(3):
+            await house.office.database.write(
+                lambda c, number=number: unscorable.tell_fault(
+                    c, book, "r1", f"environment 'sums': KeyError: 'terms' at {number}", 1.0
+                )
+            )
+        for _ in range(unscorable.MOST_IN_A_ROW):
+            await house.office.database.write(
+                lambda c: unscorable.count_unscored(c, book, "r1", "environment 'sums': KeyError: 'terms' at 1", 1.0)
+            )
+        first, last = [text for text in await warned(house) if text not in known]
+        assert first == "a rollout could not be scored: environment 'sums': KeyError: 'terms' at 0"
+        with pytest.raises(ConfigError, match=r"none of the last rollouts .* KeyError: 'terms' .* --resume"):
+            unscorable.refuse_unscorable([first, last], known)
+        unscorable.refuse_unscorable([first, last], [last])
+
+    house.run(scenario)
+
+
+@pytest.mark.parametrize(("reward", "words"), [(0.0, "every answer earned 0;"), (1.0, "every answer earned 1;")])
+def test_a_first_step_of_equal_rewards_is_told(make_house, reward, words) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        while (batch := await house.claim_step(1)) is None:
+            await house.work("ada")
+            await house.audit()
+            await house.score(lambda rollout: reward)
+        assert not batch.groups
+        (said,) = [text for text in await warned(house) if "nothing could be learned from step 1" in text]
+        assert words in said
+
+    make_house(learn={"groups": 1, "oversample": 2.0}).run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("learn", "need"),
+    [({"groups": 3, "oversample": 1.5}, 5), ({"groups": 2, "lockstep": True, "max_staleness": 2}, 6)],
+)
+def test_fewer_tasks_than_a_step_waits_for_are_refused(tmp_path, learn, need) -> None:
+    few = settings(tmp_path, run={"name": "few"}, env={"train_tasks": need - 1}, learn=learn)
+    with pytest.raises(ConfigError, match=f"has {need - 1} training tasks; a step may need {need}"):
+        rows_of(few)
+    assert rows_of(settings(tmp_path, run={"name": "enough"}, env={"train_tasks": need}, learn=learn))
+
+
+def test_a_run_goes_on_only_with_its_environment_and_model(tmp_path) -> None:
+    config = settings(tmp_path, env={"name": "sums", "args": {"digits": 2}}, model={"path": "/here/tiny"})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    founded = founded_in(tmp_path)
+    refuse_another(founded, config)
+    refuse_another(founded, settings(tmp_path, env=config.env.model_dump(), model={"path": "/there/tiny"}))
+    for changes, words in (
+        ({"env": {"name": "reasoning_gym:gcd"}}, "env.name = 'sums' and cannot go on with 'reasoning_gym:gcd'"),
+        ({"env": {"name": "sums", "args": {"digits": 3}}}, "env.args"),
+        ({"env": config.env.model_dump(), "model": {"path": "/here/big"}}, "model.path = '/here/tiny'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            refuse_another(founded, settings(tmp_path, **{"model": {"path": "/here/tiny"}, **changes}))
+    (tmp_path / "config.json").write_text("{")
+    assert founded_in(tmp_path) == {}
+
+
+def test_a_run_without_held_out_tasks_says_so(tmp_path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"question": "2+3=", "answer": "5"}))
+    config = settings(tmp_path, env={"name": str(path)}, learn={"groups": 1, "oversample": 1.0})
+    assert [row.split for row in rows_of(config)] == ["train"]
+    database = Database(config.database_url)
+    with database.engine.connect() as connection:
+        (said,) = warnings(connection)
+    database.close()
+    assert "one.jsonl is held out" in said
