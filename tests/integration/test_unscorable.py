@@ -28,15 +28,31 @@ def test_the_first_fault_is_told_and_so_is_that_nothing_can_be_scored(house) -> 
                     c, book, "r1", f"environment 'sums': KeyError: 'terms' at {number}", 1.0
                 )
             )
-        for _ in range(unscorable.MOST_IN_A_ROW):
+        for _ in range(unscorable.MOST_UNSCORED):
             await house.office.database.write(
                 lambda c: unscorable.count_unscored(c, book, "r1", "environment 'sums': KeyError: 'terms' at 1", 1.0)
             )
         first, last = [text for text in await warned(house) if text not in known]
         assert first == "a rollout could not be scored: environment 'sums': KeyError: 'terms' at 0"
-        with pytest.raises(ConfigError, match=r"none of the last rollouts .* KeyError: 'terms' .* --resume"):
+        with pytest.raises(ConfigError, match=r"none of the first rollouts .* KeyError: 'terms' .* --resume"):
             unscorable.refuse_unscorable([first, last], known)
         unscorable.refuse_unscorable([first, last], [last])
+
+    house.run(scenario)
+
+
+def test_whoever_sends_texts_that_cannot_be_scored_ends_no_run(house) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        await house.work("ada")
+        await house.audit()
+        assert await house.score() > 0
+        known = await warned(house)
+        for _ in range(3 * unscorable.MOST_UNSCORED):
+            await house.office.database.write(
+                lambda c: unscorable.count_unscored(c, house.office.book, "r1", "environment 'sums': KeyError", 1.0)
+            )
+        assert await warned(house) == known
 
     house.run(scenario)
 

@@ -23,9 +23,6 @@ from farflung.store.book import Book
 from farflung.store.stories import move, record
 from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
 
-FEW_TASKS = 1_000
-"""A run of more tasks always has another one to open."""
-
 
 def claim_step(connection: Connection, book: Book, step: int, now: float) -> Batch | str:
     """The batch of a step, or why there is none yet. Raises Conflict for a step out of turn."""
@@ -57,8 +54,6 @@ def _open_step(connection: Connection, book: Book, step: int, now: float) -> str
         else:
             ready = _ready(connection, book, step)
             chosen = choose(ready, book.config.learn.groups, book.config.learn.oversample)
-        if chosen is None and ready and _is_exhausted(connection, book, step - 1):
-            chosen = list(ready)
         if chosen is None:
             useful = sum(row.is_informative for row in ready)
             return f"{useful} of {book.config.learn.groups} groups are ready ({len(ready)} complete)"
@@ -90,18 +85,6 @@ def _ready(connection: Connection, book: Book, step: int) -> Sequence[Row[Any]]:
         GROUPS.c.step >= step - 1 - book.config.learn.max_staleness,
     )
     return connection.execute(query.order_by(GROUPS.c.step, GROUPS.c.group)).all()
-
-
-def _is_exhausted(connection: Connection, book: Book, policy: int) -> bool:
-    """Whether every task was opened at the latest policy and no group is under way: no more will come for the step."""
-    if book.config.learn.lockstep or len(book.tasks) > FEW_TASKS:
-        return False
-    train = sa.and_(GROUPS.c.run == book.run, GROUPS.c.purpose == "train")
-    opened = sa.select(sa.func.count(GROUPS.c.task.distinct())).where(train, GROUPS.c.step == policy)
-    oldest = policy - book.config.learn.max_staleness
-    under_way = sa.select(GROUPS.c.group).where(train, GROUPS.c.status == "open", GROUPS.c.step >= oldest)
-    is_all = connection.execute(opened).scalar_one() >= len(book.tasks)
-    return is_all and connection.execute(under_way.limit(1)).first() is None
 
 
 def _lockstep(connection: Connection, book: Book, step: int) -> tuple[Sequence[Row[Any]], list[Row[Any]] | None]:

@@ -14,8 +14,8 @@ from farflung.store.stories import record
 log = logging.getLogger(__name__)
 MOST_KINDS = 8
 """So many kinds of faults are told; more come from texts, not from a mistake in the environment."""
-MOST_IN_A_ROW = 16
-NONE_SCORED = "none of the last rollouts could be scored"
+MOST_UNSCORED = 16
+NONE_SCORED = "none of the first rollouts could be scored"
 
 
 def tell_fault(connection: Connection, book: Book, rollout: str, error: str, now: float) -> None:
@@ -29,17 +29,20 @@ def tell_fault(connection: Connection, book: Book, rollout: str, error: str, now
 
 
 def count_unscored(connection: Connection, book: Book, rollout: str, error: str, now: float) -> None:
-    """Warn when so many rollouts in a row were given up that no more will be scored."""
+    """Warn when so many rollouts were given up, and none scored, that no more will be.
+
+    Once one was scored the environment can: whoever sends texts that it cannot judge stops nobody's run.
+    """
     book.faults[NONE_SCORED] = book.faults.get(NONE_SCORED, 0) + 1
-    if book.faults[NONE_SCORED] == MOST_IN_A_ROW:
-        said = f"{NONE_SCORED} ({MOST_IN_A_ROW} up to {rollout}): {error}; mend the environment, then use --resume"
+    if book.faults[NONE_SCORED] == MOST_UNSCORED:
+        said = f"{NONE_SCORED} ({MOST_UNSCORED} up to {rollout}): {error}; mend the environment, then use --resume"
         log.error("%s", said)
         warn(connection, book, said, now)
 
 
 def count_scored(book: Book) -> None:
     """Some rollout was scored, so the environment can."""
-    book.faults[NONE_SCORED] = 0
+    book.faults[NONE_SCORED] = MOST_UNSCORED
 
 
 def refuse_unscorable(warnings: Sequence[str], known: Sequence[str]) -> None:

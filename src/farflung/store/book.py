@@ -39,7 +39,7 @@ class Book:
     """How far the tasks of recent steps are opened, so that nobody looks from the beginning for every lease."""
 
     faults: dict[str, int] = field(default_factory=dict[str, int], compare=False, repr=False)
-    """Kinds of faults in scoring that were told of, and how many rollouts in a row could not be scored."""
+    """Kinds of faults in scoring that were told of, and how many rollouts could not be scored before any was."""
 
     @cached_property
     def granted(self) -> dict[str, str]:
