@@ -211,6 +211,14 @@ UNFIT = {
     "binary as a config": (write("config.json", b"\xff\xfe\x00"), "is no JSON"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "no model type": (edit("config.json", "model_type"), "names no model_type"),
+    "unknown model type": (
+        edit("config.json", model_type="lama"),
+        "model_type 'lama', which transformers does not",
+    ),
+    "code of its own": (
+        edit("config.json", model_type="xyz", auto_map={"AutoModelForCausalLM": "modeling_x.X"}),
+        r"code of its own \(auto_map\) is never run",
+    ),
     "no vocabulary": (edit("config.json", "vocab_size"), "vocab_size = None"),
     "page as generation config": (write("generation_config.json", PAGE), "generation_config.json .* is no JSON"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json; .*AutoTokenizer"),

@@ -3,6 +3,8 @@
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from farflung.numerics.weight_files import Entry, entries, is_same, refuse_infinite, refuse_quantised
@@ -36,6 +38,7 @@ def refuse_unfit(model: Model, say: Callable[[str], object] | None = None) -> No
         raise ConfigError(
             f"config.json of model {model.path!r} names no model_type; take the file from the model's own folder"
         )
+    _refuse_unknown(model)
     refuse_quantised(model.config, model.path)
     _refuse_ends(model)
     _refuse_padding(model)
@@ -44,6 +47,20 @@ def refuse_unfit(model: Model, say: Callable[[str], object] | None = None) -> No
     _refuse_gaps(model, stored)
     if say is not None:
         refuse_infinite(stored, say)
+
+
+def _refuse_unknown(model: Model) -> None:
+    """Of a kind that transformers does not know. Its tables are read as text: to import them takes seconds."""
+    kind, found = str(model.config["model_type"]), find_spec("transformers")
+    if found is None or found.origin is None:
+        return  # a coordinator by itself has no use for it
+    tables = [table.read_text(encoding="utf-8") for table in Path(found.origin).parent.glob("models/auto/*auto*.py")]
+    if any('"llama"' in table for table in tables) and not any(f'"{kind}"' in table for table in tables):
+        own = "; code of its own (auto_map) is never run" if "auto_map" in model.config else ""
+        raise ConfigError(
+            f"config.json of model {model.path!r} names the model_type {kind!r}, which transformers does not "
+            f"know{own}; take a model of a kind that it knows, or a later transformers"
+        )
 
 
 def refuse_long(model: Model, prompts: Iterable[int], budget: int) -> None:
