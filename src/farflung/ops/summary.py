@@ -171,7 +171,7 @@ def _work(connection: Connection, run: str, lines: list[Line], config: Config) -
     return {
         "cpu_s_by_role": {role: round(seconds, 2) for role, seconds in sorted(cpu.items())},
         "verification_overhead": _ratio(work["validator"] + work["proof"], work["worker"]),
-        "verification_overhead_steady": _steady(connection, run, lines),
+        "verification_overhead_steady": steady(connection, run, lines),
     }
 
 
@@ -179,19 +179,25 @@ def _ratio(part: float, whole: float) -> float | None:
     return round(part / whole, 4) if whole > 0 else None
 
 
-def _steady(connection: Connection, run: str, lines: list[Line]) -> float | None:
-    """The overhead after the last node that earned trust has earned it; None if one never did."""
+def steady(connection: Connection, run: str, lines: list[Line]) -> float | None:
+    """The overhead since the last node that was on probation came to be trusted, or ejected; None if none is trusted.
+
+    What a process did until then stands in its first heartbeat after that.
+    """
     waiting = sa.select(sa.func.count()).where(NODES.c.role == "worker", NODES.c.status == "probation")
     seen_alive = waiting.where(NODES.c.phase != "", NODES.c.node.in_(_submitters(run)))
     killed = {line["node"] for line in lines if line["kind"] == "kill"}
     if connection.execute(seen_alive.where(NODES.c.node.not_in(killed))).scalar_one():
         return None
-    query = sa.select(sa.func.max(EVENTS.c.at)).where(EVENTS.c.noun == "node", EVENTS.c.after == "trusted")
-    since = connection.execute(query).scalar()
-    if since is None:
+    settled = sa.select(EVENTS.c.subject, EVENTS.c.after, EVENTS.c.at).where(EVENTS.c.noun == "node")
+    settled = settled.where(EVENTS.c.after.in_(("trusted", "ejected"))).order_by(EVENTS.c.at)
+    events = connection.execute(settled).all()
+    if not any(event.after == "trusted" for event in events):
         return None
-    early = [line for line in lines if line["kind"] == "node" and line["at"] <= since]
-    before, after = last_per_process(early), last_per_process(lines)
+    first = {event.subject: event.at for event in reversed(events)}  # one that is ejected later was trusted till then
+    since = max(*first.values(), *(event.at for event in events if event.after == "trusted"))
+    late = [line for line in lines if line["kind"] == "node" and line["heard_at"] > since >= line["started_at"]]
+    before, after = last_per_process(reversed(late)), last_per_process(lines)
     gained: dict[str, float] = defaultdict(float)
     for key, line in after.items():
         gained[line["role"]] += line["work_cpu_s"] - (before[key]["work_cpu_s"] if key in before else 0.0)
