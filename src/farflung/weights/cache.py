@@ -256,7 +256,7 @@ class Versions:
         free = shutil.disk_usage(self.folder).free - SPARE_BYTES
         if missing > free:
             raise WeightsError(
-                f"step {manifest.step} needs {missing:,} bytes more disk, {free:,} are free in {self.folder}"
+                f"step {manifest.step} needs {missing:,} bytes more disk, {max(free, 0):,} are free in {self.folder}"
             ) from OSError(errno.ENOSPC, "too little room on the disk")  # a trainer waits for some
 
     def _fits(self, more_bytes: int) -> bool:
