@@ -124,7 +124,7 @@ class Filling:
         self.add(
             GROUPS, group=group, run=RUN, task=task, step=step, purpose="train" if number % 12 else "eval",
             samples=SAMPLES, status="trained" if number % 12 else "complete", opened_at=at,
-            batch_step=step + 1 if number % 12 else None, reward=0.5, is_informative=True,
+            batch_step=step + 1 if number % 12 else None, reward=0.5, is_informative=True, free=0,
         )  # fmt: skip
         self._rollouts(number, lease, group, node, status)
         self.add(
@@ -138,8 +138,9 @@ class Filling:
         )  # fmt: skip
         if number % 4 == 0:
             self.add(
-                AUDITS, audit=new_id("a"), run=RUN, submission=f"{number:064x}", lease=lease, node=node, status="done",
-                step=step, rollouts="[]", opened_at=at, evidence=bytes(2000), outcome="ok", tokens=TOKENS,
+                AUDITS, audit=new_id("a"), run=RUN, submission=f"{number:064x}", lease=lease, node=node, kind="draw",
+                status="done", step=step, rollouts="[]", opened_at=at, evidence=bytes(2000), outcome="ok",
+                tokens=TOKENS,
             )  # fmt: skip
 
     def _rollouts(self, number: int, lease: str, group: str, node: str, status: str) -> None:
@@ -243,7 +244,9 @@ async def main(is_quick: bool) -> None:
         app = FastAPI()
         config = Config(run=RunSection(name=RUN, steps=1000))
         archive = Archive(blobs, Words())  # type: ignore[arg-type]
-        pages.mount(app, pages.Desk(config, database, archive, Path(folder) / "metrics.jsonl", lambda: START + 1e5))
+        app.state.pages = pages.mount(
+            app, pages.Desk(config, database, archive, Path(folder) / "metrics.jsonl", lambda: START + 1e5)
+        )
         found = await measure(app, filling.addresses(), 5 if is_quick else 15)
         database.close()
     slowest = max(found, key=lambda name: found[name]["max_ms"])
