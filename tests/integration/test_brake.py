@@ -143,7 +143,7 @@ def test_a_swarm_of_thirty_keys_that_turn_at_once_stops_nothing_and_nothing_of_t
     async def scenario(house) -> None:
         await house.step(0)
         await trusted(house, [*honest, *swarm])
-        for step in (1, 2, 3):
+        for step in (1, 2, 3, 4):
             await train(house, step)
             assert brake(house) == ""
         trained = house.rows(sa.select(ROLLOUTS).where(ROLLOUTS.c.status == "trained"))
