@@ -34,7 +34,8 @@ def test_the_steady_overhead_leaves_out_what_was_done_for_nodes_on_probation():
     """A cheat that never earned trust is audited in full until it is ejected; one that did counts from then on."""
     engine = sa.create_engine("sqlite://")
     metadata.create_all(engine)
-    lines = [line("validator", 1, 1.0), line("worker", 1, 5.0), line("validator", 21, 4.0), line("worker", 22, 10.0)]
+    lines = [line("validator", 2, 9.0, started_at=-5.0)]  # it ended before anybody was trusted
+    lines += [line("validator", 1, 1.0), line("worker", 1, 5.0), line("validator", 21, 4.0), line("worker", 22, 10.0)]
     lines += [line("validator", 99, 5.0), line("worker", 99, 110.0), line("worker", 99, 10.0, started_at=50.0)]
     with engine.connect() as connection:
         assert steady(connection, "run", lines) is None, "nobody is trusted yet"

@@ -7,26 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from farflung.engine.config_check import check_config, metered
+from farflung.numerics.making import ODD, with_attention
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
 
-_ODD = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    ImportError,
-    StrictDataclassError,
-)
-"""What transformers raises for fields that it did not expect."""
 _NEVER = ("auto_map", "quantization_config")
 """Keys that would make transformers look for somebody's Python or repack the weights."""
 
@@ -41,20 +29,13 @@ def build(config: Path | str | bytes, dtype: torch.dtype) -> PreTrainedModel:
     try:
         settings = AutoConfig.for_model(**{key: value for key, value in fields.items() if key not in _NEVER})
         with no_init_weights():
-            model = _of(settings, dtype)
+            model = with_attention(
+                partial(AutoModelForCausalLM.from_config, settings, dtype=dtype, trust_remote_code=False)
+            )
         model.tie_weights()  # part of what was left out
-    except _ODD as error:
+    except ODD as error:
         raise ConfigError(f"config.json describes no causal language model that transformers knows: {error}") from error
     return model.eval().requires_grad_(False)
-
-
-def _of(settings: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """With torch's own attention, or for those that do not know it with the model's."""
-    make = partial(AutoModelForCausalLM.from_config, settings, dtype=dtype, trust_remote_code=False)
-    try:
-        return make(attn_implementation="sdpa")
-    except ValueError:
-        return make(attn_implementation="eager")
 
 
 def read_config(config: Path | str | bytes) -> dict[str, Any]:

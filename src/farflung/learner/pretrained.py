@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from farflung.numerics import making
 from farflung.numerics.model_files import is_cut_off, read_json
 from farflung.numerics.weight_files import NOT_FINITE, entries, refuse_quantised
 from farflung.protocol.errors import ConfigError
@@ -25,19 +25,7 @@ PREFIXES = {
     r"\._checkpoint_wrapped_module\.": ".",
 }
 """What torch.compile, FSDP, DDP and PEFT put into the names of tensors: pattern → what stands there without them."""
-ODD = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    ImportError,
-    StrictDataclassError,
-    SafetensorError,
-)
+ODD = (*making.ODD, OSError, SafetensorError)
 """What transformers raises for a model that it cannot load."""
 
 
@@ -97,10 +85,7 @@ def _filled(source: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, di
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    try:
-        return make(attn_implementation="sdpa")
-    except ValueError:
-        return make(attn_implementation="eager")
+    return making.with_attention(make)
 
 
 def _refuse_gaps(source: Path | str, told: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from farflung.numerics.model_files import find, parse, refuse_pointer
+from farflung.numerics.model_files import LFS, find, parse, refuse_pointer
 from farflung.protocol.errors import ConfigError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file. Raises ConfigError for a file that is none, or not the whole of one."""
     try:
         with path.open("rb") as file:
-            begin = file.read(len(b"version https://git-lfs"))
+            begin = file.read(len(LFS))
             refuse_pointer(path, begin)
             length = int.from_bytes(begin[:LENGTH_BYTES], "little")
             size = path.stat().st_size

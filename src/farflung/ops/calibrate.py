@@ -31,6 +31,7 @@ from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
 from farflung.ops.logs import start_logging
 from farflung.ops.older import OlderEngine
+from farflung.ops.restarts import REFUSED
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.shown import one_line
 from farflung.tasks.found import Model
@@ -286,7 +287,7 @@ def _main(config: str, name: str, out: str, tokens: str) -> None:
         Path(out).write_bytes(to_json(profile_of_run(settings, name, int(tokens))) + b"\n")
     except ConfigError as error:
         sys.stderr.write(f"{one_line(str(error))}\n")
-        sys.exit(2)
+        sys.exit(REFUSED)
 
 
 if __name__ == "__main__":

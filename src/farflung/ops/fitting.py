@@ -11,12 +11,11 @@ from pathlib import Path
 
 from farflung.config import Config, save
 from farflung.ops.nursery import die_with_parent
+from farflung.ops.restarts import REFUSED
 from farflung.protocol.errors import ConfigError
 from farflung.tasks.found import misfit
 from farflung.trust.profiles import load_profile, names
 
-REFUSED = 2
-"""Exit code of a calibration that a ConfigError ended; the last line of its log is the sentence."""
 TOKENS = 8000
 """Tokens that are generated for a profile, in large batches."""
 
@@ -54,7 +53,7 @@ async def _calibrate(config: Config, name: str, out: Path) -> None:
         finally:
             if process.returncode is None:
                 process.kill()
-    if code == REFUSED:
+    if code == REFUSED:  # the last line is its sentence
         raise ConfigError(log.read_text(errors="replace").strip().splitlines()[-1])
     if code:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no word"])[-1]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from farflung.ops.logs import alike
 
 REFUSED = 78
-"""Exit code of a role whose configuration is wrong (EX_CONFIG of sysexits.h): it would refuse the same again."""
+"""Exit code of a role or a calibration whose configuration is wrong (EX_CONFIG of sysexits.h): it would again."""
 MOST, MOST_ALIKE = 20, 3
 """Ends of one role that a run bears in all, and in a row when each is like the one before."""
 LONG_S, STEADY_S = 600.0, 10.0

@@ -189,15 +189,16 @@ def steady(connection: Connection, run: str, lines: list[Line]) -> float | None:
     killed = {line["node"] for line in lines if line["kind"] == "kill"}
     if connection.execute(seen_alive.where(NODES.c.node.not_in(killed))).scalar_one():
         return None
-    settled = sa.select(EVENTS.c.subject, EVENTS.c.after, EVENTS.c.at).where(EVENTS.c.noun == "node")
-    settled = settled.where(EVENTS.c.after.in_(("trusted", "ejected"))).order_by(EVENTS.c.at)
-    events = connection.execute(settled).all()
+    settled = sa.and_(EVENTS.c.noun == "node", EVENTS.c.after.in_(("trusted", "ejected")))
+    query = sa.select(EVENTS.c.subject, EVENTS.c.after, EVENTS.c.at).where(settled)
+    events = connection.execute(query.order_by(EVENTS.c.at)).all()
     if not any(event.after == "trusted" for event in events):
         return None
     first = {event.subject: event.at for event in reversed(events)}  # one that is ejected later was trusted till then
     since = max(*first.values(), *(event.at for event in events if event.after == "trusted"))
-    late = [line for line in lines if line["kind"] == "node" and line["heard_at"] > since >= line["started_at"]]
-    before, after = last_per_process(reversed(late)), last_per_process(lines)
+    late = [line for line in lines if line["kind"] == "node" and line["heard_at"] > since]
+    before = last_per_process(line for line in reversed(late) if line["started_at"] <= since)
+    after = last_per_process(late)
     gained: dict[str, float] = defaultdict(float)
     for key, line in after.items():
         gained[line["role"]] += line["work_cpu_s"] - (before[key]["work_cpu_s"] if key in before else 0.0)

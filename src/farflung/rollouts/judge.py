@@ -36,7 +36,7 @@ from farflung.trust.evidence import (
     submission_log_ratios,
 )
 from farflung.trust.record import Finding, NodeRecord, Outcome, confirm, fold, weigh
-from farflung.trust.watch import Flips, count_flips
+from farflung.trust.watch import count_flips
 
 KIND = "evidence"
 
@@ -157,7 +157,7 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
     standing.write(connection, audit.node, after)
     if after.status != before.status:
         move(connection, "node", [audit.node], before.status, after.status, now, why=outcome.reason)
-    steering.note(connection, {one.rollout: Flips(one.flips, one.liked, one.allowed) for one in findings})
+    steering.note(connection, findings)
     _take_effect(connection, book, audit, findings, outcome, now)
     if outcome.kind != "ok":
         _pronounce(connection, book, audit, before, after, outcome, _diagnosis(profile, evidence), now)

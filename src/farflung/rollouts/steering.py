@@ -5,7 +5,7 @@ step's batch was looked at, each of its rollouts that was not yet counted is: on
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -17,13 +17,13 @@ from farflung.store.book import Book, node_row
 from farflung.store.stories import move
 from farflung.store.tables import GROUPS, ROLLOUTS, SUBMISSIONS
 from farflung.trust.evidence import Profiles
-from farflung.trust.record import look_over
-from farflung.trust.watch import Flips, Look
+from farflung.trust.record import Finding, look_over
+from farflung.trust.watch import Look
 
 
-def note(connection: Connection, found: Mapping[str, Flips]) -> None:
+def note(connection: Connection, found: Iterable[RolloutLook | Finding]) -> None:
     """Write beside rollouts what their replay found; what was found first stays."""
-    rows = [{"id": rollout, "x": one.flips, "y": one.liked, "a": one.allowed} for rollout, one in found.items()]
+    rows = [{"id": one.rollout, "x": one.flips, "y": one.liked, "a": one.allowed} for one in found]
     if rows:
         connection.execute(_NOTED, rows)
 
@@ -40,9 +40,7 @@ def take_looks(
 ) -> int:
     """Count what the replays of an open step's batch found; gives how many nodes that has consequences for."""
     of_batch = _of_batch(connection, book, step)
-    note(
-        connection, {one.rollout: Flips(one.flips, one.liked, one.allowed) for one in looked if one.rollout in of_batch}
-    )
+    note(connection, (one for one in looked if one.rollout in of_batch))
     found: dict[str, dict[str, list[Look]]] = defaultdict(lambda: defaultdict(list))
     counted: list[str] = []
     for row in connection.execute(_UNWATCHED, {"of": book.run, "at": step}):

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from farflung.config import Config, Role
+from farflung.config import SAVED, Config, Role
 from farflung.envs import length
 from farflung.envs.base import Split
 from farflung.envs.child import ScorerChild
@@ -262,7 +262,7 @@ def refuse_another(founded: dict[str, Any], config: Config) -> None:
 def founded_in(folder: Path) -> dict[str, Any]:
     """The configuration that a run's folder holds, or nothing of one that cannot be read."""
     try:
-        return json.loads((folder / "config.json").read_bytes())
+        return json.loads((folder / SAVED).read_bytes())
     except (OSError, ValueError):
         return {}
 

@@ -1,0 +1,28 @@
+"""How transformers is asked for a model, of its configuration alone or with its weights, and what it raises."""
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from huggingface_hub.errors import StrictDataclassError
+
+Made = TypeVar("Made")
+ODD: Final = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+)
+"""What transformers raises for fields that it did not expect."""
+
+
+def with_attention(make: Callable[..., Made]) -> Made:
+    """What it makes with torch's own attention, or for models that do not know it with theirs."""
+    try:
+        return make(attn_implementation="sdpa")
+    except ValueError:
+        return make(attn_implementation="eager")
