@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from farflung.protocol.errors import ConfigError
 
 Role = Literal["trainer", "validator", "scorer"]
 PREFIX = "FARFLUNG_"
 SAVED = "config.json"
+MOST_STOPS, STOP_BYTES = 4, 32
 """The resolved configuration in a run's folder."""
 OF_A_RUN = ("keys", "farflung.db", "checkpoints")
 """A folder with any of these beside its config.json is the folder of a run."""
@@ -87,6 +88,17 @@ class GenerateSection(Section):
     samples: int = setting(16, "Samples per group (G).", ge=2, le=4096)
     temperature: float = setting(1.0, "Sampling temperature.", gt=0, le=10)
     budget: int = setting(256, "Most new tokens per rollout, the end token included.", ge=1, le=131_072)
+    stop: tuple[str, ...] = setting(
+        (), "Strings that end a rollout with the token that completes one; what is scored stands before it."
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_is_short(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        sizes = [len(one.encode(errors="replace")) for one in stop]
+        if len(stop) > MOST_STOPS or any(not 1 <= size <= STOP_BYTES for size in sizes):
+            raise ValueError(f"{list(stop)!r}: at most {MOST_STOPS} strings of 1 to {STOP_BYTES} bytes")
+        return stop
 
 
 class LearnSection(Section):

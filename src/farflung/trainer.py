@@ -39,7 +39,7 @@ from farflung.tasks.longest import longest_text
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, tensors
+from farflung.weights.fetch import fetch_model_config, fetch_stops, tensors
 from farflung.weights.manifest import manifest_digest
 from farflung.weights.patch import patch
 from farflung.weights.publish import Adapted, Publisher, weights_digest
@@ -107,6 +107,7 @@ class Trainer:
             dtype=getattr(torch, self.session.info.dtype),
             threads=self.config.learn.threads,
             eos_ids=self.session.info.eos_ids,
+            stops=await fetch_stops(self.session),
         )
         folder = self.config.folder / "nodes" / "trainer" / "weights"
         self.weights = Versions(self.session, folder, use_relays=False, patch=patch)

@@ -21,7 +21,7 @@ from farflung.protocol.session import Session
 from farflung.rollouts import verify
 from farflung.rollouts.submit import generate, open_lease, show_possession, submission_of, submit
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, tensors
+from farflung.weights.fetch import fetch_model_config, fetch_stops, tensors
 from farflung.weights.patch import patch
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Validator:
             dtype=getattr(torch, self.session.info.dtype),
             threads=self.settings.threads,
             eos_ids=self.session.info.eos_ids,
+            stops=await fetch_stops(self.session),
             max_rows=self.settings.slots,
         )
         self.weights = Versions(self.session, self.folder / "weights", use_relays=False, patch=patch)

@@ -33,12 +33,13 @@ from farflung.protocol.errors import (
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, SelfTest, Submission
 from farflung.protocol.session import Session
+from farflung.protocol.stops import Stops
 from farflung.rollouts import selftest
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, slices_of, submission_of, submit
 from farflung.trust.evidence import Profile
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, tensors
+from farflung.weights.fetch import fetch_model_config, fetch_stops, tensors
 from farflung.weights.patch import patch
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class Worker:
         dtype, self._bits = arithmetic(self.settings.profile or self.session.info.profile)
         config = await fetch_model_config(self.session)
         refuse_oversize(config, dtype, self.settings.memory_gb)
-        self.engine = self.wrap(self._engine(config, dtype))
+        self.engine = self.wrap(self._engine(config, dtype, await fetch_stops(self.session)))
         self.weights = Versions(
             self.session,
             self.folder / "weights",
@@ -125,12 +126,13 @@ class Worker:
         self._receipts = Receipts(self.folder)
         await self.session.beat()
 
-    def _engine(self, config: bytes, dtype: torch.dtype) -> Engine:
+    def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         settings, eos_ids = self.settings, self.session.info.eos_ids
         if settings.engine == "vllm":
-            return VllmEngine(settings.engine_url, self.folder / "vllm", eos_ids=eos_ids, max_rows=settings.slots)
+            folder = self.folder / "vllm"
+            return VllmEngine(settings.engine_url, folder, eos_ids=eos_ids, stops=stops, max_rows=settings.slots)
         return LocalEngine.from_folder(
-            config, dtype=dtype, threads=settings.threads, eos_ids=eos_ids, max_rows=settings.slots
+            config, dtype=dtype, threads=settings.threads, eos_ids=eos_ids, stops=stops, max_rows=settings.slots
         )
 
     async def _prepare(self) -> None:

@@ -17,6 +17,7 @@ from farflung.engine.base import Completion, Request  # noqa: E402
 from farflung.engine.decode import attends_plainly  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.protocol.errors import ConfigError, WeightsError  # noqa: E402
+from farflung.protocol.stops import DONE, Stops  # noqa: E402
 
 NEAR_TIE = 1e-3
 """Scores of float32 models closer than this may change places by rounding."""
@@ -107,6 +108,21 @@ def test_alone_and_in_a_batch_the_same_tokens(tiny_qwen) -> None:
         assert margins(engine, asked, alone).max() < NEAR_TIE
     narrow = LocalEngine(engine.model, eos_ids=[], max_rows=3).generate(asked)
     assert [c.ids for c in narrow] == [c.ids for c in together]
+
+
+def test_a_row_ends_with_the_token_that_completes_a_stop_string_and_nobody_else_does(tiny_qwen) -> None:
+    moves = np.zeros((2, 32), np.uint8)
+    moves[0, 4:12], moves[1, 4:12], moves[:, 20] = 1, DONE, DONE  # two of eight in a row, or one
+    stops, asked = Stops(moves), requests(24, budget=40)
+    free = LocalEngine(tiny_qwen(), eos_ids=[1])
+    kept = LocalEngine(free.model, eos_ids=[1], stops=stops, max_rows=5)
+    whole = [one.ids for one in free.generate(asked)]
+    said = kept.generate(asked)
+    assert [one.ids for one in said] == [ids[: stops.end(ids) or None] for ids in whole]
+    ends = [stops.end(ids) for ids in whole]
+    assert len({end for end in ends if end}) > 3
+    assert any(not end for end in ends) or any(ids[-1] == 1 for ids in whole)
+    assert margins(kept, asked, said).max() < NEAR_TIE
 
 
 def test_a_group_that_shares_its_prompt_says_what_its_members_say_alone(tiny_qwen) -> None:

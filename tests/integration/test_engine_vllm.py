@@ -28,6 +28,7 @@ from farflung.engine.seeded_rows import SEED, TEMPERATURE  # noqa: E402
 from farflung.engine.vllm import VllmEngine  # noqa: E402
 from farflung.protocol.errors import ConfigError, Unreachable, WeightsError, WrongWeights  # noqa: E402
 from farflung.protocol.probe import Slice  # noqa: E402
+from farflung.protocol.stops import DONE, Stops  # noqa: E402
 
 REAL_URL, REAL_MODEL = os.environ.get("FARFLUNG_VLLM_URL", ""), os.environ.get("FARFLUNG_VLLM_MODEL", "")
 ASKED = [Request((5, 6, 7 + i), 2**63 + i, 0.8, 6) for i in range(5)]
@@ -73,6 +74,7 @@ class StandIn(ThreadingHTTPServer):
         budget = min(sampling["max_tokens"], self.longest)
         request = Request(tuple(prompt), seeded.get(SEED, 0), seeded.get(TEMPERATURE, 0.0), budget)
         with self.lock:
+            self.engine.eos_ids = frozenset(sampling.get("stop_token_ids", ()))
             [said] = self.engine.generate([request])
         assert said is not None
         logp = {"content": [{"logprob": value} for value in said.logp]}
@@ -131,6 +133,19 @@ def test_it_generates_what_the_seeds_say_in_order(server: StandIn, engine: VllmE
         assert expected is not None
         assert found.ids == expected.ids
         assert found.logp == pytest.approx(expected.logp, abs=1e-4)
+
+
+def test_stop_strings_end_in_the_server_where_one_token_has_them_and_else_here(server: StandIn, tmp_path: Path) -> None:
+    moves = np.zeros((2, 32), np.uint8)
+    moves[0, 4:12], moves[1, 4:12], moves[:, 20] = 1, DONE, DONE
+    stops, local = Stops(moves), server.engine
+    asked = [Request((3, 4, seed % 32), seed, 1.0, 30) for seed in range(12)]
+    expected = LocalEngine(local.model, eos_ids=local.eos_ids, stops=stops).generate(asked)
+    engine = VllmEngine(server.url, tmp_path, eos_ids=local.eos_ids, stops=stops)
+    engine.load(tensors(local.model).items())
+    assert [one.ids for one in engine.generate(asked)] == [one.ids for one in expected]
+    assert local.eos_ids == {1, 20}, "the server was told of the token that is a stop string by itself"
+    assert {20} < {one.ids[-1] for one in expected}, "both kinds of ends are there"
 
 
 def test_weights_are_swapped_and_shown(server: StandIn, engine: VllmEngine) -> None:

@@ -4,11 +4,20 @@ A model with a state is tried always, the others with FARFLUNG_EVERY_KIND=1: `te
 has them, and many more, in one process.
 """
 
+import asyncio
+import json
 import os
 import shutil
 import sqlite3
 
+import msgspec
 import pytest
+from tokenizers import Tokenizer
+
+from farflung.config import load
+from farflung.protocol import wire
+from farflung.protocol.messages import SubmissionBody
+from farflung.store.blobs import Blobs
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
 torch = pytest.importorskip("torch")
@@ -39,9 +48,11 @@ STATE = {
 }
 KINDS = ("state", "window", "experts", "dynamic rope")
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+STOPS = ("7", "12")
 QUICK = (
     *("--run.steps", "3", "--swarm.workers", "2", "--swarm.kill", "0", "--learn.groups", "4", "--eval.tasks", "0"),
     *("--generate.samples", "8", "--learn.importance_cap", "0"),
+    *("--generate.stop", json.dumps(STOPS)),
 )
 
 
@@ -79,8 +90,23 @@ def test_the_cheat_is_caught_and_nobody_else(kind, start, tmp_path):
     with sqlite3.connect(running.folder / "farflung.db") as database:
         query = "SELECT DISTINCT name FROM rollouts JOIN nodes USING (node) WHERE rollouts.status = 'void'"
         assert database.execute(query).fetchall() == [("mallory",)]
+        check_stops(running, database)
     database.close()
     assert "model agrees" in (running.folder / "logs" / "trainer.log").read_text()
+
+
+def check_stops(running, database):
+    """Rollouts end with the token that completes a stop string, and none goes on behind it."""
+    config, tokenizer = load(running.folder / "config.json"), Tokenizer.from_file(str(BASE / "tokenizer.json"))
+    blobs = Blobs(config.submissions_url)
+    query = "SELECT submission, position FROM rollouts WHERE status = 'trained'"
+    ends = []
+    for submission, place in database.execute(query).fetchall():
+        body = msgspec.msgpack.decode(asyncio.run(blobs.get(submission)), type=SubmissionBody)
+        text = tokenizer.decode(wire.unpack_ids(body.rollouts[place].ids).tolist())
+        ends += [stop for stop in STOPS if stop in text]
+        assert all(text.find(stop) in (-1, len(text) - len(stop)) for stop in STOPS), text
+    assert set(ends) == set(STOPS)
 
 
 def test_a_model_that_agrees_with_itself_only_so_far_is_refused_before_the_run(start, tmp_path):

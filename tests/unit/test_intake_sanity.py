@@ -1,15 +1,21 @@
 """Sanity of a submission: what is refused at the door, without a database and without torch."""
 
 import msgspec
+import numpy as np
 import pytest
 
 from farflung.protocol import wire
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Malformed, Rejected
 from farflung.protocol.messages import Lease, LeaseGroup, Sample, Submission, SubmissionBody, SubmittedRollout
+from farflung.protocol.stops import DONE, Stops
 from farflung.rollouts.parcel import Parcel, inspect
 
 VOCAB, EOS, BUDGET = 100, frozenset({2, 3}), 6
+MOVES = np.zeros((2, VOCAB), np.uint8)
+MOVES[0, 8], MOVES[1, 8], MOVES[:, 9] = 1, DONE, DONE
+STOPS = Stops(MOVES)
+"""Two tokens 8 in a row complete a stop string, and so does one 9."""
 
 
 def lease(*sizes: int) -> Lease:
@@ -133,3 +139,25 @@ def test_half_a_token_is_malformed() -> None:
     odd.rollouts[0] = SubmittedRollout(rollout="r0", ids=b"\1\0\0\0\2")
     with pytest.raises(Malformed, match="no whole number"):
         inspect(lease(), "n1", odd, VOCAB, EOS)
+
+
+@pytest.mark.parametrize("ids", [[9], [8, 8], [8, 7, 8, 8], [2], [8, 2], [7] * BUDGET, [7] * (BUDGET - 1) + [9]])
+def test_endings_that_stop_strings_allow(ids) -> None:
+    sent = submission(GOOD | {"r1": ids, "r2": [9]})
+    assert inspect(lease(), "n1", sent, VOCAB, EOS, STOPS).tokens["r1"] == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        ([9, 5], "goes on after a stop string at position 0"),
+        ([8, 8, 2], "goes on after a stop string at position 1"),
+        ([2, 9], "goes on after an end token at position 0"),
+        ([8, 7], "stops after 2 of 6 tokens without an end"),
+        ([9] * BUDGET, "goes on after a stop string at position 0"),
+    ],
+)
+def test_endings_that_stop_strings_refuse(ids, told) -> None:
+    sent = submission(GOOD | {"r1": ids, "r2": [9]})
+    with pytest.raises(Rejected, match=told):
+        inspect(lease(), "n1", sent, VOCAB, EOS, STOPS)

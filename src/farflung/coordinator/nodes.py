@@ -184,8 +184,7 @@ async def submission_gate(office: Office, call: Call) -> int:
 async def submission(office: Office, call: Call) -> Signed:
     """Take a lease's rollouts in; gives a sealed receipt, the same one if they are sent again."""
     row, leased = call.request.state.lease
-    ids = office.book.vocab, office.book.eos_ids
-    inspect = partial(parcel.inspect, leased, call.node, call.message, *ids)
+    inspect = partial(parcel.inspect, leased, call.node, call.message, *office.book.ending)
     sent = inspect() if len(call.body) <= SMALL_BYTES else await asyncio.to_thread(inspect)
     if (earlier := intake.receipt_of(row, sent, office.clock())) is not None:
         return earlier

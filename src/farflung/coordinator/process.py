@@ -74,8 +74,8 @@ async def open_coordinator(config: Config) -> Coordinator:
     database, blobs = Database(config.database_url), Blobs(config.blobs_url)
     options = {"receipts": signers["receipts"], "verdicts": signers["verdicts"]}
     book = await found(config, database, model, key, time.time(), **options)
-    papers = await seal_papers(config, blobs, model, key, ring, profiles.digests)
-    archive = Archive(Blobs(config.submissions_url), model.tokenizer)
+    papers = await seal_papers(config, blobs, model, key, ring, profiles.digests, book.stops)
+    archive = Archive(Blobs(config.submissions_url), model.tokenizer, config.generate.stop)
     metrics = Metrics(folder / "metrics.jsonl", time.monotonic)
     weights = ring.live(config.run.name, "weights", time.time())
     token = read_token(config.coordinator.admin_token_file)

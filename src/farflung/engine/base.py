@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from farflung.protocol.probe import Slice
+from farflung.protocol.stops import Stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a policy said: ids end with an end-of-sequence token, or number exactly `budget`."""
+    """What a policy said: ids end with an end-of-sequence token or a stop string, or number exactly `budget`."""
 
     ids: tuple[int, ...]
     logp: tuple[float, ...]
@@ -64,6 +65,7 @@ class Engine(Protocol):
     """One policy in memory."""
 
     eos_ids: frozenset[int]
+    stops: Stops | None
 
     def load(self, tensors: Iterable[tuple[str, Any]]) -> None:
         """Replace the weights by (name, tensor) pairs; every parameter must be given exactly once.

@@ -19,6 +19,7 @@ from farflung.engine.noise import exponential
 from farflung.engine.rows import Rows
 from farflung.engine.whole import WholeRows
 from farflung.numerics.trying import FAULTS, Text, Trial
+from farflung.protocol.stops import DONE, Stops
 
 Batching = Literal["padded", "level", "alone", "whole"]
 """Prompts of all lengths in one batch, of one length each, one row at a time; or all rows, each read whole for a token,
@@ -39,6 +40,7 @@ def decode(
     is_plain: bool = False,
     slots: int = 64,
     batching: Batching = "padded",
+    stops: Stops | None = None,
 ) -> list[Completion | None]:
     """Complete all requests, `slots` at a time: as rows end, others join. None for those that `should_stop` left out.
 
@@ -49,7 +51,7 @@ def decode(
     found: list[Completion | None] = [None] * len(requests)
     done: list[Completion | None] = []
     for batch in batches([requests[one] for one in order], batching, slots):
-        done += _complete(model, batch, eos_ids, should_stop, is_plain, slots, batching)
+        done += _complete(model, batch, eos_ids, should_stop, is_plain, slots, batching, stops)
     for place, completion in zip(order, done, strict=True):
         found[place] = completion
     return found
@@ -63,13 +65,14 @@ def _complete(
     is_plain: bool,
     slots: int,
     batching: Batching,
+    stops: Stops | None,
 ) -> list[Completion | None]:
     prompts = {request.prompt_ids for request in requests}
     is_shared = is_plain and is_worth_sharing(list(prompts), len(requests))
     with tapped(model, requests) as tap:
         horizon = max(map(len, prompts)) + max(request.budget for request in requests)
         rows = rows_of(batching)(model, horizon, tap, is_plain=is_plain, is_shared=is_shared)
-        return _decode(rows, requests, eos_ids, should_stop, slots)
+        return _decode(rows, requests, eos_ids, should_stop, slots, stops)
 
 
 def batches(requests: Sequence[Request], batching: Batching, slots: int) -> Iterator[list[Request]]:
@@ -133,8 +136,9 @@ def _decode(
     eos_ids: frozenset[int],
     should_stop: Callable[[], bool] | None,
     slots: int,
+    stops: Stops | None,
 ) -> list[Completion | None]:
-    record = _Record(requests, eos_ids, rows.device)
+    record = _Record(requests, _Ending(eos_ids, stops, rows.device), rows.device)
     sampler, sketches, joined, idle = _Sampler(rows.device), None, 0, 0
     while not (should_stop is not None and should_stop()):
         idle += slots - len(rows)
@@ -231,30 +235,54 @@ class _Sampler:
         return self._noise_KBV[self._used - 1]
 
 
+class _Ending:
+    """Which rows end: with an end token, or with the token that completes a stop string."""
+
+    def __init__(self, eos_ids: frozenset[int], stops: Stops | None, device: torch.device) -> None:
+        self._eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+        self._moves_SV = None if stops is None else torch.tensor(stops.moves_SV, device=device)
+        self._state_B = torch.empty(0, dtype=torch.long, device=device)
+
+    def join(self, count: int) -> None:
+        self._state_B = torch.cat([self._state_B, self._state_B.new_zeros(count)])
+
+    def add(self, token_B: torch.Tensor) -> torch.Tensor:
+        """Whether each row ends with its token."""
+        is_done_B = torch.isin(token_B, self._eos)
+        if self._moves_SV is None:
+            return is_done_B
+        self._state_B = self._moves_SV[self._state_B, token_B].long()
+        return is_done_B | (self._state_B == DONE)
+
+    def keep(self, live_B: torch.Tensor) -> None:
+        self._state_B = self._state_B[live_B]
+
+
 class _Record:
     """What each request has been answered so far, and which rows are still live."""
 
-    def __init__(self, requests: Sequence[Request], eos_ids: frozenset[int], device: torch.device) -> None:
+    def __init__(self, requests: Sequence[Request], ending: "_Ending", device: torch.device) -> None:
         horizon = max(request.budget for request in requests)
         self._ids_RT = torch.zeros(len(requests), horizon, dtype=torch.long, device=device)
         self._logp_RT = torch.zeros(len(requests), horizon, device=device)
         self._length_R = torch.zeros(len(requests), dtype=torch.long, device=device)
         self._budget_R = torch.tensor([request.budget for request in requests], device=device)
         self.row_B = self.position_B = torch.empty(0, dtype=torch.long, device=device)
-        self._eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+        self._ending = ending
 
     def join(self, fresh: range) -> None:
         """These requests are live too."""
         more = torch.arange(fresh.start, fresh.stop, device=self.row_B.device)
         self.row_B = torch.cat([self.row_B, more])
         self.position_B = torch.cat([self.position_B, torch.zeros_like(more)])
+        self._ending.join(len(fresh))
 
     def add(self, token_B: torch.Tensor, logp_B: torch.Tensor) -> torch.Tensor | None:
         """Note one token per live row; returns the rows that go on, or None if all do."""
         self._ids_RT[self.row_B, self.position_B] = token_B
         self._logp_RT[self.row_B, self.position_B] = logp_B
         self.position_B = self.position_B + 1
-        is_done_B = torch.isin(token_B, self._eos) | (self.position_B >= self._budget_R[self.row_B])
+        is_done_B = self._ending.add(token_B) | (self.position_B >= self._budget_R[self.row_B])
         if not is_done_B.any():
             return None
         self._length_R[self.row_B[is_done_B]] = self.position_B[is_done_B]
@@ -262,6 +290,7 @@ class _Record:
 
     def keep(self, live_B: torch.Tensor) -> None:
         self.row_B, self.position_B = self.row_B[live_B], self.position_B[live_B]
+        self._ending.keep(live_B)
 
     def completions(self, sketches: Sketches | None) -> list[Completion | None]:
         ids, logp = self._ids_RT.tolist(), self._logp_RT.tolist()

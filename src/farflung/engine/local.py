@@ -15,6 +15,7 @@ from farflung.engine.ways import Ways, find_ways
 from farflung.numerics.trying import Trial
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
+from farflung.protocol.stops import Stops
 
 
 class LocalEngine:
@@ -25,6 +26,7 @@ class LocalEngine:
         model: PreTrainedModel,
         *,
         eos_ids: Iterable[int] | None = None,
+        stops: Stops | None = None,
         max_rows: int = 64,
         replay_tokens: int = 4096,
     ) -> None:
@@ -32,6 +34,7 @@ class LocalEngine:
         self.model = model.eval().requires_grad_(False)
         hasten(model)
         self.eos_ids = frozenset(end_tokens(model) if eos_ids is None else eos_ids)
+        self.stops = stops
         self.max_rows = max_rows
         self.replay_tokens = replay_tokens
         self._is_loaded = True
@@ -46,6 +49,7 @@ class LocalEngine:
         threads: int = 1,
         device: str = "cpu",
         eos_ids: Iterable[int] | None = None,
+        stops: Stops | None = None,
         max_rows: int = 64,
         replay_tokens: int = 4096,
     ) -> "LocalEngine":
@@ -55,7 +59,7 @@ class LocalEngine:
         """
         torch.set_num_threads(threads)
         model = build(config, dtype).to(device)
-        engine = cls(model, eos_ids=eos_ids, max_rows=max_rows, replay_tokens=replay_tokens)
+        engine = cls(model, eos_ids=eos_ids, stops=stops, max_rows=max_rows, replay_tokens=replay_tokens)
         engine._is_loaded = False
         return engine
 
@@ -97,7 +101,8 @@ class LocalEngine:
             return []
         ways = self.ways
         refuse_unsteady(ways.most_tokens, max(len(one.prompt_ids) + one.budget for one in requests))
-        return decode(self.model, requests, self.eos_ids, should_stop, ways.is_plain, self.max_rows, ways.batching)
+        how = ways.is_plain, self.max_rows, ways.batching
+        return decode(self.model, requests, self.eos_ids, should_stop, *how, stops=self.stops)
 
     @torch.inference_mode()
     def replay(self, items: Sequence[tuple[Request, Sequence[int]]], *, alone: bool = False) -> list[Replay]:

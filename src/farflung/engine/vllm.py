@@ -21,6 +21,7 @@ from farflung.engine.loading import read_slices
 from farflung.engine.seeded_rows import SEED, TEMPERATURE
 from farflung.protocol.errors import ConfigError, Unreachable, WeightsError, WrongWeights
 from farflung.protocol.probe import Slice
+from farflung.protocol.stops import Stops
 
 _FILE = "model.safetensors"
 _TIMEOUT_S = 600.0
@@ -35,12 +36,15 @@ _HOW = (
 class VllmEngine:
     """One policy in a vLLM server. It generates; to replay takes a verifier's own arithmetic, which this has not."""
 
-    def __init__(self, url: str, folder: Path, *, eos_ids: Iterable[int], max_rows: int = 64) -> None:
+    def __init__(
+        self, url: str, folder: Path, *, eos_ids: Iterable[int], stops: Stops | None = None, max_rows: int = 64
+    ) -> None:
         """Take a server that runs, and a folder that it can read. Raises Unreachable, or ConfigError for its settings.
 
         At most `max_rows` requests are under way at once; the server queues what is more than its --max-num-seqs.
         """
         self.url, self.eos_ids, self.max_rows = url.rstrip("/"), frozenset(eos_ids), max_rows
+        self.stops, self._enders = stops, sorted(self.eos_ids.union(stops.at_once() if stops else ()))
         self._folder, self._label = folder.resolve(), ""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._refuse_unseeded_server()
@@ -115,7 +119,7 @@ class VllmEngine:
             "temperature": 0,
             "max_tokens": request.budget,
             "ignore_eos": True,
-            "stop_token_ids": sorted(self.eos_ids),
+            "stop_token_ids": self._enders,
             "logprobs": 0,
             "detokenize": False,
             "extra_args": seeded if request.temperature > 0 else {},
@@ -123,16 +127,18 @@ class VllmEngine:
         return {"token_ids": list(request.prompt_ids), "sampling_params": sampling}
 
     def _completion(self, request: Request, choice: dict[str, Any]) -> Completion:
-        ids = tuple(choice["token_ids"])
+        ids, logp = tuple(choice["token_ids"]), tuple(token["logprob"] for token in choice["logprobs"]["content"])
         labels = {span["version"] for span in choice["weight_versions"] or ()}
         if labels != {self._label}:
             raise WrongWeights(f"vLLM at {self.url} generated with weights {sorted(labels)}, not {self._label}")
+        if self.stops and (end := self.stops.end(ids)):  # one that lies across tokens: the server knows no text
+            return Completion(ids[:end], logp[:end])
         if len(ids) < request.budget and (not ids or ids[-1] not in self.eos_ids):
             raise ConfigError(
                 f"vLLM at {self.url} stopped after {len(ids)} of {request.budget} tokens "
                 f"({choice['finish_reason']}); give it a longer --max-model-len"
             )
-        return Completion(ids, tuple(token["logprob"] for token in choice["logprobs"]["content"]))
+        return Completion(ids, logp)
 
     def _write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         held: dict[str, torch.Tensor] = {}

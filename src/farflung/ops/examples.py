@@ -71,7 +71,7 @@ def _pairs(connection: Connection, config: Config) -> list[Any]:
 
 
 async def _texts(config: Config, rows: list[Any]) -> list[Pair]:
-    archive = Archive(Blobs(config.submissions_url), Model(config.model.path).tokenizer)
+    archive = Archive(Blobs(config.submissions_url), Model(config.model.path).tokenizer, config.generate.stop)
 
     async def text(submission: str, place: int) -> str:
         return archive.text((await archive.body(submission)).rollouts[place].ids).strip()

@@ -8,7 +8,7 @@ from farflung.protocol.messages import SelfTest
 from farflung.protocol.session import Session
 from farflung.rollouts import selftest
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, tensors
+from farflung.weights.fetch import fetch_model_config, fetch_stops, tensors
 from farflung.weights.patch import patch
 from farflung.worker import refuse_oversize
 
@@ -27,7 +27,8 @@ async def attempt(session: Session, folder: Path, manifest: str) -> selftest.Tri
         dtype, _ = arithmetic(profile.name)
         config = await fetch_model_config(session)
         refuse_oversize(config, dtype, 0.0)
-        engine = LocalEngine.from_folder(config, dtype=dtype, eos_ids=session.info.eos_ids)
+        ending = {"eos_ids": session.info.eos_ids, "stops": await fetch_stops(session)}
+        engine = LocalEngine.from_folder(config, dtype=dtype, **ending)
         engine.load(tensors(versions, manifest))
         return selftest.attempt(engine, test, profile)
     finally:

@@ -21,8 +21,10 @@ from farflung.envs.child import Prompt, ScorerChild
 from farflung.learner.difficulty import RIGHT
 from farflung.protocol.errors import ConfigError, ScoreFault
 from farflung.protocol.seeds import encode, sample_seed
+from farflung.protocol.stops import until
 from farflung.tasks import kept
 from farflung.tasks.found import Model, told
+from farflung.tasks.stops import stops_of
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 10.0
@@ -42,7 +44,8 @@ async def sift(config: Config, out: Path, band: Band) -> tuple[list[kept.Kept], 
     """Write the tasks within the band; gives them and how many were tried. Raises ConfigError if none is left."""
     if not 0 <= band.low <= band.high <= 1 or band.samples < 1:
         raise ConfigError(f"a band goes from 0 to 1 and needs samples; got {band.low} to {band.high}, {band.samples}")
-    model, engine = Model(config.model.path), _engine(config)
+    model = Model(config.model.path)
+    engine = _engine(config, model)
     async with ScorerChild(config.env.name, config.env.args, **_options(config)) as child:
         tasks = await child.tasks("train", config.env.train_tasks)
         found = [one async for one in _measure(config, model, engine, child, tasks, band.samples)]
@@ -57,7 +60,7 @@ def _options(config: Config) -> dict[str, str]:
     return {"python": config.env.python} if config.env.python else {}
 
 
-def _engine(config: Config) -> LocalEngine:
+def _engine(config: Config, model: Model) -> LocalEngine:
     """The base model as a worker would have it: published in bfloat16, computed in the run's arithmetic."""
     from farflung.learner.policy import Policy
 
@@ -66,7 +69,8 @@ def _engine(config: Config) -> LocalEngine:
         path,
         dtype=getattr(torch, config.model.dtype),
         threads=worker.threads,
-        eos_ids=Model(path).eos_ids,
+        eos_ids=model.eos_ids,
+        stops=stops_of(model, config.generate.stop),
         max_rows=worker.slots,
     )
     engine.load(Policy.from_pretrained(path).tensors())
@@ -83,7 +87,7 @@ async def _measure(
         some = tasks[start : start + at_once]
         done = engine.generate([one for task in some for one in _requests(config, model, task, samples)])
         for number, task in enumerate(some):
-            count = await _count(model, child, task, done[number * samples : (number + 1) * samples])
+            count = await _count(config, model, child, task, done[number * samples : (number + 1) * samples])
             if count is not None:
                 yield count
         if time.monotonic() - said > PROGRESS_S:
@@ -101,13 +105,15 @@ def _requests(config: Config, model: Model, task: Task, samples: int) -> Iterato
         yield Request(ids, seed, config.generate.temperature, config.generate.budget)
 
 
-async def _count(model: Model, child: ScorerChild, task: Task, done: Sequence[Completion | None]) -> kept.Kept | None:
+async def _count(
+    config: Config, model: Model, child: ScorerChild, task: Task, done: Sequence[Completion | None]
+) -> kept.Kept | None:
     """How often one task was answered rightly; None if none of its answers can be scored."""
     rewards: list[float] = []
     answers = [one for one in done if one is not None]
     for one in answers:
         try:
-            text = model.tokenizer.decode(list(one.ids), skip_special_tokens=True)
+            text = until(model.tokenizer.decode(list(one.ids), skip_special_tokens=True), config.generate.stop)
             rewards.append((await child.score(task[0], text)).reward)
         except ScoreFault as fault:
             log.warning("a sample cannot be scored because=%s", fault)

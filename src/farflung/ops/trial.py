@@ -29,6 +29,7 @@ from farflung.ops.terminal import Terminal
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, Signed, unseal
 from farflung.protocol.messages import Verdict
+from farflung.protocol.stops import until
 from farflung.store import ledger
 from farflung.store.db import open_engine
 from farflung.store.metrics import Metrics
@@ -273,7 +274,8 @@ def _gains(connection: Connection, config: Config, lines: Sequence[Row]) -> dict
     for line in lines:
         for rollout, sent, seeded in line["rollouts"]:
             lengths.append(len(sent) - len(seeded))
-            worth = [env.score(tasks[rollout], tokenizer.decode(list(ids))).reward for ids in (sent, seeded)]
+            texts = [until(tokenizer.decode(list(ids)), config.generate.stop) for ids in (sent, seeded)]
+            worth = [env.score(tasks[rollout], text).reward for text in texts]
             rewards.append(worth[0] - worth[1])
     return {**_mean("reward", rewards), **_mean("length", lengths)}
 

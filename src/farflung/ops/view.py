@@ -48,7 +48,7 @@ def _end(connection: Connection, run: str) -> float:
 def _archive(config: Config) -> Archive | None:
     """The transcripts, if the model's tokenizer is still where it was."""
     try:
-        return Archive(Blobs(config.submissions_url), Model(config.model.path).tokenizer)
+        return Archive(Blobs(config.submissions_url), Model(config.model.path).tokenizer, config.generate.stop)
     except ConfigError as error:
         log.warning("no transcripts reason=%s", error)
         return None

@@ -1,12 +1,14 @@
 """Coordinator: the stored submissions, and the only place where token ids become text."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import msgspec
 from tokenizers import Tokenizer
 
 from farflung.protocol import wire
 from farflung.protocol.messages import SubmissionBody
+from farflung.protocol.stops import until
 from farflung.store.blobs import Blobs
 
 REMEMBERED = 256
@@ -16,8 +18,8 @@ REMEMBERED_TOKENS = 1 << 24
 class Archive:
     """Submission bodies by digest, the latest ones remembered, and the run's tokenizer."""
 
-    def __init__(self, blobs: Blobs, tokenizer: Tokenizer) -> None:
-        self.blobs, self._tokenizer = blobs, tokenizer
+    def __init__(self, blobs: Blobs, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.blobs, self._tokenizer, self._stop = blobs, tokenizer, stop
         self._seen: OrderedDict[str, SubmissionBody] = OrderedDict()
 
     async def body(self, digest: str) -> SubmissionBody:
@@ -35,8 +37,8 @@ class Archive:
         return len(self._seen) > 1 and sum(map(_tokens, self._seen.values())) > REMEMBERED_TOKENS
 
     def text(self, ids: bytes) -> str:
-        """Token ids as text, without special tokens."""
-        return self._tokenizer.decode(wire.unpack_ids(ids).tolist(), skip_special_tokens=True)
+        """Token ids as text, without special tokens and up to the first stop string."""
+        return until(self._tokenizer.decode(wire.unpack_ids(ids).tolist(), skip_special_tokens=True), self._stop)
 
 
 def _tokens(body: SubmissionBody) -> int:

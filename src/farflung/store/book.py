@@ -14,6 +14,7 @@ from farflung.protocol import seeds
 from farflung.protocol.errors import Ejected, NotFound
 from farflung.protocol.identity import Key, node_id
 from farflung.protocol.messages import Latest
+from farflung.protocol.stops import Stops
 from farflung.store.db import file_of, reading
 from farflung.store.stories import memo
 from farflung.store.tables import NODES, RUNS, STEPS, TASKS
@@ -35,11 +36,18 @@ class Book:
     """What receipts are signed with."""
     verdicts: Key
     """What verdicts are signed with."""
+    stops: Stops | None = None
+    """With which token a stop string is complete, in a run that has some."""
     orders: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
     """How far the tasks of recent steps are opened, so that nobody looks from the beginning for every lease."""
 
     faults: dict[str, int] = field(default_factory=dict[str, int], compare=False, repr=False)
     """Kinds of faults in scoring that were told of, and how many rollouts could not be scored before any was."""
+
+    @property
+    def ending(self) -> tuple[int, frozenset[int], Stops | None]:
+        """What ids a rollout may have and how it ends: vocabulary, end tokens, stop strings."""
+        return self.vocab, self.eos_ids, self.stops
 
     @cached_property
     def granted(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Done once; started again, the coordinator finds the run in its database and goes on.
 """
 
+import asyncio
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, seal
 from farflung.protocol.messages import VERSION, File, Run, RunInfo
+from farflung.protocol.stops import STOPS, Stops
 from farflung.store.blobs import Blobs
 from farflung.store.book import Book, train_tasks
 from farflung.store.db import Database
@@ -34,6 +36,7 @@ from farflung.tasks import kept
 from farflung.tasks.keyring import Keyring
 from farflung.tasks.model import Model
 from farflung.tasks.model_check import refuse_long, refuse_unfit
+from farflung.tasks.stops import stops_of
 from farflung.trust.evidence import Profile
 
 MODEL_FILES = ("config.json", "generation_config.json")
@@ -85,6 +88,7 @@ async def found(
     verdicts: Key | None = None,
 ) -> Book:
     """The run of this configuration, made if it is not in the database yet. `key` signs what no other key is for."""
+    stops = await asyncio.to_thread(stops_of, model, config.generate.stop)
     row = await database.read(lambda c: c.execute(sa.select(RUNS).where(RUNS.c.run == config.run.name)).first())
     if row is None:
         refuse_unfit(model)
@@ -95,16 +99,23 @@ async def found(
         await database.write(lambda c: _resume(c, config, now))
     tasks = await database.read(lambda c: train_tasks(c, config.run.name))
     vocabulary = model.vocab, model.eos_ids
-    return Book(config.run.name, config, secret, key, *vocabulary, tasks, receipts or key, verdicts or key)
+    return Book(config.run.name, config, secret, key, *vocabulary, tasks, receipts or key, verdicts or key, stops)
 
 
 async def seal_papers(
-    config: Config, blobs: Blobs, model: Model, key: Key, ring: Keyring, profiles: Mapping[str, str] | None = None
+    config: Config,
+    blobs: Blobs,
+    model: Model,
+    key: Key,
+    ring: Keyring,
+    profiles: Mapping[str, str] | None = None,
+    stops: Stops | None = None,
 ) -> Run:
     """What nodes check before they join: the root's delegations and the sealed description of the run.
 
     `profiles` are the admitted numerics profiles, the run's own first: name → digest.
     """
+    files = {name: model.file(name) for name in MODEL_FILES} | {STOPS: stops.pack() if stops else None}
     run = config.run.name
     profiles = profiles or {config.model.profile: ""}
     info = RunInfo(
@@ -117,7 +128,7 @@ async def seal_papers(
         dtype=config.model.dtype,
         vocab=model.vocab,
         eos_ids=sorted(model.eos_ids),
-        model_files=[file for name in MODEL_FILES if (file := await _store(blobs, model, name))],
+        model_files=[await _store(blobs, name, data) for name, data in files.items() if data is not None],
         max_staleness=config.learn.max_staleness,
         heartbeat_s=config.lease.heartbeat_s,
     )
@@ -135,9 +146,8 @@ def weights_key(config: Config) -> bytes:
     return bytes.fromhex(trainers[0])
 
 
-async def _store(blobs: Blobs, model: Model, name: str) -> File | None:
-    data = model.file(name)
-    return None if data is None else File(name=name, digest=await blobs.put(data), size_bytes=len(data))
+async def _store(blobs: Blobs, name: str, data: bytes) -> File:
+    return File(name=name, digest=await blobs.put(data), size_bytes=len(data))
 
 
 def _secret(config: Config) -> bytes:
@@ -250,7 +260,7 @@ def refuse_another(founded: dict[str, Any], config: Config) -> None:
     A folder that was moved is the same one: of paths the last part counts.
     """
     asked = config.model_dump(mode="json")
-    for section, key in (("env", "name"), ("env", "args"), ("model", "path")):
+    for section, key in (("env", "name"), ("env", "args"), ("model", "path"), ("generate", "stop")):
         before, after = founded.get(section, {}).get(key), asked[section][key]
         if before is not None and _last_part(before) != _last_part(after):
             raise ConfigError(

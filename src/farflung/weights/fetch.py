@@ -8,6 +8,7 @@ import torch
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Tensor
 from farflung.protocol.session import Session
+from farflung.protocol.stops import MOST_BYTES, STOPS, Stops
 from farflung.weights.cache import Versions
 from farflung.weights.manifest import check_shard
 from farflung.weights.patch import check_tensor, stored
@@ -17,9 +18,24 @@ CONFIG_BYTES = 1 << 20
 
 async def fetch_model_config(session: Session) -> bytes:
     """The bytes of the run's config.json, checked against its sealed papers."""
-    file = next((file for file in session.info.model_files if file.name == "config.json"), None)
-    if file is None or file.size_bytes > CONFIG_BYTES:
-        raise WeightsError(f"run {session.run!r} names no config.json of at most {CONFIG_BYTES} bytes")
+    data = await _fetch(session, "config.json", CONFIG_BYTES)
+    if data is None:
+        raise WeightsError(f"run {session.run!r} names no config.json")
+    return data
+
+
+async def fetch_stops(session: Session) -> Stops | None:
+    """The run's stop strings, checked against its sealed papers; None where it has none. Raises Malformed."""
+    data = await _fetch(session, STOPS, MOST_BYTES)
+    return None if data is None else Stops.unpack(data, session.info.vocab)
+
+
+async def _fetch(session: Session, name: str, most_bytes: int) -> bytes | None:
+    file = next((file for file in session.info.model_files if file.name == name), None)
+    if file is None:
+        return None
+    if file.size_bytes > most_bytes:
+        raise WeightsError(f"run {session.run!r} has a {name} of {file.size_bytes} bytes; at most {most_bytes} work")
     data = await session.client.download(f"/v1/blobs/{file.digest}", limit_bytes=file.size_bytes)
     check_shard(data, file.digest, file.size_bytes)
     return data

@@ -92,7 +92,7 @@ class Temperature(Attack):
 
 
 @torch.inference_mode()
-def steer(model: Any, requests: Sequence[Request], eos_ids: frozenset[int], pick: Pick) -> list[Completion]:
+def steer(model: Any, requests: Sequence[Request], ends: Callable[[list[int]], bool], pick: Pick) -> list[Completion]:
     """Decode with a pick of one's own, without a cache: slow, and short enough to be read."""
     said: list[list[int]] = [[] for _ in requests]
     live = list(range(len(requests)))
@@ -108,7 +108,7 @@ def steer(model: Any, requests: Sequence[Request], eos_ids: frozenset[int], pick
         scores_BV = logits_BV / heat_B1 + gumbel(seeds, places, logits_BV.shape[1])
         for i, token in zip(live, pick(logits_BV, scores_BV).tolist(), strict=True):
             said[i].append(token)
-        live = [i for i in live if said[i][-1] not in eos_ids and len(said[i]) < requests[i].budget]
+        live = [i for i in live if not ends(said[i]) and len(said[i]) < requests[i].budget]
     return [Completion(tuple(ids), (0.0,) * len(ids)) for ids in said]
 
 
@@ -120,7 +120,10 @@ class Steered(Attack):
         raise NotImplementedError
 
     def generate(self, requests: Sequence[Request], should_stop: Stop) -> Made:
-        return list(steer(self.truth.model, requests, self.truth.eos_ids, self.pick))  # type: ignore[attr-defined]
+        return list(steer(self.truth.model, requests, self._ends, self.pick))  # type: ignore[attr-defined]
+
+    def _ends(self, ids: list[int]) -> bool:
+        return ids[-1] in self.truth.eos_ids or bool(self.truth.stops and self.truth.stops.end(ids))
 
 
 class Greedy(Steered):
