@@ -1,15 +1,19 @@
 """What a run tells when its environment cannot score, or nothing can be learned, or it cannot go on."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 from tests.conftest import settings
 from tests.integration.test_tasks import rows_of
 
 from farflung.dashboard.views import warnings
 from farflung.protocol.errors import ConfigError
 from farflung.rollouts import unscorable
+from farflung.rollouts.unused import drop_groups
 from farflung.store.db import Database
+from farflung.store.tables import GROUPS
 from farflung.tasks.found import founded_in, refuse_another
 
 
@@ -70,6 +74,28 @@ def test_a_first_step_of_equal_rewards_is_told(make_house, reward, words) -> Non
         assert words in said
 
     make_house(learn={"groups": 1, "oversample": 2.0}).run(scenario)
+
+
+def test_a_step_takes_what_there_is_once_every_task_was_tried_and_some_were_let_go(make_house) -> None:
+    """Else a run whose environment cannot score some of its few tasks would wait for ever."""
+
+    async def scenario(house) -> None:
+        await house.step(0)
+        book = house.office.book
+        await house.work("ada", times=3)
+        assert await house.audit()
+        assert await house.claim_step(1) is None
+        lost = await house.office.database.read(lambda c: c.execute(sa.select(GROUPS.c.group).limit(1)).scalar_one())
+        await house.office.database.write(lambda c: drop_groups(c, book, [lost], 1.0, why="nobody may do it"))
+        assert await house.claim_step(1) is None, "two groups are still to be scored"
+        await house.score()
+        batch = await house.claim_step(1)
+        assert (len(batch.groups), batch.seen_groups) == (2, 2)
+        assert lost not in {group.group for group in batch.groups}
+
+    house = make_house(learn={"groups": 3, "oversample": 1.0})
+    vars(house.office)["book"] = replace(house.office.book, tasks=house.office.book.tasks[:3])
+    house.run(scenario)
 
 
 @pytest.mark.parametrize(

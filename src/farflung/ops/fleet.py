@@ -18,12 +18,15 @@ from farflung.ops.nursery import die_with_parent
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.server import listen
 from farflung.protocol.session import ending_signals
+from farflung.protocol.shown import one_line
 from farflung.store.metrics import Metrics
 from farflung.tasks.found import local_grants
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 PAUSE_S = 0.2
+_MOST_WORDS = 4096
+"""Bytes that a pipe takes at once."""
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -45,7 +48,7 @@ def serve_all(config: Config) -> None:
     with listen(config.coordinator.host, config.coordinator.port, is_shared=True) as listener:
         coordinator = config.coordinator.model_copy(update={"port": listener.getsockname()[1]})
         config = config.model_copy(update={"coordinator": coordinator})
-        _wait_for(_fork(_found(config)))
+        _found_first(config)
         metrics = Metrics(config.folder / "metrics.jsonl", time.monotonic)
         is_by_hand = metrics.begin(time.time())
         _keep(config)
@@ -53,15 +56,24 @@ def serve_all(config: Config) -> None:
             metrics.write("end", time.time())
 
 
-async def _found(config: Config) -> None:
+def _found_first(config: Config) -> None:
     """Migrate and found once, before there are several; in a child, for the blob store's threads survive no fork."""
-    (await open_coordinator(config)).office.database.close()
-
-
-def _wait_for(child: int) -> None:
+    told, tell = os.pipe()
+    child = _fork(_found(config, tell))
+    os.close(tell)
+    with open(told, encoding="utf-8") as words:
+        why = words.read()
     _, status = os.waitpid(child, 0)
     if code := os.waitstatus_to_exitcode(status):
-        raise ConfigError(f"the run could not be opened (exit code {code}); the lines above say why")
+        raise ConfigError(why or f"the run could not be opened (exit code {code}); the lines above say why")
+
+
+async def _found(config: Config, tell: int) -> None:
+    try:
+        (await open_coordinator(config)).office.database.close()
+    except FarflungError as error:
+        os.write(tell, one_line(str(error)).encode()[:_MOST_WORDS])
+        raise SystemExit from error
 
 
 def _keep(config: Config) -> None:

@@ -21,7 +21,7 @@ from farflung.rollouts.unused import drop_groups, look_at, one_of_each
 from farflung.store import heldout
 from farflung.store.book import Book
 from farflung.store.stories import move, record
-from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
+from farflung.store.tables import AUDITS, GROUP_COUNTS, GROUPS, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
 
 
 def claim_step(connection: Connection, book: Book, step: int, now: float) -> Batch | str:
@@ -54,6 +54,8 @@ def _open_step(connection: Connection, book: Book, step: int, now: float) -> str
         else:
             ready = _ready(connection, book, step)
             chosen = choose(ready, book.config.learn.groups, book.config.learn.oversample)
+            if chosen is None and ready and _are_tasks_spent(connection, book, step):
+                chosen = list(ready)
         if chosen is None:
             useful = sum(row.is_informative for row in ready)
             return f"{useful} of {book.config.learn.groups} groups are ready ({len(ready)} complete)"
@@ -85,6 +87,15 @@ def _ready(connection: Connection, book: Book, step: int) -> Sequence[Row[Any]]:
         GROUPS.c.step >= step - 1 - book.config.learn.max_staleness,
     )
     return connection.execute(query.order_by(GROUPS.c.step, GROUPS.c.group)).all()
+
+
+def _are_tasks_spent(connection: Connection, book: Book, step: int) -> bool:
+    """Whether every task was opened for the latest policy and none is under way; some could not be scored, say."""
+    kept, oldest = GROUP_COUNTS.c, step - 1 - book.config.learn.max_staleness
+    fresh = sa.and_(kept.run == book.run, kept.purpose == "train", kept.step >= oldest, kept.count > 0)
+    rows = connection.execute(sa.select(kept.step, kept.status, kept.count).where(fresh)).all()
+    is_any_open = any(row.status == "open" for row in rows)
+    return not is_any_open and sum(row[2] for row in rows if row.step == step - 1) >= len(book.tasks)
 
 
 def _lockstep(connection: Connection, book: Book, step: int) -> tuple[Sequence[Row[Any]], list[Row[Any]] | None]:
