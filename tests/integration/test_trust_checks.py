@@ -343,9 +343,11 @@ def test_a_run_goes_on_from_an_earlier_step_without_a_node(make_house) -> None:
         with pytest.raises(errors.FarflungError):
             await house.submit("eve", in_flight)
         assert house.rows(sa.select(GROUPS).where(GROUPS.c.step > 1, GROUPS.c.status.in_(("open", "complete")))) == []
+        assert await house.ask("ada") is None, "what the policy of step 2 gives is not wanted any more"
         batch = await house.claim_step(3)
         assert (batch.restores, batch.groups) == (1, [])
         await house.commit(batch)
+        assert (await house.lease("ada", loaded_step=2)).step == 3, "not under what was taken back, though it is loaded"
         await house.work("ada")
         assert (await house.claim_step(2)).restores == -1, "what was committed stays as it was"
         assert any("rolled back to step 1 by step 3" in text for text in (await status(house)).warnings)

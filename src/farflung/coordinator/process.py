@@ -10,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from farflung.config import Config, save
+from farflung.coordinator import damage
 from farflung.coordinator.connections import guarded
 from farflung.coordinator.office import Office
 from farflung.coordinator.routes import Coordinator
@@ -76,6 +77,7 @@ async def open_coordinator(config: Config) -> Coordinator:
     book = await found(config, database, model, key, time.time(), **options)
     papers = await seal_papers(config, blobs, model, key, ring, profiles.digests, book.stops)
     archive = Archive(Blobs(config.submissions_url), model.tokenizer, config.generate.stop)
+    await damage.mend(database, book, blobs, archive.blobs, time.time())
     metrics = Metrics(folder / "metrics.jsonl", time.monotonic)
     weights = ring.live(config.run.name, "weights", time.time())
     token = read_token(config.coordinator.admin_token_file)

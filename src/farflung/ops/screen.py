@@ -30,12 +30,13 @@ COLOURS = {"trusted": "green", "probation": "yellow", "quarantined": "red", "eje
 class Screen:
     """A context manager that shows statuses as they come and the summary at the end."""
 
-    def __init__(self, config: Config, *, is_plain: bool) -> None:
+    def __init__(self, config: Config, *, is_plain: bool, since: float) -> None:
+        """`since` is the monotonic time at which the command was given."""
         self.config, self.is_plain = config, is_plain
         self.console = Terminal()
         self._live = None if is_plain else Live(console=self.console, refresh_per_second=4, transient=False)
         self._notes: list[str] = []
-        self._since = time.monotonic()
+        self._since = since
         self._lined_at = 0.0
         self._told: set[str] = set()
         self._trouble, self._like_it = "", Counter[str]()

@@ -20,7 +20,7 @@ class Waits:
 
     def __init__(self, say: Callable[[str], None] = to_terminal, again_s: float = AGAIN_S) -> None:
         self._say, self._again_s = say, again_s
-        self._began_at, self._what = time.monotonic(), ""
+        self.began_at, self._what = time.monotonic(), ""
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="waits", daemon=True)
 
@@ -46,4 +46,4 @@ class Waits:
 
     def _tell(self, text: str) -> None:
         if not self._is_over.is_set():
-            self._say(f"{time.monotonic() - self._began_at:6.1f} s  {text}")
+            self._say(f"{time.monotonic() - self.began_at:6.1f} s  {text}")

@@ -66,7 +66,8 @@ class Swarm:
         self.url = url_of(self.config.scheme, self.config.coordinator.host, self.config.coordinator.port)
         self.client = Client(self.url, Key.make(), patience_s=0.0)
         self.metrics = Metrics(self.folder / "metrics.jsonl", time.monotonic)
-        self.screen, self._waits = Screen(self.config, is_plain=is_plain), waits or Waits()
+        self._waits = waits or Waits()
+        self.screen = Screen(self.config, is_plain=is_plain, since=self._waits.began_at)
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.forked: dict[str, int] = {}
         self.orders: dict[str, dict[str, Any]] = {}

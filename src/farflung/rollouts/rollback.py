@@ -17,27 +17,50 @@ from farflung.rollouts.unused import drop_groups
 from farflung.rollouts.verdicts import pronounce
 from farflung.store.book import Book, node_row
 from farflung.store.stories import end_leases, move, record
-from farflung.store.tables import GROUPS, LEASES, STEPS
+from farflung.store.tables import AUDITS, GROUPS, LEASES, STEPS
 
 WHY = "rolled back to step {step}"
 
 
 def roll_back(connection: Connection, book: Book, to_step: int, without: Sequence[str], now: float) -> int:
     """Make the next step restore `to_step`; gives its number. Raises Conflict for a step that is not committed."""
-    latest, status = book.latest(connection).step, book.status(connection)
+    latest = _refuse_ended(connection, book)
     if not 0 <= to_step <= latest:
         raise Conflict(f"step {to_step} is not committed; the latest is {latest}")
-    if status != "running" or latest >= book.config.run.steps:
-        raise Conflict(
-            f"the run is {status} after step {latest} of {book.config.run.steps}; resume it with more --run.steps"
-        )
     why = WHY.format(step=to_step)
     for node in without:
         _eject(connection, book, node, why, now)
     _drop(connection, book, to_step, why, now)
     _restoring(connection, book, latest + 1, to_step, now)
-    record(connection, "run", [book.run], status, status, now, warning=f"{why} by step {latest + 1}", without=without)
+    said = {"warning": f"{why} by step {latest + 1}", "without": without}
+    record(connection, "run", [book.run], "running", "running", now, **said)
     return latest + 1
+
+
+def restore_latest(connection: Connection, book: Book, lost_step: int, now: float) -> int:
+    """Make the next step publish the latest one again, without work of policies from `lost_step` on; gives its number.
+
+    Raises Conflict for a run that has ended.
+    """
+    latest = _refuse_ended(connection, book)
+    why = f"the weights of step {lost_step} are lost"
+    _drop(connection, book, lost_step - 1, why, now, is_looked_at=True)
+    for status in ("open", "claimed"):
+        lost = sa.and_(AUDITS.c.run == book.run, AUDITS.c.step >= lost_step, AUDITS.c.status == status)
+        audits = list(connection.execute(sa.select(AUDITS.c.audit).where(lost)).scalars())
+        move(connection, "audit", audits, status, "cancelled", now, why=why)
+    _restoring(connection, book, latest + 1, latest, now)
+    return latest + 1
+
+
+def _refuse_ended(connection: Connection, book: Book) -> int:
+    """The latest step of a run that goes on. Raises Conflict."""
+    latest, status = book.latest(connection).step, book.status(connection)
+    if status != "running" or latest >= book.config.run.steps:
+        raise Conflict(
+            f"the run is {status} after step {latest} of {book.config.run.steps}; resume it with more --run.steps"
+        )
+    return latest
 
 
 def _eject(connection: Connection, book: Book, node: str, why: str, now: float) -> None:
@@ -56,7 +79,9 @@ def _eject(connection: Connection, book: Book, node: str, why: str, now: float) 
     pronounce(connection, book, verdict, standing.read(row).submissions)
 
 
-def _drop(connection: Connection, book: Book, to_step: int, why: str, now: float) -> None:
+def _drop(
+    connection: Connection, book: Book, to_step: int, why: str, now: float, *, is_looked_at: bool = False
+) -> None:
     """Let go of everything that policies after `to_step` generated or would."""
     later = sa.and_(LEASES.c.run == book.run, LEASES.c.step > to_step, LEASES.c.status == "open")
     leases = sa.select(LEASES.c.lease).where(later, LEASES.c.purpose == "train")
@@ -65,7 +90,7 @@ def _drop(connection: Connection, book: Book, to_step: int, why: str, now: float
     batched = list(connection.execute(sa.select(GROUPS.c.group).where(mine, GROUPS.c.status == "batched")).scalars())
     consequences.reopen(connection, batched, now, why)
     groups = sa.select(GROUPS.c.group).where(mine, GROUPS.c.step > to_step, GROUPS.c.status.in_(("open", "complete")))
-    drop_groups(connection, book, list(connection.execute(groups).scalars()), now, why)
+    drop_groups(connection, book, list(connection.execute(groups).scalars()), now, why, is_looked_at=is_looked_at)
 
 
 def _restoring(connection: Connection, book: Book, step: int, to_step: int, now: float) -> None:

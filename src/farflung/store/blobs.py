@@ -30,6 +30,11 @@ class Blobs:
     def __init__(self, url: str) -> None:
         self._store = _open(url)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether a service keeps them, and looks after what it keeps."""
+        return isinstance(self._store, S3Store)
+
     async def put(self, data: bytes, digest: str | None = None) -> str:
         """Store bytes and give their digest; those that are there already are left alone. Raises Unavailable."""
         digest = digest or digest_of(data)

@@ -118,7 +118,11 @@ def _without_work(node: Row[Any], latest: Latest, papers: _Papers) -> Answer | N
 
 
 def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest: int, now: float) -> dict[str, Answer]:
-    """Lease training work to nodes, one after the other."""
+    """Lease training work to nodes, one after the other; none under a policy that the next step takes back."""
+    restored = connection.execute(_RESTORED, {"run": book.run, "since": latest - book.config.lease.max_lag}).scalar()
+    if restored == latest + 1:
+        wait = Wait(f"step {restored} restores an earlier one; there is work again once it is committed")
+        return {ask.node.node: wait for ask in asks}
     if book.config.learn.lockstep:
         latest = _unfilled(connection, book, latest)
     settings = assign_settings(book, latest, is_last_taken=_is_last_taken(connection, book, latest))
@@ -134,18 +138,23 @@ def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest
     )
     is_any_new = any(ask.node.status == "probation" for ask in asks)
     probation = Probation(connection, book, settings.groups_ahead, now) if is_any_new else None
-    found = {ask.node.node: _plan(shelf, probation, ask, now) for ask in asks}
+    found = {ask.node.node: _plan(shelf, probation, ask, restored or 0, now) for ask in asks}
     plans = {node: plan for node, plan in found.items() if isinstance(plan, Plan)}
     waits = {node: wait for node, wait in found.items() if isinstance(wait, Wait)}
     return waits | write(connection, book, plans, "train", now, had.reopened)
 
 
-def _plan(shelf: Shelf, probation: Probation | None, ask: Ask, now: float) -> Plan | Wait:
+_RESTORED = sa.select(sa.func.max(STEPS.c.step)).where(
+    STEPS.c.run == sa.bindparam("run"), STEPS.c.step >= sa.bindparam("since"), STEPS.c.restores.is_not(None)
+)
+
+
+def _plan(shelf: Shelf, probation: Probation | None, ask: Ask, oldest: int, now: float) -> Plan | Wait:
     node, wish = ask.node, ask.wish
     is_new = probation is not None and node.status == "probation"
     if is_new and (why := probation.why_not(node.node)):
         return Wait(why)
-    loaded = wish.loaded_step if wish.loaded_step >= 0 else None
+    loaded = wish.loaded_step if wish.loaded_step >= oldest else None
     asker = Asker(loaded, wish.slots, wish.context or ANY_CONTEXT, node.node)
     plan = shelf.take(asker, now)
     if is_new and isinstance(plan, Plan):

@@ -25,9 +25,19 @@ def spent(connection: Connection, book: Book, since: int) -> tuple[list[str], in
 
 def needed(connection: Connection, book: Book) -> set[str]:
     """Digests of the shards that lead to every version in use."""
+    found = _since_anchor(connection, book, oldest_in_use(connection, book))
+    return {shard for shards in found.values() for shard in shards}
+
+
+def newest(connection: Connection, book: Book) -> dict[int, list[str]]:
+    """Digests of the shards that lead to the newest version, by step."""
+    return _since_anchor(connection, book, book.latest(connection).step)
+
+
+def _since_anchor(connection: Connection, book: Book, oldest: int) -> dict[int, list[str]]:
     manifests = dict(_manifests(connection, book, 0))
-    _, first = needless(manifests, oldest_in_use(connection, book))
-    return {shard for step, manifest in manifests.items() if step >= first for shard in _names(manifest)}
+    _, first = needless(manifests, oldest)
+    return {step: list(_names(manifest)) for step, manifest in manifests.items() if step >= first}
 
 
 def needless(manifests: Mapping[int, Manifest], oldest: int) -> tuple[list[str], int]:
