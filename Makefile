@@ -8,7 +8,7 @@ OLDER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 # Where this is set, every process would compile torch and transformers anew: 22 s instead of 9.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-swarm test-rest check bench clean
+.PHONY: demo test test-swarm test-rest check bench clean compile-run
 
 demo: .venv/installed
 	$(BIN)/farflung run examples/demo.toml --fresh --run.seed $(SEED)
@@ -37,8 +37,15 @@ bench: .venv/installed
 	@echo "Making .venv: about 1.7 GB with the CPU build of torch; see README.md to choose another build."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --no-compile -c constraints.txt -e '.[learn,envs,dev]' # each module when it is first imported
+	$(BIN)/pip install --no-compile -c constraints.txt -e '.[learn,envs,dev]'
+	@$(MAKE) --no-print-directory -j3 compile-run compile-torch compile-light # the few modules of 20,000 that a run imports
 	@touch $@
+
+compile-run:
+	@$(BIN)/python -c 'import farflung.ops.swarm'
+
+compile-%:
+	@$(BIN)/python -m farflung.ops.nursery $* examples/base < /dev/null > /dev/null
 
 clean:
 	rm -rf .venv runs dist
