@@ -16,6 +16,7 @@ from farflung.engine.base import Completion, Engine, Request
 from farflung.protocol import fingerprint, wire
 from farflung.protocol.errors import Ejected, FarflungError, LeaseGone, Unreachable
 from farflung.protocol.messages import Lease, Submission
+from farflung.protocol.stops import Stops
 from farflung.rollouts.submit import generate, submit
 from farflung.trust.evidence import Profile
 from farflung.trust.record import TrustSettings
@@ -111,8 +112,8 @@ class Adversary(Worker):
             self.settings = self.settings.model_copy(update={"profile": attack.declares})
         self._seeded: dict[str, tuple[int, ...]] = {}
 
-    def _engine(self, config: bytes, dtype: torch.dtype) -> Engine:
-        return super()._engine(config, torch.float32 if self.attack.declares else dtype)
+    def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
+        return super()._engine(config, torch.float32 if self.attack.declares else dtype, stops)
 
     async def _prepare(self) -> None:
         """No self-test: what would be tried is the attack, and a lease loads the weights."""
