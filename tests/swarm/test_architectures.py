@@ -99,7 +99,7 @@ def check_stops(running, database):
     """Rollouts end with the token that completes a stop string, and none goes on behind it."""
     config, tokenizer = load(running.folder / "config.json"), Tokenizer.from_file(str(BASE / "tokenizer.json"))
     blobs = Blobs(config.submissions_url)
-    query = "SELECT submission, position FROM rollouts WHERE status = 'trained'"
+    query = "SELECT submission, position FROM rollouts WHERE submission IS NOT NULL AND status != 'void'"
     ends = []
     for submission, place in database.execute(query).fetchall():
         body = msgspec.msgpack.decode(asyncio.run(blobs.get(submission)), type=SubmissionBody)

@@ -30,9 +30,9 @@ COLOURS = {"trusted": "green", "probation": "yellow", "quarantined": "red", "eje
 class Screen:
     """A context manager that shows statuses as they come and the summary at the end."""
 
-    def __init__(self, config: Config, *, is_plain: bool, since: float) -> None:
-        """`since` is the monotonic time at which the command was given."""
-        self.config, self.is_plain = config, is_plain
+    def __init__(self, config: Config, *, is_plain: bool, since: float, concludes: bool = True) -> None:
+        """`since` is the monotonic time of the command. It `concludes` unless somebody else sums up what came of it."""
+        self.config, self.is_plain, self._concludes = config, is_plain, concludes
         self.console = Terminal()
         self._live = None if is_plain else Live(console=self.console, refresh_per_second=4, transient=False)
         self._notes: list[str] = []
@@ -105,6 +105,8 @@ class Screen:
 
     async def conclude(self, summary: dict[str, Any], folder: Path) -> None:
         """What came of it."""
+        if not self._concludes:
+            return
         print_answers(self.console, await five_answers(folder))
         print_summary(self.console, summary, folder)
 

@@ -7,7 +7,6 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,7 +14,6 @@ import psutil
 from farflung.config import Config
 from farflung.ops.faults import LASTS_S, SKEW_S, Fault, Link, Postgres, await_writer, full_disk, hold
 from farflung.ops.restarts import Restarts
-from farflung.ops.screen import Screen
 from farflung.ops.swarm import Swarm
 from farflung.protocol.client import Client
 from farflung.protocol.errors import Busy, FarflungError, Unavailable, Unreachable
@@ -31,19 +29,11 @@ LATE_S = 1.0
 """A request that takes so long has failed."""
 
 
-class Quiet(Screen):
-    """No last words: what came of it is the table."""
-
-    async def conclude(self, summary: dict[str, Any], folder: Path) -> None:
-        """Nothing."""
-
-
 class Storm(Swarm):
     """A swarm to which faults happen; `server` is its PostgreSQL, if it has one of its own."""
 
     def __init__(self, config: Config, seconds: float, faults: list[Fault], server: Postgres | None = None) -> None:
-        super().__init__(config, is_plain=True)
-        self.screen = Quiet(self.config, is_plain=True)
+        super().__init__(config, is_plain=True, concludes=False)
         self.seconds, self.faults, self.server = seconds, faults, server
         self.restarts = Restarts(most=1_000_000, most_alike=1_000_000)
         self.links: dict[str, Link] = {}

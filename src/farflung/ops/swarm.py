@@ -59,7 +59,7 @@ NURSERIES = ("torch", "light")
 class Swarm:
     """Every process of an embedded run."""
 
-    def __init__(self, config: Config, *, is_plain: bool, waits: Waits | None = None) -> None:
+    def __init__(self, config: Config, *, is_plain: bool, waits: Waits | None = None, concludes: bool = True) -> None:
         self.config = _settled(config)
         self.folder = self.config.folder
         self.path = self.folder / "config.json"
@@ -67,7 +67,7 @@ class Swarm:
         self.client = Client(self.url, Key.make(), patience_s=0.0)
         self.metrics = Metrics(self.folder / "metrics.jsonl", time.monotonic)
         self._waits = waits or Waits()
-        self.screen = Screen(self.config, is_plain=is_plain, since=self._waits.began_at)
+        self.screen = Screen(self.config, is_plain=is_plain, since=self._waits.began_at, concludes=concludes)
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.forked: dict[str, int] = {}
         self.orders: dict[str, dict[str, Any]] = {}

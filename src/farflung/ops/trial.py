@@ -23,7 +23,6 @@ from farflung.envs.load import load_env
 from farflung.ops.fitting import calibrated
 from farflung.ops.redteam import GALLERY
 from farflung.ops.redteam.base import LEDGER
-from farflung.ops.screen import Screen
 from farflung.ops.swarm import Swarm, prepare
 from farflung.ops.terminal import Terminal
 from farflung.protocol.errors import ConfigError
@@ -48,13 +47,6 @@ Pay = tuple[int, float]
 """Tokens that a node was paid and still has, and the CPU-seconds that it generated for."""
 LEAST_CPU_S = 1e-6
 """What generation is counted to take at least, so that free work has a gain."""
-
-
-class Quiet(Screen):
-    """A run's lines without its last words: what came of it is the table."""
-
-    async def conclude(self, summary: dict[str, Any], folder: Path) -> None:
-        """Nothing."""
 
 
 def run_trial(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE, times: int = 1) -> list[Row]:
@@ -111,8 +103,7 @@ def pay_error(honest: Sequence[Sequence[float]]) -> float:
 def _one_run(config: Config) -> tuple[list[Row], list[float]]:
     """Its adversaries, and the pay of its honest workers per CPU-second."""
     prepare(config, fresh=True)
-    swarm = Swarm(config, is_plain=True)
-    swarm.screen = Quiet(swarm.config, is_plain=True)
+    swarm = Swarm(config, is_plain=True, concludes=False)
     asyncio.run(swarm.run())
     engine = open_engine(config.database_url)
     with engine.connect() as connection:
