@@ -1,4 +1,4 @@
-"""The command line. Each command is a few lines: read the configuration, start the role, say what went wrong."""
+"""Every command, in groups: each reads its settings, starts what it names, and says in a sentence what went wrong."""
 
 import io
 import locale

@@ -1,4 +1,4 @@
-"""What all commands share: the application, the settings, how they end."""
+"""The parts that all commands share: the application and its groups, the settings, how a command ends."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 
 from farflung.config import Config, load
 from farflung.engine.heap import keep_freed_memory
@@ -17,7 +17,21 @@ from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.shown import one_line
 
-app = App(name="farflung", help="Reinforcement learning on far-flung machines that nobody has to trust.")
+app = App(
+    name="farflung",
+    help="""Reinforcement learning on far-flung machines that nobody has to trust.
+
+Three commands to begin with: `farflung run examples/demo.toml` trains a small model on this machine, `farflung join
+ADDRESS` lends this machine to a run, `farflung view FOLDER` shows a run that is over. `farflung COMMAND --help` has the
+options of a command.""",
+)
+RUN = Group("Run", sort_key=1)
+JOIN = Group("Join", sort_key=2)
+LOOK = Group("Look", sort_key=3)
+SAFE = Group("Keep safe", sort_key=4)
+BREAK = Group("Try to break", sort_key=5)
+ROLES = Group("Roles", sort_key=6)
+app["--help"].group = app["--version"].group = Group("Options", sort_key=7)
 
 HOME = Path("~/.farflung")
 WAYS_OUT = {
