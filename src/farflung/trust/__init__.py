@@ -1,0 +1,1 @@
+"""Whom to audit, and what the evidence says: pure functions, no torch."""
