@@ -206,7 +206,7 @@ def _takes_option(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(f"`{choice}`" for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return "text, may be given again"
+        return "text"
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not types.NoneType]
     return {bool: "nothing"}.get(kinds[0]) or _type(kinds[0])
 

@@ -54,7 +54,7 @@ def complain(error: FarflungError | OSError) -> int:
 
 
 def _told(error: OSError) -> str:
-    """What the machine refused, and the way out."""
+    """The machine's refusal, and the way out."""
     what = f"{error.filename}: " if error.filename else ""
     return f"{what}{error.strerror or error}{WAYS_OUT.get(error.errno or 0, '')}"
 
@@ -71,7 +71,7 @@ def expanded(folder: Path) -> Path:
 
 
 def end_with(main: Coroutine[Any, Any, str]) -> NoReturn:
-    """Say what came of it and end at once: the blob store's threads may not outlive the interpreter (it aborts)."""
+    """Print the outcome and end at once: the blob store's threads may not outlive the interpreter (it aborts)."""
     try:
         sys.stdout.write(asyncio.run(main) + "\n")
         code = 0
@@ -83,7 +83,7 @@ def end_with(main: Coroutine[Any, Any, str]) -> NoReturn:
 
 
 def start_computing(json: bool) -> None:
-    """What the roles with a model begin with."""
+    """Begin as every role with a model does: logs, and freed memory kept."""
     start_logging(json)
     keep_freed_memory()
 
@@ -93,7 +93,7 @@ def parts_of(text: str) -> tuple[str, ...]:
 
 
 def settings_of(config: Path, flags: tuple[str, ...]) -> Config:
-    """What is configured; this process and those that it starts trust the authority that is named there."""
+    """The settings of a run; this process and those that it starts trust the authority named there."""
     from farflung.protocol.client import CA_VARIABLE
 
     settings = load(config, flags)

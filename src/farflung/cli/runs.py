@@ -155,7 +155,7 @@ def rollback(config: Path, *flags: Flags, to_step: int, without: tuple[str, ...]
     to_step
         The last step to keep; `farflung story STEP` names who contributed to each.
     without
-        Nodes to eject, whatever the evidence against them; may be given again and again.
+        A node to eject without regard to evidence; may be given again.
     url
         The coordinator's address; without it, as written in the run's folder.
     """
