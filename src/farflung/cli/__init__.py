@@ -1,4 +1,4 @@
-"""Every command, in groups: each reads its settings, starts what it names, and says in a sentence what went wrong."""
+"""Every command, in groups: run, join, look, keep safe, try to break, roles. Each is a few lines."""
 
 import io
 import locale

@@ -1,1 +1,1 @@
-"""Whom to audit, and what the evidence says: pure functions, no torch."""
+"""Trust: the choice of audits, and the test on their evidence. Pure functions, no torch."""
