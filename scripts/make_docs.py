@@ -1,10 +1,12 @@
-"""Write the generated documentation: docs/config.md whole, and the marked parts of docs/protocol.md.
+"""Write the generated documentation: pages that are whole, and the marked parts of others.
 
     python scripts/make_docs.py
 
-Everything comes from the code: settings from `config.fields()`, routes from `coordinator/routes.py`, messages from
-their source, errors and lifecycles from their tables, examples and test vectors by computing them.
-`tests/unit/test_docs.py` fails when a page is not what this writes.
+Everything comes from the code and the texts themselves: settings from `config.fields()`, commands from the docstrings
+in `cli/`, the tree from the first line of each module's docstring, in the order of the layers in pyproject.toml,
+routes from the coordinator's table, messages from their source, errors and lifecycles from their tables, examples and
+test vectors by computing them, the indexes of decisions and of dev/LOG.md from their headings.
+`tests/unit/test_docs.py` and `tests/unit/test_readme_tree.py` fail when a page is not what this writes.
 """
 
 import ast
@@ -12,13 +14,15 @@ import base64
 import inspect
 import json
 import re
+import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from farflung import config
+from farflung.cli import app
 from farflung.coordinator.office import Office
 from farflung.coordinator.routes import routes as routes_of
 from farflung.engine import noise
@@ -26,17 +30,31 @@ from farflung.protocol import errors, identity, messages, seeds, session, states
 from farflung.protocol.server import Route
 from farflung.tasks.assign import task_order
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "src" / "farflung"
 EXAMPLE_NONCE = "AAECAwQFBgcICQoLDA0ODw"
 EXAMPLE_CREATED = 1_795_460_000
 EXAMPLE_PATH = "/v1/runs/demo/leases"
 
 
 def main() -> None:
-    """Write both pages."""
-    (DOCS / "config.md").write_text(config_page())
-    page = DOCS / "protocol.md"
-    page.write_text(filled(page.read_text()))
+    """Write every page that is not what the code says."""
+    for path, text in pages().items():
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+def pages() -> dict[Path, str]:
+    """Each page that is generated, in whole or in part, as it should be."""
+    whole = {
+        "config.md": config_page(),
+        "cli.md": cli_page(),
+        "tree.md": tree_page(),
+        "decisions/README.md": decisions_page(),
+    }
+    marked = [DOCS / "protocol.md", ROOT / "README.md", ROOT / "dev" / "LOG.md"]
+    return {DOCS / name: text for name, text in whole.items()} | {path: filled(path.read_text()) for path in marked}
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -133,13 +151,188 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
+# --- commands --------------------------------------------------------------------------------------------------------
+
+CLI_INTRO = """# Commands
+
+<!-- Written by scripts/make_docs.py from the docstrings in src/farflung/cli. Change those, then run it. -->
+
+`farflung --help` shows these groups, `farflung COMMAND --help` the options of one command. Positional arguments may be
+given by name too (`--config run.toml`). `FLAGS` are settings of the run as `--section.key value`;
+[config.md](config.md) has all of them. The exit code is 0, or 2 where the user can mend the cause, which is then told
+in one sentence, or 1 where the command ran and the outcome is bad.
+"""
+
+
+def cli_page() -> str:
+    """docs/cli.md."""
+    names = [name for name in app if not name.startswith("-")]
+    groups = {group.name: group for name in names for group in app[name].group}.values()
+    parts = [CLI_INTRO]
+    for group in sorted(groups, key=lambda group: group.sort_key):
+        parts.append(f"## {group.name}\n")
+        members = [name for name in names if group in app[name].group]
+        parts += [_command(name) for name in sorted(members, key=lambda name: (app[name].sort_key or 9, name))]
+    return "\n".join(parts)
+
+
+def _command(name: str) -> str:
+    text, meanings = told(inspect.getdoc(app[name].default_command) or "")
+    positional, required, options = ["farflung", name], list[str](), list[tuple[str, ...]]()
+    for argument in app[name].assemble_argument_collection():
+        field = argument.field_info
+        meaning = meanings.get(field.name) or argument.parameter.help or ""
+        if field.is_positional:
+            word = (argument.name.lstrip("-") + "…" * (field.kind is field.VAR_POSITIONAL)).upper()
+            positional.append(word if argument.required else f"[{word}]")
+            if field.kind is not field.VAR_POSITIONAL:
+                options.append((f"`{word}`", _takes_option(argument.hint), "", meaning))
+        else:
+            default = "required" if argument.required else _option_default(field.default)
+            required += [argument.name, argument.name.lstrip("-").upper()] if argument.required else []
+            options.append((f"`{argument.name}`", _takes_option(argument.hint), default, meaning))
+    usage = " ".join(positional + required)
+    return f"### `{name}`\n\n    {usage}\n\n{text}\n\n{table(('argument', 'takes', 'default', 'meaning'), options)}"
+
+
+def told(docstring: str) -> tuple[str, dict[str, str]]:
+    """The prose of a command's docstring, and the meaning of each parameter."""
+    prose, _, listed = docstring.partition("Parameters\n----------\n")
+    found = re.findall(r"^(\w+)\n((?:    .*\n?)+)", listed, re.MULTILINE)
+    return prose.strip(), {name: " ".join(text.split()) for name, text in found}
+
+
+def _takes_option(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(f"`{choice}`" for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "text"
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not types.NoneType]
+    return {bool: "nothing"}.get(kinds[0]) or _type(kinds[0])
+
+
+def _option_default(value: Any) -> str:
+    return "" if value in ("", None, (), False) else f"`{value}`"
+
+
+# --- the tree --------------------------------------------------------------------------------------------------------
+
+TREE_INTRO = """# The tree
+
+<!-- Written by scripts/make_docs.py from the first line of each docstring. Change those, then run it. -->
+
+Every module under `src/farflung`, with the first line of its docstring. Packages come in the order of their imports,
+which is the order of trust: each may import those below it and none above it (`[tool.importlinter]` in pyproject.toml).
+"""
+
+
+def layers() -> list[list[str]]:
+    """Top-level packages and modules from the commands down, those of one layer together."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    listed = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    return [[name.strip() for name in re.split(r"[|:]", layer)] for layer in listed]
+
+
+def phrase(path: Path) -> str:
+    """The first line of the docstring of a module, or of a package by its folder; empty where there is none."""
+    file = path / "__init__.py" if path.is_dir() else path
+    text = ast.get_docstring(ast.parse(file.read_text())) if file.exists() else None
+    return (text or "").partition("\n")[0]
+
+
+def module_paths() -> list[Path]:
+    """Packages and modules at the top, in the order of the layers."""
+    order = [name for layer in layers() for name in layer]
+    found = [path for path in PACKAGE.iterdir() if _is_told(path) and path.name != "__init__.py"]
+    return sorted(found, key=lambda path: (order.index(path.stem) if path.stem in order else len(order), path.stem))
+
+
+def _is_told(path: Path) -> bool:
+    return path.suffix == ".py" or (path.is_dir() and path.name != "__pycache__" and any(path.rglob("*.py")))
+
+
+def tree_page() -> str:
+    """docs/tree.md."""
+    parts = [TREE_INTRO]
+    for path in module_paths():
+        link = path.relative_to(ROOT)
+        slash = "/" if path.is_dir() else ""
+        parts.append(f"## [`{path.name}{slash}`](../{link})\n\n{phrase(path)}\n")
+        if path.is_dir():
+            parts.append("\n".join(_branch(path, "")) + "\n")
+    return "\n".join(parts)
+
+
+def _branch(folder: Path, indent: str) -> Iterator[str]:
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        link = f"{indent}- [`{path.name}"
+        if path.suffix == ".py" and path.name != "__init__.py":
+            yield f"{link}`](../{path.relative_to(ROOT)}) {phrase(path)}"
+        elif path.is_dir() and _is_told(path):
+            yield f"{link}/`](../{path.relative_to(ROOT)}) {phrase(path)}".rstrip()
+            yield from _branch(path, indent + "  ")
+        elif path.is_dir() and path.name != "__pycache__":
+            kinds = sorted({file.suffix[1:] for file in path.rglob("*") if file.suffix})
+            yield f"{link}/`](../{path.relative_to(ROOT)}) Files: {', '.join(kinds)}."
+    data = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc"))
+    if data:
+        yield f"{indent}- and {', '.join(f'`{name}`' for name in data)}"
+
+
+def _packages() -> str:
+    paths = module_paths()
+    names = [path.name + "/" * path.is_dir() for path in paths]
+    width = max(map(len, names))
+    phrases = [phrase(path).split(". ")[0].rstrip(".") for path in paths]
+    lines = [f"├── {name:<{width}}  {said}" for name, said in zip(names, phrases, strict=True)]
+    return "\n".join(["```text", "src/farflung/", *lines, "```"])
+
+
+# --- indexes ---------------------------------------------------------------------------------------------------------
+
+DECISIONS_INTRO = """# Decisions
+
+<!-- Written by scripts/make_docs.py from the titles in this folder. Change those, then run it. -->
+
+One page for each choice that could have gone another way: context, options and their figures, the choice, and what
+would change it. A record stays when its choice is superseded; its status then says by which.
+"""
+TITLE = re.compile(r"# (\d{4}) (.+)\n")
+STANDING = re.compile(r"\*\*Status\.\*\* (.+)\n")
+
+
+def decisions() -> list[Path]:
+    """The records, by number."""
+    return sorted(path for path in (DOCS / "decisions").glob("*.md") if path.name != "README.md")
+
+
+def decisions_page() -> str:
+    """docs/decisions/README.md."""
+    rows: list[tuple[str, ...]] = []
+    for path in decisions():
+        text = path.read_text()
+        title, standing = TITLE.match(text), STANDING.search(text)
+        if title is None:
+            raise ValueError(f"{path.name} does not begin with `# NUMBER Title`")
+        rows.append((f"[{title[1]}]({path.name})", title[2], standing[1].rstrip(".") if standing else "Holds"))
+    return f"{DECISIONS_INTRO}\n{table(('', 'decision', 'status'), rows)}"
+
+
+ENTRY = re.compile(r"^## (\d{4}-\d\d-\d\d) (.+) · (.+)$", re.MULTILINE)
+
+
+def _log() -> str:
+    entries = ENTRY.findall((ROOT / "dev" / "LOG.md").read_text())
+    return "\n".join(f"- {date} {title}: **{verdict}**" for date, title, verdict in entries)
+
+
 # --- the protocol ----------------------------------------------------------------------------------------------------
 
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str) -> str:
-    """docs/protocol.md with every marked part made anew."""
+    """A page with every marked part made anew."""
     return MARK.sub(lambda found: f"{found[1]}\n{PARTS[found[2]]()}\n{found[3]}", page)
 
 
@@ -386,7 +579,7 @@ def _indented(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines())
 
 
-PARTS: dict[str, types.FunctionType] = {
+PARTS: dict[str, Callable[[], str]] = {
     "routes": _routes,
     "errors": _errors,
     "lifecycles": _lifecycles,
@@ -396,7 +589,9 @@ PARTS: dict[str, types.FunctionType] = {
     "sealing": _sealing,
     "seeds": _seeds,
     "noise": _noise,
-}  # type: ignore[assignment]
+    "packages": _packages,
+    "log": _log,
+}
 
 
 if __name__ == "__main__":

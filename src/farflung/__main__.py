@@ -1,4 +1,4 @@
-"""python -m farflung"""
+"""`python -m farflung`, the same as the command `farflung`."""
 
 from farflung.cli import main
 

@@ -41,7 +41,7 @@ def in_code(text: str) -> set[str]:
     return set(re.findall(r"`([^`\n]+)`", text))
 
 
-def _generator() -> ModuleType:
+def load_generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
     assert spec is not None
     assert spec.loader is not None
@@ -52,7 +52,7 @@ def _generator() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    return _generator()
+    return load_generator()
 
 
 # --- settings and commands -------------------------------------------------------------------------------------------
@@ -73,18 +73,35 @@ def test_every_section_has_an_introduction(generator: ModuleType) -> None:
     assert set(generator.SECTIONS) == set(config.Config.model_fields)
 
 
-def test_every_command_and_option_is_in_the_readme() -> None:
-    rows = {
-        match[1]: line
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if (match := re.match(r"\| `farflung (\w+)", line))
-    }
-    commands = [name for name in app if not name.startswith("-")]
-    assert set(rows) == set(commands)
-    for command in commands:
+def commands() -> list[str]:
+    return [name for name in app if not name.startswith("-")]
+
+
+def test_command_page_is_what_the_docstrings_say(generator: ModuleType) -> None:
+    assert page("cli.md") == generator.cli_page(), "run: python scripts/make_docs.py"
+
+
+def test_every_command_and_option_is_in_the_command_page() -> None:
+    """Each with a meaning: a parameter that its docstring passes over has an empty last cell."""
+    parts = dict(re.findall(r"^### `([\w-]+)`\n(.*?)(?=^##|\Z)", page("cli.md"), re.DOTALL | re.MULTILINE))
+    assert set(parts) == set(commands())
+    for command in commands():
+        meanings = dict(re.findall(r"^\| `([^`]+)` \|.*\| (.*) \|$", parts[command], re.MULTILINE))
         for argument in app[command].assemble_argument_collection():
-            if argument.name.startswith("--") and not argument.field_info.is_positional:
-                assert f"`{argument.name}`" in rows[command], f"{command} {argument.name} is missing in the README"
+            field = argument.field_info
+            if field.kind is not field.VAR_POSITIONAL:
+                name = argument.name.lstrip("-").upper() if field.is_positional else argument.name
+                said = meanings.get(name) or meanings.get(f"[{name}]")
+                assert said, f"{command} {name} is missing in docs/cli.md, or nothing is said of it"
+
+
+def test_every_command_has_its_group() -> None:
+    """And the groups that a newcomer needs come first."""
+    of = {name: [group.name for group in app[name].group] for name in commands()}
+    assert all(len(groups) == 1 and groups[0] != "Commands" for groups in of.values()), of
+    headings = re.findall(r"^## (.+)$", page("cli.md"), re.MULTILINE)
+    assert headings == ["Run", "Join", "Look", "Keep safe", "Try to break", "Roles"]
+    assert {groups[0] for groups in of.values()} == set(headings)
 
 
 # --- the protocol ----------------------------------------------------------------------------------------------------
@@ -95,7 +112,9 @@ def test_protocol_page_is_what_the_code_says(generator: ModuleType) -> None:
 
 
 def test_every_generated_part_has_its_place(generator: ModuleType) -> None:
-    assert sorted(re.findall(r"<!-- generated: (\w+) -->", page("protocol.md"))) == sorted(generator.PARTS)
+    texts = [page("protocol.md"), (ROOT / "README.md").read_text(), (ROOT / "dev" / "LOG.md").read_text()]
+    places = [place for text in texts for place in re.findall(r"<!-- generated: (\w+) -->", text)]
+    assert sorted(places) == sorted(generator.PARTS)
 
 
 def test_every_route_is_in_the_protocol_page(generator: ModuleType) -> None:
@@ -222,10 +241,40 @@ def test_the_journey_names_functions_that_exist() -> None:
             body = getattr(found[0], "body", [])
 
 
-def test_decisions_have_their_four_parts() -> None:
-    for path in (DOCS / "decisions").glob("*.md"):
+def test_decisions_have_their_four_parts(generator: ModuleType) -> None:
+    for path in generator.decisions():
         for part in ("**Context.**", "**Options.**", "**Choice.**", "**What would change it.**"):
             assert part in path.read_text(), f"{path.name} lacks {part}"
+
+
+def test_index_of_decisions_is_what_their_titles_say(generator: ModuleType) -> None:
+    assert page("decisions/README.md") == generator.decisions_page(), "run: python scripts/make_docs.py"
+
+
+def test_log_begins_with_its_index(generator: ModuleType) -> None:
+    """Every entry has date, title and verdict in its heading, and a line at the top."""
+    log = (ROOT / "dev" / "LOG.md").read_text()
+    headings = re.findall(r"^## .*$", log, re.MULTILINE)
+    assert [heading for heading in headings if not generator.ENTRY.match(heading)] == []
+    assert log == generator.filled(log), "run: python scripts/make_docs.py"
+
+
+def test_every_page_is_in_the_reading_order() -> None:
+    """And every page of docs/ is reached from README.md."""
+    named = set(re.findall(r"\]\(([\w./-]+\.md)(?:#[^)]*)?\)", page("README.md")))
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.glob("*.md") if path.name != "README.md"}
+    assert pages | {"decisions/README.md"} <= named
+    assert "(docs/README.md)" in (ROOT / "README.md").read_text()
+
+
+def test_glossary_says_one_sentence_each() -> None:
+    rows = re.findall(r"^\| \*\*(.+?)\*\* \| (.+) \|$", page("glossary.md"), re.MULTILINE)
+    nouns = [noun for noun, _ in rows]
+    assert nouns == sorted(nouns, key=str.lower)
+    assert len(set(nouns)) == len(nouns) >= 50
+    assert set(LIFECYCLES) <= {noun.lower() for noun in nouns}
+    for noun, sentence in rows:
+        assert re.fullmatch(r"[^.]+(?:\.\w[^.]*)*\.", sentence), f"{noun}: {sentence}"
 
 
 def test_every_threat_names_tests_that_exist() -> None:

@@ -1,4 +1,4 @@
-"""The command line. Each command is a few lines: read the configuration, start the role, say what went wrong."""
+"""Every command, in groups: run, join, look, keep safe, try to break, roles. Each is a few lines."""
 
 import io
 import locale
@@ -13,7 +13,7 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Run one command; whatever the user can mend is one sentence and exit code 2."""
+    """Run one command; a cause that the user can mend is told in one sentence, with exit code 2."""
     _speak_utf8()
     # Read once, as torch is imported: a thread that waits for another soon gives its core to the roles beside it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -21,7 +21,7 @@ def main() -> None:
         app()
     except FarflungError as error:
         sys.exit(complain(error))
-    except BrokenPipeError:  # whoever read what we print has gone
+    except BrokenPipeError:  # the reader of our output has gone
         os._exit(141)
     except OSError as error:
         sys.exit(complain(error))
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _speak_utf8() -> None:
-    """Read and write files in UTF-8 whatever the locale, here and in children; what a stream cannot say is escaped."""
+    """Read and write files in UTF-8 in any locale, here and in children; signs that a stream lacks are escaped."""
     os.environ["PYTHONUTF8"] = "1"
     if not sys.flags.utf8_mode and os.name == "posix" and locale.getencoding().lower() != "utf-8":
         os.execv(sys.executable, sys.orig_argv)

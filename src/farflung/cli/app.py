@@ -1,4 +1,4 @@
-"""What all commands share: the application, the settings, how they end."""
+"""The parts that all commands share: the application and its groups, the settings, how a command ends."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 
 from farflung.config import Config, load
 from farflung.engine.heap import keep_freed_memory
@@ -17,7 +17,21 @@ from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.shown import one_line
 
-app = App(name="farflung", help="Reinforcement learning on far-flung machines that nobody has to trust.")
+app = App(
+    name="farflung",
+    help="""Reinforcement learning on far-flung machines that nobody has to trust.
+
+Three commands to begin with: `farflung run examples/demo.toml` trains a small model on this machine, `farflung join
+ADDRESS` lends this machine to a run, `farflung view FOLDER` shows a run that is over. `farflung COMMAND --help` has the
+options of a command.""",
+)
+RUN = Group("Run", sort_key=1)
+JOIN = Group("Join", sort_key=2)
+LOOK = Group("Look", sort_key=3)
+SAFE = Group("Keep safe", sort_key=4)
+BREAK = Group("Try to break", sort_key=5)
+ROLES = Group("Roles", sort_key=6)
+app["--help"].group = app["--version"].group = Group("Options", sort_key=7)
 
 HOME = Path("~/.farflung")
 WAYS_OUT = {
@@ -40,7 +54,7 @@ def complain(error: FarflungError | OSError) -> int:
 
 
 def _told(error: OSError) -> str:
-    """What the machine refused, and the way out."""
+    """The machine's refusal, and the way out."""
     what = f"{error.filename}: " if error.filename else ""
     return f"{what}{error.strerror or error}{WAYS_OUT.get(error.errno or 0, '')}"
 
@@ -57,7 +71,7 @@ def expanded(folder: Path) -> Path:
 
 
 def end_with(main: Coroutine[Any, Any, str]) -> NoReturn:
-    """Say what came of it and end at once: the blob store's threads may not outlive the interpreter (it aborts)."""
+    """Print the outcome and end at once: the blob store's threads may not outlive the interpreter (it aborts)."""
     try:
         sys.stdout.write(asyncio.run(main) + "\n")
         code = 0
@@ -69,7 +83,7 @@ def end_with(main: Coroutine[Any, Any, str]) -> NoReturn:
 
 
 def start_computing(json: bool) -> None:
-    """What the roles with a model begin with."""
+    """Begin as every role with a model does: logs, and freed memory kept."""
     start_logging(json)
     keep_freed_memory()
 
@@ -79,7 +93,7 @@ def parts_of(text: str) -> tuple[str, ...]:
 
 
 def settings_of(config: Path, flags: tuple[str, ...]) -> Config:
-    """What is configured; this process and those that it starts trust the authority that is named there."""
+    """The settings of a run; this process and those that it starts trust the authority named there."""
     from farflung.protocol.client import CA_VARIABLE
 
     settings = load(config, flags)

@@ -4,10 +4,10 @@ import asyncio
 import sys
 from pathlib import Path
 
-from farflung.cli.app import app
+from farflung.cli.app import LOOK, app
 
 
-@app.command
+@app.command(group=LOOK)
 def status(url: str, *, run: str = "") -> None:
     """Show a run at a glance.
 
@@ -23,9 +23,11 @@ def status(url: str, *, run: str = "") -> None:
     asyncio.run(show_status(url, run))
 
 
-@app.command
+@app.command(group=LOOK)
 def weights(url: str, *, run: str = "") -> None:
-    """List the versions of a run's weights: bytes whole and as a difference, who has them, how old they are.
+    """List the versions of a run's weights.
+
+    For each: bytes whole and as a difference, how many nodes have it, its age.
 
     Parameters
     ----------
@@ -39,9 +41,11 @@ def weights(url: str, *, run: str = "") -> None:
     asyncio.run(show_weights(url, run))
 
 
-@app.command
+@app.command(group=LOOK)
 def story(id: str, *, url: str) -> None:
-    """Tell everything that happened to one id: a node, lease, rollout, group, step or audit.
+    """Tell everything that happened to one id.
+
+    The id is of a node, lease, rollout, group, step or audit.
 
     Parameters
     ----------
@@ -55,9 +59,9 @@ def story(id: str, *, url: str) -> None:
     asyncio.run(tell_story(url, id))
 
 
-@app.command
+@app.command(group=LOOK)
 def view(folder: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
-    """Open the dashboard over a run that is over, read only.
+    """Open the dashboard over a finished run, read only.
 
     Parameters
     ----------
@@ -73,9 +77,11 @@ def view(folder: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
     serve_view(folder, host, port)
 
 
-@app.command
+@app.command(group=LOOK)
 def report(folder: Path) -> None:
-    """Write a run's report.html again, from its database and metrics.jsonl.
+    """Write a run's report.html again.
+
+    It is made from the run's database and metrics.jsonl.
 
     Parameters
     ----------
@@ -88,9 +94,11 @@ def report(folder: Path) -> None:
     sys.stdout.write(f"{asyncio.run(write_report(folder, summarise(folder)))}\n")
 
 
-@app.command
+@app.command(group=LOOK)
 def summary(folder: Path) -> None:
-    """Recompute a run's summary.json from its database and metrics.jsonl, and print it.
+    """Recompute a run's figures and print them.
+
+    They are made from the run's database and metrics.jsonl, as summary.json is at the end of a run.
 
     Parameters
     ----------

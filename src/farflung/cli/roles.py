@@ -5,7 +5,19 @@ import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
-from farflung.cli.app import HOME, Flags, app, expanded, known_root, parts_of, settings_of, start_computing, url_of
+from farflung.cli.app import (
+    HOME,
+    JOIN,
+    ROLES,
+    Flags,
+    app,
+    expanded,
+    known_root,
+    parts_of,
+    settings_of,
+    start_computing,
+    url_of,
+)
 from farflung.config import Config, RelaySection, WorkerSection
 from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError
@@ -13,9 +25,17 @@ from farflung.protocol.identity import Key
 from farflung.store import owner
 
 
-@app.command
+@app.command(group=ROLES)
 def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
-    """Admit nodes, hand out leases, take rollouts in, keep records and ledger."""
+    """Admit nodes, hand out leases, take rollouts in.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file.
+    json
+        Log as JSON.
+    """
     from farflung.ops.fleet import serve_all
 
     start_logging(json)
@@ -24,9 +44,21 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
     serve_all(settings)
 
 
-@app.command
+@app.command(group=ROLES)
 def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> None:
-    """Claim batches, take steps, publish weights; started by torchrun, over all of its processes."""
+    """Claim batches, take steps, publish weights.
+
+    Started by torchrun it trains over all of its processes.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file, the same as the coordinator's.
+    url
+        The coordinator's address; without it, as written in the run's folder.
+    json
+        Log as JSON.
+    """
     from farflung.learner.ranks import join as meet
     from farflung.learner.ranks import part
     from farflung.trainer import Trainer, follow
@@ -43,9 +75,21 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
     part(ranks)
 
 
-@app.command
+@app.command(group=ROLES)
 def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator-1", json: bool = False) -> None:
-    """Replay drawn rollouts and sign what was seen."""
+    """Replay drawn rollouts, sign the evidence, evaluate.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file, the same as the coordinator's.
+    url
+        The coordinator's address; without it, as written in the run's folder.
+    name
+        Picks the key, keys/NAME in the run's folder.
+    json
+        Log as JSON.
+    """
     from farflung.validator import Validator
 
     start_computing(json)
@@ -66,9 +110,21 @@ def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator
     )
 
 
-@app.command
+@app.command(group=ROLES)
 def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", json: bool = False) -> None:
-    """Judge transcripts in child processes."""
+    """Judge transcripts in child processes.
+
+    Parameters
+    ----------
+    config
+        The run's TOML file, the same as the coordinator's.
+    url
+        The coordinator's address; without it, as written in the run's folder.
+    name
+        Picks the key, keys/NAME in the run's folder.
+    json
+        Log as JSON.
+    """
     from farflung.scorer import Scorer
 
     start_logging(json)
@@ -78,7 +134,7 @@ def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", jso
     asyncio.run(Scorer(url_of(url, settings), key, settings, root=known_root(settings), name=name).run())
 
 
-@app.command
+@app.command(group=ROLES)
 def worker(
     url: str,
     *,
@@ -107,7 +163,7 @@ def worker(
     folder
         Where this node keeps its key and the weights it fetched.
     name
-        What people see.
+        Name that people see; without it, one made from the key.
     run
         Which run to work for, if there are several.
     root
@@ -117,7 +173,7 @@ def worker(
     threads
         Torch threads.
     engine
-        What generates: this process, or a vLLM server.
+        The engine that generates: in this process, or a vLLM server.
     engine_url
         Where the vLLM server is; it must read this node's files.
     profile
@@ -190,7 +246,7 @@ async def _reach(url: str, key: Key, patience_s: float) -> None:
         await client.close()
 
 
-@app.command
+@app.command(group=JOIN, sort_key=1)
 def join(
     address: str,
     *,
@@ -211,7 +267,9 @@ def join(
     metrics_port: int = 0,
     json: bool = False,
 ) -> None:
-    """Join a run with this machine: make a key, check everything, work, and tell what was earned.
+    """Join a run with this machine.
+
+    It makes a key, checks the machine, works, and tells at the end what was earned.
 
     Parameters
     ----------
@@ -220,7 +278,7 @@ def join(
     folder
         Where this node keeps its key and the weights it fetches.
     name
-        What people see; without it, a name made from the key.
+        Name that people see; without it, one made from the key.
     run
         Which run to work for, if there are several.
     invite
@@ -230,7 +288,7 @@ def join(
     threads
         Torch threads.
     engine
-        What generates: this process, or a vLLM server.
+        The engine that generates: in this process, or a vLLM server.
     engine_url
         Where the vLLM server is; it must read this node's files.
     profile
@@ -270,7 +328,7 @@ def join(
     asyncio.run(join_run(address, folder, settings, name=name, run=run, invite=invite, is_checked=not unchecked))
 
 
-@app.command
+@app.command(group=ROLES)
 def relay(
     url: str,
     *,
@@ -292,9 +350,9 @@ def relay(
     url
         The coordinator's address.
     folder
-        Where this relay keeps its key and what it mirrors.
+        Where this relay keeps its key and the weights that it mirrors.
     name
-        What people see.
+        Name that people see; without it, one made from the key.
     run
         Which run to mirror, if there are several.
     root

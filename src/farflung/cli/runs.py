@@ -1,17 +1,19 @@
-"""Commands for who operates a run: start it whole, export it, keep it safe, stop it, roll it back."""
+"""Commands for a whole run: start it, export it, keep it safe, stop it, roll it back."""
 
 import asyncio
 import sys
 from pathlib import Path
 
-from farflung.cli.app import Flags, app, end_with, settings_of, url_of
+from farflung.cli.app import RUN, SAFE, Flags, app, end_with, settings_of, url_of
 from farflung.config import load
 from farflung.ops.logs import start_logging
 
 
-@app.command
+@app.command(group=RUN, sort_key=1)
 def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, plain: bool = False) -> None:
-    """Run a whole experiment on this machine: coordinator, trainer, validators, scorers and workers.
+    """Run a whole experiment on this machine.
+
+    It starts coordinator, trainer, validators, scorers and workers, each as a process of its own.
 
     Parameters
     ----------
@@ -22,7 +24,7 @@ def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, 
     fresh
         Throw away an older run of the same name.
     plain
-        Print lines instead of the live view, as it does anyway where there is no terminal.
+        Print lines instead of the live view; where there is no terminal it does so anyway.
     """
     from farflung.ops.starting import Waits
 
@@ -36,9 +38,11 @@ def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, 
         sys.exit(asyncio.run(swarm.run()))
 
 
-@app.command
+@app.command(group=RUN)
 def export(run: Path, out: Path, step: int | None = None) -> None:
-    """Write a run's policy as a plain Hugging Face folder with a model card.
+    """Write a run's policy as a Hugging Face folder.
+
+    The folder has a model card, and its weights are checked against the recorded digest.
 
     Parameters
     ----------
@@ -54,9 +58,11 @@ def export(run: Path, out: Path, step: int | None = None) -> None:
     sys.stdout.write(f"{out}: the policy of step {exporting.export(run, out, step)}\n")
 
 
-@app.command
+@app.command(group=RUN)
 def sift(config: Path, *flags: Flags, out: Path, samples: int = 8, low: float = 0.1, high: float = 0.9) -> None:
-    """Sample the base model on a run's training tasks, and write those that it gets right neither never nor always.
+    """Find training tasks of the right difficulty.
+
+    The base model answers each task several times; those that it gets right neither never nor always are written.
 
     Parameters
     ----------
@@ -80,9 +86,11 @@ def sift(config: Path, *flags: Flags, out: Path, samples: int = 8, low: float = 
     sys.stdout.write(f'train on them with env.keep = "{out}"\n')
 
 
-@app.command
+@app.command(group=SAFE)
 def backup(config: Path, *flags: Flags, to: Path) -> None:
-    """Copy a run while it goes: keys, checkpoints, database, blobs, so that `farflung restore` can go on from there.
+    """Copy a run while it goes.
+
+    The copy has keys, checkpoints, database and blobs; `farflung restore` goes on from it.
 
     Parameters
     ----------
@@ -96,14 +104,14 @@ def backup(config: Path, *flags: Flags, to: Path) -> None:
     end_with(back_up(settings_of(config, flags), to))
 
 
-@app.command
+@app.command(group=SAFE)
 def restore(backup: Path, *, to: Path) -> None:
-    """Make a run's folder from a backup, and check that everything in it holds together.
+    """Make a run's folder from a backup, and check it.
 
     Parameters
     ----------
     backup
-        What `farflung backup` made.
+        The folder that `farflung backup` made.
     to
         The folder of runs, such as runs; the run gets its own there, which must not exist.
     """
@@ -112,16 +120,18 @@ def restore(backup: Path, *, to: Path) -> None:
     end_with(bring_back(backup, to))
 
 
-@app.command
+@app.command(group=SAFE)
 def brake(config: Path, *flags: Flags, release: bool = False, url: str = "") -> None:
-    """Say whether verdicts and training are held because too many good nodes failed at once, or let them go on.
+    """Show whether the circuit breaker is on, or release it.
+
+    While it is on, because too many good nodes failed at once, nobody is judged and nothing is trained on.
 
     Parameters
     ----------
     config
         The run's TOML file, or the config.json in its folder.
     release
-        Let them go on, once validators and weights were looked at.
+        Let verdicts and training go on, once validators and weights were looked at.
     url
         The coordinator's address; without it, as written in the run's folder.
     """
@@ -132,9 +142,11 @@ def brake(config: Path, *flags: Flags, release: bool = False, url: str = "") -> 
     asyncio.run(tell(url_of(url, settings), settings))
 
 
-@app.command
+@app.command(group=SAFE)
 def rollback(config: Path, *flags: Flags, to_step: int, without: tuple[str, ...] = (), url: str = "") -> None:
-    """Take up an earlier step again: the next step restores it, and goes on without the work of some nodes.
+    """Take up an earlier step again.
+
+    The next step restores it, and the run goes on without the work of some nodes.
 
     Parameters
     ----------
@@ -143,7 +155,7 @@ def rollback(config: Path, *flags: Flags, to_step: int, without: tuple[str, ...]
     to_step
         The last step to keep; `farflung story STEP` names who contributed to each.
     without
-        Nodes to eject, whatever the evidence against them; may be given again and again.
+        A node to eject without regard to evidence; may be given again.
     url
         The coordinator's address; without it, as written in the run's folder.
     """

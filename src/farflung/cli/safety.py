@@ -5,13 +5,15 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from farflung.cli.app import HOME, Flags, app, expanded, settings_of
+from farflung.cli.app import BREAK, HOME, JOIN, RUN, SAFE, Flags, app, expanded, settings_of
 from farflung.ops.logs import start_logging
 
 
-@app.command
+@app.command(group=SAFE)
 def key(path: Path) -> None:
-    """Show the key in a file, made if there is none: what an operator needs to grant it a role or to admit it.
+    """Show the key in a file, made if there is none.
+
+    An operator needs its public half to grant it a role, its node id to admit it.
 
     Parameters
     ----------
@@ -24,7 +26,7 @@ def key(path: Path) -> None:
     sys.stdout.write(f"{readable_name(found.id)}\nnode   {found.id}\npublic {found.public.hex()}\n")
 
 
-@app.command
+@app.command(group=SAFE)
 def keys(
     action: Literal["show", "rotate"],
     config: Path,
@@ -35,7 +37,9 @@ def keys(
     public: str = "",
     revoke: bool = False,
 ) -> None:
-    """Show which keys speak for a run, or have the root delegate another one in place of one that is old or lost.
+    """Show or rotate the keys that speak for a run.
+
+    Rotating has the root key delegate another key in place of one that is old or lost.
 
     Parameters
     ----------
@@ -44,7 +48,7 @@ def keys(
     config
         The run's TOML file, or the config.json in its folder.
     purpose
-        What the key is for: coordinator, weights, receipts or verdicts.
+        Purpose of the key: coordinator, weights, receipts or verdicts.
     root
         File of the root's private key; without it, keys/root in the run's folder.
     days
@@ -63,7 +67,7 @@ def keys(
         ops_keys.rotate(settings, purpose, root, days, revoke=revoke, public=public)
 
 
-@app.command
+@app.command(group=RUN)
 def calibrate(
     model: str,
     *,
@@ -76,7 +80,9 @@ def calibrate(
     threads: int = 1,
     engine_url: str = "",
 ) -> None:
-    """Measure how honest nodes of a numerics profile differ from a validator, and write the profile.
+    """Measure honest rounding, and write it as a profile.
+
+    The numerics profile says how far honest nodes may differ from a validator.
 
     Parameters
     ----------
@@ -87,8 +93,8 @@ def calibrate(
     out
         JSON file to write.
     prompts
-        Text file with one prompt a line, or the TOML file of a run, whose environment gives them and which says
-        temperature and budget; without it, the demo's sums.
+        Text file with one prompt a line, or the TOML file of a run, which gives prompts, temperature and budget;
+        without it, the demo's sums.
     tokens
         Tokens generated in large batches; other ways to generate add two thirds of that.
     temperature
@@ -116,9 +122,11 @@ def calibrate(
     )
 
 
-@app.command
+@app.command(group=BREAK)
 def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7, times: int = 1) -> None:
-    """Run the gallery of adversaries against runs of one's own, and print what came of each.
+    """Run the gallery of adversaries against your own runs.
+
+    A table says of each adversary what stopped it and what it gained.
 
     Parameters
     ----------
@@ -138,9 +146,11 @@ def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7, ti
     show(run_trial(settings_of(config, flags), names, at_once, times))
 
 
-@app.command
+@app.command(group=BREAK)
 def chaos(config: Path, *flags: Flags, minutes: float = 30.0, json: bool = False) -> None:
-    """Run a swarm on this machine, break every role of it on a seeded schedule, and say what each fault cost.
+    """Break a swarm on this machine, on a seeded schedule.
+
+    Every role is killed, frozen or cut off; a table says what each fault cost.
 
     Parameters
     ----------
@@ -160,9 +170,11 @@ def chaos(config: Path, *flags: Flags, minutes: float = 30.0, json: bool = False
     sys.exit(1 if result["invariant_violations"] else 0)
 
 
-@app.command
+@app.command(group=JOIN)
 def doctor(address: str = "", *, folder: Path = HOME) -> None:
-    """Check this machine, and the way to a run, for whatever could keep it from taking part.
+    """Check this machine, and the way to a run.
+
+    Everything that could keep it from taking part is named, each with the way to mend it.
 
     Parameters
     ----------

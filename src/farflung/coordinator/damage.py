@@ -1,4 +1,4 @@
-"""Coordinator, as it starts: what a disk has damaged of the weights and submissions that the run still needs.
+"""Coordinator, as it starts: finds weights and submissions that a disk has damaged and the run still needs.
 
 Lost weights are published again: the next step restores the latest one and is an anchor. Lost submissions are leased
 again; whoever made them keeps the pay. A shared store looks after its own bytes and is not read through.

@@ -1,4 +1,4 @@
-"""Who may ask a coordinator for what, and how often."""
+"""Access control of a coordinator: the role that each request needs, and how often it may come."""
 
 import logging
 import math

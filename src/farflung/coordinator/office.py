@@ -1,4 +1,4 @@
-"""What every route of a coordinator works with: the run's records, who may ask, who waits."""
+"""Context of a coordinator's routes: the run's records, stores, clock, access, waiting requests."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""What a coordinator does by the clock: take lapsed leases back, end the run when it is done, write metrics, tidy."""
+"""Sweep of a coordinator, by the clock: lapsed leases come back, a run that is done ends, metrics are written."""
 
 import asyncio
 import logging

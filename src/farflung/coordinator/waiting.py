@@ -1,4 +1,4 @@
-"""Those who wait for work: nodes that asked for a lease, scorers, validators, the trainer."""
+"""Long polls: requests of workers, scorers, validators and the trainer that wait for work."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""What a visitor asks a page for: ids, numbers, cursors. What is none is refused before a database sees it. Pure.
+"""Ids, numbers and cursors in a visitor's request: malformed ones are refused before the database sees them. Pure.
 
 Refused, because a database takes less than Python does: PostgreSQL no NUL and no number beyond its column's.
 """

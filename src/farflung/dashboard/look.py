@@ -1,4 +1,4 @@
-"""How values look on a page: the Jinja environment, its filters, and charts as SVG. Everything is escaped."""
+"""Looks of a page: the Jinja environment, its filters, and charts as SVG. Everything is escaped."""
 
 import json
 import math

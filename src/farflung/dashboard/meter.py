@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says of time and money, as it grows: cost and verification overhead so far."""
+"""Cost and verification overhead of a run so far, read from metrics.jsonl as it grows."""
 
 from collections import defaultdict
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What the database knows of each node, in one pass over its tallies. Read only."""
+"""Figures of each node, in one pass over the database's tallies. Read only."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a node's owner is told of verdicts: at once that there is one, in detail once its step is closed. Read only.
+"""Verdicts as a node's owner is told them: at once that there is one, details once its step is closed. Read only.
 
 Which rollout and how many tokens gave it away would teach a cheat how far it may go while it can still go there.
 """

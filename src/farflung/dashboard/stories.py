@@ -1,4 +1,4 @@
-"""The story of any id: what it is, what it belongs to, what happened to it. Read only."""
+"""The story of any id: its kind, its relations and everything that happened to it. Read only."""
 
 import json
 from collections.abc import Callable, Sequence

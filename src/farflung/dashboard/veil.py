@@ -1,4 +1,4 @@
-"""What may be seen of audits while a run goes: nothing of steps that can still be trained on, and no M.
+"""The veil over audits while a run goes: steps that can still be trained on show nothing, and M is never shown.
 
 Else a node could see which of its rollouts are held for audit, and how near to ejection it may go.
 """

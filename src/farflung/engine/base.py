@@ -1,4 +1,4 @@
-"""What every engine takes and gives: requests, completions and replays. No torch, so that any role may name them.
+"""Requests, completions and replays: the interface of every engine. No torch, so that any role may name them.
 
 An engine holds one policy and does two things with it: it *generates* completions with seeded noise, and it
 *replays* somebody's completion in one prefill to say, position by position, what the same policy would have picked.

@@ -1,4 +1,4 @@
-"""How much a stranger's `config.json` may make this machine build: looked at before a module is, and while they are.
+"""Bounds on the model that a stranger's `config.json` may have this machine build, checked before and during it.
 
 A few hundred bytes can ask for ten thousand layers. So the fields are bounded first, and what is then built without
 memory is counted as it grows: it ends where its bytes, its tensors or its time come to more than is allowed.

@@ -1,4 +1,4 @@
-"""What the name of a numerics profile says about arithmetic: `torch-cpu-int8` computes in float32 with int8 weights."""
+"""Arithmetic by the name of a numerics profile: `torch-cpu-int8` computes in float32 with int8 weights."""
 
 from collections.abc import Iterable, Iterator
 

@@ -1,4 +1,4 @@
-"""Which row of a foreign engine's batch samples with which seed, as requests come, go and change places. No vLLM here.
+"""Seeds of the rows in a foreign engine's batch, as requests come, go and change places. No vLLM here.
 
 Legend: B rows of the batch, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""How a model may be decoded and replayed: the fastest way that says what one plain pass says, found by trying.
+"""Ways to decode and replay a model: trials find the fastest one that agrees with one plain pass.
 
 Legend: T predicted tokens of a text, V vocabulary.
 """

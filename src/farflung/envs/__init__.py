@@ -1,0 +1,1 @@
+"""Environments: tasks, prompts and scores, and the child process in which they run."""

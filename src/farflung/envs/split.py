@@ -1,4 +1,4 @@
-"""Which questions are held out, and in what order the others come: pure functions of a hash, the same for every env."""
+"""The split into held-out and training questions, and their order: pure functions of a hash, one for all."""
 
 import hashlib
 from collections.abc import Iterator, Sequence

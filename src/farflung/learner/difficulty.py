@@ -1,4 +1,4 @@
-"""How hard a task is at present: a running count of what was tried and what was right. Pure, no torch.
+"""Difficulty of a task at present: a running count of answers and of right ones. Pure, no torch.
 
 Old samples fade, for the policy that gave them is gone: the counts never stand for more than `WINDOW` samples.
 """

@@ -1,4 +1,4 @@
-"""What a score on some tasks says of the score on all: intervals and pass@k. Pure arithmetic, no torch.
+"""Estimates from a score on some tasks: intervals and pass@k. Pure arithmetic, no torch.
 
 Sources: Wilson 1927 for the interval, which stays within 0 and 1 and holds for few tasks; pass@k without bias, Chen et
 al. 2021 (arXiv:2107.03374).

@@ -1,4 +1,4 @@
-"""Which groups teach anything: pure functions of rewards, no torch."""
+"""Filters for the groups that teach anything: pure functions of rewards, no torch."""
 
 from collections.abc import Sequence
 

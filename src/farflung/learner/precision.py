@@ -1,4 +1,4 @@
-"""Which arithmetic training takes where nobody says: bfloat16 where the machine has it, else float32.
+"""The default arithmetic of training: bfloat16 where the machine has it, else float32.
 
 Emulated bfloat16 is no shortcut: on a CPU without it a linear layer takes five to ten times as long as in float32. The
 answer depends on the machine alone and not on a stopwatch, so a resumed trainer computes as it did before.

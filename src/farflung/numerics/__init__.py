@@ -1,0 +1,1 @@
+"""Models as files and as arithmetic: shared by learner, engine and tasks."""

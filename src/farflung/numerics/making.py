@@ -1,4 +1,4 @@
-"""How transformers is asked for a model, of its configuration alone or with its weights, and what it raises."""
+"""Calls to transformers that make a model, from its configuration alone or with weights, and the errors they raise."""
 
 from collections.abc import Callable
 from typing import Final, TypeVar

@@ -1,4 +1,4 @@
-"""What a model may be asked for is found by trying it: texts longer than its windows, against one plain pass over each.
+"""Trials of a model: texts longer than its windows, each compared with one plain pass over it.
 
 A path that saves time (a shared prompt, padded rows, a cache) is right for one architecture and wrong for the next: a
 mask of one's own hides no window, a recurrent state takes padding for text. So each is tried before it is taken.

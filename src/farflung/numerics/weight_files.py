@@ -1,4 +1,4 @@
-"""What the weights of a model are before anybody loads them: their files, names, shapes, and whether all are finite.
+"""Files, names, shapes and faults of a model's weights, found before anybody loads them.
 
 safetensors files begin with a header in JSON, so that names and shapes take a moment however large the model is. Files
 in other formats are never opened: a pickle runs whatever it says. No torch.

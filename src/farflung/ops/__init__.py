@@ -1,0 +1,1 @@
+"""Commands that drive roles or look after a run."""

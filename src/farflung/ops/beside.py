@@ -1,4 +1,4 @@
-"""A relay beside a worker, in one process: for whoever has an open port. Each has a key of its own."""
+"""A relay beside a worker with an open port, in one process. Each has a key of its own."""
 
 import asyncio
 import logging

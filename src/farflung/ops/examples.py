@@ -1,4 +1,4 @@
-"""What the model said before and after: a few held-out answers out of a run's own records."""
+"""Held-out answers before and after training, a few of them, out of a run's own records."""
 
 from dataclasses import dataclass
 from pathlib import Path

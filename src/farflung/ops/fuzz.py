@@ -1,4 +1,4 @@
-"""Everything that decodes what others send, fed with what is nearly right: who may raise what. For bench/fuzz.py."""
+"""Decoders of strangers' input, fed with nearly right input, and the errors that each may raise. For bench/fuzz.py."""
 
 import hashlib
 import time

@@ -1,4 +1,4 @@
-"""Nodes of every role that send what they should not, changed first and signed then. For bench/fuzz.py."""
+"""Nodes of every role that send forbidden messages, changed first and signed then. For bench/fuzz.py."""
 
 import asyncio
 import json

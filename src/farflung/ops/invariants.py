@@ -1,4 +1,4 @@
-"""What must hold in a run's database whatever happened to its processes; docs/operate.md states it for people."""
+"""Invariants of a run's database, for any fate of its processes; docs/operate.md states them for people."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""How every process of the project logs. What strangers said stays within its line, and a terminal obeys none of it."""
+"""Logs of every process. Text of strangers stays within its line, and a terminal obeys none of it."""
 
 import json as json_module
 import logging

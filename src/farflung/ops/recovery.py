@@ -1,4 +1,4 @@
-"""When a fault of `farflung chaos` showed, and when what its victim held was in other hands: out of the database.
+"""Recovery from a fault of `farflung chaos`: when it showed, and when its victim's work was in other hands.
 
 All from events with the coordinator's times, but for the end of a process, which the swarm saw.
 """

@@ -1,4 +1,4 @@
-"""`report.html`: what came of a run, in one file without scripts that can be mailed, archived and opened anywhere."""
+"""`report.html`: the outcome of a run in one file without scripts, to be mailed, archived and opened anywhere."""
 
 import json
 from pathlib import Path

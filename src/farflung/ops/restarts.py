@@ -1,4 +1,4 @@
-"""Which roles of an embedded run that ended are started again, and for which that is no use. Pure."""
+"""Restarts in an embedded run: the roles that ended and are worth starting again. Pure."""
 
 import signal
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal: a live view where there is one, else a line now and then."""
+"""A run in a terminal: a live view where there is one, else a line now and then."""
 
 import time
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a start waits for: said at once, and said again every few seconds until it is over. Imports next to nothing."""
+"""Waits of a start, told at once and again every few seconds until they are over. Imports next to nothing."""
 
 import sys
 import threading

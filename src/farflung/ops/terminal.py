@@ -1,4 +1,4 @@
-"""The terminal of every command: what is printed is text, whoever wrote it. Nothing in it is markup or obeyed."""
+"""The terminal of every command: all output is text, and nothing in it is markup or obeyed."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""The operator's token: who carries it may use the admin routes, and nobody else where there is one."""
+"""The operator's token: where there is one, its bearer alone may use the admin routes."""
 
 import hashlib
 import hmac

@@ -1,4 +1,4 @@
-"""What names bytes: their BLAKE3 digest in 64 hex digits.
+"""Digests: bytes are named by BLAKE3, in 64 hex digits.
 
 A tenth of SHA-256's time on processors without instructions for it, as many consumers' are
 (docs/decisions/0043-names-by-blake3.md). J. O'Connor et al., "BLAKE3: one function, fast everywhere", 2020.

@@ -1,4 +1,4 @@
-"""Which names a server answers to: a page of a stranger's may point its own name here (DNS rebinding), and read.
+"""Names that a server answers to: a stranger's page may point its own name here (DNS rebinding), and read.
 
 A browser then sends that name as Host. What no stranger can point anywhere is let in: addresses in digits, names
 without a dot, localhost. Other names are those that the operator listed.

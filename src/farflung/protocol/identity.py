@@ -1,4 +1,4 @@
-"""Who speaks: Ed25519 keys, node ids, signed requests (RFC 9421) and signed documents.
+"""Identity: Ed25519 keys, node ids, signed requests (RFC 9421) and signed documents.
 
 A node is a key. Its id is derived from the public key, so nobody hands out identities and nobody can take one.
 """

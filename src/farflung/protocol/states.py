@@ -1,4 +1,4 @@
-"""What may become of each noun with a life: tables of legal changes and one check; no SQL, no clock.
+"""Lifecycles: for each noun a table of legal changes of status, and one check; no SQL, no clock.
 
 A replay comes before a score: a drawn rollout is `held` until its replay passed, so text that fails is never scored.
 

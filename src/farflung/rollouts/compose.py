@@ -1,4 +1,4 @@
-"""Coordinator: which groups make a step, and what follows when the trainer commits it.
+"""Coordinator: choose the groups that make a step, and settle them when the trainer commits it.
 
 Claiming is idempotent: asked again, after a crash, the same groups come back, those of committed steps included.
 """

@@ -1,4 +1,4 @@
-"""Coordinator: what a verdict does to rollouts, groups, leases, audits and the ledger."""
+"""Coordinator: carry a verdict out on rollouts, groups, leases, audits and the ledger."""
 
 from collections.abc import Sequence
 from typing import Any

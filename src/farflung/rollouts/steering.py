@@ -1,4 +1,4 @@
-"""Coordinator: what the replays of all rollouts of a node add up to, and what follows (`farflung.trust.watch`).
+"""Coordinator: add up the replays of all rollouts of a node, and draw the conclusion (`farflung.trust.watch`).
 
 Audits write what they found beside each rollout, and so does the trainer's tripwire for the rest of a batch. When a
 step's batch was looked at, each of its rollouts that was not yet counted is: once in its life, with its reward.

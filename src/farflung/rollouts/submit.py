@@ -1,4 +1,4 @@
-"""Worker (and validator, when it evaluates): generate what a lease asks for and hand it in."""
+"""Worker (and validator, when it evaluates): generate the rollouts of a lease and hand them in."""
 
 from collections.abc import Callable, Sequence
 

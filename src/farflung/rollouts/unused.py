@@ -1,4 +1,4 @@
-"""Coordinator: what becomes of work that no step will train on. It is paid for, so it is looked at.
+"""Coordinator: settle work that no step will train on. It is paid for, so it is looked at.
 
 The tripwire replays what is trained on. Of the rest, of all that a submission has among what is let go together, one
 rollout is replayed, drawn by a key that its node did not know. Work of which a share f is made up is paid for with

@@ -1,4 +1,4 @@
-"""Validator: claim audits, replay the drawn rollouts under the leased weights, sign what was seen."""
+"""Validator: claim audits, replay the drawn rollouts under the leased weights, sign the evidence."""
 
 from collections.abc import Callable, Iterator, Sequence
 

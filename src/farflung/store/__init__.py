@@ -1,0 +1,1 @@
+"""State: the database and its tables, blobs by digest, ledger, metrics."""

@@ -1,4 +1,4 @@
-"""Whose a folder is: a lock in it that a process holds as long as it lives, and that says who holds it.
+"""The owner of a folder: a lock in it that a process holds as long as it lives, and that names the process.
 
 A run has its folder alone. Roles that are started by hand share the folder of their run, each with a part of its own.
 The lock is the kernel's (flock), so nothing is left of it when its owner dies, however that happens.

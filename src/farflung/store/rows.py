@@ -1,5 +1,7 @@
-"""Many rows in one statement. A driver that takes them one by one lets other threads in between any two, and waits for
-its turn again each time: with a busy event loop beside it, that is most of what a set of changes takes.
+"""Writes many rows in one statement, so that other threads do not come between any two.
+
+A driver that takes rows one by one waits for its turn again after each: with a busy event loop beside it, that is most
+of the time that a set of changes takes.
 
 Numbers of rows are made up of few sizes, so that the statements are few as well and the database has them prepared.
 """

@@ -1,4 +1,4 @@
-"""Where step metrics may go besides metrics.jsonl: Weights & Biases and Trackio, if installed and asked for."""
+"""Sinks for step metrics besides metrics.jsonl: Weights & Biases and Trackio, if installed and asked for."""
 
 import importlib
 from collections.abc import Mapping

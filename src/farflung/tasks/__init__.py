@@ -1,0 +1,1 @@
+"""Flow of tasks: from an environment's questions to a lease that one node holds."""

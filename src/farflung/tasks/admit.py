@@ -1,4 +1,4 @@
-"""Coordinator: who may take part, and the row that remembers a node."""
+"""Coordinator: admit nodes by the run's rule, and remember each in a row."""
 
 import hmac
 import json

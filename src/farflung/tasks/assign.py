@@ -1,4 +1,4 @@
-"""Who gets what: the choice behind every lease, as a pure function. No SQL, no clock, no randomness.
+"""Assignment: the choice behind every lease, as a pure function. No SQL, no clock, no randomness.
 
 A lease has exactly one policy step. In order:
 

@@ -1,4 +1,4 @@
-"""The file of tasks that a run is to train on: what `farflung sift` writes and the coordinator reads once.
+"""The file of tasks that a run is to train on: `farflung sift` writes it, the coordinator reads it once.
 
 JSON Lines, a task a line: its digest, how often the base model was right, and the prompt for people to read.
 """

@@ -1,4 +1,4 @@
-"""Coordinator: what keys leave behind that came, took a lease and handed nothing in; it would grow for ever.
+"""Coordinator: forget keys that took a lease and handed nothing in; their rows would grow for ever.
 
 Only leases that lapsed or were handed back, of nodes that never had a receipt: those rows prove nothing and are owed to
 nobody. The leases of others stay, with their stories.

@@ -1,4 +1,4 @@
-"""Coordinator: what it knows of the base model, its small files, tokenizer and chat template. No torch."""
+"""Coordinator: the base model's small files, tokenizer and chat template. No torch."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Coordinator: what there is to lease, as it stands in the database: samples that nobody has, tasks that are next."""
+"""Coordinator: candidates for a lease, out of the database: samples that nobody has, tasks that are next."""
 
 import itertools
 from collections import defaultdict

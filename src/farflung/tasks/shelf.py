@@ -1,4 +1,4 @@
-"""What there is to lease, while nodes take their parts one after the other. No SQL, no clock, no randomness.
+"""Allocation while nodes take their parts of the candidates one after the other. No SQL, no clock, no randomness.
 
 `assign.py` chooses for one node; here the next one finds what the one before left over.
 """

@@ -1,4 +1,4 @@
-"""How honest arithmetic of one kind flips: bounds from replays of trusted nodes, per position. Pure; no torch.
+"""Bounds on how often honest arithmetic of one kind flips, per position, from replays of trusted nodes. Pure; no torch.
 
 Score noise of scale 1 flips a position of gap Δ with probability P(Δ), which falls as the gap grows: a wider gap needs
 more noise. What calibration must give is q₀(Δ) ≥ P(Δ) at every single Δ. A bin's own mean bounds nothing at its lower

@@ -1,4 +1,4 @@
-"""Why a suspect's tokens are not what was leased: the explanation under which they are honest. Pure; no torch.
+"""Diagnosis of a suspect's tokens: the explanation under which they would be honest. Pure; no torch.
 
 Every explanation has the likelihood of what was seen; the best one is named if it is likelier by a factor of `FACTOR`
 than the lease *and than every other explanation*, and leaves nothing odd. Where two explain the same rollouts about as

@@ -1,4 +1,4 @@
-"""What an audit says: likelihood ratios over replayed positions, and the test that may eject a key. Pure; no torch.
+"""Evidence of an audit: likelihood ratios over replayed positions, and the test that may eject a key. Pure; no torch.
 
 A replay (`farflung.engine.base.Replay`) gives at each position the gap Δ between the two best scores, the margin by
 which the token that was sent lost, π, the policy's own probability of the pick, and the lead λ, by how much the policy

@@ -1,4 +1,4 @@
-"""How far a fingerprint may be from the verifier's own, and what follows from one that is farther. Pure; no torch.
+"""Distance of a fingerprint from the verifier's own: its bound, and the consequence beyond it. Pure; no torch.
 
 With s the numbers that were sent and v the verifier's, the distance is √(1/K · Σ (s_k − v_k)²). It estimates how far
 the two computations' activations lie apart, as a share of their norm, with a standard deviation of 1/√(2K) = 13 % of

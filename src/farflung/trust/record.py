@@ -1,4 +1,4 @@
-"""What is known of a node: a value, and how the findings of an audit change it. Pure; no SQL, no clock."""
+"""A node's record as a value, and its change by the findings of an audit. Pure; no SQL, no clock."""
 
 import math
 from collections.abc import Sequence

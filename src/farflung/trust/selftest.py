@@ -1,4 +1,4 @@
-"""How noisy a machine's arithmetic is, in multiples of what its numerics profile was calibrated on. Pure; no torch.
+"""Noise of a machine's arithmetic, in multiples of the noise that its profile was calibrated on. Pure; no torch.
 
 A node generates what trusted machines generated before, from the same seeds. Where its tokens differ its scores did,
 by more than the gap there. The factor k is the least by which the profile's noise must be multiplied so that so many

@@ -1,4 +1,4 @@
-"""Which versions lead to the one that is wanted: an anchor or a version at hand, and the deltas since. Pure."""
+"""Plan to a wanted version: from an anchor or a version at hand, by the deltas since. Pure."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

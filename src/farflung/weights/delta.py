@@ -1,4 +1,4 @@
-"""Trainer: the difference between two versions of a shard. Whoever fetches: the newer from the older. Lossless, pure.
+"""Trainer: the difference between two versions of a shard. Nodes: the newer from the older. Lossless, pure.
 
 A value of w bytes is taken as an integer that rises with the number it stands for: its bits, or, where the sign bit is
 set, its bits with all others inverted. NaNs and both zeros are integers like any other.

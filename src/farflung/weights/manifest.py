@@ -1,4 +1,4 @@
-"""What a version of the weights is: digests, and the checks that make an untrusted copy safe to load. Pure."""
+"""The manifest of a version: digests, and the checks that make an untrusted copy safe to load. Pure."""
 
 from collections.abc import Iterable
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Trainer and whoever patches: whole numbers and bits as few bytes, and back. Pure numpy and zstd.
+"""Trainer and nodes that patch: whole numbers and bits as few bytes, and back. Pure numpy and zstd.
 
 A number becomes a symbol, its leading four bits and their place, and the bits below as they are:
 

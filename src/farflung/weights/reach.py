@@ -1,4 +1,4 @@
-"""Whoever fetches: whether a relay's address is one that this node should ask.
+"""Worker, validator and relay: is a relay's address one that this node should ask?
 
 A relay registers any address that it likes. A node that asked them all could be made to knock, from within, at machines
 of its own network that no stranger reaches. So addresses that are not public are asked only in a run whose coordinator

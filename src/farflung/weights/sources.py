@@ -1,4 +1,4 @@
-"""Where to fetch a shard: relays by success × bandwidth with a little exploration, the origin last. Pure."""
+"""Sources of a shard: relays by success × bandwidth with a little exploration, the origin last. Pure."""
 
 import random
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""What an adversary is: a real worker whose engine and whose sending an attack may bend, and which keeps honest books.
+"""The adversary: a real worker whose engine and messages an attack may bend, and which keeps honest books.
 
 For runs of one's own only. Beside its key each adversary writes cheats.jsonl, a line a submission: what it sent, what
 the seeds would have given, the CPU-seconds that its own way took, and what the coordinator answered.

@@ -1,4 +1,4 @@
-"""Attacks on what is sent, and on which work is done. Each docstring says what it would gain, then what stops it."""
+"""Attacks on messages, and on the choice of work. Each docstring says the gain, then the layer that stops it."""
 
 import gzip
 import itertools

@@ -1,4 +1,4 @@
-"""Attacks on what is said: other noise, other weights, other text than the lease asks for.
+"""Attacks on text: other noise, other weights, other words than the lease asks for.
 
 Each docstring says what the attack would gain, then what stops it.
 """

@@ -1,4 +1,4 @@
-"""first."""
+"""Migration: the first schema."""
 
 import sqlalchemy as sa
 from alembic import op
