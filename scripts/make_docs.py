@@ -205,9 +205,24 @@ def _lifecycles() -> str:
 
 # --- messages, out of their source -----------------------------------------------------------------------------------
 
+SUBJECTS = (
+    messages.base,
+    messages.nodes,
+    messages.runs,
+    messages.weights,
+    messages.leases,
+    messages.submissions,
+    messages.heartbeats,
+    messages.scores,
+    messages.audits,
+    messages.steps,
+    messages.views,
+)
+"""The files of the messages, in the order in which the page tells of them."""
+STATEMENTS = [node for module in SUBJECTS for node in ast.parse(inspect.getsource(module)).body]
 ALIASES = {
     node.targets[0].id: node.value
-    for node in ast.parse(inspect.getsource(messages)).body
+    for node in STATEMENTS
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Subscript)
 }
 """Names that the messages give to types, with what they stand for."""
@@ -218,11 +233,7 @@ LIMITS = {name: getattr(messages, name) for name in ("MAX_TOKENS", "MAX_SAMPLES"
 
 def message_types() -> dict[str, ast.ClassDef]:
     """Every wire type by name: messages, and the two structs that live beside them."""
-    found = {
-        node.name: node
-        for node in ast.parse(inspect.getsource(messages)).body
-        if isinstance(node, ast.ClassDef) and node.name != "Message"
-    }
+    found = {node.name: node for node in STATEMENTS if isinstance(node, ast.ClassDef) and node.name != "Message"}
     for cls in (session.Index, identity.Signed):
         found[cls.__name__] = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0])
     return found
