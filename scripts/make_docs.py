@@ -43,7 +43,7 @@ def main() -> None:
 
 INTRO = """# Settings
 
-<!-- Written by scripts/make_docs.py from the fields in src/farflung/config.py. Change those, then run it. -->
+<!-- Written by scripts/make_docs.py from the fields in src/farflung/config/. Change those, then run it. -->
 
 A run is described by one tree of settings. Four places can say something, each overrides the one before:
 
@@ -59,6 +59,8 @@ An unknown key is an error that names the nearest known one. `model.path` and th
 beside the TOML file first; `run.dir` is relative to where the command is given. `farflung run` writes the resolved
 settings to `config.json` in the run's folder; every process that it starts reads that file. The roles that are
 started by hand read what their own command names, so give all of them the same.
+
+The settings under *Advanced* have defaults that serve a first run.
 """
 
 SECTIONS = {
@@ -93,11 +95,14 @@ def config_page() -> str:
 
 
 def _settings(section: type[config.Section], prefix: str) -> str:
-    rows = [
-        (f"`{key}`", _type(field.annotation), f"`{_value(field.default)}`", field.description + _bounds(field))
-        for key, field in config.fields(section, prefix)
-    ]
-    return table(("key", "type", "default", "meaning"), rows)
+    rows: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
+    for key, field in config.fields(section, prefix):
+        meaning = field.description + _bounds(field)
+        rows[config.is_advanced(field)].append(
+            (f"`{key}`", _type(field.annotation), f"`{_value(field.default)}`", meaning)
+        )
+    tables = [table(("key", "type", "default", "meaning"), some) for some in rows.values() if some]
+    return "\n*Advanced*\n\n".join(tables)
 
 
 def _type(annotation: Any) -> str:
