@@ -19,7 +19,7 @@ from farflung.dashboard import heldout, views
 from farflung.dashboard.meter import Worked, cost_usd, last_per_process
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import EvalView
-from farflung.store.db import reading
+from farflung.store.connections import reading
 from farflung.store.metrics import Metrics
 from farflung.store.tables import AUDITS, EVENTS, NODES, ROLLOUTS, SUBMISSIONS, VERDICTS
 
