@@ -31,7 +31,7 @@ from farflung.config import Config, save
 from farflung.ops.crowd import Crowd, Pace, coordinator_id, drive, publish_nothing, simulated_key
 from farflung.ops.fleet import run
 from farflung.protocol.identity import Key
-from farflung.store.db import open_engine
+from farflung.store.connections import open_engine
 from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
 from farflung.tasks.found import local_grants
 from farflung.trust.record import NodeRecord

@@ -30,7 +30,7 @@ from farflung.ops.fuzz import Decoder, crashed, decoders
 from farflung.ops.guests import Guests
 from farflung.ops.invariants import violations
 from farflung.ops.odd import Chance
-from farflung.store.db import open_engine
+from farflung.store.connections import open_engine
 
 
 def parse() -> argparse.Namespace:

@@ -34,7 +34,8 @@ from farflung.protocol.messages import Commit, Manifest
 from farflung.rollouts import compose
 from farflung.store import ledger
 from farflung.store import tables as t
-from farflung.store.db import open_engine, writing
+from farflung.store.connections import open_engine
+from farflung.store.db import writing
 from farflung.store.rows import insert_rows
 from farflung.tasks.found import local_grants
 from farflung.trust.record import NodeRecord

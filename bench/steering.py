@@ -30,7 +30,7 @@ from farflung.engine.base import Completion, Request
 from farflung.engine.local import LocalEngine
 from farflung.envs.sums import Sums
 from farflung.ops.calibrate import engine_of
-from farflung.ops.redteam.texts import Teacher
+from farflung.ops.redteam.picks import Teacher
 from farflung.rollouts.tripwire import tripped
 from farflung.tasks.found import Model
 from farflung.trust import evidence, watch

@@ -61,7 +61,7 @@ def pages() -> dict[Path, str]:
 
 INTRO = """# Settings
 
-<!-- Written by scripts/make_docs.py from the fields in src/farflung/config.py. Change those, then run it. -->
+<!-- Written by scripts/make_docs.py from the fields in src/farflung/config/. Change those, then run it. -->
 
 A run is described by one tree of settings. Four places can say something, each overrides the one before:
 
@@ -77,6 +77,8 @@ An unknown key is an error that names the nearest known one. `model.path` and th
 beside the TOML file first; `run.dir` is relative to where the command is given. `farflung run` writes the resolved
 settings to `config.json` in the run's folder; every process that it starts reads that file. The roles that are
 started by hand read what their own command names, so give all of them the same.
+
+The settings under *Advanced* have defaults that serve a first run.
 """
 
 SECTIONS = {
@@ -111,11 +113,14 @@ def config_page() -> str:
 
 
 def _settings(section: type[config.Section], prefix: str) -> str:
-    rows = [
-        (f"`{key}`", _type(field.annotation), f"`{_value(field.default)}`", field.description + _bounds(field))
-        for key, field in config.fields(section, prefix)
-    ]
-    return table(("key", "type", "default", "meaning"), rows)
+    rows: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
+    for key, field in config.fields(section, prefix):
+        meaning = field.description + _bounds(field)
+        rows[config.is_advanced(field)].append(
+            (f"`{key}`", _type(field.annotation), f"`{_value(field.default)}`", meaning)
+        )
+    tables = [table(("key", "type", "default", "meaning"), some) for some in rows.values() if some]
+    return "\n*Advanced*\n\n".join(tables)
 
 
 def _type(annotation: Any) -> str:
@@ -398,9 +403,24 @@ def _lifecycles() -> str:
 
 # --- messages, out of their source -----------------------------------------------------------------------------------
 
+SUBJECTS = (
+    messages.base,
+    messages.nodes,
+    messages.runs,
+    messages.weights,
+    messages.leases,
+    messages.submissions,
+    messages.heartbeats,
+    messages.scores,
+    messages.audits,
+    messages.steps,
+    messages.views,
+)
+"""The files of the messages, in the order in which the page tells of them."""
+STATEMENTS = [node for module in SUBJECTS for node in ast.parse(inspect.getsource(module)).body]
 ALIASES = {
     node.targets[0].id: node.value
-    for node in ast.parse(inspect.getsource(messages)).body
+    for node in STATEMENTS
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Subscript)
 }
 """Names that the messages give to types, with what they stand for."""
@@ -411,11 +431,7 @@ LIMITS = {name: getattr(messages, name) for name in ("MAX_TOKENS", "MAX_SAMPLES"
 
 def message_types() -> dict[str, ast.ClassDef]:
     """Every wire type by name: messages, and the two structs that live beside them."""
-    found = {
-        node.name: node
-        for node in ast.parse(inspect.getsource(messages)).body
-        if isinstance(node, ast.ClassDef) and node.name != "Message"
-    }
+    found = {node.name: node for node in STATEMENTS if isinstance(node, ast.ClassDef) and node.name != "Message"}
     for cls in (session.Index, identity.Signed):
         found[cls.__name__] = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0])
     return found

@@ -1,7 +1,6 @@
 """Blobs behave the same in a folder and in S3."""
 
 import asyncio
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -48,17 +47,6 @@ def test_what_is_not_there_is_not_found(blobs_url: str) -> None:
             await blobs.size(digest)
 
     asyncio.run(scene())
-
-
-def test_s3_alone_signs_urls_that_need_no_key(new_s3, tmp_path: Path) -> None:
-    async def scene() -> tuple[str, str]:
-        shared, folder = Blobs(new_s3()), Blobs(f"file://{tmp_path}")
-        return await shared.signed_url(await shared.put(DATA)), await folder.signed_url(await folder.put(DATA))
-
-    signed, none = asyncio.run(scene())
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(signed) as answer:
-        assert answer.read() == DATA
-    assert none == ""
 
 
 def test_a_store_that_is_away_says_come_back(new_s3, monkeypatch) -> None:

@@ -25,7 +25,8 @@ from farflung.protocol import errors, identity, messages
 from farflung.protocol.session import Index
 from farflung.protocol.states import LIFECYCLES
 from farflung.store import metrics
-from farflung.store.db import create_all, open_engine
+from farflung.store.connections import open_engine
+from farflung.store.db import create_all
 from farflung.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from farflung.config import Cheat, Config
 from farflung.engine.base import Completion
-from farflung.ops.redteam import GALLERY, senders, texts
+from farflung.ops.redteam import GALLERY, noises, senders
 from farflung.ops.redteam.base import Attack, Cheating
 from farflung.ops.trial import _more_in_time, _more_pay, _outcome, _pay_of, _with, pay_error, run_trial
 from farflung.protocol import wire
@@ -40,9 +40,9 @@ def test_the_bomb_is_small_and_unpacks_to_much() -> None:
 
 def test_the_best_of_several_is_the_longest_or_the_likeliest() -> None:
     short, long = Completion((1,), (-0.1,)), Completion((1, 2), (-1.0, -1.0))
-    assert max((short, long), key=texts.likely) is short
-    assert max((short, long), key=texts.long) is long
-    assert max((short, long), key=texts.short) is short
+    assert max((short, long), key=noises.likely) is short
+    assert max((short, long), key=noises.long) is long
+    assert max((short, long), key=noises.short) is short
 
 
 def test_what_an_attack_does_not_bend_is_the_true_engine_s() -> None:

@@ -23,7 +23,7 @@ from farflung.protocol.identity import Key
 from farflung.store import owner
 from farflung.store.blobs import Blobs
 from farflung.store.book import Book
-from farflung.store.db import file_of, reading
+from farflung.store.connections import file_of, reading
 from farflung.store.tables import SUBMISSIONS
 from farflung.weights import collect
 

@@ -21,7 +21,7 @@ from farflung.ops.storm import Storm
 from farflung.ops.swarm import prepare
 from farflung.ops.terminal import Terminal
 from farflung.protocol.errors import ConfigError
-from farflung.store.db import open_engine
+from farflung.store.connections import open_engine
 from farflung.store.tables import EVENTS, GROUPS, LEASES, ROLLOUTS, STEPS
 
 CALM_SHARE, LEAST_CALM_S = 1 / 6, 15.0

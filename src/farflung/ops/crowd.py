@@ -165,7 +165,6 @@ class Crowd:
         keys: Sequence[Key],
         *,
         lines: int,
-        seed: int = 0,
     ) -> None:
         self.path, self.tag, self.keys, self.figures = f"/v1/runs/{run}", tag, keys, Figures()
         self.receipts: dict[str, Receipt] = {}

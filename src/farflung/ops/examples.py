@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from farflung.config import Config, load_run
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs
-from farflung.store.db import reading
+from farflung.store.connections import reading
 from farflung.store.tables import GROUPS, ROLLOUTS, TASKS
 from farflung.tasks.found import Model
 

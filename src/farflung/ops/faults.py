@@ -21,7 +21,8 @@ import psutil
 import sqlalchemy as sa
 
 from farflung.protocol.errors import ConfigError
-from farflung.store.db import WRITE_LOCK, open_engine
+from farflung.store.connections import open_engine
+from farflung.store.db import WRITE_LOCK
 
 CHUNK_BYTES = 65_536
 SLOW_BYTES_PER_S, SLOW_DELAY_S = 50_000, 0.1

@@ -12,7 +12,7 @@ from farflung.coordinator.process import refuse_guessable
 from farflung.protocol.errors import ConfigError
 from farflung.store import owner
 from farflung.store.book import holds_run
-from farflung.store.db import shown
+from farflung.store.connections import shown
 from farflung.tasks.found import founded_in, refuse_another
 from farflung.tasks.model import Model
 from farflung.tasks.model_check import refuse_long, refuse_unfit

@@ -19,7 +19,7 @@ from farflung.dashboard import heldout, views
 from farflung.dashboard.meter import Worked, cost_usd, last_per_process
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import EvalView
-from farflung.store.db import reading
+from farflung.store.connections import reading
 from farflung.store.metrics import Metrics
 from farflung.store.tables import AUDITS, EVENTS, NODES, ROLLOUTS, SUBMISSIONS, VERDICTS
 
@@ -65,7 +65,7 @@ def _figures(connection: Connection, config: Config, lines: list[Line]) -> dict[
         **_tokens(connection, run),
         **_rollouts(connection, run),
         **_audits(connection, run),
-        **_work(connection, run, lines, config),
+        **_work(connection, run, lines),
         **_nodes(connection, config),
         "leases_reissued": views.reissued(connection, run),
         **_trainer(steps),
@@ -161,7 +161,7 @@ def _audits(connection: Connection, run: str) -> dict[str, Any]:
 # --- time and money --------------------------------------------------------------------------------------------------
 
 
-def _work(connection: Connection, run: str, lines: list[Line], config: Config) -> dict[str, Any]:
+def _work(connection: Connection, run: str, lines: list[Line]) -> dict[str, Any]:
     cpu: dict[str, float] = defaultdict(float)
     work: dict[str, float] = defaultdict(float)
     for line in last_per_process(lines).values():

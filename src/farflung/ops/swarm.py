@@ -8,20 +8,21 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from farflung.config import Config, save
+from farflung.ops.desertion import Desertion, how_they_left
 from farflung.ops.fitting import calibrated
 from farflung.ops.logs import Troubles, last_words
 from farflung.ops.nursery import LIGHT, die_with_parent
 from farflung.ops.place import has_no_room, prepare
+from farflung.ops.processes import comes_first, size_of, tell, wait_or_kill
 from farflung.ops.report import write_report
 from farflung.ops.restarts import REFUSED, STEADY_S, Restarts, killed_by
 from farflung.ops.screen import Screen
@@ -84,8 +85,7 @@ class Swarm:
         self._born: dict[str, float] = {}
         self._log_begins: dict[str, int] = {}
         """How long each role's log was when it was started."""
-        self._still = (("", 0, 0, 0), 0.0)
-        """What was done when anything last happened in a run without workers, and when that was."""
+        self._desertion = Desertion()
         self._ready = {kind: asyncio.Event() for kind in NURSERIES}
         self._is_open, self._has_failed = False, asyncio.Event()
         """Whether the coordinator has answered once, and whether it ended before it did."""
@@ -172,7 +172,7 @@ class Swarm:
         """A coordinator that answers. Raises ConfigError."""
         await self._spawn_nursery("light")
         self._order("coordinator", "coordinator")
-        if not await _first(self._until_it_answers(), self._has_failed.wait()):
+        if not await comes_first(self._until_it_answers(), self._has_failed.wait(), START_S):
             raise ConfigError(self._why_not_ready("coordinator", self._has_failed.is_set()))
         self._is_open = True
 
@@ -190,7 +190,7 @@ class Swarm:
     async def _spawn_nursery(self, kind: str) -> None:
         name = f"nursery-{kind}"
         log_path = self.folder / "logs" / f"{name}.log"
-        self._log_begins[name] = _size_of(log_path)
+        self._log_begins[name] = size_of(log_path)
         with log_path.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -205,7 +205,7 @@ class Swarm:
         self.processes[kind] = process
         self._ready[kind].clear()
         self._listening[kind] = asyncio.create_task(self._listen(kind, process))
-        if not await _first(self._ready[kind].wait(), process.wait()):
+        if not await comes_first(self._ready[kind].wait(), process.wait(), START_S):
             raise ConfigError(self._why_not_ready(name, process.returncode is not None))
 
     def url_for(self, name: str) -> str:
@@ -217,7 +217,7 @@ class Swarm:
         order = {"name": name, "role": role, "config": str(self.path), "url": self.url_for(name), "attack": attack}
         order = self.orders.get(name, {}) | order
         self.orders[name] = order
-        self._log_begins[name] = _size_of(self._log_of(name))
+        self._log_begins[name] = size_of(self._log_of(name))
         stdin = self.processes[_nursery_of(role)].stdin
         assert stdin is not None, "nurseries are started with pipes"
         stdin.write(json.dumps(order).encode() + b"\n")
@@ -314,24 +314,9 @@ class Swarm:
     def _leave_if_deserted(self, status: Status) -> None:
         """Fail once all workers are gone for good, none came from elsewhere, and nothing is under way any more."""
         own = {name for name, _ in self._workers()}
-        if not own or own - self.gone.keys() or any(map(_is_at_work, status.nodes)) or status.status != "running":
-            self._still = ("", 0, 0, 0), 0.0
-            return
-        done = status.status, status.latest.step, status.accepted, status.audits.get("done", 0)
-        if done != self._still[0]:
-            self._still = done, time.monotonic()
-        elif time.monotonic() - self._still[1] > max(DESERTED_S, 3 * self.config.lease.heartbeat_s):
-            self.fail(f"no worker is left: {self._how_they_left(own, status)}")
-
-    def _how_they_left(self, own: set[str], status: Status) -> str:
-        """Each worker with its reason; a reason that several have is told once."""
-        names = {node.node: node.name for node in status.nodes}
-        ejected = {names.get(one.node, ""): one.reason for one in status.verdicts if one.outcome == "eject"}
-        why: dict[str, list[str]] = {}
-        for name in sorted(own):
-            told = f"ejected ({ejected[name]})" if name in ejected else self.gone[name]
-            why.setdefault(told, []).append(name)
-        return "; ".join(f"{', '.join(who)}: {told}" for told, who in why.items())
+        still_s = self._desertion.still_s(own, self.gone, status, time.monotonic())
+        if still_s is not None and still_s > max(DESERTED_S, 3 * self.config.lease.heartbeat_s):
+            self.fail(f"no worker is left: {how_they_left(own, self.gone, status)}")
 
     async def _status(self) -> Status | None:
         try:
@@ -355,7 +340,7 @@ class Swarm:
             pid = self.forked.get(node.name)
             if pid is None or not node.name.startswith("doomed-") or node.name in self.killed or not node.lease:
                 continue
-            _tell(pid, signal.SIGSTOP)
+            tell(pid, signal.SIGSTOP)
             await asyncio.sleep(SETTLE_S)  # a submission that is on its way would still end the lease
             status = await self._status()
             still = status is not None and any(n.name == node.name and n.lease for n in status.nodes)
@@ -363,7 +348,7 @@ class Swarm:
                 self.killed.add(node.name)
                 self._record("kill", name=node.name, node=node.node)
                 self.screen.note(f"killed {node.name} (-9) while it held lease {node.lease}")
-            _tell(pid, signal.SIGKILL if still else signal.SIGCONT)
+            tell(pid, signal.SIGKILL if still else signal.SIGCONT)
 
     # --- stopping ----------------------------------------------------------------------------------------------------
 
@@ -378,7 +363,7 @@ class Swarm:
     async def _stop(self, names: list[str]) -> None:
         """Tell them to stop, and wait for it; whoever does not is killed with its nursery."""
         for name in names:
-            _tell(self.forked[name], signal.SIGTERM)
+            tell(self.forked[name], signal.SIGTERM)
         until = time.monotonic() + STOP_S
         while any(name in self.forked for name in names) and time.monotonic() < until:
             await asyncio.sleep(0.05)
@@ -389,50 +374,13 @@ class Swarm:
         if process is not None and process.returncode is None:
             assert process.stdin is not None, "nurseries are started with pipes"
             process.stdin.close()
-            await _wait(process)
+            await wait_or_kill(process, STOP_S)
         if kind in self._listening:
             await self._listening[kind]  # its last words
 
 
-def _tell(pid: int, what: signal.Signals) -> None:
-    """Send a signal to a process that may have ended meanwhile."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, what)
-
-
-def _is_at_work(node: NodeView) -> bool:
-    """Whether something may still come of it: of a worker that is there, or of a role that does more than wait."""
-    if node.role == "worker":
-        return node.is_online and node.status != "ejected" and node.phase != "gone"
-    return node.is_online and node.role != "relay" and node.phase not in ("waiting", "gone", "")
-
-
-def _size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 def _nursery_of(role: str) -> str:
     return "light" if role in LIGHT else "torch"
-
-
-async def _first(wanted: Coroutine[Any, Any, Any], unwanted: Coroutine[Any, Any, Any]) -> bool:
-    """Whether something came about before something else did or START_S was up."""
-    came, ended = asyncio.create_task(wanted), asyncio.create_task(unwanted)
-    await asyncio.wait({came, ended}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
-    has_come = came.done()
-    came.cancel()
-    ended.cancel()
-    return has_come
-
-
-async def _wait(process: asyncio.subprocess.Process) -> None:
-    try:
-        async with asyncio.timeout(STOP_S):
-            await process.wait()
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
 
 
 def _settled(config: Config) -> Config:

@@ -30,7 +30,7 @@ from farflung.protocol.identity import Key, Signed, unseal
 from farflung.protocol.messages import Verdict
 from farflung.protocol.stops import until
 from farflung.store import ledger
-from farflung.store.db import open_engine
+from farflung.store.connections import open_engine
 from farflung.store.metrics import Metrics
 from farflung.store.tables import ENTRIES, EVENTS, GROUPS, NODES, ROLLOUTS, TASKS, VERDICTS
 from farflung.tasks.found import Model

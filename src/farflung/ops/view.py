@@ -16,7 +16,8 @@ from farflung.protocol.hosts import KnownHosts, url_of
 from farflung.protocol.server import listen
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs
-from farflung.store.db import Database, readable, reading
+from farflung.store.connections import readable, reading
+from farflung.store.db import Database
 from farflung.store.tables import EVENTS, NODES, RUNS
 from farflung.tasks.found import Model
 

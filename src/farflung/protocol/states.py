@@ -73,11 +73,6 @@ LIFECYCLES: Final[Mapping[str, Lifecycle]] = MappingProxyType(
 )
 """Every noun with a life, and its table."""
 
-TERMINAL: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
-    {noun: frozenset(status for status, after in table.items() if not after) for noun, table in LIFECYCLES.items()}
-)
-"""The statuses of each noun that nothing follows."""
-
 REOPENING: Final = frozenset({"expired", "rejected", "void"})
 """Rollout statuses that leave the sample open, to be leased again while it is fresh.
 
@@ -92,11 +87,6 @@ def statuses(noun: str) -> tuple[str, ...]:
 def first(noun: str) -> str:
     """The status in which a noun comes to life."""
     return statuses(noun)[0]
-
-
-def sources(noun: str, after: str) -> tuple[str, ...]:
-    """The statuses from which `after` may be reached: the guard of an UPDATE … WHERE status IN (…)."""
-    return tuple(before for before, following in LIFECYCLES[noun].items() if after in following)
 
 
 def is_legal(noun: str, before: str, after: str) -> bool:

@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 S3_PATIENCE = timedelta(seconds=10)
 """How long an S3 store that does not answer is asked again before the client is told to come back."""
 S3_OPTIONS = ("endpoint", "region")
-SIGNED_S = 600
 
 
 class Blobs:
@@ -82,12 +81,6 @@ class Blobs:
         """Bytes [start, end) of a blob. Raises NotFound or Unavailable."""
         with _told(digest, "read"):
             return bytes(await obstore.get_range_async(self._store, _path(digest), start=start, end=end))
-
-    async def signed_url(self, digest: str) -> str:
-        """Where anybody may fetch a blob from the store itself for SIGNED_S seconds; empty if it has no such thing."""
-        if not isinstance(self._store, S3Store):
-            return ""
-        return await obstore.sign_async(self._store, "GET", _path(digest), timedelta(seconds=SIGNED_S))
 
 
 @contextlib.contextmanager

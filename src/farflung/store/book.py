@@ -15,7 +15,7 @@ from farflung.protocol.errors import Ejected, NotFound
 from farflung.protocol.identity import Key, node_id
 from farflung.protocol.messages import Latest
 from farflung.protocol.stops import Stops
-from farflung.store.db import file_of, reading
+from farflung.store.connections import file_of, reading
 from farflung.store.stories import memo
 from farflung.store.tables import NODES, RUNS, STEPS, TASKS
 

@@ -67,7 +67,7 @@ def admit(connection: Connection, node: str, public: bytes, ask: Register, now: 
         raise ejected(node)
     if row is not None:
         if row.role != ask.role:
-            _check_idle(connection, row, ask)
+            _check_idle(connection, row)
         connection.execute(NODES.update().where(NODES.c.node == node).values(said))
         return _restart(connection, row, ask, now) if row.profile != ask.profile else row.status
     status = first("node")
@@ -78,7 +78,7 @@ def admit(connection: Connection, node: str, public: bytes, ask: Register, now: 
     return status
 
 
-def _check_idle(connection: Connection, row: Row[Any], ask: Register) -> None:
+def _check_idle(connection: Connection, row: Row[Any]) -> None:
     mine = sa.and_(LEASES.c.node == row.node, LEASES.c.status == "open")
     lease = connection.execute(sa.select(LEASES.c.lease).where(mine)).scalar()
     if lease is not None:

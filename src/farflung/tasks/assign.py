@@ -234,13 +234,6 @@ def task_order(step_secret: bytes, step: int, count: int, start: int = 0) -> Ite
     return (_place(key, step, count, position) for position in range(start, count))
 
 
-def task_at(step_secret: bytes, step: int, count: int, position: int) -> int:
-    """The index at one position of `task_order`, without computing the others."""
-    if not 0 <= position < count:
-        raise IndexError(f"position {position} of an order of {count} tasks")
-    return _place(task_key(step_secret), step, count, position)
-
-
 def _place(key: bytes, step: int, count: int, position: int) -> int:
     """Cycle-walk (Black and Rogaway 2002): permute a power of four ≥ count until the value is below count.
 

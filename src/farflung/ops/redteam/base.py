@@ -27,6 +27,8 @@ Aim = Literal["reward", "length", "pay", "poison"]
 seeds give on the same prompts; tokens paid and kept per CPU-second, where it cheated, relative to the honest; poisoned
 tokens trained."""
 Made = list[Completion | None]
+Stop = Callable[[], bool] | None
+"""Asked now and then whether to leave off."""
 LEDGER = "cheats.jsonl"
 TRIES = 3
 """Times that an adversary who is turned away at the door tries."""
@@ -49,7 +51,7 @@ class Attack:
     def load(self, tensors: Sequence[tuple[str, Any]]) -> None:
         """Look at the weights that `truth` holds from now on."""
 
-    def generate(self, requests: Sequence[Request], should_stop: Callable[[], bool] | None) -> Made:
+    def generate(self, requests: Sequence[Request], should_stop: Stop) -> Made:
         """What to say; here what the seeds give."""
         return self.truth.generate(requests, should_stop)
 
@@ -82,7 +84,7 @@ class Cheating:
         self.truth.load(kept)
         self.attack.load(kept)
 
-    def generate(self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None) -> Made:
+    def generate(self, requests: Sequence[Request], should_stop: Stop = None) -> Made:
         """Whatever the attack says, with fingerprints that fit it: they are the cheaper part of a forgery."""
         return self._fingerprinted(requests, self.attack.generate(requests, should_stop))
 

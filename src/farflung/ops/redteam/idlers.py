@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from farflung.engine.base import Completion, Request
-from farflung.ops.redteam.base import Aim, Made
-from farflung.ops.redteam.texts import Patient, Stop
+from farflung.ops.redteam.base import Aim, Made, Stop
+from farflung.ops.redteam.noises import Patient
 from farflung.protocol.client import Client
 from farflung.protocol.errors import FarflungError
 from farflung.protocol.fingerprint import NUMBERS

@@ -1,0 +1,67 @@
+"""Roles on machines of their own: relay, worker, validator, scorer."""
+
+from typing import Literal
+
+from farflung.config.section import Section, setting
+
+
+class RelaySection(Section):
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(0, "Port to listen on; 0 for any free one.", ge=0, le=65_535)
+    public_url: str = setting("", "Where nodes reach it, such as http://relay.example:7000; empty for host and port.")
+    keep_versions: int = setting(3, "Versions of the weights kept.", ge=1, is_advanced=True)
+    disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
+    poll_s: float = setting(0.2, "Seconds between looks for a new version.", gt=0, is_advanced=True)
+    upstream: tuple[str, ...] = setting(
+        (), "Addresses of relays to mirror from; empty for the coordinator alone.", is_advanced=True
+    )
+    per_client: int = setting(16, "Most shards sent to one address at a time.", ge=1, is_advanced=True)
+    at_once: int = setting(256, "Most shards sent at a time.", ge=1, is_advanced=True)
+
+
+class WorkerSection(Section):
+    engine: Literal["local", "vllm"] = setting("local", "What generates: this process, or a vLLM server.")
+    engine_url: str = setting("http://127.0.0.1:8000", "Where the vLLM server is; it must read this node's files.")
+    profile: str = setting(
+        "", "Numerics profile to compute in, one that the run admits; empty for the run's own.", is_advanced=True
+    )
+    slots: int = setting(
+        64, "Rollouts generated at once; a lease holds up to twice as many, which join as others end.", ge=1, le=4096
+    )
+    pace_tokens_per_s: float = setting(
+        0.0, "Most tokens generated in a second, on average; 0 for no limit.", ge=0, is_advanced=True
+    )
+    threads: int = setting(1, "Torch threads.", ge=1)
+    keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1, is_advanced=True)
+    disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
+    memory_gb: float = setting(0.0, "Most memory for the model; 0 for half of the machine's.", ge=0)
+    upstream: tuple[str, ...] = setting(
+        (), "Relays to fetch weights from; empty for those that the run lists.", is_advanced=True
+    )
+    context: int = setting(0, "Longest prompt and completion taken, in tokens; 0 for no limit.", ge=0, is_advanced=True)
+    ignore_self_test: bool = setting(
+        False, "Work even if this machine's arithmetic is noisier than its profile allows.", is_advanced=True
+    )
+    metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535, is_advanced=True)
+
+
+class ValidatorSection(Section):
+    threads: int = setting(1, "Torch threads.", ge=1)
+    claim: int = setting(32, "Audits claimed at once.", ge=1, le=1024, is_advanced=True)
+    linger_s: float = setting(
+        4.0,
+        "Seconds that audits of trusted nodes may wait for company; many are replayed cheaper.",
+        ge=0,
+        le=600,
+        is_advanced=True,
+    )
+    slots: int = setting(128, "Rollouts generated at once when evaluating.", ge=1, le=4096, is_advanced=True)
+    metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535, is_advanced=True)
+
+
+class ScorerSection(Section):
+    children: int = setting(2, "Processes that score.", ge=1, le=64)
+    claim: int = setting(64, "Transcripts claimed at once.", ge=1, le=1024, is_advanced=True)
+    timeout_s: float = setting(5.0, "Seconds for one score.", gt=0)
+    faults: int = setting(3, "Faults until a rollout is given up as unscorable.", ge=1, is_advanced=True)
+    metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535, is_advanced=True)

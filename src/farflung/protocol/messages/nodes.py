@@ -1,0 +1,39 @@
+"""How a node joins: what it says of itself and what it is told."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from farflung.protocol.messages.base import Count, Id, Message, Name, Role, Url
+
+
+class Hardware(Message, frozen=True):
+    """What a node says of its machine; shown to people, believed by nobody."""
+
+    cpu: Name = ""
+    cores: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    memory_bytes: Count = 0
+    accelerator: Name = ""
+
+
+class Register(Message, frozen=True):
+    """A node's first word. Who it is comes from the signature."""
+
+    version: Annotated[int, Meta(ge=0, le=10**6)]
+    name: Name = ""
+    role: Role = "worker"
+    engine: Name = ""
+    profile: Name = ""
+    hardware: Hardware = Hardware()
+    url: Url = ""
+    """Where a relay is reached."""
+    invite: Annotated[str, Meta(max_length=128)] = ""
+
+
+class Welcome(Message, frozen=True):
+    """The node is known."""
+
+    node: Id
+    role: Role
+    status: Name
+    runs: Annotated[list[Id], Meta(max_length=1000)]

@@ -1,0 +1,62 @@
+"""A run as its nodes must know it: the sealed descriptor, and the keys that the root lets speak for it."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from farflung.protocol.identity import Signed
+from farflung.protocol.messages.base import (
+    MOST_END_TOKENS,
+    Count,
+    Digest,
+    Id,
+    MaybeDigest,
+    Message,
+    Name,
+    Public,
+    Seconds,
+)
+
+
+class Delegation(Message, frozen=True):
+    """The root key's word that another key may sign documents of one kind for one run until it expires."""
+
+    run: Id
+    purpose: Literal["coordinator", "weights", "receipts", "verdicts"]
+    public: Public
+    expires_at: Seconds
+
+
+class File(Message, frozen=True):
+    """A small file that belongs to the run, such as the model's config.json."""
+
+    name: Annotated[str, Meta(pattern=r"^\w[\w.-]{0,79}(?!\n)$")]
+    digest: Digest
+    size_bytes: Count
+
+
+class RunInfo(Message, frozen=True):
+    """What a node must know of a run; sealed by the coordinator's key."""
+
+    run: Id
+    coordinator: Id
+    status: Name
+    version: int
+    profile: Name
+    profiles: Annotated[dict[Name, MaybeDigest], Meta(max_length=64)]
+    """Numerics profiles that a node may pick, the run's own among them: name and SHA-256 of its JSON, so that
+    the operator cannot judge by other numbers than it signed."""
+    dtype: Literal["float32", "bfloat16"]
+    vocab: Count
+    eos_ids: Annotated[list[int], Meta(max_length=MOST_END_TOKENS)]
+    model_files: Annotated[list[File], Meta(max_length=64)]
+    max_staleness: Count
+    heartbeat_s: Seconds
+
+
+class Run(Message, frozen=True):
+    """Answer of GET /v1/runs/{run}: the sealed info and the root's delegations."""
+
+    root: Public
+    delegations: Annotated[list[Signed], Meta(max_length=16)]
+    info: Signed
