@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,8 @@ from farflung.tasks.longest import longest_text
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, fetch_stops, tensors
+from farflung.weights.fetch import fetch_model_config, fetch_stops
+from farflung.weights.loaded import Loaded
 from farflung.weights.manifest import manifest_digest
 from farflung.weights.patch import patch
 from farflung.weights.publish import Adapted, Publisher, weights_digest
@@ -113,7 +114,7 @@ class Trainer:
         self.weights = Versions(self.session, folder, use_relays=False, patch=patch)
         run, *others = map(load_profile, (self.config.model.profile, *self.config.model.profiles))
         self._profiles = Profiles(run, tuple(others))
-        self._loaded = ""
+        self.loaded = Loaded(self.engine, self.weights)
 
     async def _agree(self) -> None:
         """Refuse a model that does not say the same to all who compute with it. Raises ConfigError."""
@@ -218,7 +219,7 @@ class Trainer:
 
     def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[Looked]:
         with self.session.figures.working():
-            self._hold(digest)
+            self.loaded.ensure(digest)
             return look(self.engine, part, temperature, self.config.generate.budget, self._profiles)
 
     async def _take(self, batch: Batch) -> None:
@@ -287,12 +288,12 @@ class Trainer:
 
     def _judge(self, digest: str, rollouts: list[Rollout], which: list[int]) -> stale.Logp:
         with self.session.figures.working():
-            self._hold(digest)
+            self.loaded.ensure(digest)
             return stale.behaviour(self.engine.model, rollouts, which, self.config.learn.microbatch_tokens)
 
     async def _fetch(self, digest: str) -> None:
         """Have these weights on disk, unless the second engine holds them."""
-        if self._loaded != digest:
+        if not self.loaded.has(digest):
             await self._with_room("weights", lambda: self.weights.fetch(digest))
 
     async def _with_room(self, what: str, write: Callable[[], Awaitable[Any]]) -> None:
@@ -303,19 +304,9 @@ class Trainer:
 
         await room.patiently(what, write, say, lambda: self.is_stopping)
 
-    def _hold(self, digest: str) -> None:
-        """Have these weights in the second engine."""
-        self._load_once(digest, lambda: tensors(self.weights, digest))
-
     def _hold_own(self, digest: str) -> None:
         """Have the weights as they are now in the second engine: the next batch is of these, if none may be stale."""
-        self._load_once(digest, lambda: self._publisher.published.items() or self.crew.tensors())
-
-    def _load_once(self, digest: str, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> None:
-        if self._loaded != digest:
-            self._loaded = ""
-            self.engine.load(weights())
-            self._loaded = digest
+        self.loaded.ensure(digest, lambda: self._publisher.published.items() or self.crew.tensors())
 
     async def _check_replay(self, batch: Batch) -> None:
         digest = await asyncio.to_thread(weights_digest, self.crew.tensors())
