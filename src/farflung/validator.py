@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from farflung.config import ValidatorSection
 from farflung.engine.base import Completion
 from farflung.engine.local import LocalEngine
@@ -21,7 +19,7 @@ from farflung.protocol.session import Session
 from farflung.rollouts import verify
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, fetch_stops, tensors
+from farflung.weights.fetch import empty_engine, tensors
 from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
 
@@ -70,14 +68,7 @@ class Validator:
         self.session = await Session.open(
             self.client, "validator", run=self._run, root=self._root, name=self.name, engine="local"
         )
-        self.engine = LocalEngine.from_folder(
-            await fetch_model_config(self.session),
-            dtype=getattr(torch, self.session.info.dtype),
-            threads=self.settings.threads,
-            eos_ids=self.session.info.eos_ids,
-            stops=await fetch_stops(self.session),
-            max_rows=self.settings.slots,
-        )
+        self.engine = await empty_engine(self.session, threads=self.settings.threads, max_rows=self.settings.slots)
         self.weights = Versions(self.session, self.folder / "weights", use_relays=False, patch=patch)
         self.loaded = Loaded(self.engine, self.weights, figures=self.session.figures)
 

@@ -27,9 +27,10 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
 @app.command
 def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> None:
     """Claim batches, take steps, publish weights; started by torchrun, over all of its processes."""
+    from farflung.learner.build import follow
     from farflung.learner.ranks import join as meet
     from farflung.learner.ranks import part
-    from farflung.trainer import Trainer, follow
+    from farflung.trainer import Trainer
 
     start_computing(json)
     settings = settings_of(config, flags)

@@ -30,7 +30,7 @@ class Loaded:
     """
 
     def __init__(self, engine: Engine, versions: Versions, *, bits: int = 0, figures: Figures | None = None) -> None:
-        self._engine, self._versions, self._bits, self._figures = engine, versions, bits, figures
+        self.engine, self._versions, self._bits, self._figures = engine, versions, bits, figures
         self._digest = NOTHING
         self._values: dict[str, bytes] = {}
         """By probe key, the values of its slices in the engine."""
@@ -38,6 +38,11 @@ class Loaded:
     def has(self, digest: str) -> bool:
         """Whether the engine holds this version, whole."""
         return digest == self._digest != NOTHING
+
+    async def fetch(self, digest: str) -> None:
+        """Have a version on disk, unless the engine holds it. Raises WeightsError, BadSignature, NotFound."""
+        if not self.has(digest):
+            await self._versions.fetch(digest)
 
     def ensure(self, digest: str, own: Weights | None = None) -> None:
         """Have a version in the engine: one that was fetched, or the weights that its maker has in memory, `own`.
@@ -49,7 +54,7 @@ class Loaded:
             return
         step = self._versions.known(digest).step if own is None else -1
         self.invalidate()
-        self._engine.load(rounded(tensors(self._versions, digest), self._bits) if own is None else own())
+        self.engine.load(rounded(tensors(self._versions, digest), self._bits) if own is None else own())
         self._count_as(digest, step)
 
     def invalidate(self) -> None:
@@ -66,7 +71,7 @@ class Loaded:
             raise WeightsError("the engine holds no whole version, so none can be shown; load one first")
         if key not in self._values:
             shapes = ((one.name, one.shape) for one in self._versions.known(self._digest).tensors)
-            self._values[key] = self._engine.values(probe.slices(shapes, bytes.fromhex(key)))
+            self._values[key] = self.engine.values(probe.slices(shapes, bytes.fromhex(key)))
         return probe.answer(nonce, self._values[key])
 
     def _count_as(self, digest: str, step: int) -> None:
