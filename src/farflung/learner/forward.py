@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from farflung.learner.head import token_logp
 from farflung.learner.mixed import rounding_of
-from farflung.learner.pack import MicroBatch, Rollout, Rows, Segment, pack
+from farflung.learner.pack import MicroBatch, Rollout, Segment, pack
+from farflung.numerics.packing import Rows
 from farflung.numerics.trying import FAULTS, Trial, remembers_all
 
 _LOGITS_AT_ONCE = 1 << 25
@@ -125,11 +126,10 @@ def _own_logits(model: PreTrainedModel, rows: Rows, kind: Kind) -> torch.Tensor:
     if not kind.can_pad:
         logits_RWV = _one_by_one(rows, lambda ids_1W: model(input_ids=ids_1W, use_cache=False).logits)
         return logits_RWV.flatten(0, 1)[rows.predictor_N]
-    is_kept_RW = torch.zeros_like(rows.ids_RW, dtype=torch.bool)
-    is_kept_RW.view(-1)[rows.predictor_N] = True
+    is_kept_RW, which_N = rows.kept()
     out = model(**_fed(rows), use_cache=False, logits_to_keep=is_kept_RW)
     logits_KV = out.logits.view(-1, out.logits.shape[-1])
-    return logits_KV[(is_kept_RW.view(-1).cumsum(0) - 1)[rows.predictor_N]]
+    return logits_KV[which_N]
 
 
 def _sliced_logp(
