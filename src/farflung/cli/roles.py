@@ -5,8 +5,9 @@ import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
-from farflung.cli.app import HOME, Flags, app, expanded, known_root, parts_of, settings_of, start_computing, url_of
+from farflung.cli.app import HOME, Flags, app, expanded, parts_of, settings_of, start_computing, url_of
 from farflung.config import Config, RelaySection, WorkerSection
+from farflung.ops import cast
 from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key
@@ -30,7 +31,6 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
     from farflung.learner.build import follow
     from farflung.learner.ranks import join as meet
     from farflung.learner.ranks import part
-    from farflung.trainer import Trainer
 
     start_computing(json)
     settings = settings_of(config, flags)
@@ -39,44 +39,26 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
         follow(settings, ranks)
     else:
         _enter(settings, "trainer")
-        key = Key.load_or_make(settings.folder / "keys" / "trainer")
-        asyncio.run(Trainer(url_of(url, settings), key, settings, root=known_root(settings), ranks=ranks).run())
+        asyncio.run(cast.trainer(url_of(url, settings), settings, ranks).run())
     part(ranks)
 
 
 @app.command
 def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator-1", json: bool = False) -> None:
     """Replay drawn rollouts and sign what was seen."""
-    from farflung.validator import Validator
-
     start_computing(json)
     settings = settings_of(config, flags)
     _enter(settings, name)
-    key = Key.load_or_make(settings.folder / "keys" / name)
-    folder = settings.folder / "nodes" / name
-    asyncio.run(
-        Validator(
-            url_of(url, settings),
-            key,
-            folder,
-            settings.validator,
-            run=settings.run.name,
-            root=known_root(settings),
-            name=name,
-        ).run()
-    )
+    asyncio.run(cast.validator(url_of(url, settings), settings, name).run())
 
 
 @app.command
 def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", json: bool = False) -> None:
     """Judge transcripts in child processes."""
-    from farflung.scorer import Scorer
-
     start_logging(json)
     settings = settings_of(config, flags)
     _enter(settings, name)
-    key = Key.load_or_make(settings.folder / "keys" / name)
-    asyncio.run(Scorer(url_of(url, settings), key, settings, root=known_root(settings), name=name).run())
+    asyncio.run(cast.scorer(url_of(url, settings), settings, name).run())
 
 
 @app.command
