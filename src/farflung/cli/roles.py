@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from cyclopts import Parameter
 
 from farflung.cli.app import HOME, Flags, app, expanded, parts_of, settings_of, start_computing, url_of
 from farflung.config import Config, RelaySection, WorkerSection
@@ -61,6 +64,38 @@ def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", jso
     asyncio.run(cast.scorer(url_of(url, settings), settings, name).run())
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Generating:
+    """How a node generates: flags of every command that starts a worker.
+
+    Parameters
+    ----------
+    slots
+        Rollouts generated at once.
+    threads
+        Torch threads.
+    engine
+        What generates: this process, or a vLLM server.
+    engine_url
+        Where the vLLM server is; it must read this node's files.
+    profile
+        Numerics profile to be judged by, one that the run admits; empty for the run's own.
+    ignore_self_test
+        Work even if this machine's arithmetic is noisier than its profile allows.
+    metrics_port
+        Port on 127.0.0.1 for Prometheus; 0 for none.
+    """
+
+    slots: int = 64
+    threads: int = 1
+    engine: Literal["local", "vllm"] = "local"
+    engine_url: str = WorkerSection().engine_url
+    profile: str = ""
+    ignore_self_test: bool = False
+    metrics_port: int = 0
+
+
 @app.command
 def worker(
     url: str,
@@ -69,16 +104,10 @@ def worker(
     name: str = "",
     run: str = "",
     root: str = "",
-    slots: int = 64,
-    threads: int = 1,
-    engine: Literal["local", "vllm"] = "local",
-    engine_url: str = WorkerSection().engine_url,
-    profile: str = "",
+    how: Generating = Generating(),
     patience_s: float = 60.0,
     relay_port: int = 0,
     relay_url: str = "",
-    ignore_self_test: bool = False,
-    metrics_port: int = 0,
     json: bool = False,
 ) -> None:
     """Generate rollouts for a coordinator.
@@ -95,26 +124,14 @@ def worker(
         Which run to work for, if there are several.
     root
         Public root key in hex that must vouch for the run; empty to believe the first one met.
-    slots
-        Rollouts generated at once.
-    threads
-        Torch threads.
-    engine
-        What generates: this process, or a vLLM server.
-    engine_url
-        Where the vLLM server is; it must read this node's files.
-    profile
-        Numerics profile to be judged by, one that the run admits; empty for the run's own.
+    how
+        How it generates.
     patience_s
         How long to wait for a coordinator that does not answer.
     relay_port
         Open port to be a relay at as well, on all addresses; 0 to be none.
     relay_url
         Where nodes reach that relay, such as http://worker.example:7000.
-    ignore_self_test
-        Work even if this machine's arithmetic is noisier than its profile allows.
-    metrics_port
-        Port on 127.0.0.1 for Prometheus; 0 for none.
     json
         Log as JSON.
     """
@@ -124,15 +141,7 @@ def worker(
     from farflung.worker import Worker
 
     pinned = bytes.fromhex(root) if root else None
-    settings = WorkerSection(
-        slots=slots,
-        threads=threads,
-        engine=engine,
-        engine_url=engine_url,
-        profile=profile,
-        ignore_self_test=ignore_self_test,
-        metrics_port=metrics_port,
-    )
+    settings = WorkerSection(**asdict(how))
     options: Any = {"run": run, "root": pinned, "name": name}
     with contextlib.ExitStack() as stack:
         if relay_port:
@@ -181,17 +190,11 @@ def join(
     name: str = "",
     run: str = "",
     invite: str = "",
-    slots: int = 64,
-    threads: int = 1,
-    engine: Literal["local", "vllm"] = "local",
-    engine_url: str = WorkerSection().engine_url,
-    profile: str = "",
+    how: Generating = Generating(),
     disk_gb: float = 0.0,
     memory_gb: float = 0.0,
     context: int = 0,
     unchecked: bool = False,
-    ignore_self_test: bool = False,
-    metrics_port: int = 0,
     json: bool = False,
 ) -> None:
     """Join a run with this machine: make a key, check everything, work, and tell what was earned.
@@ -208,16 +211,8 @@ def join(
         Which run to work for, if there are several.
     invite
         Token, for runs that admit invited nodes only.
-    slots
-        Rollouts generated at once.
-    threads
-        Torch threads.
-    engine
-        What generates: this process, or a vLLM server.
-    engine_url
-        Where the vLLM server is; it must read this node's files.
-    profile
-        Numerics profile to be judged by, one that the run admits; empty for the run's own.
+    how
+        How it generates.
     disk_gb
         Most disk for weights; 0 for no bound but what is free.
     memory_gb
@@ -226,10 +221,6 @@ def join(
         Longest prompt and completion taken, in tokens; 0 for no limit.
     unchecked
         Join even if checks fail.
-    ignore_self_test
-        Work even if this machine's arithmetic is noisier than its profile allows.
-    metrics_port
-        Port on 127.0.0.1 for Prometheus; 0 for none.
     json
         Log as JSON.
     """
@@ -238,18 +229,7 @@ def join(
     from farflung.ops.join import join as join_run
 
     start_computing(json)
-    settings = WorkerSection(
-        slots=slots,
-        threads=threads,
-        engine=engine,
-        engine_url=engine_url,
-        profile=profile,
-        disk_gb=disk_gb,
-        memory_gb=memory_gb,
-        context=context,
-        ignore_self_test=ignore_self_test,
-        metrics_port=metrics_port,
-    )
+    settings = WorkerSection(**asdict(how), disk_gb=disk_gb, memory_gb=memory_gb, context=context)
     asyncio.run(join_run(address, folder, settings, name=name, run=run, invite=invite, is_checked=not unchecked))
 
 
