@@ -6,40 +6,33 @@ and must come to the recorded weights, bit for bit.
 
 import asyncio
 import logging
-import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from functools import partial
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-import torch
-
 from farflung.config import Config
-from farflung.engine.base import Request
 from farflung.engine.loading import in_bfloat16
-from farflung.engine.local import LocalEngine
 from farflung.learner import checkpoint, room
 from farflung.learner.build import crew_of
 from farflung.learner.optimise import StepMetrics
 from farflung.learner.pack import Rollout
 from farflung.learner.ranks import Ranks
 from farflung.learner.warning import WINDOW, Sign, warn
-from farflung.protocol import probe, wire
+from farflung.protocol import probe
 from farflung.protocol.client import Client
 from farflung.protocol.errors import BadSignature, Conflict, StepTaken, WeightsError
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import Batch, BatchAnswer, Commit, Done, RolloutLook
+from farflung.protocol.messages import Batch, BatchAnswer, Commit, Done
 from farflung.protocol.session import Session
 from farflung.rollouts import stale
-from farflung.rollouts.agreement import Agreement, agree, refuse_long
-from farflung.rollouts.batch import Bodies, Suspect, claim, fetch, suspects, trip
-from farflung.rollouts.tripwire import Looked, look, tripped
+from farflung.rollouts.agreement import refuse_long
+from farflung.rollouts.batch import Bodies, claim, fetch
+from farflung.rollouts.checker import Checker
 from farflung.store.sinks import Sinks
 from farflung.tasks.longest import longest_text
-from farflung.trust.evidence import Profiles
-from farflung.trust.profiles import load_profile
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, fetch_stops, tensors
+from farflung.weights.fetch import empty_engine
+from farflung.weights.loaded import Loaded
 from farflung.weights.manifest import manifest_digest
 from farflung.weights.patch import patch
 from farflung.weights.publish import Adapted, Publisher, weights_digest
@@ -61,11 +54,11 @@ class Trainer:
         self.done_step = -1
         """The step whose weights are in memory; -1 before the base model counts as step 0."""
         self.session: Session
+        self.checker: Checker
+        self._loaded: Loaded
         self._bodies: Bodies
         self.crew = crew_of(config, ranks or Ranks())
         self._waited_s = self._checked_s = 0.0
-        self._seen: dict[str, torch.Tensor] = {}
-        """By rollout, what the tripwire found its tokens to be worth."""
         self._signs: list[Sign] = []
         self._sinks = Sinks(config)
         self._publisher = Publisher(self.client, key, config.run.name, config.learn.anchor_every)
@@ -101,31 +94,18 @@ class Trainer:
             self._asking.cancel()
 
     async def _arm(self) -> None:
-        """What the tripwire needs: a second engine, and the published versions."""
-        self.engine = LocalEngine.from_folder(
-            await fetch_model_config(self.session),
-            dtype=getattr(torch, self.session.info.dtype),
-            threads=self.config.learn.threads,
-            eos_ids=self.session.info.eos_ids,
-            stops=await fetch_stops(self.session),
-        )
+        """What checks batches: a second engine, and the published versions."""
+        engine = await empty_engine(self.session, threads=self.config.learn.threads)
         folder = self.config.folder / "nodes" / "trainer" / "weights"
-        self.weights = Versions(self.session, folder, use_relays=False, patch=patch)
-        run, *others = map(load_profile, (self.config.model.profile, *self.config.model.profiles))
-        self._profiles = Profiles(run, tuple(others))
-        self._loaded = ""
+        self._loaded = Loaded(engine, Versions(self.session, folder, use_relays=False, patch=patch))
+        self.checker = Checker(self.session, self.config, self._loaded, self._bodies, self._with_room)
 
     async def _agree(self) -> None:
         """Refuse a model that does not say the same to all who compute with it. Raises ConfigError."""
-        found = await asyncio.to_thread(self._try)
+        found = await asyncio.to_thread(self.checker.agree, self.crew.tensors)
         log.info("model agrees %s", found)
         if found.ways.most_tokens is not None:
             refuse_long(found, await longest_text(self.config))
-
-    def _try(self) -> Agreement:
-        with self.session.figures.working():
-            self.engine.load(self.crew.tensors())
-            return agree(self.engine)
 
     def load(self) -> None:
         """The base model, or the latest checkpoint."""
@@ -156,8 +136,7 @@ class Trainer:
     async def step(self) -> None:
         """Claim the next step; train, publish and commit it, or replay it if it was committed before."""
         step = self.done_step + 1
-        self.session.figures.phase = "waiting"
-        before = time.monotonic()
+        self.session.figures.phase, before = "waiting", time.monotonic()
         answer = await self._next(step)
         self._waited_s += time.monotonic() - before
         if answer is None:
@@ -166,14 +145,7 @@ class Trainer:
             log.debug("step=%d waits because=%s", step, answer.reason)
             self.crew.wait()
             return
-        batch = answer.batch
-        before, self._checked_s, self._seen = time.monotonic(), 0.0, {}
-        if self.config.learn.tripwire and not batch.committed:
-            while await self._trip(batch):
-                again = (await claim(self.session, step, WAIT_S)).batch
-                assert again is not None, "an open step keeps its batch"
-                batch = again
-            self._checked_s = time.monotonic() - before
+        batch = await self._checked(answer.batch)
         try:
             await self._take(batch)
         except Conflict as error:
@@ -198,28 +170,18 @@ class Trainer:
         finally:
             self._asking = None
 
-    async def _trip(self, batch: Batch) -> int:
-        """Replay a batch, and have what is not what its seeds give taken out; gives 0 if the batch stays as it is.
-
-        Several updates need to know what every rollout was worth before the first, so then none is left out.
-        """
+    async def _checked(self, batch: Batch) -> Batch:
+        """The batch that is left once nothing trips any more."""
+        before, self._checked_s = time.monotonic(), 0.0
+        if not self.config.learn.tripwire or batch.committed:
+            return batch
         self.session.figures.phase = f"checking step {batch.step}"
-        every = await suspects(self._bodies, batch, is_all=self.config.learn.minibatches > 1)
-        found: list[Looked] = []
-        for digest in sorted({one.manifest for one in every}):
-            await self._fetch(digest)
-            part = [one for one in every if one.manifest == digest]
-            found += await asyncio.to_thread(self._look, digest, part, batch.temperature)
-        self._seen = {one.rollout: one.logp for one in found}
-        looked = [RolloutLook(rollout=one.rollout, **one.flips._asdict()) for one in found]
-        if caught := tripped((one.submission, one.log_ratios) for one in found if not one.is_audited):
-            log.warning("tripwire step=%d submissions=%d", batch.step, len(caught))
-        return len(caught) + await trip(self.session, batch.step, caught, looked)
-
-    def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[Looked]:
-        with self.session.figures.working():
-            self._hold(digest)
-            return look(self.engine, part, temperature, self.config.generate.budget, self._profiles)
+        while await self.checker.trip(batch):
+            again = (await claim(self.session, batch.step, WAIT_S)).batch
+            assert again is not None, "an open step keeps its batch"
+            batch = again
+        self._checked_s = time.monotonic() - before
+        return batch
 
     async def _take(self, batch: Batch) -> None:
         self.session.figures.phase = f"training step {batch.step}"
@@ -253,47 +215,12 @@ class Trainer:
         rollouts = await fetch(self._bodies, batch, divide_by_std=self.config.learn.divide_by_std)
         if not rollouts:
             return None
-        logp = await self._behaviour(batch, rollouts)
+        logp = await self.checker.behaviour(batch, rollouts)
         return await asyncio.to_thread(self._train, rollouts, logp, batch.step - 1)
 
     def _train(self, rollouts: list[Rollout], logp: stale.Logp, present: int) -> StepMetrics:
         with self.session.figures.working():
             return self.crew.train(rollouts, logp, present)
-
-    async def _behaviour(self, batch: Batch, rollouts: list[Rollout]) -> stale.Logp:
-        """What rollouts were worth to the weights they were leased at; of a committed step, as it was then.
-
-        Stale ones must be known, fresh ones serve several updates. The tripwire has found out already; but where it
-        leaves out what was audited, chance decides what is replayed together, and so would it decide the last bits.
-        """
-        learn, folder = self.config.learn, self.checkpoints / "behaviour"
-        by_step = stale.stale(rollouts, batch.step - 1)
-        if learn.minibatches == 1 and not (by_step and learn.importance_cap):
-            return {}
-        if batch.committed:
-            return stale.kept(folder, batch.step)
-        names = [rollout.rollout for group in batch.groups for rollout in group.rollouts]
-        seen = self._seen if learn.minibatches > 1 else {}
-        logp = {index: seen[name] for index, name in enumerate(names) if name in seen}
-        if not learn.importance_cap:  # stale tokens count as they are
-            logp, by_step = {i: values for i, values in logp.items() if rollouts[i].step not in by_step}, {}
-        for step, digest in {group.step: group.manifest for group in batch.groups if group.step in by_step}.items():
-            if missing := [index for index in by_step[step] if index not in logp]:
-                await self._fetch(digest)
-                logp |= await asyncio.to_thread(self._judge, digest, rollouts, missing)
-        keep = partial(asyncio.to_thread, stale.keep, logp, folder, batch.step)
-        await self._with_room("what rollouts were worth before", keep)
-        return logp
-
-    def _judge(self, digest: str, rollouts: list[Rollout], which: list[int]) -> stale.Logp:
-        with self.session.figures.working():
-            self._hold(digest)
-            return stale.behaviour(self.engine.model, rollouts, which, self.config.learn.microbatch_tokens)
-
-    async def _fetch(self, digest: str) -> None:
-        """Have these weights on disk, unless the second engine holds them."""
-        if self._loaded != digest:
-            await self._with_room("weights", lambda: self.weights.fetch(digest))
 
     async def _with_room(self, what: str, write: Callable[[], Awaitable[Any]]) -> None:
         """Write something, once there is room for it."""
@@ -303,19 +230,9 @@ class Trainer:
 
         await room.patiently(what, write, say, lambda: self.is_stopping)
 
-    def _hold(self, digest: str) -> None:
-        """Have these weights in the second engine."""
-        self._load_once(digest, lambda: tensors(self.weights, digest))
-
     def _hold_own(self, digest: str) -> None:
         """Have the weights as they are now in the second engine: the next batch is of these, if none may be stale."""
-        self._load_once(digest, lambda: self._publisher.published.items() or self.crew.tensors())
-
-    def _load_once(self, digest: str, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> None:
-        if self._loaded != digest:
-            self._loaded = ""
-            self.engine.load(weights())
-            self._loaded = digest
+        self._loaded.ensure(digest, lambda: self._publisher.published.items() or self.crew.tensors())
 
     async def _check_replay(self, batch: Batch) -> None:
         digest = await asyncio.to_thread(weights_digest, self.crew.tensors())
@@ -354,30 +271,18 @@ class Trainer:
             await asyncio.to_thread(self._hold_own, manifest_digest(signed))
         self._sinks.log(batch.step, metrics)
         self._waited_s = 0.0
-        log.info(
-            "committed step=%d reward=%.3f groups=%d/%d manifest=%s",
-            batch.step,
-            batch.seen_reward,
-            len(batch.groups),
-            batch.seen_groups,
-            manifest_digest(signed)[:12],
-        )
+        told = batch.step, batch.seen_reward, len(batch.groups), batch.seen_groups, manifest_digest(signed)[:12]
+        log.info("committed step=%d reward=%.3f groups=%d/%d manifest=%s", *told)
 
     def _answer(self, batch: Batch, digest: str) -> list[bytes]:
         """What the weights as they are now say to the batch's canaries; the tripwire finds them loaded."""
         self._hold_own(digest)
-        asked = [
-            Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, batch.temperature, one.budget)
-            for one in batch.canaries
-        ]
-        return [wire.pack_ids(done.ids) for done in self.engine.generate(asked) if done is not None]
+        return self.checker.answer(batch)
 
     def _show(self, batch: Batch) -> bytes:
         """The slices that the batch's probe chooses, of the weights as they are now."""
-        policy = self.crew.learner.policy
-        slices = probe.slices(policy.shapes(), bytes.fromhex(batch.probe))
-        masters = dict(self.crew.masters(sorted({part.name for part in slices})))
-        return in_bfloat16(policy.rounded(masters[name].flatten()[start:stop], start) for name, start, stop in slices)
+        slices = probe.slices(self.crew.learner.policy.shapes(), bytes.fromhex(batch.probe))
+        return in_bfloat16(self.crew.parts(slices))
 
     def _metrics(self, batch: Batch, trained: StepMetrics | None) -> dict[str, float]:
         figures = {"wait_s": self._waited_s, "tripwire_s": self._checked_s}
@@ -389,16 +294,6 @@ class Trainer:
         self._signs = [*self._signs, Sign(trained.entropy, trained.clip_fraction)][-2 * WINDOW :]
         if warning := warn(self._signs):
             log.warning("step=%d %s", batch.step, warning)
-        staleness = [batch.step - 1 - group.step for group in batch.groups]
+        late = [batch.step - 1 - group.step for group in batch.groups]
         figures |= {name: float(getattr(trained, name)) for name in trained.__dataclass_fields__}
-        return figures | {
-            "staleness": sum(staleness) / max(1, len(staleness)),
-            "collapse_warning": float(bool(warning)),
-        }
-
-
-def follow(config: Config, ranks: Ranks) -> None:
-    """Train beside rank 0, which alone knows the coordinator, until it says that all is done."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # rank 0 is told too; it finishes its step, and needs us for that
-    crew_of(config, ranks).follow()
+        return figures | {"staleness": sum(late) / max(1, len(late)), "collapse_warning": float(bool(warning))}

@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from farflung.config import ValidatorSection
 from farflung.engine.base import Completion
 from farflung.engine.local import LocalEngine
@@ -19,9 +17,10 @@ from farflung.protocol.identity import Key, Signed
 from farflung.protocol.messages import AuditJob, Evidence, Lease, LeaseAnswer, LeaseRequest
 from farflung.protocol.session import Session
 from farflung.rollouts import verify
-from farflung.rollouts.submit import generate, open_lease, show_possession, submission_of, submit
+from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, fetch_stops, tensors
+from farflung.weights.fetch import empty_engine, tensors
+from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
 
 log = logging.getLogger(__name__)
@@ -48,12 +47,12 @@ class Validator:
         self.key, self.folder, self.settings, self.name = key, folder, settings, name
         self._run, self._root = run, root
         self.is_stopping = False
-        self._held: dict[str, bytes] = {}
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
         """CPU-seconds and tokens of the latest claims."""
         self.session: Session
         self.engine: LocalEngine
         self.weights: Versions
+        self.loaded: Loaded
 
     async def run(self) -> None:
         """Work until the run ends or somebody says stop."""
@@ -69,15 +68,9 @@ class Validator:
         self.session = await Session.open(
             self.client, "validator", run=self._run, root=self._root, name=self.name, engine="local"
         )
-        self.engine = LocalEngine.from_folder(
-            await fetch_model_config(self.session),
-            dtype=getattr(torch, self.session.info.dtype),
-            threads=self.settings.threads,
-            eos_ids=self.session.info.eos_ids,
-            stops=await fetch_stops(self.session),
-            max_rows=self.settings.slots,
-        )
+        self.engine = await empty_engine(self.session, threads=self.settings.threads, max_rows=self.settings.slots)
         self.weights = Versions(self.session, self.folder / "weights", use_relays=False, patch=patch)
+        self.loaded = Loaded(self.engine, self.weights, figures=self.session.figures)
 
     def stop(self) -> None:
         """Stop after the work in hand."""
@@ -104,7 +97,7 @@ class Validator:
                 await verify.testify(self.session, self.key, evidence)
             except (WrongWeights, FailedCanary) as error:
                 log.error("loading the weights anew because=%s", error)
-                self.session.figures.loaded_step = -1
+                self.loaded.invalidate()
             except (Malformed, NotFound) as error:  # one odd audit must not stop the others
                 log.error("evidence refused audit=%s because=%s", evidence.audit, error)
         log.info("audited step=%d audits=%d", jobs[0].step, len(jobs))
@@ -112,10 +105,9 @@ class Validator:
     def _replay(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
         figures, before = self.session.figures, time.thread_time()
         with figures.working():
-            self._load(jobs[0].manifest)
-            manifest = self.weights.known(jobs[0].manifest)
-            about = (self.session.run, self.session.info.profile, self._held)
-            found = verify.replay(self.engine, manifest, jobs, *about)
+            self.loaded.ensure(jobs[0].manifest)
+            about = (self.session.run, self.session.info.profile)
+            found = verify.replay(self.engine, jobs, *about, self.loaded.possession)
             tokens = sum(len(one.gap) // 4 for evidence in found for one in evidence.rollouts)
             self._recent.append((time.thread_time() - before, tokens))
             figures.recent_cpu_s, figures.recent_tokens = (sum(column) for column in zip(*self._recent, strict=True))
@@ -126,9 +118,8 @@ class Validator:
 
     def _explain(self, job: AuditJob, evidence: Evidence) -> Evidence:
         """Try what else could have made a suspect's rollouts; the engine ends with other weights than the leased."""
-        self._load(job.manifest)
-        self._held.clear()
-        self.session.figures.loaded_step = -1
+        self.loaded.ensure(job.manifest)
+        self.loaded.invalidate()
         named = list(tensors(self.weights, job.manifest))
         loads = [("weights rounded to int8", lambda: self.engine.load(rounded(named, 8)))]
         if job.manifest_before and self.weights.has(job.manifest_before):
@@ -143,14 +134,6 @@ class Validator:
             await self.weights.fetch(digest)
         except (NotFound, WeightsError) as error:
             log.warning("one explanation less manifest=%s because=%s", digest[:12], error)
-
-    def _load(self, digest: str) -> None:
-        manifest = self.weights.known(digest)
-        if self.session.figures.loaded_step != manifest.step:
-            self._held.clear()
-            self.session.figures.loaded_step = -1  # until it is whole: half of another version would damn the honest
-            self.engine.load(tensors(self.weights, digest))
-            self.session.figures.loaded_step = manifest.step
 
     async def _evaluate(self) -> None:
         """One lease of held-out tasks, greedily."""
@@ -173,15 +156,15 @@ class Validator:
         await self.weights.fetch(lease.manifest)
         before = time.monotonic()
         try:
-            await asyncio.to_thread(self._load, lease.manifest)
+            await asyncio.to_thread(self.loaded.ensure, lease.manifest)
             done = await asyncio.to_thread(self._generate, lease)
             assigned = sum(len(group.samples) for group in lease.groups)
             taken_s = time.monotonic() - before
-            shown = show_possession(self.engine, self.weights.known(lease.manifest), lease.probe, lease.nonce)
+            shown = self.loaded.possession(lease.nonce, lease.probe)
             submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
             await submit(self.session, lease, submission)
         except WrongWeights as error:
             log.error("loading the weights anew because=%s", error)
-            self.session.figures.loaded_step = -1
+            self.loaded.invalidate()
         except (LeaseGone, WeightsError) as error:
             log.warning("lost lease=%s because=%s", lease.lease, error)

@@ -13,9 +13,8 @@ from farflung.config import WorkerSection
 from farflung.engine.base import Completion, Engine
 from farflung.engine.loading import model_bytes
 from farflung.engine.local import LocalEngine
-from farflung.engine.precision import arithmetic, rounded
+from farflung.engine.precision import arithmetic
 from farflung.engine.vllm import VllmEngine
-from farflung.protocol import probe
 from farflung.protocol.client import Client
 from farflung.protocol.errors import (
     BadSignature,
@@ -36,10 +35,11 @@ from farflung.protocol.session import Session
 from farflung.protocol.stops import Stops
 from farflung.rollouts import selftest
 from farflung.rollouts.receipts import Receipts
-from farflung.rollouts.submit import generate, open_lease, slices_of, submission_of, submit
+from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.trust.evidence import Profile
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, fetch_stops, tensors
+from farflung.weights.fetch import fetch_model_config, fetch_stops
+from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,9 @@ class Worker:
         self.session: Session
         self.engine: Engine
         self.weights: Versions
+        self.loaded: Loaded
         self._paced_at = time.monotonic()
         self._idle_because, self._is_tried = "", False
-        self._held = ("", b"")
-        """A probe and the values of its slices in the engine."""
 
     async def run(self) -> None:
         """Work until the run ends, the node is ejected, or somebody says stop."""
@@ -111,7 +110,7 @@ class Worker:
             invite=self._invite,
             profile=self.settings.profile,
         )
-        dtype, self._bits = arithmetic(self.settings.profile or self.session.info.profile)
+        dtype, bits = arithmetic(self.settings.profile or self.session.info.profile)
         config = await fetch_model_config(self.session)
         refuse_oversize(config, dtype, self.settings.memory_gb)
         self.engine = self.wrap(self._engine(config, dtype, await fetch_stops(self.session)))
@@ -123,6 +122,7 @@ class Worker:
             upstream=self.settings.upstream,
             patch=patch,
         )
+        self.loaded = Loaded(self.engine, self.weights, bits=bits, figures=self.session.figures)
         self._receipts = Receipts(self.folder)
         await self.session.beat()
 
@@ -204,7 +204,7 @@ class Worker:
             raise
         except WrongWeights as error:
             log.error("loading the weights anew because=%s", error)
-            self.session.figures.loaded_step = -1
+            self.loaded.invalidate()
         except (LeaseGone, Rejected) as error:
             log.warning("lost lease=%s because=%s", lease.lease, error)
         except (WeightsError, BadSignature, NotFound, Malformed, TooLarge) as error:
@@ -215,15 +215,11 @@ class Worker:
         """Have these weights in the engine; the pause is only the swap when they were fetched before."""
         figures = self.session.figures
         figures.phase = "fetching"
-        manifest = await self.weights.fetch(manifest_digest)
-        if figures.loaded_step != manifest.step:
+        await self.weights.fetch(manifest_digest)
+        if not self.loaded.has(manifest_digest):
             before = time.monotonic()
-            figures.loaded_step, self._held = -1, ("", b"")  # until it is whole: half a swap leaves a mixture
-            await asyncio.to_thread(self._swap, manifest_digest)
-            figures.sync_pause_s, figures.loaded_step = time.monotonic() - before, manifest.step
-
-    def _swap(self, digest: str) -> None:
-        self.engine.load(rounded(tensors(self.weights, digest), self._bits))
+            await asyncio.to_thread(self.loaded.ensure, manifest_digest)
+            figures.sync_pause_s = time.monotonic() - before
 
     async def _hand_in(self, lease: Lease) -> None:
         self.session.figures.phase = "generating"
@@ -238,7 +234,7 @@ class Worker:
         assigned = sum(len(group.samples) for group in lease.groups)
         taken_s = time.monotonic() - before
         with self.session.figures.working("proof"):
-            shown = self._show(lease)
+            shown = self.loaded.possession(lease.nonce, lease.probe)
         submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
         self.session.figures.phase = "submitting"
         await self.send(lease, submission)
@@ -253,13 +249,6 @@ class Worker:
             self._paced_at += sum(len(completion.ids) for _, completion in done) / pace
             while (left_s := self._paced_at - time.monotonic()) > 0 and not self.is_stopping:
                 await asyncio.sleep(min(left_s, 0.1))
-
-    def _show(self, lease: Lease) -> str:
-        """The answer to a lease's probe; the slices are read out of the engine once after each load."""
-        if lease.probe != self._held[0]:
-            slices = slices_of(self.weights.known(lease.manifest), lease.probe)
-            self._held = lease.probe, self.engine.values(slices)
-        return probe.answer(lease.nonce, self._held[1])
 
     async def send(self, lease: Lease, submission: Submission) -> None:
         """Hand a submission in, and keep the receipt."""

@@ -16,6 +16,7 @@ from farflung.learner import forward  # noqa: E402
 from farflung.learner.forward import Kind  # noqa: E402
 from farflung.learner.pack import Rollout, Segment, pack  # noqa: E402
 from farflung.learner.policy import Policy  # noqa: E402
+from farflung.numerics import trying  # noqa: E402
 from farflung.numerics.trying import steady_tokens  # noqa: E402
 from farflung.protocol.errors import ConfigError  # noqa: E402
 from farflung.rollouts.agreement import agree  # noqa: E402
@@ -169,7 +170,7 @@ def test_what_does_not_hold_is_not_taken(monkeypatch) -> None:
     assert refused == [("batching", way) for way in ("padded", "level", "alone")] + [
         ("reading", way) for way in ("shared", "padded")
     ]
-    monkeypatch.setattr(ways, "Trial", lambda _: (_ for _ in ()).throw(RuntimeError("takes no text")))
+    monkeypatch.setattr(trying, "Trial", lambda _: (_ for _ in ()).throw(RuntimeError("takes no text")))
     assert ways.find_ways(model) == SLOWEST
 
 

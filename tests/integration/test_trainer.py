@@ -11,6 +11,7 @@ from tests.conftest import named, settings
 
 from farflung.learner.pack import Rollout, Segment
 from farflung.protocol import messages as m
+from farflung.rollouts.checker import Checker
 from farflung.trainer import Trainer
 
 FRESH, STALE = "fresh", "stale"
@@ -49,8 +50,9 @@ def test_stale_rollouts_are_weighed_unless_they_count_as_they_are(tmp_path, cap,
     """What the tripwire saw serves several updates where it is fresh, and importance weights where it is stale."""
     trainer = trainer_of(tmp_path, importance_cap=cap, minibatches=minibatches)
     batch, rollouts = batch_of(2, {FRESH: 1, STALE: 0}), [rollout(1), rollout(0)]
-    trainer._seen = {FRESH: torch.tensor([-1.0, -2.0]), STALE: torch.tensor([-3.0, -4.0])}
-    logp = asyncio.run(trainer._behaviour(batch, rollouts))
+    checker = Checker(None, trainer.config, None, None, trainer._with_room)
+    checker._seen = {FRESH: torch.tensor([-1.0, -2.0]), STALE: torch.tensor([-3.0, -4.0])}
+    logp = asyncio.run(checker.behaviour(batch, rollouts))
     assert logp.keys() == known
 
 

@@ -110,10 +110,3 @@ def url_of(url: str, config: Config) -> str:
     if not path.exists():
         raise ConfigError(f"{path} is missing: start the coordinator first, or say --url http://host:port")
     return path.read_text().strip()
-
-
-def known_root(config: Config) -> bytes | None:
-    """The root key of a run whose folder is on this machine; elsewhere the first one met is believed."""
-    from farflung.tasks.keyring import root_of
-
-    return root_of(config.folder / "keys")

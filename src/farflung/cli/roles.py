@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from cyclopts import Parameter
 
 from farflung.cli.app import (
     HOME,
@@ -12,13 +15,13 @@ from farflung.cli.app import (
     Flags,
     app,
     expanded,
-    known_root,
     parts_of,
     settings_of,
     start_computing,
     url_of,
 )
 from farflung.config import Config, RelaySection, WorkerSection
+from farflung.ops import cast
 from farflung.ops.logs import start_logging
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key
@@ -59,9 +62,9 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
     json
         Log as JSON.
     """
+    from farflung.learner.build import follow
     from farflung.learner.ranks import join as meet
     from farflung.learner.ranks import part
-    from farflung.trainer import Trainer, follow
 
     start_computing(json)
     settings = settings_of(config, flags)
@@ -70,8 +73,7 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
         follow(settings, ranks)
     else:
         _enter(settings, "trainer")
-        key = Key.load_or_make(settings.folder / "keys" / "trainer")
-        asyncio.run(Trainer(url_of(url, settings), key, settings, root=known_root(settings), ranks=ranks).run())
+        asyncio.run(cast.trainer(url_of(url, settings), settings, ranks).run())
     part(ranks)
 
 
@@ -90,24 +92,10 @@ def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator
     json
         Log as JSON.
     """
-    from farflung.validator import Validator
-
     start_computing(json)
     settings = settings_of(config, flags)
     _enter(settings, name)
-    key = Key.load_or_make(settings.folder / "keys" / name)
-    folder = settings.folder / "nodes" / name
-    asyncio.run(
-        Validator(
-            url_of(url, settings),
-            key,
-            folder,
-            settings.validator,
-            run=settings.run.name,
-            root=known_root(settings),
-            name=name,
-        ).run()
-    )
+    asyncio.run(cast.validator(url_of(url, settings), settings, name).run())
 
 
 @app.command(group=ROLES)
@@ -125,13 +113,42 @@ def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", jso
     json
         Log as JSON.
     """
-    from farflung.scorer import Scorer
-
     start_logging(json)
     settings = settings_of(config, flags)
     _enter(settings, name)
-    key = Key.load_or_make(settings.folder / "keys" / name)
-    asyncio.run(Scorer(url_of(url, settings), key, settings, root=known_root(settings), name=name).run())
+    asyncio.run(cast.scorer(url_of(url, settings), settings, name).run())
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Generating:
+    """How a node generates: flags of every command that starts a worker.
+
+    Parameters
+    ----------
+    slots
+        Rollouts generated at once.
+    threads
+        Torch threads.
+    engine
+        What generates: this process, or a vLLM server.
+    engine_url
+        Where the vLLM server is; it must read this node's files.
+    profile
+        Numerics profile to be judged by, one that the run admits; empty for the run's own.
+    ignore_self_test
+        Work even if this machine's arithmetic is noisier than its profile allows.
+    metrics_port
+        Port on 127.0.0.1 for Prometheus; 0 for none.
+    """
+
+    slots: int = 64
+    threads: int = 1
+    engine: Literal["local", "vllm"] = "local"
+    engine_url: str = WorkerSection().engine_url
+    profile: str = ""
+    ignore_self_test: bool = False
+    metrics_port: int = 0
 
 
 @app.command(group=ROLES)
@@ -142,16 +159,10 @@ def worker(
     name: str = "",
     run: str = "",
     root: str = "",
-    slots: int = 64,
-    threads: int = 1,
-    engine: Literal["local", "vllm"] = "local",
-    engine_url: str = WorkerSection().engine_url,
-    profile: str = "",
+    how: Generating = Generating(),
     patience_s: float = 60.0,
     relay_port: int = 0,
     relay_url: str = "",
-    ignore_self_test: bool = False,
-    metrics_port: int = 0,
     json: bool = False,
 ) -> None:
     """Generate rollouts for a coordinator.
@@ -168,26 +179,14 @@ def worker(
         Which run to work for, if there are several.
     root
         Public root key in hex that must vouch for the run; empty to believe the first one met.
-    slots
-        Rollouts generated at once.
-    threads
-        Torch threads.
-    engine
-        The engine that generates: in this process, or a vLLM server.
-    engine_url
-        Where the vLLM server is; it must read this node's files.
-    profile
-        Numerics profile to be judged by, one that the run admits; empty for the run's own.
+    how
+        How it generates.
     patience_s
         How long to wait for a coordinator that does not answer.
     relay_port
         Open port to be a relay at as well, on all addresses; 0 to be none.
     relay_url
         Where nodes reach that relay, such as http://worker.example:7000.
-    ignore_self_test
-        Work even if this machine's arithmetic is noisier than its profile allows.
-    metrics_port
-        Port on 127.0.0.1 for Prometheus; 0 for none.
     json
         Log as JSON.
     """
@@ -197,15 +196,7 @@ def worker(
     from farflung.worker import Worker
 
     pinned = bytes.fromhex(root) if root else None
-    settings = WorkerSection(
-        slots=slots,
-        threads=threads,
-        engine=engine,
-        engine_url=engine_url,
-        profile=profile,
-        ignore_self_test=ignore_self_test,
-        metrics_port=metrics_port,
-    )
+    settings = WorkerSection(**asdict(how))
     options: Any = {"run": run, "root": pinned, "name": name}
     with contextlib.ExitStack() as stack:
         if relay_port:
@@ -254,17 +245,11 @@ def join(
     name: str = "",
     run: str = "",
     invite: str = "",
-    slots: int = 64,
-    threads: int = 1,
-    engine: Literal["local", "vllm"] = "local",
-    engine_url: str = WorkerSection().engine_url,
-    profile: str = "",
+    how: Generating = Generating(),
     disk_gb: float = 0.0,
     memory_gb: float = 0.0,
     context: int = 0,
     unchecked: bool = False,
-    ignore_self_test: bool = False,
-    metrics_port: int = 0,
     json: bool = False,
 ) -> None:
     """Join a run with this machine.
@@ -283,16 +268,8 @@ def join(
         Which run to work for, if there are several.
     invite
         Token, for runs that admit invited nodes only.
-    slots
-        Rollouts generated at once.
-    threads
-        Torch threads.
-    engine
-        The engine that generates: in this process, or a vLLM server.
-    engine_url
-        Where the vLLM server is; it must read this node's files.
-    profile
-        Numerics profile to be judged by, one that the run admits; empty for the run's own.
+    how
+        How it generates.
     disk_gb
         Most disk for weights; 0 for no bound but what is free.
     memory_gb
@@ -301,10 +278,6 @@ def join(
         Longest prompt and completion taken, in tokens; 0 for no limit.
     unchecked
         Join even if checks fail.
-    ignore_self_test
-        Work even if this machine's arithmetic is noisier than its profile allows.
-    metrics_port
-        Port on 127.0.0.1 for Prometheus; 0 for none.
     json
         Log as JSON.
     """
@@ -313,18 +286,7 @@ def join(
     from farflung.ops.join import join as join_run
 
     start_computing(json)
-    settings = WorkerSection(
-        slots=slots,
-        threads=threads,
-        engine=engine,
-        engine_url=engine_url,
-        profile=profile,
-        disk_gb=disk_gb,
-        memory_gb=memory_gb,
-        context=context,
-        ignore_self_test=ignore_self_test,
-        metrics_port=metrics_port,
-    )
+    settings = WorkerSection(**asdict(how), disk_gb=disk_gb, memory_gb=memory_gb, context=context)
     asyncio.run(join_run(address, folder, settings, name=name, run=run, invite=invite, is_checked=not unchecked))
 
 

@@ -18,7 +18,6 @@ from farflung.engine.fingerprint import Sketches, tapped
 from farflung.engine.noise import exponential
 from farflung.engine.rows import Rows
 from farflung.engine.whole import WholeRows
-from farflung.numerics.trying import FAULTS, Text, Trial
 from farflung.protocol.stops import DONE, Stops
 
 Batching = Literal["padded", "level", "alone", "whole"]
@@ -26,8 +25,6 @@ Batching = Literal["padded", "level", "alone", "whole"]
 for models that have no use for a cache."""
 _PATIENCE, _FEW = 2, 64
 """Requests join once slots have been idle for as much as so many steps of the whole batch, fewer where it is small."""
-_TYPES = (torch.float32, torch.bfloat16)
-"""In which attention by plain products is tried."""
 _NOISE_AHEAD = 1 << 16
 """Noise values made at once. For a vocabulary of 32, 32 positions at a time cost 12 us each instead of 100."""
 
@@ -94,40 +91,6 @@ def rows_of(batching: Batching) -> type[Rows] | type[WholeRows]:
 def first(request: Request) -> tuple[int, tuple[int, ...]]:
     """What requests are sorted by: the longest prompts come first, those of a group together."""
     return -len(request.prompt_ids), request.prompt_ids
-
-
-def attends_plainly(model: PreTrainedModel, trial: Trial | None = None) -> bool:
-    """Whether a model's attention can be taken by plain products and in two parts, found by trying a few texts."""
-    if model.dtype not in _TYPES or model.device.type != "cpu":
-        return False
-    try:
-        trial = trial or Trial(model)
-    except FAULTS:
-        return False
-
-    def decoded(*, is_shared: bool) -> Callable[[Sequence[Text]], list[torch.Tensor]]:
-        def attempt(texts: Sequence[Text]) -> list[torch.Tensor]:
-            horizon = max(len(text.prompt + text.tail) for text in texts)
-            return followed(Rows(model, horizon, is_plain=True, is_shared=is_shared), texts)
-
-        return attempt
-
-    return all(trial.holds(decoded(is_shared=is_shared)) for is_shared in (True, False))
-
-
-def followed(rows: Rows | WholeRows, texts: Sequence[Text]) -> list[torch.Tensor]:
-    """Logits (T, V) of the tokens of each text as its rows go on; of several the first leaves halfway."""
-    rows.join([Request(text.prompt, 0, 0.0, len(text.tail)) for text in texts])
-    seen: list[list[torch.Tensor]] = [[] for _ in texts]
-    live = list(range(len(texts)))
-    for step, tokens in enumerate(zip(*(text.tail for text in texts), strict=True)):
-        for row, index in enumerate(live):
-            seen[index].append(rows.logits_BV[row])
-        if len(live) > 1 and step == len(texts[0].tail) // 2:
-            live = [live[-1], *live[1:-1]]
-            rows.keep(torch.tensor(live, device=rows.device))
-        rows.advance(torch.tensor([tokens[index] for index in live], device=rows.device))
-    return [torch.stack(parts) for parts in seen]
 
 
 def _decode(

@@ -3,17 +3,19 @@
 Legend: T predicted tokens of a text, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Request
-from farflung.engine.decode import Batching, attends_plainly, batches, followed, rows_of
+from farflung.engine.decode import Batching, batches, rows_of
 from farflung.engine.replay import Reading, read
-from farflung.numerics.trying import FAULTS, Text, Trial, remembers_all, steady_tokens
+from farflung.engine.rows import Rows
+from farflung.engine.whole import WholeRows
+from farflung.numerics.trying import Text, Trial, first_that_holds, remembers_all, steady_tokens, tried
 
 
 class Ways(NamedTuple):
@@ -29,36 +31,54 @@ class Ways(NamedTuple):
 
 SLOWEST = Ways(is_plain=False, batching="whole", reading="alone", most_tokens=None)
 """What is plain itself."""
+_TYPES = (torch.float32, torch.bfloat16)
+"""In which attention by plain products is tried."""
 
 
 def find_ways(model: PreTrainedModel, trial: Trial | None = None) -> Ways:
     """Try a model on a few texts, the fastest way first. A `trial` of it that is at hand need not be made again."""
-    try:
-        trial = trial or Trial(model)
-    except FAULTS:
+    if (trial := tried(model, trial)) is None:
         return SLOWEST
     is_plain = attends_plainly(model, trial)
-    batching = "padded" if is_plain else _first(get_args(Batching), partial(_decodes, trial))
+    batching = "padded" if is_plain else first_that_holds(get_args(Batching), partial(_decodes, trial))
     readings = get_args(Reading) if remembers_all(model.config) else get_args(Reading)[1:]
-    return Ways(is_plain, batching, _first(readings, partial(_reads, trial)), steady_tokens(model))
+    return Ways(is_plain, batching, first_that_holds(readings, partial(_reads, trial)), steady_tokens(model))
 
 
-def _first(names: Sequence[Any], holds: Callable[[Any], bool]) -> Any:
-    """The first that holds, else the last."""
-    return next((name for name in names[:-1] if holds(name)), names[-1])
+def attends_plainly(model: PreTrainedModel, trial: Trial | None = None) -> bool:
+    """Whether a model's attention can be taken by plain products and in two parts, found by trying a few texts."""
+    if model.dtype not in _TYPES or model.device.type != "cpu" or (trial := tried(model, trial)) is None:
+        return False
+    return all(_decodes(trial, "padded", is_plain=True, is_shared=is_shared) for is_shared in (True, False))
 
 
-def _decodes(trial: Trial, batching: Batching) -> bool:
+def _decodes(trial: Trial, batching: Batching, **how: bool) -> bool:
     def decoded(texts: Sequence[Text]) -> list[torch.Tensor]:
         asked = [Request(text.prompt, index, 0.0, len(text.tail)) for index, text in enumerate(texts)]
+        horizon = max(len(text.prompt + text.tail) for text in texts)
         found: dict[int, torch.Tensor] = {}
         for batch in batches(asked, batching, len(asked)):
             which = [request.seed for request in batch]
-            rows = rows_of(batching)(trial.model, max(len(text.prompt + text.tail) for text in texts))
-            found |= zip(which, followed(rows, [texts[index] for index in which]), strict=True)
+            rows = rows_of(batching)(trial.model, horizon, **how)
+            found |= zip(which, _followed(rows, [texts[index] for index in which]), strict=True)
         return [found[index] for index in range(len(texts))]
 
     return trial.holds(decoded)
+
+
+def _followed(rows: Rows | WholeRows, texts: Sequence[Text]) -> list[torch.Tensor]:
+    """Logits (T, V) of the tokens of each text as its rows go on; of several the first leaves halfway."""
+    rows.join([Request(text.prompt, 0, 0.0, len(text.tail)) for text in texts])
+    seen: list[list[torch.Tensor]] = [[] for _ in texts]
+    live = list(range(len(texts)))
+    for step, tokens in enumerate(zip(*(text.tail for text in texts), strict=True)):
+        for row, index in enumerate(live):
+            seen[index].append(rows.logits_BV[row])
+        if len(live) > 1 and step == len(texts[0].tail) // 2:
+            live = [live[-1], *live[1:-1]]
+            rows.keep(torch.tensor(live, device=rows.device))
+        rows.advance(torch.tensor([tokens[index] for index in live], device=rows.device))
+    return [torch.stack(parts) for parts in seen]
 
 
 def _reads(trial: Trial, reading: Reading) -> bool:

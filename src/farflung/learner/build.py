@@ -1,6 +1,7 @@
 """The learner of a run, out of its configuration."""
 
 import logging
+import signal
 
 import torch
 
@@ -25,6 +26,13 @@ def crew_of(config: Config, ranks: Ranks) -> Crew:
         keep=learn.keep_checkpoints,
         ranks=ranks,
     )
+
+
+def follow(config: Config, ranks: Ranks) -> None:
+    """Train beside rank 0, which alone knows the coordinator, until it says that all is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 is told too; it finishes its step, and needs us for that
+    crew_of(config, ranks).follow()
 
 
 def build(config: Config, ranks: Ranks) -> Learner:

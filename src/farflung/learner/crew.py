@@ -14,6 +14,7 @@ from farflung.learner import checkpoint
 from farflung.learner.optimise import Learner, StepMetrics
 from farflung.learner.pack import Rollout, lay, pack
 from farflung.learner.ranks import Ranks, broadcast
+from farflung.protocol.probe import Slice
 
 Logp = dict[int, torch.Tensor]
 
@@ -99,6 +100,11 @@ class Crew:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What is published: the masters in bfloat16."""
         return ((name, self.learner.policy.rounded(tensor)) for name, tensor in self.masters())
+
+    def parts(self, slices: Sequence[Slice]) -> list[torch.Tensor]:
+        """Slices of what is published, flat, in their order."""
+        policy, masters = self.learner.policy, dict(self.masters(sorted({part.name for part in slices})))
+        return [policy.rounded(masters[name].flatten()[start:stop], start) for name, start, stop in slices]
 
     def wait(self) -> None:
         """Nothing to do yet."""

@@ -7,9 +7,10 @@ whether rows of several lengths may be padded.
 Legend: B rollouts, T positions of completions, R rows of W tokens, N trained tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,16 +21,17 @@ from transformers import PreTrainedModel
 
 from farflung.learner.head import token_logp
 from farflung.learner.mixed import rounding_of
-from farflung.learner.pack import MicroBatch, Rollout, Rows, Segment, pack
-from farflung.numerics.trying import FAULTS, Trial, remembers_all
+from farflung.learner.pack import MicroBatch, Rollout, Segment, pack
+from farflung.numerics.packing import Rows
+from farflung.numerics.trying import Text, Trial, first_that_holds, remembers_all, tried
 
 _LOGITS_AT_ONCE = 1 << 25
 """float32 logits held at once (128 MiB), where the model's own head makes them: more are softmaxed in slices."""
 _PLAIN_SCORES = 1 << 17
 """Scores of one head up to which attention in bfloat16 is taken by plain products on a CPU. For rows of 60 to 140
 tokens torch's flash kernel takes 3 ms a layer backwards; a step of SmolLM2 takes 3.3 instead of 4.7 s without it."""
-_TOLERANCE, _SHORT_TOLERANCE = 1e-3, 0.1
-"""Nats by which log-probabilities of a model that is tried may be off in float32, and in shorter types."""
+_TOLERANCE = 1e-3
+"""By how much, in nats and as a share, logits of a head that is tried may be off."""
 _LOUD, _QUIET = 1e3, 1e-6
 """Standard deviation of states with which a head is tried, and the least from which they are made louder."""
 
@@ -51,16 +53,10 @@ def find_kind(model: PreTrainedModel, trial: Trial | None = None) -> Kind:
     """Try a model on a few texts, once. A `trial` of it that is at hand need not be made again."""
     if model not in _KINDS:
         kind = Kind(_has_linear_head(model), can_share=False, can_pad=False)
-        try:
-            trial = trial or Trial(model)
-        except FAULTS:
+        if (trial := tried(model, trial)) is None:
             return kind
-        shared, padded = replace(kind, can_share=True, can_pad=True), replace(kind, can_pad=True)
-        if remembers_all(model.config) and _holds(trial, shared):
-            kind = shared
-        elif _holds(trial, padded):
-            kind = padded
-        _KINDS[model] = kind
+        kinds = [replace(kind, can_share=True, can_pad=True), replace(kind, can_pad=True), kind]
+        _KINDS[model] = first_that_holds(kinds if remembers_all(model.config) else kinds[1:], partial(_holds, trial))
     return _KINDS[model]
 
 
@@ -125,11 +121,10 @@ def _own_logits(model: PreTrainedModel, rows: Rows, kind: Kind) -> torch.Tensor:
     if not kind.can_pad:
         logits_RWV = _one_by_one(rows, lambda ids_1W: model(input_ids=ids_1W, use_cache=False).logits)
         return logits_RWV.flatten(0, 1)[rows.predictor_N]
-    is_kept_RW = torch.zeros_like(rows.ids_RW, dtype=torch.bool)
-    is_kept_RW.view(-1)[rows.predictor_N] = True
+    is_kept_RW, which_N = rows.kept()
     out = model(**_fed(rows), use_cache=False, logits_to_keep=is_kept_RW)
     logits_KV = out.logits.view(-1, out.logits.shape[-1])
-    return logits_KV[(is_kept_RW.view(-1).cumsum(0) - 1)[rows.predictor_N]]
+    return logits_KV[which_N]
 
 
 def _sliced_logp(
@@ -185,30 +180,16 @@ def _is_linear(model: PreTrainedModel, ids_RW: torch.Tensor, hidden_RWD: torch.T
 
 def _holds(trial: Trial, kind: Kind) -> bool:
     """Whether packed micro-batches have the log-probabilities of one plain pass over each text."""
-    rollouts = [
-        Rollout((Segment("prompt", text.prompt), Segment("model", text.tail)), 1.0, 1.0) for text in trial.texts
-    ]
-    expected = [
-        logits_TV.float().log_softmax(-1).gather(-1, torch.tensor(text.tail, device=logits_TV.device)[:, None])[:, 0]
-        for text, logits_TV in zip(trial.texts, trial.expected, strict=True)
-    ]
-    tokens = sum(map(len, rollouts)) ** 2
-    try:
-        for micro in pack(rollouts, tokens, is_shared=kind.can_share):
+
+    def packed(texts: Sequence[Text]) -> list[torch.Tensor]:
+        rollouts = [Rollout((Segment("prompt", text.prompt), Segment("model", text.tail)), 1.0, 1.0) for text in texts]
+        found: dict[int, torch.Tensor] = {}
+        for micro in pack(rollouts, sum(map(len, rollouts)) ** 2, is_shared=kind.can_share):
             logp_BT, _ = logp_entropy_BT(trial.model, micro, kind, _no_autocast)
-            for logp_T, index in zip(logp_BT, micro.index, strict=True):
-                if not _is_near(logp_T, expected[index], trial.model.dtype):
-                    return False
-    except FAULTS:  # it takes no such mask, or no places
-        return False
-    return True
+            found |= zip(micro.index, logp_BT, strict=True)
+        return [found[index] for index in range(len(texts))]
 
-
-def _is_near(logp_T: torch.Tensor, expected_T: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether log-probabilities are the same but for rounding; in short types most of them, for routers may turn."""
-    if dtype == torch.float32:
-        return torch.allclose(logp_T, expected_T, atol=_TOLERANCE, rtol=_TOLERANCE)
-    return bool((logp_T - expected_T).abs().median() <= _SHORT_TOLERANCE)
+    return trial.holds_logp(packed)
 
 
 def _no_autocast() -> AbstractContextManager[None]:

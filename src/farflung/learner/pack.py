@@ -1,29 +1,20 @@
 """Packs rollouts into micro-batches of bounded size: a prompt that several rollouts share is computed once.
 
-A *tree* is a prompt and the completions that follow it, side by side in one row; an attention mask keeps completions,
-and trees in one row, from seeing each other. Rows longer than `ROW_TOKENS` hold one rollout each and need no mask.
+Rows longer than `ROW_TOKENS` hold one rollout each and need no mask (`numerics/packing.py`).
 
-    row      p0 p1 p2 | a0 a1 a2 | b0 b1 | q0 q1 | c0
-    place     0  1  2 |  3  4  5 |  3  4 |  0  1 |  2
-    tree      0  0  0 |  0  0  0 |  0  0 |  1  1 |  1
-    member   -1 -1 -1 |  0  0  0 |  1  1 | -1 -1 |  0
-
-Legend: B rollouts of a micro-batch, T positions of their completions, R fed rows of W tokens, N trained tokens.
+Legend: B rollouts of a micro-batch, T positions of their completions.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-Source = Literal["prompt", "model", "env"]
+from farflung.numerics.packing import ROW_TOKENS, Rows, Tree, rows_of, trees
 
-ROW_TOKENS = 512
-"""Most tokens of a row that holds several completions; attention to what is masked grows with its square."""
-_WORTH_SHARING = 0.5
-"""A prompt shorter than this share of the completion is computed anew for each: masked attention would cost more."""
+Source = Literal["prompt", "model", "env"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +39,6 @@ class Rollout:
 
     def __len__(self) -> int:
         return sum(len(segment.ids) for segment in self.segments)
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What the model is fed."""
-
-    ids_RW: torch.Tensor
-    """int64, 0 where padded, which is on the right."""
-    place_RW: torch.Tensor
-    tree_RW: torch.Tensor
-    """Which tree of the row a token belongs to, -1 for padding."""
-    member_RW: torch.Tensor
-    """Which completion of its tree, -1 for the prompt and for padding."""
-    predictor_N: torch.Tensor
-    """Place, counted over all rows, that predicts each trained token, in the order of `mask_BT`."""
-    is_plain: bool
-    """Whether each row is one rollout, so that causal attention is enough."""
-
-    def mask(self) -> torch.Tensor:
-        """Who sees whom, bool (R, 1, W, W): the prompt, and of one's own completion what came before."""
-        column_W = torch.arange(self.ids_RW.shape[1], device=self.ids_RW.device)
-        is_tree = self.tree_RW[:, :, None] == self.tree_RW[:, None, :]
-        is_seen = (self.member_RW[:, None, :] < 0) | (self.member_RW[:, :, None] == self.member_RW[:, None, :])
-        return (is_tree & is_seen & (column_W <= column_W[:, None]))[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +70,6 @@ class MicroBatch:
         )
 
 
-@dataclass(slots=True)
-class _Tree:
-    """A prompt and the completions, by the index of their rollout, that follow it."""
-
-    prompt: tuple[int, ...]
-    members: list[int] = field(default_factory=list)
-    width: int = 0
-    """Tokens that are fed: the last one of a completion predicts nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Parts:
     """A rollout as prompt and completion."""
@@ -133,9 +90,10 @@ def pack(
     """
     parts = {index: split for index, rollout in enumerate(rollouts) if any((split := _split(rollout)).is_model)}
 
-    def layouts(most_tokens: int) -> list[list[list[_Tree]]]:
-        trees = _trees(parts, min(ROW_TOKENS, most_tokens) if is_shared else 0)
-        return list(_layouts(trees, most_tokens, is_shared=is_shared))
+    def layouts(most_tokens: int) -> list[list[list[Tree]]]:
+        texts = ((index, part.prompt, part.ids) for index, part in parts.items())
+        of_prompts = trees(texts, min(ROW_TOKENS, most_tokens) if is_shared else 0)
+        return list(_layouts(of_prompts, most_tokens, is_shared=is_shared))
 
     found = _halved(layouts(tokens_per_microbatch), at_least)
     if len(found) < at_least:
@@ -143,7 +101,7 @@ def pack(
     return [_batch(rollouts, parts, rows) for rows in found]
 
 
-def _smaller(layouts: Callable[[int], list[list[list[_Tree]]]], fed: int, at_least: int) -> list[list[list[_Tree]]]:
+def _smaller(layouts: Callable[[int], list[list[list[Tree]]]], fed: int, at_least: int) -> list[list[list[Tree]]]:
     """As few micro-batches as are enough, for each repeats the prompts of the groups that it cuts, and as even."""
     sizes = range(1, max(1, fed) + 1)
     few = bisect_left(sizes, 1, key=lambda most: len(layouts(most)) < at_least)  # the first size with too few
@@ -151,7 +109,7 @@ def _smaller(layouts: Callable[[int], list[list[list[_Tree]]]], fed: int, at_lea
     return layouts(sizes[bisect_left(sizes, 1, key=lambda most: len(layouts(most)) <= count)])  # the most even of them
 
 
-def _halved(layouts: list[list[list[_Tree]]], at_least: int) -> list[list[list[_Tree]]]:
+def _halved(layouts: list[list[list[Tree]]], at_least: int) -> list[list[list[Tree]]]:
     """The same rows in more micro-batches, the highest cut in two until there are enough or each has one row."""
     while layouts and len(layouts) < at_least and len(highest := max(layouts, key=len)) > 1:
         at, middle = layouts.index(highest), len(highest) // 2
@@ -173,27 +131,9 @@ def _split(rollout: Rollout) -> _Parts:
     return _Parts(ids[:start], ids[start:], is_model[start:])
 
 
-def _trees(parts: dict[int, _Parts], most_tokens: int) -> list[_Tree]:
-    """Rollouts of one prompt together as far as `most_tokens` go; the widest first."""
-    of_prompt: dict[tuple[int, ...], _Tree] = {}
-    trees: list[_Tree] = []
-    for index, part in parts.items():
-        tree = of_prompt.get(part.prompt)
-        more = len(part.ids) - 1
-        is_worth = len(part.prompt) >= _WORTH_SHARING * len(part.ids)
-        if tree is None or not is_worth or tree.width + more > most_tokens:
-            tree = _Tree(part.prompt, width=len(part.prompt))
-            trees.append(tree)
-            if is_worth:
-                of_prompt[part.prompt] = tree
-        tree.members.append(index)
-        tree.width += more
-    return sorted(trees, key=lambda tree: -tree.width)
-
-
-def _layouts(trees: Sequence[_Tree], most_tokens: int, *, is_shared: bool) -> Iterator[list[list[_Tree]]]:
+def _layouts(trees: Sequence[Tree], most_tokens: int, *, is_shared: bool) -> Iterator[list[list[Tree]]]:
     """Rows that go through the model at once, each a list of trees; a short tree fills a longer row's rest."""
-    rows: list[list[_Tree]] = []
+    rows: list[list[Tree]] = []
     for tree in trees:
         width = rows[0][0].width if rows else 0
         is_masked = is_shared and width <= ROW_TOKENS
@@ -210,7 +150,7 @@ def _layouts(trees: Sequence[_Tree], most_tokens: int, *, is_shared: bool) -> It
         yield rows
 
 
-def _batch(rollouts: Sequence[Rollout], parts: dict[int, _Parts], rows: Sequence[Sequence[_Tree]]) -> MicroBatch:
+def _batch(rollouts: Sequence[Rollout], parts: dict[int, _Parts], rows: Sequence[Sequence[Tree]]) -> MicroBatch:
     index = tuple(member for row in rows for tree in row for member in tree.members)
     shape = (len(index), max(len(parts[member].ids) for member in index))
     token_BT, mask_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
@@ -232,36 +172,11 @@ def _batch(rollouts: Sequence[Rollout], parts: dict[int, _Parts], rows: Sequence
     )
 
 
-def _rows(parts: dict[int, _Parts], rows: Sequence[Sequence[_Tree]]) -> Rows:
-    width = max(sum(tree.width for tree in row) for row in rows)
-    ids_RW, place_RW = torch.zeros(2, len(rows), width, dtype=torch.long)
-    tree_RW, member_RW = torch.full((2, len(rows), width), -1)
-    predictor: list[int] = []
-    for r, row in enumerate(rows):
-        at = 0
-        for number, tree in enumerate(row):
-            columns = slice(at, at + tree.width)
-            ids, place, member, found = _lay(tree, parts)
-            ids_RW[r, columns], place_RW[r, columns] = torch.tensor(ids), torch.tensor(place)
-            tree_RW[r, columns], member_RW[r, columns] = number, torch.tensor(member)
-            predictor += [r * width + at + column for column in found]
-            at += tree.width
-    is_plain = all(len(row) == 1 and len(row[0].members) == 1 for row in rows)
-    return Rows(ids_RW, place_RW, tree_RW, member_RW, torch.tensor(predictor), is_plain)
-
-
-def _lay(tree: _Tree, parts: dict[int, _Parts]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Ids, places and members of a tree's tokens, and the column that predicts each of its trained tokens."""
-    start = len(tree.prompt)
-    ids, place, member, predictor = list(tree.prompt), list(range(start)), [-1] * start, []
-    for number, index in enumerate(tree.members):
-        part, at = parts[index], len(ids)
-        fed = part.ids[:-1]
-        ids += fed
-        place += range(start, start + len(fed))
-        member += [number] * len(fed)
-        predictor += [start - 1 if k == 0 else at + k - 1 for k, is_model in enumerate(part.is_model) if is_model]
-    return ids, place, member, predictor
+def _rows(parts: dict[int, _Parts], rows: Sequence[Sequence[Tree]]) -> Rows:
+    """What the model is fed, where only what it wrote is predicted."""
+    every = rows_of(rows, {index: part.ids for index, part in parts.items()})
+    is_trained = [flag for row in rows for tree in row for index in tree.members for flag in parts[index].is_model]
+    return replace(every, predictor_N=every.predictor_N[torch.tensor(is_trained)])
 
 
 def _place_worker_logp(worker_logp_T: torch.Tensor, mask_T: torch.Tensor, claimed: tuple[float, ...] | None) -> None:

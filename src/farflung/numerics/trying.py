@@ -7,7 +7,7 @@ Legend: T predicted tokens of a text, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
@@ -21,8 +21,11 @@ FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyEr
 """What a model raises that does not take what it is given."""
 _TOLERANCE = {torch.float32: 3e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 """Most by which log-probabilities may be off, in their standard deviations over the vocabulary."""
+_LOGP_TOLERANCE, _SHORT_LOGP_TOLERANCE = 1e-3, 0.1
+"""Most nats by which the log-probabilities of a text's own tokens may be off, in float32 and in shorter types."""
 _SHORT = 4
 """Positions that no rope changes because a text is longer than so many tokens."""
+Way = TypeVar("Way")
 
 
 class Text(NamedTuple):
@@ -51,13 +54,39 @@ class Trial:
 
     def holds(self, attempt: Callable[[Sequence[Text]], Iterable[torch.Tensor]]) -> bool:
         """Whether another way to the logits (T, V) of each text gives the same; those of fewer tokens count too."""
+        return self._agrees(attempt, self.expected, is_near)
+
+    def holds_logp(self, attempt: Callable[[Sequence[Text]], Iterable[torch.Tensor]]) -> bool:
+        """Whether another way to the log-probabilities (T,) of each text's own tokens gives the same."""
+        expected = [tail_logp(logits_TV, text) for logits_TV, text in zip(self.expected, self.texts, strict=True)]
+        return self._agrees(attempt, expected, is_logp_near)
+
+    def _agrees(
+        self,
+        attempt: Callable[[Sequence[Text]], Iterable[torch.Tensor]],
+        expected: Sequence[torch.Tensor],
+        is_same: Callable[[torch.Tensor, torch.Tensor, torch.dtype], bool],
+    ) -> bool:
         try:
             with torch.no_grad():
                 found = list(attempt(self.texts))
-        except FAULTS:
+        except FAULTS:  # it takes no such mask, no places, or no cache
             return False
-        pairs = zip(found, self.expected, strict=True)
-        return all(is_near(one, other[: len(one)], self.model.dtype) for one, other in pairs)
+        pairs = zip(found, expected, strict=True)
+        return all(is_same(one, other[: len(one)], self.model.dtype) for one, other in pairs)
+
+
+def tried(model: PreTrainedModel, trial: Trial | None = None) -> Trial | None:
+    """A trial of a model, the one that is at hand if there is one; None if it takes no text."""
+    try:
+        return trial or Trial(model)
+    except FAULTS:
+        return None
+
+
+def first_that_holds(ways: Sequence[Way], holds: Callable[[Way], bool]) -> Way:
+    """The first way that holds, for the fastest comes first; else the last, which is plain itself and is not tried."""
+    return next((way for way in ways[:-1] if holds(way)), ways[-1])
 
 
 def plain_logits(model: PreTrainedModel, text: Text) -> torch.Tensor:
@@ -74,6 +103,21 @@ def is_near(found_TV: torch.Tensor, expected_TV: torch.Tensor, dtype: torch.dtyp
     off_T = (found_TV - expected_TV).square().mean(-1).sqrt()
     off = off_T.max() if dtype == torch.float32 else off_T.median()
     return bool(off <= _TOLERANCE.get(dtype, 0.0) * expected_TV.std(-1).mean())
+
+
+def tail_logp(logits_TV: torch.Tensor, text: Text) -> torch.Tensor:
+    """Log-probability (T,) of each token of a completion, float32."""
+    tail_T1 = torch.tensor(text.tail, device=logits_TV.device)[:, None]
+    return logits_TV.float().log_softmax(-1).gather(-1, tail_T1)[:, 0]
+
+
+def is_logp_near(found_T: torch.Tensor, expected_T: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether log-probabilities are the same but for rounding; in short types most of them, for routers may turn."""
+    if found_T.shape != expected_T.shape:
+        return False
+    if dtype == torch.float32:
+        return torch.allclose(found_T, expected_T, atol=_LOGP_TOLERANCE, rtol=_LOGP_TOLERANCE)
+    return bool((found_T - expected_T).abs().median() <= _SHORT_LOGP_TOLERANCE)
 
 
 def texts(model: PreTrainedModel, length: int) -> list[Text]:

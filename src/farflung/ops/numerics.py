@@ -8,7 +8,8 @@ from farflung.protocol.messages import SelfTest
 from farflung.protocol.session import Session
 from farflung.rollouts import selftest
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, fetch_stops, tensors
+from farflung.weights.fetch import fetch_model_config, fetch_stops
+from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
 from farflung.worker import refuse_oversize
 
@@ -29,7 +30,7 @@ async def attempt(session: Session, folder: Path, manifest: str) -> selftest.Tri
         refuse_oversize(config, dtype, 0.0)
         ending = {"eos_ids": session.info.eos_ids, "stops": await fetch_stops(session)}
         engine = LocalEngine.from_folder(config, dtype=dtype, **ending)
-        engine.load(tensors(versions, manifest))
+        Loaded(engine, versions).ensure(manifest)
         return selftest.attempt(engine, test, profile)
     finally:
         await versions.close()

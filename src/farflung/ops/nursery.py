@@ -17,25 +17,20 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from farflung.config import Config, RelaySection, load
+from farflung.config import Config, load
+from farflung.ops import cast
 from farflung.ops.logs import start_logging
 from farflung.ops.restarts import REFUSED
 from farflung.protocol.client import set_skew
 from farflung.protocol.errors import ConfigError, FarflungError
-from farflung.protocol.identity import Key
 from farflung.protocol.shown import one_line
-from farflung.tasks.keyring import root_of
 
 POLL_S = 0.05
 GRACE_S = 10.0
 PR_SET_PDEATHSIG = 1
-
-
-Make = Callable[[dict[str, Any], Config, Path, bytes | None], Any]
 LIGHT = ("coordinator", "scorer", "relay")
 """Roles of the nursery that has no torch."""
 
@@ -71,7 +66,8 @@ def _import_light(_: str) -> None:
 
     import farflung.ops.fleet
     import farflung.relay
-    import farflung.scorer  # noqa: F401
+    import farflung.scorer
+    import farflung.tasks.keyring  # noqa: F401
 
 
 def _import_torch(model: str) -> None:
@@ -79,6 +75,7 @@ def _import_torch(model: str) -> None:
     import torch
     import transformers.utils.logging
 
+    import farflung.tasks.keyring
     import farflung.trainer
     import farflung.validator
     import farflung.worker  # noqa: F401
@@ -136,61 +133,19 @@ def _be(order: dict[str, Any], config: Config) -> None:
 
         serve_all(config)
     else:
-        make = {"trainer": _trainer, "validator": _validator, "scorer": _scorer, "relay": _relay, "worker": _worker}
-        asyncio.run(_run(make[order["role"]], order, config))
+        cast.folder_of(config, order["name"]).mkdir(parents=True, exist_ok=True)
+        asyncio.run(_made(order, config).run())
 
 
-async def _run(make: Make, order: dict[str, Any], config: Config) -> None:
-    folder = config.folder / "nodes" / order["name"]
-    folder.mkdir(parents=True, exist_ok=True)
-    await make(order, config, folder, root_of(config.folder / "keys")).run()
-
-
-def _trainer(order: dict[str, Any], config: Config, folder: Path, root: bytes | None) -> Any:
-    from farflung.trainer import Trainer
-
-    return Trainer(order["url"], Key.load_or_make(config.folder / "keys" / "trainer"), config, root=root)
-
-
-def _validator(order: dict[str, Any], config: Config, folder: Path, root: bytes | None) -> Any:
-    from farflung.validator import Validator
-
-    name, key = order["name"], Key.load_or_make(config.folder / "keys" / order["name"])
-    return Validator(order["url"], key, folder, config.validator, run=config.run.name, root=root, name=name)
-
-
-def _scorer(order: dict[str, Any], config: Config, folder: Path, root: bytes | None) -> Any:
-    from farflung.scorer import Scorer
-
-    key = Key.load_or_make(config.folder / "keys" / order["name"])
-    return Scorer(order["url"], key, config, root=root, name=order["name"])
-
-
-def _relay(order: dict[str, Any], config: Config, folder: Path, root: bytes | None) -> Any:
-    from farflung.relay import Relay
-
-    key, settings = Key.load_or_make(folder / "key"), RelaySection()
-    return Relay(order["url"], key, folder, settings, run=config.run.name, root=root, name=order["name"])
-
-
-def _worker(order: dict[str, Any], config: Config, folder: Path, root: bytes | None) -> Any:
-    """A worker, or an adversary that runs the attack of its order."""
-    from farflung.worker import Worker
-
-    about = (order["url"], Key.load_or_make(folder / "key"), folder, config.worker)
-    options = {"run": config.run.name, "root": root, "name": order["name"]}
-    if not order["attack"]:
-        return Worker(*about, **options)
-
-    from farflung.ops.redteam import GALLERY
-    from farflung.ops.redteam.base import Adversary
-    from farflung.trust.profiles import load_profile
-    from farflung.trust.record import TrustSettings
-
-    settings = config.trust.model_dump()
-    trust = TrustSettings(**{name: settings[name] for name in TrustSettings.__struct_fields__})
-    judged_by = load_profile(config.model.profile)
-    return Adversary(*about, attack=GALLERY[order["attack"]](), trust=trust, judged_by=judged_by, **options)
+def _made(order: dict[str, Any], config: Config) -> Any:
+    url, name = order["url"], order["name"]
+    match order["role"]:
+        case "trainer":
+            return cast.trainer(url, config)
+        case "worker":
+            return cast.worker(url, config, name, order["attack"])
+        case role:
+            return {"validator": cast.validator, "scorer": cast.scorer, "relay": cast.relay}[role](url, config, name)
 
 
 def die_with_parent() -> None:

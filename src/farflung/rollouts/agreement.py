@@ -17,7 +17,7 @@ from farflung.engine.local import LocalEngine, refuse_unsteady
 from farflung.engine.ways import Ways
 from farflung.learner.forward import Kind, find_kind
 from farflung.learner.pack import Rollout, Segment
-from farflung.numerics.trying import FAULTS, TAIL, Text, Trial, plain_logits
+from farflung.numerics.trying import FAULTS, TAIL, Text, Trial, plain_logits, tail_logp
 from farflung.protocol.errors import ConfigError
 from farflung.rollouts.stale import behaviour
 
@@ -89,9 +89,8 @@ def _learned(engine: LocalEngine, asked: Sequence[Request], said: Sequence[Compl
 @torch.inference_mode()
 def _plain(engine: LocalEngine, asked: Sequence[Request], said: Sequence[Completion]) -> Iterator[np.ndarray]:
     for request, one in zip(asked, said, strict=True):
-        logits_TV = plain_logits(engine.model, Text(request.prompt_ids, one.ids)).float()
-        logp_TV = (logits_TV / request.temperature).log_softmax(-1)
-        yield logp_TV.gather(-1, torch.tensor(one.ids, device=logp_TV.device)[:, None])[:, 0].cpu().numpy()
+        text = Text(request.prompt_ids, one.ids)
+        yield tail_logp(plain_logits(engine.model, text).float() / request.temperature, text).cpu().numpy()
 
 
 def _refuse_far(dtype: torch.dtype, which: str, off: Sequence[np.ndarray]) -> None:

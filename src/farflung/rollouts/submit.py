@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 from farflung.engine.base import Completion, Engine, Request
-from farflung.protocol import probe, wire
+from farflung.protocol import wire
 from farflung.protocol.errors import BadSignature
 from farflung.protocol.identity import Signed, unseal
-from farflung.protocol.messages import Lease, Manifest, Submission, SubmittedRollout
+from farflung.protocol.messages import Lease, Submission, SubmittedRollout
 from farflung.protocol.session import Session
 
 
@@ -57,16 +57,6 @@ def submission_of(
         logp=[wire.pack_floats(item.logp) for _, item in done],
         generate_s=generate_s,
     )
-
-
-def show_possession(engine: Engine, manifest: Manifest, probe_key: str, nonce: str) -> str:
-    """The answer to a probe, from the weights in the engine."""
-    return probe.answer(nonce, engine.values(slices_of(manifest, probe_key)))
-
-
-def slices_of(manifest: Manifest, probe_key: str) -> Sequence[probe.Slice]:
-    """The slices of a version's weights that a probe chooses."""
-    return probe.slices(((t.name, t.shape) for t in manifest.tensors), bytes.fromhex(probe_key))
 
 
 async def submit(session: Session, lease: Lease, submission: Submission) -> Signed:

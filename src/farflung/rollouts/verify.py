@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from farflung.engine.base import Engine, Replay, Request
-from farflung.protocol import probe, wire
+from farflung.protocol import wire
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import (
     AuditJob,
@@ -16,11 +16,9 @@ from farflung.protocol.messages import (
     Done,
     Evidence,
     Explanation,
-    Manifest,
     RolloutEvidence,
 )
 from farflung.protocol.session import Session
-from farflung.rollouts.submit import slices_of
 from farflung.trust.diagnose import AS_LEASED
 from farflung.trust.evidence import Seen, from_json, further, log_ratios, submission_log_ratios
 from farflung.trust.fingerprint import distance
@@ -39,11 +37,11 @@ async def claim(session: Session, limit: int, wait_s: float, linger_s: float) ->
 
 
 def replay(
-    engine: Engine, manifest: Manifest, jobs: Sequence[AuditJob], run: str, profile: str, held: dict[str, bytes]
+    engine: Engine, jobs: Sequence[AuditJob], run: str, profile: str, possession: Callable[[str, str], str]
 ) -> list[Evidence]:
     """Evidence for every audit, as much of it as it needs. The engine holds the audits' step.
 
-    `held` keeps, by probe, the values of its slices in the engine; whoever loads other weights must empty it.
+    `possession` answers for it, given nonce and probe key in hex (`weights/loaded.py`).
     """
     seen: list[list[Replay]] = [[] for _ in jobs]
     while any(wanted := [more(job, found) for job, found in zip(jobs, seen, strict=True)]):
@@ -52,8 +50,6 @@ def replay(
         ]
         for found, part in zip(seen, _replay_each(engine, jobs, parts), strict=True):
             found += part
-    for key in {job.probe for job in jobs} - set(held):
-        held[key] = engine.values(slices_of(manifest, key))
     return [
         Evidence(
             run=run,
@@ -61,7 +57,7 @@ def replay(
             manifest=job.manifest,
             profile=profile,
             rollouts=list(_told(job.rollouts, found)),
-            possession=probe.answer(job.nonce, held[job.probe]),
+            possession=possession(job.nonce, job.probe),
         )
         for job, found in zip(jobs, seen, strict=True)
     ]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from farflung.engine.local import LocalEngine
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Tensor
 from farflung.protocol.session import Session
@@ -22,6 +23,23 @@ async def fetch_model_config(session: Session) -> bytes:
     if data is None:
         raise WeightsError(f"run {session.run!r} names no config.json")
     return data
+
+
+async def empty_engine(
+    session: Session, *, dtype: torch.dtype | None = None, threads: int = 1, max_rows: int = 64
+) -> LocalEngine:
+    """The run's model in an engine, by default in the type that the run is judged in; its weights are yet to come.
+
+    Raises WeightsError, ConfigError.
+    """
+    return LocalEngine.from_folder(
+        await fetch_model_config(session),
+        dtype=dtype or getattr(torch, session.info.dtype),
+        threads=threads,
+        eos_ids=session.info.eos_ids,
+        stops=await fetch_stops(session),
+        max_rows=max_rows,
+    )
 
 
 async def fetch_stops(session: Session) -> Stops | None:

@@ -1,0 +1,136 @@
+"""Trainer: an engine beside the learner's, and what it says of a batch: what trips, what rollouts were worth before.
+
+It is the only judge in the trainer's process, and it judges texts alone: what trips goes to a validator.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from farflung.config import Config
+from farflung.engine.base import Request
+from farflung.engine.local import LocalEngine
+from farflung.learner.pack import Rollout
+from farflung.protocol import wire
+from farflung.protocol.messages import Batch, RolloutLook
+from farflung.protocol.session import Session
+from farflung.rollouts import stale
+from farflung.rollouts.agreement import Agreement, agree
+from farflung.rollouts.batch import Bodies, Suspect, suspects, trip
+from farflung.rollouts.tripwire import Looked, look, tripped
+from farflung.trust.evidence import Profiles
+from farflung.trust.profiles import load_profile
+
+log = logging.getLogger(__name__)
+WithRoom = Callable[[str, Callable[[], Awaitable[object]]], Awaitable[None]]
+"""Writes something, once the disk has room for it; the first argument names it to people."""
+
+
+class Held(Protocol):
+    """An engine and the version that it holds (`weights/loaded.py`: flows do not import each other)."""
+
+    engine: LocalEngine
+
+    async def fetch(self, digest: str) -> None:
+        """Have a version on disk, unless the engine holds it."""
+        ...
+
+    def ensure(self, digest: str) -> None:
+        """Have a version that was fetched in the engine."""
+        ...
+
+    def invalidate(self) -> None:
+        """Let the engine count as holding nothing that anybody knows."""
+        ...
+
+
+class Checker:
+    """Replays what is to be trained on under the weights that it was leased at."""
+
+    def __init__(self, session: Session, config: Config, held: Held, bodies: Bodies, with_room: WithRoom) -> None:
+        self._session, self._held, self._bodies, self._with_room = session, held, bodies, with_room
+        self._learn, self._budget = config.learn, config.generate.budget
+        self._folder = config.folder / "checkpoints" / "behaviour"
+        self._profiles = Profiles(
+            load_profile(config.model.profile), tuple(load_profile(name) for name in config.model.profiles)
+        )
+        self._seen: dict[str, torch.Tensor] = {}
+        """By rollout of the batch looked at last, what its tokens were worth, float32 (N,)."""
+
+    def agree(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Agreement:
+        """Try the model with these weights. Raises ConfigError if it does not say the same to all who compute it."""
+        with self._session.figures.working():
+            self._held.invalidate()
+            self._held.engine.load(weights())
+            return agree(self._held.engine)
+
+    async def trip(self, batch: Batch) -> int:
+        """Replay a batch, and have what is not what its seeds give taken out; gives 0 if the batch stays as it is.
+
+        Several updates need to know what every rollout was worth before the first, so then none is left out.
+        """
+        every = await suspects(self._bodies, batch, is_all=self._learn.minibatches > 1)
+        found: list[Looked] = []
+        for digest in sorted({one.manifest for one in every}):
+            await self._fetch(digest)
+            part = [one for one in every if one.manifest == digest]
+            found += await asyncio.to_thread(self._look, digest, part, batch.temperature)
+        self._seen = {one.rollout: one.logp for one in found}
+        looked = [RolloutLook(rollout=one.rollout, **one.flips._asdict()) for one in found]
+        if caught := tripped((one.submission, one.log_ratios) for one in found if not one.is_audited):
+            log.warning("tripwire step=%d submissions=%d", batch.step, len(caught))
+        return len(caught) + await trip(self._session, batch.step, caught, looked)
+
+    async def behaviour(self, batch: Batch, rollouts: Sequence[Rollout]) -> stale.Logp:
+        """What rollouts were worth to the weights they were leased at; of a committed step, as it was then.
+
+        Stale ones must be known, fresh ones serve several updates. The tripwire has found out already; but where it
+        leaves out what was audited, chance decides what is replayed together, and so would it decide the last bits.
+        """
+        by_step = stale.stale(rollouts, batch.step - 1)
+        if self._learn.minibatches == 1 and not (by_step and self._learn.importance_cap):
+            return {}
+        if batch.committed:
+            return stale.kept(self._folder, batch.step)
+        logp = self._known(batch)
+        if not self._learn.importance_cap:  # stale tokens count as they are
+            logp, by_step = {i: values for i, values in logp.items() if rollouts[i].step not in by_step}, {}
+        for step, digest in {group.step: group.manifest for group in batch.groups if group.step in by_step}.items():
+            if missing := [index for index in by_step[step] if index not in logp]:
+                await self._fetch(digest)
+                logp |= await asyncio.to_thread(self._judge, digest, rollouts, missing)
+        keep = partial(asyncio.to_thread, stale.keep, logp, self._folder, batch.step)
+        await self._with_room("what rollouts were worth before", keep)
+        return logp
+
+    def answer(self, batch: Batch) -> list[bytes]:
+        """Ids that the weights in the engine give to the batch's canaries, packed."""
+        asked = [
+            Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, batch.temperature, one.budget)
+            for one in batch.canaries
+        ]
+        return [wire.pack_ids(done.ids) for done in self._held.engine.generate(asked) if done is not None]
+
+    def _known(self, batch: Batch) -> stale.Logp:
+        """What the tripwire found out of a batch's rollouts and several updates may use."""
+        if self._learn.minibatches == 1:
+            return {}
+        names = [rollout.rollout for group in batch.groups for rollout in group.rollouts]
+        return {index: self._seen[name] for index, name in enumerate(names) if name in self._seen}
+
+    def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[Looked]:
+        with self._session.figures.working():
+            self._held.ensure(digest)
+            return look(self._held.engine, part, temperature, self._budget, self._profiles)
+
+    def _judge(self, digest: str, rollouts: Sequence[Rollout], which: list[int]) -> stale.Logp:
+        with self._session.figures.working():
+            self._held.ensure(digest)
+            return stale.behaviour(self._held.engine.model, rollouts, which, self._learn.microbatch_tokens)
+
+    async def _fetch(self, digest: str) -> None:
+        await self._with_room("weights", lambda: self._held.fetch(digest))

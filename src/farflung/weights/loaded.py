@@ -1,0 +1,80 @@
+"""Worker, validator and trainer: which version of the weights an engine holds; each of them loads a version here.
+
+An engine with half a version, or with another than it is taken for, makes an honest worker look like a cheat, and a
+validator damn the honest. So a version counts as loaded only once it is whole, and no value that was read from the
+engine outlives the weights it was read from.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from farflung.engine.base import Engine
+from farflung.engine.precision import rounded
+from farflung.protocol import probe
+from farflung.protocol.errors import WeightsError
+from farflung.protocol.session import Figures
+from farflung.weights.cache import Versions
+from farflung.weights.fetch import tensors
+
+NOTHING = ""
+"""No manifest has this digest."""
+Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+
+
+class Loaded:
+    """The version of the weights in one engine, by the digest of its manifest.
+
+    Matrices are rounded to `bits` on their way there, 0 for none (`engine/precision.py`). The `figures` of a session
+    are told which step it is, -1 for none, as the node's heartbeats say it.
+    """
+
+    def __init__(self, engine: Engine, versions: Versions, *, bits: int = 0, figures: Figures | None = None) -> None:
+        self.engine, self._versions, self._bits, self._figures = engine, versions, bits, figures
+        self._digest = NOTHING
+        self._values: dict[str, bytes] = {}
+        """By probe key, the values of its slices in the engine."""
+
+    def has(self, digest: str) -> bool:
+        """Whether the engine holds this version, whole."""
+        return digest == self._digest != NOTHING
+
+    async def fetch(self, digest: str) -> None:
+        """Have a version on disk, unless the engine holds it. Raises WeightsError, BadSignature, NotFound."""
+        if not self.has(digest):
+            await self._versions.fetch(digest)
+
+    def ensure(self, digest: str, own: Weights | None = None) -> None:
+        """Have a version in the engine: one that was fetched, or the weights that its maker has in memory, `own`.
+
+        Does nothing where it is there. Raises WeightsError. After a fault of any kind nothing counts as loaded, and
+        the next call loads anew.
+        """
+        if self.has(digest):
+            return
+        step = self._versions.known(digest).step if own is None else -1
+        self.invalidate()
+        self.engine.load(rounded(tensors(self._versions, digest), self._bits) if own is None else own())
+        self._count_as(digest, step)
+
+    def invalidate(self) -> None:
+        """Nobody knows any more what the engine holds: it is about to change, or has been found to be another."""
+        self._values.clear()
+        self._count_as(NOTHING, -1)
+
+    def possession(self, nonce: str, key: str) -> str:
+        """The answer to a probe: SHA-256 in hex over the nonce and the slices of the engine's weights that it chooses.
+
+        Nonce and probe key are in hex. The slices are read once after each load. Raises WeightsError if none is whole.
+        """
+        if self._digest == NOTHING:
+            raise WeightsError("the engine holds no whole version, so none can be shown; load one first")
+        if key not in self._values:
+            shapes = ((one.name, one.shape) for one in self._versions.known(self._digest).tensors)
+            self._values[key] = self.engine.values(probe.slices(shapes, bytes.fromhex(key)))
+        return probe.answer(nonce, self._values[key])
+
+    def _count_as(self, digest: str, step: int) -> None:
+        self._digest = digest
+        if self._figures is not None:
+            self._figures.loaded_step = step
