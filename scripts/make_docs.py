@@ -18,6 +18,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,9 @@ def _command(name: str) -> str:
     text, meanings = told(inspect.getdoc(app[name].default_command) or "")
     positional, required, options = ["farflung", name], list[str](), list[tuple[str, ...]]()
     for argument in app[name].assemble_argument_collection():
+        if is_dataclass(argument.hint):  # its fields follow, each with what the dataclass says of it
+            meanings |= told(inspect.getdoc(argument.hint) or "")[1]
+            continue
         field = argument.field_info
         meaning = meanings.get(field.name) or argument.parameter.help or ""
         if field.is_positional:
