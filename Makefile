@@ -42,10 +42,10 @@ bench: .venv/installed
 	@touch $@
 
 compile-run:
-	@$(BIN)/python -c 'import farflung.ops.swarm'
+	@$(BIN)/python -c 'import farflung.launch.swarm'
 
 compile-%:
-	@$(BIN)/python -m farflung.ops.nursery $* examples/base < /dev/null > /dev/null
+	@$(BIN)/python -m farflung.launch.forkserver $* examples/base < /dev/null > /dev/null
 
 clean:
 	rm -rf .venv runs dist

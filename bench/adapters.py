@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch.nn.functional import kl_div
 
-from farflung.learner import merge as merging
-from farflung.learner.dither import dithered
 from farflung.learner.lora import merged, published
-from farflung.learner.merge import Factors, merge
 from farflung.learner.optimise import Learner, Optimisation
 from farflung.learner.pack import Rollout, Segment, pack
 from farflung.learner.policy import Policy
-from farflung.tasks.found import Model
+from farflung.numerics import merge as merging
+from farflung.numerics.merge import Factors, merge
+from farflung.numerics.rounding import dithered
+from farflung.tasks.create_run import Model
 from farflung.weights import delta
 from farflung.weights.publish import SHARD_BYTES
 

@@ -27,15 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farflung.protocol.client import Client
+from farflung.net.client import Client
+from farflung.net.session import Session
 from farflung.protocol.errors import FarflungError
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Commit, Done, Rollback
-from farflung.protocol.session import Session
 from farflung.weights import patch as patching
 from farflung.weights.cache import Versions
-from farflung.weights.chain import Way
 from farflung.weights.manifest import manifest_digest, open_manifest
+from farflung.weights.plan import Way
 
 ROOT = Path(__file__).parents[1]
 SMOL = ROOT / "models" / "smollm2-135m"

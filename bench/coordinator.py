@@ -26,14 +26,14 @@ from pathlib import Path
 import msgspec
 import psutil
 import sqlalchemy as sa
+from load.clients import Crowd, Pace, coordinator_id, drive, publish_nothing, simulated_key
 
 from farflung.config import Config, save
-from farflung.ops.crowd import Crowd, Pace, coordinator_id, drive, publish_nothing, simulated_key
-from farflung.ops.fleet import run
+from farflung.launch.coordinators import run
 from farflung.protocol.identity import Key
-from farflung.store.connections import open_engine
+from farflung.store.sql_connections import open_engine
 from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
-from farflung.tasks.found import local_grants
+from farflung.tasks.create_run import local_grants
 from farflung.trust.record import NodeRecord
 
 BASE = Path(__file__).parents[1] / "examples" / "base"

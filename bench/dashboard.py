@@ -28,8 +28,8 @@ from farflung.protocol.identity import Key, readable_name, seal
 from farflung.protocol.messages import Manifest, Shard, SubmissionBody, SubmittedRollout, Tensor, Verdict
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs
-from farflung.store.book import new_id
 from farflung.store.db import Database, migrate
+from farflung.store.run import new_id
 from farflung.store.tables import (
     AUDITS,
     ENTRIES,

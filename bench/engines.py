@@ -29,11 +29,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from verification import SETTINGS, SIZE, SMOL, Kind, Tensors, engine, findings, say, tensors, until_caught
 
-from farflung.engine.base import Completion, Request
+from farflung.engine.interface import Completion, Request
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.protocol.errors import Unreachable
-from farflung.tasks.found import Model
+from farflung.tasks.create_run import Model
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import Profile, Seen
 

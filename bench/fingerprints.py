@@ -29,13 +29,13 @@ from verification import SMOL, Kind, Tensors, engine, say, tensors
 
 from farflung.engine import decode
 from farflung.engine import replay as replaying
-from farflung.engine.base import Request
-from farflung.engine.fingerprint import Sketches, tapped
+from farflung.engine.arithmetic import rounded
+from farflung.engine.fingerprint_tap import Sketches, tapped
+from farflung.engine.interface import Request
 from farflung.engine.local import LocalEngine
-from farflung.engine.precision import rounded
 from farflung.protocol.fingerprint import signs
-from farflung.tasks.found import Model
-from farflung.trust.fingerprint import bound
+from farflung.tasks.create_run import Model
+from farflung.trust.fingerprint_distance import bound
 
 TOKENS = 16
 QUICK = ("int4", "int8")

@@ -23,14 +23,14 @@ from typing import Any
 
 import psutil
 from coordinator import Coordinators, configuration
+from load.clients import coordinator_id, publish_nothing
+from load.decoders import Decoder, crashed, decoders
+from load.fuzz_clients import Guests
+from load.mutate import Chance
 
 from farflung.config import Config
-from farflung.ops.crowd import coordinator_id, publish_nothing
-from farflung.ops.fuzz import Decoder, crashed, decoders
-from farflung.ops.guests import Guests
 from farflung.ops.invariants import violations
-from farflung.ops.odd import Chance
-from farflung.store.connections import open_engine
+from farflung.store.sql_connections import open_engine
 
 
 def parse() -> argparse.Namespace:

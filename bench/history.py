@@ -34,10 +34,10 @@ from farflung.protocol.messages import Commit, Manifest
 from farflung.rollouts import compose
 from farflung.store import ledger
 from farflung.store import tables as t
-from farflung.store.connections import open_engine
+from farflung.store.bulk import insert_rows
 from farflung.store.db import writing
-from farflung.store.rows import insert_rows
-from farflung.tasks.found import local_grants
+from farflung.store.sql_connections import open_engine
+from farflung.tasks.create_run import local_grants
 from farflung.trust.record import NodeRecord
 from farflung.weights.manifest import manifest_digest
 

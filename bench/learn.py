@@ -33,7 +33,7 @@ import psutil
 import torch
 
 from farflung.envs.reasoning_gym import ReasoningGym
-from farflung.learner.precision import Precision, compute_dtype
+from farflung.numerics.train_precision import Precision, compute_dtype
 
 ROOT = Path(__file__).parents[1]
 SMOL = ROOT / "models" / "smollm2-135m"

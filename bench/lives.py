@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from farflung.engine.base import Request
+from farflung.engine.interface import Request
 from farflung.engine.local import LocalEngine
 from farflung.ops.calibrate import TOLERANCE, engine_of
-from farflung.tasks.found import Model
+from farflung.tasks.create_run import Model
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import Profile, Seen
 from farflung.trust.record import TrustSettings

@@ -24,13 +24,13 @@ import msgspec
 
 from farflung.config import Config, save
 from farflung.coordinator import open_coordinator
+from farflung.net.client import Client
+from farflung.net.session import Index
 from farflung.protocol import messages as m
-from farflung.protocol.client import Client
 from farflung.protocol.identity import Key
-from farflung.protocol.session import Index
 from farflung.store import tables as t
 from farflung.store.db import Database
-from farflung.tasks.found import local_grants
+from farflung.tasks.create_run import local_grants
 from farflung.trust.record import NodeRecord
 
 ROOT = Path(__file__).parents[1]

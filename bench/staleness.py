@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from farflung.engine.base import Request
+from farflung.engine.interface import Request
 from farflung.engine.local import LocalEngine
 from farflung.envs.base import Task
 from farflung.envs.sums import Sums
@@ -33,7 +33,7 @@ from farflung.learner.optimise import Learner, Optimisation
 from farflung.learner.pack import Rollout, Segment, lay, pack
 from farflung.learner.policy import Policy
 from farflung.rollouts import stale
-from farflung.tasks.found import Model
+from farflung.tasks.create_run import Model
 
 BASE = Path(__file__).parents[1] / "examples" / "base"
 SAMPLES, BUDGET = 16, 32

@@ -26,16 +26,16 @@ import numpy as np
 import torch
 from verification import SMOL, TOY, calibrated, requests, say
 
-from farflung.engine.base import Completion, Request
+from farflung.audits.tripwire import tripped
+from farflung.engine.interface import Completion, Request
 from farflung.engine.local import LocalEngine
 from farflung.envs.sums import Sums
 from farflung.ops.calibrate import engine_of
-from farflung.ops.redteam.picks import Teacher
-from farflung.rollouts.tripwire import tripped
-from farflung.tasks.found import Model
+from farflung.redteam.picks import Teacher
+from farflung.tasks.create_run import Model
 from farflung.trust import evidence, watch
+from farflung.trust.audit_policy import audit_probability
 from farflung.trust.evidence import Profile, Seen
-from farflung.trust.policy import audit_probability
 from farflung.trust.profiles import load_profile, names
 from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, look_over, submitted, weigh
 from farflung.trust.watch import Look

@@ -26,18 +26,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from farflung.audits.tripwire import tripped
 from farflung.engine import decode
-from farflung.engine.base import Request
+from farflung.engine.arithmetic import arithmetic, rounded
+from farflung.engine.interface import Request
 from farflung.engine.loading import build
 from farflung.engine.local import LocalEngine
-from farflung.engine.precision import arithmetic, rounded
 from farflung.envs.sums import Sums
 from farflung.learner import checkpoint
-from farflung.rollouts.tripwire import tripped
-from farflung.tasks.found import Model
+from farflung.tasks.create_run import Model
 from farflung.trust import bounds, evidence
+from farflung.trust.audit_policy import audit_probability
 from farflung.trust.evidence import Profile, Seen
-from farflung.trust.policy import audit_probability
 from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, submitted
 
 ROOT = Path(__file__).parents[1]
@@ -300,7 +300,7 @@ def cheats(weights: Tensors, vocab: int, rng: np.random.Generator) -> dict[str, 
 
 
 def replayed(part: Sequence[Finding]) -> list[Finding]:
-    """What a validator replays of a submission (`farflung.rollouts.verify.more`): until it is decided, one by one what
+    """What a validator replays of a submission (`farflung.audits.replay_audits.more`): until it is decided, one by one what
     a cheat explains better, else as many again.
     """
     count = 1

@@ -29,7 +29,7 @@ from farflung.learner.optimise import Learner, Optimisation
 from farflung.learner.pack import Rollout, Segment, pack
 from farflung.learner.policy import Policy
 from farflung.protocol.digest import digest_of
-from farflung.tasks.found import Model
+from farflung.tasks.create_run import Model
 from farflung.weights import delta
 from farflung.weights.publish import SHARD_BYTES
 

@@ -104,7 +104,7 @@ def check(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from farflung.tasks.found import Model
+    from farflung.tasks.create_run import Model
 
     found, tokenizer = Model(str(folder)), AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -24,11 +24,12 @@ from typing import Any
 
 from farflung import config
 from farflung.cli import app
-from farflung.coordinator.office import Office
+from farflung.coordinator.context import Office
 from farflung.coordinator.routes import routes as routes_of
 from farflung.engine import noise
-from farflung.protocol import errors, identity, messages, seeds, session, states
-from farflung.protocol.server import Route
+from farflung.net import session
+from farflung.net.server import Route
+from farflung.protocol import errors, identity, messages, seeds, states
 from farflung.tasks.assign import task_order
 
 ROOT = Path(__file__).parents[1]

@@ -22,25 +22,25 @@ from hypothesis import settings
 
 from farflung.config import Config
 from farflung.coordinator import Coordinator
-from farflung.coordinator.office import Office
+from farflung.coordinator.context import Office
+from farflung.net.admin import read_token
+from farflung.net.client import Client
+from farflung.net.session import PURPOSES, delegate
 from farflung.protocol import fingerprint, states, wire
 from farflung.protocol import messages as m
-from farflung.protocol.admin import read_token
-from farflung.protocol.client import Client
 from farflung.protocol.digest import digest_of
 from farflung.protocol.identity import Key, Signed, seal, unseal
-from farflung.protocol.session import PURPOSES, delegate
 from farflung.rollouts.archive import Archive
 from farflung.store import counts, ledger
 from farflung.store.blobs import Blobs
-from farflung.store.book import Book
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
+from farflung.store.run import Book
 from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, STEPS, TABLE_OF
-from farflung.tasks.found import Model, found, seal_papers, weights_key
+from farflung.tasks.create_run import Model, found, seal_papers, weights_key
 from farflung.tasks.keyring import Keyring
 from farflung.trust.evidence import Profile, Profiles, Tally
-from farflung.trust.fingerprint import distance
+from farflung.trust.fingerprint_distance import distance
 from farflung.weights.manifest import target_digest
 
 settings.register_profile("farflung", deadline=None)  # shared cores pause for half a second now and then

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
-from farflung.protocol.client import Client
+from farflung.net.client import Client
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import tensors
 from farflung.weights.patch import patch
+from farflung.weights.tensors import tensors
 from standin import session_with
 
 

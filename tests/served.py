@@ -7,8 +7,8 @@ import time
 import uvicorn
 from tests.conftest import Clock, House, named
 
-from farflung.protocol.client import Client
-from farflung.protocol.server import listen
+from farflung.net.client import Client
+from farflung.net.server import listen
 
 
 class Now(Clock):

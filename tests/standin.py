@@ -10,14 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from farflung.net.client import Client
+from farflung.net.server import listen, problem_response
+from farflung.net.session import PURPOSES, Session, check_run, delegate
 from farflung.protocol import wire
-from farflung.protocol.client import Client
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Relays, RelayView, Run, RunInfo
-from farflung.protocol.server import listen, problem_response
-from farflung.protocol.session import PURPOSES, Session, check_run, delegate
 from farflung.weights.manifest import manifest_digest
 from farflung.weights.origin import byte_range
 

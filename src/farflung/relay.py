@@ -13,12 +13,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from farflung.config import RelaySection
-from farflung.protocol.client import Client
-from farflung.protocol.exposition import exposition
-from farflung.protocol.hosts import url_of
+from farflung.net.client import Client
+from farflung.net.hosts import url_of
+from farflung.net.metrics_server import exposition
+from farflung.net.server import listen
+from farflung.net.session import Session, stop_on_signals
 from farflung.protocol.identity import Key
-from farflung.protocol.server import listen
-from farflung.protocol.session import Session, stop_on_signals
 from farflung.weights.cache import Versions
 from farflung.weights.mirror import Mirror
 

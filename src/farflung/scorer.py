@@ -6,9 +6,9 @@ import sys
 
 from farflung.config import Config
 from farflung.envs.child import ScorerChild
-from farflung.protocol.client import Client
+from farflung.net.client import Client
+from farflung.net.session import Session
 from farflung.protocol.identity import Key
-from farflung.protocol.session import Session
 from farflung.rollouts import score
 
 log = logging.getLogger(__name__)

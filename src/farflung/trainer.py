@@ -12,18 +12,18 @@ from typing import Any
 
 from farflung.config import Config
 from farflung.engine.loading import in_bfloat16
-from farflung.learner import checkpoint, room
+from farflung.learner import checkpoint, disk_full
 from farflung.learner.build import crew_of
 from farflung.learner.optimise import StepMetrics
 from farflung.learner.pack import Rollout
 from farflung.learner.ranks import Ranks
 from farflung.learner.warning import WINDOW, Sign, warn
+from farflung.net.client import Client
+from farflung.net.session import Session
 from farflung.protocol import probe
-from farflung.protocol.client import Client
 from farflung.protocol.errors import BadSignature, Conflict, StepTaken, WeightsError
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Batch, BatchAnswer, Commit, Done
-from farflung.protocol.session import Session
 from farflung.rollouts import stale
 from farflung.rollouts.agreement import refuse_long
 from farflung.rollouts.batch import Bodies, claim, fetch
@@ -31,11 +31,11 @@ from farflung.rollouts.checker import Checker
 from farflung.store.sinks import Sinks
 from farflung.tasks.longest import longest_text
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import empty_engine
 from farflung.weights.loaded import Loaded
 from farflung.weights.manifest import manifest_digest
 from farflung.weights.patch import patch
 from farflung.weights.publish import Adapted, Publisher, weights_digest
+from farflung.weights.tensors import empty_engine
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
@@ -228,7 +228,7 @@ class Trainer:
         def say(trouble: str) -> None:
             self.session.figures.trouble = trouble
 
-        await room.patiently(what, write, say, lambda: self.is_stopping)
+        await disk_full.patiently(what, write, say, lambda: self.is_stopping)
 
     def _hold_own(self, digest: str) -> None:
         """Have the weights as they are now in the second engine: the next batch is of these, if none may be stale."""

@@ -7,21 +7,21 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from farflung.audits import replay_audits
 from farflung.config import ValidatorSection
-from farflung.engine.base import Completion
+from farflung.engine.arithmetic import rounded
+from farflung.engine.interface import Completion
 from farflung.engine.local import LocalEngine
-from farflung.engine.precision import rounded
-from farflung.protocol.client import Client
+from farflung.net.client import Client
+from farflung.net.session import Session
 from farflung.protocol.errors import FailedCanary, LeaseGone, Malformed, NotFound, WeightsError, WrongWeights
 from farflung.protocol.identity import Key, Signed
 from farflung.protocol.messages import AuditJob, Evidence, Lease, LeaseAnswer, LeaseRequest
-from farflung.protocol.session import Session
-from farflung.rollouts import verify
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import empty_engine, tensors
 from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
+from farflung.weights.tensors import empty_engine, tensors
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.5
@@ -80,7 +80,7 @@ class Validator:
     async def step(self) -> None:
         """Audits before anything else; then, if none waits, an evaluation."""
         self.session.figures.phase = "waiting"
-        jobs = await verify.claim(self.session, self.settings.claim, WAIT_S, self.settings.linger_s)
+        jobs = await replay_audits.claim(self.session, self.settings.claim, WAIT_S, self.settings.linger_s)
         if jobs:
             await self._audit(jobs)
         else:
@@ -94,7 +94,7 @@ class Validator:
                 await self._fetch_earlier(job.manifest_before)
         for evidence in await asyncio.to_thread(self._replay, jobs):
             try:
-                await verify.testify(self.session, self.key, evidence)
+                await replay_audits.testify(self.session, self.key, evidence)
             except (WrongWeights, FailedCanary) as error:
                 log.error("loading the weights anew because=%s", error)
                 self.loaded.invalidate()
@@ -107,7 +107,7 @@ class Validator:
         with figures.working():
             self.loaded.ensure(jobs[0].manifest)
             about = (self.session.run, self.session.info.profile)
-            found = verify.replay(self.engine, jobs, *about, self.loaded.possession)
+            found = replay_audits.replay(self.engine, jobs, *about, self.loaded.possession)
             tokens = sum(len(one.gap) // 4 for evidence in found for one in evidence.rollouts)
             self._recent.append((time.thread_time() - before, tokens))
             figures.recent_cpu_s, figures.recent_tokens = (sum(column) for column in zip(*self._recent, strict=True))
@@ -126,7 +126,7 @@ class Validator:
             before = self.weights.known(job.manifest_before)
             name = f"the weights of step {before.step}: a weight update was missed"
             loads.append((name, lambda: self.engine.load(tensors(self.weights, job.manifest_before))))
-        return verify.explain(self.engine, evidence, job, loads)
+        return replay_audits.explain(self.engine, evidence, job, loads)
 
     async def _fetch_earlier(self, digest: str) -> None:
         """The weights of the step before, if they can still be had."""

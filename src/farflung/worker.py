@@ -9,13 +9,15 @@ from pathlib import Path
 import psutil
 import torch
 
+from farflung.audits import self_test
 from farflung.config import WorkerSection
-from farflung.engine.base import Completion, Engine
+from farflung.engine.arithmetic import arithmetic
+from farflung.engine.interface import Completion, Engine
 from farflung.engine.loading import model_bytes
 from farflung.engine.local import LocalEngine
-from farflung.engine.precision import arithmetic
 from farflung.engine.vllm import VllmEngine
-from farflung.protocol.client import Client
+from farflung.net.client import Client
+from farflung.net.session import Session
 from farflung.protocol.errors import (
     BadSignature,
     ConfigError,
@@ -31,16 +33,14 @@ from farflung.protocol.errors import (
 )
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, SelfTest, Submission
-from farflung.protocol.session import Session
 from farflung.protocol.stops import Stops
-from farflung.rollouts import selftest
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.trust.evidence import Profile
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import fetch_model_config, fetch_stops
 from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
+from farflung.weights.tensors import fetch_model_config, fetch_stops
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
@@ -149,8 +149,8 @@ class Worker:
 
     async def try_numerics(self, manifest: str) -> None:
         """Once, with the first version that has a self-test. Raises ConfigError where the noise is not forgiven."""
-        test = None if self._is_tried else await selftest.fetch_or_none(self.session, manifest)
-        profile = selftest.profile_in(self.session, test, self.settings.profile) if test else None
+        test = None if self._is_tried else await self_test.fetch_or_none(self.session, manifest)
+        profile = self_test.profile_in(self.session, test, self.settings.profile) if test else None
         if test is None or profile is None:
             return
         self._is_tried, self.session.figures.phase = True, "self-test"
@@ -162,9 +162,9 @@ class Worker:
         if not tried.is_forgiven and not self.settings.ignore_self_test:
             raise ConfigError(f"{tried.told}, or work all the same with --ignore-self-test")
 
-    def _attempt(self, test: SelfTest, profile: Profile) -> selftest.Tried | None:
+    def _attempt(self, test: SelfTest, profile: Profile) -> self_test.Tried | None:
         with self.session.figures.working("proof"):
-            return selftest.attempt(self.engine, test, profile)
+            return self_test.attempt(self.engine, test, profile)
 
     def drain(self) -> None:
         """Stop soon: what is complete is handed in, the rest goes back."""

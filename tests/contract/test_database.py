@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import sqlalchemy as sa
 
-from farflung.ops.faults import Postgres, hold
+from farflung.adversity.faults import Postgres, hold
 from farflung.protocol.errors import ConfigError, IllegalTransition, Unavailable
 from farflung.store.db import Database, migrate, writing
-from farflung.store.stories import move, record, shift_rows, story
 from farflung.store.tables import NODES
+from farflung.store.transitions import move, record, shift_rows, story
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 
 import sqlalchemy as sa
 
-from farflung.dashboard import heldout
+from farflung.queries import evals
 from farflung.store.tables import GROUPS, LEASES, ROLLOUTS
 
 
@@ -48,7 +48,7 @@ def test_each_due_step_is_answered_greedily_and_sampled(make_house) -> None:
         await house.coordinator.sweeper.note_evals()
         assert [line["step"] for line in lines(house)] == [0, 2, 3]
         await house.swept()
-        found = await house.office.database.read(lambda c: heldout.evals(c, house.config))
+        found = await house.office.database.read(lambda c: evals.evals(c, house.config))
         assert [json.loads(json.dumps(line))["pass_k"] for line in lines(house)] == [view.pass_k for view in found]
         first = found[0]
         # sample 1 of samples 0, 1, 2 is right: of the three ways to choose two of them, two have it
@@ -96,12 +96,12 @@ def test_nothing_is_shown_while_its_tasks_are_under_way(make_house) -> None:
         await house.submit("val-1", await house.lease("val-1", slots=1))
         await house.score()
         read = house.office.database.read
-        assert await read(lambda c: heldout.shown(c, house.config)) == []
+        assert await read(lambda c: evals.shown(c, house.config)) == []
         await house.submit("val-1", await house.lease("val-1", slots=1))
         await house.submit("val-1", await house.lease("val-1", slots=4))
         await house.score()
-        (greedy,) = await read(lambda c: heldout.shown(c, house.config))
+        (greedy,) = await read(lambda c: evals.shown(c, house.config))
         assert (greedy.tasks, greedy.pass_k) == (2, None)
-        assert await read(lambda c: heldout.finished(c, house.config, {0, 1})) == []
+        assert await read(lambda c: evals.finished(c, house.config, {0, 1})) == []
 
     house.run(scenario)

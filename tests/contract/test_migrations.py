@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from farflung.store.connections import open_engine
 from farflung.store.db import migrate
+from farflung.store.sql_connections import open_engine
 from farflung.store.tables import metadata
 
 

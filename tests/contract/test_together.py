@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from farflung.coordinator.nodes import take
+from farflung.coordinator.node_routes import take
 from farflung.protocol import messages as m
 from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, NotFound
 from farflung.protocol.identity import Signed, unseal
 from farflung.rollouts import intake
-from farflung.rollouts.parcel import inspect
+from farflung.rollouts.validate import inspect
+from farflung.store.bulk import SIZES, insert_rows, update_rows
 from farflung.store.db import Database, migrate
-from farflung.store.rows import SIZES, insert_rows, update_rows
-from farflung.store.stories import record, story
 from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUTS
+from farflung.store.transitions import record, story
 
 WORKERS = [f"worker-{number}" for number in range(12)]
 ROOMY = {"trust": {"probation_slots": 99, "probation_waiting": 99}, "lease": {"ahead": 99.0, "rollouts": 3}}

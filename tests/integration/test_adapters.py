@@ -16,16 +16,16 @@ import torch
 from adapting import batch, learner
 from farflung.learner import checkpoint
 from farflung.learner.optimise import Learner
-from farflung.protocol.client import Client
+from farflung.net.client import Client
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.identity import seal
 from farflung.protocol.messages import Manifest
 from farflung.weights import publish as publishing
-from farflung.weights.collect import needless
-from farflung.weights.fetch import tensors
 from farflung.weights.manifest import KIND, check_follows, manifest_digest, open_manifest, target_digest
 from farflung.weights.mirror import Mirror
 from farflung.weights.publish import Adapted, Publisher
+from farflung.weights.shard_gc import needless
+from farflung.weights.tensors import tensors
 from following import node, same
 from standin import TRAINER, Source, served
 

@@ -8,8 +8,8 @@ import httpx2
 import pytest
 
 from farflung.coordinator.routes import routes
+from farflung.net.admin import bears, read_token
 from farflung.protocol import messages as m
-from farflung.protocol.admin import bears, read_token
 from farflung.protocol.errors import Busy, ConfigError, Forbidden
 
 TOKEN = "correct-horse-battery-staple"

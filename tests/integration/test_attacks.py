@@ -9,13 +9,13 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 
-from farflung.coordinator import nodes
+from farflung.coordinator import node_routes
+from farflung.net.client import Client
+from farflung.net.session import Session
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
-from farflung.protocol.client import Client
 from farflung.protocol.identity import Signed, seal, sign_request
-from farflung.protocol.session import Session
-from farflung.rollouts.parcel import inspect
+from farflung.rollouts.validate import inspect
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
 
@@ -703,7 +703,7 @@ def test_a_metric_gone_wild_does_not_stop_the_run(house) -> None:
 
 
 def test_a_floods_nonces_are_forgotten_in_time(house) -> None:
-    from farflung.protocol.server import Nonces
+    from farflung.net.server import Nonces
 
     nonces = Nonces(limit=3)
     for number in range(3):
@@ -765,12 +765,12 @@ def test_a_coordinator_that_goes_by_the_name_of_another_is_found_out(house, monk
     """It would pass on what the node signs to the one whose name it borrowed, and spoil the node's record there."""
 
     async def join(tag: str) -> None:
-        real = nodes.index
+        real = node_routes.index
 
         async def index(office, call):
             return msgspec.structs.replace(await real(office, call), coordinator=tag)
 
-        monkeypatch.setattr(nodes, "index", index)
+        monkeypatch.setattr(node_routes, "index", index)
         client = house.line("ada")
         with pytest.raises(errors.BadSignature, match="calls itself nsomebodyelse"):
             await Session.open(client, "worker", root=house.named("root").public)

@@ -99,7 +99,7 @@ async def suspects(house, batch: m.Batch, *, is_all: bool):
 
 async def tripped(house, batch: m.Batch) -> list[str]:
     """Submissions of a batch that the trainer's own tripwire catches, by its own functions."""
-    tripwire = pytest.importorskip("farflung.rollouts.tripwire")
+    tripwire = pytest.importorskip("farflung.audits.tripwire")
     looked = tripwire.look(Replayer(), await suspects(house, batch, is_all=False), 1.0, 8, PROFILE)
     return tripwire.tripped((one.submission, one.log_ratios) for one in looked)
 
@@ -247,7 +247,7 @@ def test_once_others_pass_cheats_are_ejected(watched) -> None:
 
 def test_work_counts_by_what_passed(watched) -> None:
     """Audits of garbage add nothing to what a swarm weighs."""
-    from farflung.rollouts import brake as rollouts_brake
+    from farflung.audits import breaker as rollouts_brake
 
     async def scenario(house) -> None:
         await house.step(0)

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from farflung.learner import checkpoint, room  # noqa: E402
+from farflung.learner import checkpoint, disk_full  # noqa: E402
 from farflung.learner.optimise import Learner, Optimisation  # noqa: E402
 from farflung.learner.pack import Rollout, Segment, pack  # noqa: E402
 from farflung.learner.policy import Policy  # noqa: E402
@@ -174,7 +174,7 @@ def test_a_full_disk_is_waited_out(learner, tmp_path: Path, monkeypatch) -> None
     options = f"size={size_bytes * 3 // 2}"
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(small)], capture_output=True).returncode:
         pytest.skip("mounting is not permitted here")
-    monkeypatch.setattr(room, "LOOK_S", 0.05)
+    monkeypatch.setattr(disk_full, "LOOK_S", 0.05)
     said: list[str] = []
 
     def hear(trouble: str) -> None:
@@ -188,7 +188,7 @@ def test_a_full_disk_is_waited_out(learner, tmp_path: Path, monkeypatch) -> None
 
     try:
         checkpoint.save(one, 1, small)
-        saved = asyncio.run(room.patiently("a checkpoint", lambda: write(2), hear, lambda: False))
+        saved = asyncio.run(disk_full.patiently("a checkpoint", lambda: write(2), hear, lambda: False))
         assert said[0].startswith("waits for room on its disk to write a checkpoint: ")
         assert (len(said), said[-1]) == (4, "")
         assert checkpoint.latest(small) == saved
@@ -216,7 +216,7 @@ def test_what_is_no_full_disk_is_raised_at_once(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        asyncio.run(room.patiently("a checkpoint", write, pytest.fail, lambda: False))
+        asyncio.run(disk_full.patiently("a checkpoint", write, pytest.fail, lambda: False))
 
 
 def test_a_trainer_that_is_told_to_stop_does_not_wait_for_room() -> None:
@@ -224,4 +224,4 @@ def test_a_trainer_that_is_told_to_stop_does_not_wait_for_room() -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        asyncio.run(room.patiently("a checkpoint", write, pytest.fail, lambda: True))
+        asyncio.run(disk_full.patiently("a checkpoint", write, pytest.fail, lambda: True))

@@ -14,13 +14,13 @@ from tests.conftest import settings
 
 from farflung.cli.app import HOME, expanded
 from farflung.config import save
+from farflung.launch.summary import summarise
+from farflung.launch.view import desk_of, run_in
+from farflung.net.client import Client
+from farflung.net.session import Index
 from farflung.ops.join import parse
-from farflung.ops.summary import summarise
-from farflung.ops.view import desk_of, run_in
-from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError, Unreachable
 from farflung.protocol.identity import Key
-from farflung.protocol.session import Index
 from farflung.store.db import migrate
 
 ROOT = Path(__file__).parents[2]

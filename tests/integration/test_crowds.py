@@ -4,10 +4,10 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 
+from farflung.net.session import Figures
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.digest import digest_of
-from farflung.protocol.session import Figures
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS
 from farflung.weights.download import RELAYS_TRIED, Downloads

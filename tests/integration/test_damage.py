@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from tests.integration.test_versions import difference, ready
 
 from farflung.coordinator import damage
-from farflung.dashboard.views import warnings
+from farflung.queries.views import warnings
 from farflung.store.blobs import Blobs
 from farflung.store.tables import BALANCES, GROUPS, ROLLOUTS
 

@@ -12,16 +12,16 @@ import sqlalchemy as sa
 from fastapi.routing import APIRoute
 
 from farflung.config import load, save
-from farflung.dashboard import browse
-from farflung.dashboard.veil import Veil
+from farflung.launch.report import write_report
+from farflung.launch.summary import summarise, write_summary
+from farflung.launch.view import app_of, desk_of, run_in
+from farflung.net.session import PURPOSES
 from farflung.ops.backup import back_up, restore
 from farflung.ops.keys import show
-from farflung.ops.report import write_report
-from farflung.ops.summary import summarise, write_summary
-from farflung.ops.view import app_of, desk_of, run_in
 from farflung.protocol import messages as m
 from farflung.protocol.errors import ConfigError
-from farflung.protocol.session import PURPOSES
+from farflung.queries import browse
+from farflung.queries.redact import Veil
 from farflung.store.tables import GROUPS, LEASES, ROLLOUTS
 from farflung.tasks import keyring
 

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from farflung.protocol.client import Client
+from farflung.net.client import Client
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Manifest
 from farflung.weights import delta
 from farflung.weights import publish as publishing
-from farflung.weights.fetch import tensors
 from farflung.weights.manifest import manifest_digest, open_manifest
 from farflung.weights.mirror import Mirror
 from farflung.weights.patch import patch
 from farflung.weights.publish import Publisher
+from farflung.weights.tensors import tensors
 from following import node, same
 from standin import TRAINER, Source, served
 

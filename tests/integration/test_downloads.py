@@ -7,7 +7,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from farflung.protocol.client import Client
+from farflung.net.client import Client
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Unreachable
 from farflung.protocol.identity import Signed, seal

@@ -2,7 +2,7 @@
 
 import sqlalchemy as sa
 
-from farflung.rollouts import standing
+from farflung.audits import node_record
 from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS
 
 
@@ -82,7 +82,7 @@ def test_a_sample_that_was_counted_is_not_counted_again_whatever_the_leases_did(
         ada = house.named("ada").id
         for _ in range(3):
             await hand_in(house, "ada", lambda group, index: index == 0)
-        record = standing.read(house.row(NODES, ada))
+        record = node_record.read(house.row(NODES, ada))
         outcomes = [row[0] for row in house.rows(sa.select(AUDITS.c.outcome).where(AUDITS.c.node == ada))]
         assert outcomes == ["void"] * 3
         assert (record.audited_submissions, record.bad_submissions) == (1, 3)

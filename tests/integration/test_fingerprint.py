@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from farflung.engine.base import Request
-from farflung.ops.redteam import GALLERY
+from farflung.audits import replay_audits
+from farflung.engine.interface import Request
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.fingerprint import NUMBERS, POSITIONS, signs, unpack
 from farflung.protocol.identity import seal
-from farflung.rollouts import verify
-from farflung.rollouts.parcel import inspect
+from farflung.redteam import GALLERY
 from farflung.rollouts.submit import generate, submission_of
+from farflung.rollouts.validate import inspect
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
-from farflung.trust.fingerprint import distance
+from farflung.trust.fingerprint_distance import distance
 
 ASKED = {"trust": {"probation_rollouts": 4, "probation_waiting": 99, "fingerprint": True, "audit_scale": 1000.0}}
 NONCE, OTHER = "ab" * 32, "cd" * 32
@@ -283,7 +283,7 @@ def test_a_verifier_that_computes_nonsense_gives_no_distance(asking, engine) -> 
         await house.work("bob")
         jobs = await house.claim_audits()
         engine.model.model.norm.weight.data.fill_(float("nan"))
-        (found,) = verify.replay(engine, jobs, "test", "torch-cpu-fp32", lambda nonce, key: "")
+        (found,) = replay_audits.replay(engine, jobs, "test", "torch-cpu-fp32", lambda nonce, key: "")
         assert all(one.distance is None for one in found.rollouts)
 
     asking.run(scenario)
@@ -315,7 +315,7 @@ def test_what_a_worker_sends_a_validator_finds_near(asking, engine) -> None:
     async def scenario(house) -> None:
         await house.submit("ada", lease, sent)
         jobs = await house.claim_audits()
-        (found,) = verify.replay(engine, jobs, "test", "torch-cpu-fp32", lambda nonce, key: "")
+        (found,) = replay_audits.replay(engine, jobs, "test", "torch-cpu-fp32", lambda nonce, key: "")
         assert all(one.distance is not None and one.distance < 0.015 for one in found.rollouts)
         assert all(len(unpack(one.fingerprint)) == NUMBERS for one in jobs[0].rollouts)
 

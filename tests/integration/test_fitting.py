@@ -7,9 +7,9 @@ import pytest
 
 from farflung.config import Config
 from farflung.coordinator import load_profiles
-from farflung.ops import fitting
+from farflung.launch import profile_fit
 from farflung.protocol.errors import ConfigError
-from farflung.tasks.found import Model
+from farflung.tasks.create_run import Model
 from farflung.trust.profiles import load_profile, names
 
 BASE = Path(__file__).parents[2] / "examples" / "base"
@@ -26,7 +26,7 @@ def config(folder: Path, **generate: float) -> Config:
 
 def test_a_run_within_the_profiles_of_the_package_takes_them(tmp_path: Path) -> None:
     said: list[str] = []
-    found = asyncio.run(fitting.calibrated(config(tmp_path), said.append))
+    found = asyncio.run(profile_fit.calibrated(config(tmp_path), said.append))
     assert (found.model.profile, said) == ("torch-cpu-fp32", [])
     assert load_profiles(found).names == ["torch-cpu-fp32"]
 
@@ -41,15 +41,15 @@ def test_a_coordinator_refuses_a_profile_of_other_runs_in_a_sentence(tmp_path: P
 
 
 def test_a_profile_is_made_before_a_run_that_none_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "TOKENS", 300)
+    monkeypatch.setattr(profile_fit, "TOKENS", 300)
     said: list[str] = []
-    found = asyncio.run(fitting.calibrated(config(tmp_path, temperature=0.5), said.append))
+    found = asyncio.run(profile_fit.calibrated(config(tmp_path, temperature=0.5), said.append))
     profile = load_profiles(found).run
     assert profile.scope is not None
     assert (profile.name, profile.scope.temperature, profile.scope.tokens) == ("torch-cpu-fp32", 0.5, 16)
     assert profile.margin == 3
     assert len(said) == 1
-    again = asyncio.run(fitting.calibrated(config(tmp_path, temperature=0.5), said.append))
+    again = asyncio.run(profile_fit.calibrated(config(tmp_path, temperature=0.5), said.append))
     assert again == found, "resumed, it is there"
     assert len(said) == 1
 

@@ -12,12 +12,13 @@ import uvicorn
 
 from farflung.coordinator import connections
 from farflung.dashboard.live import Viewers
-from farflung.dashboard.meter import Meter
-from farflung.dashboard.shared import Shared
-from farflung.protocol import bodies, errors, wire
+from farflung.net import bodies
+from farflung.net.server import listen
+from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Signed
-from farflung.protocol.server import listen
+from farflung.queries.cost import Meter
+from farflung.queries.shared import Shared
 from farflung.store import metrics
 from farflung.store.db import MOST_GUESTS
 from farflung.store.metrics import Metrics

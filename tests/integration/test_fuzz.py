@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
+from farflung.net.server import listen
 from farflung.protocol.identity import sign_request
-from farflung.protocol.server import listen
 
 EXAMPLES = 4
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def test_a_slow_loris_is_cut_off(house, host, monkeypatch) -> None:
     """A body that trickles in is given up after BODY_S, with a reason, while others are served."""
     import uvicorn
 
-    from farflung.protocol import server
+    from farflung.net import server
 
     monkeypatch.setattr(server, "BODY_S", 0.5)
 

@@ -10,9 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from farflung.engine.base import Request  # noqa: E402
+from farflung.engine.interface import Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
-from farflung.learner import forward, head  # noqa: E402
+from farflung.learner import chunked_logp, forward  # noqa: E402
 from farflung.learner.loss import Objective  # noqa: E402
 from farflung.learner.optimise import Learner, Optimisation  # noqa: E402
 from farflung.learner.pack import Rollout, Segment, pack  # noqa: E402
@@ -71,7 +71,7 @@ def in_groups(count: int = 3, size: int = 4) -> list[Rollout]:
 def test_logp_and_entropy_are_those_of_the_whole_softmax(tiny_qwen, monkeypatch, slicing, is_shared, kind) -> None:
     policy = Policy(tiny_qwen())
     assert policy.can_share
-    for module in (head, forward):
+    for module in (chunked_logp, forward):
         monkeypatch.setattr(module, "_LOGITS_AT_ONCE", slicing)
     monkeypatch.setattr(policy, "_kind", forward.Kind(has_linear_head=kind == "linear head", can_share=True))
     batch = [replace(one, temperature=0.7) for one in (*rollouts(), *in_groups())]
@@ -87,7 +87,7 @@ def test_logp_and_entropy_are_those_of_the_whole_softmax(tiny_qwen, monkeypatch,
 @pytest.mark.parametrize("entropy", [0.0, 0.01])
 def test_a_shared_prompt_changes_neither_loss_nor_gradient(tiny_qwen, monkeypatch, entropy: float) -> None:
     def found(*, is_shared: bool, kept: int = 1 << 26, is_checkpointed: bool = False) -> tuple[float, torch.Tensor]:
-        monkeypatch.setattr(head, "_PROBABILITIES_KEPT", kept)
+        monkeypatch.setattr(chunked_logp, "_PROBABILITIES_KEPT", kept)
         learner = Learner(
             Policy(tiny_qwen(), is_checkpointed=is_checkpointed),
             Optimisation(lr=1e-9, max_grad_norm=1e9, objective=Objective(entropy=entropy)),
@@ -124,7 +124,7 @@ def test_entropy_has_the_gradient_that_autograd_finds() -> None:
     score = (torch.nn.functional.linear(*leaves) / temperature[:, None]).log_softmax(1)
     (score.gather(1, token[:, None]).sum() + 3 * -(score.exp() * score).sum()).backward()
     mine = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
-    logp, entropy = head.token_logp(*mine, token, temperature)
+    logp, entropy = chunked_logp.token_logp(*mine, token, temperature)
     (logp.sum() + 3 * entropy.sum()).backward()
     for leaf, other in zip(leaves, mine, strict=True):
         torch.testing.assert_close(other.grad, leaf.grad.float(), atol=1e-4, rtol=1e-4)

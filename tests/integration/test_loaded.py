@@ -12,14 +12,14 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import save  # noqa: E402
 
+from farflung.engine.arithmetic import rounded  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
-from farflung.engine.precision import rounded  # noqa: E402
+from farflung.net.session import Figures  # noqa: E402
 from farflung.protocol import probe  # noqa: E402
 from farflung.protocol.digest import digest_of  # noqa: E402
 from farflung.protocol.errors import WeightsError  # noqa: E402
 from farflung.protocol.identity import seal  # noqa: E402
 from farflung.protocol.messages import Manifest, Shard  # noqa: E402
-from farflung.protocol.session import Figures  # noqa: E402
 from farflung.weights.cache import Versions  # noqa: E402
 from farflung.weights.loaded import Loaded  # noqa: E402
 from farflung.weights.manifest import KIND, manifest_digest, target_digest  # noqa: E402

@@ -2,8 +2,8 @@
 
 import pytest
 
-from farflung.ops.faults import Fault
-from farflung.ops.recovery import settle
+from farflung.adversity.faults import Fault
+from farflung.adversity.recovery import settle
 
 
 def test_what_others_had_to_make_again_is_what_was_lost(house) -> None:

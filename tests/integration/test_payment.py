@@ -5,8 +5,7 @@ import sqlalchemy as sa
 
 from farflung.protocol import messages as m
 from farflung.protocol import wire
-from farflung.rollouts import payment
-from farflung.store import ledger
+from farflung.store import ledger, payment
 from farflung.store.tables import AUDITS, ENTRIES, GROUPS, LEASES, NODES, ROLLOUTS, VERDICTS
 from farflung.tasks import lease as leasing
 

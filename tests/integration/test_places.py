@@ -12,9 +12,9 @@ import pytest
 from tests.conftest import settings
 
 from farflung.config import Config, save
-from farflung.ops.place import has_no_room, prepare
+from farflung.launch.run_folder import has_no_room, prepare
+from farflung.net.session import ending_signals
 from farflung.protocol.errors import ConfigError
-from farflung.protocol.session import ending_signals
 from farflung.store import owner
 from farflung.store.db import migrate
 
@@ -220,7 +220,7 @@ def test_a_run_that_another_database_holds_keeps_its_folder(config: Config, tmp_
 
 def test_a_disk_with_little_room_is_told(tmp_path: Path, monkeypatch) -> None:
     assert has_no_room(tmp_path) == ""
-    monkeypatch.setattr("farflung.ops.place.LOW_BYTES", 1 << 62)
+    monkeypatch.setattr("farflung.launch.run_folder.LOW_BYTES", 1 << 62)
     assert f"are left on the disk of {tmp_path}" in has_no_room(tmp_path)
     assert has_no_room(tmp_path / "gone") == ""
 
@@ -250,7 +250,7 @@ def test_a_closed_terminal_ends_a_process_in_good_order_unless_nohup_says_no() -
 def test_what_is_printed_to_a_terminal_that_was_closed_goes_nowhere() -> None:
     """The screen of a run whose terminal was closed: it would fail, and take the end of the run along."""
     script = (
-        "import signal, sys; from farflung.ops.terminal import let_go_of_lost\n"
+        "import signal, sys; from farflung.launch.terminal import let_go_of_lost\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN); print('ready', flush=True)\n"
         "sys.stdin.read(1)\nlet_go_of_lost(); print('more', flush=True); sys.exit(7)"
     )

@@ -4,11 +4,11 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 
-from farflung.dashboard import views
+from farflung.audits.possession import audit_nonce
 from farflung.protocol import errors, probe
 from farflung.protocol import messages as m
 from farflung.protocol.identity import seal
-from farflung.rollouts.possession import audit_nonce
+from farflung.queries import views
 from farflung.store.tables import AUDITS, EVENTS, LEASES, NODES
 from farflung.trust.record import NodeRecord
 

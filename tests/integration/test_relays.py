@@ -17,18 +17,18 @@ from safetensors.torch import save
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from farflung.learner import room
-from farflung.protocol.client import Client
+from farflung.learner import disk_full
+from farflung.net.client import Client
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import BadSignature, Busy, FarflungError, Malformed, WeightsError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Manifest, Shard
-from farflung.weights import cache, download, pieces
+from farflung.weights import cache, download, ranges
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import tensors
 from farflung.weights.manifest import KIND, manifest_digest, target_digest
 from farflung.weights.mirror import Mirror
 from farflung.weights.publish import describe
+from farflung.weights.tensors import tensors
 from standin import TRAINER, Source, papers, served, session_with
 
 EMPTY_FRAME = zstd.compress(b"")
@@ -191,8 +191,8 @@ def test_a_hostile_relay_costs_one_shard_and_its_own_reputation(name: str, tmp_p
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_relay_among_honest_ones_is_found_out(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """The shard comes in pieces from all of them at once."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
-    monkeypatch.setattr(pieces, "OVERDUE_S", 0.3)
+    monkeypatch.setattr(ranges, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(ranges, "OVERDUE_S", 0.3)
 
     async def scene() -> None:
         signed, shard = version()
@@ -246,7 +246,7 @@ def test_packed_nothings_hold_nobodys_loop(tmp_path: Path) -> None:
 
 def test_a_piece_that_lies_is_traced_to_its_relay(tmp_path: Path, monkeypatch: Any) -> None:
     """Ranges are answered as asked for, with one wrong byte: only the whole shard shows it."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(ranges, "PIECE_BYTES", 10_000)
     monkeypatch.setattr(download, "RELAY_S", 60.0)  # a busy machine is no matter of this test
 
     async def scene() -> None:
@@ -459,7 +459,7 @@ def test_a_full_disk_is_said_so_and_a_trainer_waits_for_room(tmp_path: Path, mon
         async with served(origin.app()) as origin_url, versions_of(origin_url, tmp_path) as versions:
             with pytest.raises(WeightsError, match="bytes more disk"):
                 await versions.fetch(digest)
-            await room.patiently("weights", lambda: versions.fetch(digest), hear, lambda: False)
+            await disk_full.patiently("weights", lambda: versions.fetch(digest), hear, lambda: False)
             assert versions.has(digest)
 
     asyncio.run(scene())

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from farflung.audits import self_test
 from farflung.config import WorkerSection
-from farflung.engine.base import Request
+from farflung.engine.interface import Request
 from farflung.engine.local import LocalEngine
+from farflung.net.session import Figures
 from farflung.protocol import errors, seeds, wire
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Key
-from farflung.protocol.session import Figures
-from farflung.rollouts import selftest
 from farflung.trust.evidence import to_json
 from farflung.trust.profiles import load_profile
 from farflung.worker import Worker
@@ -45,7 +45,7 @@ def noisy(model, scale: float):
 
 def test_the_same_arithmetic_has_less_noise_than_the_profile_allows(tiny_qwen) -> None:
     test = made_by(LocalEngine(tiny_qwen()))
-    tried = selftest.attempt(LocalEngine(tiny_qwen()), test, PROFILE)
+    tried = self_test.attempt(LocalEngine(tiny_qwen()), test, PROFILE)
     assert tried.factor <= 1
     assert tried.tokens > 50
     assert "its work will pass" in tried.told
@@ -53,7 +53,7 @@ def test_the_same_arithmetic_has_less_noise_than_the_profile_allows(tiny_qwen) -
 
 def test_undeclared_bfloat16_and_worse_are_told_before_they_work(tiny_qwen) -> None:
     test = made_by(LocalEngine(tiny_qwen()))
-    factors = [selftest.attempt(LocalEngine(noisy(tiny_qwen(), scale)), test, PROFILE).factor for scale in (0.03, 0.3)]
+    factors = [self_test.attempt(LocalEngine(noisy(tiny_qwen(), scale)), test, PROFILE).factor for scale in (0.03, 0.3)]
     assert factors[0] > 3
     assert factors == sorted(factors)
 
@@ -107,7 +107,7 @@ def test_an_engine_that_cannot_tell_gaps_is_not_tried(tiny_qwen) -> None:
         def replay(self, items):
             raise errors.ConfigError("vLLM generates only")
 
-    assert selftest.attempt(Blind(tiny_qwen()), made_by(LocalEngine(tiny_qwen())), PROFILE) is None
+    assert self_test.attempt(Blind(tiny_qwen()), made_by(LocalEngine(tiny_qwen())), PROFILE) is None
 
 
 def test_a_coordinator_serves_it_with_seeds_that_derive_from_no_secret(make_house) -> None:

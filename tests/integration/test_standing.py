@@ -1,8 +1,8 @@
 """A heartbeat tells a node's owner how it stands, and no more than a cheat may know."""
 
-from farflung.dashboard.rulings import SHORT
+from farflung.audits import node_record
 from farflung.protocol import messages as m
-from farflung.rollouts import standing
+from farflung.queries.rulings import SHORT
 from farflung.store.tables import NODES
 
 
@@ -64,6 +64,6 @@ def test_an_ejection_is_told_by_the_next_heartbeat(house) -> None:
         assert told.status == house.row(NODES, house.named("eve").id).status == "ejected"
         assert [one.outcome for one in told.rulings][-2:] == ["quarantine", "eject"]
         assert told.rulings == sorted(told.rulings, key=lambda one: one.id)
-        assert standing.read(house.row(NODES, house.named("eve").id)).bad_submissions
+        assert node_record.read(house.row(NODES, house.named("eve").id)).bad_submissions
 
     house.run(scenario)

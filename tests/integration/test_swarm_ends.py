@@ -13,10 +13,10 @@ import pytest
 from tests.conftest import settings
 
 from farflung.config import SwarmSection, save
-from farflung.ops import swarm as swarms
-from farflung.ops.place import prepare
-from farflung.ops.restarts import REFUSED
-from farflung.ops.swarm import Swarm
+from farflung.launch import swarm as swarms
+from farflung.launch.restarts import REFUSED
+from farflung.launch.run_folder import prepare
+from farflung.launch.swarm import Swarm
 from farflung.protocol.messages import Latest, NodeView, Status, Verdict
 
 CRASH = "Traceback (most recent call last):\n  File x\nIndexError: index out of range in self\n"
@@ -209,12 +209,12 @@ def test_what_the_roles_warn_of_is_on_the_screen_once(tmp_path, capsys) -> None:
 
 def test_what_a_role_is_told_survives_the_environment(tmp_path, monkeypatch) -> None:
     """The nursery's children read the resolved settings alone: a flag goes before a variable there too."""
-    from farflung.ops import nursery
+    from farflung.launch import forkserver
 
     config = settings(tmp_path)
     config.folder.mkdir(parents=True)
     save(config, config.folder / "config.json")
     monkeypatch.setenv("FARFLUNG_GENERATE__BUDGET", "999")
-    found = nursery.config_of({"config": str(config.folder / "config.json")})
+    found = forkserver.config_of({"config": str(config.folder / "config.json")})
     assert found.generate.budget == config.generate.budget
     assert json.loads((config.folder / "config.json").read_text())["generate"]["budget"] == found.generate.budget

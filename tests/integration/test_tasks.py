@@ -7,12 +7,12 @@ import pytest
 import sqlalchemy as sa
 from tests.conftest import named, settings
 
-from farflung.ops.sift import Band, sift
+from farflung.ops.filter_tasks import Band, sift
 from farflung.protocol.errors import ConfigError
 from farflung.store.db import Database, migrate
 from farflung.store.tables import ROLLOUTS, TASKS
-from farflung.tasks import kept
-from farflung.tasks.found import Model, found
+from farflung.tasks import task_filter
+from farflung.tasks.create_run import Model, found
 
 
 def rows_of(config):
@@ -44,7 +44,7 @@ def test_the_sieve_keeps_what_is_sometimes_right_and_the_run_reads_it(tmp_path) 
     run = settings(tmp_path, run={"name": "kept"}, env={"train_tasks": 12, "keep": str(again)})
     rows = rows_of(run)
     train = [row for row in rows if row.split == "train"]
-    assert [kept.identity(json.loads(row.payload)) for row in train] == [one.task for one in band]
+    assert [task_filter.identity(json.loads(row.payload)) for row in train] == [one.task for one in band]
     assert [(row.tried, row.right, row.tokens) for row in train] == [(4, one.right, one.tokens) for one in band]
     assert all(row.tried == 0 for row in rows if row.split == "eval")
 

@@ -15,11 +15,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from farflung.net.client import CA_VARIABLE, Client
+from farflung.net.session import Index
 from farflung.protocol import messages as m
-from farflung.protocol.client import CA_VARIABLE, Client
 from farflung.protocol.errors import ConfigError, Unreachable
 from farflung.protocol.identity import Key
-from farflung.protocol.session import Index
 
 BASE = Path(__file__).parents[2] / "examples" / "base"
 DAY = datetime.timedelta(days=1)

@@ -9,10 +9,10 @@ import pytest
 import sqlalchemy as sa
 from tests.conftest import tokens_of
 
+from farflung.audits import node_record
+from farflung.audits.tripwire import tripped
 from farflung.protocol import errors
 from farflung.protocol import messages as m
-from farflung.rollouts import standing
-from farflung.rollouts.tripwire import tripped
 from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS, VERDICTS
 from farflung.trust.evidence import CHEATS
 
@@ -155,12 +155,12 @@ def test_flips_that_follow_nothing_have_no_consequence_and_each_rollout_counts_o
         batch = await batched(house)
         assert await looked(house, batch, lambda one: int(one.sample == 1)) == 0
         eve = house.named("eve").id
-        watched = standing.read(house.row(NODES, eve)).watched
+        watched = node_record.read(house.row(NODES, eve)).watched
         assert watched.rollouts == sum(
             house.row(ROLLOUTS, one.rollout).node == eve for group in batch.groups for one in group.rollouts
         )
         assert await looked(house, batch, lambda one: 9) == 0
-        assert standing.read(house.row(NODES, eve)).watched == watched, "asked twice, it changes nothing"
+        assert node_record.read(house.row(NODES, eve)).watched == watched, "asked twice, it changes nothing"
 
     quiet.run(scenario)
 

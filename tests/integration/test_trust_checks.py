@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from farflung.dashboard import views
-from farflung.ops.faults import full_disk
+from farflung.adversity.faults import full_disk
+from farflung.audits import canary
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Signed, seal
-from farflung.rollouts import canary
+from farflung.queries import views
 from farflung.rollouts.receipts import Receipts
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS, RUNS, STEPS, VERDICTS

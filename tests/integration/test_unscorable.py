@@ -8,13 +8,13 @@ import sqlalchemy as sa
 from tests.conftest import settings
 from tests.integration.test_tasks import rows_of
 
-from farflung.dashboard.views import warnings
+from farflung.audits.unused import drop_groups
 from farflung.protocol.errors import ConfigError
+from farflung.queries.views import warnings
 from farflung.rollouts import unscorable
-from farflung.rollouts.unused import drop_groups
 from farflung.store.db import Database
 from farflung.store.tables import GROUPS
-from farflung.tasks.found import founded_in, refuse_another
+from farflung.tasks.create_run import founded_in, refuse_another
 
 
 async def warned(house) -> list[str]:

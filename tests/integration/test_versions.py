@@ -7,7 +7,7 @@ import pytest
 from farflung.protocol import messages as m
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Conflict, NotFound
-from farflung.weights import collect
+from farflung.weights import shard_gc
 
 PATH = "/v1/runs/test"
 
@@ -52,7 +52,7 @@ def test_a_difference_to_anything_but_the_step_before_is_refused(house) -> None:
 
 def test_shards_go_when_nothing_in_use_needs_them(make_house, monkeypatch: pytest.MonkeyPatch) -> None:
     house = make_house(run={"steps": 8}, eval={"tasks": 0}, learn={"max_staleness": 1})
-    monkeypatch.setattr(collect, "SPARE_STEPS", 0)
+    monkeypatch.setattr(shard_gc, "SPARE_STEPS", 0)
 
     async def scenario(house) -> None:
         await house.step(0)
@@ -72,12 +72,12 @@ def test_shards_go_when_nothing_in_use_needs_them(make_house, monkeypatch: pytes
 
 def test_a_step_that_waits_for_evaluation_keeps_its_shards(make_house, monkeypatch: pytest.MonkeyPatch) -> None:
     house = make_house(run={"steps": 8}, learn={"max_staleness": 1})
-    monkeypatch.setattr(collect, "SPARE_STEPS", 0)
+    monkeypatch.setattr(shard_gc, "SPARE_STEPS", 0)
 
     async def scenario(house) -> None:
         for step in range(5):
             await house.commit(await ready(house, step))
-        assert await house.office.database.read(lambda c: collect.oldest_in_use(c, house.office.book)) == 0
+        assert await house.office.database.read(lambda c: shard_gc.oldest_in_use(c, house.office.book)) == 0
 
     house.run(scenario)
 

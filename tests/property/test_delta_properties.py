@@ -10,7 +10,7 @@ from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import FarflungError, WeightsError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Manifest, Shard, Tensor
-from farflung.weights import delta, numbers
+from farflung.weights import codec, delta
 from farflung.weights.manifest import KIND, check_shard, manifest_digest, open_manifest, target_digest
 from farflung.weights.patch import check_tensor
 
@@ -141,9 +141,9 @@ def test_no_changed_byte_of_a_shard_is_taken_and_none_comes_to_the_digest(at: in
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=50), st.sampled_from([1, 16, 300, 70_000, 2**32]))
 def test_numbers_come_back(values: list[int], below: int) -> None:
     given_values = np.array([value % below for value in values], np.uint64)
-    writer = numbers.Writer()
+    writer = codec.Writer()
     writer.numbers(given_values)
-    reader = numbers.Reader(writer.done())
+    reader = codec.Reader(writer.done())
     assert reader.numbers(len(given_values)).tolist() == given_values.tolist()
     reader.finish()
 
@@ -151,8 +151,8 @@ def test_numbers_come_back(values: list[int], below: int) -> None:
 @given(st.integers(0, 3000), st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.99, 1.0]), st.integers(0, 2**32))
 def test_bits_come_back(size: int, share: float, seed: int) -> None:
     bits = np.random.default_rng(seed).random(size) < share
-    writer = numbers.Writer()
+    writer = codec.Writer()
     writer.bits(bits)
-    reader = numbers.Reader(writer.done())
+    reader = codec.Reader(writer.done())
     assert reader.bits(size).tolist() == bits.tolist()
     reader.finish()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from farflung.envs import answers, numbers
+from farflung.envs import answers, number_text
 from farflung.envs.reasoning_gym import ReasoningGym
 from farflung.envs.split import shuffled, split_of
 from farflung.envs.sums import Sums, worked
@@ -132,14 +132,14 @@ def test_two_different_choices_pay_nothing(one, other, between, around):
 @settings(max_examples=200)
 def test_a_part_of_a_number_is_never_the_number(parts, joints):
     text = parts[0] + "".join(joint + part for joint, part in zip(joints, parts[1:], strict=False))
-    found, whole = answers.last_number(text), numbers.whole(text)
-    assert found == (numbers.shown(whole) if whole else "")
+    found, whole = answers.last_number(text), number_text.whole(text)
+    assert found == (number_text.shown(whole) if whole else "")
 
 
 @given(st.fractions(max_denominator=10**6).filter(lambda number: abs(number) < 10**20), st.booleans())
 def test_a_number_shown_is_read_back(value, is_percent):
-    number = numbers.Number(value, 0, 0, is_percent)
-    read = numbers.whole(numbers.shown(number))
+    number = number_text.Number(value, 0, 0, is_percent)
+    read = number_text.whole(number_text.shown(number))
     assert read is not None
     assert (read.value, read.is_percent) == (value, is_percent)
 

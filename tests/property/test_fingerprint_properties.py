@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from farflung.protocol.errors import Malformed
 from farflung.protocol.fingerprint import NUMBERS, STEP, pack, signs, unpack
-from farflung.trust.fingerprint import FARTHEST, distance, is_far
+from farflung.trust.fingerprint_distance import FARTHEST, distance, is_far
 
 WIDTH = 96
 NONCES = st.binary(min_size=32, max_size=32).map(bytes.hex)

@@ -10,8 +10,8 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from farflung.tasks.allocator import Shelf
 from farflung.tasks.assign import Asker, AssignSettings, OpenSamples, Plan
-from farflung.tasks.shelf import Shelf
 from farflung.trust import evidence
 from farflung.trust.evidence import Profile, Seen, Tally
 from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farflung.learner import merge as merging
-from farflung.learner.dither import dithered
-from farflung.learner.merge import Factors, factors, merge
+from farflung.numerics import merge as merging
+from farflung.numerics.merge import Factors, factors, merge
+from farflung.numerics.rounding import dithered
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Adapter, Manifest, Shard, Tensor

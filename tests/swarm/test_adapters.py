@@ -4,8 +4,8 @@ import sqlite3
 
 import pytest
 
-from farflung.dashboard.browse import open_unchecked
 from farflung.ops.export import export
+from farflung.queries.browse import open_unchecked
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 ADAPTERS = (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from farflung.ops.faults import TARGETS, schedule
+from farflung.adversity.faults import TARGETS, schedule
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]

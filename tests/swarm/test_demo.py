@@ -5,8 +5,8 @@ import sqlite3
 
 import pytest
 
+from farflung.launch.summary import summarise
 from farflung.ops.export import export
-from farflung.ops.summary import summarise
 from farflung.protocol.errors import ConfigError
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]

@@ -6,9 +6,9 @@ import pytest
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Manifest, Shard, Tensor
-from farflung.weights.chain import Link, best_way, wants_more
-from farflung.weights.collect import needless
 from farflung.weights.manifest import check_follows, target_digest
+from farflung.weights.plan import Link, best_way, wants_more
+from farflung.weights.shard_gc import needless
 
 WHOLE, DELTA = 1000, 100
 

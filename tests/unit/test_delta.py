@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from farflung.protocol.errors import WeightsError
-from farflung.weights import delta, numbers
+from farflung.weights import codec, delta
 
 
 def step(seed: int = 0, size: int = 400_000, lr: float = 1e-5) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +46,7 @@ def test_what_has_nothing_in_common_is_stored() -> None:
 
 def test_a_short_message_cannot_claim_many_values() -> None:
     """A bomb: zeros packed 50,000 to 1, for a tensor that is small."""
-    writer = numbers.Writer()
+    writer = codec.Writer()
     writer.count(delta.STORED)
     writer.packed(np.zeros(1 << 26, np.uint8))
     with pytest.raises(WeightsError, match="does not unpack to 200 bytes"):
@@ -62,7 +62,7 @@ def test_a_base_of_another_size_is_refused(count: int, width: int) -> None:
 
 
 def test_a_place_beyond_the_tensor_is_refused() -> None:
-    writer = numbers.Writer()
+    writer = codec.Writer()
     for count in (delta.CLASSES, 0, 1):
         writer.count(count)
     writer.places(np.array([10]))

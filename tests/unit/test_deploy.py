@@ -10,7 +10,7 @@ import pytest
 
 from farflung.cli import app
 from farflung.config import load
-from farflung.protocol.admin import VARIABLE
+from farflung.net.admin import VARIABLE
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[2]

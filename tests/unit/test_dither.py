@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 
-from farflung.learner.dither import dithered
+from farflung.numerics.rounding import dithered
 
 
 def test_what_is_bfloat16_already_stays() -> None:

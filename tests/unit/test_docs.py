@@ -17,17 +17,17 @@ from typing import Any
 
 import pytest
 
-from farflung import config
+from farflung import config, redteam
 from farflung.cli import app
 from farflung.envs import load, reasoning_gym
+from farflung.launch import summary, swarm
 from farflung.learner.optimise import StepMetrics
-from farflung.ops import redteam, summary, swarm
+from farflung.net.session import Index
 from farflung.protocol import errors, identity, messages
-from farflung.protocol.session import Index
 from farflung.protocol.states import LIFECYCLES
 from farflung.store import metrics
-from farflung.store.connections import open_engine
 from farflung.store.db import create_all
+from farflung.store.sql_connections import open_engine
 from farflung.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from farflung.envs.data_file import MAX_LINE_BYTES
 from farflung.envs.jsonl import Jsonl
 from farflung.envs.load import load_env
-from farflung.envs.rows import MAX_LINE_BYTES
 from farflung.envs.split import split_of
 from farflung.protocol.errors import ConfigError
 

@@ -66,7 +66,7 @@ def test_errors_of_a_users_file(tmp_path, source, words):
 
 
 def test_loading_is_light():
-    code = "import sys, farflung.envs.scorer, farflung.envs.child; print(*sys.modules)"
+    code = "import sys, farflung.envs.child_main, farflung.envs.child; print(*sys.modules)"
     loaded = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )

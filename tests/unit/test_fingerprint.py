@@ -13,7 +13,7 @@ from farflung.coordinator import load_profiles
 from farflung.protocol import fingerprint as wire
 from farflung.protocol.errors import ConfigError, Malformed
 from farflung.protocol.messages import RolloutEvidence, SubmittedRollout
-from farflung.trust import fingerprint
+from farflung.trust import fingerprint_distance
 from farflung.trust.record import Finding, NodeRecord, Outcome
 
 NONCE, OTHER = "ab" * 32, "cd" * 32
@@ -41,20 +41,20 @@ def test_a_fingerprint_comes_back_to_half_a_step() -> None:
     sent = wire.pack(sketch)
     assert len(sent) == wire.NUMBERS
     assert np.abs(wire.unpack(sent) - sketch).max() <= wire.STEP / 2 + 1e-6
-    assert fingerprint.distance(sent, sketch) < wire.STEP / 3
+    assert fingerprint_distance.distance(sent, sketch) < wire.STEP / 3
 
 
 def test_numbers_beyond_the_range_are_sent_as_its_end() -> None:
     sent = wire.pack(np.full(wire.NUMBERS, -9.0))
     assert wire.unpack(sent).tolist() == [-127 * wire.STEP] * wire.NUMBERS
-    assert fingerprint.distance(sent, np.full(wire.NUMBERS, -9.0, np.float32)) == 0
+    assert fingerprint_distance.distance(sent, np.full(wire.NUMBERS, -9.0, np.float32)) == 0
 
 
 @pytest.mark.parametrize("sent", [b"", b"\0" * 31, b"\0" * 33, b"\x80" * 32])
 def test_what_is_no_fingerprint_is_malformed_and_as_far_as_can_be(sent: bytes) -> None:
     with pytest.raises(Malformed, match="32 bytes"):
         wire.unpack(sent)
-    assert fingerprint.distance(sent, np.zeros(wire.NUMBERS, np.float32)) == fingerprint.FARTHEST
+    assert fingerprint_distance.distance(sent, np.zeros(wire.NUMBERS, np.float32)) == fingerprint_distance.FARTHEST
 
 
 def test_zeros_constants_and_those_of_another_lease_are_far() -> None:
@@ -62,30 +62,30 @@ def test_zeros_constants_and_those_of_another_lease_are_far() -> None:
     unit = rng.normal(size=576)
     unit /= np.linalg.norm(unit)
     mine, theirs = (wire.signs(nonce, 576, 1)[0].T @ unit for nonce in (NONCE, OTHER))
-    assert fingerprint.distance(wire.pack(mine), mine) < 0.02
+    assert fingerprint_distance.distance(wire.pack(mine), mine) < 0.02
     forged = [bytes([value]) * wire.NUMBERS for value in (0, 20, 127, 235)]
-    assert all(fingerprint.distance(sent, mine) > 0.6 for sent in (*forged, wire.pack(theirs)))
+    assert all(fingerprint_distance.distance(sent, mine) > 0.6 for sent in (*forged, wire.pack(theirs)))
 
 
 @pytest.mark.parametrize(("found", "most"), [(0.3, 0.2), (0.0, 0.0), (math.nan, 0.2), (math.inf, 0.2), (-1.0, 0.2)])
 def test_too_far_unbounded_and_meaningless_all_fail(found: float, most: float) -> None:
-    assert fingerprint.is_far(found, most)
+    assert fingerprint_distance.is_far(found, most)
 
 
 def test_what_is_near_passes() -> None:
-    assert not fingerprint.is_far(0.2, 0.2)
-    assert fingerprint.bound([0.1, 0.2]) == pytest.approx(0.3)
-    assert fingerprint.is_far(0.0, fingerprint.bound([]))
+    assert not fingerprint_distance.is_far(0.2, 0.2)
+    assert fingerprint_distance.bound([0.1, 0.2]) == pytest.approx(0.3)
+    assert fingerprint_distance.is_far(0.0, fingerprint_distance.bound([]))
 
 
 def test_a_verifier_whose_own_activations_are_not_finite_accuses_nobody() -> None:
     with pytest.raises(ValueError, match="verifier"):
-        fingerprint.distance(bytes(wire.NUMBERS), np.full(wire.NUMBERS, np.nan, np.float32))
+        fingerprint_distance.distance(bytes(wire.NUMBERS), np.full(wire.NUMBERS, np.nan, np.float32))
 
 
 def test_one_far_fingerprint_voids_and_sends_back_to_probation_but_leaves_the_test_alone() -> None:
     record = NodeRecord("trusted", clean_rollouts=99, audited_submissions=3)
-    after, outcome = fingerprint.judge(record, OK, [GOOD, FAR], 0.2)
+    after, outcome = fingerprint_distance.judge(record, OK, [GOOD, FAR], 0.2)
     assert (outcome.kind, outcome.statistic, outcome.threshold) == ("void", 0.9, 0.2)
     assert "1 of 2 fingerprints" in outcome.reason
     assert (after.status, after.clean_rollouts, after.bad_submissions) == ("probation", 0, 1)
@@ -95,11 +95,11 @@ def test_one_far_fingerprint_voids_and_sends_back_to_probation_but_leaves_the_te
 @pytest.mark.parametrize("kind", ["void", "quarantine", "eject"])
 def test_what_the_tokens_condemn_stays_condemned_as_it_was(kind) -> None:
     outcome = Outcome(kind, 1.0, 2.0, "tokens")
-    assert fingerprint.judge(NodeRecord(), outcome, [FAR], 0.2) == (NodeRecord(), outcome)
+    assert fingerprint_distance.judge(NodeRecord(), outcome, [FAR], 0.2) == (NodeRecord(), outcome)
 
 
 def test_good_fingerprints_change_nothing() -> None:
-    assert fingerprint.judge(NodeRecord(), OK, [GOOD], 0.2) == (NodeRecord(), OK)
+    assert fingerprint_distance.judge(NodeRecord(), OK, [GOOD], 0.2) == (NodeRecord(), OK)
 
 
 @pytest.mark.parametrize("distance", [-0.1, 1e7, math.nan])

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from load.decoders import Decoder, crashed, decoders
+from load.mutate import Chance, example, message_types
 
-from farflung.ops.fuzz import Decoder, crashed, decoders
-from farflung.ops.odd import Chance, example, message_types
 from farflung.protocol import wire
 from farflung.protocol.errors import Malformed
 

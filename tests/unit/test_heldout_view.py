@@ -3,8 +3,8 @@
 import pytest
 
 from farflung.config import Config
-from farflung.dashboard.heldout import view
-from farflung.dashboard.look import curve, curves
+from farflung.dashboard.formats import curve, curves
+from farflung.queries.evals import view
 
 
 def test_pass_at_k_is_the_mean_over_tasks_with_wilsons_interval() -> None:

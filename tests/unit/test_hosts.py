@@ -4,9 +4,9 @@ import pytest
 
 from farflung.config import Config
 from farflung.coordinator.process import refuse_guessable
-from farflung.ops.swarm import prepare
+from farflung.launch.swarm import prepare
+from farflung.net.hosts import is_known, is_loopback, url_of
 from farflung.protocol.errors import ConfigError
-from farflung.protocol.hosts import is_known, is_loopback, url_of
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from farflung.net.session import PURPOSES, Papers, Session, check_run, delegate
 from farflung.protocol.errors import BadSignature, ConfigError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Run, RunInfo
-from farflung.protocol.session import PURPOSES, Papers, Session, check_run, delegate
 from farflung.tasks import keyring
 
 ROOT, OTHER, KEY = Key(b"r" * 32), Key(b"o" * 32), Key(b"k" * 32)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farflung.net.rate_limit import Buckets, sender_of
 from farflung.protocol.errors import Busy
-from farflung.protocol.limits import Buckets, sender_of
 
 
 def let_in(buckets: Buckets, sender: str, times: list[float]) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from farflung.config import Config
-from farflung.dashboard.meter import Meter
 from farflung.protocol.messages import Heartbeat
+from farflung.queries.cost import Meter
 from farflung.store.metrics import Metrics
 
 HOUR, DAY = 3600.0, 86_400.0

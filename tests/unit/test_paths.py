@@ -2,7 +2,7 @@
 
 import pytest
 
-from farflung.protocol.server import Paths
+from farflung.net.server import Paths
 
 
 async def _answer(request):

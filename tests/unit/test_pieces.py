@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from farflung.weights import pieces
-from farflung.weights.pieces import Pieces, wrong
+from farflung.weights import ranges
+from farflung.weights.ranges import Pieces, wrong
 
 DATA = bytes(range(251)) * 40
 Relay = Callable[[int, int], Awaitable[bytes | None]]
@@ -16,9 +16,9 @@ Relay = Callable[[int, int], Awaitable[bytes | None]]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 500)
-    monkeypatch.setattr(pieces, "OVERDUE_S", 0.02)
-    monkeypatch.setattr(pieces, "LOOK_S", 0.002)
+    monkeypatch.setattr(ranges, "PIECE_BYTES", 500)
+    monkeypatch.setattr(ranges, "OVERDUE_S", 0.02)
+    monkeypatch.setattr(ranges, "LOOK_S", 0.002)
 
 
 def fetched(relays: dict[str, Relay], start: bytes = b"") -> tuple[bool, bytes, Pieces]:
@@ -30,7 +30,7 @@ def fetched(relays: dict[str, Relay], start: bytes = b"") -> tuple[bool, bytes, 
         return None if data is None else [data[:200], data[200:]]
 
     async def scene() -> tuple[bool, Pieces]:
-        found = Pieces(file, len(DATA), take, pieces.Pace())
+        found = Pieces(file, len(DATA), take, ranges.Pace())
         return await found.fetch(list(relays)), found
 
     is_whole, found = asyncio.run(scene())
@@ -99,7 +99,7 @@ def test_memory_is_bounded_while_the_first_piece_is_late() -> None:
         return None if low == 0 else DATA[low:high]
 
     assert not fetched({"a": never_the_first, "b": never_the_first})[0]
-    assert max(asked) < pieces.AHEAD * 2 * pieces.PIECE_BYTES
+    assert max(asked) < ranges.AHEAD * 2 * ranges.PIECE_BYTES
 
 
 def test_whoever_sent_wrong_pieces_is_found() -> None:

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from farflung.trust.evidence import CHEATS
-from farflung.trust.policy import (
+from farflung.trust.audit_policy import (
     NodeRecord,
     Poll,
     TrustSettings,
@@ -15,6 +14,7 @@ from farflung.trust.policy import (
     is_doubtful,
     probability_caught,
 )
+from farflung.trust.evidence import CHEATS
 from farflung.trust.record import Finding, fold, submitted
 
 KEY, DIGEST = bytes(range(32)), bytes(32)

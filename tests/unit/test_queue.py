@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from farflung.coordinator.waiting import Queue
+from farflung.coordinator.long_poll import Queue
 
 
 def test_nobody_waits_at_a_closed_queue():

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from farflung.protocol.errors import ConfigError
-from farflung.weights.reach import check_reach
+from farflung.weights.url_policy import check_reach
 
 OPEN, INNER = "https://8.8.8.8:8443", "http://10.0.0.5:8443"
 INSIDE = [

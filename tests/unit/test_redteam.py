@@ -5,14 +5,14 @@ import gzip
 import pytest
 import sqlalchemy as sa
 
+from farflung.adversity.evaluate import _more_in_time, _more_pay, _outcome, _pay_of, _with, pay_error, run_trial
 from farflung.config import Cheat, Config
-from farflung.engine.base import Completion
-from farflung.ops.redteam import GALLERY, noises, senders
-from farflung.ops.redteam.base import Attack, Cheating
-from farflung.ops.trial import _more_in_time, _more_pay, _outcome, _pay_of, _with, pay_error, run_trial
+from farflung.engine.interface import Completion
 from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError, Malformed
 from farflung.protocol.messages import Submission, SubmittedRollout
+from farflung.redteam import GALLERY, noises, senders
+from farflung.redteam.adversary import Attack, Cheating
 from farflung.store import ledger
 from farflung.store.tables import metadata
 

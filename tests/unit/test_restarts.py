@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from farflung.ops.logs import Troubles, last_words
-from farflung.ops.restarts import MOST, REFUSED, Restarts, killed_by
+from farflung.launch.logs import Troubles, last_words
+from farflung.launch.restarts import MOST, REFUSED, Restarts, killed_by
 
 LINE = "2026-01-02 03:04:05,678"
 

@@ -5,8 +5,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farflung.tasks.allocator import Shelf
 from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Wait, assign
-from farflung.tasks.shelf import Shelf
 
 SETTINGS = AssignSettings(lease_rollouts=4, lease_minimum=1, group_size=6, groups_ahead=5)
 

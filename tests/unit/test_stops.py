@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from farflung.config import Config
 from farflung.protocol.errors import ConfigError, Malformed
 from farflung.protocol.stops import DONE, Stops, until
-from farflung.tasks.stops import stops_of
+from farflung.tasks.stop_table import stops_of
 
 
 class Named:

@@ -3,7 +3,7 @@
 import pytest
 import sqlalchemy as sa
 
-from farflung.ops.summary import first_and_last, steady
+from farflung.launch.summary import first_and_last, steady
 from farflung.store.tables import EVENTS, metadata
 
 

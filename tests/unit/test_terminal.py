@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from farflung.cli.app import complain
-from farflung.dashboard.look import clean
+from farflung.dashboard.formats import clean
+from farflung.launch.examples import Pair
+from farflung.launch.logs import TEXT, Json, Lines
+from farflung.launch.progress import Waits
+from farflung.launch.screen import nodes_table, print_answers, run_panel
+from farflung.launch.screen import one_line as status_line
+from farflung.launch.terminal import Terminal
 from farflung.ops import doctor
-from farflung.ops.examples import Pair
-from farflung.ops.logs import TEXT, Json, Lines
-from farflung.ops.screen import nodes_table, print_answers, run_panel
-from farflung.ops.screen import one_line as status_line
-from farflung.ops.starting import Waits
-from farflung.ops.terminal import Terminal
 from farflung.protocol.errors import Malformed
 from farflung.protocol.messages import Latest, NodeView, Status
 from farflung.protocol.shown import OBEYED, one_line, visible

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from farflung.rollouts.unused import draw_one_of_each
+from farflung.audits.unused import draw_one_of_each
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The line that says why a run's differences are large."""
 
-from farflung.dashboard.versions import why_large
 from farflung.protocol.messages import VersionView
+from farflung.queries.versions import why_large
 
 
 def view(delta_bytes: int) -> VersionView:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 import uvicorn
 
 from farflung.dashboard import pages
-from farflung.protocol.server import listen
+from farflung.net.server import listen
 from farflung.store.tables import NODES, ROLLOUTS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -12,8 +12,8 @@ from typing import Annotated, Any, NoReturn
 from cyclopts import App, Group, Parameter
 
 from farflung.config import Config, load
-from farflung.engine.heap import keep_freed_memory
-from farflung.ops.logs import start_logging
+from farflung.engine.malloc import keep_freed_memory
+from farflung.launch.logs import start_logging
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.shown import one_line
 
@@ -94,7 +94,7 @@ def parts_of(text: str) -> tuple[str, ...]:
 
 def settings_of(config: Path, flags: tuple[str, ...]) -> Config:
     """The settings of a run; this process and those that it starts trust the authority named there."""
-    from farflung.protocol.client import CA_VARIABLE
+    from farflung.net.client import CA_VARIABLE
 
     settings = load(config, flags)
     if settings.coordinator.tls_ca:

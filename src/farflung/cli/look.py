@@ -18,7 +18,7 @@ def status(url: str, *, run: str = "") -> None:
     run
         Which run, if the coordinator has several.
     """
-    from farflung.ops.look import show_status
+    from farflung.ops.show import show_status
 
     asyncio.run(show_status(url, run))
 
@@ -36,7 +36,7 @@ def weights(url: str, *, run: str = "") -> None:
     run
         Which run, if the coordinator has several.
     """
-    from farflung.ops.look import show_weights
+    from farflung.ops.show import show_weights
 
     asyncio.run(show_weights(url, run))
 
@@ -54,7 +54,7 @@ def story(id: str, *, url: str) -> None:
     url
         The coordinator's address.
     """
-    from farflung.ops.look import tell_story
+    from farflung.ops.show import tell_story
 
     asyncio.run(tell_story(url, id))
 
@@ -72,7 +72,7 @@ def view(folder: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
     port
         Port to listen on; 0 for any free one.
     """
-    from farflung.ops.view import view as serve_view
+    from farflung.launch.view import view as serve_view
 
     serve_view(folder, host, port)
 
@@ -88,8 +88,8 @@ def report(folder: Path) -> None:
     folder
         The run's folder, such as runs/demo.
     """
-    from farflung.ops.report import write_report
-    from farflung.ops.summary import summarise
+    from farflung.launch.report import write_report
+    from farflung.launch.summary import summarise
 
     sys.stdout.write(f"{asyncio.run(write_report(folder, summarise(folder)))}\n")
 
@@ -107,6 +107,6 @@ def summary(folder: Path) -> None:
     """
     import json as json_module
 
-    from farflung.ops.summary import summarise
+    from farflung.launch.summary import summarise
 
     sys.stdout.write(json_module.dumps(summarise(folder), indent=2) + "\n")

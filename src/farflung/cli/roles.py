@@ -21,8 +21,8 @@ from farflung.cli.app import (
     url_of,
 )
 from farflung.config import Config, RelaySection, WorkerSection
-from farflung.ops import cast
-from farflung.ops.logs import start_logging
+from farflung.launch import role_makers
+from farflung.launch.logs import start_logging
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key
 from farflung.store import owner
@@ -39,7 +39,7 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
     json
         Log as JSON.
     """
-    from farflung.ops.fleet import serve_all
+    from farflung.launch.coordinators import serve_all
 
     start_logging(json)
     settings = settings_of(config, flags)
@@ -73,7 +73,7 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
         follow(settings, ranks)
     else:
         _enter(settings, "trainer")
-        asyncio.run(cast.trainer(url_of(url, settings), settings, ranks).run())
+        asyncio.run(role_makers.trainer(url_of(url, settings), settings, ranks).run())
     part(ranks)
 
 
@@ -95,7 +95,7 @@ def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator
     start_computing(json)
     settings = settings_of(config, flags)
     _enter(settings, name)
-    asyncio.run(cast.validator(url_of(url, settings), settings, name).run())
+    asyncio.run(role_makers.validator(url_of(url, settings), settings, name).run())
 
 
 @app.command(group=ROLES)
@@ -116,7 +116,7 @@ def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", jso
     start_logging(json)
     settings = settings_of(config, flags)
     _enter(settings, name)
-    asyncio.run(cast.scorer(url_of(url, settings), settings, name).run())
+    asyncio.run(role_makers.scorer(url_of(url, settings), settings, name).run())
 
 
 @Parameter(name="*")
@@ -200,7 +200,7 @@ def worker(
     options: Any = {"run": run, "root": pinned, "name": name}
     with contextlib.ExitStack() as stack:
         if relay_port:
-            from farflung.ops.beside import relay_beside
+            from farflung.ops.relay_beside import relay_beside
 
             if not relay_url:
                 raise ConfigError("--relay-port needs --relay-url, where nodes reach it: http://this-machine:port")
@@ -227,8 +227,8 @@ def _key_in(folder: Path) -> Key:
 
 async def _reach(url: str, key: Key, patience_s: float) -> None:
     """Meet the coordinator before torch is loaded, so that a wrong address is told at once."""
-    from farflung.protocol.client import Client
-    from farflung.protocol.session import greet
+    from farflung.net.client import Client
+    from farflung.net.session import greet
 
     client = Client(url, key, patience_s=patience_s)
     try:

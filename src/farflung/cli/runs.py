@@ -6,7 +6,7 @@ from pathlib import Path
 
 from farflung.cli.app import RUN, SAFE, Flags, app, end_with, settings_of, url_of
 from farflung.config import load
-from farflung.ops.logs import start_logging
+from farflung.launch.logs import start_logging
 
 
 @app.command(group=RUN, sort_key=1)
@@ -26,11 +26,11 @@ def run(config: Path, *flags: Flags, resume: bool = False, fresh: bool = False, 
     plain
         Print lines instead of the live view; where there is no terminal it does so anyway.
     """
-    from farflung.ops.starting import Waits
+    from farflung.launch.progress import Waits
 
     with Waits() as waits:  # first of all: the imports below take seconds on a slow machine
         waits(f"reading {config}, importing what it takes to run it")
-        from farflung.ops.swarm import Swarm, prepare
+        from farflung.launch.swarm import Swarm, prepare
 
         settings = settings_of(config, flags)
         prepare(settings, resume=resume, fresh=fresh)
@@ -77,8 +77,8 @@ def sift(config: Path, *flags: Flags, out: Path, samples: int = 8, low: float = 
     high
         Largest share that is kept.
     """
-    from farflung.ops.sift import Band
-    from farflung.ops.sift import sift as choose
+    from farflung.ops.filter_tasks import Band
+    from farflung.ops.filter_tasks import sift as choose
 
     start_logging()
     chosen, tried = asyncio.run(choose(load(config, flags), out, Band(samples, low, high)))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from farflung.cli.app import BREAK, HOME, JOIN, RUN, SAFE, Flags, app, expanded, settings_of
-from farflung.ops.logs import start_logging
+from farflung.launch.logs import start_logging
 
 
 @app.command(group=SAFE)
@@ -139,8 +139,8 @@ def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7, ti
     times
         How often each attack is run; the table then has medians.
     """
-    from farflung.ops.redteam import GALLERY
-    from farflung.ops.trial import run_trial, show
+    from farflung.adversity.evaluate import run_trial, show
+    from farflung.redteam import GALLERY
 
     names = attacks.split(",") if attacks else list(GALLERY)
     show(run_trial(settings_of(config, flags), names, at_once, times))
@@ -163,7 +163,7 @@ def chaos(config: Path, *flags: Flags, minutes: float = 30.0, json: bool = False
     """
     import json as json_module
 
-    from farflung.ops.chaos import run_chaos
+    from farflung.adversity.chaos import run_chaos
 
     result = run_chaos(settings_of(config, flags), minutes, is_quiet=json)
     sys.stdout.write(json_module.dumps(result) + "\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from farflung.protocol.limits import sender_of
+from farflung.net.rate_limit import sender_of
 
 HEAD_S = 15.0
 """Seconds from the opening of a connection, or from the first byte after an answer, to the end of a request's head."""

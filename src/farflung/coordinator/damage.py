@@ -11,16 +11,16 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from farflung.audits import penalties, rollback
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Conflict, NotFound
-from farflung.rollouts import consequences, rollback
 from farflung.rollouts.unscorable import warn
 from farflung.store.blobs import Blobs
-from farflung.store.book import Book
 from farflung.store.db import Database
-from farflung.store.stories import move
+from farflung.store.run import Book
 from farflung.store.tables import AUDITS, ROLLOUTS
-from farflung.weights import collect
+from farflung.store.transitions import move
+from farflung.weights import shard_gc
 
 log = logging.getLogger(__name__)
 UNTRAINED = ("held", "received", "accepted", "batched")
@@ -30,7 +30,7 @@ async def mend(database: Database, book: Book, blobs: Blobs, bodies: Blobs, now:
     """Find what is damaged and have it made again."""
     if blobs.is_shared:
         return
-    for step, digests in (await database.read(lambda c: collect.newest(c, book))).items():
+    for step, digests in (await database.read(lambda c: shard_gc.newest(c, book))).items():
         if damaged := await _damaged(blobs, digests):
             await database.write(lambda c, step=step, lost=damaged: _publish_again(c, book, step, lost, now))
             break
@@ -73,7 +73,7 @@ def _lease_again(connection: Connection, book: Book, lost: Sequence[str], now: f
     why = "its submission is damaged in the blob store"
     lying = ROLLOUTS.c.submission.in_(lost)
     groups = connection.execute(sa.select(ROLLOUTS.c.group).where(lying, ROLLOUTS.c.status.in_(UNTRAINED))).scalars()
-    consequences.reopen(connection, sorted(set(groups)), now, why)
+    penalties.reopen(connection, sorted(set(groups)), now, why)
     for status in UNTRAINED[:-1]:
         query = sa.select(ROLLOUTS.c.rollout).where(lying, ROLLOUTS.c.status == status)
         move(connection, "rollout", list(connection.execute(query).scalars()), status, "void", now, cause=why)

@@ -3,9 +3,9 @@
 from starlette.responses import Response
 
 from farflung.dashboard.prometheus import exposition
+from farflung.net.server import Call, wanted
 from farflung.protocol import wire
 from farflung.protocol.messages import Status
-from farflung.protocol.server import Call, wanted
 
 
 class Glance:

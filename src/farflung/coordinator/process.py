@@ -12,20 +12,20 @@ from starlette.types import ASGIApp
 from farflung.config import Config, save
 from farflung.coordinator import damage
 from farflung.coordinator.connections import guarded
-from farflung.coordinator.office import Office
+from farflung.coordinator.context import Office
 from farflung.coordinator.routes import Coordinator
 from farflung.dashboard import pages
-from farflung.protocol.admin import read_token
+from farflung.net.admin import read_token
+from farflung.net.hosts import is_loopback, url_of
+from farflung.net.server import listen
 from farflung.protocol.errors import ConfigError
-from farflung.protocol.hosts import is_loopback, url_of
 from farflung.protocol.identity import Key
-from farflung.protocol.server import listen
 from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.tasks import keyring
-from farflung.tasks.found import Model, found, local_grants, refuse_misfit, seal_papers, weights_key
+from farflung.tasks.create_run import Model, found, local_grants, refuse_misfit, seal_papers, weights_key
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 

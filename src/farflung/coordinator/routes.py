@@ -9,14 +9,14 @@ from typing import TypeVar
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from farflung.coordinator import nodes, roles, steps
-from farflung.coordinator.office import Office
+from farflung.coordinator import node_routes, role_routes, step_routes
+from farflung.coordinator.context import Office
 from farflung.coordinator.sweep import Sweeper
 from farflung.dashboard import pages
+from farflung.net.server import Call, Route, mount
+from farflung.net.session import Index
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Signed
-from farflung.protocol.server import Call, Route, mount
-from farflung.protocol.session import Index
 
 T = TypeVar("T")
 BLOB_BYTES = 1 << 30
@@ -67,36 +67,40 @@ def routes(office: Office) -> list[Route]:
     def to(handler: Callable[[Office, Call], Awaitable[T]]) -> Callable[[Call], Awaitable[T]]:
         return MethodType(handler, office)
 
-    run, admin, leased = "/v1/runs/{run}", "/v1/admin/runs/{run}", to(nodes.submission_gate)
+    run, admin, leased = "/v1/runs/{run}", "/v1/admin/runs/{run}", to(node_routes.submission_gate)
     scorer, validator = office.gate("scorer", MANY_BYTES), office.gate("validator", MANY_BYTES)
     trainer = office.gate("trainer", BLOB_BYTES)
     return [
-        Route("GET", "/metrics", to(nodes.prometheus), signed=False),
-        Route("GET", "/v1", to(nodes.index), None, Index, signed=False),
-        Route("POST", "/v1/nodes", to(nodes.register), m.Register, m.Welcome),
-        Route("GET", run, to(nodes.run), None, m.Run, signed=False),
-        Route("GET", f"{run}/status", to(nodes.status), None, m.Status, signed=False),
-        Route("GET", "/v1/story/{id}", to(nodes.story), None, m.Story, signed=False),
-        Route("POST", f"{run}/heartbeat", to(nodes.heartbeat), m.Heartbeat, m.Pulse),
-        Route("GET", f"{run}/latest", to(nodes.latest), None, m.Latest, signed=False),
-        Route("GET", f"{run}/weights", to(nodes.weights), None, m.Weights, signed=False),
-        Route("GET", f"{run}/relays", to(nodes.relays), None, m.Relays, signed=False),
-        Route("GET", f"{run}/manifests/{{digest}}", to(nodes.manifest), None, Signed, signed=False),
-        Route("GET", "/v1/blobs/{digest}", to(nodes.get_blob), signed=False),
-        Route("PUT", f"{run}/blobs/{{digest}}", to(steps.put_blob), None, m.Done, gate=trainer, raw=True),
-        Route("GET", f"{run}/manifests/{{digest}}/self-test", to(nodes.self_test), None, m.SelfTest, signed=False),
-        Route("POST", f"{run}/leases", to(nodes.ask_for_lease), m.LeaseRequest, m.LeaseAnswer),
-        Route("POST", f"{run}/leases/{{lease}}/submission", to(nodes.submission), m.Submission, Signed, gate=leased),
-        Route("POST", f"{run}/leases/{{lease}}/return", to(nodes.give_back), m.Empty, m.Done),
-        Route("POST", f"{run}/scores/claim", to(roles.claim_scores), m.Claim, m.ScoreJobs),
-        Route("POST", f"{run}/scores", to(roles.scores), m.Scores, m.Done, gate=scorer),
-        Route("POST", f"{run}/audits/claim", to(roles.claim_audits), m.Claim, m.AuditJobs),
-        Route("POST", f"{run}/audits/{{audit}}/evidence", to(roles.evidence), Signed, m.Done, gate=validator),
-        Route("POST", f"{run}/steps/{{step}}/claim", to(steps.claim_step), m.ClaimStep, m.BatchAnswer),
-        Route("POST", f"{run}/steps/{{step}}/trip", to(steps.trip), m.Trips, m.Done, gate=trainer),
-        Route("POST", f"{run}/steps/{{step}}/commit", to(steps.commit_step), m.Commit, m.Done, gate=trainer),
-        Route("GET", f"{run}/submissions/{{digest}}", to(steps.submission_body)),
-        Route("GET", f"{run}/submissions/{{digest}}/logp", to(steps.logp_body)),
-        Route("POST", f"{admin}/brake/release", to(roles.release_brake), m.Empty, m.Done),
-        Route("POST", f"{admin}/rollback", to(roles.roll_back), m.Rollback, m.Done),
+        Route("GET", "/metrics", to(node_routes.prometheus), signed=False),
+        Route("GET", "/v1", to(node_routes.index), None, Index, signed=False),
+        Route("POST", "/v1/nodes", to(node_routes.register), m.Register, m.Welcome),
+        Route("GET", run, to(node_routes.run), None, m.Run, signed=False),
+        Route("GET", f"{run}/status", to(node_routes.status), None, m.Status, signed=False),
+        Route("GET", "/v1/story/{id}", to(node_routes.story), None, m.Story, signed=False),
+        Route("POST", f"{run}/heartbeat", to(node_routes.heartbeat), m.Heartbeat, m.Pulse),
+        Route("GET", f"{run}/latest", to(node_routes.latest), None, m.Latest, signed=False),
+        Route("GET", f"{run}/weights", to(node_routes.weights), None, m.Weights, signed=False),
+        Route("GET", f"{run}/relays", to(node_routes.relays), None, m.Relays, signed=False),
+        Route("GET", f"{run}/manifests/{{digest}}", to(node_routes.manifest), None, Signed, signed=False),
+        Route("GET", "/v1/blobs/{digest}", to(node_routes.get_blob), signed=False),
+        Route("PUT", f"{run}/blobs/{{digest}}", to(step_routes.put_blob), None, m.Done, gate=trainer, raw=True),
+        Route(
+            "GET", f"{run}/manifests/{{digest}}/self-test", to(node_routes.self_test), None, m.SelfTest, signed=False
+        ),
+        Route("POST", f"{run}/leases", to(node_routes.ask_for_lease), m.LeaseRequest, m.LeaseAnswer),
+        Route(
+            "POST", f"{run}/leases/{{lease}}/submission", to(node_routes.submission), m.Submission, Signed, gate=leased
+        ),
+        Route("POST", f"{run}/leases/{{lease}}/return", to(node_routes.give_back), m.Empty, m.Done),
+        Route("POST", f"{run}/scores/claim", to(role_routes.claim_scores), m.Claim, m.ScoreJobs),
+        Route("POST", f"{run}/scores", to(role_routes.scores), m.Scores, m.Done, gate=scorer),
+        Route("POST", f"{run}/audits/claim", to(role_routes.claim_audits), m.Claim, m.AuditJobs),
+        Route("POST", f"{run}/audits/{{audit}}/evidence", to(role_routes.evidence), Signed, m.Done, gate=validator),
+        Route("POST", f"{run}/steps/{{step}}/claim", to(step_routes.claim_step), m.ClaimStep, m.BatchAnswer),
+        Route("POST", f"{run}/steps/{{step}}/trip", to(step_routes.trip), m.Trips, m.Done, gate=trainer),
+        Route("POST", f"{run}/steps/{{step}}/commit", to(step_routes.commit_step), m.Commit, m.Done, gate=trainer),
+        Route("GET", f"{run}/submissions/{{digest}}", to(step_routes.submission_body)),
+        Route("GET", f"{run}/submissions/{{digest}}/logp", to(step_routes.logp_body)),
+        Route("POST", f"{admin}/brake/release", to(role_routes.release_brake), m.Empty, m.Done),
+        Route("POST", f"{admin}/rollback", to(role_routes.roll_back), m.Rollback, m.Done),
     ]

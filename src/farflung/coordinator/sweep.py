@@ -9,13 +9,13 @@ from functools import partial
 
 from sqlalchemy import Connection
 
-from farflung.coordinator.office import Office
-from farflung.dashboard import heldout
+from farflung.audits.unused import drop_groups
+from farflung.coordinator.context import Office
 from farflung.protocol import messages as m
-from farflung.rollouts import compose, orphans
-from farflung.rollouts.unused import drop_groups
-from farflung.store.stories import last_event
-from farflung.tasks import lease, litter
+from farflung.queries import evals
+from farflung.rollouts import compose, orphan_gc
+from farflung.store.transitions import last_event
+from farflung.tasks import lease, node_gc
 
 log = logging.getLogger(__name__)
 SWEEP_S = 0.25
@@ -72,7 +72,7 @@ class Sweeper:
         database = self._office.database
         latest = (await database.read(self._office.book.latest, "sweep")).step
         if due := set(self._office.config.eval_steps(latest)) - self._noted:
-            found = await database.read(lambda c: heldout.finished(c, self._office.config, due), "sweep")
+            found = await database.read(lambda c: evals.finished(c, self._office.config, due), "sweep")
             if found:
                 await database.aside(partial(self._office.metrics.note_evals, found, self._office.clock()), "sweep")
             self._noted |= {view.step for view in found}
@@ -96,12 +96,12 @@ class Sweeper:
         return count
 
     def _forget_some(self, connection: Connection) -> int:
-        return litter.forget(connection, self._office.book, self._office.clock())
+        return node_gc.forget(connection, self._office.book, self._office.clock())
 
     async def tidy_once(self, now: float) -> int:
         """Once; `now` by the clock of the blob store."""
         keep_s = ORPHAN_S + self._office.config.lease.lease_s
-        count = await orphans.collect(self._office.archive.blobs, self._office.database, now - keep_s)
+        count = await orphan_gc.collect(self._office.archive.blobs, self._office.database, now - keep_s)
         if count:
             log.info("collected bodies=%d of refused submissions", count)
         return count

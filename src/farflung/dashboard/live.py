@@ -6,9 +6,9 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from farflung.dashboard.look import curves
-from farflung.dashboard.snapshot import Snapshot
+from farflung.dashboard.formats import curves
 from farflung.protocol.errors import Busy
+from farflung.queries.snapshot import Snapshot
 
 REFRESH_S = 1.0
 SHARE = 10.0

@@ -18,18 +18,19 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from farflung.config import Config
-from farflung.dashboard import asked, browse, stories
+from farflung.dashboard.formats import HERE, TEXT_SHOWN, clean, curves, environment
 from farflung.dashboard.live import Live
-from farflung.dashboard.look import HERE, TEXT_SHOWN, clean, curves, environment
-from farflung.dashboard.meter import Meter
-from farflung.dashboard.nodes import DESCENDING, SORTS, ordered
-from farflung.dashboard.shared import Shared
-from farflung.dashboard.snapshot import Snapshot, take
-from farflung.dashboard.veil import veil_of
-from farflung.dashboard.versions import troubles, why_large
+from farflung.net.rate_limit import sender_of
 from farflung.protocol.errors import Broken, Malformed, NotFound, Refusal
-from farflung.protocol.limits import sender_of
 from farflung.protocol.states import statuses
+from farflung.queries import browse, params
+from farflung.queries import story as stories
+from farflung.queries.cost import Meter
+from farflung.queries.node_views import DESCENDING, SORTS, ordered
+from farflung.queries.redact import veil_of
+from farflung.queries.shared import Shared
+from farflung.queries.snapshot import Snapshot, take
+from farflung.queries.versions import troubles, why_large
 from farflung.rollouts.archive import Archive
 from farflung.store.db import Database
 
@@ -115,7 +116,7 @@ class Pages:
 
     async def story(self, request: Request) -> Response:
         """What is known of one id."""
-        subject = asked.an_id(request.path_params["id"], "id")
+        subject = params.an_id(request.path_params["id"], "id")
         told = await self.desk.database.read_page(lambda c: stories.tell(c, self.desk.config, subject))
         texts = await self._texts(told.rollouts[:64])
         s = await self.live.snapshot(NAMES_S)
@@ -128,12 +129,12 @@ class Pages:
         by_name = {node.name: node.node for node in (await self.live.snapshot(NAMES_S)).nodes}
         if not wanted:
             return RedirectResponse("/", 303)
-        return RedirectResponse(f"/story/{by_name.get(wanted) or asked.an_id(wanted, 'id or name of a node')}", 303)
+        return RedirectResponse(f"/story/{by_name.get(wanted) or params.an_id(wanted, 'id or name of a node')}", 303)
 
     async def weights(self, request: Request) -> Response:
         """Published steps: digests, bytes, who trained them, who has them."""
         s = await self.live.snapshot()
-        until = asked.number(request.query_params.get("until", ""), "step", s.step, most=asked.STEP)
+        until = params.number(request.query_params.get("until", ""), "step", s.step, most=params.STEP)
         loaded = Counter(node.loaded_step for node in s.nodes if node.is_present or s.status == "finished")
         run = self.desk.config.run.name
         versions = await self.desk.database.read_page(lambda c: browse.weights(c, run, until, loaded))
@@ -147,7 +148,7 @@ class Pages:
 
     async def ledger(self, request: Request) -> Response:
         """Who holds how much credit, and why."""
-        before = asked.number(request.query_params.get("before", ""), "entry", 0, most=asked.ENTRY)
+        before = params.number(request.query_params.get("before", ""), "entry", 0, most=params.ENTRY)
         accounts = await self.accounts.get()
         entries = await self.desk.database.read_page(lambda c: browse.entries(c, before))
         names = {node: name for node, name, _, _ in accounts.nodes}
@@ -292,4 +293,4 @@ def _wanted(request: Request) -> browse.Wanted:
     status, node, older, newer = (request.query_params.get(name, "") for name in ("status", "node", "older", "newer"))
     if status and status not in statuses("rollout"):
         raise Malformed(f"{status[:40]!r} is no status of a rollout; there are {', '.join(statuses('rollout'))}")
-    return browse.Wanted(status, node and asked.an_id(node, "node"), older, newer)
+    return browse.Wanted(status, node and params.an_id(node, "node"), older, newer)

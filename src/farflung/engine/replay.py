@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from farflung.engine.base import Replay, Request
-from farflung.engine.choice import best, log_sum_exp, silenced, tempered
-from farflung.engine.fingerprint import sketches, tapped
+from farflung.engine.argmax import best, log_sum_exp, silenced, tempered
+from farflung.engine.fingerprint_tap import sketches, tapped
+from farflung.engine.interface import Replay, Request
 from farflung.engine.noise import gumbel
 from farflung.numerics.packing import ROW_TOKENS, Rows, Text, Tree, rows_of, trees
 

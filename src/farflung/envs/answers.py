@@ -13,8 +13,8 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Literal
 
-from farflung.envs import numbers
-from farflung.envs.numbers import Number, words
+from farflung.envs import number_text
+from farflung.envs.number_text import Number, words
 
 Place = Literal["last_number", "tag", "exact"]
 """Where the answer stands: the number that the reply ends on; behind its last mark, else its last line; all of it."""
@@ -164,7 +164,7 @@ def are_rivals(said: str, one: Marked, other: Marked) -> bool:
     """Whether two marks name different answers side by side: `\\boxed{41} or \\boxed{42}`."""
     if one.end > other.start:  # one in the other, or both in one line
         inside = said[one.begin : other.start].rstrip(" $*_(")
-        return inside.endswith((" or", " and", ",", ";", "/", "|")) or numbers.whole(inside.rstrip(".")) is not None
+        return inside.endswith((" or", " and", ",", ";", "/", "|")) or number_text.whole(inside.rstrip(".")) is not None
     joint = said[one.end : other.start]
     is_line = one.end < len(said) and said[one.end] == "\n" and not said[: one.end].endswith(("}", ">"))
     return not is_line and len(joint) < 30 and LISTED.fullmatch(joint) is not None and not same(one.text, other.text)
@@ -175,13 +175,13 @@ def last_number(reply: str) -> str:
     said = spoken(reply)
     named = marked(said)
     if named is not None:
-        line = numbers.plain(named)
-        return pick(line, numbers.read(line) or numbers.read_words(line), is_first=True)
+        line = number_text.plain(named)
+        return pick(line, number_text.read(line) or number_text.read_words(line), is_first=True)
     if tidy(said).casefold() in NOTHING:
         return "0"
     said = ENUMERATION.sub("", said) if len(ENUMERATION.findall(said)) > 1 else said
     lines = [line for line in SENTENCES.split(said) if line.strip()]
-    return last_in(lines, numbers.read) or ("" if has_digits(said) else last_in(lines, numbers.read_words))
+    return last_in(lines, number_text.read) or ("" if has_digits(said) else last_in(lines, number_text.read_words))
 
 
 def has_digits(text: str) -> bool:
@@ -192,9 +192,9 @@ def has_digits(text: str) -> bool:
 def last_in(lines: list[str], read: Callable[[str], list[Number]]) -> str:
     """The number of the last line that has any; "" if that line has formulas alone, hedges or is over-long."""
     for place in range(len(lines) - 1, max(-1, len(lines) - 1 - MAX_LINES), -1):
-        if read is numbers.read and WORDS_ALONE.fullmatch(lines[place]):
+        if read is number_text.read and WORDS_ALONE.fullmatch(lines[place]):
             continue
-        line = numbers.plain(lines[place])
+        line = number_text.plain(lines[place])
         found = read(line)
         if not line or any(not number.is_aside for number in found):
             return "" if place and are_guesses(lines[place - 1], lines[place]) else pick_said(line, found)
@@ -203,7 +203,7 @@ def last_in(lines: list[str], read: Callable[[str], list[Number]]) -> str:
 
 def are_guesses(before: str, line: str) -> bool:
     """Whether two lines are nothing but different numbers."""
-    one, other = numbers.whole(before.strip(BLANKS)), numbers.whole(line.strip(BLANKS))
+    one, other = number_text.whole(before.strip(BLANKS)), number_text.whole(line.strip(BLANKS))
     return one is not None and other is not None and one.value != other.value
 
 
@@ -225,13 +225,13 @@ def pick(line: str, found: list[Number], is_first: bool) -> str:
     rivals += [pair for pair in pairwise(with_words(line, found)) if is_doubt(line, *pair)]
     if any(chosen.value in (one.value, other.value) and one.value != other.value for one, other in rivals):
         return ""
-    return numbers.shown(chosen)
+    return number_text.shown(chosen)
 
 
 def with_words(line: str, found: list[Number]) -> list[Number]:
     """The numbers found and those that the line has in words, in order."""
     spelt = [
-        word for word in numbers.read_words(line) if all(word.start >= n.end or word.end <= n.start for n in found)
+        word for word in number_text.read_words(line) if all(word.start >= n.end or word.end <= n.start for n in found)
     ]
     return sorted([*found, *spelt], key=attrgetter("start"))
 
@@ -278,7 +278,7 @@ def tagged(reply: str) -> str:
 def choice(reply: str) -> str:
     """The one choice A-Z that the tagged answer names as a label; "" when it names none, or hedges."""
     text = tidy(re.sub(r"\\(?:text|math)[a-z]{0,3}\{([^{}]*)\}|[*`_$]", r"\1", tagged(reply)))
-    if len(text) > numbers.MAX_LINE_CHARS:
+    if len(text) > number_text.MAX_LINE_CHARS:
         return ""
     label = LABEL.match(text)
     if label is not None:
@@ -331,14 +331,14 @@ def folded(text: str) -> str:
     tidied = tidy(text)
     if len(tidied) > MAX_FOLDED_CHARS:
         return " ".join(tidied.casefold().split())
-    signs = (tidied if tidied.isascii() else numbers.ascii_digits(tidied.translate(QUOTES))).casefold()
+    signs = (tidied if tidied.isascii() else number_text.ascii_digits(tidied.translate(QUOTES))).casefold()
     signs = re.sub(r"\\([%$#&])", r"\1", signs).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     return re.sub(r" ?([^\w\s]) ?", r"\1", " ".join(signs.split())).rstrip("!")
 
 
 def value(text: str) -> Fraction | None:
     """The number that the whole text is, exactly, or None."""
-    number = numbers.whole(text)
+    number = number_text.whole(text)
     return number.value if number else None
 
 
@@ -355,7 +355,7 @@ def same(found: str, right: str) -> bool:
 
 def same_number(found: str, right: str) -> bool:
     """Whether two numbers are equal; a percentage also equals its bare number, as the question asked for per cent."""
-    left, expected = numbers.whole(found), numbers.whole(right)
+    left, expected = number_text.whole(found), number_text.whole(right)
     if left is None or expected is None or left.value is None or expected.value is None:
         return False
     factor = Fraction(100) ** (left.is_percent - expected.is_percent)

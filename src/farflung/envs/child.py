@@ -146,7 +146,7 @@ class ScorerChild:
         max_line_bytes: int = MAX_LINE_BYTES,
     ) -> None:
         self.env, self.args = env, dict(args or {})
-        self.command = [python, "-P", "-m", "farflung.envs.scorer", "--memory-bytes", str(memory_bytes)]
+        self.command = [python, "-P", "-m", "farflung.envs.child_main", "--memory-bytes", str(memory_bytes)]
         self.open_timeout_s, self.max_line_bytes = open_timeout_s, max_line_bytes
         self.opened = Opened()
         self.starts = 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
-from farflung.envs import answers, rows
+from farflung.envs import answers, data_file
 from farflung.envs.base import Score, Split, Task
 from farflung.envs.split import divided
 from farflung.protocol.errors import ConfigError
@@ -78,7 +78,7 @@ def read_tasks(path: str, question: str, answer: str, match: Match, digest: Any)
     """Every distinct question of the file, each row's bytes added to `digest`; ConfigError names a bad row."""
     found: dict[str, tuple[Task, str]] = {}
     keys: tuple[str, str] | None = None
-    for place, data, row in rows.read_rows(path):
+    for place, data, row in data_file.read_rows(path):
         digest.update(data)
         if not isinstance(row, dict):
             raise ConfigError(f"{place} is not a JSON object; write one object a line")
@@ -112,7 +112,7 @@ def read_task(row: dict[str, Any], place: str, question: str, answer: str, match
             )
     task = {"question": check_question(row[question], place), "answer": check_answer(row[answer], place, match)}
     if len(json.dumps(task, ensure_ascii=False).encode()) > MAX_TASK_BYTES:
-        raise ConfigError(f"{place} is longer than {rows.MAX_LINE_BYTES} bytes; shorten or remove it")
+        raise ConfigError(f"{place} is longer than {data_file.MAX_LINE_BYTES} bytes; shorten or remove it")
     return task
 
 

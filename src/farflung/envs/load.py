@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from farflung.envs import rows
+from farflung.envs import data_file
 from farflung.envs.base import Env
 from farflung.envs.jsonl import Jsonl
 from farflung.envs.reasoning_gym import ReasoningGym
@@ -26,7 +26,7 @@ def load_env(spec: str, args: dict[str, Any] | None = None) -> Env:
     path, _, name = spec.rpartition(":")
     if path.endswith(".py"):
         return check_members(construct(class_in(path, name), dict(args or {}), spec), spec)
-    if spec.lower().endswith(rows.SUFFIXES):
+    if spec.lower().endswith(data_file.SUFFIXES):
         return construct(Jsonl, {"path": spec, **(args or {})}, spec)
     kind, colon, task = spec.partition(":")
     if kind not in BUILT_IN or (colon and kind != "reasoning_gym"):

@@ -6,12 +6,12 @@ import signal
 import torch
 
 from farflung.config import Config
-from farflung.learner.crew import Crew
+from farflung.learner.distributed import Crew
 from farflung.learner.loss import Objective
 from farflung.learner.optimise import Learner, Optimisation
 from farflung.learner.policy import Policy
-from farflung.learner.precision import compute_dtype
 from farflung.learner.ranks import Ranks
+from farflung.numerics.train_precision import compute_dtype
 
 log = logging.getLogger(__name__)
 

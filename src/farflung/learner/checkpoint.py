@@ -29,10 +29,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from farflung.learner.dither import publishable
 from farflung.learner.lora import adapters
 from farflung.learner.optimise import Learner
 from farflung.learner.ranks import Ranks, local, meet, share_of, told
+from farflung.numerics.rounding import publishable
 from farflung.protocol.digest import file_digest
 from farflung.protocol.errors import ConfigError
 

@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from farflung.learner.head import token_logp
-from farflung.learner.mixed import rounding_of
+from farflung.learner.chunked_logp import token_logp
 from farflung.learner.pack import MicroBatch, Rollout, Segment, pack
+from farflung.learner.straight_through import rounding_of
 from farflung.numerics.packing import Rows
 from farflung.numerics.trying import Text, Trial, first_that_holds, remembers_all, tried
 

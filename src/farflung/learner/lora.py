@@ -10,9 +10,9 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from farflung.learner.dither import dithered
-from farflung.learner.merge import Factors, factors, merge
-from farflung.learner.mixed import as_published
+from farflung.learner.straight_through import as_published
+from farflung.numerics.merge import Factors, factors, merge
+from farflung.numerics.rounding import dithered
 from farflung.protocol.errors import ConfigError
 
 _PART = "parametrizations.weight."

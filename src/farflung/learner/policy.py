@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from farflung.learner.calm import checkpoint_calmly
-from farflung.learner.dither import publishable
+from farflung.learner.checkpointing import checkpoint_calmly
 from farflung.learner.forward import find_kind, logp_entropy_BT
 from farflung.learner.lora import adapt, base, factors_of, merged, published
-from farflung.learner.merge import Factors
-from farflung.learner.mixed import compute_as_published
 from farflung.learner.pack import MicroBatch
 from farflung.learner.pretrained import load_pretrained
 from farflung.learner.ranks import Ranks, shard, whole
+from farflung.learner.straight_through import compute_as_published
+from farflung.numerics.merge import Factors
+from farflung.numerics.rounding import publishable
 from farflung.protocol.errors import ConfigError
 
 

@@ -23,20 +23,20 @@ import numpy as np
 import torch
 
 from farflung.config import Config, load
-from farflung.engine.base import Completion, Replay, Request
+from farflung.engine.interface import Completion, Replay, Request
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.envs.base import Env
 from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
-from farflung.ops.logs import start_logging
-from farflung.ops.older import OlderEngine
-from farflung.ops.restarts import REFUSED
+from farflung.launch.logs import start_logging
+from farflung.launch.restarts import REFUSED
+from farflung.ops.older_engine import OlderEngine
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.shown import one_line
-from farflung.tasks.found import Model
+from farflung.tasks.create_run import Model
 from farflung.tasks.model_check import refuse_long
-from farflung.trust import fingerprint
+from farflung.trust import fingerprint_distance
 from farflung.trust.bounds import calibrate, growth
 from farflung.trust.evidence import ALPHA, Profile, Scope, Seen, flips, to_json
 
@@ -182,7 +182,7 @@ def make_profile(
     profile = msgspec.structs.replace(profile, holds_published=not engine_url)
     distances = [one.distance for one in honest if one.distance is not None]
     if distances:
-        profile = msgspec.structs.replace(profile, fingerprint=round(fingerprint.bound(distances), 4))
+        profile = msgspec.structs.replace(profile, fingerprint=round(fingerprint_distance.bound(distances), 4))
         log.info("fingerprints farthest=%.4f bound=%.4f", max(distances), profile.fingerprint)
     _report(profile, {"honest": seen, **tried})
     return profile
@@ -259,7 +259,7 @@ def _play(
 
 def _played(done: Completion, replay: Replay) -> Played:
     assert replay.sketch is not None, "every request here asks for a fingerprint"
-    far = fingerprint.distance(done.fingerprint, replay.sketch) if done.fingerprint else None
+    far = fingerprint_distance.distance(done.fingerprint, replay.sketch) if done.fingerprint else None
     seen = Seen(replay.gap, replay.margin, replay.pick, replay.lead)
     return Played(seen, np.array(done.logp) - replay.logp, far)
 

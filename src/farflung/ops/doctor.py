@@ -14,13 +14,13 @@ import psutil
 from rich.console import Console
 from rich.text import Text
 
-from farflung.ops.terminal import Terminal
-from farflung.protocol.client import Client
+from farflung.launch.terminal import Terminal
+from farflung.net.client import Client
+from farflung.net.server import listen
+from farflung.net.session import Index, Session, check_run
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import CLOCK_SKEW_S, Key, Signed, node_id, readable_name
 from farflung.protocol.messages import VERSION, Run, Status
-from farflung.protocol.server import listen
-from farflung.protocol.session import Index, Session, check_run
 from farflung.weights.manifest import open_manifest
 
 SPARE_BYTES = 1 << 30
@@ -169,7 +169,7 @@ async def _run(
 
 async def _numerics(session: Session, folder: Path, manifest: str) -> Finding:
     """Try this machine on what the trainer generated."""
-    from farflung.ops.numerics import attempt  # torch takes seconds, and other findings need none
+    from farflung.ops.try_numerics import attempt  # torch takes seconds, and other findings need none
 
     try:
         tried = await attempt(session, folder, manifest)

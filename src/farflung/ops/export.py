@@ -12,7 +12,7 @@ from typing import Any
 from farflung.config import Config, load_run
 from farflung.learner.estimate import interval
 from farflung.protocol.errors import ConfigError, WeightsError
-from farflung.tasks.found import Model
+from farflung.tasks.create_run import Model
 
 FILES = (
     "generation_config.json",
@@ -97,7 +97,7 @@ def _names(checkpoint: Path) -> list[str]:
 
 def _figures(folder: Path) -> dict[str, Any]:
     """summary.json, computed anew where the run left none."""
-    from farflung.ops.summary import summarise
+    from farflung.launch.summary import summarise
 
     path = folder / "summary.json"
     return json.loads(path.read_text()) if path.exists() else summarise(folder)

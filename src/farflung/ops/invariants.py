@@ -16,7 +16,7 @@ from farflung.protocol.states import REOPENING
 from farflung.rollouts.receipts import FILE
 from farflung.store import counts, ledger
 from farflung.store.tables import ENTRIES, EVENTS, LEASES, ROLLOUTS, STEPS, SUBMISSIONS
-from farflung.tasks.found import weights_key
+from farflung.tasks.create_run import weights_key
 from farflung.weights.manifest import open_manifest
 
 KEPT = ("accepted", "batched", "trained", "dropped", "held", "void", "rejected")

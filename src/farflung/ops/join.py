@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.text import Text
 
 from farflung.config import WorkerSection
+from farflung.launch.terminal import Terminal
+from farflung.net.client import Client
+from farflung.net.session import Index, hardware
 from farflung.ops import doctor
-from farflung.ops.terminal import Terminal
-from farflung.protocol.client import Client
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import KEY_BYTES, Key, readable_name
 from farflung.protocol.messages import NodeView, Status
-from farflung.protocol.session import Index, hardware
 from farflung.protocol.shown import one_line
 from farflung.worker import Worker
 

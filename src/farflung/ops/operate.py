@@ -4,11 +4,11 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 
 from farflung.config import Config
-from farflung.protocol.admin import read_token
-from farflung.protocol.client import Client
+from farflung.net.admin import read_token
+from farflung.net.client import Client
+from farflung.net.session import Index
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Done, Empty, Rollback, Status
-from farflung.protocol.session import Index
 from farflung.protocol.shown import visible
 
 ADMIN = "/v1/admin"

@@ -1,7 +1,7 @@
 """Text of strangers as people see it: characters that a terminal, browser or log obeys are written out. Pure.
 
 Every place that shows text goes through here: pages, terminal, logs, error sentences. Markup is the other half, which
-each medium has its own of: Jinja escapes HTML, `farflung.ops.terminal` takes no rich markup, logs have none.
+each medium has its own of: Jinja escapes HTML, `farflung.launch.terminal` takes no rich markup, logs have none.
 """
 
 import re

@@ -12,6 +12,7 @@ import torch
 
 from farflung.learner.loss import advantages
 from farflung.learner.pack import Rollout, Segment
+from farflung.net.session import Session
 from farflung.protocol import wire
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
@@ -26,7 +27,6 @@ from farflung.protocol.messages import (
     SubmittedRollout,
     Trips,
 )
-from farflung.protocol.session import Session
 
 AT_ONCE = 16
 MOST_BYTES = 512 << 20

@@ -11,17 +11,17 @@ from typing import Protocol
 
 import torch
 
+from farflung.audits.tripwire import Looked, look, tripped
 from farflung.config import Config
-from farflung.engine.base import Request
+from farflung.engine.interface import Request
 from farflung.engine.local import LocalEngine
 from farflung.learner.pack import Rollout
+from farflung.net.session import Session
 from farflung.protocol import wire
 from farflung.protocol.messages import Batch, RolloutLook
-from farflung.protocol.session import Session
 from farflung.rollouts import stale
 from farflung.rollouts.agreement import Agreement, agree
 from farflung.rollouts.batch import Bodies, Suspect, suspects, trip
-from farflung.rollouts.tripwire import Looked, look, tripped
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 

@@ -11,17 +11,18 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
+from farflung.audits import breaker, canary
+from farflung.audits.penalties import hold
+from farflung.audits.unused import drop_groups, look_at, one_of_each
 from farflung.protocol import seeds
 from farflung.protocol.errors import Conflict, StepTaken
 from farflung.protocol.messages import Batch, BatchGroup, BatchRollout, Commit, Manifest
-from farflung.rollouts import brake, canary, payment, unscorable
-from farflung.rollouts.consequences import hold
-from farflung.rollouts.credit import audits_waiting
-from farflung.rollouts.unused import drop_groups, look_at, one_of_each
-from farflung.store import heldout
-from farflung.store.book import Book
-from farflung.store.stories import move, record
+from farflung.rollouts import unscorable
+from farflung.rollouts.accept import audits_waiting
+from farflung.store import evaluations, payment
+from farflung.store.run import Book
 from farflung.store.tables import AUDITS, GROUP_COUNTS, GROUPS, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
+from farflung.store.transitions import move, record
 
 
 def claim_step(connection: Connection, book: Book, step: int, now: float) -> Batch | str:
@@ -33,7 +34,7 @@ def claim_step(connection: Connection, book: Book, step: int, now: float) -> Bat
             raise Conflict(f"step {step} cannot be claimed: the latest is {latest}, claim {latest + 1}")
         if step > book.config.run.steps:
             return f"the run ends with step {book.config.run.steps}"
-        waits = brake.reason(connection, book.run) or _open_step(connection, book, step, now)
+        waits = breaker.reason(connection, book.run) or _open_step(connection, book, step, now)
         if waits:
             return waits
         row = _step(connection, book, step)
@@ -319,7 +320,7 @@ def finish(connection: Connection, book: Book, now: float) -> bool:
     """End a run once its last policy is evaluated and no audit waits; what nodes in good standing earned is theirs."""
     if book.status(connection) != "finishing":
         return False
-    if any(heldout.left(connection, book.config, book.config.run.steps)):
+    if any(evaluations.left(connection, book.config, book.config.run.steps)):
         return False
     if audits_waiting(connection, book) or look_at(connection, book, ROLLOUTS.c.status == "accepted", now):
         return False  # what no step took is looked at before it is paid for good

@@ -14,20 +14,20 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
+from farflung.audits import budget, node_record, possession
+from farflung.audits.audit import Drawn, open_audits
 from farflung.protocol import seeds
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, NotFound, Refusal, WrongWeights
 from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Lease, Receipt
-from farflung.rollouts import budget, possession, standing
-from farflung.rollouts.audit import Drawn, open_audits
-from farflung.rollouts.parcel import Parcel
-from farflung.store.book import Book, node_rows, unknown_node
-from farflung.store.rows import insert_rows, update_rows
-from farflung.store.stories import end_leases, record, shift, shift_rows
+from farflung.rollouts.validate import Parcel
+from farflung.store.bulk import insert_rows, update_rows
+from farflung.store.run import Book, node_rows, unknown_node
 from farflung.store.tables import LEASES, NODES, ROLLOUTS, SUBMISSIONS
+from farflung.store.transitions import end_leases, record, shift, shift_rows
+from farflung.trust.audit_policy import draw
 from farflung.trust.evidence import Profiles
-from farflung.trust.policy import draw
 from farflung.trust.record import submitted
 
 RECEIPT = "receipt"
@@ -202,7 +202,7 @@ def _entries(
     for delivery in deliveries:
         parcel, sender, left = delivery.parcel, senders[delivery.node], waiting[delivery.lease]
         order = [rollout for rollout in parcel.tokens if rollout in left]
-        probability = budget.probability(connection, book, standing.read(sender), now)
+        probability = budget.probability(connection, book, node_record.read(sender), now)
         entry = _Entry(
             delivery=delivery,
             sender=sender,
@@ -331,7 +331,7 @@ def _places(entry: _Entry) -> Iterator[dict[str, Any]]:
 
 def _sender_values(entry: _Entry, now: float) -> dict[str, Any]:
     """Of the node: its record, last receipt, and tokens per second from lease to submission by our clock, smoothed."""
-    sender, known = entry.sender, standing.read(entry.sender)
+    sender, known = entry.sender, node_record.read(entry.sender)
     speed = sum(entry.delivery.parcel.tokens.values()) / max(now - entry.opened_at, 1e-3)
     return {
         "node": sender.node,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import msgspec
 
 from farflung.envs.child import ScorerChild
+from farflung.net.session import Session
 from farflung.protocol.errors import ScoreFault
 from farflung.protocol.messages import Claim, Done, ScoreJob, ScoreJobs, ScoreResult, Scores
-from farflung.protocol.session import Session
 
 
 async def claim(session: Session, limit: int, wait_s: float) -> Sequence[ScoreJob]:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from farflung.engine.base import Completion, Engine, Request
+from farflung.engine.interface import Completion, Engine, Request
+from farflung.net.session import Session
 from farflung.protocol import wire
 from farflung.protocol.errors import BadSignature
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import Lease, Submission, SubmittedRollout
-from farflung.protocol.session import Session
 
 
 async def open_lease(session: Session, signed: Signed) -> Lease:

@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from farflung.protocol.errors import ConfigError
-from farflung.store.book import Book
-from farflung.store.stories import record
+from farflung.store.run import Book
+from farflung.store.transitions import record
 
 log = logging.getLogger(__name__)
 MOST_KINDS = 8

@@ -20,9 +20,9 @@ from sqlalchemy import Connection, Engine, exc
 
 from farflung.protocol.errors import ConfigError, Unavailable
 from farflung.store.batch_executor import BatchExecutor, Waiting, answer_all, sets_of, singly
-from farflung.store.connections import is_away, named, open_engine, shown, told
-from farflung.store.stories import Event, flush_events
+from farflung.store.sql_connections import is_away, named, open_engine, shown, told
 from farflung.store.tables import metadata
+from farflung.store.transitions import Event, flush_events
 
 try:
     import fcntl

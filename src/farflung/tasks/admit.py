@@ -14,9 +14,9 @@ from farflung.protocol.errors import Conflict, Forbidden, TooOld
 from farflung.protocol.identity import readable_name
 from farflung.protocol.messages import Register
 from farflung.protocol.states import first
-from farflung.store.book import ejected
-from farflung.store.stories import move, record
+from farflung.store.run import ejected
 from farflung.store.tables import LEASES, NODES
+from farflung.store.transitions import move, record
 from farflung.trust.record import NodeRecord
 
 UNTRUSTED = ("worker", "relay")

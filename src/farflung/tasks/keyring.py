@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
+from farflung.net.session import PURPOSES, delegate
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, Signed, node_id, unseal
 from farflung.protocol.messages import Delegation
-from farflung.protocol.session import PURPOSES, delegate
 
 LASTS_S = 365 * 24 * 3600.0
 FILES = {"coordinator": "coordinator", "weights": "trainer", "receipts": "receipts", "verdicts": "verdicts"}

@@ -16,16 +16,16 @@ from sqlalchemy import Connection, Row
 from farflung.protocol.errors import Refusal
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Latest, LeaseRequest
-from farflung.store import heldout
-from farflung.store.book import Book, ejected, new_id
-from farflung.store.heldout import Part
-from farflung.store.stories import end_leases
+from farflung.store import evaluations
+from farflung.store.evaluations import Part
+from farflung.store.run import Book, ejected, new_id
 from farflung.store.tables import GIVEN_UP, GROUP_COUNTS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
+from farflung.store.transitions import end_leases
+from farflung.tasks.allocator import Shelf
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
-from farflung.tasks.documents import write
-from farflung.tasks.offers import Samples, groups_now, next_tasks, open_groups, open_samples, owners
+from farflung.tasks.candidates import Samples, groups_now, next_tasks, open_groups, open_samples, owners
+from farflung.tasks.issue import write
 from farflung.tasks.probation import Probation
-from farflung.tasks.shelf import Shelf
 
 ANY_CONTEXT = 1 << 40
 LOOK_AHEAD = 4
@@ -207,7 +207,7 @@ def _issue_eval(
     connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, latest: int, now: float
 ) -> Signed | Wait:
     size = min(ask.slots, book.config.eval.rollouts)
-    for step, part in heldout.left(connection, book.config, latest):
+    for step, part in evaluations.left(connection, book.config, latest):
         shares, reopened = _eval_shares(connection, book, step, part, max(1, size // part.samples))
         if shares:
             old, new = (tuple(s for s in shares if bool(s.group) is is_open) for is_open in (True, False))

@@ -2,7 +2,7 @@
 
 from farflung.config import Config
 from farflung.envs.child import ScorerChild
-from farflung.tasks.found import Model, told
+from farflung.tasks.create_run import Model, told
 
 
 async def longest_text(config: Config) -> int:

@@ -5,7 +5,7 @@ import math
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from farflung.store.book import Book
+from farflung.store.run import Book
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS
 from farflung.tasks.assign import Plan
 

@@ -1,6 +1,6 @@
 """Evidence of an audit: likelihood ratios over replayed positions, and the test that may eject a key. Pure; no torch.
 
-A replay (`farflung.engine.base.Replay`) gives at each position the gap Δ between the two best scores, the margin by
+A replay (`farflung.engine.interface.Replay`) gives at each position the gap Δ between the two best scores, the margin by
 which the token that was sent lost, π, the policy's own probability of the pick, and the lead λ, by how much the policy
 itself prefers the runner-up to the pick. A margin above a tie is a *flip*,
 one above the profile's `far` a *far flip*. Honest numerics flip near-ties and nothing else: calibration bounds the
@@ -86,7 +86,7 @@ Counts = Annotated[tuple[int, ...], Meta(min_length=1, max_length=64)]
 
 
 class Seen(NamedTuple):
-    """What a replay saw of one rollout: arrays of shape (tokens,), as in `farflung.engine.base.Replay`."""
+    """What a replay saw of one rollout: arrays of shape (tokens,), as in `farflung.engine.interface.Replay`."""
 
     gap: np.ndarray
     margin: np.ndarray
@@ -112,7 +112,7 @@ class Scope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a profile was calibrated on, and so the runs that it is for."""
 
     model: Annotated[str, Meta(max_length=64)]
-    """Which architecture, as `farflung.tasks.found.Model.digest` has it."""
+    """Which architecture, as `farflung.tasks.create_run.Model.digest` has it."""
     temperature: Annotated[float, Meta(gt=0)]
     """Noise of scores grows as 1 ÷ temperature."""
     tokens: Annotated[int, Meta(ge=1)]
@@ -142,7 +142,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     q_far: Annotated[float, Meta(gt=0, le=1e-3)] = Q_FAR
     """Upper bound on the honest probability of a far flip."""
     fingerprint: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """Farthest that an honest fingerprint may be (`farflung.trust.fingerprint`); 0 if that was not calibrated."""
+    """Farthest that an honest fingerprint may be (`farflung.trust.fingerprint_distance`); 0 if that was not calibrated."""
     holds_published: bool = True
     """Whether an engine of this kind still has the published values, so that it can show possession of them."""
     margin: Annotated[float, Meta(ge=1)] = 1.0

@@ -123,7 +123,7 @@ class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     distance: float = 0.0
     """Of its fingerprint from the verifier's, where the lease asked for one."""
     is_far: bool = False
-    """Whether that is more than its profile allows; see `farflung.trust.fingerprint`."""
+    """Whether that is more than its profile allows; see `farflung.trust.fingerprint_distance`."""
     allowed: float = 0.0
     """How many flips its profile allows on average."""
     liked: Count = 0

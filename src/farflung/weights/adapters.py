@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from farflung.learner.merge import Factors, merge
+from farflung.numerics.merge import Factors, merge
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Adapter, Manifest, Tensor
 from farflung.weights.manifest import check_shard

@@ -12,14 +12,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from farflung.net.session import Session
 from farflung.protocol.digest import file_digest
 from farflung.protocol.errors import BadSignature, FarflungError, NotFound, WeightsError
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest, Shard
-from farflung.protocol.session import Session
-from farflung.weights.chain import Link, Way, best_way, wants_more
 from farflung.weights.download import PART, Downloads
 from farflung.weights.manifest import check_follows, open_manifest
+from farflung.weights.plan import Link, Way, best_way, wants_more
 
 log = logging.getLogger(__name__)
 SPARE_BYTES = 256 << 20

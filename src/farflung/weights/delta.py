@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from farflung.protocol.errors import WeightsError
-from farflung.weights.numbers import RARE, Reader, Writer
+from farflung.weights.codec import RARE, Reader, Writer
 
 BLOCK = 1 << 20
 """Values looked at together: more leave the processor's cache, fewer make threads wait for each other."""

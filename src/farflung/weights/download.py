@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from farflung.protocol.client import Client
+from farflung.net.client import Client
+from farflung.net.session import Session
 from farflung.protocol.digest import file_digest
 from farflung.protocol.errors import (
     Busy,
@@ -28,9 +29,8 @@ from farflung.protocol.errors import (
     WeightsError,
 )
 from farflung.protocol.messages import Relays, Shard
-from farflung.protocol.session import Session
-from farflung.weights import pieces, sources
-from farflung.weights.reach import check_reach
+from farflung.weights import ranges, sources
+from farflung.weights.url_policy import check_reach
 
 log = logging.getLogger(__name__)
 PART = ".part"
@@ -58,7 +58,7 @@ class Downloads:
         self.scores: dict[str, sources.Score] = {}
         self._relays = {url: Client(url, session.client.key, patience_s=0.0) for url in upstream}
         self._busy: Counter[str] = Counter()
-        self._pace = pieces.Pace()
+        self._pace = ranges.Pace()
         self._asked_at = 0.0 if use_relays and not upstream else float("inf")
         self._rng = random.Random(session.client.key.id)
         self._limit = asyncio.Semaphore(AT_ONCE)
@@ -86,7 +86,7 @@ class Downloads:
         """Several relays at once, else the first one that has it right, else the origin."""
         urls = sources.order(self._relays, self.scores, self._busy, time.monotonic(), self._rng)
         came_from: dict[int, str] = {}
-        if shard.size_bytes > pieces.PIECE_BYTES and len(urls) > 1:
+        if shard.size_bytes > ranges.PIECE_BYTES and len(urls) > 1:
             came_from = await self._from_many(urls[:RELAYS_AT_ONCE], shard)
             if (self.folder / shard.digest).exists():
                 return
@@ -110,7 +110,7 @@ class Downloads:
         part = self.folder / f"{shard.digest}{PART}"
         try:
             with part.open("ab", buffering=0) as file:
-                found = pieces.Pieces(file, shard.size_bytes, partial(self._piece, shard), self._pace)
+                found = ranges.Pieces(file, shard.size_bytes, partial(self._piece, shard), self._pace)
                 is_whole = await found.fetch(urls)
             self._mark_slow(found, shard)
             if not is_whole:
@@ -126,7 +126,7 @@ class Downloads:
             raise NoRoom(f"shard {shard.digest[:12]} cannot be kept here: {error.strerror}") from error
         return {}
 
-    def _mark_slow(self, found: pieces.Pieces, shard: Shard) -> None:
+    def _mark_slow(self, found: ranges.Pieces, shard: Shard) -> None:
         """Others outran these relays: one that sent nothing at all failed, one that sent some is a little behind."""
         for url in found.slow:
             if url in found.came_from.values():
@@ -148,7 +148,7 @@ class Downloads:
         if not self._bad(shard).exists():
             return
         with self._bad(shard).open("rb") as bad, (self.folder / shard.digest).open("rb") as good:
-            liars = pieces.wrong(bad, good, came_from)
+            liars = ranges.wrong(bad, good, came_from)
         for url in liars:
             self._blame(url, shard, WeightsError(f"pieces of shard {shard.digest[:12]} were wrong"))
         self._bad(shard).unlink()

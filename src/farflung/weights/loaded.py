@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from farflung.engine.base import Engine
-from farflung.engine.precision import rounded
+from farflung.engine.arithmetic import rounded
+from farflung.engine.interface import Engine
+from farflung.net.session import Figures
 from farflung.protocol import probe
 from farflung.protocol.errors import WeightsError
-from farflung.protocol.session import Figures
 from farflung.weights.cache import Versions
-from farflung.weights.fetch import tensors
+from farflung.weights.tensors import tensors
 
 NOTHING = ""
 """No manifest has this digest."""
@@ -25,7 +25,7 @@ Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 class Loaded:
     """The version of the weights in one engine, by the digest of its manifest.
 
-    Matrices are rounded to `bits` on their way there, 0 for none (`engine/precision.py`). The `figures` of a session
+    Matrices are rounded to `bits` on their way there, 0 for none (`engine/arithmetic.py`). The `figures` of a session
     are told which step it is, -1 for none, as the node's heartbeats say it.
     """
 

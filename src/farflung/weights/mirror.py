@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from farflung.net.server import problem_response
 from farflung.protocol.errors import Busy, FarflungError, NotFound, OutOfRange, Unavailable
-from farflung.protocol.server import problem_response
 from farflung.weights.cache import Versions
 from farflung.weights.origin import PIECE_BYTES, byte_range
 

@@ -15,8 +15,8 @@ from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Manifest, Tensor
 from farflung.weights import delta
 from farflung.weights.adapters import merged, read
-from farflung.weights.chain import Way
 from farflung.weights.manifest import by_shard, check_shard
+from farflung.weights.plan import Way
 
 ShardPath = Callable[[str], Path]
 Piece = tuple[Tensor, np.ndarray]

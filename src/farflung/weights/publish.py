@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from farflung.learner.merge import Factors
-from farflung.protocol.client import Client
+from farflung.net.client import Client
+from farflung.numerics.merge import Factors
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.identity import Key, Signed, seal

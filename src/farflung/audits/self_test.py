@@ -1,0 +1,109 @@
+"""Worker and doctor: try this machine's arithmetic on what the trainer generated with the same weights.
+
+The trainer makes a few rollouts with every EVERY-th version from seeds that anybody may know: they derive from no
+secret, so they give nothing away and can be told at once.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from farflung.engine.interface import Engine, Request
+from farflung.net.session import Session
+from farflung.protocol import seeds, wire
+from farflung.protocol.errors import ConfigError, FarflungError, NotFound
+from farflung.protocol.messages import Canary, SelfTest
+from farflung.store.run import Book
+from farflung.trust.evidence import Profile, Seen, from_json
+from farflung.trust.machine_noise import compared, expectation, noise_factor
+
+log = logging.getLogger(__name__)
+EVERY = 4
+"""Steps between versions that come with a self-test."""
+TOKENS = 32
+"""Most tokens of one of its rollouts."""
+
+
+class Tried(NamedTuple):
+    """What a self-test came to."""
+
+    factor: float
+    """Noise as a multiple of what the profile was calibrated on."""
+    is_forgiven: bool
+    """Whether the profile's margin is as wide."""
+    tokens: int
+    told: str
+
+
+# --- coordinator -----------------------------------------------------------------------------------------------------
+
+
+def ask(book: Book, step: int, prompts: Sequence[bytes]) -> list[Canary]:
+    """What the trainer is to generate for it."""
+    budget = min(TOKENS, book.config.generate.budget)
+    return [Canary(prompt_ids=ids, seed=_number(book, step, "seed", i), budget=budget) for i, ids in enumerate(prompts)]
+
+
+def tasks(book: Book, step: int) -> list[str]:
+    """The tasks whose prompts it has; none for most steps."""
+    count = book.config.trust.self_test if step % EVERY == 0 else 0
+    return [book.tasks[_number(book, step, "task", i) % len(book.tasks)][0] for i in range(count)]
+
+
+def _number(book: Book, step: int, label: str, i: int) -> int:
+    public = hashlib.sha256(f"farflung self-test {book.run}".encode()).digest()
+    return int.from_bytes(seeds.derive(public, f"self-test {label}", step, i)[:8], "big")
+
+
+# --- node ------------------------------------------------------------------------------------------------------------
+
+
+async def fetch(session: Session, manifest: str) -> SelfTest | None:
+    """The self-test of a version, if it has one."""
+    try:
+        return await session.client.get(session.path(f"manifests/{manifest}/self-test"), SelfTest)
+    except NotFound:
+        return None
+
+
+def profile_in(session: Session, test: SelfTest, name: str) -> Profile | None:
+    """A profile that comes with a self-test, if its bytes are those of the run's sealed papers."""
+    name = name or session.info.profile
+    data, digest = test.profiles.get(name, b""), session.info.profiles.get(name, "")
+    if not digest or hashlib.sha256(data).hexdigest() != digest:
+        log.warning("no self-test because=the run's papers do not name the profile %r that comes with it", name)
+        return None
+    return from_json(data)
+
+
+def attempt(engine: Engine, test: SelfTest, profile: Profile) -> Tried | None:
+    """Generate what was generated before and compare; None for an engine that cannot tell gaps."""
+    asked = [
+        Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, test.temperature, one.budget)
+        for one in test.items
+    ]
+    known = [wire.unpack_ids(one.ids).tolist() for one in test.items]
+    try:
+        gaps = engine.replay(list(zip(asked, known, strict=True)))
+    except ConfigError:
+        return None
+    made = engine.generate(asked)
+    seen: list[Seen] = []
+    for done, ids, gap in zip(made, known, gaps, strict=True):
+        own = [] if done is None else list(done.ids)
+        seen.append(compared(own, ids, np.asarray(gap.gap), np.asarray(gap.pick)))
+    factor = noise_factor(profile, seen)
+    tokens = sum(len(one.gap) for one in seen)
+    return Tried(factor, factor <= profile.margin, tokens, expectation(factor, profile))
+
+
+async def fetch_or_none(session: Session, manifest: str) -> SelfTest | None:
+    """The same, and none where the coordinator cannot be asked now: a test is no reason not to work."""
+    try:
+        return await fetch(session, manifest)
+    except FarflungError as error:
+        log.warning("no self-test because=%s", error)
+        return None

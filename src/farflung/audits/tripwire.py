@@ -1,0 +1,61 @@
+"""Trainer: replay every rollout of a batch before its gradient, under the weights that it was leased at.
+
+Audits sample; this does not. Text that its seed does not give, however trusted its node, is caught before it is trained
+on. The trainer judges nobody: what trips leaves the batch and is audited in full by a validator.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from farflung.engine.interface import Engine, Replay, Request
+from farflung.rollouts.batch import Suspect
+from farflung.trust.evidence import ODD, Profiles, Seen, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
+from farflung.trust.watch import Flips, count_flips
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What the replay of one rollout came to."""
+
+    rollout: str
+    submission: str
+    log_ratios: np.ndarray
+    """ln LR against every cheat."""
+    is_audited: bool
+    flips: Flips
+    logp: torch.Tensor
+    """Of each of its tokens under the weights that it was leased at, float32 (N,)."""
+
+
+def look(
+    engine: Engine, suspects: Sequence[Suspect], temperature: float, budget: int, profiles: Profiles
+) -> list[Looked]:
+    """Each rollout, replayed, judged by its node's profile; the engine holds the weights they were leased at."""
+    items = [(Request(one.prompt_ids, one.seed, temperature, budget), one.ids) for one in suspects]
+    return [_looked(one, found, profiles) for one, found in zip(suspects, engine.replay(items), strict=True)]
+
+
+def _looked(one: Suspect, found: Replay, profiles: Profiles) -> Looked:
+    profile = profiles.of(one.profile)
+    seen = Seen(found.gap, found.margin, found.pick, found.lead)
+    ratios, logp = log_ratios(profile, seen), torch.from_numpy(found.logp.copy())
+    return Looked(one.rollout, one.submission, ratios, one.is_audited, count_flips(profile, seen), logp)
+
+
+def tripped(found: Iterable[tuple[str, np.ndarray]]) -> list[str]:
+    """Submissions whose rollouts, together or one of them alone, look more like a cheat's.
+
+    `found` pairs a submission with the ln LR against every cheat of one of its rollouts.
+    """
+    of: dict[str, list[np.ndarray]] = defaultdict(list)
+    for submission, ratios in found:
+        of[submission].append(ratios)
+    return sorted(name for name, rows in of.items() if _trips(rows) or any(_trips([row]) for row in rows))
+
+
+def _trips(rows: Sequence[np.ndarray]) -> bool:
+    return is_bad(mean_log_ratio(submission_log_ratios(rows)), ODD)

@@ -1,0 +1,315 @@
+"""A node's stay with a coordinator: find it, register, check whose word the run is, and keep saying "still here"."""
+
+import asyncio
+import contextlib
+import logging
+import platform
+import signal
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+import psutil
+
+from farflung.net.client import Client
+from farflung.net.metrics_server import expose
+from farflung.protocol.errors import BadSignature, ConfigError, FarflungError, TooOld
+from farflung.protocol.identity import Key, Signed, node_id, seal, unseal
+from farflung.protocol.messages import (
+    VERSION,
+    Delegation,
+    Hardware,
+    Heartbeat,
+    Latest,
+    Pulse,
+    Register,
+    Role,
+    Run,
+    RunInfo,
+    Welcome,
+)
+from farflung.protocol.standing import Standing
+
+log = logging.getLogger(__name__)
+HURRY_S = 5.0
+TROUBLE_CHARS = 300
+PURPOSES = ("coordinator", "weights", "receipts", "verdicts")
+"""What the root delegates to keys of their own: the run's description and leases, and three kinds of documents."""
+AWAY_S = 3600.0
+"""Once a node is in, it waits this long for a coordinator that is away."""
+
+
+class Index(msgspec.Struct, frozen=True):
+    """Answer of GET /v1: who this coordinator is."""
+
+    coordinator: str
+    version: int
+    minimum_version: int
+    root: bytes
+    runs: list[str]
+
+
+async def greet(client: Client) -> Index:
+    """Who answers at the client's address. Raises Refusal, or TooOld if it speaks another protocol than we do."""
+    index = await client.get("/v1", Index)
+    if not index.minimum_version <= VERSION <= index.version:
+        raise TooOld(
+            f"this node speaks protocol {VERSION}, {client.url} speaks {index.minimum_version} to {index.version}; "
+            "upgrade with: pip install -U farflung"
+        )
+    return index
+
+
+def hardware() -> Hardware:
+    """This machine, as it is shown to people."""
+    return Hardware(
+        cpu=_shown(platform.processor() or platform.machine()),
+        cores=psutil.cpu_count() or 0,
+        memory_bytes=psutil.virtual_memory().total,
+    )
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isalnum() or c in " .:/+@()-_" else " " for c in text)[:80]
+
+
+def cpu_s() -> float:
+    """CPU-seconds of this process and its living children."""
+    total = time.process_time()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = child.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+@dataclass
+class Figures:
+    """What a role tells of itself in heartbeats. Metrics, believed by nobody."""
+
+    phase: str = "starting"
+    loaded_step: int = -1
+    work_cpu_s: float = 0.0
+    recent_cpu_s: float = 0.0
+    recent_tokens: int = 0
+    made_cpu_s: float = 0.0
+    made_tokens: int = 0
+    proof_cpu_s: float = 0.0
+    sync_pause_s: float = 0.0
+    trouble: str = ""
+    """What last went wrong with weights."""
+    started_at: float = field(default_factory=time.time)
+
+    @contextlib.contextmanager
+    def working(self, kind: Literal["work", "made", "proof"] = "work"):
+        """Count the CPU-seconds of this thread inside the block as work, or as generation or proof beside it."""
+        before = time.thread_time()
+        try:
+            yield
+        finally:
+            name = f"{kind}_cpu_s"
+            setattr(self, name, getattr(self, name) + time.thread_time() - before)
+
+
+class Session:
+    """One node in one run."""
+
+    def __init__(self, client: Client, run: str, root: bytes, papers: "Papers") -> None:
+        self.client, self.run, self.root, self.papers, self.figures = client, run, root, papers, Figures()
+        info = papers.info
+        self.latest = Latest(status=info.status, step=-1, manifest="")
+        self.lost: set[str] = set()
+        """Leases that the coordinator has given to others."""
+        self.standing = Standing()
+
+    @classmethod
+    async def open(
+        cls,
+        client: Client,
+        role: Role,
+        *,
+        run: str = "",
+        root: bytes | None = None,
+        name: str = "",
+        engine: str = "",
+        url: str = "",
+        invite: str = "",
+        profile: str = "",
+    ) -> "Session":
+        """Register and learn the run. Raises Refusal, BadSignature or ConfigError."""
+        index = await greet(client)
+        client.tag = index.coordinator
+        run = run or _only(index.runs)
+        answer = await client.get(f"/v1/runs/{run}", Run)
+        papers = check_run(answer, run, root)
+        info = papers.info
+        if not index.coordinator == info.coordinator == node_id(answer.info.public):
+            raise BadSignature(  # else it could pass on at another coordinator what this node signs for it
+                f"{client.url} calls itself {index.coordinator}, but run {run!r} is kept by {info.coordinator}"
+            )
+        register = Register(
+            version=VERSION,
+            name=name,
+            role=role,
+            engine=engine,
+            profile=profile or info.profile,
+            hardware=hardware(),
+            url=url,
+            invite=invite,
+        )
+        await client.post("/v1/nodes", register, Welcome)
+        client.patience_s = max(client.patience_s, AWAY_S)
+        return cls(client, run, answer.root, papers)
+
+    @property
+    def info(self) -> RunInfo:
+        """What the coordinator says of the run."""
+        return self.papers.info
+
+    async def keys(self, purpose: str, signed: Signed) -> list[bytes]:
+        """The keys delegated for a purpose; the papers are read again where this document is by none of them."""
+        if signed.public not in self.papers.keys(purpose, time.time()):
+            answer = await self.client.get(f"/v1/runs/{self.run}", Run)
+            self.papers = check_run(answer, self.run, self.root)
+        return self.papers.keys(purpose, time.time())
+
+    def path(self, rest: str) -> str:
+        """A path of this run."""
+        return f"/v1/runs/{self.run}/{rest}"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended, or this node was ejected from it."""
+        return self.latest.status == "finished" or self.standing.is_ejected
+
+    async def look(self) -> None:
+        """Learn where the run stands, without a word of oneself; a coordinator that is away is waited for."""
+        try:
+            self.latest = await self.client.get(self.path("latest"), Latest)
+        except FarflungError as error:
+            log.warning("no answer because=%s", error)
+
+    async def beat(self) -> None:
+        """One heartbeat."""
+        figures = self.figures
+        message = Heartbeat(
+            phase=figures.phase,
+            loaded_step=figures.loaded_step,
+            cpu_s=cpu_s(),
+            work_cpu_s=figures.work_cpu_s,
+            recent_cpu_s=figures.recent_cpu_s,
+            recent_tokens=figures.recent_tokens,
+            made_cpu_s=figures.made_cpu_s,
+            made_tokens=figures.made_tokens,
+            proof_cpu_s=figures.proof_cpu_s,
+            sync_pause_s=figures.sync_pause_s,
+            started_at=figures.started_at,
+            trouble=figures.trouble[:TROUBLE_CHARS],
+        )
+        pulse = await self.client.post(self.path("heartbeat"), message, Pulse)
+        self.latest = pulse.latest
+        self.lost.update(pulse.lost_leases)
+        self.standing.hear(pulse)
+
+    async def keep_beating(self, on_pulse: Callable[[], None] = lambda: None) -> None:
+        """Heartbeats until cancelled; a coordinator that is away is waited for."""
+        while True:
+            try:
+                await self.beat()
+                on_pulse()
+            except FarflungError as error:
+                log.warning("heartbeat failed because=%s", error)
+            await asyncio.sleep(self.info.heartbeat_s)
+
+    @contextlib.asynccontextmanager
+    async def stay(
+        self,
+        role: Role,
+        stop: Callable[[], None],
+        *,
+        metrics_port: int = 0,
+        on_pulse: Callable[[], None] = lambda: None,
+    ) -> AsyncGenerator[None]:
+        """A role's life: metrics, `stop` on signals and heartbeats; at its end a goodbye and a closed line."""
+        expose(self, role, metrics_port)
+        stop_on_signals(stop)
+        beating = asyncio.create_task(self.keep_beating(on_pulse))
+        try:
+            yield
+        finally:
+            beating.cancel()
+            await self.say_goodbye()
+            await self.client.close()
+
+    def hurry(self) -> None:
+        """Somebody said stop: wait no longer than a moment for a coordinator that does not answer."""
+        self.client.patience_s = min(self.client.patience_s, HURRY_S)
+
+    async def say_goodbye(self) -> None:
+        """A last heartbeat with the final figures; a coordinator that is gone is no reason to wait."""
+        self.figures.phase = "gone"
+        self.client.patience_s = 0.0
+        with contextlib.suppress(FarflungError):
+            await self.beat()
+
+
+def stop_on_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` on what ends a process in good order, where there is a main thread to be told."""
+    if threading.current_thread() is threading.main_thread():
+        loop = asyncio.get_running_loop()
+        for number in ending_signals():
+            loop.add_signal_handler(number, stop)
+
+
+def ending_signals() -> list[signal.Signals]:
+    """SIGTERM, SIGINT, and that the terminal was closed, unless that is ignored, as nohup has it."""
+    found = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        found.append(signal.SIGHUP)
+    return found
+
+
+@dataclass(frozen=True)
+class Papers:
+    """What a run's root and coordinator say of it, checked."""
+
+    info: RunInfo
+    delegations: tuple[Delegation, ...]
+
+    def keys(self, purpose: str, now: float) -> list[bytes]:
+        """Public keys that the root lets sign documents of one kind, those that are expired left out."""
+        return [one.public for one in self.delegations if one.purpose == purpose and one.expires_at > now]
+
+
+def check_run(answer: Run, run: str, root: bytes | None) -> Papers:
+    """Follow root → delegations → info. Raises BadSignature."""
+    if root is not None and answer.root != root:
+        raise BadSignature(
+            f"run {run!r} is vouched for by root {node_id(answer.root)}, not by {node_id(root)} of the address"
+        )
+    found = [unseal(signed, "delegation", Delegation, public=answer.root) for signed in answer.delegations]
+    now = time.time()
+    live = tuple(one for one in found if one.run == run and one.expires_at > now)
+    if missing := set(PURPOSES) - {one.purpose for one in live}:
+        raise BadSignature(
+            f"the root of run {run!r} has delegated no key for {' and '.join(sorted(missing))}, or it has expired"
+        )
+    coordinators = [one.public for one in live if one.purpose == "coordinator"]
+    info = unseal(answer.info, "run", RunInfo, public=coordinators)
+    if info.run != run:
+        raise BadSignature(f"asked for run {run!r}, got the info of {info.run!r}")
+    return Papers(info, live)
+
+
+def delegate(root: Key, run: str, purpose: str, public: bytes, expires_at: float) -> Signed:
+    """The root key's word for another key."""
+    return seal(root, "delegation", Delegation(run=run, purpose=purpose, public=public, expires_at=expires_at))  # type: ignore[arg-type]
+
+
+def _only(runs: list[str]) -> str:
+    if len(runs) != 1:
+        raise ConfigError(f"this coordinator has the runs {', '.join(runs) or '(none)'}; name one with --run")
+    return runs[0]

@@ -1,0 +1,59 @@
+"""A generator in a process of its own that was told to do without the processor's newest instructions.
+
+What torch and oneDNN compute with is chosen once, when a process starts; so a machine that has AVX-512 can be an older
+one only in another process. One call, one process: requests go in and completions come out as msgpack.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from farflung.engine.interface import Completion, Request
+from farflung.protocol.errors import ConfigError
+
+OLDER = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+TIMEOUT_S = 1800.0
+
+
+class Ask(msgspec.Struct):
+    """What such a process is given."""
+
+    model: str
+    dtype: str
+    rows: int
+    requests: list[Request]
+
+
+class OlderEngine:
+    """Generates only."""
+
+    def __init__(self, model: str, dtype: str) -> None:
+        self.model, self.dtype, self.max_rows = model, dtype, 16
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Generate every request, in order. Raises ConfigError where such a process ends in an error."""
+        ask = msgspec.msgpack.encode(Ask(self.model, self.dtype, self.max_rows, list(requests)))
+        command = [sys.executable, "-m", "farflung.ops.older_engine"]
+        done = subprocess.run(command, input=ask, capture_output=True, env=os.environ | OLDER, timeout=TIMEOUT_S)
+        if done.returncode:
+            why = (done.stderr.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
+            raise ConfigError(f"generating with older instructions ({OLDER}) failed: {why}")
+        return msgspec.msgpack.decode(done.stdout, type=list[Completion])
+
+
+def _main() -> None:
+    """Read an `Ask`, write completions."""
+    from farflung.ops.calibrate import engine_of
+    from farflung.tasks.create_run import Model
+
+    ask = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Ask)
+    engine = engine_of(Model(ask.model), ask.dtype, threads=1)
+    engine.max_rows = ask.rows
+    sys.stdout.buffer.write(msgspec.msgpack.encode(engine.generate(ask.requests)))
+
+
+if __name__ == "__main__":
+    _main()

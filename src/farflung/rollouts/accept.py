@@ -1,0 +1,177 @@
+"""Coordinator: hand transcripts to scorers, take their rewards, pay for accepted tokens, complete groups."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from farflung.audits.audit import open_audit
+from farflung.audits.unused import drop_groups
+from farflung.envs.length import penalty
+from farflung.learner.difficulty import RIGHT, Count, add
+from farflung.learner.filters import is_informative
+from farflung.protocol.messages import ScoreResult
+from farflung.rollouts import unscorable
+from farflung.store import payment
+from farflung.store.evaluations import HELD_OUT
+from farflung.store.run import Book
+from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, SUBMISSIONS, TASKS
+from farflung.store.transitions import move, record
+
+
+def claim_scores(connection: Connection, book: Book, scorer: str, limit: int, now: float) -> Sequence[Row[Any]]:
+    """Received rollouts that no scorer works on, with task and place of the tokens, now this scorer's for a while."""
+    free = (
+        sa.select(ROLLOUTS.c.rollout)
+        .where(ROLLOUTS.c.run == book.run, ROLLOUTS.c.status == "received")
+        .where(sa.or_(ROLLOUTS.c.claimed_until < now, ROLLOUTS.c.claimed_by == scorer))  # its own: the answer was lost
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    ids = connection.execute(
+        ROLLOUTS.update()
+        .where(ROLLOUTS.c.rollout.in_(free))
+        .values(claimed_by=scorer, claimed_until=now + book.config.coordinator.claim_s)
+        .returning(ROLLOUTS.c.rollout)
+    ).scalars()
+    return connection.execute(
+        sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.submission, ROLLOUTS.c.position, TASKS.c.payload)
+        .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+        .join(TASKS, TASKS.c.task == GROUPS.c.task)
+        .where(ROLLOUTS.c.rollout.in_(list(ids)))
+    ).all()
+
+
+def take_scores(connection: Connection, book: Book, scorer: str, results: Sequence[ScoreResult], now: float) -> int:
+    """Accept what was scored by this scorer, count the faults of what was not; gives how many rows changed."""
+    given = {result.rollout: result for result in results}
+    rows = connection.execute(
+        sa.select(ROLLOUTS, GROUPS.c.purpose, GROUPS.c.task, TASKS.c.target)
+        .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
+        .join(TASKS, TASKS.c.task == GROUPS.c.task)
+        .where(ROLLOUTS.c.rollout.in_(given), ROLLOUTS.c.status == "received", ROLLOUTS.c.claimed_by == scorer)
+    ).all()
+    scored = [row for row in rows if not given[row.rollout].error]
+    if scored:
+        unscorable.count_scored(book)
+    _accept(connection, book, scored, given, now)
+    for row in rows:
+        if given[row.rollout].error and _is_received(connection, row.rollout):
+            _fault(connection, book, row, given[row.rollout].error, now)
+    return len(rows)
+
+
+def _is_received(connection: Connection, rollout: str) -> bool:
+    """Whether it still waits for a score: giving one sample up drops its whole group."""
+    return connection.execute(sa.select(ROLLOUTS.c.status).where(ROLLOUTS.c.rollout == rollout)).scalar() == "received"
+
+
+def _accept(
+    connection: Connection, book: Book, rows: Sequence[Row[Any]], given: dict[str, ScoreResult], now: float
+) -> None:
+    if not rows:
+        return
+    move(connection, "rollout", [row.rollout for row in rows], "received", "accepted", now)
+    connection.execute(
+        ROLLOUTS.update()
+        .where(ROLLOUTS.c.rollout == sa.bindparam("id"))
+        .values(reward=sa.bindparam("r"), parts=sa.bindparam("p"), answer=sa.bindparam("a")),
+        [_score_values(row, given[row.rollout], book.config.env.length_weight) for row in rows],
+    )
+    _learn_difficulty(connection, [row for row in rows if row.purpose == "train"], given)
+    payment.pay(connection, book, [row for row in rows if row.purpose not in HELD_OUT], now)
+    for group in dict.fromkeys(row.group for row in rows):
+        complete(connection, group, now)
+
+
+def _score_values(row: Row[Any], result: ScoreResult, weight: float) -> dict[str, Any]:
+    """What is written down; only a training reward depends on the length, a held-out one is right or wrong."""
+    answer = result.answer.replace("\0", "\ufffd")  # a model may write NUL, which PostgreSQL takes in no text
+    off = penalty(row.tokens, row.target, weight)
+    parts = result.parts | ({"task": result.reward, "length": -off} if row.target else {})
+    reward = result.reward if row.purpose in HELD_OUT else result.reward - off
+    return {"id": result.rollout, "r": reward, "p": json.dumps(parts), "a": answer}
+
+
+_TASKS_OF = sa.select(TASKS.c.task, TASKS.c.tried, TASKS.c.right, TASKS.c.tokens).where(
+    TASKS.c.task.in_(sa.bindparam("of", expanding=True))
+)
+_COUNTED = (
+    TASKS.update()
+    .where(TASKS.c.task == sa.bindparam("id"))
+    .values(tried=sa.bindparam("t"), right=sa.bindparam("r"), tokens=sa.bindparam("k"))
+)
+
+
+def _learn_difficulty(connection: Connection, rows: Sequence[Row[Any]], given: dict[str, ScoreResult]) -> None:
+    """Keep the running count of each task, for whoever chooses what to lease."""
+    if not rows:
+        return
+    seen: dict[str, list[tuple[bool, int]]] = defaultdict(list)
+    for row in rows:
+        seen[row.task].append((given[row.rollout].reward >= RIGHT, row.tokens))
+    counts = {row.task: Count(*row[1:]) for row in connection.execute(_TASKS_OF, {"of": list(seen)})}
+    for task, found in seen.items():
+        tokens = sum(length for _, length in found)
+        counts[task] = add(counts[task], len(found), sum(is_right for is_right, _ in found), tokens)
+    written = [{"id": task, "t": c.tried, "r": c.right, "k": c.tokens} for task, c in sorted(counts.items())]
+    connection.execute(_COUNTED, written)
+
+
+def complete(connection: Connection, group: str, now: float) -> None:
+    """Close an open group once all of its samples are accepted."""
+    row = connection.execute(sa.select(GROUPS).where(GROUPS.c.group == group)).one()
+    accepted = sa.and_(ROLLOUTS.c.group == group, ROLLOUTS.c.status == "accepted")
+    rewards = list(connection.execute(sa.select(ROLLOUTS.c.reward).where(accepted)).scalars())
+    if row.status != "open" or len(rewards) < row.samples:
+        return
+    connection.execute(
+        GROUPS.update()
+        .where(GROUPS.c.group == group)
+        .values(reward=sum(rewards) / len(rewards), is_informative=is_informative(rewards))
+    )
+    move(connection, "group", [group], "open", "complete", now)
+
+
+def _fault(connection: Connection, book: Book, row: Row[Any], error: str, now: float) -> None:
+    """A scorer that fails is not the rollout's fault: try again, and give up without a reward after a few."""
+    faults = row.score_faults + 1
+    unscorable.tell_fault(connection, book, row.rollout, error, now)
+    this = ROLLOUTS.c.rollout == row.rollout
+    connection.execute(ROLLOUTS.update().where(this).values(score_faults=faults, claimed_until=0.0))
+    if faults >= book.config.scorer.faults:
+        _give_up(connection, book, row, f"unscorable: {error}", now)
+        unscorable.count_unscored(connection, book, row.rollout, error, now)
+    else:
+        record(connection, "rollout", [row.rollout], "received", "received", now, fault=error)
+
+
+def _give_up(connection: Connection, book: Book, row: Row[Any], why: str, now: float) -> None:
+    """An unscorable text costs its own sample: it is replayed if it was not, and the sample leased to somebody else.
+
+    Where that can mend nothing, for the seed gives such a text, the group is dropped.
+    """
+    is_suspect = row.purpose not in HELD_OUT and not row.is_audited
+    is_hopeless = not is_suspect or _was_given_up(connection, book, row)
+    move(connection, "rollout", [row.rollout], "received", "dropped" if is_hopeless else "rejected", now, why=why)
+    if is_suspect:
+        submission = sa.select(SUBMISSIONS).where(SUBMISSIONS.c.submission == row.submission)
+        open_audit(connection, book, connection.execute(submission).one(), [row.rollout], "suspicion", now)
+    if is_hopeless:
+        drop_groups(connection, book, [row.group], now, why="a sample cannot be scored")
+
+
+def _was_given_up(connection: Connection, book: Book, row: Row[Any]) -> bool:
+    """Whether somebody else's text of the same sample could not be scored either."""
+    same = sa.and_(ROLLOUTS.c.group == row.group, ROLLOUTS.c.sample == row.sample, ROLLOUTS.c.status == "rejected")
+    query = sa.select(ROLLOUTS.c.rollout).where(same, ROLLOUTS.c.score_faults >= book.config.scorer.faults)
+    return connection.execute(query).first() is not None
+
+
+def audits_waiting(connection: Connection, book: Book) -> int:
+    """Audits that nobody has answered."""
+    query = sa.select(sa.func.count()).where(AUDITS.c.run == book.run, AUDITS.c.status.in_(("open", "claimed")))
+    return connection.execute(query).scalar_one()

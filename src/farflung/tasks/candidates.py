@@ -1,0 +1,156 @@
+"""Coordinator: candidates for a lease, out of the database: samples that nobody has, tasks that are next."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from farflung.protocol.states import REOPENING
+from farflung.store.db import after_commit
+from farflung.store.run import Book
+from farflung.store.tables import GROUPS, ROLLOUTS, STEPS, TASKS
+from farflung.store.transitions import slices
+from farflung.tasks.assign import NextTask, OpenSamples, task_order
+
+ORDERS_KEPT = 8
+MOST_LOOK_AHEAD = 256
+Samples = dict[str, set[int]]
+"""Group → some of its samples."""
+
+
+class Owners(NamedTuple):
+    """What nodes have, or had, of the samples of some groups."""
+
+    owned: Samples
+    reopened: Samples
+    """Samples that somebody had and that are open again."""
+    handed_in: dict[str, dict[int, set[str]]]
+    """Group → sample → the nodes that handed in a rollout of it which came to nothing."""
+
+
+_OPEN_GROUPS = (
+    sa.select(GROUPS, sa.func.length(TASKS.c.prompt_ids).label("prompt_bytes"))
+    .join(TASKS, TASKS.c.task == GROUPS.c.task)
+    .where(
+        GROUPS.c.run == sa.bindparam("of"),
+        GROUPS.c.purpose == "train",
+        GROUPS.c.status == sa.literal_column("'open'"),  # not a parameter, or SQLite does not see that
+        GROUPS.c.free > sa.literal_column("0"),  # the index `group_free` will do
+        GROUPS.c.step >= sa.bindparam("oldest"),
+    )
+)
+
+
+def open_groups(connection: Connection, book: Book, oldest: int) -> Sequence[Row[Any]]:
+    """Training groups of these steps with samples that nobody has."""
+    return connection.execute(_OPEN_GROUPS, {"of": book.run, "oldest": oldest}).all()
+
+
+def open_samples(book: Book, groups: Sequence[Row[Any]], owners: Owners) -> Iterator[OpenSamples]:
+    """Samples of these groups that nobody has, apart from each other by who may not have them."""
+    for row in groups:
+        needed = row.prompt_bytes // 4 + book.config.generate.budget
+        parts: dict[tuple[bool, frozenset[str]], list[int]] = defaultdict(list)
+        for sample in sorted(set(range(row.samples)) - owners.owned[row.group]):
+            not_for = frozenset(owners.handed_in[row.group].get(sample, ()))
+            parts[sample in owners.reopened[row.group], not_for].append(sample)
+        for (is_reopened, not_for), samples in sorted(parts.items(), key=lambda part: part[1]):
+            at = row.opened_at if is_reopened else None
+            yield OpenSamples(row.group, row.task, row.step, tuple(samples), needed, at, not_for)
+
+
+_OWNERS = sa.select(
+    ROLLOUTS.c.group, ROLLOUTS.c.sample, ROLLOUTS.c.status, ROLLOUTS.c.node, ROLLOUTS.c.submission
+).where(ROLLOUTS.c.group.in_(sa.bindparam("groups", expanding=True)))
+
+
+def owners(connection: Connection, groups: Sequence[str]) -> Owners:
+    """Who has, or had, the samples of these groups."""
+    found = Owners(defaultdict(set), defaultdict(set), defaultdict(dict))
+    for part in slices(groups):
+        for group, sample, status, node, submission in connection.execute(_OWNERS, {"groups": part}):
+            (found.reopened if status in REOPENING else found.owned)[group].add(sample)
+            if submission is not None and status in REOPENING:
+                found.handed_in[group].setdefault(sample, set()).add(node)
+    return found
+
+
+_GROUPS_NOW = sa.select(
+    sa.select(sa.func.count())
+    .select_from(GROUPS)
+    .where(GROUPS.c.run == sa.bindparam("of"), GROUPS.c.purpose == "train", GROUPS.c.status == "complete")
+    .scalar_subquery()
+    + sa.select(sa.func.coalesce(sa.func.sum(STEPS.c.open_groups), 0))
+    .where(STEPS.c.run == sa.bindparam("of"), STEPS.c.step >= sa.bindparam("oldest"))
+    .scalar_subquery()
+)
+
+
+def groups_now(connection: Connection, book: Book, latest: int) -> int:
+    """Groups in progress or waiting for the trainer; in lockstep, all that were ever opened at the latest policy.
+
+    Open ones too old to be leased do not count: enough of them, each short of a sample, would end all leasing.
+    """
+    if book.config.learn.lockstep:
+        of_latest = sa.and_(GROUPS.c.run == book.run, GROUPS.c.purpose == "train", GROUPS.c.step == latest)
+        return connection.execute(sa.select(sa.func.count()).where(of_latest)).scalar_one()
+    oldest = latest - max(1, book.config.learn.max_staleness) + 1
+    return int(connection.execute(_GROUPS_NOW, {"of": book.run, "oldest": oldest}).scalar_one())
+
+
+def next_tasks(connection: Connection, book: Book, step: int, size: int) -> Iterator[NextTask]:
+    """Tasks not opened at this step yet, in the order that its secret draws; `size` are looked up at first."""
+    order = _order(book, step)
+    start = order.begin
+    while positions := order.from_(start, size):
+        opened = _opened(connection, book, step, [book.tasks[position][0] for position in positions])
+        found = [book.tasks[position] for position in positions]
+        left = [number for number, (task, _) in enumerate(found) if task not in opened]
+        if start == order.begin:
+            after_commit(connection, partial(order.skip_to, start + min(left, default=len(found))))
+        for number in left:
+            task, prompt_tokens = found[number]
+            yield NextTask(task, prompt_tokens + book.config.generate.budget)
+        start, size = start + size, MOST_LOOK_AHEAD
+
+
+_OPENED = sa.select(GROUPS.c.task).where(
+    GROUPS.c.task.in_(sa.bindparam("tasks", expanding=True)),
+    GROUPS.c.run == sa.bindparam("of"),
+    GROUPS.c.step == sa.bindparam("at"),
+    GROUPS.c.purpose == "train",
+)
+
+
+def _opened(connection: Connection, book: Book, step: int, tasks: Sequence[str]) -> set[str]:
+    """Which of these have a group at this step."""
+    return set(connection.execute(_OPENED, {"tasks": tasks, "of": book.run, "at": step}).scalars())
+
+
+class _Order:
+    """The order of one step's tasks, drawn as far as somebody looked. All before `begin` are opened, and stay so."""
+
+    def __init__(self, source: Iterator[int]) -> None:
+        self._source, self._seen, self.begin = source, list[int](), 0
+
+    def from_(self, start: int, size: int) -> list[int]:
+        """Up to `size` tasks from place `start` on."""
+        self._seen += itertools.islice(self._source, max(0, start + size - len(self._seen)))
+        return self._seen[start : start + size]
+
+    def skip_to(self, begin: int) -> None:
+        """Never look at what is before this place again."""
+        self.begin = max(self.begin, begin)
+
+
+def _order(book: Book, step: int) -> _Order:
+    """Kept with the book, for two databases may have opened different tasks of one order."""
+    if step not in book.orders:
+        for old in sorted(book.orders)[: 1 - ORDERS_KEPT]:
+            del book.orders[old]
+        book.orders[step] = _Order(task_order(book.step_secret(step), step, len(book.tasks)))
+    return book.orders[step]

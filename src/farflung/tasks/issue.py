@@ -1,0 +1,163 @@
+"""Coordinator: plans of leases become rows and sealed documents, those of many nodes together."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from farflung.protocol import seeds
+from farflung.protocol.identity import Signed, seal
+from farflung.protocol.messages import Lease, LeaseGroup, Sample
+from farflung.store import evaluations
+from farflung.store.bulk import insert_rows
+from farflung.store.evaluations import HELD_OUT
+from farflung.store.run import Book, new_id
+from farflung.store.tables import GROUPS, LEASES, ROLLOUTS, STEPS, TASKS
+from farflung.store.transitions import record
+from farflung.tasks.assign import Plan, Share
+from farflung.tasks.candidates import Samples
+
+KIND = "lease"
+
+
+def write(
+    connection: Connection, book: Book, plans: Mapping[str, Plan], purpose: str, now: float, reopened: Samples
+) -> dict[str, Signed]:
+    """Open the groups, the leases and their rollouts, and seal the documents: for every node, its lease."""
+    if not plans:
+        return {}
+    _open(connection, book, plans.values(), purpose, now)
+    prompts = _prompts(connection, {share.task for plan in plans.values() for share in plan.shares})
+    drafts = [_draft(connection, book, node, plan, purpose, prompts, now) for node, plan in plans.items()]
+    signed = {draft.node: seal(book.key, KIND, draft) for draft in drafts}
+    insert_rows(connection, LEASES, [_lease_row(draft, signed[draft.node], now) for draft in drafts])
+    rows = [row for draft in drafts for row in _rollout_rows(draft, reopened)]
+    insert_rows(connection, ROLLOUTS, rows)
+    _mark_reissued(connection, [row["rollout"] for row in rows if row["is_reissue"]])
+    for draft in drafts:
+        rollouts = [sample.rollout for group in draft.groups for sample in group.samples]
+        record(
+            connection,
+            "lease",
+            [draft.lease],
+            "",
+            "open",
+            now,
+            node=draft.node,
+            step=draft.step,
+            rollouts=len(rollouts),
+        )
+        record(connection, "rollout", rollouts, "", "leased", now, lease=draft.lease, node=draft.node)
+    return signed
+
+
+def _open(connection: Connection, book: Book, plans: Collection[Plan], purpose: str, now: float) -> None:
+    """Open the groups that these plans open, and take their samples."""
+    taken = Counter[str]()
+    for plan in plans:
+        taken.update({str(share.group): len(share.samples) for share in plan.shares})
+    samples = next(
+        (part.samples for part in evaluations.parts(book.config) if part.purpose == purpose),
+        book.config.generate.samples,
+    )
+    common = {"run": book.run, "purpose": purpose, "status": "open", "opened_at": now, "samples": samples}
+    opened = [
+        common | {"step": plan.step, "group": share.group, "task": share.task, "free": samples - taken.pop(share.group)}
+        for plan in plans
+        for share in plan.opened
+    ]
+    insert_rows(connection, GROUPS, opened)
+    if taken:
+        connection.execute(_FEWER_FREE, [{"of": group, "fewer": count} for group, count in taken.items()])
+    for step, count in Counter(row["step"] for row in opened).items():
+        if purpose == "train":
+            connection.execute(_MORE_OPEN, {"of": book.run, "at": step, "more": count})
+        groups = [row["group"] for row in opened if row["step"] == step]
+        record(connection, "group", groups, "", "open", now, step=step)
+
+
+_FEWER_FREE = (
+    GROUPS.update().where(GROUPS.c.group == sa.bindparam("of")).values(free=GROUPS.c.free - sa.bindparam("fewer"))
+)
+
+_MORE_OPEN = (
+    STEPS.update()
+    .where(STEPS.c.run == sa.bindparam("of"), STEPS.c.step == sa.bindparam("at"))
+    .values(open_groups=STEPS.c.open_groups + sa.bindparam("more"))
+)
+
+
+def _draft(
+    connection: Connection, book: Book, node: str, plan: Plan, purpose: str, prompts: Mapping[str, bytes], now: float
+) -> Lease:
+    config, lease, secret = book.config, new_id("l"), book.step_secret(plan.step)
+    heat = next((part.temperature for part in evaluations.parts(config) if part.purpose == purpose), None)
+    told: Any = "eval" if purpose in HELD_OUT else purpose
+    return Lease(
+        lease=lease,
+        run=book.run,
+        node=node,
+        purpose=told,
+        step=plan.step,
+        manifest=book.manifest_of(connection, plan.step),
+        temperature=config.generate.temperature if heat is None else heat,
+        budget=config.generate.budget,
+        nonce=hashlib.sha256(seeds.derive(secret, "lease nonce", lease)).hexdigest(),
+        probe=seeds.probe_key(secret).hex(),
+        fingerprint=config.trust.fingerprint and told != "eval",
+        expires_at=now + config.lease.lease_s,
+        groups=[_lease_group(secret, share, prompts) for share in plan.shares],
+    )
+
+
+def _lease_group(secret: bytes, share: Share, prompts: Mapping[str, bytes]) -> LeaseGroup:
+    samples = [
+        Sample(rollout=new_id("r"), index=index, seed=seeds.sample_seed(secret, share.task, index))
+        for index in share.samples
+    ]
+    return LeaseGroup(group=str(share.group), prompt_ids=prompts[share.task], samples=samples)
+
+
+def _lease_row(draft: Lease, signed: Signed, now: float) -> dict[str, Any]:
+    row = {"lease": draft.lease, "run": draft.run, "node": draft.node, "step": draft.step, "purpose": draft.purpose}
+    row |= {"status": "open", "opened_at": now, "expires_at": draft.expires_at}
+    return row | {"document": msgspec.msgpack.encode(signed)}
+
+
+def _rollout_rows(draft: Lease, reopened: Samples) -> Iterator[dict[str, Any]]:
+    common = {"run": draft.run, "lease": draft.lease, "node": draft.node, "status": "leased"}
+    for group in draft.groups:
+        for sample in group.samples:
+            is_reissue = sample.index in reopened.get(group.group, ())
+            own = {"rollout": sample.rollout, "sample": sample.index, "is_reissue": is_reissue}
+            yield common | own | {"group": group.group}
+
+
+def _mark_reissued(connection: Connection, rollouts: Collection[str]) -> None:
+    """Note on the leases that had these samples before and ended with nothing that others have their work."""
+    if rollouts:
+        connection.execute(_REISSUED, {"fresh": list(rollouts)})
+
+
+_AGAIN = ROLLOUTS.alias()
+_BEFORE = (
+    sa.select(ROLLOUTS.c.lease)
+    .join(_AGAIN, sa.and_(_AGAIN.c.group == ROLLOUTS.c.group, _AGAIN.c.sample == ROLLOUTS.c.sample))
+    .where(_AGAIN.c.rollout.in_(sa.bindparam("fresh", expanding=True)), _AGAIN.c.lease != ROLLOUTS.c.lease)
+)
+_REISSUED = (
+    LEASES.update()
+    .where(LEASES.c.lease.in_(_BEFORE), LEASES.c.status.in_(("expired", "returned")), ~LEASES.c.is_reissued)
+    .values(is_reissued=True)
+)
+
+
+def _prompts(connection: Connection, tasks: Collection[str]) -> dict[str, bytes]:
+    return {row.task: row.prompt_ids for row in connection.execute(_PROMPTS, {"tasks": list(tasks)})}
+
+
+_PROMPTS = sa.select(TASKS.c.task, TASKS.c.prompt_ids).where(TASKS.c.task.in_(sa.bindparam("tasks", expanding=True)))
