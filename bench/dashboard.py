@@ -19,7 +19,7 @@ from typing import Any
 import httpx2
 import msgspec
 import sqlalchemy as sa
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from farflung.config import Config, RunSection
 from farflung.dashboard import pages
@@ -206,7 +206,7 @@ class Filling:
         }
 
 
-async def measure(app: FastAPI, addresses: dict[str, str], times: int) -> dict[str, dict[str, float]]:
+async def measure(app: Starlette, addresses: dict[str, str], times: int) -> dict[str, dict[str, float]]:
     """Milliseconds per page. What the server remembers between looks for a second or more is thrown away."""
     found: dict[str, dict[str, float]] = {}
     live = app.state.pages.live
@@ -241,7 +241,7 @@ async def main(is_quick: bool) -> None:
         migrate(url)
         database, blobs = Database(url), Blobs(f"file://{folder}/blobs")
         await filling.write(database, blobs)
-        app = FastAPI()
+        app = Starlette()
         config = Config(run=RunSection(name=RUN, steps=1000))
         archive = Archive(blobs, Words())  # type: ignore[arg-type]
         app.state.pages = pages.mount(

@@ -300,8 +300,8 @@ def cheats(weights: Tensors, vocab: int, rng: np.random.Generator) -> dict[str, 
 
 
 def replayed(part: Sequence[Finding]) -> list[Finding]:
-    """What a validator replays of a submission (`farflung.audits.replay_audits.more`): until it is decided, one by one what
-    a cheat explains better, else as many again.
+    """What a validator replays of a submission (`farflung.audits.replay_audits.more`): until it is decided, one by one
+    what a cheat explains better, else as many again.
     """
     count = 1
     while count < len(part):

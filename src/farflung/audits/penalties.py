@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.audits.audit import open_audit
-from farflung.rollouts.accept import complete
+from farflung.learner.filters import is_informative
 from farflung.store import payment
 from farflung.store.run import Book
 from farflung.store.tables import AUDITS, GROUPS, LEASES, ROLLOUTS, SUBMISSIONS
@@ -90,6 +90,21 @@ def void_rollouts(connection: Connection, book: Book, which: Any, cause: str, no
         move(connection, "rollout", [row.rollout for row in rows], status, "void", now, cause=cause)
         if status == "accepted":
             reopen(connection, [row.group for row in rows], now, "a sample was voided")
+
+
+def complete(connection: Connection, group: str, now: float) -> None:
+    """Close an open group once all of its samples are accepted."""
+    row = connection.execute(sa.select(GROUPS).where(GROUPS.c.group == group)).one()
+    accepted = sa.and_(ROLLOUTS.c.group == group, ROLLOUTS.c.status == "accepted")
+    rewards = list(connection.execute(sa.select(ROLLOUTS.c.reward).where(accepted)).scalars())
+    if row.status != "open" or len(rewards) < row.samples:
+        return
+    connection.execute(
+        GROUPS.update()
+        .where(GROUPS.c.group == group)
+        .values(reward=sum(rewards) / len(rewards), is_informative=is_informative(rewards))
+    )
+    move(connection, "group", [group], "open", "complete", now)
 
 
 def reopen(connection: Connection, groups: Sequence[str], now: float, why: str) -> None:

@@ -12,9 +12,24 @@ import numpy as np
 import torch
 
 from farflung.engine.interface import Engine, Replay, Request
-from farflung.rollouts.batch import Suspect
 from farflung.trust.evidence import ODD, Profiles, Seen, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
 from farflung.trust.watch import Flips, count_flips
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """One rollout that the tripwire looks at."""
+
+    rollout: str
+    manifest: str
+    submission: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+    ids: tuple[int, ...]
+    is_audited: bool
+    """Whether a validator has replayed it, so that it is no suspect any more."""
+    profile: str
+    """Numerics profile of its node."""
 
 
 @dataclass(frozen=True, slots=True)

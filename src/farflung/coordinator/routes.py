@@ -6,14 +6,15 @@ from contextlib import asynccontextmanager
 from types import MethodType
 from typing import TypeVar
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from farflung.coordinator import node_routes, role_routes, step_routes
 from farflung.coordinator.context import Office
 from farflung.coordinator.sweep import Sweeper
 from farflung.dashboard import pages
-from farflung.net.server import Call, Route, mount
+from farflung.net.openapi import openapi
+from farflung.net.server import Call, Route, add_route, mount
 from farflung.net.session import Index
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Signed
@@ -36,17 +37,16 @@ class Coordinator:
         """The HTTP application."""
 
         @asynccontextmanager
-        async def life(_: FastAPI) -> AsyncIterator[None]:
+        async def life(_: Starlette) -> AsyncIterator[None]:
             self._for_ever = [asyncio.create_task(self.sweeper.sweep()), asyncio.create_task(self.sweeper.tidy())]
             yield
             self.leave()
             self.office.metrics.flush(self.office.clock(), force=True)
 
         office = self.office
-        app = FastAPI(
-            title="farflung coordinator", version=str(m.VERSION), lifespan=life, docs_url=None, redoc_url=None
-        )
-        served = mount(app, routes(office), office.book.key.id, office.clock, office.doors.count, office.doors.bodies)
+        app, table = Starlette(lifespan=life), routes(office)
+        add_route(app, "GET", "/openapi.json", openapi(table, "farflung coordinator", str(m.VERSION)))
+        served = mount(app, table, office.book.key.id, office.clock, office.doors.count, office.doors.bodies)
         self.pages = pages.mount(
             app, pages.Desk(office.config, office.database, office.archive, office.metrics.path, office.clock)
         )

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
 from sqlalchemy import Connection
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -21,6 +22,7 @@ from farflung.config import Config
 from farflung.dashboard.formats import HERE, TEXT_SHOWN, clean, curves, environment
 from farflung.dashboard.live import Live
 from farflung.net.rate_limit import sender_of
+from farflung.net.server import add_route
 from farflung.protocol.errors import Broken, Malformed, NotFound, Refusal
 from farflung.protocol.states import statuses
 from farflung.queries import browse, params
@@ -195,7 +197,7 @@ class Pages:
         return found
 
 
-def mount(app: FastAPI, desk: Desk) -> Pages:
+def mount(app: Starlette, desk: Desk) -> Pages:
     """Put the pages on the coordinator's app, or on one of their own; their streams end when told to."""
     pages = Pages(desk)
     for path, page in (
@@ -208,13 +210,7 @@ def mount(app: FastAPI, desk: Desk) -> Pages:
         ("/story/{id:path}", pages.story),
         ("/live", pages.events),
     ):
-        app.add_api_route(
-            path,
-            _guarded(pages, page),
-            name=f"dashboard:{page.__name__}",
-            include_in_schema=False,
-            response_class=Response,
-        )
+        add_route(app, "GET", path, _guarded(pages, page))
     app.mount("/static", Static(directory=HERE / "static"), name="static")
     return pages
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import sqlalchemy as sa
 import uvicorn
-from fastapi import FastAPI
 from sqlalchemy import Connection
+from starlette.applications import Starlette
 
 from farflung.config import Config, load_run
 from farflung.dashboard import pages
@@ -55,9 +55,9 @@ def _archive(config: Config) -> Archive | None:
         return None
 
 
-def app_of(desk: pages.Desk) -> tuple[FastAPI, pages.Pages]:
+def app_of(desk: pages.Desk) -> tuple[Starlette, pages.Pages]:
     """The pages alone: no route of the protocol, nothing that writes."""
-    app = FastAPI(title="farflung view", openapi_url=None)
+    app = Starlette()
     return app, pages.mount(app, desk)
 
 

@@ -1,6 +1,6 @@
 """The server's side of the wire: bounded bodies, verified signatures, one shape of error, one table of routes.
 
-A role lists its routes as `Route` values; `mount` puts them on a FastAPI app with their OpenAPI. A handler gets a
+A role lists its routes as `Route` values; `mount` puts them on a Starlette app. A handler gets a
 `Call` and returns a message, bytes or a Starlette response.
 """
 
@@ -16,8 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
-from starlette.requests import ClientDisconnect
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route as PathRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farflung.net.bodies import Bodies, Grow
@@ -114,7 +116,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Paths:
-    """Endpoints by method and path. One look-up a request, where FastAPI tries one regular expression after another."""
+    """Endpoints by method and path. One look-up a request; Starlette tries one regular expression after another."""
 
     def __init__(self) -> None:
         self._root: dict[Any, Any] = {}
@@ -146,7 +148,7 @@ _ANY, _END = object(), object()
 
 
 class Shortcut:
-    """Answers the protocol's own requests ahead of FastAPI, whose own part takes longer than the work of most."""
+    """Answers the protocol's own requests ahead of Starlette, whose own part takes longer than the work of most."""
 
     def __init__(self, app: ASGIApp, paths: Paths) -> None:
         self._app, self._paths = app, paths
@@ -166,7 +168,7 @@ class Shortcut:
 
 
 def mount(
-    app: FastAPI,
+    app: Starlette,
     routes: Sequence[Route],
     tag: str,
     clock: Callable[[], float] = time.time,
@@ -183,21 +185,18 @@ def mount(
     for route in routes:
         endpoint = _endpoint(route, nonces, tag, clock, count, bodies)
         paths.add(route.method, route.path, endpoint)
-        app.add_api_route(
-            route.path,
-            endpoint,
-            methods=[route.method],
-            name=route.handler.__name__,
-            description=route.handler.__doc__,
-            response_class=Response,
-            openapi_extra=_openapi(route),
-            responses={"4XX": {"description": "refused", "content": {"application/problem+json": {}}}},
-        )
+        add_route(app, route.method, route.path, endpoint)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(404, _no_route)
     app.add_exception_handler(405, _no_route)
-    _publish_schema(app, routes)
     return Shortcut(app, paths)
+
+
+def add_route(app: Starlette, method: str, path: str, endpoint: Endpoint) -> None:
+    """One more route; HEAD, which Starlette adds to each GET, is no method of ours."""
+    route = PathRoute(path, endpoint)
+    route.methods = {method}
+    app.router.routes.append(route)
 
 
 def _endpoint(
@@ -348,37 +347,3 @@ async def _no_route(request: Request, error: Any) -> Response:
     refusal = Refusal(f"there is no route {request.method} {path}; docs/protocol.md lists them")
     refusal.status, refusal.code = error.status_code, "not-found" if error.status_code == 404 else "no-such-method"
     return await _refused(request, refusal)
-
-
-# --- OpenAPI ---------------------------------------------------------------------------------------------------------
-
-
-def _openapi(route: Route) -> dict[str, Any]:
-    extra: dict[str, Any] = {"parameters": [_path_parameter(name) for name in re.findall(r"\{(\w+)\}", route.path)]}
-    if route.raw:
-        extra["requestBody"] = {"content": {"application/octet-stream": {}}}
-    elif route.takes is not None:
-        reference = {"schema": {"$ref": f"#/components/schemas/{route.takes.__name__}"}}
-        extra["requestBody"] = {"required": True, "content": {wire.JSON: reference, wire.MSGPACK: reference}}
-    if route.gives is not None:
-        reference = {"schema": {"$ref": f"#/components/schemas/{route.gives.__name__}"}}
-        extra["responses"] = {"200": {"description": "done", "content": {wire.JSON: reference}}}
-    return extra
-
-
-def _path_parameter(name: str) -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-
-
-def _publish_schema(app: FastAPI, routes: Sequence[Route]) -> None:
-    types = frozenset(t for route in routes for t in (route.takes, route.gives) if t is not None)
-    build = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        is_first, schema = app.openapi_schema is None, build()
-        if is_first:
-            _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
-        return schema
-
-    app.openapi = openapi

@@ -9,10 +9,10 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.audits.audit import open_audit
+from farflung.audits.penalties import complete
 from farflung.audits.unused import drop_groups
 from farflung.envs.length import penalty
 from farflung.learner.difficulty import RIGHT, Count, add
-from farflung.learner.filters import is_informative
 from farflung.protocol.messages import ScoreResult
 from farflung.rollouts import unscorable
 from farflung.store import payment
@@ -119,21 +119,6 @@ def _learn_difficulty(connection: Connection, rows: Sequence[Row[Any]], given: d
         counts[task] = add(counts[task], len(found), sum(is_right for is_right, _ in found), tokens)
     written = [{"id": task, "t": c.tried, "r": c.right, "k": c.tokens} for task, c in sorted(counts.items())]
     connection.execute(_COUNTED, written)
-
-
-def complete(connection: Connection, group: str, now: float) -> None:
-    """Close an open group once all of its samples are accepted."""
-    row = connection.execute(sa.select(GROUPS).where(GROUPS.c.group == group)).one()
-    accepted = sa.and_(ROLLOUTS.c.group == group, ROLLOUTS.c.status == "accepted")
-    rewards = list(connection.execute(sa.select(ROLLOUTS.c.reward).where(accepted)).scalars())
-    if row.status != "open" or len(rewards) < row.samples:
-        return
-    connection.execute(
-        GROUPS.update()
-        .where(GROUPS.c.group == group)
-        .values(reward=sum(rewards) / len(rewards), is_informative=is_informative(rewards))
-    )
-    move(connection, "group", [group], "open", "complete", now)
 
 
 def _fault(connection: Connection, book: Book, row: Row[Any], error: str, now: float) -> None:

@@ -5,11 +5,11 @@ Rewards come from the coordinator, tokens by digest; a worker's log-probabilitie
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import torch
 
+from farflung.audits.tripwire import Suspect
 from farflung.learner.loss import advantages
 from farflung.learner.pack import Rollout, Segment
 from farflung.net.session import Session
@@ -31,22 +31,6 @@ from farflung.protocol.messages import (
 AT_ONCE = 16
 MOST_BYTES = 512 << 20
 """Bodies that are kept from the tripwire to the learner."""
-
-
-@dataclass(frozen=True, slots=True)
-class Suspect:
-    """One rollout that the tripwire looks at."""
-
-    rollout: str
-    manifest: str
-    submission: str
-    prompt_ids: tuple[int, ...]
-    seed: int
-    ids: tuple[int, ...]
-    is_audited: bool
-    """Whether a validator has replayed it, so that it is no suspect any more."""
-    profile: str
-    """Numerics profile of its node."""
 
 
 async def claim(session: Session, step: int, wait_s: float) -> BatchAnswer:

@@ -1,8 +1,8 @@
 """Evidence of an audit: likelihood ratios over replayed positions, and the test that may eject a key. Pure; no torch.
 
-A replay (`farflung.engine.interface.Replay`) gives at each position the gap Δ between the two best scores, the margin by
-which the token that was sent lost, π, the policy's own probability of the pick, and the lead λ, by how much the policy
-itself prefers the runner-up to the pick. A margin above a tie is a *flip*,
+A replay (`farflung.engine.interface.Replay`) gives at each position the gap Δ between the two best scores, the margin
+by which the token that was sent lost, π, the policy's own probability of the pick, and the lead λ, by how much the
+policy itself prefers the runner-up to the pick. A margin above a tie is a *flip*,
 one above the profile's `far` a *far flip*. Honest numerics flip near-ties and nothing else: calibration bounds the
 honest probability q₀(Δ) of a near flip from above (`farflung.trust.bounds`), and `far` is a multiple of the largest
 margin that it ever saw, so that a far flip is no rounding at all (q_far, one position in a million; what breaks a
@@ -142,7 +142,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     q_far: Annotated[float, Meta(gt=0, le=1e-3)] = Q_FAR
     """Upper bound on the honest probability of a far flip."""
     fingerprint: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """Farthest that an honest fingerprint may be (`farflung.trust.fingerprint_distance`); 0 if that was not calibrated."""
+    """Farthest that an honest fingerprint may be (`trust/fingerprint_distance.py`); 0 if that was not calibrated."""
     holds_published: bool = True
     """Whether an engine of this kind still has the published values, so that it can show possession of them."""
     margin: Annotated[float, Meta(ge=1)] = 1.0
