@@ -60,7 +60,7 @@ Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
-class Watching(decode.Rows):
+class Watching(decode.DecodeBatch):
     """Live rows that keep what the head was fed, a list per batch: as all end together, none joins one under way."""
 
     batches: ClassVar[list[list[Any]]] = []
@@ -77,11 +77,11 @@ class Watching(decode.Rows):
 def generate(maker: LocalEngine, asked: Sequence[Request], rows: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """The ids of each request, and what the head was fed for each, (R, T, D). Nothing ends before its budget."""
     maker.find_ways()  # by rows that nobody watches
-    maker.max_rows, plain = rows, decode.Rows
+    maker.max_rows, plain = rows, decode.DecodeBatch
     Watching.batches.clear()
-    decode.Rows = Watching
+    decode.DecodeBatch = Watching
     done = maker.generate(asked)
-    decode.Rows = plain
+    decode.DecodeBatch = plain
     order = sorted(range(len(asked)), key=lambda index: decode.first(asked[index]))
     fed = torch.cat([torch.stack(batch[:TOKENS], dim=1) for batch in Watching.batches])
     return [item.ids for item in done], fed[torch.tensor(order).argsort()].numpy()

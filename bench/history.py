@@ -52,7 +52,7 @@ QUICK_GROWTH = 2.0
 RUN = "history"
 FIGURES = {f"figure_{number}": number / 7 for number in range(20)}
 QUICKLY = "PRAGMA synchronous=OFF; PRAGMA cache_size=-1000000"
-Rows = Iterable[dict[str, Any]]
+DecodeBatch = Iterable[dict[str, Any]]
 
 
 def parse() -> argparse.Namespace:
@@ -75,7 +75,7 @@ class Past:
     def __init__(self, task: str, rollouts: int) -> None:
         self.task, self.steps = task, rollouts // STEP
 
-    def tables(self) -> Iterator[tuple[Any, Rows]]:
+    def tables(self) -> Iterator[tuple[Any, DecodeBatch]]:
         """Every table with its rows, in the order of their keys."""
         every = range(self.steps + COMMITS)
         yield t.NODES, map(self._node, range(NODES))
@@ -122,7 +122,7 @@ class Past:
             own |= {"sample": sample, "node": self._owner(step, place), "submission": f"s{step}-{place}"}
             yield common | own | {"reward": float(sample % 2)}
 
-    def _entries(self, step: int) -> Rows:
+    def _entries(self, step: int) -> DecodeBatch:
         paid = [
             ledger.Transfer(f"r{step}-{n}", ledger.ISSUED, ledger.escrow(self._owner(step, n // SAMPLES)), TOKENS)
             for n in range(STEP)
@@ -149,22 +149,22 @@ def fill(config: Config, past: Past) -> None:
 
 async def commits(coordinator: Coordinator, past: Past) -> list[Spent]:
     """What each commit takes of the one writer."""
-    office, key, found = coordinator.office, Key(bytes(32)), []
+    ctx, key, found = coordinator.ctx, Key(bytes(32)), []
     for step in range(past.steps + 1, past.steps + 1 + COMMITS):
-        latest = await office.database.read(office.book.latest)
+        latest = await ctx.database.read(ctx.run_ctx.latest)
         manifest = Manifest(
             run=RUN, step=step, base_step=step, parent=latest.manifest, digest=f"{step:064x}", tensors=[], shards=[],
-            secret_commitment=seeds.commitment(office.book.step_secret(step)).hex(), made_at=1.0, expires_at=4e9,
+            secret_commitment=seeds.commitment(ctx.run_ctx.step_secret(step)).hex(), made_at=1.0, expires_at=4e9,
         )  # fmt: skip
         commit = Commit(manifest=seal(key, "manifest", manifest), metrics=FIGURES, checkpoint="")
         digest = manifest_digest(commit.manifest)
 
         def change(connection: Any, digest=digest, manifest=manifest, commit=commit) -> Spent:
             since, worked = time.perf_counter(), time.thread_time()
-            compose.commit_step(connection, office.book, digest, manifest, commit, time.time())
+            compose.commit_step(connection, ctx.run_ctx, digest, manifest, commit, time.time())
             return Spent((time.perf_counter() - since) * 1e3, (time.thread_time() - worked) * 1e3)
 
-        found.append(await office.database.write(change))
+        found.append(await ctx.database.write(change))
     return found
 
 
@@ -173,7 +173,7 @@ async def looks(coordinator: Coordinator) -> list[Spent]:
     found, transport = [], httpx2.ASGITransport(app=coordinator.app())
     async with httpx2.AsyncClient(transport=transport, base_url="http://bench") as client:
         for _ in range(LOOKS):
-            coordinator.office.glance.forget()
+            coordinator.ctx.glance.forget()
             since, worked = time.perf_counter(), time.process_time()
             answer = await client.get(f"/v1/runs/{RUN}/status")
             found.append(Spent((time.perf_counter() - since) * 1e3, (time.process_time() - worked) * 1e3))
@@ -194,13 +194,13 @@ async def measure(rollouts: int) -> dict[str, float]:
         config = local_grants(Config.model_validate(tree))
         config.folder.mkdir(parents=True, exist_ok=True)
         coordinator = await open_coordinator(config)
-        past, since = Past(coordinator.office.book.tasks[0][0], rollouts), time.monotonic()
-        coordinator.office.database.close()
+        past, since = Past(coordinator.ctx.run_ctx.tasks[0][0], rollouts), time.monotonic()
+        coordinator.ctx.database.close()
         fill(config, past)
         print(f"prepared {rollouts} rollouts in {time.monotonic() - since:.0f} s", file=sys.stderr)
         coordinator = await open_coordinator(config)  # as after a restart
         looked, committed = await looks(coordinator), await commits(coordinator, past)
-        coordinator.office.database.close()
+        coordinator.ctx.database.close()
     return told("status", looked) | told("commit", committed) | {"status_first_ms": round(looked[0].wall_ms, 1)}
 
 

@@ -56,9 +56,9 @@ def parse() -> argparse.Namespace:
 async def prepare(config: Config, rollouts: int) -> None:
     """A run that was founded, and rows as if it had gone on for long."""
     coordinator = await open_coordinator(config)
-    database = coordinator.office.database
-    task, run = coordinator.office.book.tasks[0][0], config.run.name
-    await coordinator.office.database.write(lambda c: c.execute(t.RUNS.update().values(status="running")))
+    database = coordinator.ctx.database
+    task, run = coordinator.ctx.run_ctx.tasks[0][0], config.run.name
+    await coordinator.ctx.database.write(lambda c: c.execute(t.RUNS.update().values(status="running")))
     blank = msgspec.msgpack.encode(NodeRecord())
     nodes = [
         {"node": f"n{i}", "public": b"", "name": f"node-{i}", "role": "worker", "status": "trusted", "engine": "local",
@@ -151,7 +151,7 @@ async def measure(url: str, run: str, seconds: float) -> dict[str, Any]:
             beat = m.Heartbeat(cpu_s=0.0, started_at=0.0)
             found = await asyncio.gather(
                 timed(lambda: plain.get(f"{path}/latest"), seconds),
-                timed(lambda: node.post(f"{path}/heartbeat", beat, m.Pulse), seconds),
+                timed(lambda: node.post(f"{path}/heartbeat", beat, m.HeartbeatReply), seconds),
             )
             return told(found[0]), told(found[1])
 

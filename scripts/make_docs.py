@@ -24,7 +24,7 @@ from typing import Any
 
 from farflung import config
 from farflung.cli import app
-from farflung.coordinator.context import Office
+from farflung.coordinator.context import Context
 from farflung.coordinator.routes import routes as routes_of
 from farflung.engine import noise
 from farflung.net import session
@@ -348,7 +348,7 @@ def filled(page: str) -> str:
 
 def routes() -> list[Route]:
     """Every route of the coordinator."""
-    return routes_of(Office.__new__(Office))
+    return routes_of(Context.__new__(Context))
 
 
 def _routes() -> str:

@@ -22,7 +22,7 @@ from hypothesis import settings
 
 from farflung.config import Config
 from farflung.coordinator import Coordinator
-from farflung.coordinator.context import Office
+from farflung.coordinator.context import Context
 from farflung.net.admin import read_token
 from farflung.net.client import Client
 from farflung.net.session import PURPOSES, delegate
@@ -35,7 +35,7 @@ from farflung.store import counts, ledger
 from farflung.store.blobs import Blobs
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, STEPS, TABLE_OF
 from farflung.tasks.create_run import Model, found, seal_papers, weights_key
 from farflung.tasks.keyring import Keyring
@@ -215,13 +215,13 @@ class House:
         if config.coordinator.database:
             migrate(config.database_url)
         database, blobs = Database(config.database_url), Blobs(config.blobs_url)
-        book: Book = await found(config, database, model, key, clock())
+        run_ctx: RunContext = await found(config, database, model, key, clock())
         papers = await seal_papers(config, blobs, model, key, ring(config))
         archive = Archive(Blobs(config.submissions_url), model.tokenizer)
         metrics = Metrics(config.folder / "metrics.jsonl")
-        parts = (book, papers, weights_key(config), PROFILE, archive, database, blobs, metrics, clock)
+        parts = (run_ctx, papers, weights_key(config), PROFILE, archive, database, blobs, metrics, clock)
         token = read_token(config.coordinator.admin_token_file, {})
-        return cls(config, Coordinator(Office(*parts, admin_token=token)), clock)
+        return cls(config, Coordinator(Context(*parts, admin_token=token)), clock)
 
     @cached_property
     def app(self) -> Any:
@@ -229,13 +229,13 @@ class House:
         return self.coordinator.app()
 
     @property
-    def office(self) -> Office:
+    def ctx(self) -> Context:
         """What the coordinator's routes work with."""
-        return self.coordinator.office
+        return self.coordinator.ctx
 
     def close(self) -> None:
         """Let go of the database."""
-        self.office.database.close()
+        self.ctx.database.close()
 
     def run(self, scenario: Callable[["House"], Awaitable[None]]) -> None:
         """Play a scenario on an event loop of its own, then look whether all is in order."""
@@ -254,7 +254,7 @@ class House:
     def line(self, name: str, **options: Any) -> Client:
         """A client with the key of this name, not registered."""
         options = {"transport": httpx2.ASGITransport(app=self.app)} | options
-        return Client("http://test", named(name), self.office.book.key.id, patience_s=0.0, clock=self.clock, **options)
+        return Client("http://test", named(name), self.ctx.run_ctx.key.id, patience_s=0.0, clock=self.clock, **options)
 
     async def client(self, name: str) -> Client:
         """A registered node: its role follows from its name."""
@@ -370,7 +370,7 @@ class House:
         data = weights or f"weights of step {batch.step}".encode()
         digest = digest_of(data)
         tensors = [m.Tensor(name="w", dtype="float32", shape=[1], digest=digest, shard=0)]
-        latest = await self.office.database.read(self.office.book.latest)
+        latest = await self.ctx.database.read(self.ctx.run_ctx.latest)
         fields = {
             "run": RUN,
             "step": batch.step,
@@ -405,11 +405,11 @@ class House:
     async def swept(self, *, after_s: float = 0.0) -> None:
         """Let time pass, then do what the coordinator does four times a second."""
         self.clock.now += after_s
-        await self.office.database.write(self.coordinator.sweeper.sweep_once)
+        await self.ctx.database.write(self.coordinator.sweeper.sweep_once)
 
     def rows(self, query: Any) -> Sequence[Any]:
         """Rows of a query."""
-        with self.office.database.engine.connect() as connection:
+        with self.ctx.database.engine.connect() as connection:
             return connection.execute(query).all()
 
     def row(self, table: sa.Table, id: str) -> Any:
@@ -424,7 +424,7 @@ class House:
 
     def balance(self, account: str) -> int:
         """Tokens in an account."""
-        with self.office.database.engine.connect() as connection:
+        with self.ctx.database.engine.connect() as connection:
             return ledger.balance(connection, account)
 
     def story(self, id: str) -> list[str]:
@@ -488,7 +488,7 @@ class House:
 
     def _check_kept(self) -> None:
         """What is kept count of is what the rows add up to."""
-        with self.office.database.engine.connect() as connection:
+        with self.ctx.database.engine.connect() as connection:
             assert list(counts.differences(connection)) == []
         again = ROLLOUTS.alias()
         same = sa.and_(again.c.group == ROLLOUTS.c.group, again.c.sample == ROLLOUTS.c.sample, again.c.is_reissue)

@@ -23,7 +23,7 @@ class Served:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        house.clock = house.office.clock = Now()
+        house.clock = house.ctx.clock = Now()
         listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         options = uvicorn.Config(house.app, log_level="error", timeout_graceful_shutdown=1)
@@ -31,7 +31,7 @@ class Served:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve(sockets=[listener])))
         self._thread.start()
         # Over the socket, for what polls there waits on that thread's event loop.
-        house.line = lambda name: Client(self.url, named(name), house.office.book.key.id, clock=house.clock)
+        house.line = lambda name: Client(self.url, named(name), house.ctx.run_ctx.key.id, clock=house.clock)
 
     def close(self) -> None:
         """Stop serving."""

@@ -141,7 +141,7 @@ class _Ear(asyncio.Protocol):
 
 
 @dataclass
-class Figures:
+class NodeStats:
     """What came of the requests: seconds from when each was due to its answer, and how often which status."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
@@ -166,7 +166,7 @@ class Crowd:
         *,
         lines: int,
     ) -> None:
-        self.path, self.tag, self.keys, self.figures = f"/v1/runs/{run}", tag, keys, Figures()
+        self.path, self.tag, self.keys, self.figures = f"/v1/runs/{run}", tag, keys, NodeStats()
         self.receipts: dict[str, Receipt] = {}
         """Lease → what was acknowledged for it."""
         self.random = random.Random(0)

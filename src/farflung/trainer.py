@@ -57,7 +57,7 @@ class Trainer:
         self.checker: Checker
         self._loaded: Loaded
         self._bodies: Bodies
-        self.crew = crew_of(config, ranks or Ranks())
+        self.distributed = crew_of(config, ranks or Ranks())
         self._waited_s = self._checked_s = 0.0
         self._signs: list[Sign] = []
         self._sinks = Sinks(config)
@@ -79,7 +79,7 @@ class Trainer:
                 await self._agree()
                 while not self.is_stopping and self.done_step < self.config.run.steps:
                     await self.step()
-                self.crew.end()
+                self.distributed.end()
             finally:
                 self._sinks.finish()
 
@@ -102,14 +102,14 @@ class Trainer:
 
     async def _agree(self) -> None:
         """Refuse a model that does not say the same to all who compute with it. Raises ConfigError."""
-        found = await asyncio.to_thread(self.checker.agree, self.crew.tensors)
+        found = await asyncio.to_thread(self.checker.agree, self.distributed.tensors)
         log.info("model agrees %s", found)
         if found.ways.most_tokens is not None:
             refuse_long(found, await longest_text(self.config))
 
     def load(self) -> None:
         """The base model, or the latest checkpoint."""
-        self.crew.begin()
+        self.distributed.begin()
         self.done_step = self._resume(self.config.run.steps)
 
     def _resume(self, most: int) -> int:
@@ -118,7 +118,7 @@ class Trainer:
         if found is None:
             return -1
         log.info("resumed step=%d from=%s", found.step, found.path)
-        return self.crew.resume(found.path)
+        return self.distributed.resume(found.path)
 
     async def _restore(self, step: int) -> None:
         """Bring weights and optimizer back to where they were after an earlier step, by its checkpoint or by replay."""
@@ -126,7 +126,7 @@ class Trainer:
         log.warning("restoring step=%d", step)
         done = await asyncio.to_thread(self._resume, step)
         if done < 0:
-            await asyncio.to_thread(self.crew.begin)
+            await asyncio.to_thread(self.distributed.begin)
         for number in range(done + 1, step + 1):
             batch = (await claim(self.session, number, WAIT_S)).batch
             assert batch is not None, "a committed step keeps its batch"
@@ -143,7 +143,7 @@ class Trainer:
             return
         if answer.batch is None:
             log.debug("step=%d waits because=%s", step, answer.reason)
-            self.crew.wait()
+            self.distributed.wait()
             return
         batch = await self._checked(answer.batch)
         try:
@@ -196,13 +196,13 @@ class Trainer:
         else:
             await self._publish(batch, trained, train_s, held)
         if batch.step % self.config.learn.checkpoint_every == 0:
-            await self._with_room("a checkpoint", lambda: asyncio.to_thread(self.crew.save, batch.step))
+            await self._with_room("a checkpoint", lambda: asyncio.to_thread(self.distributed.save, batch.step))
 
     async def _rebase(self) -> None:
         """Publish differences to the last version, unless its key is revoked: then the next one is an anchor."""
         self._publisher.trusted = self.session.papers.keys("weights", time.time())
         try:
-            await self._publisher.rebase(self.crew.tensors(), self.session.latest.manifest)
+            await self._publisher.rebase(self.distributed.tensors(), self.session.latest.manifest)
         except BadSignature as error:
             log.warning("the next step is an anchor because=%s", error)
             self._publisher.forget()
@@ -220,7 +220,7 @@ class Trainer:
 
     def _train(self, rollouts: list[Rollout], logp: stale.Logp, present: int) -> StepMetrics:
         with self.session.figures.working():
-            return self.crew.train(rollouts, logp, present)
+            return self.distributed.train(rollouts, logp, present)
 
     async def _with_room(self, what: str, write: Callable[[], Awaitable[Any]]) -> None:
         """Write something, once there is room for it."""
@@ -232,10 +232,10 @@ class Trainer:
 
     def _hold_own(self, digest: str) -> None:
         """Have the weights as they are now in the second engine: the next batch is of these, if none may be stale."""
-        self._loaded.ensure(digest, lambda: self._publisher.published.items() or self.crew.tensors())
+        self._loaded.ensure(digest, lambda: self._publisher.published.items() or self.distributed.tensors())
 
     async def _check_replay(self, batch: Batch) -> None:
-        digest = await asyncio.to_thread(weights_digest, self.crew.tensors())
+        digest = await asyncio.to_thread(weights_digest, self.distributed.tensors())
         if digest != batch.committed:
             raise WeightsError(
                 f"replayed step {batch.step} comes to {digest[:12]}, it was committed with {batch.committed[:12]}; "
@@ -246,9 +246,9 @@ class Trainer:
     async def _publish(self, batch: Batch, trained: StepMetrics | None, train_s: float, held: bytes) -> None:
         self.session.figures.phase = f"publishing step {batch.step}"
         before = time.monotonic()
-        policy = self.crew.learner.policy
+        policy = self.distributed.learner.policy
         signed = await self._publisher.publish(
-            self.crew.tensors(),
+            self.distributed.tensors(),
             step=batch.step,
             parent=self.session.latest.manifest,
             commitment=batch.secret_commitment,
@@ -281,8 +281,8 @@ class Trainer:
 
     def _show(self, batch: Batch) -> bytes:
         """The slices that the batch's probe chooses, of the weights as they are now."""
-        slices = probe.slices(self.crew.learner.policy.shapes(), bytes.fromhex(batch.probe))
-        return in_bfloat16(self.crew.parts(slices))
+        slices = probe.slices(self.distributed.learner.policy.shapes(), bytes.fromhex(batch.probe))
+        return in_bfloat16(self.distributed.parts(slices))
 
     def _metrics(self, batch: Batch, trained: StepMetrics | None) -> dict[str, float]:
         figures = {"wait_s": self._waited_s, "tripwire_s": self._checked_s}

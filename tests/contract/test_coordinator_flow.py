@@ -119,10 +119,10 @@ def test_a_heartbeat_keeps_a_lease_until_its_deadline_and_tells_of_its_loss(hous
         lease = await house.lease("ada")
         for _ in range(3):
             await house.swept(after_s=30)
-            assert (await house.tell("ada", "heartbeat", m.Heartbeat(), m.Pulse)).lost_leases == []
+            assert (await house.tell("ada", "heartbeat", m.Heartbeat(), m.HeartbeatReply)).lost_leases == []
         assert house.row(LEASES, lease.lease).status == "open"
         await house.swept(after_s=30)
-        assert (await house.tell("ada", "heartbeat", m.Heartbeat(), m.Pulse)).lost_leases == [lease.lease]
+        assert (await house.tell("ada", "heartbeat", m.Heartbeat(), m.HeartbeatReply)).lost_leases == [lease.lease]
 
     house.run(scenario)
 
@@ -230,7 +230,7 @@ async def _drawn_in_part(house, name) -> m.Lease:
 
 
 async def _train_what_is_ready(house) -> None:
-    latest = await house.office.database.read(house.office.book.latest)
+    latest = await house.ctx.database.read(house.ctx.run_ctx.latest)
     if await house.claim_step(latest.step + 1) is not None:
         await house.step(latest.step + 1)
 
@@ -340,7 +340,7 @@ def test_a_slow_validator_that_is_alive_keeps_its_claim(house) -> None:
         (job,) = await house.claim_audits("val-1")
         for _ in range(3):
             house.clock.now += 20
-            await house.tell("val-1", "heartbeat", m.Heartbeat(), m.Pulse)
+            await house.tell("val-1", "heartbeat", m.Heartbeat(), m.HeartbeatReply)
             assert await house.claim_audits("val-2") == []
         assert await house.testify(job, never, "val-1") == 1
 

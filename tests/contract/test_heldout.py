@@ -30,7 +30,7 @@ async def evaluate(house) -> list[tuple[int, float, list[int]]]:
 
 def lines(house):
     """The evaluations in metrics.jsonl."""
-    return [line for line in house.office.metrics.lines() if line["kind"] == "eval"]
+    return [line for line in house.ctx.metrics.lines() if line["kind"] == "eval"]
 
 
 def test_each_due_step_is_answered_greedily_and_sampled(make_house) -> None:
@@ -48,7 +48,7 @@ def test_each_due_step_is_answered_greedily_and_sampled(make_house) -> None:
         await house.coordinator.sweeper.note_evals()
         assert [line["step"] for line in lines(house)] == [0, 2, 3]
         await house.swept()
-        found = await house.office.database.read(lambda c: evals.evals(c, house.config))
+        found = await house.ctx.database.read(lambda c: evals.evals(c, house.config))
         assert [json.loads(json.dumps(line))["pass_k"] for line in lines(house)] == [view.pass_k for view in found]
         first = found[0]
         # sample 1 of samples 0, 1, 2 is right: of the three ways to choose two of them, two have it
@@ -95,7 +95,7 @@ def test_nothing_is_shown_while_its_tasks_are_under_way(make_house) -> None:
         await train(house, 0)
         await house.submit("val-1", await house.lease("val-1", slots=1))
         await house.score()
-        read = house.office.database.read
+        read = house.ctx.database.read
         assert await read(lambda c: evals.shown(c, house.config)) == []
         await house.submit("val-1", await house.lease("val-1", slots=1))
         await house.submit("val-1", await house.lease("val-1", slots=4))

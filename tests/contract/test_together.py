@@ -94,7 +94,7 @@ def test_many_who_ask_at_once_share_no_sample(make_house) -> None:
         for name in WORKERS:
             await house.client(name)
         asked = [house.ask(name) for name in (*WORKERS, WORKERS[0])]
-        *leases, again = await as_a_set(house.office.database, *asked)
+        *leases, again = await as_a_set(house.ctx.database, *asked)
         assert again == leases[0]
         owned = [(g.group, s.index) for lease in leases for g in lease.groups for s in g.samples]
         assert len(set(owned)) == len(owned) == 3 * len(WORKERS)
@@ -103,7 +103,7 @@ def test_many_who_ask_at_once_share_no_sample(make_house) -> None:
             groups[group] = groups.get(group, 0) + 1
         assert sorted(groups.values()) == [4] * 9, "groups are filled up before others are opened"
         receipts = await as_a_set(
-            house.office.database,
+            house.ctx.database,
             *(house.submit(name, lease) for name, lease in zip(WORKERS, leases, strict=True)),
         )
         assert [receipt.lease for receipt in receipts] == [lease.lease for lease in leases]
@@ -116,14 +116,14 @@ def test_a_bad_submission_harms_none_that_comes_with_it(make_house) -> None:
         await house.step(0)
         leases = {name: await house.lease(name) for name in ("ada", "bob", "eve", "joe")}
         await house.give_back("joe", leases["joe"])
-        database, book = house.office.database, house.office.book
+        database, run_ctx = house.ctx.database, house.ctx.run_ctx
 
-        def delivery(name: str, whose: str = "") -> intake.Delivery:
+        def delivery(name: str, whose: str = "") -> intake.StoredSubmission:
             node, lease = house.named(name).id, leases[whose or name]
-            parcel = inspect(lease, node, house.honest(lease), book.vocab, book.eos_ids)
-            return intake.Delivery(node, parcel, "", None)
+            parcel = inspect(lease, node, house.honest(lease), run_ctx.vocab, run_ctx.eos_ids)
+            return intake.StoredSubmission(node, parcel, "", None)
 
-        def unleased(given: intake.Delivery) -> intake.Delivery:
+        def unleased(given: intake.StoredSubmission) -> intake.StoredSubmission:
             lease = m.Lease(
                 **{name: getattr(given.parcel.lease, name) for name in m.Lease.__struct_fields__} | {"lease": "lx"}
             )
@@ -143,7 +143,7 @@ def test_a_bad_submission_harms_none_that_comes_with_it(make_house) -> None:
             unleased(delivery("ada")),
             delivery("eve"),
         ]
-        answers = await as_a_set(database, *(house.office.write_together(take, one) for one in sent))
+        answers = await as_a_set(database, *(house.ctx.write_together(take, one) for one in sent))
         kinds = [Signed, Forbidden, Signed, NotFound, Signed, LeaseGone, NotFound, Ejected]
         assert [type(answer) for answer in answers] == kinds
         assert answers[0] == answers[4], "sent twice, counted once"

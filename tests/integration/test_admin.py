@@ -60,7 +60,7 @@ def test_a_request_with_the_token_must_be_signed_all_the_same(guarded) -> None:
 
 
 def test_what_only_the_operator_may_is_under_admin_and_nothing_else_is(house) -> None:
-    for route in routes(house.office):
+    for route in routes(house.ctx):
         is_operators = "require_operator" in inspect.getsource(route.handler)
         assert is_operators == route.path.startswith("/v1/admin/"), route.path
         assert route.method == "GET" or route.signed, route.path
@@ -90,13 +90,13 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_back(make_house) -> None
     async def scenario(house) -> None:
         ada, bob, trainer = [await house.client(name) for name in ("ada", "bob", "trainer")]
         for _ in range(3):
-            await ada.post(f"{house.path}/heartbeat", m.Heartbeat(), m.Pulse)
+            await ada.post(f"{house.path}/heartbeat", m.Heartbeat(), m.HeartbeatReply)
         with pytest.raises(Busy, match=r"node n\w+ asks more than 0.1 times a second") as told:
-            await ada.post(f"{house.path}/heartbeat", m.Heartbeat(), m.Pulse)
+            await ada.post(f"{house.path}/heartbeat", m.Heartbeat(), m.HeartbeatReply)
         assert 1 <= told.value.retry_after_s <= 10
-        await bob.post(f"{house.path}/heartbeat", m.Heartbeat(), m.Pulse)
+        await bob.post(f"{house.path}/heartbeat", m.Heartbeat(), m.HeartbeatReply)
         for _ in range(9):  # the operator's own roles have a whole run's work
-            await trainer.post(f"{house.path}/heartbeat", m.Heartbeat(), m.Pulse)
+            await trainer.post(f"{house.path}/heartbeat", m.Heartbeat(), m.HeartbeatReply)
 
     make_house(coordinator={"rate_per_key": 0.1, "rate_burst_s": 40.0}).run(scenario)
 

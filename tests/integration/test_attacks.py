@@ -42,7 +42,7 @@ def send(house, method, path, *, body=b"", headers=None, key=None, tag=None, sig
 
 
 def _signature(house, key, method, path, query, body, tag):
-    tag = house.office.book.key.id if tag is None else tag
+    tag = house.ctx.run_ctx.key.id if tag is None else tag
     return sign_request(key, method, path, query, body, now=house.clock(), tag=tag)
 
 
@@ -398,7 +398,7 @@ def test_wrong_methods_and_numbers(house) -> None:
     ],
 )
 def test_ranges_of_a_blob(house, asked, status, size, content_range) -> None:
-    digest = asyncio.run(house.office.blobs.put(b"0123456789"))
+    digest = asyncio.run(house.ctx.blobs.put(b"0123456789"))
     response = send(house, "GET", f"/v1/blobs/{digest}", headers={"range": asked} if asked else {})
     assert response.status_code == status
     if status < 400:
@@ -406,7 +406,7 @@ def test_ranges_of_a_blob(house, asked, status, size, content_range) -> None:
 
 
 def test_an_empty_blob_can_be_had_whole_and_in_no_other_way(house) -> None:
-    digest = asyncio.run(house.office.blobs.put(b""))
+    digest = asyncio.run(house.ctx.blobs.put(b""))
     whole = send(house, "GET", f"/v1/blobs/{digest}")
     assert (whole.status_code, whole.content) == (200, b"")
     assert code(send(house, "GET", f"/v1/blobs/{digest}", headers={"range": "bytes=0-"})) == "out-of-range"
@@ -414,7 +414,7 @@ def test_an_empty_blob_can_be_had_whole_and_in_no_other_way(house) -> None:
 
 def test_what_breaks_inside_is_a_problem_that_tells_nothing(house, caplog) -> None:
     started(house)
-    with house.office.database.engine.begin() as connection:
+    with house.ctx.database.engine.begin() as connection:
         connection.execute(sa.text("DROP TABLE verdicts"))
     with caplog.at_level(logging.ERROR):
         response = send(house, "GET", "/v1/runs/test/status")
@@ -767,8 +767,8 @@ def test_a_coordinator_that_goes_by_the_name_of_another_is_found_out(house, monk
     async def join(tag: str) -> None:
         real = node_routes.index
 
-        async def index(office, call):
-            return msgspec.structs.replace(await real(office, call), coordinator=tag)
+        async def index(ctx, call):
+            return msgspec.structs.replace(await real(ctx, call), coordinator=tag)
 
         monkeypatch.setattr(node_routes, "index", index)
         client = house.line("ada")
@@ -811,7 +811,7 @@ def test_what_a_worker_says_of_itself_changes_neither_ledger_nor_batch(make_hous
                     logp = [wire.pack_floats([rng.uniform(-1e30, 1e30) for _ in range(n)]) for n in sizes]
                     fields = {"logp": logp, "generate_s": rng.uniform(0, 1e12)}
                     beat = m.Heartbeat(cpu_s=rng.uniform(0, 1e12), work_cpu_s=rng.uniform(0, 1e12), loaded_step=9)
-                    await house.tell("ada", "heartbeat", beat, m.Pulse)
+                    await house.tell("ada", "heartbeat", beat, m.HeartbeatReply)
                 await house.submit("ada", lease, house.honest(lease, **fields))
             await house.audit()
             await house.score()

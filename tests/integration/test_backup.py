@@ -58,7 +58,7 @@ def test_a_run_that_was_copied_while_it_went_goes_on_elsewhere(make_house, tmp_p
 
     async def goes_on(again) -> None:
         assert 2 <= len(again.rows(sa.select(SUBMISSIONS))) <= before
-        assert await again.office.database.read(lambda c: violations(c, config)) == []
+        assert await again.ctx.database.read(lambda c: violations(c, config)) == []
         for step in (1, 2):
             while (batch := await again.claim_step(step)) is None:
                 if (lease := await again.ask("bob")) is not None:
@@ -66,7 +66,7 @@ def test_a_run_that_was_copied_while_it_went_goes_on_elsewhere(make_house, tmp_p
                 await again.audit()
                 await again.score()
             await again.commit(batch)
-        assert await again.office.database.read(lambda c: violations(c, config)) == []
+        assert await again.ctx.database.read(lambda c: violations(c, config)) == []
 
     again.run(goes_on)
     again.close()
@@ -108,7 +108,7 @@ def test_bodies_of_refused_submissions_are_collected_and_others_stay(house) -> N
     async def scenario(house) -> None:
         await house.step(0)
         lease = (await house.work("ada"))[0]
-        kept = house.office.archive.blobs
+        kept = house.ctx.archive.blobs
         orphan = await kept.put(b"the body of a submission that was refused")
         other = await house.lease("bob")
         with pytest.raises(Rejected):

@@ -253,11 +253,11 @@ def test_work_counts_by_what_passed(watched) -> None:
         await house.step(0)
         await trusted(house, ["ada", "eve"])
         ids = [house.named(name).id for name in ("ada", "eve")]
-        before = await house.office.database.read(lambda c: rollouts_brake._work(c, ids))
+        before = await house.ctx.database.read(lambda c: rollouts_brake._work(c, ids))
         lease = await house.lease("eve")
         await house.submit("eve", lease, garbage(lease))
         await replay(house)
-        assert await house.office.database.read(lambda c: rollouts_brake._work(c, ids)) == before
+        assert await house.ctx.database.read(lambda c: rollouts_brake._work(c, ids)) == before
         assert before[ids[0]] > VOCAB // 4
 
     watched.run(scenario)

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 
-from farflung.net.session import Figures
+from farflung.net.session import NodeStats
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.digest import digest_of
@@ -45,7 +45,7 @@ def test_dead_relays_are_given_up_for_the_origin(house, tmp_path, monkeypatch) -
             file.write(data)
 
     class Session:
-        client, figures = Origin(), Figures()
+        client, figures = Origin(), NodeStats()
 
     async def scenario(_) -> None:
         found = Downloads(Session(), tmp_path, use_relays=False)

@@ -21,7 +21,7 @@ def zero(url: str, digest: str) -> None:
 
 
 async def warned(house: Any) -> list[str]:
-    return await house.office.database.read(warnings)
+    return await house.ctx.database.read(warnings)
 
 
 def balances(house: Any) -> list[Any]:
@@ -30,8 +30,8 @@ def balances(house: Any) -> list[Any]:
 
 async def open_again(house: Any) -> list[str]:
     """What a coordinator does as it starts; gives what it warns of."""
-    office, before = house.office, await warned(house)
-    await damage.mend(office.database, office.book, office.blobs, office.archive.blobs, house.clock())
+    ctx, before = house.ctx, await warned(house)
+    await damage.mend(ctx.database, ctx.run_ctx, ctx.blobs, ctx.archive.blobs, house.clock())
     return [text for text in await warned(house) if text not in before]
 
 

@@ -69,7 +69,7 @@ def test_the_weights_page_says_what_went_wrong_in_the_nodes_own_words(house) -> 
     async def scenario(house) -> None:
         await house.step(0)
         ada = await house.client("ada")
-        await ada.post("/v1/runs/test/heartbeat", m.Heartbeat(trouble=said), m.Pulse)
+        await ada.post("/v1/runs/test/heartbeat", m.Heartbeat(trouble=said), m.HeartbeatReply)
         weights = await ada.get("/v1/runs/test/weights", m.Weights)
         assert [(one.name, one.said) for one in weights.troubles] == [("ada", said)]
 
@@ -165,7 +165,7 @@ def test_paging_shows_every_rollout_once_there_and_back(house, monkeypatch) -> N
     house.run(some_steps)
 
     def page(known: int, **wanted: str) -> browse.RolloutPage:
-        with house.office.database.engine.connect() as connection:
+        with house.ctx.database.engine.connect() as connection:
             return browse.rollouts(connection, "test", browse.Wanted(**wanted), known, Veil())
 
     for known in (1, 10**9):
@@ -227,7 +227,7 @@ def test_events_carry_what_changed(house) -> None:
 
 def test_a_run_that_is_over_is_shown_read_only(house) -> None:
     house.run(some_steps)
-    house.office.metrics.flush(house.clock(), force=True)
+    house.ctx.metrics.flush(house.clock(), force=True)
     from farflung.config import save
 
     save(house.config, house.config.folder / "config.json")
@@ -276,8 +276,8 @@ def test_the_report_stands_alone(house) -> None:
 
     folder = house.config.folder
     save(house.config, folder / "config.json")
-    house.office.metrics.write("start", house.clock(), commit="abc1234")
-    house.office.metrics.write("end", house.clock() + 9)
+    house.ctx.metrics.write("start", house.clock(), commit="abc1234")
+    house.ctx.metrics.write("end", house.clock() + 9)
     path = asyncio.run(write_report(folder, write_summary(folder)))
     text = path.read_text()
     assert "abc1234" in text

@@ -169,7 +169,7 @@ def stream(*, is_long: bool) -> list[Request]:
     ]
 
 
-class Watched(decode_module.Rows):
+class Watched(decode_module.DecodeBatch):
     """Rows that remember how many there were, and how many columns were kept for them."""
 
     seen: ClassVar[list[tuple[int, int]]] = []
@@ -187,7 +187,7 @@ def test_rows_that_join_say_what_the_definition_says(family, is_long, tiny_qwen,
     engine, asked = LocalEngine(model.eval()), stream(is_long=is_long)
     expected = [by_definition(model, request, engine.eos_ids) for request in asked]
     assert [list(completion.ids) for completion in engine.generate(asked)] == expected
-    monkeypatch.setattr(decode_module, "Rows", Watched)
+    monkeypatch.setattr(decode_module, "DecodeBatch", Watched)
     for slots in (2, 5):
         engine.max_rows = slots
         Watched.seen.clear()
@@ -206,7 +206,7 @@ def test_rows_that_join_say_what_the_definition_says(family, is_long, tiny_qwen,
 def test_a_prompt_that_is_shared_is_there_for_those_that_join_later(slots: int, tiny_qwen, monkeypatch) -> None:
     read: list[tuple[int, ...]] = []
 
-    class Noted(decode_module.Rows):
+    class Noted(decode_module.DecodeBatch):
         def _read(self, prompts):
             read.extend(prompts)
             return super()._read(prompts)
@@ -214,7 +214,7 @@ def test_a_prompt_that_is_shared_is_there_for_those_that_join_later(slots: int, 
     engine, asked = LocalEngine(tiny_qwen()), stream(is_long=True)
     expected = [by_definition(engine.model, request, engine.eos_ids) for request in asked]
     engine.generate(crowd())
-    monkeypatch.setattr(decode_module, "Rows", Noted)
+    monkeypatch.setattr(decode_module, "DecodeBatch", Noted)
     engine.max_rows = slots
     assert [list(completion.ids) for completion in engine.generate(asked)] == expected
     assert sorted(read) == sorted({request.prompt_ids for request in asked}), "each prompt once"

@@ -290,9 +290,9 @@ def test_a_verifier_that_computes_nonsense_gives_no_distance(asking, engine) -> 
 
 
 def test_a_profile_without_a_bound_passes_nothing(asking) -> None:
-    profiles = asking.office.profiles
+    profiles = asking.ctx.profiles
     blind = msgspec.structs.replace(profiles.run, fingerprint=0.0)
-    asking.office.profiles = profiles._replace(run=blind)
+    asking.ctx.profiles = profiles._replace(run=blind)
 
     async def scenario(house) -> None:
         lease = await house.lease("ada")

@@ -28,7 +28,7 @@ from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUTS
 
 
 async def kept(house) -> int:
-    return len([digest async for digest, _ in house.office.archive.blobs.kept()])
+    return len([digest async for digest, _ in house.ctx.archive.blobs.kept()])
 
 
 def variant(lease: m.Lease, number: int) -> m.Submission:
@@ -288,7 +288,7 @@ def test_no_node_and_no_sweep_waits_for_those_who_look_on(house) -> None:
     gone = threading.Event()
 
     async def scenario(house) -> None:
-        database, line = house.office.database, house.line("nobody")
+        database, line = house.ctx.database, house.line("nobody")
         await house.commit(await house.claim_step(0))
         looks = [asyncio.create_task(database.read_page(lambda c: gone.wait(20))) for _ in range(MOST_GUESTS)]
         await asyncio.sleep(0.05)

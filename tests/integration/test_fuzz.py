@@ -111,7 +111,7 @@ async def call(house, app, case, name):
                     url.query.decode("latin-1"),
                     body,
                     now=house.clock(),
-                    tag=house.office.book.key.id,
+                    tag=house.ctx.run_ctx.key.id,
                 )
             )
         return await client.send(request)
@@ -135,7 +135,7 @@ def test_a_slow_loris_is_cut_off(house, host, monkeypatch) -> None:
         reader, writer = await asyncio.open_connection(host, listener.getsockname()[1])
         path = f"{house.path}/leases"
         headers = sign_request(
-            house.named("eve"), "POST", path, "", b"x" * 99, now=house.clock(), tag=house.office.book.key.id
+            house.named("eve"), "POST", path, "", b"x" * 99, now=house.clock(), tag=house.ctx.run_ctx.key.id
         )
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         writer.write(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n{lines}\r\nx".encode())

@@ -14,7 +14,7 @@ from safetensors.torch import save  # noqa: E402
 
 from farflung.engine.arithmetic import rounded  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
-from farflung.net.session import Figures  # noqa: E402
+from farflung.net.session import NodeStats  # noqa: E402
 from farflung.protocol import probe  # noqa: E402
 from farflung.protocol.digest import digest_of  # noqa: E402
 from farflung.protocol.errors import WeightsError  # noqa: E402
@@ -35,7 +35,7 @@ class World:
 
     def __init__(self, versions: Versions, engine: LocalEngine, weights: list[Weights], digests: list[str]) -> None:
         self.versions, self.engine, self.weights, self.digests = versions, engine, weights, digests
-        self.figures = Figures()
+        self.figures = NodeStats()
         self.loaded = Loaded(engine, versions, figures=self.figures)
 
     def holds(self, weights: Weights) -> bool:

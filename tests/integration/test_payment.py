@@ -54,7 +54,7 @@ class Books:
 
     async def commit(self) -> m.Batch:
         """One more step, by the work of ada."""
-        step = (await self.house.office.database.read(self.house.office.book.latest)).step + 1
+        step = (await self.house.ctx.database.read(self.house.ctx.run_ctx.latest)).step + 1
         while (batch := await self.house.claim_step(step)) is None:
             await self.house.work("ada")
             await self.judge()
@@ -228,7 +228,7 @@ def test_credit_matures_by_commits_since_payment_and_not_before(make_house, matu
         assert {row.escrow_step for row in paid} == {1}, "paid while step 1 was the latest, for work of step 0"
         others = books.kept("bob") - before - sum(row.tokens for row in paid)
         while house.row(ROLLOUTS, paid[0].rollout).status != "trained" or books.credit("bob") <= before + others:
-            latest = (await house.office.database.read(house.office.book.latest)).step
+            latest = (await house.ctx.database.read(house.ctx.run_ctx.latest)).step
             assert latest <= 1 + max(mature_steps, 1)
             is_due = latest >= 1 + mature_steps and house.row(ROLLOUTS, paid[0].rollout).status == "trained"
             assert not is_due, "it should be credit by now"
@@ -242,10 +242,10 @@ def test_what_matures_is_found_by_an_index(house) -> None:
         await house.step(0)
         await house.work("ada", 2)
         seen: list[str] = []
-        engine = house.office.database.engine
+        engine = house.ctx.database.engine
         with engine.connect() as connection:
             sa.event.listen(connection, "before_cursor_execute", lambda *told: seen.append(_inlined(told[2], told[3])))
-            payment.mature(connection, house.office.book, 0.0)
+            payment.mature(connection, house.ctx.run_ctx, 0.0)
             connection.execute(leasing._ABANDONED, {"ids": ["a", "b"], "since": 1.0})
             asked = [next(text for text in seen if text.startswith("UPDATE")), seen[-1]]
             plans = [connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}").all() for text in asked]

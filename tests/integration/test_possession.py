@@ -31,7 +31,7 @@ async def started(house) -> None:
 
 
 async def status(house) -> m.Status:
-    return await house.office.database.read(lambda c: views.status(c, house.office.book, house.clock()))
+    return await house.ctx.database.read(lambda c: views.status(c, house.ctx.run_ctx, house.clock()))
 
 
 def story(house, id: str) -> str:

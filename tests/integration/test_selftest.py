@@ -12,7 +12,7 @@ from farflung.audits import self_test
 from farflung.config import WorkerSection
 from farflung.engine.interface import Request
 from farflung.engine.local import LocalEngine
-from farflung.net.session import Figures
+from farflung.net.session import NodeStats
 from farflung.protocol import errors, seeds, wire
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Key
@@ -71,7 +71,7 @@ def worker_with(engine, tmp_path, test: m.SelfTest | None, **settings) -> Worker
     info = SimpleNamespace(profile=PROFILE.name, profiles=digests)
     worker.session = SimpleNamespace(
         info=info, client=SimpleNamespace(get=get), path=lambda rest: rest,
-        figures=Figures(),
+        figures=NodeStats(),
     )  # fmt: skip
     worker.engine = engine
     return worker
@@ -117,7 +117,7 @@ def test_a_coordinator_serves_it_with_seeds_that_derive_from_no_secret(make_hous
         batch = await house.claim_step(0)
         assert len(batch.canaries) == 5
         await house.commit(batch, canaries=True)
-        manifest = (await house.office.database.read(house.office.book.latest)).manifest
+        manifest = (await house.ctx.database.read(house.ctx.run_ctx.latest)).manifest
         line = house.line("anyone")
         test = await line.get(f"{house.path}/manifests/{manifest}/self-test", m.SelfTest)
         assert [one.seed for one in test.items] == [one.seed for one in batch.canaries[1:]]
@@ -126,7 +126,7 @@ def test_a_coordinator_serves_it_with_seeds_that_derive_from_no_secret(make_hous
         first = int.from_bytes(seeds.derive(public, "self-test seed", 0, 0)[:8], "big")
         assert test.items[0].seed == first, "anybody can compute it"
         (name,) = test.profiles
-        assert hashlib.sha256(test.profiles[name]).hexdigest() == house.office.profiles.digests[name]
+        assert hashlib.sha256(test.profiles[name]).hexdigest() == house.ctx.profiles.digests[name]
         with pytest.raises(errors.NotFound):
             await line.get(f"{house.path}/manifests/{'0' * 64}/self-test", m.SelfTest)
 

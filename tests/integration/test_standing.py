@@ -6,8 +6,8 @@ from farflung.queries.rulings import SHORT
 from farflung.store.tables import NODES
 
 
-async def beat(house, name: str) -> m.Pulse:
-    return await house.tell(name, "heartbeat", m.Heartbeat(), m.Pulse)
+async def beat(house, name: str) -> m.HeartbeatReply:
+    return await house.tell(name, "heartbeat", m.Heartbeat(), m.HeartbeatReply)
 
 
 def test_probation_is_counted_down_and_trust_shows_no_count(make_house) -> None:

@@ -86,7 +86,7 @@ def test_a_training_reward_is_less_the_farther_its_length_is_from_what_the_promp
     house = make_house(env={"length_weight": 0.01}, eval={"tasks": 2})
 
     async def scenario(house) -> None:
-        await house.office.database.write(lambda c: c.execute(TASKS.update().values(target=9)))
+        await house.ctx.database.write(lambda c: c.execute(TASKS.update().values(target=9)))
         await house.step(0)
         await house.submit("val-1", await house.lease("val-1"))
         await house.work("ada", 2)

@@ -56,7 +56,7 @@ class Site(Served):
 
 
 def _committed(house: House) -> int:
-    lines = [line["step"] for line in house.office.metrics.lines() if line["kind"] == "step"]
+    lines = [line["step"] for line in house.ctx.metrics.lines() if line["kind"] == "step"]
     return max(lines, default=-1)
 
 
@@ -77,7 +77,7 @@ async def audit(house: House) -> None:
 
 def steps_of(house: House) -> list[dict[str, Any]]:
     """What each trained step came to."""
-    return [line for line in house.office.metrics.lines() if line["kind"] == "step" and line["step"]]
+    return [line for line in house.ctx.metrics.lines() if line["kind"] == "step" and line["step"]]
 
 
 def alone(site: Site, steps: int) -> dict[str, torch.Tensor]:
@@ -88,7 +88,7 @@ def alone(site: Site, steps: int) -> dict[str, torch.Tensor]:
     site.play(steps)
     thread.join(WAIT_S)
     assert not thread.is_alive()
-    return dict(trainer.crew.masters())
+    return dict(trainer.distributed.masters())
 
 
 def by_torchrun(site: Site, steps: int, folder: Path) -> None:

@@ -23,7 +23,7 @@ from farflung.trust.evidence import Profile, Seen, Tally
 
 
 async def status(house) -> m.Status:
-    return await house.office.database.read(lambda c: views.status(c, house.office.book, house.clock()))
+    return await house.ctx.database.read(lambda c: views.status(c, house.ctx.run_ctx, house.clock()))
 
 
 # --- canaries --------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_receipts_chain_across_restarts_and_a_dropped_one_is_noticed(house, tmp_
     async def scenario(house) -> None:
         await house.step(0)
         first, second, third = [await receipt(house, "ada") for _ in range(3)]
-        key = house.office.book.key.public
+        key = house.ctx.run_ctx.key.public
         kept = Receipts(tmp_path)
         assert kept.keep(first, key)
         assert kept.keep(second, key)
@@ -284,7 +284,7 @@ def test_receipts_wait_for_room_and_half_a_line_is_dropped(house, tmp_path: Path
     async def scenario(house) -> None:
         await house.step(0)
         first, second, third, fourth = [await receipt(house, "ada") for _ in range(4)]
-        key, path = house.office.book.key.public, tmp_path / "receipts.jsonl"
+        key, path = house.ctx.run_ctx.key.public, tmp_path / "receipts.jsonl"
         kept = Receipts(tmp_path)
         kept.keep(first, key)
         with full_disk([os.getpid()]):

@@ -18,23 +18,23 @@ from farflung.tasks.create_run import founded_in, refuse_another
 
 
 async def warned(house) -> list[str]:
-    return await house.office.database.read(warnings)
+    return await house.ctx.database.read(warnings)
 
 
 def test_the_first_fault_is_told_and_so_is_that_nothing_can_be_scored(house) -> None:
     async def scenario(house) -> None:
         await house.step(0)
         known = await warned(house)
-        book = house.office.book
+        run_ctx = house.ctx.run_ctx
         for number in range(3):
-            await house.office.database.write(
+            await house.ctx.database.write(
                 lambda c, number=number: unscorable.tell_fault(
-                    c, book, "r1", f"environment 'sums': KeyError: 'terms' at {number}", 1.0
+                    c, run_ctx, "r1", f"environment 'sums': KeyError: 'terms' at {number}", 1.0
                 )
             )
         for _ in range(unscorable.MOST_UNSCORED):
-            await house.office.database.write(
-                lambda c: unscorable.count_unscored(c, book, "r1", "environment 'sums': KeyError: 'terms' at 1", 1.0)
+            await house.ctx.database.write(
+                lambda c: unscorable.count_unscored(c, run_ctx, "r1", "environment 'sums': KeyError: 'terms' at 1", 1.0)
             )
         first, last = [text for text in await warned(house) if text not in known]
         assert first == "a rollout could not be scored: environment 'sums': KeyError: 'terms' at 0"
@@ -53,8 +53,8 @@ def test_whoever_sends_texts_that_cannot_be_scored_ends_no_run(house) -> None:
         assert await house.score() > 0
         known = await warned(house)
         for _ in range(3 * unscorable.MOST_UNSCORED):
-            await house.office.database.write(
-                lambda c: unscorable.count_unscored(c, house.office.book, "r1", "environment 'sums': KeyError", 1.0)
+            await house.ctx.database.write(
+                lambda c: unscorable.count_unscored(c, house.ctx.run_ctx, "r1", "environment 'sums': KeyError", 1.0)
             )
         assert await warned(house) == known
 
@@ -81,12 +81,12 @@ def test_a_step_takes_what_there_is_once_every_task_was_tried_and_some_were_let_
 
     async def scenario(house) -> None:
         await house.step(0)
-        book = house.office.book
+        run_ctx = house.ctx.run_ctx
         await house.work("ada", times=3)
         assert await house.audit()
         assert await house.claim_step(1) is None
-        lost = await house.office.database.read(lambda c: c.execute(sa.select(GROUPS.c.group).limit(1)).scalar_one())
-        await house.office.database.write(lambda c: drop_groups(c, book, [lost], 1.0, why="nobody may do it"))
+        lost = await house.ctx.database.read(lambda c: c.execute(sa.select(GROUPS.c.group).limit(1)).scalar_one())
+        await house.ctx.database.write(lambda c: drop_groups(c, run_ctx, [lost], 1.0, why="nobody may do it"))
         assert await house.claim_step(1) is None, "two groups are still to be scored"
         await house.score()
         batch = await house.claim_step(1)
@@ -94,7 +94,7 @@ def test_a_step_takes_what_there_is_once_every_task_was_tried_and_some_were_let_
         assert lost not in {group.group for group in batch.groups}
 
     house = make_house(learn={"groups": 3, "oversample": 1.0})
-    vars(house.office)["book"] = replace(house.office.book, tasks=house.office.book.tasks[:3])
+    vars(house.ctx)["book"] = replace(house.ctx.run_ctx, tasks=house.ctx.run_ctx.tasks[:3])
     house.run(scenario)
 
 

@@ -59,13 +59,13 @@ def test_shards_go_when_nothing_in_use_needs_them(make_house, monkeypatch: pytes
         first = await difference(house, 1)
         await house.commit(await ready(house, 2))
         later = await difference(house, 3)
-        assert await house.office.blobs.size(later.digest)
+        assert await house.ctx.blobs.size(later.digest)
         await difference(house, 4)
         with pytest.raises(NotFound):
-            await house.office.blobs.size(first.digest)
-        assert await house.office.blobs.size(later.digest), "step 4 is reached from the anchor of step 2"
+            await house.ctx.blobs.size(first.digest)
+        assert await house.ctx.blobs.size(later.digest), "step 4 is reached from the anchor of step 2"
         await difference(house, 5)
-        assert await house.office.blobs.size(later.digest)
+        assert await house.ctx.blobs.size(later.digest)
 
     house.run(scenario)
 
@@ -77,7 +77,7 @@ def test_a_step_that_waits_for_evaluation_keeps_its_shards(make_house, monkeypat
     async def scenario(house) -> None:
         for step in range(5):
             await house.commit(await ready(house, step))
-        assert await house.office.database.read(lambda c: shard_gc.oldest_in_use(c, house.office.book)) == 0
+        assert await house.ctx.database.read(lambda c: shard_gc.oldest_in_use(c, house.ctx.run_ctx)) == 0
 
     house.run(scenario)
 

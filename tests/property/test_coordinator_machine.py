@@ -164,7 +164,7 @@ def test_the_coordinator_keeps_its_books_whatever_happens(make_house, tmp_path) 
 
         @action(1)
         def claim_step(self) -> None:
-            latest = self.do(self.house.office.database.read(self.house.office.book.latest))
+            latest = self.do(self.house.ctx.database.read(self.house.ctx.run_ctx.latest))
             batch = self.do(self.house.claim_step(latest.step + 1))
             if batch is not None and self.batch is not None and batch.step == self.batch.step:
                 assert batch.groups == self.batch.groups, "a step was claimed twice with different contents"
@@ -182,7 +182,7 @@ def test_the_coordinator_keeps_its_books_whatever_happens(make_house, tmp_path) 
 
         @action(1, step=st.integers(0, 9))
         def claim_some_step(self, step: int) -> None:
-            latest = self.do(self.house.office.database.read(self.house.office.book.latest))
+            latest = self.do(self.house.ctx.database.read(self.house.ctx.run_ctx.latest))
             try:
                 found = self.do(self.house.claim_step(step))
             except Conflict:

@@ -9,7 +9,7 @@ from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Malformed, Rejected
 from farflung.protocol.messages import Lease, LeaseGroup, Sample, Submission, SubmissionBody, SubmittedRollout
 from farflung.protocol.stops import DONE, Stops
-from farflung.rollouts.validate import Parcel, inspect
+from farflung.rollouts.validate import ValidSubmission, inspect
 
 VOCAB, EOS, BUDGET = 100, frozenset({2, 3}), 6
 MOVES = np.zeros((2, VOCAB), np.uint8)
@@ -49,7 +49,7 @@ def submission(rollouts: dict[str, list[int]], **fields: object) -> Submission:
     return Submission(rollouts=packed, **fields)  # type: ignore[arg-type]
 
 
-def look(rollouts: dict[str, list[int]], **fields: object) -> Parcel:
+def look(rollouts: dict[str, list[int]], **fields: object) -> ValidSubmission:
     return inspect(lease(), "n1", submission(rollouts, **fields), VOCAB, EOS)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from farflung.net.session import PURPOSES, Papers, Session, check_run, delegate
+from farflung.net.session import PURPOSES, RunKeys, Session, check_run, delegate
 from farflung.protocol.errors import BadSignature, ConfigError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Run, RunInfo
@@ -144,7 +144,7 @@ def test_another_root_cannot_rotate(tmp_path: Path) -> None:
 def test_papers_name_the_live_keys_only() -> None:
     old, new = (delegate(ROOT, "test", "weights", KEY.public, NOW + age) for age in (-1, 1))
     assert keyring.Keyring(ROOT.public, (old, new)).live_signed(NOW) == [new]
-    assert Papers(info(), ()).keys("weights", NOW) == []
+    assert RunKeys(info(), ()).keys("weights", NOW) == []
 
 
 @pytest.mark.parametrize("data", [b"{}", b"[", b'["\xff"]', b"\xff\xfe"])

@@ -4,15 +4,15 @@ import logging
 
 import pytest
 
-from farflung.protocol.messages import Latest, Pulse, Ruling
+from farflung.protocol.messages import HeartbeatReply, Latest, Ruling
 from farflung.protocol.standing import Standing, sentences
 
 LATEST = Latest(status="running", step=3, manifest="")
 SUBMISSION = "ab" * 32
 
 
-def pulse(status: str, *rulings: Ruling, clean: int = 0, needed: int = 64) -> Pulse:
-    return Pulse(latest=LATEST, status=status, clean=clean, needed=needed, rulings=list(rulings))
+def pulse(status: str, *rulings: Ruling, clean: int = 0, needed: int = 64) -> HeartbeatReply:
+    return HeartbeatReply(latest=LATEST, status=status, clean=clean, needed=needed, rulings=list(rulings))
 
 
 def ruling(id: int, outcome: str, reason: str = "short") -> Ruling:

@@ -128,7 +128,7 @@ def test_nothing_sticks_out_of_a_narrow_page(site, look) -> None:
 
 
 def test_hostile_text_is_inert(site, look) -> None:
-    with site.house.office.database.engine.begin() as connection:
+    with site.house.ctx.database.engine.begin() as connection:
         connection.execute(NODES.update().values(name=HOSTILE, hardware='{"cpu": "<b>x</b>"}', phase=HOSTILE))
         connection.execute(ROLLOUTS.update().values(answer=HOSTILE, parts='{"<i>": 1.0}'))
         connection.execute(TASKS.update().values(prompt=HOSTILE))

@@ -19,7 +19,7 @@ from farflung.net.client import Client
 from farflung.net.session import Index
 from farflung.protocol.errors import Busy, FarflungError, Unavailable, Unreachable
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import Heartbeat, Pulse, Status
+from farflung.protocol.messages import Heartbeat, HeartbeatReply, Status
 
 WARM_UP_S = 20.0
 """Until workers have made up for what they fell behind as they started; less in runs that are as short."""
@@ -230,7 +230,7 @@ class Storm(Swarm):
         """Whether a request for which the coordinator has to ask its database for the turn to write is answered."""
         try:
             async with asyncio.timeout(LATE_S):
-                await client.post(f"/v1/runs/{self.config.run.name}/heartbeat", Heartbeat(), Pulse)
+                await client.post(f"/v1/runs/{self.config.run.name}/heartbeat", Heartbeat(), HeartbeatReply)
         except (TimeoutError, Unreachable, Unavailable):
             return False
         except FarflungError as error:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from farflung.audits import node_record
-from farflung.store.run import Book, node_rows
+from farflung.store.run import RunContext, node_rows
 from farflung.store.tables import AUDITS, NODES, RUNS, VERDICTS
 from farflung.store.transitions import memo, record
 from farflung.trust.audit_policy import Poll, is_brake, is_doubtful
@@ -27,54 +27,56 @@ def reason(connection: Connection, run: str) -> str:
     return connection.execute(sa.select(RUNS.c.brake).where(RUNS.c.run == run)).scalar_one()
 
 
-def is_on(connection: Connection, book: Book) -> bool:
+def is_on(connection: Connection, run_ctx: RunContext) -> bool:
     """Whether verdicts and training are held."""
-    return bool(reason(connection, book.run))
+    return bool(reason(connection, run_ctx.run))
 
 
-def look(connection: Connection, book: Book, step: int, now: float) -> None:
+def look(connection: Connection, run_ctx: RunContext, step: int, now: float) -> None:
     """Put the brake on if nearly all of the work with a good record failed at a step; tell of a step in doubt."""
-    trust, found = book.config.trust, poll(connection, book, step, now)
+    trust, found = run_ctx.config.trust, poll(connection, run_ctx, step, now)
     if is_brake(found, trust.brake_share, trust.brake_nodes):
         why = (
             f"{found.nodes} nodes that did {found.failed_share:.0%} of the work with a good record failed verification "
             f"at step {step}: the validators or the weights are suspect"
         )
-        _put_on(connection, book, why, now)
+        _put_on(connection, run_ctx, why, now)
     elif found.nodes == trust.brake_nodes and is_doubtful(found, trust.brake_share, trust.brake_nodes):
         log.warning("%d nodes with a good record failed at step %d; ejections wait for others", found.nodes, step)
 
 
-def disagree(connection: Connection, book: Book, step: int, now: float) -> None:
+def disagree(connection: Connection, run_ctx: RunContext, step: int, now: float) -> None:
     """A second opinion found honest text where the first found a cheat's: once too often at a step, and the brake is
     on."""
-    cleared = len(_nodes(connection, book, step, ("release",)))
+    cleared = len(_nodes(connection, run_ctx, step, ("release",)))
     if cleared >= DISAGREED:
         why = f"verifiers disagree about {cleared} nodes at step {step}: one of them is broken"
-        _put_on(connection, book, why, now)
+        _put_on(connection, run_ctx, why, now)
 
 
-def is_in_doubt(connection: Connection, book: Book, now: float) -> bool:
+def is_in_doubt(connection: Connection, run_ctx: RunContext, now: float) -> bool:
     """Whether so many good nodes failed at a step that is still trained on, and so few passed since, that nobody is to
     be ejected yet and all that good nodes send is to be audited. Asked once in a shared transaction."""
-    return memo(connection, ("doubt", book.run), lambda: _is_in_doubt(connection, book, now))
+    return memo(connection, ("doubt", run_ctx.run), lambda: _is_in_doubt(connection, run_ctx, now))
 
 
-def _is_in_doubt(connection: Connection, book: Book, now: float) -> bool:
-    latest, trust = book.latest(connection), book.config.trust
-    oldest = latest.step - book.config.learn.max_staleness
-    query = sa.select(VERDICTS.c.step).where(*_failed(book, FAILED), VERDICTS.c.step >= oldest).distinct()
+def _is_in_doubt(connection: Connection, run_ctx: RunContext, now: float) -> bool:
+    latest, trust = run_ctx.latest(connection), run_ctx.config.trust
+    oldest = latest.step - run_ctx.config.learn.max_staleness
+    query = sa.select(VERDICTS.c.step).where(*_failed(run_ctx, FAILED), VERDICTS.c.step >= oldest).distinct()
     steps = list(connection.execute(query).scalars()) if latest.status == "running" else []
-    return any(is_doubtful(poll(connection, book, s, now), trust.brake_share, trust.brake_nodes) for s in steps)
+    return any(is_doubtful(poll(connection, run_ctx, s, now), trust.brake_share, trust.brake_nodes) for s in steps)
 
 
-def poll(connection: Connection, book: Book, step: int, now: float) -> Poll:
+def poll(connection: Connection, run_ctx: RunContext, step: int, now: float) -> Poll:
     """What nodes that failed at a step weigh against those that passed since, and those that nobody has looked at."""
-    failed = _nodes(connection, book, step, FAILED)
-    if len(failed) < book.config.trust.brake_nodes:
+    failed = _nodes(connection, run_ctx, step, FAILED)
+    if len(failed) < run_ctx.config.trust.brake_nodes:
         return Poll(len(failed))
-    passed = _passed_since(connection, book, step, failed)
-    unknown = set(connection.execute(_PRESENT, {"since": now - book.config.lease.lost_s}).scalars()) - failed - passed
+    passed = _passed_since(connection, run_ctx, step, failed)
+    unknown = (
+        set(connection.execute(_PRESENT, {"since": now - run_ctx.config.lease.lost_s}).scalars()) - failed - passed
+    )
     work = _work(connection, failed | passed | unknown)
     return Poll(len(failed), *(sum(work[node] for node in some) for some in (failed, passed, unknown)))
 
@@ -84,23 +86,23 @@ _PRESENT = sa.select(NODES.c.node).where(
 )
 
 
-def _failed(book: Book, outcomes: Collection[str]) -> tuple[sa.ColumnElement[bool], ...]:
+def _failed(run_ctx: RunContext, outcomes: Collection[str]) -> tuple[sa.ColumnElement[bool], ...]:
     """Verdicts on nodes with a good record since the brake was last released."""
-    since = sa.select(RUNS.c.brake_after).where(RUNS.c.run == book.run).scalar_subquery()
-    mine = VERDICTS.c.run == book.run, VERDICTS.c.outcome.in_(outcomes), VERDICTS.c.id > since
+    since = sa.select(RUNS.c.brake_after).where(RUNS.c.run == run_ctx.run).scalar_subquery()
+    mine = VERDICTS.c.run == run_ctx.run, VERDICTS.c.outcome.in_(outcomes), VERDICTS.c.id > since
     return (*mine, VERDICTS.c.was_trusted) if outcomes is FAILED else mine
 
 
-def _nodes(connection: Connection, book: Book, step: int, outcomes: Collection[str]) -> set[str]:
-    query = sa.select(VERDICTS.c.node).where(*_failed(book, outcomes), VERDICTS.c.step == step)
+def _nodes(connection: Connection, run_ctx: RunContext, step: int, outcomes: Collection[str]) -> set[str]:
+    query = sa.select(VERDICTS.c.node).where(*_failed(run_ctx, outcomes), VERDICTS.c.step == step)
     return set(connection.execute(query.distinct()).scalars())
 
 
-def _passed_since(connection: Connection, book: Book, step: int, failed: Collection[str]) -> set[str]:
+def _passed_since(connection: Connection, run_ctx: RunContext, step: int, failed: Collection[str]) -> set[str]:
     """Other nodes, new ones too, with work that came no sooner than the first that failed, and that passed."""
     bad = sa.and_(AUDITS.c.node.in_(failed), AUDITS.c.step == step, AUDITS.c.outcome.in_(FAILED))
     first = sa.select(sa.func.min(AUDITS.c.opened_at)).where(bad).scalar_subquery()
-    later = sa.and_(AUDITS.c.run == book.run, AUDITS.c.status == "done", AUDITS.c.step >= step)
+    later = sa.and_(AUDITS.c.run == run_ctx.run, AUDITS.c.status == "done", AUDITS.c.step >= step)
     passed = sa.select(AUDITS.c.node).where(later, AUDITS.c.outcome == "ok", AUDITS.c.opened_at >= first)
     return set(connection.execute(passed.distinct()).scalars()) - set(failed)
 
@@ -115,23 +117,23 @@ def _work(connection: Connection, nodes: Iterable[str]) -> dict[str, int]:
     return {node: max(0, node_record.read(row).audited_tokens - bad.get(node, 0)) for node, row in rows.items()}
 
 
-def release(connection: Connection, book: Book, now: float) -> int:
+def release(connection: Connection, run_ctx: RunContext, now: float) -> int:
     """The operator has looked: go on, and count afresh. Gives 0 if the brake was off."""
-    if not is_on(connection, book):
+    if not is_on(connection, run_ctx):
         return 0
     last = sa.select(sa.func.coalesce(sa.func.max(VERDICTS.c.id), 0)).scalar_subquery()
-    connection.execute(RUNS.update().where(RUNS.c.run == book.run).values(brake_after=last))
-    _set(connection, book, "", now)
+    connection.execute(RUNS.update().where(RUNS.c.run == run_ctx.run).values(brake_after=last))
+    _set(connection, run_ctx, "", now)
     return 1
 
 
-def _put_on(connection: Connection, book: Book, why: str, now: float) -> None:
+def _put_on(connection: Connection, run_ctx: RunContext, why: str, now: float) -> None:
     why += "; nobody is ejected and nothing trained on until you say farflung brake --release"
-    _set(connection, book, why, now)
-    log.error("brake run=%s because=%s", book.run, why)
+    _set(connection, run_ctx, why, now)
+    log.error("brake run=%s because=%s", run_ctx.run, why)
 
 
-def _set(connection: Connection, book: Book, why: str, now: float) -> None:
-    status = book.status(connection)
-    connection.execute(RUNS.update().where(RUNS.c.run == book.run).values(brake=why))
-    record(connection, "run", [book.run], status, status, now, warning=why or "the brake was released")
+def _set(connection: Connection, run_ctx: RunContext, why: str, now: float) -> None:
+    status = run_ctx.status(connection)
+    connection.execute(RUNS.update().where(RUNS.c.run == run_ctx.run).values(brake=why))
+    record(connection, "run", [run_ctx.run], status, status, now, warning=why or "the brake was released")

@@ -10,32 +10,32 @@ from sqlalchemy import Connection
 
 from farflung.audits import breaker, node_record
 from farflung.protocol.messages import Heartbeat
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import NODES
 from farflung.store.transitions import memo
 from farflung.trust.audit_policy import affordable, audit_probability
 from farflung.trust.record import NodeRecord
 
 
-def probability(connection: Connection, book: Book, record: NodeRecord, now: float) -> float:
+def probability(connection: Connection, run_ctx: RunContext, record: NodeRecord, now: float) -> float:
     """The audit probability of a submission of a node with this record, now: 1 for all while the verifier is in doubt,
     so that good nodes vouch for it soon, or fail as well."""
-    if breaker.is_in_doubt(connection, book, now):
+    if breaker.is_in_doubt(connection, run_ctx, now):
         return 1.0
-    affordable_ = memo(connection, "afford", lambda: afford(connection, book))
-    return audit_probability(record, node_record.settings(book), affordable_)
+    affordable_ = memo(connection, "afford", lambda: afford(connection, run_ctx))
+    return audit_probability(record, node_record.settings(run_ctx), affordable_)
 
 
-def afford(connection: Connection, book: Book) -> float:
+def afford(connection: Connection, run_ctx: RunContext) -> float:
     """The audit probability that the budget affords, by what validators measured."""
-    validators = [node for node, role in book.granted.items() if role == "validator"]
+    validators = [node for node, role in run_ctx.granted.items() if role == "validator"]
     rows = connection.execute(_BEATS, {"ids": validators})
     beats = [msgspec.msgpack.decode(beat, type=Heartbeat) for beat in rows.scalars()]
     audited, made = sum(beat.recent_tokens for beat in beats), sum(beat.made_tokens for beat in beats)
     if not audited or not made:
         return 1.0
     audit_s, generate_s = sum(beat.recent_cpu_s for beat in beats) / audited, sum(b.made_cpu_s for b in beats) / made
-    return affordable(book.config.trust.audit_budget, audit_s, generate_s)
+    return affordable(run_ctx.config.trust.audit_budget, audit_s, generate_s)
 
 
 _BEATS = sa.select(NODES.c.beat).where(

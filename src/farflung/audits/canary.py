@@ -17,7 +17,7 @@ from farflung.audits.possession import warn
 from farflung.protocol import seeds, wire
 from farflung.protocol.errors import Malformed, NotFound
 from farflung.protocol.messages import AuditJob, AuditRollout, Canary, Evidence, Ids, SelfTest, SelfTestItem
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import CHECKS, STEPS, TASKS
 from farflung.trust.evidence import TIE, Profile, Profiles, Seen, is_bad, log_ratios, mean_log_ratio, to_json
 
@@ -42,23 +42,23 @@ class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ids: Ids
 
 
-def ask(connection: Connection, book: Book, step: int) -> list[Canary]:
+def ask(connection: Connection, run_ctx: RunContext, step: int) -> list[Canary]:
     """What the trainer is to generate with the weights of a step: its canaries, then its self-test."""
-    prompts = [_prompt_of(connection, task) for task in selftest.tasks(book, step)]
-    return [*_canaries(connection, book, step), *selftest.ask(book, step, prompts)]
+    prompts = [_prompt_of(connection, task) for task in selftest.tasks(run_ctx, step)]
+    return [*_canaries(connection, run_ctx, step), *selftest.ask(run_ctx, step, prompts)]
 
 
-def _canaries(connection: Connection, book: Book, step: int) -> list[Canary]:
-    key = seeds.canary_key(book.step_secret(step))
-    budget = min(TOKENS, book.config.generate.budget)
+def _canaries(connection: Connection, run_ctx: RunContext, step: int) -> list[Canary]:
+    key = seeds.canary_key(run_ctx.step_secret(step))
+    budget = min(TOKENS, run_ctx.config.generate.budget)
     return [
-        Canary(prompt_ids=_prompt(connection, book, key, i), seed=_number(key, "seed", i), budget=budget)
-        for i in range(book.config.trust.canaries)
+        Canary(prompt_ids=_prompt(connection, run_ctx, key, i), seed=_number(key, "seed", i), budget=budget)
+        for i in range(run_ctx.config.trust.canaries)
     ]
 
 
-def _prompt(connection: Connection, book: Book, key: bytes, i: int) -> bytes:
-    task = book.tasks[_number(key, "task", i) % len(book.tasks)][0]
+def _prompt(connection: Connection, run_ctx: RunContext, key: bytes, i: int) -> bytes:
+    task = run_ctx.tasks[_number(key, "task", i) % len(run_ctx.tasks)][0]
     return _prompt_of(connection, task)
 
 
@@ -70,15 +70,15 @@ def _number(key: bytes, label: str, *parts: int) -> int:
     return int.from_bytes(seeds.derive(key, f"canary {label}", *parts)[:8], "big")
 
 
-def keep(connection: Connection, book: Book, step: int, answers: Sequence[bytes]) -> bytes | None:
+def keep(connection: Connection, run_ctx: RunContext, step: int, answers: Sequence[bytes]) -> bytes | None:
     """What is stored of a step's canaries; nothing if the trainer made none. Raises Malformed."""
     if not answers:
         return None
-    asked = ask(connection, book, step)
+    asked = ask(connection, run_ctx, step)
     sizes = [(len(ids), 4 * one.budget) for one, ids in zip(asked, answers, strict=False)]
     if len(answers) != len(asked) or not all(0 < size <= most for size, most in sizes):
         raise Malformed(f"step {step} asks for {len(asked)} canaries within their budgets, not for {len(answers)}")
-    kept, split = [Kept(*pair) for pair in zip(asked, answers, strict=True)], book.config.trust.canaries
+    kept, split = [Kept(*pair) for pair in zip(asked, answers, strict=True)], run_ctx.config.trust.canaries
     return msgspec.msgpack.encode(Made(kept[:split], kept[split:]) if kept[split:] else kept)
 
 
@@ -88,16 +88,18 @@ def made(stored: bytes | None) -> Made:
     return found if isinstance(found, Made) else Made(found, [])
 
 
-def self_test(connection: Connection, book: Book, profiles: Profiles, digest: str) -> SelfTest:
+def self_test(connection: Connection, run_ctx: RunContext, profiles: Profiles, digest: str) -> SelfTest:
     """The self-test of a version. Raises NotFound."""
-    query = sa.select(STEPS.c.step, STEPS.c.canaries).where(STEPS.c.run == book.run, STEPS.c.manifest_digest == digest)
+    query = sa.select(STEPS.c.step, STEPS.c.canaries).where(
+        STEPS.c.run == run_ctx.run, STEPS.c.manifest_digest == digest
+    )
     row = connection.execute(query).first()
     kept = made(row.canaries).self_test if row else []
     if row is None or not kept:
         raise NotFound(f"version {digest[:12]} has no self-test")
     return SelfTest(
         step=row.step,
-        temperature=book.config.generate.temperature,
+        temperature=run_ctx.config.generate.temperature,
         profiles={one.name: to_json(one) for one in (profiles.run, *profiles.others)},
         items=[
             SelfTestItem(prompt_ids=k.canary.prompt_ids, seed=k.canary.seed, budget=k.canary.budget, ids=k.ids)
@@ -109,18 +111,18 @@ def self_test(connection: Connection, book: Book, profiles: Profiles, digest: st
 # --- trying a validator ----------------------------------------------------------------------------------------------
 
 
-def jobs(connection: Connection, book: Book, profile: Profile, validator: str, step: int) -> list[AuditJob]:
+def jobs(connection: Connection, run_ctx: RunContext, profile: Profile, validator: str, step: int) -> list[AuditJob]:
     """Canaries that this validator has to answer before its evidence on this step counts."""
-    if has_passed(connection, book, validator, step):
+    if has_passed(connection, run_ctx, validator, step):
         return []
-    manifest = book.manifest_of(connection, step)
-    probe = seeds.probe_key(book.step_secret(step)).hex()
+    manifest = run_ctx.manifest_of(connection, step)
+    probe = seeds.probe_key(run_ctx.step_secret(step)).hex()
     return [
         AuditJob(
             audit=name,
             step=step,
             manifest=manifest,
-            temperature=book.config.generate.temperature,
+            temperature=run_ctx.config.generate.temperature,
             budget=kept.canary.budget,
             nonce=audit_nonce(name),
             probe=probe,
@@ -131,11 +133,11 @@ def jobs(connection: Connection, book: Book, profile: Profile, validator: str, s
                     rollout="r" + name[1:],
                     prompt_ids=kept.canary.prompt_ids,
                     seed=kept.canary.seed,
-                    ids=spoiled(kept.ids, book.vocab, name) if is_spoiled else kept.ids,
+                    ids=spoiled(kept.ids, run_ctx.vocab, name) if is_spoiled else kept.ids,
                 )
             ],
         )
-        for name, kept, is_spoiled in _named(connection, book, validator, step)
+        for name, kept, is_spoiled in _named(connection, run_ctx, validator, step)
     ]
 
 
@@ -148,30 +150,32 @@ def spoiled(ids: bytes, vocab: int, name: str) -> bytes:
     return wire.pack_ids(found)
 
 
-def has_passed(connection: Connection, book: Book, validator: str, step: int) -> bool:
+def has_passed(connection: Connection, run_ctx: RunContext, validator: str, step: int) -> bool:
     """Whether this validator judged all canaries of a step rightly, or there are none."""
-    asked = {name for name, _, _ in _named(connection, book, validator, step)}
-    return asked <= set(_checks(connection, book, validator, step, is_passed=True))
+    asked = {name for name, _, _ in _named(connection, run_ctx, validator, step)}
+    return asked <= set(_checks(connection, run_ctx, validator, step, is_passed=True))
 
 
-def has_failed(connection: Connection, book: Book, validator: str, since: float) -> bool:
+def has_failed(connection: Connection, run_ctx: RunContext, validator: str, since: float) -> bool:
     """Whether this validator judged a canary wrongly since a time: it gets no work for a while."""
-    mine = sa.and_(CHECKS.c.run == book.run, CHECKS.c.validator == validator, ~CHECKS.c.is_passed, CHECKS.c.at > since)
+    mine = sa.and_(
+        CHECKS.c.run == run_ctx.run, CHECKS.c.validator == validator, ~CHECKS.c.is_passed, CHECKS.c.at > since
+    )
     return connection.execute(sa.select(CHECKS.c.check).where(mine).limit(1)).first() is not None
 
 
 def take(
-    connection: Connection, book: Book, profile: Profile, validator: str, evidence: Evidence, now: float
+    connection: Connection, run_ctx: RunContext, profile: Profile, validator: str, evidence: Evidence, now: float
 ) -> int | None:
     """Take evidence on a canary; gives 1, or None if it is about no canary of this validator's."""
-    query = sa.select(STEPS.c.step).where(STEPS.c.run == book.run, STEPS.c.manifest_digest == evidence.manifest)
+    query = sa.select(STEPS.c.step).where(STEPS.c.run == run_ctx.run, STEPS.c.manifest_digest == evidence.manifest)
     step = connection.execute(query).scalar()
-    named = {} if step is None else {name: s for name, _, s in _named(connection, book, validator, step)}
+    named = {} if step is None else {name: s for name, _, s in _named(connection, run_ctx, validator, step)}
     if evidence.audit not in named:
         return None
     fault = _fault(profile, evidence, is_spoiled=named[evidence.audit])
     connection.execute(CHECKS.delete().where(CHECKS.c.check == evidence.audit))
-    row = {"check": evidence.audit, "run": book.run, "step": step, "validator": validator, "at": now}
+    row = {"check": evidence.audit, "run": run_ctx.run, "step": step, "validator": validator, "at": now}
     connection.execute(CHECKS.insert().values(row | {"is_passed": not fault}))
     if fault:
         why = f"validator {validator} failed a canary of step {step}: {fault}; its evidence on this step does not count"
@@ -193,18 +197,20 @@ def _fault(profile: Profile, evidence: Evidence, *, is_spoiled: bool) -> str:
     return "it takes an honest rollout for a cheat's" if is_bad(weight, 1000.0) else ""
 
 
-def _named(connection: Connection, book: Book, validator: str, step: int) -> Iterator[tuple[str, Kept, bool]]:
+def _named(connection: Connection, run_ctx: RunContext, validator: str, step: int) -> Iterator[tuple[str, Kept, bool]]:
     """(name as an audit, canary, whether it is spoiled) of each canary as this validator gets it."""
-    query = sa.select(STEPS.c.canaries).where(STEPS.c.run == book.run, STEPS.c.step == step)
+    query = sa.select(STEPS.c.canaries).where(STEPS.c.run == run_ctx.run, STEPS.c.step == step)
     stored = connection.execute(query).scalar()
-    key = seeds.canary_key(book.step_secret(step))
+    key = seeds.canary_key(run_ctx.step_secret(step))
     for i, kept in enumerate(made(stored).canaries):
         for is_spoiled in (False, True):
             name = seeds.derive(key, "canary name", validator, i, int(is_spoiled))[:6].hex()
             yield f"a{name}", kept, is_spoiled
 
 
-def _checks(connection: Connection, book: Book, validator: str, step: int, *, is_passed: bool) -> Sequence[str]:
-    mine = sa.and_(CHECKS.c.run == book.run, CHECKS.c.step == step, CHECKS.c.validator == validator)
+def _checks(
+    connection: Connection, run_ctx: RunContext, validator: str, step: int, *, is_passed: bool
+) -> Sequence[str]:
+    mine = sa.and_(CHECKS.c.run == run_ctx.run, CHECKS.c.step == step, CHECKS.c.validator == validator)
     query = sa.select(CHECKS.c.check).where(mine, CHECKS.c.is_passed == is_passed)
     return list(connection.execute(query).scalars())

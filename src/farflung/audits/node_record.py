@@ -6,14 +6,14 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import NODES
 from farflung.trust.record import NodeRecord, TrustSettings
 
 
-def settings(book: Book) -> TrustSettings:
+def settings(run_ctx: RunContext) -> TrustSettings:
     """The trust core's view of the configuration."""
-    return TrustSettings(**{name: getattr(book.config.trust, name) for name in TrustSettings.__struct_fields__})
+    return TrustSettings(**{name: getattr(run_ctx.config.trust, name) for name in TrustSettings.__struct_fields__})
 
 
 def read(node: Row[Any]) -> NodeRecord:

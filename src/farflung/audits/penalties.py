@@ -10,19 +10,19 @@ from sqlalchemy import Connection, Row
 from farflung.audits.audit import open_audit
 from farflung.learner.filters import is_informative
 from farflung.store import payment
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import AUDITS, GROUPS, LEASES, ROLLOUTS, SUBMISSIONS
 from farflung.store.transitions import end_leases, move
 
 
-def clear(connection: Connection, book: Book, audit: Row[Any], odd: Sequence[str], now: float) -> None:
+def clear(connection: Connection, run_ctx: RunContext, audit: Row[Any], odd: Sequence[str], now: float) -> None:
     """The audit passed: what it held back goes on to the scorers, or back to where it was if it was scored before.
 
     But for rollouts that look odd by themselves: nobody is blamed, and the sample is leased to somebody else.
     """
     drawn = ROLLOUTS.c.rollout.in_(msgspec.json.decode(audit.rollouts, type=list[str]))
     connection.execute(ROLLOUTS.update().where(drawn).values(is_audited=True))
-    _pay_late(connection, book, drawn, odd, now)
+    _pay_late(connection, run_ctx, drawn, odd, now)
     held = sa.and_(drawn, ROLLOUTS.c.status == "held")
     query = sa.select(ROLLOUTS.c.rollout).where(held, ROLLOUTS.c.rollout.in_(odd))
     move(connection, "rollout", list(connection.execute(query).scalars()), "held", "rejected", now, audit=audit.audit)
@@ -35,22 +35,27 @@ def clear(connection: Connection, book: Book, audit: Row[Any], odd: Sequence[str
         complete(connection, group, now)
 
 
-def _pay_late(connection: Connection, book: Book, drawn: Any, odd: Sequence[str], now: float) -> None:
+def _pay_late(connection: Connection, run_ctx: RunContext, drawn: Any, odd: Sequence[str], now: float) -> None:
     """What was let go while it waited for its replay is paid for when that has passed."""
     unpaid = sa.and_(ROLLOUTS.c.status == "dropped", ROLLOUTS.c.reward.is_(None), ROLLOUTS.c.escrow_step.is_(None))
     rows = connection.execute(sa.select(ROLLOUTS).where(drawn, unpaid, ROLLOUTS.c.rollout.not_in(odd))).all()
-    payment.pay(connection, book, rows, now)
+    payment.pay(connection, run_ctx, rows, now)
 
 
 def hold(
-    connection: Connection, book: Book, which: Any, why: str, now: float, live: Sequence[str] = ("received", "accepted")
+    connection: Connection,
+    run_ctx: RunContext,
+    which: Any,
+    why: str,
+    now: float,
+    live: Sequence[str] = ("received", "accepted"),
 ) -> int:
     """Hold untrained rollouts that no audit has passed, and have all of them replayed. Gives how many audits it opens.
 
     Batched ones are in the trainer's hands: only the trainer may ask for them to leave the batch, with their groups.
     What was dropped was paid for all the same, and is replayed too while that can be burned.
     """
-    unproven = sa.and_(which, ROLLOUTS.c.run == book.run, ~ROLLOUTS.c.is_audited, _in_reach(live))
+    unproven = sa.and_(which, ROLLOUTS.c.run == run_ctx.run, ~ROLLOUTS.c.is_audited, _in_reach(live))
     rows = connection.execute(sa.select(ROLLOUTS).where(unproven).order_by(ROLLOUTS.c.position)).all()
     for status in live:
         held = [row.rollout for row in rows if row.status == status]
@@ -61,7 +66,7 @@ def hold(
         by_submission.setdefault(row.submission, []).append(row.rollout)
     for submission, rollouts in by_submission.items():
         row = connection.execute(sa.select(SUBMISSIONS).where(SUBMISSIONS.c.submission == submission)).one()
-        open_audit(connection, book, row, rollouts, "suspicion", now)
+        open_audit(connection, run_ctx, row, rollouts, "suspicion", now)
     return len(by_submission)
 
 
@@ -73,18 +78,18 @@ def _in_reach(live: Sequence[str]) -> Any:
     return sa.or_(ROLLOUTS.c.status.in_(live), sa.and_(paid, ~known))
 
 
-def void(connection: Connection, book: Book, audit: Row[Any], bad: Sequence[str], now: float) -> None:
+def void(connection: Connection, run_ctx: RunContext, audit: Row[Any], bad: Sequence[str], now: float) -> None:
     """A submission is void: its bad rollouts are rejected, the rest void with them, what was paid for it is burned."""
     of_it = ROLLOUTS.c.submission == audit.submission
     query = sa.select(ROLLOUTS.c.rollout).where(of_it, ROLLOUTS.c.rollout.in_(bad), ROLLOUTS.c.status == "held")
     rejected = list(connection.execute(query).scalars())
     move(connection, "rollout", rejected, "held", "rejected", now, audit=audit.audit)
-    void_rollouts(connection, book, of_it, audit.audit, now)
+    void_rollouts(connection, run_ctx, of_it, audit.audit, now)
 
 
-def void_rollouts(connection: Connection, book: Book, which: Any, cause: str, now: float) -> None:
+def void_rollouts(connection: Connection, run_ctx: RunContext, which: Any, cause: str, now: float) -> None:
     """Untrained rollouts are void, and what is in escrow for these and others is burned."""
-    payment.burn(connection, book, which, now)
+    payment.burn(connection, run_ctx, which, now)
     for status in ("held", "received", "accepted"):
         rows = connection.execute(sa.select(ROLLOUTS).where(which, ROLLOUTS.c.status == status)).all()
         move(connection, "rollout", [row.rollout for row in rows], status, "void", now, cause=cause)
@@ -119,11 +124,11 @@ def reopen(connection: Connection, groups: Sequence[str], now: float, why: str) 
         connection.execute(GROUPS.update().where(GROUPS.c.group.in_(reopened)).values(batch_step=None))
 
 
-def eject(connection: Connection, book: Book, node: str, now: float) -> None:
+def eject(connection: Connection, run_ctx: RunContext, node: str, now: float) -> None:
     """All untrained work of the node is void, its leases go to others, its escrow to nobody."""
     query = sa.select(LEASES.c.lease).where(LEASES.c.node == node, LEASES.c.status == "open")
     end_leases(connection, list(connection.execute(query).scalars()), "void", now, why="the node was ejected")
-    void_rollouts(connection, book, ROLLOUTS.c.node == node, f"ejection of {node}", now)
+    void_rollouts(connection, run_ctx, ROLLOUTS.c.node == node, f"ejection of {node}", now)
     waiting = sa.select(AUDITS.c.audit, AUDITS.c.status).where(
         AUDITS.c.node == node, AUDITS.c.status.in_(("open", "claimed"))
     )

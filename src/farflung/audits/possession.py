@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row
 from farflung.audits.audit import audit_nonce
 from farflung.protocol import probe
 from farflung.protocol.messages import Evidence, Lease
-from farflung.store.run import Book, node_row
+from farflung.store.run import RunContext, node_row
 from farflung.store.tables import AUDITS, LEASES, STEPS
 from farflung.store.transitions import end_leases, memo, move, record
 from farflung.trust.evidence import Profiles
@@ -18,12 +18,18 @@ log = logging.getLogger(__name__)
 
 
 def of_submission(
-    connection: Connection, book: Book, profiles: Profiles, sender: Row[Any], lease: Lease, shown: str, now: float
+    connection: Connection,
+    run_ctx: RunContext,
+    profiles: Profiles,
+    sender: Row[Any],
+    lease: Lease,
+    shown: str,
+    now: float,
 ) -> str:
     """What is wrong with the weights behind a submission, or nothing. The lease of a wrong one goes to others."""
     if not profiles.of(sender.profile).holds_published:
         return ""
-    wrong = _compare(connection, book, lease.step, lease.nonce, shown)
+    wrong = _compare(connection, run_ctx, lease.step, lease.nonce, shown)
     if not wrong:
         return ""
     node = sender.node
@@ -34,12 +40,12 @@ def of_submission(
     return why
 
 
-def of_evidence(connection: Connection, book: Book, validator: str, evidence: Evidence, now: float) -> str:
+def of_evidence(connection: Connection, run_ctx: RunContext, validator: str, evidence: Evidence, now: float) -> str:
     """The same for a validator: an audit that it answered under other weights is open again, for anybody."""
     audit = connection.execute(sa.select(AUDITS).where(AUDITS.c.audit == evidence.audit)).first()
     if audit is None or audit.status != "claimed" or audit.claimed_by != validator:
         return ""
-    wrong = _compare(connection, book, audit.step, audit_nonce(audit.audit), evidence.possession)
+    wrong = _compare(connection, run_ctx, audit.step, audit_nonce(audit.audit), evidence.possession)
     if not wrong:
         return ""
     why = f"validator {validator} replayed audit {audit.audit} of step {audit.step} {wrong}"
@@ -53,9 +59,9 @@ _PROBE = sa.select(STEPS.c.probe, STEPS.c.probe_before).where(
 )
 
 
-def _compare(connection: Connection, book: Book, step: int, nonce: str, sent: str) -> str:
-    this = {"of": book.run, "at": step}
-    row = memo(connection, ("probe", book.run, step), lambda: connection.execute(_PROBE, this).one())
+def _compare(connection: Connection, run_ctx: RunContext, step: int, nonce: str, sent: str) -> str:
+    this = {"of": run_ctx.run, "at": step}
+    row = memo(connection, ("probe", run_ctx.run, step), lambda: connection.execute(_PROBE, this).one())
     if not row.probe or sent == probe.answer(nonce, row.probe):
         return ""
     if not sent:

@@ -7,17 +7,23 @@ from sqlalchemy import Connection
 
 from farflung.protocol.identity import seal
 from farflung.protocol.messages import Verdict
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import VERDICTS
 
 log = logging.getLogger(__name__)
 
 
 def pronounce(
-    connection: Connection, book: Book, verdict: Verdict, submissions: int, *, step: int = -1, was_trusted: bool = False
+    connection: Connection,
+    run_ctx: RunContext,
+    verdict: Verdict,
+    submissions: int,
+    *,
+    step: int = -1,
+    was_trusted: bool = False,
 ) -> None:
     """Keep a verdict on a node that had so many submissions, with the step of its evidence if there is one."""
-    document = msgspec.msgpack.encode(seal(book.verdicts, "verdict", verdict))
-    values = {"run": book.run, "node": verdict.node, "outcome": verdict.outcome, "step": step, "document": document}
+    document = msgspec.msgpack.encode(seal(run_ctx.verdicts, "verdict", verdict))
+    values = {"run": run_ctx.run, "node": verdict.node, "outcome": verdict.outcome, "step": step, "document": document}
     connection.execute(VERDICTS.insert().values(values | {"submissions": submissions, "was_trusted": was_trusted}))
     log.info("verdict node=%s outcome=%s reason=%s", verdict.node, verdict.outcome, verdict.reason)

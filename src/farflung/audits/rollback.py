@@ -15,93 +15,93 @@ from farflung.audits.pronounce import pronounce
 from farflung.audits.unused import drop_groups
 from farflung.protocol.errors import Conflict
 from farflung.protocol.messages import Verdict
-from farflung.store.run import Book, node_row
+from farflung.store.run import RunContext, node_row
 from farflung.store.tables import AUDITS, GROUPS, LEASES, STEPS
 from farflung.store.transitions import end_leases, move, record
 
 WHY = "rolled back to step {step}"
 
 
-def roll_back(connection: Connection, book: Book, to_step: int, without: Sequence[str], now: float) -> int:
+def roll_back(connection: Connection, run_ctx: RunContext, to_step: int, without: Sequence[str], now: float) -> int:
     """Make the next step restore `to_step`; gives its number. Raises Conflict for a step that is not committed."""
-    latest = _refuse_ended(connection, book)
+    latest = _refuse_ended(connection, run_ctx)
     if not 0 <= to_step <= latest:
         raise Conflict(f"step {to_step} is not committed; the latest is {latest}")
     why = WHY.format(step=to_step)
     for node in without:
-        _eject(connection, book, node, why, now)
-    _drop(connection, book, to_step, why, now)
-    _restoring(connection, book, latest + 1, to_step, now)
+        _eject(connection, run_ctx, node, why, now)
+    _drop(connection, run_ctx, to_step, why, now)
+    _restoring(connection, run_ctx, latest + 1, to_step, now)
     said = {"warning": f"{why} by step {latest + 1}", "without": without}
-    record(connection, "run", [book.run], "running", "running", now, **said)
+    record(connection, "run", [run_ctx.run], "running", "running", now, **said)
     return latest + 1
 
 
-def restore_latest(connection: Connection, book: Book, lost_step: int, now: float) -> int:
+def restore_latest(connection: Connection, run_ctx: RunContext, lost_step: int, now: float) -> int:
     """Make the next step publish the latest one again, without work of policies from `lost_step` on; gives its number.
 
     Raises Conflict for a run that has ended.
     """
-    latest = _refuse_ended(connection, book)
+    latest = _refuse_ended(connection, run_ctx)
     why = f"the weights of step {lost_step} are lost"
-    _drop(connection, book, lost_step - 1, why, now, is_looked_at=True)
+    _drop(connection, run_ctx, lost_step - 1, why, now, is_looked_at=True)
     for status in ("open", "claimed"):
-        lost = sa.and_(AUDITS.c.run == book.run, AUDITS.c.step >= lost_step, AUDITS.c.status == status)
+        lost = sa.and_(AUDITS.c.run == run_ctx.run, AUDITS.c.step >= lost_step, AUDITS.c.status == status)
         audits = list(connection.execute(sa.select(AUDITS.c.audit).where(lost)).scalars())
         move(connection, "audit", audits, status, "cancelled", now, why=why)
-    _restoring(connection, book, latest + 1, latest, now)
+    _restoring(connection, run_ctx, latest + 1, latest, now)
     return latest + 1
 
 
-def _refuse_ended(connection: Connection, book: Book) -> int:
+def _refuse_ended(connection: Connection, run_ctx: RunContext) -> int:
     """The latest step of a run that goes on. Raises Conflict."""
-    latest, status = book.latest(connection).step, book.status(connection)
-    if status != "running" or latest >= book.config.run.steps:
+    latest, status = run_ctx.latest(connection).step, run_ctx.status(connection)
+    if status != "running" or latest >= run_ctx.config.run.steps:
         raise Conflict(
-            f"the run is {status} after step {latest} of {book.config.run.steps}; resume it with more --run.steps"
+            f"the run is {status} after step {latest} of {run_ctx.config.run.steps}; resume it with more --run.steps"
         )
     return latest
 
 
-def _eject(connection: Connection, book: Book, node: str, why: str, now: float) -> None:
+def _eject(connection: Connection, run_ctx: RunContext, node: str, why: str, now: float) -> None:
     """The operator's own verdict on a node."""
     row = node_row(connection, node)
     if row.status == "ejected":
         return
     node_record.write(connection, node, msgspec.structs.replace(node_record.read(row), status="ejected"))
     move(connection, "node", [node], row.status, "ejected", now, why=why)
-    penalties.eject(connection, book, node, now)
+    penalties.eject(connection, run_ctx, node, now)
     reason = f"the operator does without this node: {why}"
     verdict = Verdict(
-        run=book.run, node=node, audit="none", outcome="eject", statistic=0.0, threshold=0.0, reason=reason,
+        run=run_ctx.run, node=node, audit="none", outcome="eject", statistic=0.0, threshold=0.0, reason=reason,
         decided_at=now,
     )  # fmt: skip
-    pronounce(connection, book, verdict, node_record.read(row).submissions)
+    pronounce(connection, run_ctx, verdict, node_record.read(row).submissions)
 
 
 def _drop(
-    connection: Connection, book: Book, to_step: int, why: str, now: float, *, is_looked_at: bool = False
+    connection: Connection, run_ctx: RunContext, to_step: int, why: str, now: float, *, is_looked_at: bool = False
 ) -> None:
     """Let go of everything that policies after `to_step` generated or would."""
-    later = sa.and_(LEASES.c.run == book.run, LEASES.c.step > to_step, LEASES.c.status == "open")
+    later = sa.and_(LEASES.c.run == run_ctx.run, LEASES.c.step > to_step, LEASES.c.status == "open")
     leases = sa.select(LEASES.c.lease).where(later, LEASES.c.purpose == "train")
     end_leases(connection, list(connection.execute(leases).scalars()), "void", now, why=why)
-    mine = sa.and_(GROUPS.c.run == book.run, GROUPS.c.purpose == "train")
+    mine = sa.and_(GROUPS.c.run == run_ctx.run, GROUPS.c.purpose == "train")
     batched = list(connection.execute(sa.select(GROUPS.c.group).where(mine, GROUPS.c.status == "batched")).scalars())
     penalties.reopen(connection, batched, now, why)
     groups = sa.select(GROUPS.c.group).where(mine, GROUPS.c.step > to_step, GROUPS.c.status.in_(("open", "complete")))
-    drop_groups(connection, book, list(connection.execute(groups).scalars()), now, why, is_looked_at=is_looked_at)
+    drop_groups(connection, run_ctx, list(connection.execute(groups).scalars()), now, why, is_looked_at=is_looked_at)
 
 
-def _restoring(connection: Connection, book: Book, step: int, to_step: int, now: float) -> None:
+def _restoring(connection: Connection, run_ctx: RunContext, step: int, to_step: int, now: float) -> None:
     """Open the next step, or turn the open one, into one that restores `to_step` and takes no batch."""
-    this = sa.and_(STEPS.c.run == book.run, STEPS.c.step == step)
-    earlier = sa.and_(STEPS.c.run == book.run, STEPS.c.step == to_step)
+    this = sa.and_(STEPS.c.run == run_ctx.run, STEPS.c.step == step)
+    earlier = sa.and_(STEPS.c.run == run_ctx.run, STEPS.c.step == to_step)
     reward = connection.execute(sa.select(STEPS.c.seen_reward).where(earlier)).scalar_one()
     values = {"restores": to_step, "seen_groups": 0, "seen_reward": reward}
     if connection.execute(STEPS.update().where(this).values(values)).rowcount:
         return
-    identity = f"{book.run}-step-{step}"
-    row = {"id": identity, "run": book.run, "step": step, "status": "open", "claimed_at": now}
+    identity = f"{run_ctx.run}-step-{step}"
+    row = {"id": identity, "run": run_ctx.run, "step": step, "status": "open", "claimed_at": now}
     connection.execute(STEPS.insert().values(row | values))
     record(connection, "step", [identity], "", "open", now, restores=to_step)

@@ -16,7 +16,7 @@ from farflung.net.session import Session
 from farflung.protocol import seeds, wire
 from farflung.protocol.errors import ConfigError, FarflungError, NotFound
 from farflung.protocol.messages import Canary, SelfTest
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.trust.evidence import Profile, Seen, from_json
 from farflung.trust.machine_noise import compared, expectation, noise_factor
 
@@ -41,20 +41,22 @@ class Tried(NamedTuple):
 # --- coordinator -----------------------------------------------------------------------------------------------------
 
 
-def ask(book: Book, step: int, prompts: Sequence[bytes]) -> list[Canary]:
+def ask(run_ctx: RunContext, step: int, prompts: Sequence[bytes]) -> list[Canary]:
     """What the trainer is to generate for it."""
-    budget = min(TOKENS, book.config.generate.budget)
-    return [Canary(prompt_ids=ids, seed=_number(book, step, "seed", i), budget=budget) for i, ids in enumerate(prompts)]
+    budget = min(TOKENS, run_ctx.config.generate.budget)
+    return [
+        Canary(prompt_ids=ids, seed=_number(run_ctx, step, "seed", i), budget=budget) for i, ids in enumerate(prompts)
+    ]
 
 
-def tasks(book: Book, step: int) -> list[str]:
+def tasks(run_ctx: RunContext, step: int) -> list[str]:
     """The tasks whose prompts it has; none for most steps."""
-    count = book.config.trust.self_test if step % EVERY == 0 else 0
-    return [book.tasks[_number(book, step, "task", i) % len(book.tasks)][0] for i in range(count)]
+    count = run_ctx.config.trust.self_test if step % EVERY == 0 else 0
+    return [run_ctx.tasks[_number(run_ctx, step, "task", i) % len(run_ctx.tasks)][0] for i in range(count)]
 
 
-def _number(book: Book, step: int, label: str, i: int) -> int:
-    public = hashlib.sha256(f"farflung self-test {book.run}".encode()).digest()
+def _number(run_ctx: RunContext, step: int, label: str, i: int) -> int:
+    public = hashlib.sha256(f"farflung self-test {run_ctx.run}".encode()).digest()
     return int.from_bytes(seeds.derive(public, f"self-test {label}", step, i)[:8], "big")
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from farflung.audits import node_record, penalties
 from farflung.audits.pronounce import pronounce
 from farflung.protocol.messages import RolloutLook, Verdict
-from farflung.store.run import Book, node_row
+from farflung.store.run import RunContext, node_row
 from farflung.store.tables import GROUPS, ROLLOUTS, SUBMISSIONS
 from farflung.store.transitions import move
 from farflung.trust.evidence import Profiles
@@ -36,24 +36,31 @@ _NOTED = (
 
 
 def take_looks(
-    connection: Connection, book: Book, profiles: Profiles, step: int, looked: Sequence[RolloutLook], now: float
+    connection: Connection,
+    run_ctx: RunContext,
+    profiles: Profiles,
+    step: int,
+    looked: Sequence[RolloutLook],
+    now: float,
 ) -> int:
     """Count what the replays of an open step's batch found; gives how many nodes that has consequences for."""
-    of_batch = _of_batch(connection, book, step)
+    of_batch = _of_batch(connection, run_ctx, step)
     note(connection, (one for one in looked if one.rollout in of_batch))
     found: dict[str, dict[str, list[Look]]] = defaultdict(lambda: defaultdict(list))
     counted: list[str] = []
-    for row in connection.execute(_UNWATCHED, {"of": book.run, "at": step}):
+    for row in connection.execute(_UNWATCHED, {"of": run_ctx.run, "at": step}):
         likely = profiles.of(row.profile).liked
         found[row.node][row.group].append(Look(row.flips, row.liked, row.allowed, row.reward, likely))
         counted.append(row.rollout)
     if counted:
         connection.execute(_WATCHED, [{"id": rollout} for rollout in counted])
-    return sum(_look_over(connection, book, node, list(groups.values()), step, now) for node, groups in found.items())
+    return sum(
+        _look_over(connection, run_ctx, node, list(groups.values()), step, now) for node, groups in found.items()
+    )
 
 
-def _of_batch(connection: Connection, book: Book, step: int) -> set[str]:
-    return set(connection.execute(_OF_BATCH, {"of": book.run, "at": step}).scalars())
+def _of_batch(connection: Connection, run_ctx: RunContext, step: int) -> set[str]:
+    return set(connection.execute(_OF_BATCH, {"of": run_ctx.run, "at": step}).scalars())
 
 
 _BATCH = sa.and_(GROUPS.c.run == sa.bindparam("of"), GROUPS.c.batch_step == sa.bindparam("at"))
@@ -70,14 +77,14 @@ _WATCHED = ROLLOUTS.update().where(ROLLOUTS.c.rollout == sa.bindparam("id")).val
 
 
 def _look_over(
-    connection: Connection, book: Book, node: str, groups: Sequence[Sequence[Look]], step: int, now: float
+    connection: Connection, run_ctx: RunContext, node: str, groups: Sequence[Sequence[Look]], step: int, now: float
 ) -> int:
     """Fold a node's groups into its record; 1 if something follows."""
     row = node_row(connection, node)
     before = node_record.read(row)
     if before.status == "ejected":
         return 0
-    after, outcome = look_over(before, groups, node_record.settings(book))
+    after, outcome = look_over(before, groups, node_record.settings(run_ctx))
     node_record.write(connection, node, after)
     if outcome.kind == "ok":
         return 0
@@ -87,11 +94,11 @@ def _look_over(
     if outcome.kind == "eject":
         batched = sa.select(ROLLOUTS.c.group).where(mine, ROLLOUTS.c.status == "batched").distinct()
         penalties.reopen(connection, list(connection.execute(batched).scalars()), now, why)
-        penalties.eject(connection, book, node, now)
+        penalties.eject(connection, run_ctx, node, now)
     else:
-        penalties.hold(connection, book, mine, why, now, live=("received", "accepted", "batched"))
+        penalties.hold(connection, run_ctx, mine, why, now, live=("received", "accepted", "batched"))
     verdict = Verdict(
-        run=book.run,
+        run=run_ctx.run,
         node=node,
         audit="none",
         outcome=outcome.kind,
@@ -101,5 +108,5 @@ def _look_over(
         decided_at=now,
     )
     was_trusted = before.status == "trusted"
-    pronounce(connection, book, verdict, after.submissions, step=step, was_trusted=was_trusted)
+    pronounce(connection, run_ctx, verdict, after.submissions, step=step, was_trusted=was_trusted)
     return 1

@@ -16,7 +16,7 @@ from farflung.audits.audit import Drawn, open_audits
 from farflung.protocol import seeds
 from farflung.store import payment
 from farflung.store.evaluations import HELD_OUT
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS
 from farflung.store.transitions import move
 
@@ -25,7 +25,13 @@ ENDS = (("leased", "expired"), ("held", "dropped"), ("received", "dropped"), ("a
 
 
 def drop_groups(
-    connection: Connection, book: Book, groups: Sequence[str], now: float, why: str, *, is_looked_at: bool = False
+    connection: Connection,
+    run_ctx: RunContext,
+    groups: Sequence[str],
+    now: float,
+    why: str,
+    *,
+    is_looked_at: bool = False,
 ) -> None:
     """Let go of groups that will not be trained on, with all that is under way for them.
 
@@ -35,21 +41,21 @@ def drop_groups(
         query = sa.select(GROUPS.c.group).where(GROUPS.c.group.in_(groups), GROUPS.c.status == status)
         move(connection, "group", list(connection.execute(query).scalars()), status, "dropped", now, why=why)
     of_these = ROLLOUTS.c.group.in_(groups)
-    _pay_unscored(connection, book, of_these, now)
+    _pay_unscored(connection, run_ctx, of_these, now)
     if not is_looked_at:
-        look_at(connection, book, sa.and_(of_these, ROLLOUTS.c.status.in_(("received", "accepted"))), now)
+        look_at(connection, run_ctx, sa.and_(of_these, ROLLOUTS.c.status.in_(("received", "accepted"))), now)
     for status, after in ENDS:
         query = sa.select(ROLLOUTS.c.rollout).where(of_these, ROLLOUTS.c.status == status)
         move(connection, "rollout", list(connection.execute(query).scalars()), status, after, now, why=why)
 
 
-def _pay_unscored(connection: Connection, book: Book, which: Any, now: float) -> None:
+def _pay_unscored(connection: Connection, run_ctx: RunContext, which: Any, now: float) -> None:
     query = sa.select(ROLLOUTS).join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
     mine = sa.and_(which, ROLLOUTS.c.status == "received", GROUPS.c.purpose.not_in(HELD_OUT))
-    payment.pay(connection, book, connection.execute(query.where(mine)).all(), now)
+    payment.pay(connection, run_ctx, connection.execute(query.where(mine)).all(), now)
 
 
-def look_at(connection: Connection, book: Book, which: Any, now: float) -> int:
+def look_at(connection: Connection, run_ctx: RunContext, which: Any, now: float) -> int:
     """Open audits of one paid rollout of each submission among these; gives how many. A submission is in the test's
     count once, so further audits of one count as suspicion."""
     rows = connection.execute(
@@ -58,18 +64,18 @@ def look_at(connection: Connection, book: Book, which: Any, now: float) -> int:
         .where(which, ROLLOUTS.c.escrow_step.is_not(None))
         .order_by(ROLLOUTS.c.group, ROLLOUTS.c.sample)
     ).all()
-    drawn = {row.submission: _drawn(row) for row in one_of_each(book, rows) if not row.is_audited}
+    drawn = {row.submission: _drawn(row) for row in one_of_each(run_ctx, rows) if not row.is_audited}
     query = sa.select(AUDITS.c.submission).where(AUDITS.c.submission.in_(list(drawn)), AUDITS.c.kind == "draw")
     counted = set(connection.execute(query).scalars()) if drawn else set[str]()
     for kind, is_counted in (("draw", False), ("suspicion", True)):
         some = [one for submission, one in drawn.items() if (submission in counted) is is_counted]
-        open_audits(connection, book, some, kind, now)
+        open_audits(connection, run_ctx, some, kind, now)
     return len(drawn)
 
 
-def one_of_each(book: Book, rows: Iterable[Row[Any]]) -> list[Row[Any]]:
+def one_of_each(run_ctx: RunContext, rows: Iterable[Row[Any]]) -> list[Row[Any]]:
     """Of the rollouts of each submission one, drawn by the audit key of their policy's step."""
-    return draw_one_of_each(rows, lambda step: seeds.audit_key(book.step_secret(step)))
+    return draw_one_of_each(rows, lambda step: seeds.audit_key(run_ctx.step_secret(step)))
 
 
 def draw_one_of_each(rows: Iterable[Any], key_of: Callable[[int], bytes]) -> list[Any]:

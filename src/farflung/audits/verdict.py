@@ -19,7 +19,7 @@ from farflung.protocol import wire
 from farflung.protocol.errors import FailedCanary, Malformed, NotFound
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import Evidence, Lease, RolloutEvidence, Verdict
-from farflung.store.run import Book, node_row
+from farflung.store.run import RunContext, node_row
 from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS
 from farflung.store.transitions import move
 from farflung.trust import fingerprint_distance
@@ -45,32 +45,34 @@ KIND = "evidence"
 
 
 def take_evidence(
-    connection: Connection, book: Book, profiles: Profiles, validator: str, signed: Signed, now: float
+    connection: Connection, run_ctx: RunContext, profiles: Profiles, validator: str, signed: Signed, now: float
 ) -> int:
     """Keep one audit's evidence and fold what can be folded of that node. Gives 0 if it was there already.
 
     Raises FailedCanary for a validator that has not passed the canaries of the audit's step; anybody may answer then.
     """
     evidence = unseal(signed, KIND, Evidence)
-    if (taken := canary.take(connection, book, profiles.run, validator, evidence, now)) is not None:
+    if (taken := canary.take(connection, run_ctx, profiles.run, validator, evidence, now)) is not None:
         return taken
     audit = connection.execute(sa.select(AUDITS).where(AUDITS.c.audit == evidence.audit)).first()
-    if audit is None or audit.run != book.run:
-        raise NotFound(f"run {book.run!r} has no audit {evidence.audit}")
+    if audit is None or audit.run != run_ctx.run:
+        raise NotFound(f"run {run_ctx.run!r} has no audit {evidence.audit}")
     if audit.status != "claimed" or audit.claimed_by != validator:
         return 0
-    if not canary.has_passed(connection, book, validator, audit.step):
+    if not canary.has_passed(connection, run_ctx, validator, audit.step):
         raise FailedCanary(f"validator {validator} has not passed the canaries of step {audit.step}; claim again")
-    _check(connection, book, audit, evidence, profiles)
+    _check(connection, run_ctx, audit, evidence, profiles)
     connection.execute(
         AUDITS.update().where(AUDITS.c.audit == audit.audit).values(evidence=msgspec.msgpack.encode(signed))
     )
     move(connection, "audit", [audit.audit], "claimed", "done", now, validator=validator)
-    _fold_in_order(connection, book, profiles, audit.node, now)
+    _fold_in_order(connection, run_ctx, profiles, audit.node, now)
     return 1
 
 
-def _check(connection: Connection, book: Book, audit: Row[Any], evidence: Evidence, profiles: Profiles) -> None:
+def _check(
+    connection: Connection, run_ctx: RunContext, audit: Row[Any], evidence: Evidence, profiles: Profiles
+) -> None:
     """Evidence must be about the drawn rollouts, every token of them, under the leased weights and the run's profile.
 
     Of a submission whose first rollouts void it already, the rest may be left out.
@@ -79,7 +81,7 @@ def _check(connection: Connection, book: Book, audit: Row[Any], evidence: Eviden
     found = [one.rollout for one in evidence.rollouts]
     if found != drawn[: len(found)]:
         raise Malformed(f"audit {audit.audit} drew {drawn}; the evidence is about {found}")
-    if evidence.manifest != book.manifest_of(connection, audit.step) or evidence.profile != profiles.run.name:
+    if evidence.manifest != run_ctx.manifest_of(connection, audit.step) or evidence.profile != profiles.run.name:
         raise Malformed(f"audit {audit.audit} is of other weights or another profile than {profiles.run.name!r}")
     query = sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.tokens).where(ROLLOUTS.c.rollout.in_(drawn))
     tokens: dict[str, int] = {row.rollout: row.tokens for row in connection.execute(query)}
@@ -88,7 +90,7 @@ def _check(connection: Connection, book: Book, audit: Row[Any], evidence: Eviden
         if one.tokens != tokens[one.rollout]:
             raise Malformed(f"rollout {one.rollout} has {tokens[one.rollout]} tokens, its evidence {one.tokens}")
     _check_fingerprints(connection, audit, evidence)
-    if len(found) < len(drawn) and (audit.kind == "confirm" or not is_decisive(findings, book.config.trust.cap)):
+    if len(found) < len(drawn) and (audit.kind == "confirm" or not is_decisive(findings, run_ctx.config.trust.cap)):
         raise Malformed(f"audit {audit.audit} drew {len(drawn)} rollouts; the evidence on {len(found)} voids nothing")
 
 
@@ -98,11 +100,11 @@ def is_decisive(findings: Sequence[Finding], cap: float) -> bool:
     return is_void(ratios, cap)
 
 
-def fold_all(connection: Connection, book: Book, profiles: Profiles, now: float) -> None:
+def fold_all(connection: Connection, run_ctx: RunContext, profiles: Profiles, now: float) -> None:
     """Fold what was kept while the brake was on."""
-    waiting = sa.and_(AUDITS.c.run == book.run, AUDITS.c.outcome.is_(None), AUDITS.c.status == "done")
+    waiting = sa.and_(AUDITS.c.run == run_ctx.run, AUDITS.c.outcome.is_(None), AUDITS.c.status == "done")
     for node in list(connection.execute(sa.select(AUDITS.c.node).where(waiting).distinct()).scalars()):
-        _fold_in_order(connection, book, profiles, node, now)
+        _fold_in_order(connection, run_ctx, profiles, node, now)
 
 
 def _check_fingerprints(connection: Connection, audit: Row[Any], evidence: Evidence) -> None:
@@ -121,7 +123,7 @@ def _asks_fingerprints(connection: Connection, audit: Row[Any]) -> bool:
     return unseal(msgspec.msgpack.decode(sealed, type=Signed), "lease", Lease).fingerprint
 
 
-def _fold_in_order(connection: Connection, book: Book, profiles: Profiles, node: str, now: float) -> None:
+def _fold_in_order(connection: Connection, run_ctx: RunContext, profiles: Profiles, node: str, now: float) -> None:
     """Fold this node's answered audits, oldest submission first, up to the first that is still unanswered."""
     rows = connection.execute(
         sa.select(AUDITS, SUBMISSIONS.c.profile, SUBMISSIONS.c.audit_probability, SUBMISSIONS.c.received_at)
@@ -130,10 +132,10 @@ def _fold_in_order(connection: Connection, book: Book, profiles: Profiles, node:
         .order_by(AUDITS.c.kind != "confirm", AUDITS.c.kind != "suspicion", SUBMISSIONS.c.received_at, AUDITS.c.audit)
     ).all()
     for row in rows:
-        if breaker.is_on(connection, book):
+        if breaker.is_on(connection, run_ctx):
             return
         if row.status == "done":
-            _judge(connection, book, profiles.of(row.profile), row, now)
+            _judge(connection, run_ctx, profiles.of(row.profile), row, now)
         elif row.kind != "suspicion":
             return
 
@@ -142,7 +144,7 @@ FOLDS = {"draw": fold, "suspicion": weigh, "confirm": confirm}
 """How the findings of each kind of audit change a record."""
 
 
-def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any], now: float) -> None:
+def _judge(connection: Connection, run_ctx: RunContext, profile: Profile, audit: Row[Any], now: float) -> None:
     evidence = unseal(msgspec.msgpack.decode(audit.evidence, type=Signed), KIND, Evidence)
     findings = [finding(profile, one) for one in evidence.rollouts]
     node = node_row(connection, audit.node)
@@ -151,19 +153,19 @@ def _judge(connection: Connection, book: Book, profile: Profile, audit: Row[Any]
         return  # it waits for the second opinion
     was_trusted = audit.audit_probability < 1
     take_in = FOLDS[audit.kind] if audit.kind != "draw" or _is_news(connection, audit, findings) else weigh
-    after, outcome = take_in(before, findings, node_record.settings(book), was_trusted=was_trusted)
+    after, outcome = take_in(before, findings, node_record.settings(run_ctx), was_trusted=was_trusted)
     after, outcome = fingerprint_distance.judge(after, outcome, findings, profile.fingerprint)
     connection.execute(AUDITS.update().where(AUDITS.c.audit == audit.audit).values(outcome=outcome.kind))
     node_record.write(connection, audit.node, after)
     if after.status != before.status:
         move(connection, "node", [audit.node], before.status, after.status, now, why=outcome.reason)
     steering.note(connection, findings)
-    _take_effect(connection, book, audit, findings, outcome, now)
+    _take_effect(connection, run_ctx, audit, findings, outcome, now)
     if outcome.kind != "ok":
-        _pronounce(connection, book, audit, before, after, outcome, _diagnosis(profile, evidence), now)
-        if outcome.kind == "release" and _is_contradicted(connection, book, profile, audit, findings):
-            breaker.disagree(connection, book, audit.step, now)
-        breaker.look(connection, book, audit.step, now)
+        _pronounce(connection, run_ctx, audit, before, after, outcome, _diagnosis(profile, evidence), now)
+        if outcome.kind == "release" and _is_contradicted(connection, run_ctx, profile, audit, findings):
+            breaker.disagree(connection, run_ctx, audit.step, now)
+        breaker.look(connection, run_ctx, audit.step, now)
 
 
 def _is_news(connection: Connection, audit: Row[Any], findings: Sequence[Finding]) -> bool:
@@ -185,7 +187,7 @@ def _is_news(connection: Connection, audit: Row[Any], findings: Sequence[Finding
 
 
 def _is_contradicted(
-    connection: Connection, book: Book, profile: Profile, audit: Row[Any], second: Sequence[Finding]
+    connection: Connection, run_ctx: RunContext, profile: Profile, audit: Row[Any], second: Sequence[Finding]
 ) -> bool:
     """Whether the first opinion voids what the second finds honest: a node's near-ties may turn an opinion, but only a
     broken verifier turns it so far."""
@@ -196,7 +198,7 @@ def _is_contradicted(
     evidence = unseal(msgspec.msgpack.decode(first, type=Signed), KIND, Evidence)
     found = [finding(profile, one) for one in evidence.rollouts]
     ratios = submission_log_ratios([np.array(one.log_ratios) for one in second])
-    return is_decisive(found, book.config.trust.cap) and not is_bad(mean_log_ratio(ratios), ODD)
+    return is_decisive(found, run_ctx.config.trust.cap) and not is_bad(mean_log_ratio(ratios), ODD)
 
 
 def _diagnosis(profile: Profile, evidence: Evidence) -> str:
@@ -210,25 +212,30 @@ def _diagnosis(profile: Profile, evidence: Evidence) -> str:
 
 
 def _take_effect(
-    connection: Connection, book: Book, audit: Row[Any], findings: Sequence[Finding], outcome: Outcome, now: float
+    connection: Connection,
+    run_ctx: RunContext,
+    audit: Row[Any],
+    findings: Sequence[Finding],
+    outcome: Outcome,
+    now: float,
 ) -> None:
     match outcome.kind:
         case "ok" | "release":
             odd = [found.rollout for found in findings if is_bad(found.log_lr, ODD)]
-            penalties.clear(connection, book, audit, odd, now)
+            penalties.clear(connection, run_ctx, audit, odd, now)
         case "void":
-            bad = [f.rollout for f in findings if f.is_far or is_bad(f.log_lr, book.config.trust.cap)]
-            penalties.void(connection, book, audit, bad, now)
-            penalties.hold(connection, book, ROLLOUTS.c.node == audit.node, f"audit {audit.audit} failed", now)
+            bad = [f.rollout for f in findings if f.is_far or is_bad(f.log_lr, run_ctx.config.trust.cap)]
+            penalties.void(connection, run_ctx, audit, bad, now)
+            penalties.hold(connection, run_ctx, ROLLOUTS.c.node == audit.node, f"audit {audit.audit} failed", now)
         case "quarantine":
             submission = sa.select(SUBMISSIONS).where(SUBMISSIONS.c.submission == audit.submission)
             rollouts = [found.rollout for found in findings]
-            open_audit(connection, book, connection.execute(submission).one(), rollouts, "confirm", now)
-            penalties.hold(connection, book, ROLLOUTS.c.node == audit.node, "its node is in quarantine", now)
+            open_audit(connection, run_ctx, connection.execute(submission).one(), rollouts, "confirm", now)
+            penalties.hold(connection, run_ctx, ROLLOUTS.c.node == audit.node, "its node is in quarantine", now)
         case "eject":
-            bad = [found.rollout for found in findings if is_bad(found.log_lr, book.config.trust.cap)]
-            penalties.void(connection, book, audit, bad, now)
-            penalties.eject(connection, book, audit.node, now)
+            bad = [found.rollout for found in findings if is_bad(found.log_lr, run_ctx.config.trust.cap)]
+            penalties.void(connection, run_ctx, audit, bad, now)
+            penalties.eject(connection, run_ctx, audit.node, now)
 
 
 def finding(profile: Profile, found: RolloutEvidence) -> Finding:
@@ -252,7 +259,7 @@ def seen_of(found: RolloutEvidence) -> Seen:
 
 def _pronounce(
     connection: Connection,
-    book: Book,
+    run_ctx: RunContext,
     audit: Row[Any],
     before: NodeRecord,
     record: NodeRecord,
@@ -262,7 +269,7 @@ def _pronounce(
 ) -> None:
     reason = f"{outcome.reason}; explained by {diagnosis}" if diagnosis else outcome.reason
     verdict = Verdict(
-        run=book.run,
+        run=run_ctx.run,
         node=audit.node,
         audit=audit.audit,
         outcome=outcome.kind,
@@ -273,4 +280,4 @@ def _pronounce(
         decided_at=now,
     )
     was_trusted = before.status == "trusted"
-    pronounce(connection, book, verdict, record.submissions, step=audit.step, was_trusted=was_trusted)
+    pronounce(connection, run_ctx, verdict, record.submissions, step=audit.step, was_trusted=was_trusted)

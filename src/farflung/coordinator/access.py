@@ -19,7 +19,7 @@ from farflung.protocol.errors import Forbidden
 log = logging.getLogger(__name__)
 
 
-class Doors:
+class AccessControl:
     """Roles that the operator granted, the operator's token, and rates."""
 
     def __init__(self, roles: Mapping[str, str], own: str, admin_token: str, limits: CoordinatorSection) -> None:

@@ -9,9 +9,9 @@ from typing import TypeVar
 from sqlalchemy import Connection
 
 from farflung.config import Config
-from farflung.coordinator.access import Doors
+from farflung.coordinator.access import AccessControl
 from farflung.coordinator.glance import Glance
-from farflung.coordinator.long_poll import Hall
+from farflung.coordinator.long_poll import LongPoll
 from farflung.coordinator.twins import Twins
 from farflung.net.server import Call
 from farflung.protocol import messages as m
@@ -23,7 +23,7 @@ from farflung.rollouts.archive import Archive
 from farflung.store.blobs import Blobs
 from farflung.store.db import Database
 from farflung.store.metrics import Metrics
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.trust.evidence import Profiles
 
 T = TypeVar("T")
@@ -31,12 +31,12 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-class Office:
+class Context:
     """The run as `tasks/create_run.py` founds it. `papers` are what nodes check before they join."""
 
     def __init__(
         self,
-        book: Book,
+        run_ctx: RunContext,
         papers: m.Run,
         weights_keys: Trusted,
         profiles: Profiles,
@@ -47,34 +47,34 @@ class Office:
         clock: Callable[[], float] = time.time,
         admin_token: str = "",
     ) -> None:
-        self.book, self.papers, self.weights_keys, self.profiles = book, papers, weights_keys, profiles
+        self.run_ctx, self.papers, self.weights_keys, self.profiles = run_ctx, papers, weights_keys, profiles
         self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
-        self.doors = Doors(book.granted, book.key.id, admin_token, self.config.coordinator)
-        self.hall, self.twins = Hall(), Twins()
-        self.glance = Shared(lambda: database.read_page(lambda c: Glance(views.status(c, book, clock()))))
-        self.weights = Shared(lambda: database.read_page(lambda c: versions.versions(c, book, clock())))
+        self.access = AccessControl(run_ctx.granted, run_ctx.key.id, admin_token, self.config.coordinator)
+        self.long_poll, self.twins = LongPoll(), Twins()
+        self.glance = Shared(lambda: database.read_page(lambda c: Glance(views.status(c, run_ctx, clock()))))
+        self.weights = Shared(lambda: database.read_page(lambda c: versions.versions(c, run_ctx, clock())))
         self.collected_step = 0
         """The shards of versions before this one are deleted."""
 
     @property
     def config(self) -> Config:
         """The run's configuration."""
-        return self.book.config
+        return self.run_ctx.config
 
     def here(self, call: Call) -> None:
         """Raises NotFound for another run than this one."""
-        if call.path.get("run", self.book.run) != self.book.run:
-            raise NotFound(f"there is no run {call.path['run']!r} here; there is {self.book.run!r}")
+        if call.path.get("run", self.run_ctx.run) != self.run_ctx.run:
+            raise NotFound(f"there is no run {call.path['run']!r} here; there is {self.run_ctx.run!r}")
 
     def require(self, call: Call, role: str) -> None:
         """This run, and a node that was granted this role. Raises NotFound or Forbidden."""
         self.here(call)
-        self.doors.require(call, role)
+        self.access.require(call, role)
 
     def require_operator(self, call: Call) -> None:
         """This run, and its operator. Raises NotFound or Forbidden."""
         self.here(call)
-        self.doors.require_operator(call)
+        self.access.require_operator(call)
 
     def gate(self, role: str, limit_bytes: int) -> Callable[[Call], Awaitable[int]]:
         """For routes with large bodies: a role, and how many bytes it may send."""
@@ -88,11 +88,11 @@ class Office:
     async def write(self, change: Callable[[Connection], T]) -> T:
         """A transaction; whoever polls for work looks again after it."""
         result = await self.database.write(change)
-        self.hall.wake()
+        self.long_poll.wake()
         return result
 
     async def write_together(
-        self, serve: Callable[["Office", Connection, Sequence[A]], list[B | Refusal]], item: A
+        self, serve: Callable[["Context", Connection, Sequence[A]], list[B | Refusal]], item: A
     ) -> B:
         """A request of a kind that is served in sets, many in one transaction (see `store/db.py`); wakes nobody."""
         return await self.database.write_together(MethodType(serve, self), item)

@@ -17,7 +17,7 @@ from farflung.protocol.errors import Conflict, NotFound
 from farflung.rollouts.unscorable import warn
 from farflung.store.blobs import Blobs
 from farflung.store.db import Database
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import AUDITS, ROLLOUTS
 from farflung.store.transitions import move
 from farflung.weights import shard_gc
@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 UNTRAINED = ("held", "received", "accepted", "batched")
 
 
-async def mend(database: Database, book: Book, blobs: Blobs, bodies: Blobs, now: float) -> None:
+async def mend(database: Database, run_ctx: RunContext, blobs: Blobs, bodies: Blobs, now: float) -> None:
     """Find what is damaged and have it made again."""
     if blobs.is_shared:
         return
-    for step, digests in (await database.read(lambda c: shard_gc.newest(c, book))).items():
+    for step, digests in (await database.read(lambda c: shard_gc.newest(c, run_ctx))).items():
         if damaged := await _damaged(blobs, digests):
-            await database.write(lambda c, step=step, lost=damaged: _publish_again(c, book, step, lost, now))
+            await database.write(lambda c, step=step, lost=damaged: _publish_again(c, run_ctx, step, lost, now))
             break
-    if damaged := await _damaged(bodies, await database.read(lambda c: _untrained(c, book))):
-        await database.write(lambda c: _lease_again(c, book, damaged, now))
+    if damaged := await _damaged(bodies, await database.read(lambda c: _untrained(c, run_ctx))):
+        await database.write(lambda c: _lease_again(c, run_ctx, damaged, now))
 
 
 async def _damaged(blobs: Blobs, digests: Sequence[str]) -> list[str]:
@@ -50,26 +50,26 @@ async def _is_whole(blobs: Blobs, digest: str) -> bool:
     return await asyncio.to_thread(digest_of, data) == digest
 
 
-def _publish_again(connection: Connection, book: Book, step: int, lost: Sequence[str], now: float) -> None:
+def _publish_again(connection: Connection, run_ctx: RunContext, step: int, lost: Sequence[str], now: float) -> None:
     """Work under policies that nobody can fetch any more is let go. A run that has ended is told of only."""
     said = f"a part of the weights of step {step} is damaged or missing in the blob store ({lost[0][:12]})"
     try:
-        number = rollback.restore_latest(connection, book, step, now)
+        number = rollback.restore_latest(connection, run_ctx, step, now)
     except Conflict as error:
         log.warning("%s, and %s", said, error)
         return
-    warn(connection, book, f"{said}; step {number} publishes the latest weights again", now)
+    warn(connection, run_ctx, f"{said}; step {number} publishes the latest weights again", now)
 
 
-def _untrained(connection: Connection, book: Book) -> list[str]:
+def _untrained(connection: Connection, run_ctx: RunContext) -> list[str]:
     """Submissions that a run which goes on may still train on."""
-    if book.status(connection) != "running":
+    if run_ctx.status(connection) != "running":
         return []
-    query = sa.select(ROLLOUTS.c.submission).where(ROLLOUTS.c.run == book.run, ROLLOUTS.c.status.in_(UNTRAINED))
+    query = sa.select(ROLLOUTS.c.submission).where(ROLLOUTS.c.run == run_ctx.run, ROLLOUTS.c.status.in_(UNTRAINED))
     return sorted(set(connection.execute(query).scalars()))
 
 
-def _lease_again(connection: Connection, book: Book, lost: Sequence[str], now: float) -> None:
+def _lease_again(connection: Connection, run_ctx: RunContext, lost: Sequence[str], now: float) -> None:
     why = "its submission is damaged in the blob store"
     lying = ROLLOUTS.c.submission.in_(lost)
     groups = connection.execute(sa.select(ROLLOUTS.c.group).where(lying, ROLLOUTS.c.status.in_(UNTRAINED))).scalars()
@@ -81,5 +81,8 @@ def _lease_again(connection: Connection, book: Book, lost: Sequence[str], now: f
         query = sa.select(AUDITS.c.audit).where(AUDITS.c.submission.in_(lost), AUDITS.c.status == status)
         move(connection, "audit", list(connection.execute(query).scalars()), status, "cancelled", now, why=why)
     warn(
-        connection, book, f"submissions that are damaged or missing in the blob store are made again ({len(lost)})", now
+        connection,
+        run_ctx,
+        f"submissions that are damaged or missing in the blob store are made again ({len(lost)})",
+        now,
     )

@@ -60,7 +60,7 @@ class Queue:
         return random.uniform(0.5, 1.5) * min(self.longest_s, self.base_s + self.longest_s * share)
 
 
-class Hall:
+class LongPoll:
     """One queue for each kind of work that is waited for."""
 
     def __init__(self) -> None:

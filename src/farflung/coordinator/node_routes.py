@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row
 from starlette.responses import Response
 
 from farflung.audits import audit, canary
-from farflung.coordinator.context import Office, digest_in
+from farflung.coordinator.context import Context, digest_in
 from farflung.net.server import BODY_BYTES, Call
 from farflung.net.session import Index
 from farflung.protocol import messages as m
@@ -20,7 +20,7 @@ from farflung.protocol.identity import Signed
 from farflung.queries import rulings, views
 from farflung.rollouts import intake, orphan_gc, validate
 from farflung.store.bulk import update_rows
-from farflung.store.run import Book, ejected, node_rows, unknown_node
+from farflung.store.run import RunContext, ejected, node_rows, unknown_node
 from farflung.store.tables import NODES
 from farflung.tasks import admit, lease
 from farflung.tasks.assign import Wait
@@ -36,200 +36,202 @@ MOST_LOST = 1000
 """Lost leases that one pulse tells of."""
 
 
-async def index(office: Office, call: Call) -> Index:
+async def index(ctx: Context, call: Call) -> Index:
     """Who this coordinator is and which runs it has."""
     return Index(
-        office.book.key.id, m.VERSION, office.config.coordinator.minimum_version, office.papers.root, [office.book.run]
+        ctx.run_ctx.key.id, m.VERSION, ctx.config.coordinator.minimum_version, ctx.papers.root, [ctx.run_ctx.run]
     )
 
 
-async def register(office: Office, call: Call) -> m.Welcome:
+async def register(ctx: Context, call: Call) -> m.Welcome:
     """Make a key known. The role it asks for must be one the operator granted it; a worker needs none."""
     ask: m.Register = call.message
-    admit.check(office.config.coordinator, office.doors.roles.get(call.node, ""), call.node, ask, office.profiles.names)
-    status = await office.write(lambda c: admit.admit(c, call.node, call.public, ask, office.clock()))
-    return m.Welcome(node=call.node, role=ask.role, status=status, runs=[office.book.run])
+    admit.check(ctx.config.coordinator, ctx.access.roles.get(call.node, ""), call.node, ask, ctx.profiles.names)
+    status = await ctx.write(lambda c: admit.admit(c, call.node, call.public, ask, ctx.clock()))
+    return m.Welcome(node=call.node, role=ask.role, status=status, runs=[ctx.run_ctx.run])
 
 
-async def run(office: Office, call: Call) -> m.Run:
+async def run(ctx: Context, call: Call) -> m.Run:
     """The run's sealed papers: the root's delegations and what a node must know."""
-    office.here(call)
-    return office.papers
+    ctx.here(call)
+    return ctx.papers
 
 
-async def heartbeat(office: Office, call: Call) -> m.Pulse:
+async def heartbeat(ctx: Context, call: Call) -> m.HeartbeatReply:
     """Keep a node's leases alive; tells it where the run stands, or now and then that its key is in use elsewhere."""
-    office.here(call)
-    pulse = await office.write_together(_note_beats, (call.node, call.message))
-    office.twins.check(call.node, call.message, office.clock())
+    ctx.here(call)
+    pulse = await ctx.write_together(_note_beats, (call.node, call.message))
+    ctx.twins.check(call.node, call.message, ctx.clock())
     return pulse
 
 
 def _note_beats(
-    office: Office, connection: Connection, beats: Sequence[tuple[str, m.Heartbeat]]
-) -> list[m.Pulse | Refusal]:
-    now, nodes = office.clock(), {node for node, _ in beats}
+    ctx: Context, connection: Connection, beats: Sequence[tuple[str, m.Heartbeat]]
+) -> list[m.HeartbeatReply | Refusal]:
+    now, nodes = ctx.clock(), {node for node, _ in beats}
     rows = node_rows(connection, nodes)
-    lost = lease.lost_leases(connection, nodes, now - 2 * office.config.lease.lease_s)
-    latest, heard = office.book.latest(connection), [(rows[node], beat) for node, beat in beats if node in rows]
+    lost = lease.lost_leases(connection, nodes, now - 2 * ctx.config.lease.lease_s)
+    latest, heard = ctx.run_ctx.latest(connection), [(rows[node], beat) for node, beat in beats if node in rows]
     for row, beat in heard:
         if row.receipt or row.role != "worker":  # a key that handed nothing in costs nobody anything
-            office.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
-        if row.node in office.doors.roles:
-            audit.renew(connection, office.book, row.node, now)
+            ctx.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
+        if row.node in ctx.access.roles:
+            audit.renew(connection, ctx.run_ctx, row.node, now)
     last = {row.node: _beat_values(row.node, beat, now) for row, beat in heard}
     update_rows(connection, NODES, list(last.values()))
-    judged = rulings.rulings(connection, office.book, rows.values())
+    judged = rulings.rulings(connection, ctx.run_ctx, rows.values())
     pulses = {
-        node: _pulse(office.book, row, latest, lost.get(node, []), judged.get(node, [])) for node, row in rows.items()
+        node: _pulse(ctx.run_ctx, row, latest, lost.get(node, []), judged.get(node, [])) for node, row in rows.items()
     }
     return [pulses.get(node) or unknown_node(node) for node, _ in beats]
 
 
-def _pulse(book: Book, row: Row[Any], latest: m.Latest, lost: list[str], judged: list[m.Ruling]) -> m.Pulse:
-    clean, needed = rulings.progress(book, row)
+def _pulse(
+    run_ctx: RunContext, row: Row[Any], latest: m.Latest, lost: list[str], judged: list[m.Ruling]
+) -> m.HeartbeatReply:
+    clean, needed = rulings.progress(run_ctx, row)
     told = {"clean": clean, "needed": needed, "rulings": judged}
-    return m.Pulse(latest=latest, status=row.status, lost_leases=lost[:MOST_LOST], **told)
+    return m.HeartbeatReply(latest=latest, status=row.status, lost_leases=lost[:MOST_LOST], **told)
 
 
-async def latest(office: Office, call: Call) -> m.Latest:
+async def latest(ctx: Context, call: Call) -> m.Latest:
     """The newest published step."""
-    office.here(call)
-    return await office.database.read_together(_latest, office)
+    ctx.here(call)
+    return await ctx.database.read_together(_latest, ctx)
 
 
-def _latest(connection: Connection, offices: Sequence[Office]) -> list[m.Latest]:
-    return [offices[0].book.latest(connection)] * len(offices)
+def _latest(connection: Connection, offices: Sequence[Context]) -> list[m.Latest]:
+    return [offices[0].run_ctx.latest(connection)] * len(offices)
 
 
-async def weights(office: Office, call: Call) -> m.Weights:
+async def weights(ctx: Context, call: Call) -> m.Weights:
     """Versions of the weights: bytes, and how many nodes have them."""
-    office.here(call)
-    return await office.weights.get()
+    ctx.here(call)
+    return await ctx.weights.get()
 
 
-async def relays(office: Office, call: Call) -> m.Relays:
+async def relays(ctx: Context, call: Call) -> m.Relays:
     """Relays that are online; their bytes are checked, so none needs trust."""
-    office.here(call)
-    since = office.clock() - office.config.lease.lost_s
-    return await office.database.read(lambda c: views.relays(c, since))
+    ctx.here(call)
+    since = ctx.clock() - ctx.config.lease.lost_s
+    return await ctx.database.read(lambda c: views.relays(c, since))
 
 
-async def manifest(office: Office, call: Call) -> Signed:
+async def manifest(ctx: Context, call: Call) -> Signed:
     """A sealed manifest by its digest."""
-    office.here(call)
-    return await office.database.read(lambda c: views.manifest(c, office.book.run, call.path["digest"]))
+    ctx.here(call)
+    return await ctx.database.read(lambda c: views.manifest(c, ctx.run_ctx.run, call.path["digest"]))
 
 
-async def self_test(office: Office, call: Call) -> m.SelfTest:
+async def self_test(ctx: Context, call: Call) -> m.SelfTest:
     """Rollouts that the trainer made with a version, for nodes to try their arithmetic on."""
-    office.here(call)
-    return await office.database.read(lambda c: canary.self_test(c, office.book, office.profiles, call.path["digest"]))
+    ctx.here(call)
+    return await ctx.database.read(lambda c: canary.self_test(c, ctx.run_ctx, ctx.profiles, call.path["digest"]))
 
 
-async def get_blob(office: Office, call: Call) -> Response:
+async def get_blob(ctx: Context, call: Call) -> Response:
     """The origin of shards and model files: bytes by digest, with Range."""
-    response, size_bytes = await origin.serve(office.blobs, digest_in(call), call.request.headers.get("range", ""))
-    office.metrics.count_sent(size_bytes)
+    response, size_bytes = await origin.serve(ctx.blobs, digest_in(call), call.request.headers.get("range", ""))
+    ctx.metrics.count_sent(size_bytes)
     return response
 
 
-async def ask_for_lease(office: Office, call: Call) -> m.LeaseAnswer:
+async def ask_for_lease(ctx: Context, call: Call) -> m.LeaseAnswer:
     """Work for a node; waits up to wait_s for some. Asked again, the same lease."""
-    office.here(call)
+    ctx.here(call)
     ask: m.LeaseRequest = call.message
-    issue = partial(office.write_together, _issue, (call.node, ask))
-    return await office.hall.poll("lease", issue, lambda answer: answer.lease is not None, ask.wait_s)
+    issue = partial(ctx.write_together, _issue, (call.node, ask))
+    return await ctx.long_poll.poll("lease", issue, lambda answer: answer.lease is not None, ask.wait_s)
 
 
 def _issue(
-    office: Office, connection: Connection, asks: Sequence[tuple[str, m.LeaseRequest]]
+    ctx: Context, connection: Connection, asks: Sequence[tuple[str, m.LeaseRequest]]
 ) -> list[m.LeaseAnswer | Refusal]:
-    now, rows = office.clock(), node_rows(connection, {node for node, _ in asks})
-    refused = {node: refusal for node, _ in asks if (refusal := _may_not_lease(office, rows.get(node), node))}
+    now, rows = ctx.clock(), node_rows(connection, {node for node, _ in asks})
+    refused = {node: refusal for node, _ in asks if (refusal := _may_not_lease(ctx, rows.get(node), node))}
     let_in = [lease.Ask(rows[node], ask) for node, ask in asks if node not in refused]
     if let_in:
         connection.execute(SEEN, {"ids": [ask.node.node for ask in let_in], "at": now})
-    found = iter(lease.issue(connection, office.book, let_in, now) if let_in else ())
-    latest = office.book.latest(connection)
-    return [refused[node] if node in refused else _lease_answer(office, latest, next(found)) for node, _ in asks]
+    found = iter(lease.issue(connection, ctx.run_ctx, let_in, now) if let_in else ())
+    latest = ctx.run_ctx.latest(connection)
+    return [refused[node] if node in refused else _lease_answer(ctx, latest, next(found)) for node, _ in asks]
 
 
-def _may_not_lease(office: Office, row: Row[Any] | None, node: str) -> Refusal | None:
+def _may_not_lease(ctx: Context, row: Row[Any] | None, node: str) -> Refusal | None:
     if row is None:
         return unknown_node(node)
     if row.status == "ejected":
         return ejected(node)
-    if row.role in ("worker", office.doors.roles.get(node)):
+    if row.role in ("worker", ctx.access.roles.get(node)):
         return None
     return Forbidden(f"node {node} is registered as {row.role!r}; register as a worker to be leased work")
 
 
-def _lease_answer(office: Office, latest: m.Latest, found: Signed | Wait | Refusal) -> m.LeaseAnswer | Refusal:
+def _lease_answer(ctx: Context, latest: m.Latest, found: Signed | Wait | Refusal) -> m.LeaseAnswer | Refusal:
     if isinstance(found, Refusal):
         return found
     if isinstance(found, Signed):
         return m.LeaseAnswer(latest=latest, lease=found)
-    return m.LeaseAnswer(latest=latest, reason=found.reason, retry_after_s=office.hall.pause_s("lease"))
+    return m.LeaseAnswer(latest=latest, reason=found.reason, retry_after_s=ctx.long_poll.pause_s("lease"))
 
 
-async def submission_gate(office: Office, call: Call) -> int:
+async def submission_gate(ctx: Context, call: Call) -> int:
     """A submission may be as large as its lease can fill, in JSON, with log-probabilities, and no larger."""
-    office.here(call)
-    row, leased = await office.database.read_together(intake.leases_of, (call.path["lease"], call.node))
+    ctx.here(call)
+    row, leased = await ctx.database.read_together(intake.leases_of, (call.path["lease"], call.node))
     call.request.state.lease = row, leased
     samples = sum(len(group.samples) for group in leased.groups)
     return BODY_BYTES + samples * (SAMPLE_BYTES + leased.budget * TOKEN_BYTES)
 
 
-async def submission(office: Office, call: Call) -> Signed:
+async def submission(ctx: Context, call: Call) -> Signed:
     """Take a lease's rollouts in; gives a sealed receipt, the same one if they are sent again."""
     row, leased = call.request.state.lease
-    inspect = partial(validate.inspect, leased, call.node, call.message, *office.book.ending)
+    inspect = partial(validate.inspect, leased, call.node, call.message, *ctx.run_ctx.ending)
     sent = inspect() if len(call.body) <= SMALL_BYTES else await asyncio.to_thread(inspect)
-    if (earlier := intake.receipt_of(row, sent, office.clock())) is not None:
+    if (earlier := intake.receipt_of(row, sent, ctx.clock())) is not None:
         return earlier
-    await office.archive.blobs.put(sent.body, sent.digest)
-    logp = await office.archive.blobs.put(sent.logp) if sent.logp else None
+    await ctx.archive.blobs.put(sent.body, sent.digest)
+    logp = await ctx.archive.blobs.put(sent.logp) if sent.logp else None
 
-    delivery = intake.Delivery(call.node, sent, call.message.possession, logp)
+    delivery = intake.StoredSubmission(call.node, sent, call.message.possession, logp)
     try:
-        receipt = await office.write_together(take, delivery)
+        receipt = await ctx.write_together(take, delivery)
     except Refusal as refusal:
         if not isinstance(refusal, Unavailable):  # then nobody knows what became of it
-            await orphan_gc.discard(office.archive.blobs, office.database, [sent.digest, *([logp] if logp else [])])
+            await orphan_gc.discard(ctx.archive.blobs, ctx.database, [sent.digest, *([logp] if logp else [])])
         raise
-    office.hall.wake()
+    ctx.long_poll.wake()
     return receipt
 
 
-def take(office: Office, connection: Connection, deliveries: Sequence[intake.Delivery]) -> list[Signed | Refusal]:
+def take(ctx: Context, connection: Connection, deliveries: Sequence[intake.StoredSubmission]) -> list[Signed | Refusal]:
     """A receipt for each delivery, or why there is none."""
-    return intake.take(connection, office.book, office.profiles, deliveries, office.clock())
+    return intake.take(connection, ctx.run_ctx, ctx.profiles, deliveries, ctx.clock())
 
 
-async def give_back(office: Office, call: Call) -> m.Done:
+async def give_back(ctx: Context, call: Call) -> m.Done:
     """A node that leaves hands its lease back."""
-    office.here(call)
-    changed = await office.write(lambda c: intake.give_back(c, call.path["lease"], call.node, office.clock()))
+    ctx.here(call)
+    changed = await ctx.write(lambda c: intake.give_back(c, call.path["lease"], call.node, ctx.clock()))
     return m.Done(changed=changed)
 
 
-async def status(office: Office, call: Call) -> Response:
+async def status(ctx: Context, call: Call) -> Response:
     """The run at a glance."""
-    office.here(call)
-    return (await office.glance.get()).answer(call)
+    ctx.here(call)
+    return (await ctx.glance.get()).answer(call)
 
 
-async def prometheus(office: Office, call: Call) -> Response:
+async def prometheus(ctx: Context, call: Call) -> Response:
     """The same for Prometheus."""
-    text = (await office.glance.get()).exposition
+    text = (await ctx.glance.get()).exposition
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def story(office: Office, call: Call) -> m.Story:
+async def story(ctx: Context, call: Call) -> m.Story:
     """Everything that happened to one id."""
-    return await office.database.read_page(lambda c: views.story(c, office.config, call.path["id"]))
+    return await ctx.database.read_page(lambda c: views.story(c, ctx.config, call.path["id"]))
 
 
 def _beat_values(node: str, beat: m.Heartbeat, now: float) -> dict[str, Any]:

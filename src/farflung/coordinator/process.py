@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 from farflung.config import Config, save
 from farflung.coordinator import damage
 from farflung.coordinator.connections import guarded
-from farflung.coordinator.context import Office
+from farflung.coordinator.context import Context
 from farflung.coordinator.routes import Coordinator
 from farflung.dashboard import pages
 from farflung.net.admin import read_token
@@ -74,15 +74,15 @@ async def open_coordinator(config: Config) -> Coordinator:
     await asyncio.to_thread(migrate, config.database_url)
     database, blobs = Database(config.database_url), Blobs(config.blobs_url)
     options = {"receipts": signers["receipts"], "verdicts": signers["verdicts"]}
-    book = await found(config, database, model, key, time.time(), **options)
-    papers = await seal_papers(config, blobs, model, key, ring, profiles.digests, book.stops)
+    run_ctx = await found(config, database, model, key, time.time(), **options)
+    papers = await seal_papers(config, blobs, model, key, ring, profiles.digests, run_ctx.stops)
     archive = Archive(Blobs(config.submissions_url), model.tokenizer, config.generate.stop)
-    await damage.mend(database, book, blobs, archive.blobs, time.time())
+    await damage.mend(database, run_ctx, blobs, archive.blobs, time.time())
     metrics = Metrics(folder / "metrics.jsonl", time.monotonic)
     weights = ring.live(config.run.name, "weights", time.time())
     token = read_token(config.coordinator.admin_token_file)
-    office = Office(book, papers, weights, profiles, archive, database, blobs, metrics, admin_token=token)
-    return Coordinator(office)
+    ctx = Context(run_ctx, papers, weights, profiles, archive, database, blobs, metrics, admin_token=token)
+    return Coordinator(ctx)
 
 
 def _server_options(config: Config, app: ASGIApp) -> uvicorn.Config:
@@ -127,13 +127,13 @@ async def serve(config: Config) -> None:
     (config.folder / "coordinator.url").write_text(f"{url}\n")
     if not (config.folder / "config.json").exists():
         save(config, config.folder / "config.json")
-    is_by_hand = not is_one_of_many and coordinator.office.metrics.begin(time.time())
+    is_by_hand = not is_one_of_many and coordinator.ctx.metrics.begin(time.time())
     sys.setswitchinterval(SWITCH_S)
     gc.freeze()
     gc.set_threshold(GARBAGE)
     try:
         await pages.Server(options, coordinator.leave).serve(sockets=[listener])
     finally:
-        coordinator.office.database.close()
+        coordinator.ctx.database.close()
         if is_by_hand:
-            coordinator.office.metrics.write("end", time.time())
+            coordinator.ctx.metrics.write("end", time.time())

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from farflung.coordinator import node_routes, role_routes, step_routes
-from farflung.coordinator.context import Office
+from farflung.coordinator.context import Context
 from farflung.coordinator.sweep import Sweeper
 from farflung.dashboard import pages
 from farflung.net.openapi import openapi
@@ -27,8 +27,8 @@ MANY_BYTES = 256 << 20
 class Coordinator:
     """One coordinator with one run."""
 
-    def __init__(self, office: Office) -> None:
-        self.office, self.sweeper = office, Sweeper(office)
+    def __init__(self, ctx: Context) -> None:
+        self.ctx, self.sweeper = ctx, Sweeper(ctx)
         self._for_ever: list[asyncio.Task[None]] = []
         self.pages: pages.Pages | None = None
         """The dashboard, once there is an app."""
@@ -41,35 +41,33 @@ class Coordinator:
             self._for_ever = [asyncio.create_task(self.sweeper.sweep()), asyncio.create_task(self.sweeper.tidy())]
             yield
             self.leave()
-            self.office.metrics.flush(self.office.clock(), force=True)
+            self.ctx.metrics.flush(self.ctx.clock(), force=True)
 
-        office = self.office
-        app, table = Starlette(lifespan=life), routes(office)
+        ctx = self.ctx
+        app, table = Starlette(lifespan=life), routes(ctx)
         add_route(app, "GET", "/openapi.json", openapi(table, "farflung coordinator", str(m.VERSION)))
-        served = mount(app, table, office.book.key.id, office.clock, office.doors.count, office.doors.bodies)
-        self.pages = pages.mount(
-            app, pages.Desk(office.config, office.database, office.archive, office.metrics.path, office.clock)
-        )
-        return office.doors.before(served)
+        served = mount(app, table, ctx.run_ctx.key.id, ctx.clock, ctx.access.count, ctx.access.bodies)
+        self.pages = pages.mount(app, pages.Desk(ctx.config, ctx.database, ctx.archive, ctx.metrics.path, ctx.clock))
+        return ctx.access.before(served)
 
     def leave(self) -> None:
         """Keep nobody waiting, and take no more leases: whom nobody can reach any longer must call nobody silent."""
-        self.office.hall.close()
+        self.ctx.long_poll.close()
         for task in self._for_ever:
             task.cancel()
         if self.pages is not None:
             self.pages.live.stop()
 
 
-def routes(office: Office) -> list[Route]:
+def routes(ctx: Context) -> list[Route]:
     """The protocol, one line each."""
 
-    def to(handler: Callable[[Office, Call], Awaitable[T]]) -> Callable[[Call], Awaitable[T]]:
-        return MethodType(handler, office)
+    def to(handler: Callable[[Context, Call], Awaitable[T]]) -> Callable[[Call], Awaitable[T]]:
+        return MethodType(handler, ctx)
 
     run, admin, leased = "/v1/runs/{run}", "/v1/admin/runs/{run}", to(node_routes.submission_gate)
-    scorer, validator = office.gate("scorer", MANY_BYTES), office.gate("validator", MANY_BYTES)
-    trainer = office.gate("trainer", BLOB_BYTES)
+    scorer, validator = ctx.gate("scorer", MANY_BYTES), ctx.gate("validator", MANY_BYTES)
+    trainer = ctx.gate("trainer", BLOB_BYTES)
     return [
         Route("GET", "/metrics", to(node_routes.prometheus), signed=False),
         Route("GET", "/v1", to(node_routes.index), None, Index, signed=False),
@@ -77,7 +75,7 @@ def routes(office: Office) -> list[Route]:
         Route("GET", run, to(node_routes.run), None, m.Run, signed=False),
         Route("GET", f"{run}/status", to(node_routes.status), None, m.Status, signed=False),
         Route("GET", "/v1/story/{id}", to(node_routes.story), None, m.Story, signed=False),
-        Route("POST", f"{run}/heartbeat", to(node_routes.heartbeat), m.Heartbeat, m.Pulse),
+        Route("POST", f"{run}/heartbeat", to(node_routes.heartbeat), m.Heartbeat, m.HeartbeatReply),
         Route("GET", f"{run}/latest", to(node_routes.latest), None, m.Latest, signed=False),
         Route("GET", f"{run}/weights", to(node_routes.weights), None, m.Weights, signed=False),
         Route("GET", f"{run}/relays", to(node_routes.relays), None, m.Relays, signed=False),

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from starlette.responses import Response
 
 from farflung.audits import steering
-from farflung.coordinator.context import Office, digest_in, number_in
+from farflung.coordinator.context import Context, digest_in, number_in
 from farflung.net.server import Call
 from farflung.protocol import messages as m
 from farflung.protocol.digest import digest_of
@@ -23,104 +23,104 @@ from farflung.weights.manifest import check_follows, manifest_digest, open_manif
 log = logging.getLogger(__name__)
 
 
-async def claim_step(office: Office, call: Call) -> m.BatchAnswer:
+async def claim_step(ctx: Context, call: Call) -> m.BatchAnswer:
     """The batch of a step for the trainer; asked again, the same one."""
-    office.require(call, "trainer")
+    ctx.require(call, "trainer")
     step = number_in(call, "step")
 
     def claim(connection: Connection) -> m.BatchAnswer:
-        found = compose.claim_step(connection, office.book, step, office.clock())
-        latest = office.book.latest(connection)
+        found = compose.claim_step(connection, ctx.run_ctx, step, ctx.clock())
+        latest = ctx.run_ctx.latest(connection)
         if isinstance(found, str):
             return m.BatchAnswer(latest=latest, reason=found)
         return m.BatchAnswer(latest=latest, batch=found)
 
-    return await office.hall.poll(
-        "step", partial(office.database.write, claim), lambda answer: answer.batch is not None, call.message.wait_s
+    return await ctx.long_poll.poll(
+        "step", partial(ctx.database.write, claim), lambda answer: answer.batch is not None, call.message.wait_s
     )
 
 
-async def submission_body(office: Office, call: Call) -> Response:
+async def submission_body(ctx: Context, call: Call) -> Response:
     """The tokens of a submission, for the trainer."""
-    office.require(call, "trainer")
-    return Response(await office.archive.blobs.get(digest_in(call)), media_type="application/octet-stream")
+    ctx.require(call, "trainer")
+    return Response(await ctx.archive.blobs.get(digest_in(call)), media_type="application/octet-stream")
 
 
-async def logp_body(office: Office, call: Call) -> Response:
+async def logp_body(ctx: Context, call: Call) -> Response:
     """The log-probabilities that a node sent along with a submission, for the trainer's mismatch metric."""
-    office.require(call, "trainer")
-    blob = await office.database.read(lambda c: views.logp_blob(c, digest_in(call)))
+    ctx.require(call, "trainer")
+    blob = await ctx.database.read(lambda c: views.logp_blob(c, digest_in(call)))
     try:
-        found = await office.archive.blobs.get(blob) if blob else b""
+        found = await ctx.archive.blobs.get(blob) if blob else b""
     except NotFound:  # the same bytes, sent with a refused submission, were collected meanwhile: a metric less
         found = b""
     return Response(found, media_type="application/octet-stream")
 
 
-async def trip(office: Office, call: Call) -> m.Done:
+async def trip(ctx: Context, call: Call) -> m.Done:
     """The trainer's tripwire: submissions that leave the batch and are audited in full, and what all replays found."""
-    office.require(call, "trainer")
+    ctx.require(call, "trainer")
     step, caught, looked = number_in(call, "step"), call.message.submissions, call.message.looked
 
     def take(connection: Connection) -> int:
-        tripped = compose.trip(connection, office.book, step, caught, office.clock())
-        return tripped + steering.take_looks(connection, office.book, office.profiles, step, looked, office.clock())
+        tripped = compose.trip(connection, ctx.run_ctx, step, caught, ctx.clock())
+        return tripped + steering.take_looks(connection, ctx.run_ctx, ctx.profiles, step, looked, ctx.clock())
 
-    return m.Done(changed=await office.write(take))
+    return m.Done(changed=await ctx.write(take))
 
 
-async def put_blob(office: Office, call: Call) -> m.Done:
+async def put_blob(ctx: Context, call: Call) -> m.Done:
     """The trainer stores a shard under its digest."""
-    office.require(call, "trainer")
+    ctx.require(call, "trainer")
     digest = digest_in(call)
     found = await asyncio.to_thread(digest_of, call.body)
     if found != digest:
         raise Malformed(f"the body hashes to {found[:12]}, not to {digest[:12]} of the path")
-    await office.blobs.put(call.body, digest)
+    await ctx.blobs.put(call.body, digest)
     return m.Done(changed=1)
 
 
-async def commit_step(office: Office, call: Call) -> m.Done:
+async def commit_step(ctx: Context, call: Call) -> m.Done:
     """End a step: its weights are published, its rollouts trained."""
-    office.require(call, "trainer")
+    ctx.require(call, "trainer")
     commit: m.Commit = call.message
     digest = manifest_digest(commit.manifest)
     try:
-        manifest = open_manifest(commit.manifest, office.weights_keys, office.book.run, digest)
+        manifest = open_manifest(commit.manifest, ctx.weights_keys, ctx.run_ctx.run, digest)
     except WeightsError as error:
         raise Malformed(str(error)) from error
     if manifest.step != number_in(call, "step"):
         raise Malformed(f"the manifest is of step {manifest.step}, the path of {call.path['step']}")
-    await _check_base(office, manifest)
+    await _check_base(ctx, manifest)
     for shard in (*manifest.shards, *manifest.deltas):
-        if await office.blobs.size(shard.digest) != shard.size_bytes:
+        if await ctx.blobs.size(shard.digest) != shard.size_bytes:
             raise Malformed(f"shard {shard.digest[:12]} is stored with another size than the manifest's")
     figures = {name: value for name, value in commit.metrics.items() if math.isfinite(value)}  # JSON has no others
-    changed = await office.write(
+    changed = await ctx.write(
         lambda c: compose.commit_step(
-            c, office.book, digest, manifest, msgspec.structs.replace(commit, metrics=figures), office.clock()
+            c, ctx.run_ctx, digest, manifest, msgspec.structs.replace(commit, metrics=figures), ctx.clock()
         )
     )
     if changed:
-        office.metrics.note_step(manifest, figures, office.clock())
-        await _collect(office)
+        ctx.metrics.note_step(manifest, figures, ctx.clock())
+        await _collect(ctx)
     return m.Done(changed=changed)
 
 
-async def _check_base(office: Office, manifest: m.Manifest) -> None:
+async def _check_base(ctx: Context, manifest: m.Manifest) -> None:
     """Refuse a difference to anything but the step before. Raises Conflict."""
     if manifest.deltas:
-        signed = await office.database.read(lambda c: views.manifest(c, office.book.run, manifest.parent))
+        signed = await ctx.database.read(lambda c: views.manifest(c, ctx.run_ctx.run, manifest.parent))
         try:
-            check_follows(manifest, open_manifest(signed, office.weights_keys, office.book.run, manifest.parent))
+            check_follows(manifest, open_manifest(signed, ctx.weights_keys, ctx.run_ctx.run, manifest.parent))
         except WeightsError as error:
             raise Conflict(str(error)) from error
 
 
-async def _collect(office: Office) -> None:
+async def _collect(ctx: Context) -> None:
     """Delete the shards that no version in use needs."""
-    spent, first = await office.database.read(lambda c: shard_gc.spent(c, office.book, office.collected_step))
-    await office.blobs.delete(spent)
-    office.collected_step = first
+    spent, first = await ctx.database.read(lambda c: shard_gc.spent(c, ctx.run_ctx, ctx.collected_step))
+    await ctx.blobs.delete(spent)
+    ctx.collected_step = first
     if spent:
         log.info("collected shards=%d before_step=%d", len(spent), first)

@@ -10,7 +10,7 @@ from functools import partial
 from sqlalchemy import Connection
 
 from farflung.audits.unused import drop_groups
-from farflung.coordinator.context import Office
+from farflung.coordinator.context import Context
 from farflung.protocol import messages as m
 from farflung.queries import evals
 from farflung.rollouts import compose, orphan_gc
@@ -28,10 +28,10 @@ TIDY_S, ORPHAN_S = 900.0, 3600.0
 class Sweeper:
     """Sweeps and tidies for as long as its coordinator stays."""
 
-    def __init__(self, office: Office) -> None:
-        self._office = office
-        self._started_at = office.clock()
-        self.swept_at, self._listening_since = math.inf, office.clock()
+    def __init__(self, ctx: Context) -> None:
+        self._office = ctx
+        self._started_at = ctx.clock()
+        self.swept_at, self._listening_since = math.inf, ctx.clock()
         """When the last sweep went through, and since when none was late and every commit went through."""
         self._failures, self._stranded_at = 0, 0.0
         self._noted = set[int]()
@@ -42,11 +42,11 @@ class Sweeper:
         while True:
             try:
                 await self.note_evals()
-                self._office.hall.wake_if_due(await self._office.database.write(self.sweep_once), time.monotonic())
+                self._office.long_poll.wake_if_due(await self._office.database.write(self.sweep_once), time.monotonic())
                 self.swept_at = self._office.clock()
                 own = m.Heartbeat(cpu_s=time.process_time(), started_at=self._started_at)
                 self._office.metrics.note_node(
-                    self._office.book.key.id, "coordinator", self._started_at, own, self._office.clock()
+                    self._office.run_ctx.key.id, "coordinator", self._started_at, own, self._office.clock()
                 )
                 self._office.metrics.flush(self._office.clock())
             except Exception:
@@ -58,19 +58,19 @@ class Sweeper:
         now = self._office.clock()
         if now - self.swept_at > DEAF_S or self._office.database.failures != self._failures:
             self._listening_since, self._failures = now, self._office.database.failures
-        lease.expire(connection, self._office.book, now, self._listening_since)
+        lease.expire(connection, self._office.run_ctx, now, self._listening_since)
         if now - self._stranded_at > STRANDED_S:
             self._stranded_at = now
             why = "every node at work handed in a sample of it before"
-            book = self._office.book
-            drop_groups(connection, book, lease.stranded(connection, book, now), now, why=why)
-        compose.finish(connection, self._office.book, now)
+            run_ctx = self._office.run_ctx
+            drop_groups(connection, run_ctx, lease.stranded(connection, run_ctx, now), now, why=why)
+        compose.finish(connection, self._office.run_ctx, now)
         return last_event(connection)
 
     async def note_evals(self) -> None:
         """Write down evaluations that are through, before the last of them ends the run."""
         database = self._office.database
-        latest = (await database.read(self._office.book.latest, "sweep")).step
+        latest = (await database.read(self._office.run_ctx.latest, "sweep")).step
         if due := set(self._office.config.eval_steps(latest)) - self._noted:
             found = await database.read(lambda c: evals.finished(c, self._office.config, due), "sweep")
             if found:
@@ -96,7 +96,7 @@ class Sweeper:
         return count
 
     def _forget_some(self, connection: Connection) -> int:
-        return node_gc.forget(connection, self._office.book, self._office.clock())
+        return node_gc.forget(connection, self._office.run_ctx, self._office.clock())
 
     async def tidy_once(self, now: float) -> int:
         """Once; `now` by the clock of the blob store."""

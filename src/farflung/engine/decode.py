@@ -16,8 +16,8 @@ from farflung.engine.fingerprint_tap import Sketches, tapped
 from farflung.engine.interface import Completion, Request
 from farflung.engine.kv_cache import compacted
 from farflung.engine.noise import exponential
-from farflung.engine.rows import Rows
-from farflung.engine.whole import WholeRows
+from farflung.engine.rows import DecodeBatch
+from farflung.engine.whole import WholeTextBatch
 from farflung.protocol.stops import DONE, Stops
 
 Batching = Literal["padded", "level", "alone", "whole"]
@@ -83,9 +83,9 @@ def batches(requests: Sequence[Request], batching: Batching, slots: int) -> Iter
         yield from (some[start : start + size] for start in range(0, len(some), size))
 
 
-def rows_of(batching: Batching) -> type[Rows] | type[WholeRows]:
+def rows_of(batching: Batching) -> type[DecodeBatch] | type[WholeTextBatch]:
     """What holds the rows of a batch."""
-    return WholeRows if batching == "whole" else Rows
+    return WholeTextBatch if batching == "whole" else DecodeBatch
 
 
 def first(request: Request) -> tuple[int, tuple[int, ...]]:
@@ -94,7 +94,7 @@ def first(request: Request) -> tuple[int, tuple[int, ...]]:
 
 
 def _decode(
-    rows: Rows | WholeRows,
+    rows: DecodeBatch | WholeTextBatch,
     requests: Sequence[Request],
     eos_ids: frozenset[int],
     should_stop: Callable[[], bool] | None,
@@ -127,7 +127,7 @@ def _decode(
     return record.completions(sketches)
 
 
-def _joining(rows: Rows | WholeRows, slots: int, waiting: int, idle: int) -> int:
+def _joining(rows: DecodeBatch | WholeTextBatch, slots: int, waiting: int, idle: int) -> int:
     """How many requests join now: several at once, for to read a prompt takes as long as a token of half a batch.
 
     `idle` counts each free slot once a step, so that the longer completions are, the sooner they are followed. Nobody

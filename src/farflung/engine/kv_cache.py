@@ -18,7 +18,7 @@ _LEAST_ROOM = 64
 """Positions that are taken at once at least; more as a row grows longer."""
 
 
-class RoomyCache:
+class PreallocatedCache:
     """The cache of one decoding batch."""
 
     def __init__(self, model: PreTrainedModel, horizon: int, held_in: torch.dtype | None = None) -> None:

@@ -18,7 +18,7 @@ from farflung.engine.argmax import best, log_sum_exp, silenced, tempered
 from farflung.engine.fingerprint_tap import sketches, tapped
 from farflung.engine.interface import Replay, Request
 from farflung.engine.noise import gumbel
-from farflung.numerics.packing import ROW_TOKENS, Rows, Text, Tree, rows_of, trees
+from farflung.numerics.packing import ROW_TOKENS, DecodeBatch, Text, Tree, rows_of, trees
 
 Item = tuple[Request, Sequence[int]]
 Reading = Literal["shared", "padded", "alone"]
@@ -87,7 +87,7 @@ def _chunks(found: Sequence[Tree], most_tokens: int, most_scored: int) -> Iterat
         yield chunk
 
 
-def _rows(chunk: Sequence[Tree], items: Sequence[Item]) -> Rows:
+def _rows(chunk: Sequence[Tree], items: Sequence[Item]) -> DecodeBatch:
     return rows_of([[tree] for tree in chunk], {index: items[index][1] for tree in chunk for index in tree.members})
 
 
@@ -107,7 +107,7 @@ def _replay_chunk(
     return [Replay(*part_5R, sketch) for part_5R, sketch in zip(parts, found, strict=True)]
 
 
-def _kept_logits(model: PreTrainedModel, rows: Rows, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
+def _kept_logits(model: PreTrainedModel, rows: DecodeBatch, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (K, V) after each prompt and after each token that has a successor, and which of them each token has (N,).
 
     The output head sees no others. A row that is read alone is read as plainly as can be, all its logits made.

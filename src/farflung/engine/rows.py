@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from farflung.engine.attention import HELD_IN, Held, SharedPrompts, attending, masked
 from farflung.engine.fingerprint_tap import Tap
 from farflung.engine.interface import Request
-from farflung.engine.kv_cache import RoomyCache
+from farflung.engine.kv_cache import PreallocatedCache
 
 _Prompt = tuple[int, ...]
 
@@ -47,12 +47,12 @@ class _Read(NamedTuple):
     """Different prompts, padded on the left, as the model has read them."""
 
     answers: _Answers
-    cache: RoomyCache
+    cache: PreallocatedCache
     seen_GT: torch.Tensor
     """False where a prompt is padded."""
 
 
-class Rows:
+class DecodeBatch:
     """All rows grow in the same column of the cache; what is on the left of a row's first column is masked.
 
     A prompt that several requests share, as in a group, is read once. Where prompts are shared in attention too, the
@@ -136,7 +136,7 @@ class Rows:
         length_G = torch.tensor([len(prompt) for prompt in prompts], device=device)
         ids_GT = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         place_GT = torch.arange(width, device=device) - (width - length_G)[:, None]
-        cache = RoomyCache(self._model, self._horizon, HELD_IN if self._is_plain else None)
+        cache = PreallocatedCache(self._model, self._horizon, HELD_IN if self._is_plain else None)
         seen_GT = place_GT >= 0
         mask_GT = None if seen_GT.all() else seen_GT.long()
         answers = _Answers(prompts, *self._forward(cache, ids_GT, place_GT.clamp_(min=0), mask_GT))
@@ -194,7 +194,7 @@ class Rows:
 
     def _forward(
         self,
-        cache: RoomyCache,
+        cache: PreallocatedCache,
         ids_BT: torch.Tensor,
         place_BT: torch.Tensor,
         mask_BT: torch.Tensor | None,

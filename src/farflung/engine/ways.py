@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from farflung.engine.decode import Batching, batches, rows_of
 from farflung.engine.interface import Request
 from farflung.engine.replay import Reading, read
-from farflung.engine.rows import Rows
-from farflung.engine.whole import WholeRows
+from farflung.engine.rows import DecodeBatch
+from farflung.engine.whole import WholeTextBatch
 from farflung.numerics.trying import Text, Trial, first_that_holds, remembers_all, steady_tokens, tried
 
 
@@ -66,7 +66,7 @@ def _decodes(trial: Trial, batching: Batching, **how: bool) -> bool:
     return trial.holds(decoded)
 
 
-def _followed(rows: Rows | WholeRows, texts: Sequence[Text]) -> list[torch.Tensor]:
+def _followed(rows: DecodeBatch | WholeTextBatch, texts: Sequence[Text]) -> list[torch.Tensor]:
     """Logits (T, V) of the tokens of each text as its rows go on; of several the first leaves halfway."""
     rows.join([Request(text.prompt, 0, 0.0, len(text.tail)) for text in texts])
     seen: list[list[torch.Tensor]] = [[] for _ in texts]

@@ -15,8 +15,8 @@ from farflung.engine.fingerprint_tap import Tap
 from farflung.engine.interface import Request
 
 
-class WholeRows:
-    """The same to a caller as `Rows`."""
+class WholeTextBatch:
+    """The same to a caller as `DecodeBatch`."""
 
     may_grow = True
     logits_BV: torch.Tensor

@@ -70,7 +70,7 @@ def _found_first(config: Config) -> None:
 
 async def _found(config: Config, tell: int) -> None:
     try:
-        (await open_coordinator(config)).office.database.close()
+        (await open_coordinator(config)).ctx.database.close()
     except FarflungError as error:
         os.write(tell, one_line(str(error)).encode()[:_MOST_WORDS])
         raise SystemExit from error

@@ -6,7 +6,7 @@ import signal
 import torch
 
 from farflung.config import Config
-from farflung.learner.distributed import Crew
+from farflung.learner.distributed import DistributedLearner
 from farflung.learner.loss import Objective
 from farflung.learner.optimise import Learner, Optimisation
 from farflung.learner.policy import Policy
@@ -16,10 +16,10 @@ from farflung.numerics.train_precision import compute_dtype
 log = logging.getLogger(__name__)
 
 
-def crew_of(config: Config, ranks: Ranks) -> Crew:
+def crew_of(config: Config, ranks: Ranks) -> DistributedLearner:
     """This process's part of the learner."""
     learn, folder = config.learn, config.folder / "checkpoints"
-    return Crew(
+    return DistributedLearner(
         lambda: build(config, ranks),
         folder,
         microbatch_tokens=learn.microbatch_tokens,

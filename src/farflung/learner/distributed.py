@@ -62,7 +62,7 @@ class End(Order, frozen=True):
 Orders = Order | Begin | Resume | Train | Gather | Save | End
 
 
-class Crew:
+class DistributedLearner:
     """The learner of one process; on rank 0 every call is done by all. `make` builds it, the same on each."""
 
     def __init__(

@@ -23,8 +23,8 @@ from farflung.protocol.messages import (
     Delegation,
     Hardware,
     Heartbeat,
+    HeartbeatReply,
     Latest,
-    Pulse,
     Register,
     Role,
     Run,
@@ -87,7 +87,7 @@ def cpu_s() -> float:
 
 
 @dataclass
-class Figures:
+class NodeStats:
     """What a role tells of itself in heartbeats. Metrics, believed by nobody."""
 
     phase: str = "starting"
@@ -117,8 +117,8 @@ class Figures:
 class Session:
     """One node in one run."""
 
-    def __init__(self, client: Client, run: str, root: bytes, papers: "Papers") -> None:
-        self.client, self.run, self.root, self.papers, self.figures = client, run, root, papers, Figures()
+    def __init__(self, client: Client, run: str, root: bytes, papers: "RunKeys") -> None:
+        self.client, self.run, self.root, self.papers, self.figures = client, run, root, papers, NodeStats()
         info = papers.info
         self.latest = Latest(status=info.status, step=-1, manifest="")
         self.lost: set[str] = set()
@@ -209,7 +209,7 @@ class Session:
             started_at=figures.started_at,
             trouble=figures.trouble[:TROUBLE_CHARS],
         )
-        pulse = await self.client.post(self.path("heartbeat"), message, Pulse)
+        pulse = await self.client.post(self.path("heartbeat"), message, HeartbeatReply)
         self.latest = pulse.latest
         self.lost.update(pulse.lost_leases)
         self.standing.hear(pulse)
@@ -273,7 +273,7 @@ def ending_signals() -> list[signal.Signals]:
 
 
 @dataclass(frozen=True)
-class Papers:
+class RunKeys:
     """What a run's root and coordinator say of it, checked."""
 
     info: RunInfo
@@ -284,7 +284,7 @@ class Papers:
         return [one.public for one in self.delegations if one.purpose == purpose and one.expires_at > now]
 
 
-def check_run(answer: Run, run: str, root: bytes | None) -> Papers:
+def check_run(answer: Run, run: str, root: bytes | None) -> RunKeys:
     """Follow root → delegations → info. Raises BadSignature."""
     if root is not None and answer.root != root:
         raise BadSignature(
@@ -301,7 +301,7 @@ def check_run(answer: Run, run: str, root: bytes | None) -> Papers:
     info = unseal(answer.info, "run", RunInfo, public=coordinators)
     if info.run != run:
         raise BadSignature(f"asked for run {run!r}, got the info of {info.run!r}")
-    return Papers(info, live)
+    return RunKeys(info, live)
 
 
 def delegate(root: Key, run: str, purpose: str, public: bytes, expires_at: float) -> Signed:

@@ -22,7 +22,7 @@ from farflung.protocol.errors import ConfigError, NotFound
 from farflung.protocol.identity import Key
 from farflung.store import owner
 from farflung.store.blobs import Blobs
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.sql_connections import file_of, reading
 from farflung.store.tables import SUBMISSIONS
 from farflung.weights import shard_gc
@@ -171,7 +171,7 @@ async def _missing(config: Config) -> list[str]:
 def _shards(connection: Connection, config: Config) -> set[str]:
     """Shards that lead to the versions in use."""
     key = Key.make()
-    return shard_gc.needed(connection, Book(config.run.name, config, b"", key, 0, frozenset(), (), key, key))
+    return shard_gc.needed(connection, RunContext(config.run.name, config, b"", key, 0, frozenset(), (), key, key))
 
 
 def _bodies(connection: Connection) -> set[str]:

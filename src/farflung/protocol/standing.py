@@ -5,7 +5,7 @@ The coordinator tells it with every heartbeat, so that nobody learns by silence 
 
 import logging
 
-from farflung.protocol.messages import Pulse, Ruling
+from farflung.protocol.messages import HeartbeatReply, Ruling
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Standing:
             return f"on probation, {self._clean} of {self._needed} clean rollouts"
         return {"quarantined": "in quarantine, waiting for a second opinion"}.get(self.status, self.status)
 
-    def hear(self, pulse: Pulse) -> None:
+    def hear(self, pulse: HeartbeatReply) -> None:
         """Take in what a heartbeat was answered, and tell the owner what is new in it."""
         before, self.status = self.status, pulse.status
         self._clean, self._needed = pulse.clean, pulse.needed

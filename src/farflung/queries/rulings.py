@@ -13,7 +13,7 @@ from farflung.audits import node_record
 from farflung.protocol.messages import Ruling
 from farflung.queries import views
 from farflung.queries.redact import Veil, veil_of
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import AUDITS, VERDICTS
 from farflung.trust.record import NodeRecord, needed
 
@@ -28,7 +28,7 @@ SHORT = {
 """The reason as long as the step can still be trained on."""
 
 
-def progress(book: Book, node: Row[Any]) -> tuple[int, int]:
+def progress(run_ctx: RunContext, node: Row[Any]) -> tuple[int, int]:
     """Clean rollouts in a row and how many end probation, (0, 0) for a node of which no trust is kept.
 
     Of a trusted node no count: it would tell which of its submissions were audited.
@@ -37,17 +37,17 @@ def progress(book: Book, node: Row[Any]) -> tuple[int, int]:
     if node.role != "worker":
         return 0, 0
     clean = record.clean_rollouts if node.status == "probation" else 0
-    return clean, needed(record, node_record.settings(book))
+    return clean, needed(record, node_record.settings(run_ctx))
 
 
-def rulings(connection: Connection, book: Book, nodes: Collection[Row[Any]]) -> dict[str, list[Ruling]]:
+def rulings(connection: Connection, run_ctx: RunContext, nodes: Collection[Row[Any]]) -> dict[str, list[Ruling]]:
     """The latest verdicts on each of these nodes, oldest first; most nodes have none, and are not looked for."""
     blamed = [n.node for n in nodes if n.status in ("quarantined", "ejected") or node_record.read(n).bad_submissions]
     if not blamed:
         return {}
-    veil, found = veil_of(connection, book.config), dict[str, list[Ruling]]()
+    veil, found = veil_of(connection, run_ctx.config), dict[str, list[Ruling]]()
     for node in blamed:
-        mine = sa.select(VERDICTS).where(VERDICTS.c.run == book.run, VERDICTS.c.node == node)
+        mine = sa.select(VERDICTS).where(VERDICTS.c.run == run_ctx.run, VERDICTS.c.node == node)
         rows = connection.execute(mine.order_by(VERDICTS.c.id.desc()).limit(LATEST)).all()
         found[node] = [_ruling(connection, row, veil) for row in reversed(rows)]
     return found

@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from farflung.protocol.messages import Heartbeat, Manifest, Trouble, VersionView, Weights
 from farflung.queries.browse import Version, open_unchecked
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import NODES, STEPS
 
 SHOWN, ASKED = 50, 1000
@@ -16,19 +16,19 @@ POOR_RATIO = 20.0
 """Whole over difference below which the page says why."""
 
 
-def versions(connection: Connection, book: Book, now: float) -> Weights:
+def versions(connection: Connection, run_ctx: RunContext, now: float) -> Weights:
     """The latest versions, newest first."""
-    loaded = _loaded(connection, now - book.config.lease.lost_s)
+    loaded = _loaded(connection, now - run_ctx.config.lease.lost_s)
     query = sa.select(STEPS.c.manifest_digest, STEPS.c.manifest, STEPS.c.committed_at).where(
-        STEPS.c.run == book.run, STEPS.c.status == "committed"
+        STEPS.c.run == run_ctx.run, STEPS.c.status == "committed"
     )
     rows = connection.execute(query.order_by(STEPS.c.step.desc()).limit(SHOWN))
     found = [_view(digest, open_unchecked(sealed), at, loaded) for digest, sealed, at in rows]
     return Weights(
         versions=found,
         nodes=sum(loaded.values()),
-        troubles=troubles(connection, now - book.config.lease.lost_s),
-        note="" if book.config.learn.lora_rank else why_large(book.config.learn.lr, found),
+        troubles=troubles(connection, now - run_ctx.config.lease.lost_s),
+        note="" if run_ctx.config.learn.lora_rank else why_large(run_ctx.config.learn.lr, found),
         now=now,
     )
 

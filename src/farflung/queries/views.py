@@ -16,7 +16,7 @@ from farflung.queries.evals import evals
 from farflung.queries.node_views import PAID, NodeLine, lines, tally
 from farflung.queries.redact import pathless, veil_of
 from farflung.store import transitions
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import (
     AUDIT_COUNTS,
     EVENTS,
@@ -69,34 +69,34 @@ def story(connection: Connection, config: Config, subject: str) -> Story:
     return Story(subject=subject, events=events)
 
 
-def status(connection: Connection, book: Book, now: float) -> Status:
+def status(connection: Connection, run_ctx: RunContext, now: float) -> Status:
     """The run at a glance."""
-    config, latest = book.config, book.latest(connection)
-    counts = tally(connection, book.run)
+    config, latest = run_ctx.config, run_ctx.latest(connection)
+    counts = tally(connection, run_ctx.run)
     veil = veil_of(connection, config)
     found = lines(connection, config, counts, latest.step, now, veil)
     paid = [counts.scored.get(n.node, (0, 0)) for n in found if n.is_worker and n.status != "ejected"]
     return Status(
-        run=book.run,
-        status=book.status(connection),
+        run=run_ctx.run,
+        status=run_ctx.status(connection),
         model=pathless(config.model.path),
         env=pathless(config.env.name),
         steps_total=config.run.steps,
         latest=latest,
-        started_at=connection.execute(sa.select(RUNS.c.created_at).where(RUNS.c.run == book.run)).scalar_one(),
+        started_at=connection.execute(sa.select(RUNS.c.created_at).where(RUNS.c.run == run_ctx.run)).scalar_one(),
         now=now,
         rollouts=veil.counts(counts.statuses),
-        groups=counts_of(connection, GROUP_COUNTS, book.run),
-        leases_open=_leases_open(connection, book.run),
-        leases_reissued=reissued(connection, book.run),
-        audits={} if veil.is_on else counts_of(connection, AUDIT_COUNTS, book.run),
+        groups=counts_of(connection, GROUP_COUNTS, run_ctx.run),
+        leases_open=_leases_open(connection, run_ctx.run),
+        leases_reissued=reissued(connection, run_ctx.run),
+        audits={} if veil.is_on else counts_of(connection, AUDIT_COUNTS, run_ctx.run),
         accepted=sum(count for count, _ in paid),
         accepted_tokens=sum(tokens for _, tokens in paid),
-        steps=steps(connection, book.run),
+        steps=steps(connection, run_ctx.run),
         evals=evals(connection, config),
         nodes=[_view(line) for line in found],
-        verdicts=verdicts(connection, book.run),
-        brake=connection.execute(sa.select(RUNS.c.brake).where(RUNS.c.run == book.run)).scalar_one(),
+        verdicts=verdicts(connection, run_ctx.run),
+        brake=connection.execute(sa.select(RUNS.c.brake).where(RUNS.c.run == run_ctx.run)).scalar_one(),
         catch={str(n): p for n, p in catch(connection, config).items()},
         warnings=warnings(connection),
     )

@@ -15,10 +15,10 @@ from farflung.protocol.identity import Key
 from farflung.protocol.messages import (
     VERSION,
     Heartbeat,
+    HeartbeatReply,
     Lease,
     LeaseAnswer,
     LeaseRequest,
-    Pulse,
     Register,
     Submission,
     Welcome,
@@ -92,7 +92,7 @@ class Colluding(StalePartial):
             await client.post("/v1/nodes", Register(version=VERSION), Welcome)
             await client.post(session.path("leases"), LeaseRequest(slots=samples), LeaseAnswer)
             while not (worker.is_stopping or session.is_over):
-                await client.post(session.path("heartbeat"), Heartbeat(), Pulse)
+                await client.post(session.path("heartbeat"), Heartbeat(), HeartbeatReply)
                 await asyncio.sleep(session.info.heartbeat_s)
         except FarflungError as error:
             log.info("accomplice left because=%s", error)

@@ -17,16 +17,18 @@ from farflung.protocol.messages import ScoreResult
 from farflung.rollouts import unscorable
 from farflung.store import payment
 from farflung.store.evaluations import HELD_OUT
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS, SUBMISSIONS, TASKS
 from farflung.store.transitions import move, record
 
 
-def claim_scores(connection: Connection, book: Book, scorer: str, limit: int, now: float) -> Sequence[Row[Any]]:
+def claim_scores(
+    connection: Connection, run_ctx: RunContext, scorer: str, limit: int, now: float
+) -> Sequence[Row[Any]]:
     """Received rollouts that no scorer works on, with task and place of the tokens, now this scorer's for a while."""
     free = (
         sa.select(ROLLOUTS.c.rollout)
-        .where(ROLLOUTS.c.run == book.run, ROLLOUTS.c.status == "received")
+        .where(ROLLOUTS.c.run == run_ctx.run, ROLLOUTS.c.status == "received")
         .where(sa.or_(ROLLOUTS.c.claimed_until < now, ROLLOUTS.c.claimed_by == scorer))  # its own: the answer was lost
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -34,7 +36,7 @@ def claim_scores(connection: Connection, book: Book, scorer: str, limit: int, no
     ids = connection.execute(
         ROLLOUTS.update()
         .where(ROLLOUTS.c.rollout.in_(free))
-        .values(claimed_by=scorer, claimed_until=now + book.config.coordinator.claim_s)
+        .values(claimed_by=scorer, claimed_until=now + run_ctx.config.coordinator.claim_s)
         .returning(ROLLOUTS.c.rollout)
     ).scalars()
     return connection.execute(
@@ -45,7 +47,9 @@ def claim_scores(connection: Connection, book: Book, scorer: str, limit: int, no
     ).all()
 
 
-def take_scores(connection: Connection, book: Book, scorer: str, results: Sequence[ScoreResult], now: float) -> int:
+def take_scores(
+    connection: Connection, run_ctx: RunContext, scorer: str, results: Sequence[ScoreResult], now: float
+) -> int:
     """Accept what was scored by this scorer, count the faults of what was not; gives how many rows changed."""
     given = {result.rollout: result for result in results}
     rows = connection.execute(
@@ -56,11 +60,11 @@ def take_scores(connection: Connection, book: Book, scorer: str, results: Sequen
     ).all()
     scored = [row for row in rows if not given[row.rollout].error]
     if scored:
-        unscorable.count_scored(book)
-    _accept(connection, book, scored, given, now)
+        unscorable.count_scored(run_ctx)
+    _accept(connection, run_ctx, scored, given, now)
     for row in rows:
         if given[row.rollout].error and _is_received(connection, row.rollout):
-            _fault(connection, book, row, given[row.rollout].error, now)
+            _fault(connection, run_ctx, row, given[row.rollout].error, now)
     return len(rows)
 
 
@@ -70,7 +74,7 @@ def _is_received(connection: Connection, rollout: str) -> bool:
 
 
 def _accept(
-    connection: Connection, book: Book, rows: Sequence[Row[Any]], given: dict[str, ScoreResult], now: float
+    connection: Connection, run_ctx: RunContext, rows: Sequence[Row[Any]], given: dict[str, ScoreResult], now: float
 ) -> None:
     if not rows:
         return
@@ -79,10 +83,10 @@ def _accept(
         ROLLOUTS.update()
         .where(ROLLOUTS.c.rollout == sa.bindparam("id"))
         .values(reward=sa.bindparam("r"), parts=sa.bindparam("p"), answer=sa.bindparam("a")),
-        [_score_values(row, given[row.rollout], book.config.env.length_weight) for row in rows],
+        [_score_values(row, given[row.rollout], run_ctx.config.env.length_weight) for row in rows],
     )
     _learn_difficulty(connection, [row for row in rows if row.purpose == "train"], given)
-    payment.pay(connection, book, [row for row in rows if row.purpose not in HELD_OUT], now)
+    payment.pay(connection, run_ctx, [row for row in rows if row.purpose not in HELD_OUT], now)
     for group in dict.fromkeys(row.group for row in rows):
         complete(connection, group, now)
 
@@ -121,42 +125,42 @@ def _learn_difficulty(connection: Connection, rows: Sequence[Row[Any]], given: d
     connection.execute(_COUNTED, written)
 
 
-def _fault(connection: Connection, book: Book, row: Row[Any], error: str, now: float) -> None:
+def _fault(connection: Connection, run_ctx: RunContext, row: Row[Any], error: str, now: float) -> None:
     """A scorer that fails is not the rollout's fault: try again, and give up without a reward after a few."""
     faults = row.score_faults + 1
-    unscorable.tell_fault(connection, book, row.rollout, error, now)
+    unscorable.tell_fault(connection, run_ctx, row.rollout, error, now)
     this = ROLLOUTS.c.rollout == row.rollout
     connection.execute(ROLLOUTS.update().where(this).values(score_faults=faults, claimed_until=0.0))
-    if faults >= book.config.scorer.faults:
-        _give_up(connection, book, row, f"unscorable: {error}", now)
-        unscorable.count_unscored(connection, book, row.rollout, error, now)
+    if faults >= run_ctx.config.scorer.faults:
+        _give_up(connection, run_ctx, row, f"unscorable: {error}", now)
+        unscorable.count_unscored(connection, run_ctx, row.rollout, error, now)
     else:
         record(connection, "rollout", [row.rollout], "received", "received", now, fault=error)
 
 
-def _give_up(connection: Connection, book: Book, row: Row[Any], why: str, now: float) -> None:
+def _give_up(connection: Connection, run_ctx: RunContext, row: Row[Any], why: str, now: float) -> None:
     """An unscorable text costs its own sample: it is replayed if it was not, and the sample leased to somebody else.
 
     Where that can mend nothing, for the seed gives such a text, the group is dropped.
     """
     is_suspect = row.purpose not in HELD_OUT and not row.is_audited
-    is_hopeless = not is_suspect or _was_given_up(connection, book, row)
+    is_hopeless = not is_suspect or _was_given_up(connection, run_ctx, row)
     move(connection, "rollout", [row.rollout], "received", "dropped" if is_hopeless else "rejected", now, why=why)
     if is_suspect:
         submission = sa.select(SUBMISSIONS).where(SUBMISSIONS.c.submission == row.submission)
-        open_audit(connection, book, connection.execute(submission).one(), [row.rollout], "suspicion", now)
+        open_audit(connection, run_ctx, connection.execute(submission).one(), [row.rollout], "suspicion", now)
     if is_hopeless:
-        drop_groups(connection, book, [row.group], now, why="a sample cannot be scored")
+        drop_groups(connection, run_ctx, [row.group], now, why="a sample cannot be scored")
 
 
-def _was_given_up(connection: Connection, book: Book, row: Row[Any]) -> bool:
+def _was_given_up(connection: Connection, run_ctx: RunContext, row: Row[Any]) -> bool:
     """Whether somebody else's text of the same sample could not be scored either."""
     same = sa.and_(ROLLOUTS.c.group == row.group, ROLLOUTS.c.sample == row.sample, ROLLOUTS.c.status == "rejected")
-    query = sa.select(ROLLOUTS.c.rollout).where(same, ROLLOUTS.c.score_faults >= book.config.scorer.faults)
+    query = sa.select(ROLLOUTS.c.rollout).where(same, ROLLOUTS.c.score_faults >= run_ctx.config.scorer.faults)
     return connection.execute(query).first() is not None
 
 
-def audits_waiting(connection: Connection, book: Book) -> int:
+def audits_waiting(connection: Connection, run_ctx: RunContext) -> int:
     """Audits that nobody has answered."""
-    query = sa.select(sa.func.count()).where(AUDITS.c.run == book.run, AUDITS.c.status.in_(("open", "claimed")))
+    query = sa.select(sa.func.count()).where(AUDITS.c.run == run_ctx.run, AUDITS.c.status.in_(("open", "claimed")))
     return connection.execute(query).scalar_one()

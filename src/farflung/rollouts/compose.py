@@ -20,52 +20,52 @@ from farflung.protocol.messages import Batch, BatchGroup, BatchRollout, Commit, 
 from farflung.rollouts import unscorable
 from farflung.rollouts.accept import audits_waiting
 from farflung.store import evaluations, payment
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import AUDITS, GROUP_COUNTS, GROUPS, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
 from farflung.store.transitions import move, record
 
 
-def claim_step(connection: Connection, book: Book, step: int, now: float) -> Batch | str:
+def claim_step(connection: Connection, run_ctx: RunContext, step: int, now: float) -> Batch | str:
     """The batch of a step, or why there is none yet. Raises Conflict for a step out of turn."""
-    row = _step(connection, book, step)
+    row = _step(connection, run_ctx, step)
     if row is None:
-        latest = book.latest(connection).step
+        latest = run_ctx.latest(connection).step
         if step != latest + 1:
             raise Conflict(f"step {step} cannot be claimed: the latest is {latest}, claim {latest + 1}")
-        if step > book.config.run.steps:
-            return f"the run ends with step {book.config.run.steps}"
-        waits = breaker.reason(connection, book.run) or _open_step(connection, book, step, now)
+        if step > run_ctx.config.run.steps:
+            return f"the run ends with step {run_ctx.config.run.steps}"
+        waits = breaker.reason(connection, run_ctx.run) or _open_step(connection, run_ctx, step, now)
         if waits:
             return waits
-        row = _step(connection, book, step)
+        row = _step(connection, run_ctx, step)
     assert row is not None, "opened above"
-    return _batch(connection, book, row)
+    return _batch(connection, run_ctx, row)
 
 
-def _step(connection: Connection, book: Book, step: int) -> Row[Any] | None:
-    return connection.execute(sa.select(STEPS).where(STEPS.c.run == book.run, STEPS.c.step == step)).first()
+def _step(connection: Connection, run_ctx: RunContext, step: int) -> Row[Any] | None:
+    return connection.execute(sa.select(STEPS).where(STEPS.c.run == run_ctx.run, STEPS.c.step == step)).first()
 
 
-def _open_step(connection: Connection, book: Book, step: int, now: float) -> str:
+def _open_step(connection: Connection, run_ctx: RunContext, step: int, now: float) -> str:
     """Choose the groups of a new step; gives what it waits for, or nothing once it is open. Step 0 takes none."""
     chosen: list[Row[Any]] | None = []
     if step > 0:
-        if book.config.learn.lockstep:
-            ready, chosen = _lockstep(connection, book, step)
+        if run_ctx.config.learn.lockstep:
+            ready, chosen = _lockstep(connection, run_ctx, step)
         else:
-            ready = _ready(connection, book, step)
-            chosen = choose(ready, book.config.learn.groups, book.config.learn.oversample)
-            if chosen is None and ready and _are_tasks_spent(connection, book, step):
+            ready = _ready(connection, run_ctx, step)
+            chosen = choose(ready, run_ctx.config.learn.groups, run_ctx.config.learn.oversample)
+            if chosen is None and ready and _are_tasks_spent(connection, run_ctx, step):
                 chosen = list(ready)
         if chosen is None:
             useful = sum(row.is_informative for row in ready)
-            return f"{useful} of {book.config.learn.groups} groups are ready ({len(ready)} complete)"
-    identity = f"{book.run}-step-{step}"
+            return f"{useful} of {run_ctx.config.learn.groups} groups are ready ({len(ready)} complete)"
+    identity = f"{run_ctx.run}-step-{step}"
     rewards = [row.reward for row in chosen]
     connection.execute(
         STEPS.insert().values(
             id=identity,
-            run=book.run,
+            run=run_ctx.run,
             step=step,
             status="open",
             claimed_at=now,
@@ -74,40 +74,42 @@ def _open_step(connection: Connection, book: Book, step: int, now: float) -> str
         )
     )
     record(connection, "step", [identity], "", "open", now, groups=len(chosen))
-    unscorable.tell_nothing_learned(connection, book, step, chosen, now)
-    _take(connection, book, chosen, step, now)
+    unscorable.tell_nothing_learned(connection, run_ctx, step, chosen, now)
+    _take(connection, run_ctx, chosen, step, now)
     return ""
 
 
-def _ready(connection: Connection, book: Book, step: int) -> Sequence[Row[Any]]:
+def _ready(connection: Connection, run_ctx: RunContext, step: int) -> Sequence[Row[Any]]:
     """Complete groups that are fresh enough to train `step`, oldest policy first."""
     query = sa.select(GROUPS).where(
-        GROUPS.c.run == book.run,
+        GROUPS.c.run == run_ctx.run,
         GROUPS.c.purpose == "train",
         GROUPS.c.status == "complete",
-        GROUPS.c.step >= step - 1 - book.config.learn.max_staleness,
+        GROUPS.c.step >= step - 1 - run_ctx.config.learn.max_staleness,
     )
     return connection.execute(query.order_by(GROUPS.c.step, GROUPS.c.group)).all()
 
 
-def _are_tasks_spent(connection: Connection, book: Book, step: int) -> bool:
+def _are_tasks_spent(connection: Connection, run_ctx: RunContext, step: int) -> bool:
     """Whether every task was opened for the latest policy and none is under way; some could not be scored, say."""
-    kept, oldest = GROUP_COUNTS.c, step - 1 - book.config.learn.max_staleness
-    fresh = sa.and_(kept.run == book.run, kept.purpose == "train", kept.step >= oldest, kept.count > 0)
+    kept, oldest = GROUP_COUNTS.c, step - 1 - run_ctx.config.learn.max_staleness
+    fresh = sa.and_(kept.run == run_ctx.run, kept.purpose == "train", kept.step >= oldest, kept.count > 0)
     rows = connection.execute(sa.select(kept.step, kept.status, kept.count).where(fresh)).all()
     is_any_open = any(row.status == "open" for row in rows)
-    return not is_any_open and sum(row[2] for row in rows if row.step == step - 1) >= len(book.tasks)
+    return not is_any_open and sum(row[2] for row in rows if row.step == step - 1) >= len(run_ctx.tasks)
 
 
-def _lockstep(connection: Connection, book: Book, step: int) -> tuple[Sequence[Row[Any]], list[Row[Any]] | None]:
+def _lockstep(
+    connection: Connection, run_ctx: RunContext, step: int
+) -> tuple[Sequence[Row[Any]], list[Row[Any]] | None]:
     """What is complete of the groups that this step is bound to, and the step's share of them once all are.
 
     They are those of one policy; the base model's are dealt out to the first steps in the order of their tasks. A group
     that was dropped leaves the step smaller: none takes its place.
     """
-    config = book.config
+    config = run_ctx.config
     policy = max(0, step - 1 - config.learn.max_staleness)
-    query = sa.select(GROUPS).where(GROUPS.c.run == book.run, GROUPS.c.purpose == "train", GROUPS.c.step == policy)
+    query = sa.select(GROUPS).where(GROUPS.c.run == run_ctx.run, GROUPS.c.purpose == "train", GROUPS.c.step == policy)
     rows = connection.execute(query.order_by(GROUPS.c.task)).all()
     ready = [row for row in rows if row.status == "complete"]
     is_whole = len(rows) >= config.lockstep_groups(policy) and all(row.status != "open" for row in rows)
@@ -129,54 +131,54 @@ def choose(ready: Sequence[Any], groups: int, oversample: float) -> list[Any] | 
     return None
 
 
-def _take(connection: Connection, book: Book, chosen: Sequence[Row[Any]], step: int, now: float) -> None:
+def _take(connection: Connection, run_ctx: RunContext, chosen: Sequence[Row[Any]], step: int, now: float) -> None:
     """Informative groups go into the batch, the others are done with: equal rewards have no gradient."""
     useful = [row.group for row in chosen if row.is_informative]
     connection.execute(GROUPS.update().where(GROUPS.c.group.in_([row.group for row in chosen])).values(batch_step=step))
     alike = [row.group for row in chosen if not row.is_informative]
-    drop_groups(connection, book, alike, now, why="zero variance", is_looked_at=True)
+    drop_groups(connection, run_ctx, alike, now, why="zero variance", is_looked_at=True)
     move(connection, "group", useful, "complete", "batched", now, step=step)
     query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.group.in_(useful), ROLLOUTS.c.status == "accepted")
     move(connection, "rollout", list(connection.execute(query).scalars()), "accepted", "batched", now, step=step)
 
 
-def _batch(connection: Connection, book: Book, row: Row[Any]) -> Batch:
+def _batch(connection: Connection, run_ctx: RunContext, row: Row[Any]) -> Batch:
     is_done = bool(row.weights_digest)
     return Batch(
         step=row.step,
         seen_groups=row.seen_groups,
         seen_reward=row.seen_reward,
-        secret_commitment=seeds.commitment(book.step_secret(row.step)).hex(),
-        probe=seeds.probe_key(book.step_secret(row.step)).hex(),
-        temperature=book.config.generate.temperature,
-        groups=_groups(connection, book, _of_step(book, row.step, ("batched", "trained")), sa.true()),
-        spare=[] if is_done else _spare(connection, book, row.step),
-        canaries=[] if is_done else canary.ask(connection, book, row.step),
+        secret_commitment=seeds.commitment(run_ctx.step_secret(row.step)).hex(),
+        probe=seeds.probe_key(run_ctx.step_secret(row.step)).hex(),
+        temperature=run_ctx.config.generate.temperature,
+        groups=_groups(connection, run_ctx, _of_step(run_ctx, row.step, ("batched", "trained")), sa.true()),
+        spare=[] if is_done else _spare(connection, run_ctx, row.step),
+        canaries=[] if is_done else canary.ask(connection, run_ctx, row.step),
         restores=-1 if row.restores is None else row.restores,
         committed=row.weights_digest or "",
     )
 
 
-def _of_step(book: Book, step: int, statuses: Sequence[str]) -> Any:
-    return sa.and_(GROUPS.c.run == book.run, GROUPS.c.batch_step == step, GROUPS.c.status.in_(statuses))
+def _of_step(run_ctx: RunContext, step: int, statuses: Sequence[str]) -> Any:
+    return sa.and_(GROUPS.c.run == run_ctx.run, GROUPS.c.batch_step == step, GROUPS.c.status.in_(statuses))
 
 
-def _spare(connection: Connection, book: Book, step: int) -> list[BatchGroup]:
+def _spare(connection: Connection, run_ctx: RunContext, step: int) -> list[BatchGroup]:
     """One rollout of each submission among groups without variance: they teach nothing, but were paid for."""
     rows = connection.execute(
         sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.submission, ROLLOUTS.c.group, GROUPS.c.step)
         .join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group)
-        .where(_of_step(book, step, ("dropped",)), ~GROUPS.c.is_informative, ROLLOUTS.c.reward.is_not(None))
+        .where(_of_step(run_ctx, step, ("dropped",)), ~GROUPS.c.is_informative, ROLLOUTS.c.reward.is_not(None))
         .where(ROLLOUTS.c.status == "dropped")
         .order_by(ROLLOUTS.c.group, ROLLOUTS.c.sample)
     ).all()
-    drawn = one_of_each(book, rows)
+    drawn = one_of_each(run_ctx, rows)
     suspicion = sa.and_(AUDITS.c.submission == ROLLOUTS.c.submission, AUDITS.c.kind == "suspicion")
     which = sa.and_(ROLLOUTS.c.rollout.in_([row.rollout for row in drawn]), ~sa.exists().where(suspicion))
-    return _groups(connection, book, GROUPS.c.group.in_({row.group for row in drawn}), which)
+    return _groups(connection, run_ctx, GROUPS.c.group.in_({row.group for row in drawn}), which)
 
 
-def _groups(connection: Connection, book: Book, which: Any, rollouts: Any) -> list[BatchGroup]:
+def _groups(connection: Connection, run_ctx: RunContext, which: Any, rollouts: Any) -> list[BatchGroup]:
     """Groups with those of their rollouts that the step consumes or consumed, or dropped."""
     rows = connection.execute(
         sa.select(GROUPS, TASKS.c.prompt_ids)
@@ -184,12 +186,12 @@ def _groups(connection: Connection, book: Book, which: Any, rollouts: Any) -> li
         .where(which)
         .order_by(GROUPS.c.step, GROUPS.c.task)
     ).all()
-    found = _rollouts(connection, book, {row.group: row for row in rows}, rollouts)
+    found = _rollouts(connection, run_ctx, {row.group: row for row in rows}, rollouts)
     return [
         BatchGroup(
             group=row.group,
             step=row.step,
-            manifest=book.manifest_of(connection, row.step),
+            manifest=run_ctx.manifest_of(connection, row.step),
             prompt_ids=row.prompt_ids,
             rollouts=found[row.group],
         )
@@ -199,7 +201,7 @@ def _groups(connection: Connection, book: Book, which: Any, rollouts: Any) -> li
 
 
 def _rollouts(
-    connection: Connection, book: Book, groups: Mapping[str, Row[Any]], which: Any
+    connection: Connection, run_ctx: RunContext, groups: Mapping[str, Row[Any]], which: Any
 ) -> dict[str, list[BatchRollout]]:
     found: dict[str, list[BatchRollout]] = {group: [] for group in groups}
     known = sa.and_(ROLLOUTS.c.status.in_(("batched", "trained", "dropped")), ROLLOUTS.c.reward.is_not(None))
@@ -214,7 +216,7 @@ def _rollouts(
                 submission=row.submission,
                 sample=row.sample,
                 reward=row.reward,
-                seed=seeds.sample_seed(book.step_secret(groups[row.group].step), groups[row.group].task, row.sample),
+                seed=seeds.sample_seed(run_ctx.step_secret(groups[row.group].step), groups[row.group].task, row.sample),
                 is_audited=row.is_audited,
                 profile=row.profile,
             )
@@ -222,20 +224,20 @@ def _rollouts(
     return found
 
 
-def trip(connection: Connection, book: Book, step: int, submissions: Sequence[str], now: float) -> int:
+def trip(connection: Connection, run_ctx: RunContext, step: int, submissions: Sequence[str], now: float) -> int:
     """Take submissions that the tripwire caught out of an open step, with their groups, and have them audited in full.
 
     What else their nodes have untrained is held too. Gives how many audits that opens; 0 if it was done before.
     Raises Conflict for a step that is not open.
     """
-    row = _step(connection, book, step)
+    row = _step(connection, run_ctx, step)
     if row is None or row.status != "open":
         raise Conflict(f"step {step} is not open; the tripwire looks at a batch before it is trained on")
     of_these = SUBMISSIONS.c.submission.in_(submissions)
     nodes = list(connection.execute(sa.select(SUBMISSIONS.c.node).where(of_these).distinct()).scalars())
     why = f"the tripwire of step {step}"
-    opened = hold(connection, book, ROLLOUTS.c.submission.in_(submissions), why, now, live=("batched",))
-    return opened + hold(connection, book, ROLLOUTS.c.node.in_(nodes), why, now)
+    opened = hold(connection, run_ctx, ROLLOUTS.c.submission.in_(submissions), why, now, live=("batched",))
+    return opened + hold(connection, run_ctx, ROLLOUTS.c.node.in_(nodes), why, now)
 
 
 # --- commit ----------------------------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ def trip(connection: Connection, book: Book, step: int, submissions: Sequence[st
 
 def commit_step(
     connection: Connection,
-    book: Book,
+    run_ctx: RunContext,
     digest: str,
     manifest: Manifest,
     commit: Commit,
@@ -253,7 +255,7 @@ def commit_step(
 
     Raises StepTaken if the step was committed with other weights, Conflict if it was never claimed.
     """
-    row = _step(connection, book, manifest.step)
+    row = _step(connection, run_ctx, manifest.step)
     if row is None:
         raise Conflict(f"step {manifest.step} was not claimed; claim it before committing it")
     if row.status == "committed":
@@ -262,7 +264,7 @@ def commit_step(
         return 0
     if commit.restores != (-1 if row.restores is None else row.restores):
         raise Conflict(f"step {manifest.step} was rolled back meanwhile; claim it again")
-    _check_chain(connection, book, manifest)
+    _check_chain(connection, run_ctx, manifest)
     connection.execute(
         STEPS.update()
         .where(STEPS.c.id == row.id)
@@ -275,55 +277,55 @@ def commit_step(
             metrics=json.dumps(commit.metrics),
             probe=commit.probe,
             probe_before=commit.probe_before,
-            canaries=canary.keep(connection, book, manifest.step, commit.canaries),
+            canaries=canary.keep(connection, run_ctx, manifest.step, commit.canaries),
         )
     )
     move(connection, "step", [row.id], "open", "committed", now, weights=manifest.digest)
-    _trained(connection, book, manifest.step, now)
-    _drop_stale(connection, book, manifest.step, now)
-    payment.mature(connection, book, now)
-    if manifest.step >= book.config.run.steps:
-        move(connection, "run", [book.run], "running", "finishing", now)
+    _trained(connection, run_ctx, manifest.step, now)
+    _drop_stale(connection, run_ctx, manifest.step, now)
+    payment.mature(connection, run_ctx, now)
+    if manifest.step >= run_ctx.config.run.steps:
+        move(connection, "run", [run_ctx.run], "running", "finishing", now)
     return 1
 
 
-def _check_chain(connection: Connection, book: Book, manifest: Manifest) -> None:
+def _check_chain(connection: Connection, run_ctx: RunContext, manifest: Manifest) -> None:
     """A manifest names its predecessor and the secret its step draws from. Raises Conflict."""
-    parent = book.latest(connection).manifest
+    parent = run_ctx.latest(connection).manifest
     if manifest.parent != parent:
         raise Conflict(f"step {manifest.step} follows manifest {manifest.parent[:12]!r}, the latest is {parent[:12]!r}")
-    if manifest.secret_commitment != seeds.commitment(book.step_secret(manifest.step)).hex():
+    if manifest.secret_commitment != seeds.commitment(run_ctx.step_secret(manifest.step)).hex():
         raise Conflict(f"step {manifest.step} commits to another secret than the coordinator's; claim the step again")
 
 
-def _trained(connection: Connection, book: Book, step: int, now: float) -> None:
-    batch = sa.and_(GROUPS.c.run == book.run, GROUPS.c.batch_step == step, GROUPS.c.status == "batched")
+def _trained(connection: Connection, run_ctx: RunContext, step: int, now: float) -> None:
+    batch = sa.and_(GROUPS.c.run == run_ctx.run, GROUPS.c.batch_step == step, GROUPS.c.status == "batched")
     groups = list(connection.execute(sa.select(GROUPS.c.group).where(batch)).scalars())
     query = sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.group.in_(groups), ROLLOUTS.c.status == "batched")
     move(connection, "rollout", list(connection.execute(query).scalars()), "batched", "trained", now, step=step)
     move(connection, "group", groups, "batched", "trained", now, step=step)
 
 
-def _drop_stale(connection: Connection, book: Book, latest: int, now: float) -> None:
+def _drop_stale(connection: Connection, run_ctx: RunContext, latest: int, now: float) -> None:
     """Groups too old for the next step will never be trained on."""
     stale = sa.and_(
-        GROUPS.c.run == book.run,
+        GROUPS.c.run == run_ctx.run,
         GROUPS.c.purpose == "train",
         GROUPS.c.status.in_(("open", "complete")),
-        GROUPS.c.step < latest - book.config.learn.max_staleness,
+        GROUPS.c.step < latest - run_ctx.config.learn.max_staleness,
     )
     groups = list(connection.execute(sa.select(GROUPS.c.group).where(stale)).scalars())
-    drop_groups(connection, book, groups, now, "stale")
+    drop_groups(connection, run_ctx, groups, now, "stale")
 
 
-def finish(connection: Connection, book: Book, now: float) -> bool:
+def finish(connection: Connection, run_ctx: RunContext, now: float) -> bool:
     """End a run once its last policy is evaluated and no audit waits; what nodes in good standing earned is theirs."""
-    if book.status(connection) != "finishing":
+    if run_ctx.status(connection) != "finishing":
         return False
-    if any(evaluations.left(connection, book.config, book.config.run.steps)):
+    if any(evaluations.left(connection, run_ctx.config, run_ctx.config.run.steps)):
         return False
-    if audits_waiting(connection, book) or look_at(connection, book, ROLLOUTS.c.status == "accepted", now):
+    if audits_waiting(connection, run_ctx) or look_at(connection, run_ctx, ROLLOUTS.c.status == "accepted", now):
         return False  # what no step took is looked at before it is paid for good
-    payment.settle(connection, book, now)
-    move(connection, "run", [book.run], "finishing", "finished", now)
+    payment.settle(connection, run_ctx, now)
+    move(connection, "run", [run_ctx.run], "finishing", "finished", now)
     return True

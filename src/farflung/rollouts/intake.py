@@ -21,9 +21,9 @@ from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Ejected, Forbidden, LeaseGone, NotFound, Refusal, WrongWeights
 from farflung.protocol.identity import Signed, seal
 from farflung.protocol.messages import Lease, Receipt
-from farflung.rollouts.validate import Parcel
+from farflung.rollouts.validate import ValidSubmission
 from farflung.store.bulk import insert_rows, update_rows
-from farflung.store.run import Book, node_rows, unknown_node
+from farflung.store.run import RunContext, node_rows, unknown_node
 from farflung.store.tables import LEASES, NODES, ROLLOUTS, SUBMISSIONS
 from farflung.store.transitions import end_leases, record, shift, shift_rows
 from farflung.trust.audit_policy import draw
@@ -34,11 +34,11 @@ RECEIPT = "receipt"
 
 
 @dataclass(frozen=True)
-class Delivery:
+class StoredSubmission:
     """A parcel whose body is stored, on its way into the database."""
 
     node: str
-    parcel: Parcel
+    parcel: ValidSubmission
     possession: str
     logp: str | None
     """Digest of the stored log-probabilities."""
@@ -84,7 +84,7 @@ def _document(rows: Mapping[str, Row[Any]], lease: str, node: str) -> tuple[Row[
     return row, msgspec.msgpack.decode(msgspec.msgpack.decode(row.document, type=Signed).payload, type=Lease)
 
 
-def receipt_of(row: Row[Any], parcel: Parcel, now: float) -> Signed | None:
+def receipt_of(row: Row[Any], parcel: ValidSubmission, now: float) -> Signed | None:
     """The receipt if this very parcel was taken before, nothing if the lease waits for it. Raises LeaseGone.
 
     Asked before anything is stored, too: otherwise a closed lease could fill the store with blobs that nobody wants.
@@ -97,7 +97,7 @@ def receipt_of(row: Row[Any], parcel: Parcel, now: float) -> Signed | None:
 
 
 def take(
-    connection: Connection, book: Book, profiles: Profiles, deliveries: Sequence[Delivery], now: float
+    connection: Connection, run_ctx: RunContext, profiles: Profiles, deliveries: Sequence[StoredSubmission], now: float
 ) -> list[Signed | Refusal]:
     """Commit submissions whose bodies are stored already, and draw their audits: a receipt or a refusal for each.
 
@@ -110,13 +110,13 @@ def take(
         seen[delivery.node] += 1
     answers: dict[int, Signed | Refusal] = {}
     for places in rounds.values():
-        found = _take_apart(connection, book, profiles, [deliveries[place] for place in places], now)
+        found = _take_apart(connection, run_ctx, profiles, [deliveries[place] for place in places], now)
         answers |= dict(zip(places, found, strict=True))
     return [answers[place] for place in range(len(deliveries))]
 
 
 def _take_apart(
-    connection: Connection, book: Book, profiles: Profiles, deliveries: Sequence[Delivery], now: float
+    connection: Connection, run_ctx: RunContext, profiles: Profiles, deliveries: Sequence[StoredSubmission], now: float
 ) -> list[Signed | Refusal]:
     """The same for submissions of different nodes."""
     leases = _lease_rows(connection, {delivery.lease for delivery in deliveries})
@@ -124,21 +124,21 @@ def _take_apart(
     known: list[Signed | Refusal | None] = []
     for delivery in deliveries:
         try:
-            known.append(_known(connection, book, profiles, leases, senders, delivery, now))
+            known.append(_known(connection, run_ctx, profiles, leases, senders, delivery, now))
         except Refusal as refusal:
             known.append(refusal)
     left = [delivery for delivery, answer in zip(deliveries, known, strict=True) if answer is None]
-    receipts = iter(_take_in(connection, book, _entries(connection, book, leases, senders, left, now), now))
+    receipts = iter(_take_in(connection, run_ctx, _entries(connection, run_ctx, leases, senders, left, now), now))
     return [next(receipts) if answer is None else answer for answer in known]
 
 
 def _known(
     connection: Connection,
-    book: Book,
+    run_ctx: RunContext,
     profiles: Profiles,
     leases: Mapping[str, Row[Any]],
     senders: Mapping[str, Row[Any]],
-    delivery: Delivery,
+    delivery: StoredSubmission,
     now: float,
 ) -> Signed | None:
     """The receipt of one that was taken before. Raises whatever speaks against taking it; wrong weights have
@@ -147,7 +147,7 @@ def _known(
     if sender is None:
         raise unknown_node(delivery.node)
     leased, shown = delivery.parcel.lease, delivery.possession
-    if wrong := possession.of_submission(connection, book, profiles, sender, leased, shown, now):
+    if wrong := possession.of_submission(connection, run_ctx, profiles, sender, leased, shown, now):
         raise WrongWeights(wrong)
     row = _owned(leases, delivery.lease, delivery.node)
     if (earlier := receipt_of(row, delivery.parcel, now)) is not None:
@@ -161,7 +161,7 @@ def _known(
 class _Entry:
     """A submission that is taken in, with all that is derived from it."""
 
-    delivery: Delivery
+    delivery: StoredSubmission
     sender: Row[Any]
     opened_at: float
     order: Sequence[str]
@@ -191,10 +191,10 @@ class _Entry:
 
 def _entries(
     connection: Connection,
-    book: Book,
+    run_ctx: RunContext,
     leases: Mapping[str, Row[Any]],
     senders: Mapping[str, Row[Any]],
-    deliveries: Sequence[Delivery],
+    deliveries: Sequence[StoredSubmission],
     now: float,
 ) -> list[_Entry]:
     waiting = _waiting(connection, [delivery.lease for delivery in deliveries])
@@ -202,36 +202,36 @@ def _entries(
     for delivery in deliveries:
         parcel, sender, left = delivery.parcel, senders[delivery.node], waiting[delivery.lease]
         order = [rollout for rollout in parcel.tokens if rollout in left]
-        probability = budget.probability(connection, book, node_record.read(sender), now)
+        probability = budget.probability(connection, run_ctx, node_record.read(sender), now)
         entry = _Entry(
             delivery=delivery,
             sender=sender,
             opened_at=leases[delivery.lease].opened_at,
             order=order,
             unsent=[rollout for rollout in left if rollout not in parcel.tokens],
-            receipt=_receipt(book, sender, parcel, order, now),
+            receipt=_receipt(run_ctx, sender, parcel, order, now),
             probability=probability,
             held=(),
         )
-        entries.append(replace(entry, held=_drawn(book, entry)))
+        entries.append(replace(entry, held=_drawn(run_ctx, entry)))
     return entries
 
 
-def _drawn(book: Book, entry: _Entry) -> list[str]:
+def _drawn(run_ctx: RunContext, entry: _Entry) -> list[str]:
     if not entry.is_audited:
         return []
     lease = entry.delivery.parcel.lease
-    key, digest = seeds.audit_key(book.step_secret(lease.step)), bytes.fromhex(entry.digest)
+    key, digest = seeds.audit_key(run_ctx.step_secret(lease.step)), bytes.fromhex(entry.digest)
     return [entry.order[i] for i in draw(key, lease.lease, digest, len(entry.order), entry.probability)]
 
 
-def _take_in(connection: Connection, book: Book, entries: Sequence[_Entry], now: float) -> list[Signed]:
+def _take_in(connection: Connection, run_ctx: RunContext, entries: Sequence[_Entry], now: float) -> list[Signed]:
     """Write it all down: every statement is one for all of them."""
     if not entries:
         return []
-    insert_rows(connection, SUBMISSIONS, [_submission_row(book, entry, now) for entry in entries])
+    insert_rows(connection, SUBMISSIONS, [_submission_row(run_ctx, entry, now) for entry in entries])
     _go_on(connection, entries, now)
-    open_audits(connection, book, [_audit(entry) for entry in entries if entry.held], "draw", now)
+    open_audits(connection, run_ctx, [_audit(entry) for entry in entries if entry.held], "draw", now)
     update_rows(connection, NODES, [_sender_values(entry, now) for entry in entries])
     return [entry.receipt for entry in entries]
 
@@ -289,9 +289,11 @@ _WAITING = sa.select(ROLLOUTS.c.lease, ROLLOUTS.c.rollout).where(
 )
 
 
-def _receipt(book: Book, sender: Row[Any], parcel: Parcel, order: Sequence[str], now: float) -> Signed:
+def _receipt(
+    run_ctx: RunContext, sender: Row[Any], parcel: ValidSubmission, order: Sequence[str], now: float
+) -> Signed:
     receipt = Receipt(
-        run=book.run,
+        run=run_ctx.run,
         node=sender.node,
         before=sender.receipt,
         lease=parcel.lease.lease,
@@ -300,14 +302,14 @@ def _receipt(book: Book, sender: Row[Any], parcel: Parcel, order: Sequence[str],
         tokens=sum(parcel.tokens[rollout] for rollout in order),
         received_at=now,
     )
-    return seal(book.receipts, RECEIPT, receipt)
+    return seal(run_ctx.receipts, RECEIPT, receipt)
 
 
-def _submission_row(book: Book, entry: _Entry, now: float) -> dict[str, Any]:
+def _submission_row(run_ctx: RunContext, entry: _Entry, now: float) -> dict[str, Any]:
     parcel = entry.delivery.parcel
     return {
         "submission": entry.digest,
-        "run": book.run,
+        "run": run_ctx.run,
         "lease": entry.delivery.lease,
         "node": entry.delivery.node,
         "profile": entry.sender.profile,

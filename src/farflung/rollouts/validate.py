@@ -15,7 +15,7 @@ from farflung.protocol.stops import Stops
 
 
 @dataclass(frozen=True)
-class Parcel:
+class ValidSubmission:
     """A submission that passed sanity: its body as stored, and what the database needs of it."""
 
     lease: Lease
@@ -31,7 +31,7 @@ class Parcel:
 
 def inspect(
     lease: Lease, node: str, submission: Submission, vocab: int, eos_ids: frozenset[int], stops: Stops | None = None
-) -> Parcel:
+) -> ValidSubmission:
     """Sanity, a pure function. Raises Rejected with the first fault."""
     assigned = {sample.rollout for group in lease.groups for sample in group.samples}
     named = [rollout.rollout for rollout in submission.rollouts]
@@ -45,7 +45,7 @@ def inspect(
     for rollout in submission.rollouts:
         _check_fingerprint(rollout, lease)
     body = msgspec.msgpack.encode(SubmissionBody(lease=lease.lease, node=node, rollouts=list(submission.rollouts)))
-    return Parcel(
+    return ValidSubmission(
         lease=lease,
         body=body,
         digest=digest_of(body),

@@ -21,7 +21,7 @@ from farflung.store.transitions import memo
 
 
 @dataclass(frozen=True)
-class Book:
+class RunContext:
     """A run's name, configuration, secret, signing key, vocabulary and tasks."""
 
     run: str

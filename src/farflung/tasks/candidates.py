@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row
 
 from farflung.protocol.states import REOPENING
 from farflung.store.db import after_commit
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import GROUPS, ROLLOUTS, STEPS, TASKS
 from farflung.store.transitions import slices
 from farflung.tasks.assign import NextTask, OpenSamples, task_order
@@ -45,15 +45,15 @@ _OPEN_GROUPS = (
 )
 
 
-def open_groups(connection: Connection, book: Book, oldest: int) -> Sequence[Row[Any]]:
+def open_groups(connection: Connection, run_ctx: RunContext, oldest: int) -> Sequence[Row[Any]]:
     """Training groups of these steps with samples that nobody has."""
-    return connection.execute(_OPEN_GROUPS, {"of": book.run, "oldest": oldest}).all()
+    return connection.execute(_OPEN_GROUPS, {"of": run_ctx.run, "oldest": oldest}).all()
 
 
-def open_samples(book: Book, groups: Sequence[Row[Any]], owners: Owners) -> Iterator[OpenSamples]:
+def open_samples(run_ctx: RunContext, groups: Sequence[Row[Any]], owners: Owners) -> Iterator[OpenSamples]:
     """Samples of these groups that nobody has, apart from each other by who may not have them."""
     for row in groups:
-        needed = row.prompt_bytes // 4 + book.config.generate.budget
+        needed = row.prompt_bytes // 4 + run_ctx.config.generate.budget
         parts: dict[tuple[bool, frozenset[str]], list[int]] = defaultdict(list)
         for sample in sorted(set(range(row.samples)) - owners.owned[row.group]):
             not_for = frozenset(owners.handed_in[row.group].get(sample, ()))
@@ -90,31 +90,31 @@ _GROUPS_NOW = sa.select(
 )
 
 
-def groups_now(connection: Connection, book: Book, latest: int) -> int:
+def groups_now(connection: Connection, run_ctx: RunContext, latest: int) -> int:
     """Groups in progress or waiting for the trainer; in lockstep, all that were ever opened at the latest policy.
 
     Open ones too old to be leased do not count: enough of them, each short of a sample, would end all leasing.
     """
-    if book.config.learn.lockstep:
-        of_latest = sa.and_(GROUPS.c.run == book.run, GROUPS.c.purpose == "train", GROUPS.c.step == latest)
+    if run_ctx.config.learn.lockstep:
+        of_latest = sa.and_(GROUPS.c.run == run_ctx.run, GROUPS.c.purpose == "train", GROUPS.c.step == latest)
         return connection.execute(sa.select(sa.func.count()).where(of_latest)).scalar_one()
-    oldest = latest - max(1, book.config.learn.max_staleness) + 1
-    return int(connection.execute(_GROUPS_NOW, {"of": book.run, "oldest": oldest}).scalar_one())
+    oldest = latest - max(1, run_ctx.config.learn.max_staleness) + 1
+    return int(connection.execute(_GROUPS_NOW, {"of": run_ctx.run, "oldest": oldest}).scalar_one())
 
 
-def next_tasks(connection: Connection, book: Book, step: int, size: int) -> Iterator[NextTask]:
+def next_tasks(connection: Connection, run_ctx: RunContext, step: int, size: int) -> Iterator[NextTask]:
     """Tasks not opened at this step yet, in the order that its secret draws; `size` are looked up at first."""
-    order = _order(book, step)
+    order = _order(run_ctx, step)
     start = order.begin
     while positions := order.from_(start, size):
-        opened = _opened(connection, book, step, [book.tasks[position][0] for position in positions])
-        found = [book.tasks[position] for position in positions]
+        opened = _opened(connection, run_ctx, step, [run_ctx.tasks[position][0] for position in positions])
+        found = [run_ctx.tasks[position] for position in positions]
         left = [number for number, (task, _) in enumerate(found) if task not in opened]
         if start == order.begin:
             after_commit(connection, partial(order.skip_to, start + min(left, default=len(found))))
         for number in left:
             task, prompt_tokens = found[number]
-            yield NextTask(task, prompt_tokens + book.config.generate.budget)
+            yield NextTask(task, prompt_tokens + run_ctx.config.generate.budget)
         start, size = start + size, MOST_LOOK_AHEAD
 
 
@@ -126,9 +126,9 @@ _OPENED = sa.select(GROUPS.c.task).where(
 )
 
 
-def _opened(connection: Connection, book: Book, step: int, tasks: Sequence[str]) -> set[str]:
+def _opened(connection: Connection, run_ctx: RunContext, step: int, tasks: Sequence[str]) -> set[str]:
     """Which of these have a group at this step."""
-    return set(connection.execute(_OPENED, {"tasks": tasks, "of": book.run, "at": step}).scalars())
+    return set(connection.execute(_OPENED, {"tasks": tasks, "of": run_ctx.run, "at": step}).scalars())
 
 
 class _Order:
@@ -147,10 +147,10 @@ class _Order:
         self.begin = max(self.begin, begin)
 
 
-def _order(book: Book, step: int) -> _Order:
+def _order(run_ctx: RunContext, step: int) -> _Order:
     """Kept with the book, for two databases may have opened different tasks of one order."""
-    if step not in book.orders:
-        for old in sorted(book.orders)[: 1 - ORDERS_KEPT]:
-            del book.orders[old]
-        book.orders[step] = _Order(task_order(book.step_secret(step), step, len(book.tasks)))
-    return book.orders[step]
+    if step not in run_ctx.orders:
+        for old in sorted(run_ctx.orders)[: 1 - ORDERS_KEPT]:
+            del run_ctx.orders[old]
+        run_ctx.orders[step] = _Order(task_order(run_ctx.step_secret(step), step, len(run_ctx.tasks)))
+    return run_ctx.orders[step]

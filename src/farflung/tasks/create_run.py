@@ -29,7 +29,7 @@ from farflung.protocol.messages import VERSION, File, Run, RunInfo
 from farflung.protocol.stops import STOPS, Stops
 from farflung.store.blobs import Blobs
 from farflung.store.db import Database
-from farflung.store.run import Book, train_tasks
+from farflung.store.run import RunContext, train_tasks
 from farflung.store.tables import RUNS, STEPS, TASKS
 from farflung.store.transitions import move, record
 from farflung.tasks import task_filter
@@ -86,7 +86,7 @@ async def found(
     *,
     receipts: Key | None = None,
     verdicts: Key | None = None,
-) -> Book:
+) -> RunContext:
     """The run of this configuration, made if it is not in the database yet. `key` signs what no other key is for."""
     stops = await asyncio.to_thread(stops_of, model, config.generate.stop)
     row = await database.read(lambda c: c.execute(sa.select(RUNS).where(RUNS.c.run == config.run.name)).first())
@@ -99,7 +99,7 @@ async def found(
         await database.write(lambda c: _resume(c, config, now))
     tasks = await database.read(lambda c: train_tasks(c, config.run.name))
     vocabulary = model.vocab, model.eos_ids
-    return Book(config.run.name, config, secret, key, *vocabulary, tasks, receipts or key, verdicts or key, stops)
+    return RunContext(config.run.name, config, secret, key, *vocabulary, tasks, receipts or key, verdicts or key, stops)
 
 
 async def seal_papers(

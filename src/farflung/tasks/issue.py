@@ -15,7 +15,7 @@ from farflung.protocol.messages import Lease, LeaseGroup, Sample
 from farflung.store import evaluations
 from farflung.store.bulk import insert_rows
 from farflung.store.evaluations import HELD_OUT
-from farflung.store.run import Book, new_id
+from farflung.store.run import RunContext, new_id
 from farflung.store.tables import GROUPS, LEASES, ROLLOUTS, STEPS, TASKS
 from farflung.store.transitions import record
 from farflung.tasks.assign import Plan, Share
@@ -25,15 +25,15 @@ KIND = "lease"
 
 
 def write(
-    connection: Connection, book: Book, plans: Mapping[str, Plan], purpose: str, now: float, reopened: Samples
+    connection: Connection, run_ctx: RunContext, plans: Mapping[str, Plan], purpose: str, now: float, reopened: Samples
 ) -> dict[str, Signed]:
     """Open the groups, the leases and their rollouts, and seal the documents: for every node, its lease."""
     if not plans:
         return {}
-    _open(connection, book, plans.values(), purpose, now)
+    _open(connection, run_ctx, plans.values(), purpose, now)
     prompts = _prompts(connection, {share.task for plan in plans.values() for share in plan.shares})
-    drafts = [_draft(connection, book, node, plan, purpose, prompts, now) for node, plan in plans.items()]
-    signed = {draft.node: seal(book.key, KIND, draft) for draft in drafts}
+    drafts = [_draft(connection, run_ctx, node, plan, purpose, prompts, now) for node, plan in plans.items()]
+    signed = {draft.node: seal(run_ctx.key, KIND, draft) for draft in drafts}
     insert_rows(connection, LEASES, [_lease_row(draft, signed[draft.node], now) for draft in drafts])
     rows = [row for draft in drafts for row in _rollout_rows(draft, reopened)]
     insert_rows(connection, ROLLOUTS, rows)
@@ -55,16 +55,16 @@ def write(
     return signed
 
 
-def _open(connection: Connection, book: Book, plans: Collection[Plan], purpose: str, now: float) -> None:
+def _open(connection: Connection, run_ctx: RunContext, plans: Collection[Plan], purpose: str, now: float) -> None:
     """Open the groups that these plans open, and take their samples."""
     taken = Counter[str]()
     for plan in plans:
         taken.update({str(share.group): len(share.samples) for share in plan.shares})
     samples = next(
-        (part.samples for part in evaluations.parts(book.config) if part.purpose == purpose),
-        book.config.generate.samples,
+        (part.samples for part in evaluations.parts(run_ctx.config) if part.purpose == purpose),
+        run_ctx.config.generate.samples,
     )
-    common = {"run": book.run, "purpose": purpose, "status": "open", "opened_at": now, "samples": samples}
+    common = {"run": run_ctx.run, "purpose": purpose, "status": "open", "opened_at": now, "samples": samples}
     opened = [
         common | {"step": plan.step, "group": share.group, "task": share.task, "free": samples - taken.pop(share.group)}
         for plan in plans
@@ -75,7 +75,7 @@ def _open(connection: Connection, book: Book, plans: Collection[Plan], purpose: 
         connection.execute(_FEWER_FREE, [{"of": group, "fewer": count} for group, count in taken.items()])
     for step, count in Counter(row["step"] for row in opened).items():
         if purpose == "train":
-            connection.execute(_MORE_OPEN, {"of": book.run, "at": step, "more": count})
+            connection.execute(_MORE_OPEN, {"of": run_ctx.run, "at": step, "more": count})
         groups = [row["group"] for row in opened if row["step"] == step]
         record(connection, "group", groups, "", "open", now, step=step)
 
@@ -92,18 +92,24 @@ _MORE_OPEN = (
 
 
 def _draft(
-    connection: Connection, book: Book, node: str, plan: Plan, purpose: str, prompts: Mapping[str, bytes], now: float
+    connection: Connection,
+    run_ctx: RunContext,
+    node: str,
+    plan: Plan,
+    purpose: str,
+    prompts: Mapping[str, bytes],
+    now: float,
 ) -> Lease:
-    config, lease, secret = book.config, new_id("l"), book.step_secret(plan.step)
+    config, lease, secret = run_ctx.config, new_id("l"), run_ctx.step_secret(plan.step)
     heat = next((part.temperature for part in evaluations.parts(config) if part.purpose == purpose), None)
     told: Any = "eval" if purpose in HELD_OUT else purpose
     return Lease(
         lease=lease,
-        run=book.run,
+        run=run_ctx.run,
         node=node,
         purpose=told,
         step=plan.step,
-        manifest=book.manifest_of(connection, plan.step),
+        manifest=run_ctx.manifest_of(connection, plan.step),
         temperature=config.generate.temperature if heat is None else heat,
         budget=config.generate.budget,
         nonce=hashlib.sha256(seeds.derive(secret, "lease nonce", lease)).hexdigest(),

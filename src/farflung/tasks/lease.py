@@ -18,7 +18,7 @@ from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Latest, LeaseRequest
 from farflung.store import evaluations
 from farflung.store.evaluations import Part
-from farflung.store.run import Book, ejected, new_id
+from farflung.store.run import RunContext, ejected, new_id
 from farflung.store.tables import GIVEN_UP, GROUP_COUNTS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
 from farflung.store.transitions import end_leases
 from farflung.tasks.allocator import Shelf
@@ -43,29 +43,29 @@ class Ask:
     wish: LeaseRequest
 
 
-def issue(connection: Connection, book: Book, asks: Sequence[Ask], now: float) -> list[Answer]:
+def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], now: float) -> list[Answer]:
     """For each, in order: a sealed lease, why there is none now, or a refusal. Who asks twice gets the same answer."""
     asking = {ask.node.node: ask for ask in reversed(asks)}
-    latest, papers = book.latest(connection), _Papers(connection, book, list(asking), now)
+    latest, papers = run_ctx.latest(connection), _Papers(connection, run_ctx, list(asking), now)
     known = {node: _without_work(ask.node, latest, papers) for node, ask in asking.items()}
     answers: dict[str, Answer] = {node: answer for node, answer in known.items() if answer is not None}
     left = [ask for node, ask in asking.items() if node not in answers]
     for ask in left:
         if ask.node.role == "validator":
-            answers[ask.node.node] = _issue_eval(connection, book, ask.node, ask.wish, latest.step, now)
+            answers[ask.node.node] = _issue_eval(connection, run_ctx, ask.node, ask.wish, latest.step, now)
     workers = [ask for ask in left if ask.node.role == "worker"]
     # in lockstep one lease may fill a step, so that the next is of another
-    for part in ([ask] for ask in workers) if book.config.learn.lockstep else [workers] if workers else ():
-        answers |= _issue_train(connection, book, part, latest.step, now)
+    for part in ([ask] for ask in workers) if run_ctx.config.learn.lockstep else [workers] if workers else ():
+        answers |= _issue_train(connection, run_ctx, part, latest.step, now)
     return [answers[ask.node.node] for ask in asks]
 
 
 class _Papers:
     """What is known of the nodes of a set: the leases that they hold, and how often they gave one up."""
 
-    def __init__(self, connection: Connection, book: Book, nodes: Sequence[str], now: float) -> None:
-        self._most_s, self._now = book.config.lease.lease_s, now
-        self.held = {row.node: row.document for row in connection.execute(_HELD, {"ids": nodes, "of": book.run})}
+    def __init__(self, connection: Connection, run_ctx: RunContext, nodes: Sequence[str], now: float) -> None:
+        self._most_s, self._now = run_ctx.config.lease.lease_s, now
+        self.held = {row.node: row.document for row in connection.execute(_HELD, {"ids": nodes, "of": run_ctx.run})}
         since = now - 2 * self._most_s
         self._given_up = {row[0]: row[1:] for row in connection.execute(_ABANDONED, {"ids": nodes, "since": since})}
 
@@ -117,31 +117,35 @@ def _without_work(node: Row[Any], latest: Latest, papers: _Papers) -> Answer | N
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _issue_train(connection: Connection, book: Book, asks: Sequence[Ask], latest: int, now: float) -> dict[str, Answer]:
+def _issue_train(
+    connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], latest: int, now: float
+) -> dict[str, Answer]:
     """Lease training work to nodes, one after the other; none under a policy that the next step takes back."""
-    restored = connection.execute(_RESTORED, {"run": book.run, "since": latest - book.config.lease.max_lag}).scalar()
+    restored = connection.execute(
+        _RESTORED, {"run": run_ctx.run, "since": latest - run_ctx.config.lease.max_lag}
+    ).scalar()
     if restored == latest + 1:
         wait = Wait(f"step {restored} restores an earlier one; there is work again once it is committed")
         return {ask.node.node: wait for ask in asks}
-    if book.config.learn.lockstep:
-        latest = _unfilled(connection, book, latest)
-    settings = assign_settings(book, latest, is_last_taken=_is_last_taken(connection, book, latest))
-    groups = open_groups(connection, book, latest - settings.max_staleness)
+    if run_ctx.config.learn.lockstep:
+        latest = _unfilled(connection, run_ctx, latest)
+    settings = assign_settings(run_ctx, latest, is_last_taken=_is_last_taken(connection, run_ctx, latest))
+    groups = open_groups(connection, run_ctx, latest - settings.max_staleness)
     had = owners(connection, [row.group for row in groups])
     shelf = Shelf(
         latest,
-        open_samples(book, groups, had),
-        groups_now(connection, book, latest),
-        lambda step: next_tasks(connection, book, step, LOOK_AHEAD + len(asks)),
+        open_samples(run_ctx, groups, had),
+        groups_now(connection, run_ctx, latest),
+        lambda step: next_tasks(connection, run_ctx, step, LOOK_AHEAD + len(asks)),
         partial(new_id, "g"),
         settings,
     )
     is_any_new = any(ask.node.status == "probation" for ask in asks)
-    probation = Probation(connection, book, settings.groups_ahead, now) if is_any_new else None
+    probation = Probation(connection, run_ctx, settings.groups_ahead, now) if is_any_new else None
     found = {ask.node.node: _plan(shelf, probation, ask, restored or 0, now) for ask in asks}
     plans = {node: plan for node, plan in found.items() if isinstance(plan, Plan)}
     waits = {node: wait for node, wait in found.items() if isinstance(wait, Wait)}
-    return waits | write(connection, book, plans, "train", now, had.reopened)
+    return waits | write(connection, run_ctx, plans, "train", now, had.reopened)
 
 
 _RESTORED = sa.select(sa.func.max(STEPS.c.step)).where(
@@ -162,20 +166,20 @@ def _plan(shelf: Shelf, probation: Probation | None, ask: Ask, oldest: int, now:
     return plan
 
 
-def _is_last_taken(connection: Connection, book: Book, latest: int) -> bool:
+def _is_last_taken(connection: Connection, run_ctx: RunContext, latest: int) -> bool:
     """Whether the run's last step has its batch already."""
-    last = book.config.run.steps
-    query = sa.select(STEPS.c.step).where(STEPS.c.run == book.run, STEPS.c.step == last)
+    last = run_ctx.config.run.steps
+    query = sa.select(STEPS.c.step).where(STEPS.c.run == run_ctx.run, STEPS.c.step == last)
     return latest + 1 >= last and connection.execute(query).first() is not None
 
 
-def assign_settings(book: Book, latest: int, *, is_last_taken: bool = False) -> AssignSettings:
+def assign_settings(run_ctx: RunContext, latest: int, *, is_last_taken: bool = False) -> AssignSettings:
     """The pure assignment's view of the configuration. Once the last step has its batch no step wants further groups.
 
     In lockstep new groups are of one policy, as many as some step takes, and whatever is missing of an older one is
     leased again for as long as its step waits.
     """
-    config = book.config
+    config = run_ctx.config
     is_lockstep = config.learn.lockstep
     ahead = 0 if is_last_taken else int(config.learn.groups * max(config.lease.ahead, config.learn.oversample))
     return AssignSettings(
@@ -187,43 +191,45 @@ def assign_settings(book: Book, latest: int, *, is_last_taken: bool = False) -> 
     )
 
 
-def _unfilled(connection: Connection, book: Book, latest: int) -> int:
+def _unfilled(connection: Connection, run_ctx: RunContext, latest: int) -> int:
     """In lockstep, the oldest policy that a step to come trains on and that has groups to open still, else the latest.
 
     The next step may be committed before all groups of this one are opened: they are opened none the less.
     """
-    policies = range(max(0, latest - book.config.learn.max_staleness), latest + 1)
+    policies = range(max(0, latest - run_ctx.config.learn.max_staleness), latest + 1)
     kept = GROUP_COUNTS.c
-    mine = sa.and_(kept.run == book.run, kept.purpose == "train", kept.step >= policies.start)
+    mine = sa.and_(kept.run == run_ctx.run, kept.purpose == "train", kept.step >= policies.start)
     query = sa.select(kept.step, sa.func.sum(kept.count)).where(mine).group_by(kept.step)
     opened: dict[int, int] = {row[0]: int(row[1]) for row in connection.execute(query)}
-    return next((p for p in policies if opened.get(p, 0) < book.config.lockstep_groups(p)), latest)
+    return next((p for p in policies if opened.get(p, 0) < run_ctx.config.lockstep_groups(p)), latest)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
 def _issue_eval(
-    connection: Connection, book: Book, node: Row[Any], ask: LeaseRequest, latest: int, now: float
+    connection: Connection, run_ctx: RunContext, node: Row[Any], ask: LeaseRequest, latest: int, now: float
 ) -> Signed | Wait:
-    size = min(ask.slots, book.config.eval.rollouts)
-    for step, part in evaluations.left(connection, book.config, latest):
-        shares, reopened = _eval_shares(connection, book, step, part, max(1, size // part.samples))
+    size = min(ask.slots, run_ctx.config.eval.rollouts)
+    for step, part in evaluations.left(connection, run_ctx.config, latest):
+        shares, reopened = _eval_shares(connection, run_ctx, step, part, max(1, size // part.samples))
         if shares:
             old, new = (tuple(s for s in shares if bool(s.group) is is_open) for is_open in (True, False))
             plan = Plan(step, old, tuple(replace(share, group=new_id("g")) for share in new))
-            return write(connection, book, {node.node: plan}, part.purpose, now, reopened)[node.node]
+            return write(connection, run_ctx, {node.node: plan}, part.purpose, now, reopened)[node.node]
     return Wait("nothing to evaluate")
 
 
-def _eval_shares(connection: Connection, book: Book, step: int, part: Part, most: int) -> tuple[list[Share], Samples]:
+def _eval_shares(
+    connection: Connection, run_ctx: RunContext, step: int, part: Part, most: int
+) -> tuple[list[Share], Samples]:
     """The samples that nobody has of up to `most` held-out tasks at this step, and those that are open again."""
     this = sa.and_(GROUPS.c.task == TASKS.c.task, GROUPS.c.step == step, GROUPS.c.purpose == part.purpose)
     rows = connection.execute(
         sa.select(GROUPS.c.group, GROUPS.c.samples, TASKS.c.task)
         .select_from(TASKS.outerjoin(GROUPS, this))
         .where(
-            TASKS.c.run == book.run,
+            TASKS.c.run == run_ctx.run,
             TASKS.c.split == "eval",
             TASKS.c.position < part.tasks,
             sa.or_(GROUPS.c.group.is_(None), sa.and_(GROUPS.c.status == "open", GROUPS.c.free > 0)),
@@ -239,11 +245,11 @@ def _eval_shares(connection: Connection, book: Book, step: int, part: Part, most
 # --- taking back -----------------------------------------------------------------------------------------------------
 
 
-def expire(connection: Connection, book: Book, now: float, listening_since: float) -> int:
+def expire(connection: Connection, run_ctx: RunContext, now: float, listening_since: float) -> int:
     """Take back leases whose deadline passed or whose node fell silent while somebody listened; gives how many."""
-    lost_since = now - book.config.lease.lost_s
+    lost_since = now - run_ctx.config.lease.lost_s
     silent_since = lost_since if listening_since < lost_since else 0.0
-    rows = connection.execute(_OVER, {"run": book.run, "now": now, "silent_since": silent_since}).all()
+    rows = connection.execute(_OVER, {"run": run_ctx.run, "now": now, "silent_since": silent_since}).all()
     for row in rows:
         why = "deadline passed" if row.expires_at < now else "node fell silent"
         end_leases(connection, [row.lease], "expired", now, why=why, node=row.node)
@@ -258,18 +264,18 @@ _OVER = (  # asked four times a second, so built once
 )
 
 
-def stranded(connection: Connection, book: Book, now: float) -> list[str]:
+def stranded(connection: Connection, run_ctx: RunContext, now: float) -> list[str]:
     """Open groups with a sample that every node at work has handed in before, so that nobody may do it again.
 
     Without an end such groups would take up room for new ones, and in lockstep a step would wait for them for ever.
     """
     had: dict[tuple[str, int], set[str]] = defaultdict(set)
-    oldest = book.latest(connection).step - assign_settings(book, 0).max_staleness
-    for group, sample, node in connection.execute(_HANDED_IN, {"run": book.run, "oldest": oldest}):
+    oldest = run_ctx.latest(connection).step - assign_settings(run_ctx, 0).max_staleness
+    for group, sample, node in connection.execute(_HANDED_IN, {"run": run_ctx.run, "oldest": oldest}):
         had[group, sample].add(node)
     if not had:
         return []
-    workers = set(connection.execute(_AT_WORK, {"since": now - book.config.lease.lost_s}).scalars())
+    workers = set(connection.execute(_AT_WORK, {"since": now - run_ctx.config.lease.lost_s}).scalars())
     spent = [place for place, nodes in had.items() if workers and workers <= nodes]
     owned = owners(connection, sorted({group for group, _ in spent})).owned
     return sorted({group for group, sample in spent if sample not in owned[group]})

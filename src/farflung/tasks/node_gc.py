@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUT_COUNTS, ROLLOUTS
 
 AT_ONCE = 200
@@ -18,26 +18,26 @@ SILENT_S = 3600.0
 """A key that handed nothing in and has been silent for so long has to register again."""
 
 
-def forget(connection: Connection, book: Book, now: float) -> int:
+def forget(connection: Connection, run_ctx: RunContext, now: float) -> int:
     """Forget up to AT_ONCE leases that came to nothing, then as many nodes; gives how many rows of both."""
-    mine = sa.and_(LEASES.c.run == book.run, LEASES.c.status.in_(("returned", "expired")))
-    mine = sa.and_(mine, LEASES.c.opened_at < now - 3 * book.config.lease.lease_s)
-    query = sa.select(LEASES.c.lease).join(NODES, NODES.c.node == LEASES.c.node).where(mine, *_never_paid(book))
+    mine = sa.and_(LEASES.c.run == run_ctx.run, LEASES.c.status.in_(("returned", "expired")))
+    mine = sa.and_(mine, LEASES.c.opened_at < now - 3 * run_ctx.config.lease.lease_s)
+    query = sa.select(LEASES.c.lease).join(NODES, NODES.c.node == LEASES.c.node).where(mine, *_never_paid(run_ctx))
     leases = list(connection.execute(query.limit(AT_ONCE)).scalars())
     rollouts = list(connection.execute(sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.lease.in_(leases))).scalars())
     _delete(connection, ROLLOUTS.c.rollout, rollouts)
     _delete(connection, LEASES.c.lease, leases)
-    return len(leases) + (0 if leases else _forget_nodes(connection, book, now))
+    return len(leases) + (0 if leases else _forget_nodes(connection, run_ctx, now))
 
 
-def _never_paid(book: Book) -> Sequence[sa.ColumnElement[bool]]:
-    return NODES.c.status == "probation", NODES.c.receipt == "", NODES.c.node.not_in(book.granted)
+def _never_paid(run_ctx: RunContext) -> Sequence[sa.ColumnElement[bool]]:
+    return NODES.c.status == "probation", NODES.c.receipt == "", NODES.c.node.not_in(run_ctx.granted)
 
 
-def _forget_nodes(connection: Connection, book: Book, now: float) -> int:
+def _forget_nodes(connection: Connection, run_ctx: RunContext, now: float) -> int:
     has_lease = sa.select(LEASES.c.lease).where(LEASES.c.node == NODES.c.node).exists()
     silent = NODES.c.seen_at < now - SILENT_S
-    query = sa.select(NODES.c.node).where(silent, *_never_paid(book), ~has_lease)
+    query = sa.select(NODES.c.node).where(silent, *_never_paid(run_ctx), ~has_lease)
     nodes = list(connection.execute(query.limit(AT_ONCE)).scalars())
     _delete(connection, NODES.c.node, nodes)
     connection.execute(ROLLOUT_COUNTS.delete().where(ROLLOUT_COUNTS.c.node.in_(nodes)))  # all of them are 0

@@ -5,7 +5,7 @@ import math
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS
 from farflung.tasks.assign import Plan
 
@@ -20,25 +20,27 @@ class Probation:
     new keys get no lease once they hold samples of half of the groups ahead: a group waits for all of its samples.
     """
 
-    def __init__(self, connection: Connection, book: Book, groups_ahead: int, now: float) -> None:
-        self._trust = book.config.trust
-        since = now - book.config.lease.lost_s
+    def __init__(self, connection: Connection, run_ctx: RunContext, groups_ahead: int, now: float) -> None:
+        self._trust = run_ctx.config.trust
+        since = now - run_ctx.config.lease.lost_s
         is_guarded = connection.execute(_ANY_TRUSTED, {"since": since}).first() is not None
         self._most = groups_ahead / 2 if is_guarded else math.inf
-        self._groups = set(connection.execute(_IN_NEW_HANDS, {"of": book.run}).scalars()) if is_guarded else set[str]()
+        self._groups = (
+            set(connection.execute(_IN_NEW_HANDS, {"of": run_ctx.run}).scalars()) if is_guarded else set[str]()
+        )
         waiting = (
             sa.select(AUDITS.c.node, sa.func.count())
             .join(NODES, NODES.c.node == AUDITS.c.node)
-            .where(AUDITS.c.run == book.run, AUDITS.c.status.in_(("open", "claimed")), NODES.c.status == "probation")
+            .where(AUDITS.c.run == run_ctx.run, AUDITS.c.status.in_(("open", "claimed")), NODES.c.status == "probation")
             .group_by(AUDITS.c.node)
         )
         leased = (
             sa.select(LEASES.c.node)
             .join(NODES, NODES.c.node == LEASES.c.node)
-            .where(LEASES.c.run == book.run, LEASES.c.status == "open", NODES.c.status == "probation")
+            .where(LEASES.c.run == run_ctx.run, LEASES.c.status == "open", NODES.c.status == "probation")
             .where(LEASES.c.purpose == "train")
         )
-        left = connection.execute(_LEFT, {"of": book.run, "since": now - COOL_S}).scalars()
+        left = connection.execute(_LEFT, {"of": run_ctx.run, "since": now - COOL_S}).scalars()
         self._waiting: dict[str, int] = {row[0]: row[1] for row in connection.execute(waiting)}
         self._taken = {*self._waiting, *connection.execute(leased).scalars(), *left}
 

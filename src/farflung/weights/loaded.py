@@ -11,7 +11,7 @@ import torch
 
 from farflung.engine.arithmetic import rounded
 from farflung.engine.interface import Engine
-from farflung.net.session import Figures
+from farflung.net.session import NodeStats
 from farflung.protocol import probe
 from farflung.protocol.errors import WeightsError
 from farflung.weights.cache import Versions
@@ -29,7 +29,7 @@ class Loaded:
     are told which step it is, -1 for none, as the node's heartbeats say it.
     """
 
-    def __init__(self, engine: Engine, versions: Versions, *, bits: int = 0, figures: Figures | None = None) -> None:
+    def __init__(self, engine: Engine, versions: Versions, *, bits: int = 0, figures: NodeStats | None = None) -> None:
         self.engine, self._versions, self._bits, self._figures = engine, versions, bits, figures
         self._digest = NOTHING
         self._values: dict[str, bytes] = {}

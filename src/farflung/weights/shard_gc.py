@@ -9,33 +9,33 @@ from sqlalchemy import Connection
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest
 from farflung.store import evaluations
-from farflung.store.run import Book
+from farflung.store.run import RunContext
 from farflung.store.tables import AUDITS, GROUPS, LEASES, STEPS
 
 SPARE_STEPS = 8
 """Latest steps that stay even when nothing names them: a node may be about to fetch one, a validator to confirm."""
 
 
-def spent(connection: Connection, book: Book, since: int) -> tuple[list[str], int]:
+def spent(connection: Connection, run_ctx: RunContext, since: int) -> tuple[list[str], int]:
     """Digests of shards to delete, among those of steps from `since` on, and the first step that stays."""
-    oldest = oldest_in_use(connection, book)
-    manifests = dict(_manifests(connection, book, since))
+    oldest = oldest_in_use(connection, run_ctx)
+    manifests = dict(_manifests(connection, run_ctx, since))
     return needless(manifests, oldest)
 
 
-def needed(connection: Connection, book: Book) -> set[str]:
+def needed(connection: Connection, run_ctx: RunContext) -> set[str]:
     """Digests of the shards that lead to every version in use."""
-    found = _since_anchor(connection, book, oldest_in_use(connection, book))
+    found = _since_anchor(connection, run_ctx, oldest_in_use(connection, run_ctx))
     return {shard for shards in found.values() for shard in shards}
 
 
-def newest(connection: Connection, book: Book) -> dict[int, list[str]]:
+def newest(connection: Connection, run_ctx: RunContext) -> dict[int, list[str]]:
     """Digests of the shards that lead to the newest version, by step."""
-    return _since_anchor(connection, book, book.latest(connection).step)
+    return _since_anchor(connection, run_ctx, run_ctx.latest(connection).step)
 
 
-def _since_anchor(connection: Connection, book: Book, oldest: int) -> dict[int, list[str]]:
-    manifests = dict(_manifests(connection, book, 0))
+def _since_anchor(connection: Connection, run_ctx: RunContext, oldest: int) -> dict[int, list[str]]:
+    manifests = dict(_manifests(connection, run_ctx, 0))
     _, first = needless(manifests, oldest)
     return {step: list(_names(manifest)) for step, manifest in manifests.items() if step >= first}
 
@@ -49,17 +49,17 @@ def needless(manifests: Mapping[int, Manifest], oldest: int) -> tuple[list[str],
     return sorted(dead - live), first
 
 
-def oldest_in_use(connection: Connection, book: Book) -> int:
+def oldest_in_use(connection: Connection, run_ctx: RunContext) -> int:
     """The first step that a lease, an audit, a group on its way to a batch or an evaluation still needs."""
-    latest = book.latest(connection).step
-    steps = [latest - book.config.learn.max_staleness - SPARE_STEPS]
-    steps += [step for step, _ in evaluations.left(connection, book.config, latest)]
+    latest = run_ctx.latest(connection).step
+    steps = [latest - run_ctx.config.learn.max_staleness - SPARE_STEPS]
+    steps += [step for step, _ in evaluations.left(connection, run_ctx.config, latest)]
     for table, statuses in (
         (LEASES, ("open",)),
         (AUDITS, ("open", "claimed")),
         (GROUPS, ("open", "complete", "batched")),
     ):
-        is_used = sa.and_(table.c.run == book.run, table.c.status.in_(statuses))
+        is_used = sa.and_(table.c.run == run_ctx.run, table.c.status.in_(statuses))
         if table is GROUPS:
             is_used = sa.and_(is_used, GROUPS.c.purpose == "train")
         first = connection.execute(sa.select(sa.func.min(table.c.step)).where(is_used)).scalar_one()
@@ -67,9 +67,9 @@ def oldest_in_use(connection: Connection, book: Book) -> int:
     return max(0, min(steps))
 
 
-def _manifests(connection: Connection, book: Book, since: int) -> Iterator[tuple[int, Manifest]]:
+def _manifests(connection: Connection, run_ctx: RunContext, since: int) -> Iterator[tuple[int, Manifest]]:
     query = sa.select(STEPS.c.step, STEPS.c.manifest).where(
-        STEPS.c.run == book.run, STEPS.c.status == "committed", STEPS.c.step >= since
+        STEPS.c.run == run_ctx.run, STEPS.c.status == "committed", STEPS.c.step >= since
     )
     for step, sealed in connection.execute(query.order_by(STEPS.c.step)):
         signed = msgspec.msgpack.decode(sealed, type=Signed)

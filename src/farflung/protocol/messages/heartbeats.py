@@ -44,7 +44,7 @@ class Ruling(Message, frozen=True):
     at: Seconds
 
 
-class Pulse(Message, frozen=True):
+class HeartbeatReply(Message, frozen=True):
     """Answer to a heartbeat."""
 
     latest: Latest
