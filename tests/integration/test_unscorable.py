@@ -94,7 +94,7 @@ def test_a_step_takes_what_there_is_once_every_task_was_tried_and_some_were_let_
         assert lost not in {group.group for group in batch.groups}
 
     house = make_house(learn={"groups": 3, "oversample": 1.0})
-    vars(house.ctx)["book"] = replace(house.ctx.run_ctx, tasks=house.ctx.run_ctx.tasks[:3])
+    house.ctx.run_ctx = replace(house.ctx.run_ctx, tasks=house.ctx.run_ctx.tasks[:3])
     house.run(scenario)
 
 
