@@ -132,9 +132,9 @@ def test_what_a_start_waits_for_is_said_at_once_and_again_until_it_is_over() -> 
 def test_the_command_says_what_it_does_before_it_imports_what_it_takes(tmp_path) -> None:
     """`farflung run` of a file that is not there: the line comes first, and by then nothing large is imported."""
     code = (
-        "import sys; from farflung.ops import starting; say = starting.to_terminal\n"
+        "import sys; from farflung.launch import progress; say = progress.to_terminal\n"
         'def told(text): say(f\'{text} {"sqlalchemy" in sys.modules} {"torch" in sys.modules}\')\n'
-        "starting.Waits.__init__.__defaults__ = (told, 60.0)\n"
+        "progress.Waits.__init__.__defaults__ = (told, 60.0)\n"
         "from farflung.cli.app import app; import farflung.cli; app(['run', sys.argv[1]])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "missing.toml")]

@@ -1,0 +1,1 @@
+"""Trouble on purpose: faults on a schedule, and what each adversary comes to."""

@@ -1,0 +1,1 @@
+"""The trust path: draw, replay, verdict, penalties; canaries, possession, breaker and tripwire."""

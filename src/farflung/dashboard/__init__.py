@@ -1,1 +1,1 @@
-"""Pages, stories and figures: all that people ask of a run, read only."""
+"""The pages of a run, live and read only."""

@@ -1,0 +1,1 @@
+"""The embedded swarm: forkserver, several coordinators, terminal view, logs, summary and report."""

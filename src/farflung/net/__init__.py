@@ -1,0 +1,1 @@
+"""HTTP and the life of a process: client, server, session, limits."""

@@ -1,1 +1,1 @@
-"""Models as files and as arithmetic: shared by learner, engine and tasks."""
+"""Models as files and as arithmetic, rounding and packing: shared by learner, engine, weights and tasks."""

@@ -1,1 +1,1 @@
-"""Commands that drive roles or look after a run."""
+"""What an operator or an owner does: backup, calibrate, doctor, export, filter tasks, join, keys, roll back."""

@@ -1,0 +1,1 @@
+"""What API, commands, summary and pages read of a run: bounded queries, nothing is written."""

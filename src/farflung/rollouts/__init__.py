@@ -1,1 +1,1 @@
-"""Flow of rollouts: from generated tokens, by intake, audit and score, to a batch and its commit."""
+"""Flow of rollouts, the data path: submit, validate, intake, score, accept, select, commit."""
