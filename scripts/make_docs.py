@@ -281,7 +281,7 @@ def _branch(folder: Path, indent: str) -> Iterator[str]:
         elif path.is_dir() and _is_told(path):
             yield f"{link}/`](../{path.relative_to(ROOT)}) {phrase(path)}".rstrip()
             yield from _branch(path, indent + "  ")
-        elif path.is_dir() and path.name != "__pycache__":
+        elif path.is_dir() and any(one.suffix != ".pyc" for one in path.rglob("*") if one.is_file()):
             kinds = sorted({file.suffix[1:] for file in path.rglob("*") if file.suffix})
             yield f"{link}/`](../{path.relative_to(ROOT)}) Files: {', '.join(kinds)}."
     data = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc"))
