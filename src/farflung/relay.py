@@ -48,7 +48,7 @@ class Relay:
         self._server: uvicorn.Server | None = None
 
     async def run(self) -> None:
-        """Mirror and serve until the run ends or somebody says stop."""
+        """Mirror and serve until the run ends or the relay is told to stop."""
         with listen(self.settings.host, self.settings.port) as listener:
             port = listener.getsockname()[1]
             url = self.settings.public_url or url_of("http", self.settings.host, port)

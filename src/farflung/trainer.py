@@ -64,7 +64,7 @@ class Trainer:
         self._publisher = Publisher(self.client, key, config.run.name, config.learn.anchor_every)
 
     async def run(self) -> None:
-        """Train until the last step is committed or somebody says stop."""
+        """Train until the last step is committed or the trainer is told to stop."""
         self.session = await Session.open(
             self.client, "trainer", run=self.config.run.name, root=self._root, name="trainer", engine="hf"
         )
@@ -159,7 +159,7 @@ class Trainer:
         self.session.figures.loaded_step = step
 
     async def _next(self, step: int) -> BatchAnswer | None:
-        """The answer to a claim, which may take a while; None if somebody says stop before it is there."""
+        """The answer to a claim, which may take a while; None if the trainer is told to stop before it is there."""
         self._asking = asyncio.ensure_future(claim(self.session, step, WAIT_S))
         try:
             return await self._asking

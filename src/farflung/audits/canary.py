@@ -1,7 +1,7 @@
 """Coordinator: try validators on rollouts whose truth is known, before their evidence of that step counts.
 
 The trainer makes a few rollouts with each new version. A validator gets them as audits like any other: as they are, and
-spoiled. Whoever finds fault with the first or none with the second has a broken verifier, and is named.
+spoiled. A validator that finds fault with the first or none with the second has a broken verifier, and is named.
 """
 
 import logging

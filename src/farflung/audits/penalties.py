@@ -18,7 +18,7 @@ from farflung.store.transitions import end_leases, move
 def clear(connection: Connection, run_ctx: RunContext, audit: Row[Any], odd: Sequence[str], now: float) -> None:
     """The audit passed: what it held back goes on to the scorers, or back to where it was if it was scored before.
 
-    But for rollouts that look odd by themselves: nobody is blamed, and the sample is leased to somebody else.
+    But for rollouts that look odd by themselves: no node is blamed, and the sample is leased to another node.
     """
     drawn = ROLLOUTS.c.rollout.in_(msgspec.json.decode(audit.rollouts, type=list[str]))
     connection.execute(ROLLOUTS.update().where(drawn).values(is_audited=True))
@@ -125,7 +125,7 @@ def reopen(connection: Connection, groups: Sequence[str], now: float, why: str) 
 
 
 def eject(connection: Connection, run_ctx: RunContext, node: str, now: float) -> None:
-    """All untrained work of the node is void, its leases go to others, its escrow to nobody."""
+    """All untrained work of the node is void, its leases go to others, its escrow to none."""
     query = sa.select(LEASES.c.lease).where(LEASES.c.node == node, LEASES.c.status == "open")
     end_leases(connection, list(connection.execute(query).scalars()), "void", now, why="the node was ejected")
     void_rollouts(connection, run_ctx, ROLLOUTS.c.node == node, f"ejection of {node}", now)

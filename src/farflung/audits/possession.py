@@ -76,7 +76,7 @@ def _is_open(connection: Connection, lease: str) -> bool:
 
 
 def warn(connection: Connection, node: str, why: str, now: float) -> None:
-    """Tell the operator, and whoever reads the node's story."""
+    """Tell the operator, and readers of the node's story."""
     status = node_row(connection, node).status
     record(connection, "node", [node], status, status, now, warning=why)
     log.warning("%s", why)

@@ -141,7 +141,7 @@ def explain(
 
 
 def _distance(rollout: AuditRollout, seen: Replay) -> float | None:
-    """None also where this machine's own activations are not finite: evidence without a distance accuses nobody."""
+    """None also where this machine's own activations are not finite: evidence without a distance accuses no node."""
     if seen.sketch is None or not np.isfinite(seen.sketch).all():
         return None
     return distance(rollout.fingerprint, seen.sketch)

@@ -19,7 +19,7 @@ class RunSection(Section):
     seed: int = setting(0, "Seed of task order and training.")
     reproducible: bool = setting(
         False,
-        "Derive the secret from the seed. Tests and demos only: whoever knows the seed knows the noise.",
+        "Derive the secret from the seed. Tests and demos only: a node that knows the seed knows the noise.",
         is_advanced=True,
     )
 

@@ -48,7 +48,7 @@ class Queue:
             self._waiting.pop(token, None)
 
     def close(self) -> None:
-        """Let nobody wait any more."""
+        """Let no caller wait any more."""
         self._is_closed = True
         for future in self._waiting.values():
             if not future.done():
@@ -96,6 +96,6 @@ class LongPoll:
             self.wake()
 
     def close(self) -> None:
-        """Keep nobody waiting."""
+        """Keep no caller waiting."""
         for queue in self._queues.values():
             queue.close()

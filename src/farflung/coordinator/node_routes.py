@@ -73,7 +73,7 @@ def _note_beats(
     lost = lease.lost_leases(connection, nodes, now - 2 * ctx.config.lease.lease_s)
     latest, heard = ctx.run_ctx.latest(connection), [(rows[node], beat) for node, beat in beats if node in rows]
     for row, beat in heard:
-        if row.receipt or row.role != "worker":  # a key that handed nothing in costs nobody anything
+        if row.receipt or row.role != "worker":  # a key that handed nothing in costs the run nothing
             ctx.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
         if row.node in ctx.access.roles:
             audit.renew(connection, ctx.run_ctx, row.node, now)
@@ -198,7 +198,7 @@ async def submission(ctx: Context, call: Call) -> Signed:
     try:
         receipt = await ctx.write_together(take, delivery)
     except Refusal as refusal:
-        if not isinstance(refusal, Unavailable):  # then nobody knows what became of it
+        if not isinstance(refusal, Unavailable):  # then the coordinator cannot tell whether it was stored
             await orphan_gc.discard(ctx.archive.blobs, ctx.database, [sent.digest, *([logp] if logp else [])])
         raise
     ctx.long_poll.wake()

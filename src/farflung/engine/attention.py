@@ -73,7 +73,7 @@ class SharedPrompts:
         self._seat(self._group_B[live_B])
 
     def _seat(self, group_B: torch.Tensor) -> None:
-        """Give each row a seat in its group; seats that stay empty ask what row 0 asks, and nobody reads the answer."""
+        """Give each row a seat in its group; seats that stay empty ask what row 0 asks, and the answer is not read."""
         self._group_B = group_B
         count_G = group_B.bincount(minlength=len(self._layers[0][0]))
         order_B, self._seats = group_B.argsort(stable=True), int(count_G.max())

@@ -130,8 +130,8 @@ def _decode(
 def _joining(rows: DecodeBatch | WholeTextBatch, slots: int, waiting: int, idle: int) -> int:
     """How many requests join now: several at once, for to read a prompt takes as long as a token of half a batch.
 
-    `idle` counts each free slot once a step, so that the longer completions are, the sooner they are followed. Nobody
-    waits for more than are left.
+    `idle` counts each free slot once a step, so that the longer completions are, the sooner they are followed. No free
+    slot waits for more requests than are left.
     """
     patience = slots * min(slots, _FEW) * _PATIENCE // _FEW
     free = min(slots - len(rows), waiting) if rows.may_grow else 0

@@ -16,7 +16,7 @@ from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
 
 _NEVER = ("auto_map", "quantization_config")
-"""Keys that would make transformers look for somebody's Python or repack the weights."""
+"""Keys that would make transformers look for foreign Python code or repack the weights."""
 
 
 def build(config: Path | str | bytes, dtype: torch.dtype) -> PreTrainedModel:

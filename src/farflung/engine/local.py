@@ -76,7 +76,7 @@ class LocalEngine:
 
     @property
     def ways(self) -> Ways:
-        """How this model is decoded and replayed; tried with the first weights that are there when somebody asks."""
+        """How this model is decoded and replayed; tried at the first call, with the weights that are there then."""
         return self._ways or self.find_ways()
 
     @torch.inference_mode()

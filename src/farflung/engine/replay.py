@@ -1,4 +1,4 @@
-"""Replays somebody's completions: one prefill, then the seeded pick at every position.
+"""Replays given completions: one prefill, then the seeded pick at every position.
 
 Completions of one prompt, as a group's are, stand behind it in one row (`numerics/packing.py`). Rows are padded on the
 right, where nothing can be seen from the left.

@@ -178,7 +178,7 @@ class VllmEngine:
 
 
 async def _until(tasks: Sequence[asyncio.Task[Completion]], should_stop: Callable[[], bool] | None) -> None:
-    """Wait until all are done, one fails, or somebody says stop."""
+    """Wait until all are done, one fails, or `should_stop` says so."""
     left: Iterable[asyncio.Task[Completion]] = tasks
     while left and not (should_stop is not None and should_stop()):
         done, left = await asyncio.wait(left, timeout=_LOOK_S)

@@ -31,7 +31,7 @@ class Screen:
     """A context manager that shows statuses as they come and the summary at the end."""
 
     def __init__(self, config: Config, *, is_plain: bool, since: float, concludes: bool = True) -> None:
-        """`since` is the monotonic time of the command. It `concludes` unless somebody else sums up what came of it."""
+        """`since` is the monotonic time of the command. It `concludes` unless the caller sums up what came of it."""
         self.config, self.is_plain, self._concludes = config, is_plain, concludes
         self.console = Terminal()
         self._live = None if is_plain else Live(console=self.console, refresh_per_second=4, transient=False)

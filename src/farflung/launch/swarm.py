@@ -286,7 +286,7 @@ class Swarm:
     # --- watching ----------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> bool:
-        """Until the run is finished (True), or it cannot go on or somebody says stop (False)."""
+        """Until the run is finished (True), or it cannot go on or is told to stop (False)."""
         known: list[str] | None = None  # warnings of before a --resume
         while not self.is_stopping:
             await self._restart_nurseries()
@@ -361,7 +361,7 @@ class Swarm:
         await self.client.close()
 
     async def _stop(self, names: list[str]) -> None:
-        """Tell them to stop, and wait for it; whoever does not is killed with its nursery."""
+        """Tell these processes to stop, and wait for it; one that does not is killed with its nursery."""
         for name in names:
             tell(self.forked[name], signal.SIGTERM)
         until = time.monotonic() + STOP_S

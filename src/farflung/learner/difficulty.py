@@ -38,7 +38,7 @@ def pass_rate(count: Count) -> float:
 
 
 def tokens_needed(count: Count, budget: int) -> float:
-    """Tokens that a sample takes on average, at most `budget`, which is also the guess for a task nobody tried."""
+    """Tokens that a sample takes on average, at most `budget`, which is also the guess for an untried task."""
     return min(float(budget), count.tokens / count.tried) if count.tried else float(budget)
 
 

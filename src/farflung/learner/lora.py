@@ -74,7 +74,7 @@ def factors_of(model: PreTrainedModel, name: str) -> Factors:
 
 
 def published(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """A matrix with its adapter as whoever fetches them merges it, bfloat16. Raises WeightsError."""
+    """A matrix merged with its adapter, as nodes that fetch both merge them, bfloat16. Raises WeightsError."""
     return merge(base(model, name), factors_of(model, name))
 
 

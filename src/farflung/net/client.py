@@ -99,7 +99,7 @@ class Client:
         await self._insist(path, lambda: self._once_into(path, file, limit_bytes))
 
     async def download_range(self, path: str, start: int, end: int) -> list[bytes]:
-        """Bytes [start, end) of a blob, as they came. Raises Malformed when somebody answers with anything else."""
+        """Bytes [start, end) of a blob, as they came. Raises Malformed if the answer is anything else."""
         return await self._insist(path, lambda: self._once_range(path, start, end))
 
     async def put(self, path: str, body: bytes) -> None:
@@ -231,7 +231,7 @@ def _wait_for(line: socket.socket, size_bytes: int) -> None:
 
 
 async def _bounded(response: Any, limit_bytes: int) -> list[bytes]:
-    """The body as far as it is sane: whoever answers may be out to fill this machine's memory."""
+    """The body as far as it is sane: the server may be out to fill this machine's memory."""
     parts: list[bytes] = []
     size = 0
     async for part in _parts(response):

@@ -88,7 +88,7 @@ def cpu_s() -> float:
 
 @dataclass
 class NodeStats:
-    """What a role tells of itself in heartbeats. Metrics, believed by nobody."""
+    """Figures that a role gives of itself in heartbeats: metrics, which no other role believes."""
 
     phase: str = "starting"
     loaded_step: int = -1
@@ -245,7 +245,7 @@ class Session:
             await self.client.close()
 
     def hurry(self) -> None:
-        """Somebody said stop: wait no longer than a moment for a coordinator that does not answer."""
+        """This role was told to stop: wait no longer than a moment for a coordinator that does not answer."""
         self.client.patience_s = min(self.client.patience_s, HURRY_S)
 
     async def say_goodbye(self) -> None:

@@ -69,7 +69,7 @@ def card(config: Config, figures: dict[str, Any], step: int, digest: str) -> str
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     head = f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [farflung, grpo]\n---\n"
-    about = "Trained with reinforcement learning by farflung, on rollouts of machines that nobody had to trust."
+    about = "Trained with reinforcement learning by farflung, on rollouts of machines that did not have to be trusted."
     return "\n".join([f"{head}# {config.run.name}, step {step}", "", about, "", "| | |", "| --- | --- |", *lines, ""])
 
 

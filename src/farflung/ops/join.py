@@ -74,7 +74,7 @@ async def _preflight(console: Console, url: str, folder: Path, root: bytes | Non
 
 
 def benchmark(settings: WorkerSection) -> float:
-    """float32 GFLOP/s of a matrix product on this node's threads: a word to people, believed by nobody."""
+    """float32 GFLOP/s of a matrix product on this node's threads: for people to read; no role believes it."""
     import torch
 
     torch.set_num_threads(settings.threads)

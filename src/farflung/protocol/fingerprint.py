@@ -5,7 +5,7 @@ positions has hundreds of values, and a random projection keeps distances betwee
 (r·x)² is ‖x‖² on average (Johnson & Lindenstrauss 1984; with signs Achlioptas 2003). So a few projections tell how far
 the sender's activations were from the verifier's. For the first n generated tokens, n up to `POSITIONS`:
 
-    r_t,k ∈ {-1, +1}^D    bits of SHAKE-256(nonce of the lease ‖ t): nobody knows them before the lease
+    r_t,k ∈ {-1, +1}^D    bits of SHAKE-256(nonce of the lease ‖ t): no node knows them before the lease
     s_k = 1/√n · Σ_t r_t,k · h_t/‖h_t‖      h_t (D): the last hidden state, from which token t was picked
     sent: s_k as multiples of `STEP`, one signed byte each
 

@@ -1,6 +1,6 @@
 """A node's standing as its owner is told of it: what happened, what follows, what to do; each verdict once.
 
-The coordinator tells it with every heartbeat, so that nobody learns by silence that his work is void.
+The coordinator tells it with every heartbeat, so that no owner learns by silence that the node's work is void.
 """
 
 import logging

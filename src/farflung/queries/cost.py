@@ -26,7 +26,7 @@ def last_per_process(lines: Iterable[Line]) -> dict[Process, Line]:
 class Worked:
     """Seconds of work, line by line: pauses between stays left out, and never back.
 
-    Lines with `up_s` are told apart by the clock that nobody sets; between others the wall clock may have been set.
+    Lines with `up_s` are told apart by the clock that is never set; between others the wall clock may have been set.
     """
 
     def __init__(self) -> None:

@@ -7,9 +7,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 QUICK_S = 0.05
-"""A look that takes no longer is taken anew each time, so that who reads a small run reads what is."""
+"""A look that takes no longer is taken anew each time, so that readers of a small run see it as it is."""
 SHARE = 4.0
-"""After a longer one nobody looks for this many times as long as it took: readers take a fifth of one thread."""
+"""After a longer one there is none for this many times as long as it took: readers take a fifth of one thread."""
 
 
 class Shared(Generic[T]):

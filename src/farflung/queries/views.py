@@ -213,6 +213,6 @@ def catch(connection: Connection, config: Config) -> dict[int, float]:
 def open_verdict(document: bytes) -> Verdict:
     """A stored verdict, remembered: a look must not cost as many signatures as there are.
 
-    Raises BadSignature if somebody changed it in the database.
+    Raises BadSignature if it was changed in the database.
     """
     return unseal(msgspec.msgpack.decode(document, type=Signed), "verdict", Verdict)

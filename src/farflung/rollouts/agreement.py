@@ -52,7 +52,7 @@ def agree(engine: LocalEngine) -> Agreement:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"this model cannot be generated with and replayed here ({reason}); {_WHAT_TO_DO}") from error
     if _versions(engine) != versions:
-        raise ConfigError(f"this model changes its own weights as it runs, so nobody can hold them; {_WHAT_TO_DO}")
+        raise ConfigError(f"this model changes its own weights as it runs, so no node can hold them; {_WHAT_TO_DO}")
     return found
 
 

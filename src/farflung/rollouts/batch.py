@@ -139,7 +139,7 @@ async def fetch(bodies: Bodies, batch: Batch, *, divide_by_std: bool) -> list[Ro
     digests = {rollout.submission for group in batch.groups for rollout in group.rollouts}
     bodies.only(batch)
     found = await bodies.read(digests)
-    bodies.forget()  # nobody reads them again before the next step
+    bodies.forget()  # they are not read again before the next step
     tokens, logp = _tokens(found), await bodies.logp(found)
     return [
         rollout

@@ -17,7 +17,7 @@ Serve = Callable[[Connection, Sequence[Any]], Sequence[Any]]
 """Serves requests of one kind: an answer for each, in their order; one that is an exception is raised to who asked."""
 MOST_IN_A_COMMIT = 256
 MOST_WAITING = 2000
-"""Changes that may wait for the writer; more are refused with 503, for nobody waits so long."""
+"""Changes that may wait for the writer; more are refused with 503, for no caller waits so long."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +88,7 @@ def answer_all(served: Sequence[tuple[Waiting, Any]]) -> None:
     for waiting, answer in served:
         loops.setdefault(waiting.loop, []).append((waiting.future, answer))
     for loop, answers in loops.items():
-        with contextlib.suppress(RuntimeError):  # a loop that is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # a loop that is closed: no caller waits any more
             loop.call_soon_threadsafe(_resolve, answers)
 
 

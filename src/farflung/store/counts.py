@@ -1,7 +1,7 @@
-"""Sums that the database keeps itself, in the transaction that changes a row: nobody adds up a whole history.
+"""Sums that the database keeps itself, in the transaction that changes a row: no reader adds up a whole history.
 
 Each row of a source adds to one row of its sums, by triggers: of SQLite one for each row, of PostgreSQL one for each
-statement. So they are right whoever writes, after crashes too, and `differences` holds them against the history.
+statement. So they are right whichever process writes, after crashes too; `differences` holds them against the history.
 """
 
 from collections.abc import Iterator, Mapping

@@ -114,11 +114,11 @@ class Database:
         served: list[tuple[Waiting, Any]] = []
         try:
             with self.engine.connect() as connection, writing(connection):
-                batch = drain()  # not before: whoever comes while another coordinator writes is served at once
+                batch = drain()  # not before: changes that come while another coordinator writes are served at once
                 for members in sets_of(batch):
                     served += _apply(connection, members)
                 flush_events(connection)
-        except Exception as error:  # the commit itself failed: nobody's change is acknowledged
+        except Exception as error:  # the commit itself failed: no change is acknowledged
             self.failures += 1
             batch = batch or drain()
             log.warning("commit failed requests=%d", len(batch), exc_info=not is_away(error))

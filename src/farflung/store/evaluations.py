@@ -15,7 +15,7 @@ from farflung.store.tables import GROUP_COUNTS, TASKS
 
 GREEDY, SAMPLED = "eval", "sampled"
 HELD_OUT = (GREEDY, SAMPLED)
-"""Purposes of groups that nobody is paid for and that are never audited."""
+"""Purposes of groups that are never paid for and never audited."""
 
 
 @dataclass(frozen=True, slots=True)

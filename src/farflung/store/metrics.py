@@ -90,7 +90,7 @@ class Metrics:
     """Appends lines. What nodes say of themselves is kept until the next flush; losing it loses only metrics."""
 
     def __init__(self, path: Path, uptime: Callable[[], float] | None = None) -> None:
-        """`uptime` is a clock that nobody sets, the same for all processes of this machine; readers need none."""
+        """`uptime` is a clock that is never set, the same for all processes of this machine; readers need none."""
         self.path, self._uptime = path, uptime
         self._nodes: OrderedDict[str, dict[str, Any]] = OrderedDict()
         """What nodes said since their last line, those first that have waited longest for one."""

@@ -34,7 +34,7 @@ _held: dict[Path, int] = {}
 def own(folder: Path, part: str = "", *, is_shared: bool = False) -> None:
     """Own a folder, or a named part of what is in it, until this process ends; once more is no error.
 
-    A shared owner keeps out whoever wants it alone. Raises ConfigError, which names the owner, if it is taken.
+    A shared owner keeps out a process that wants it alone. Raises ConfigError, which names the owner, if it is taken.
     """
     path = (folder / (f"{part}-{NAME}" if part else NAME)).resolve()
     if fcntl is None or path in _held:
@@ -56,7 +56,7 @@ def held(folder: Path) -> tuple[int, ...]:
 
 
 def _lock(descriptor: int, folder: Path, part: str, how: int) -> None:
-    assert fcntl is not None, "where there are no locks nobody asks"
+    assert fcntl is not None, "where there are no locks no caller asks"
     until = time.monotonic() + REMAINS_S
     while True:
         try:

@@ -21,7 +21,7 @@ FINAL = ("trained", "dropped")
 
 
 def pay(connection: Connection, run_ctx: RunContext, rows: Sequence[Row[Any]], now: float) -> None:
-    """Put the tokens of rollouts that nobody paid for yet into their nodes' escrow."""
+    """Put the tokens of rollouts that are not paid for yet into their nodes' escrow."""
     transfers = (ledger.Transfer(row.rollout, ledger.ISSUED, ledger.escrow(row.node), row.tokens) for row in rows)
     ledger.post(connection, transfers, run_ctx.run, now)
     for part in slices([row.rollout for row in rows]):
@@ -36,7 +36,7 @@ _PAID = (
 
 
 def burn(connection: Connection, run_ctx: RunContext, which: Any, now: float) -> None:
-    """What is in escrow for these rollouts goes to nobody; what has matured is the node's for good."""
+    """Burn the escrow of these rollouts; matured credit is the node's for good."""
     taken = _take(connection, which).all()
     transfers = (ledger.Transfer(row.rollout, ledger.escrow(row.node), ledger.BURNED, row.tokens) for row in taken)
     ledger.post(connection, transfers, run_ctx.run, now)

@@ -39,7 +39,7 @@ class RunContext:
     stops: Stops | None = None
     """With which token a stop string is complete, in a run that has some."""
     orders: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
-    """How far the tasks of recent steps are opened, so that nobody looks from the beginning for every lease."""
+    """How far the tasks of recent steps are opened, so that no lease needs a look from the beginning."""
 
     faults: dict[str, int] = field(default_factory=dict[str, int], compare=False, repr=False)
     """Kinds of faults in scoring that were told of, and how many rollouts could not be scored before any was."""

@@ -68,7 +68,7 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
 
 
 def _to_wal(connection: sqlite3.Connection) -> None:
-    """A new file becomes a WAL while nobody writes to it; SQLite fails at once where others do, so wait here."""
+    """A new file becomes a WAL while no process writes to it; SQLite fails at once where others do, so wait here."""
     give_up = time.monotonic() + BUSY_S
     while True:
         try:

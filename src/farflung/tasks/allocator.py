@@ -53,7 +53,7 @@ class Shelf:
 
 
 class _Sources:
-    """Tasks that nobody opened yet at each step, each looked up once."""
+    """Tasks that are not opened yet at each step, each looked up once."""
 
     def __init__(self, next_tasks: Callable[[int], Iterable[NextTask]]) -> None:
         self._next_tasks = next_tasks

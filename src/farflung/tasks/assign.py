@@ -2,7 +2,7 @@
 
 A lease has exactly one policy step. In order:
 
-1. *urgent* samples: handed back or lapsed ones, and those of older steps, which nobody else will come for. One that
+1. *urgent* samples: handed back or lapsed ones, and those of older steps, which no other node will come for. One that
    is left over keeps a whole group from training. The node's loaded step before others, then the oldest;
 2. samples of unfinished groups, then new groups, at the node's *home*: its loaded step if that is recent enough, else
    the latest one;
@@ -53,7 +53,7 @@ class Asker:
 
 @dataclass(frozen=True, slots=True)
 class OpenSamples:
-    """Samples of one group that nobody has: never leased, or open again. A group may appear more than once."""
+    """Samples of one group that no node has: never leased, or open again. A group may appear more than once."""
 
     group: str
     task: str

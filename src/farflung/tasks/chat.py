@@ -1,7 +1,7 @@
 """Coordinator: chat messages as the text that a model was trained on, made by the template that comes with it.
 
 The text is what `apply_chat_template` of transformers makes, without its import. A template comes with a model that
-somebody chose, so it is rendered in a sandbox, and what it says of a conversation that it refuses reaches the operator.
+the operator chose, so it is rendered in a sandbox; its words on a conversation that it refuses reach the operator.
 """
 
 import json

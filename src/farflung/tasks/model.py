@@ -41,7 +41,7 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what config.json says of the architecture, whoever saved it."""
+        """SHA-256 of what config.json says of the architecture, whichever program saved it."""
         fields = {name: value for name, value in self.config.items() if name not in SAVERS}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -98,7 +98,7 @@ class Model:
             raise ConfigError(
                 f"tokenizer.json of model {self.path!r} describes no tokenizer ({error}); download it again"
             ) from error
-        tokenizer.no_truncation()  # left there by whoever saved it in the middle of a training
+        tokenizer.no_truncation()  # left there by a program that saved it in the middle of a training
         tokenizer.no_padding()
         return tokenizer
 

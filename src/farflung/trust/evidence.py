@@ -8,7 +8,7 @@ honest probability q₀(Δ) of a near flip from above (`farflung.trust.bounds`),
 margin that it ever saw, so that a far flip is no rounding at all (q_far, one position in a million; what breaks a
 machine is forgiven by η).
 
-**Alternatives.** What a cheat does to q is known well enough without catching one. Whoever samples with other noise
+**Alternatives.** What a cheat does to q is known well enough without catching one. A node that samples with other noise
 flips with probability 1 − π. Whatever shifts the scores (another temperature, fewer bits, other weights) by about s
 flips a gap Δ with probability falling as exp(−Δ/s). Another temperature, c times the leased one, says at which
 positions: there the gap becomes Δ − (1/c − 1)·λ, and the runner-up is sent where that is below 0; so it is told from

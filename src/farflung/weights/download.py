@@ -106,7 +106,7 @@ class Downloads:
         await self._from(self.session.client, shard)
 
     async def _from_many(self, urls: Sequence[str], shard: Shard) -> dict[int, str]:
-        """Pieces from several relays. Gives which came from whom, if they do not come to the shard."""
+        """Pieces from several relays. Gives each piece's relay, if they do not come to the shard."""
         part = self.folder / f"{shard.digest}{PART}"
         try:
             with part.open("ab", buffering=0) as file:
@@ -144,7 +144,7 @@ class Downloads:
         return None
 
     def _find_liars(self, shard: Shard, came_from: dict[int, str]) -> None:
-        """The right shard is here: whoever sent pieces that differ from it lied."""
+        """The right shard is here: relays that sent pieces that differ from it lied."""
         if not self._bad(shard).exists():
             return
         with self._bad(shard).open("rb") as bad, (self.folder / shard.digest).open("rb") as good:

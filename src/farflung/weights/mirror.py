@@ -1,6 +1,7 @@
 """Relay: follow the run's latest version, and serve its shards, by range too, while they are still coming in.
 
-What is passed on in flight is not checked yet: whoever fetches it checks it, and no wrong file here has a shard's name.
+Bytes that are passed on in flight are not checked yet: the node that fetches them checks them, and no wrong file here
+has a shard's name.
 """
 
 import asyncio

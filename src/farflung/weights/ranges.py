@@ -1,7 +1,7 @@
 """Worker, validator and relay: one shard in pieces, from several relays at once, put together in order.
 
-Every relay is asked for the next piece as soon as it has sent one, so fast ones send more, and a busy one holds nobody
-up for long. Pieces that come early wait in memory, a few of them; what is in the file is always a beginning.
+Every relay is asked for the next piece as soon as it has sent one, so fast ones send more, and a busy one holds the
+others up only briefly. Pieces that come early wait in memory, a few of them; what is in the file is always a beginning.
 """
 
 import asyncio
@@ -89,7 +89,7 @@ class Pieces:
             self._keep(start, data, url)
 
     def _next(self, url: str) -> int | None:
-        """A piece that nobody was asked for, or one that is overdue elsewhere."""
+        """A piece that no relay was asked for, or one that is overdue elsewhere."""
         if self._todo and self._todo[0] < self._end + self._ahead:
             return self._todo.popleft()
         limit = time.monotonic() - self._pace.overdue_s

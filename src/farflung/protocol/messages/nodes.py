@@ -8,7 +8,7 @@ from farflung.protocol.messages.base import Count, Id, Message, Name, Role, Url
 
 
 class Hardware(Message, frozen=True):
-    """What a node says of its machine; shown to people, believed by nobody."""
+    """A node's account of its machine; shown to people, believed by no role."""
 
     cpu: Name = ""
     cores: Annotated[int, Meta(ge=0, le=100_000)] = 0
