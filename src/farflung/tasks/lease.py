@@ -246,7 +246,7 @@ def _eval_shares(
 
 
 def expire(connection: Connection, run_ctx: RunContext, now: float, listening_since: float) -> int:
-    """Take back leases past their deadline, or of nodes that fell silent while the coordinator listened; gives how many."""
+    """Take back leases past their deadline or of nodes that fell silent while the coordinator listened; gives a count."""
     lost_since = now - run_ctx.config.lease.lost_s
     silent_since = lost_since if listening_since < lost_since else 0.0
     rows = connection.execute(_OVER, {"run": run_ctx.run, "now": now, "silent_since": silent_since}).all()

@@ -1,7 +1,7 @@
 """Coordinator: forget keys that took a lease and handed nothing in; their rows would grow for ever.
 
-Only leases that lapsed or were handed back, of nodes that never had a receipt: those rows prove nothing, and no node has
-a claim to them. The leases of others stay, with their stories.
+Only leases that lapsed or were handed back, of nodes that never had a receipt: those rows prove nothing, and no node
+has a claim to them. The leases of others stay, with their stories.
 """
 
 from collections.abc import Sequence
