@@ -104,7 +104,7 @@ class Relay:
         return Starlette(routes=routes, lifespan=life)
 
     async def about(self, request: Request) -> Response:
-        """What this relay mirrors."""
+        """The version that this relay mirrors."""
         figures = self.session.figures
         return JSONResponse(
             {"run": self.session.run, "step": figures.loaded_step, "sent_bytes": self.mirror.sent_bytes}

@@ -94,7 +94,7 @@ class Trainer:
             self._asking.cancel()
 
     async def _arm(self) -> None:
-        """What checks batches: a second engine, and the published versions."""
+        """Open the check of batches: a second engine, and the published versions."""
         engine = await empty_engine(self.session, threads=self.config.learn.threads)
         folder = self.config.folder / "nodes" / "trainer" / "weights"
         self._loaded = Loaded(engine, Versions(self.session, folder, use_relays=False, patch=patch))
@@ -275,7 +275,7 @@ class Trainer:
         log.info("committed step=%d reward=%.3f groups=%d/%d manifest=%s", *told)
 
     def _answer(self, batch: Batch, digest: str) -> list[bytes]:
-        """What the weights as they are now say to the batch's canaries; the tripwire finds them loaded."""
+        """The present weights' completions of the batch's canaries; the tripwire finds those weights loaded."""
         self._hold_own(digest)
         return self.checker.answer(batch)
 

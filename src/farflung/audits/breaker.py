@@ -69,7 +69,7 @@ def _is_in_doubt(connection: Connection, run_ctx: RunContext, now: float) -> boo
 
 
 def poll(connection: Connection, run_ctx: RunContext, step: int, now: float) -> Poll:
-    """The weight of nodes that failed at a step, of those that passed since, and of those not looked at yet."""
+    """How many nodes failed at a step, and their work beside that of nodes that passed since or were not looked at."""
     failed = _nodes(connection, run_ctx, step, FAILED)
     if len(failed) < run_ctx.config.trust.brake_nodes:
         return Poll(len(failed))

@@ -36,7 +36,7 @@ def clear(connection: Connection, run_ctx: RunContext, audit: Row[Any], odd: Seq
 
 
 def _pay_late(connection: Connection, run_ctx: RunContext, drawn: Any, odd: Sequence[str], now: float) -> None:
-    """What was let go while it waited for its replay is paid for when that has passed."""
+    """Rollouts that were let go while they waited for their replay are paid for when that has passed."""
     unpaid = sa.and_(ROLLOUTS.c.status == "dropped", ROLLOUTS.c.reward.is_(None), ROLLOUTS.c.escrow_step.is_(None))
     rows = connection.execute(sa.select(ROLLOUTS).where(drawn, unpaid, ROLLOUTS.c.rollout.not_in(odd))).all()
     payment.pay(connection, run_ctx, rows, now)
@@ -53,7 +53,7 @@ def hold(
     """Hold untrained rollouts that no audit has passed, and have all of them replayed. Gives how many audits it opens.
 
     Batched ones are in the trainer's hands: only the trainer may ask for them to leave the batch, with their groups.
-    What was dropped was paid for all the same, and is replayed too while that can be burned.
+    Dropped ones were paid for all the same, and are replayed too while that can be burned.
     """
     unproven = sa.and_(which, ROLLOUTS.c.run == run_ctx.run, ~ROLLOUTS.c.is_audited, _in_reach(live))
     rows = connection.execute(sa.select(ROLLOUTS).where(unproven).order_by(ROLLOUTS.c.position)).all()

@@ -26,7 +26,7 @@ def of_submission(
     shown: str,
     now: float,
 ) -> str:
-    """What is wrong with the weights behind a submission, or nothing. The lease of a wrong one goes to others."""
+    """The fault of the weights behind a submission, or nothing. The lease of a wrong one goes to others."""
     if not profiles.of(sender.profile).holds_published:
         return ""
     wrong = _compare(connection, run_ctx, lease.step, lease.nonce, shown)

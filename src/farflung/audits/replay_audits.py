@@ -64,7 +64,7 @@ def replay(
 
 
 def items_of(job: AuditJob, temperature: float = 1.0, others: Sequence[AuditRollout] = ()) -> list[Item]:
-    """What an engine replays of an audit, and of `others` after it; at `temperature` times the leased one."""
+    """Items of an audit for an engine to replay, then those of `others`; at `temperature` times the leased one."""
     return [
         (
             Request(

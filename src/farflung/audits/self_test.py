@@ -28,7 +28,7 @@ TOKENS = 32
 
 
 class Tried(NamedTuple):
-    """What a self-test came to."""
+    """The result of a self-test."""
 
     factor: float
     """Noise as a multiple of what the profile was calibrated on."""
@@ -42,7 +42,7 @@ class Tried(NamedTuple):
 
 
 def ask(run_ctx: RunContext, step: int, prompts: Sequence[bytes]) -> list[Canary]:
-    """What the trainer is to generate for it."""
+    """The requests for the trainer to generate for it."""
     budget = min(TOKENS, run_ctx.config.generate.budget)
     return [
         Canary(prompt_ids=ids, seed=_number(run_ctx, step, "seed", i), budget=budget) for i, ids in enumerate(prompts)

@@ -34,7 +34,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What the replay of one rollout came to."""
+    """The result of one rollout's replay."""
 
     rollout: str
     submission: str

@@ -1,4 +1,4 @@
-"""What the coordinator goes by: leases, trust, who is let in and how much each may ask."""
+"""Settings of the coordinator: leases, trust, the nodes that it lets in and how much each may ask."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What is learned: the run, its model and environment, generation, training, evaluation."""
+"""Settings of learning: the run, its model and environment, generation, training, evaluation."""
 
 from pathlib import Path
 from typing import Any, Literal, Self

@@ -29,7 +29,7 @@ from farflung.weights import origin
 SMALL_BYTES = 64 << 10
 """A submission up to this size is inspected where it is read: handing it to a thread would take longer."""
 SAMPLE_BYTES, TOKEN_BYTES = 256, 16
-"""What a rollout and each of its tokens may take in a submission: id and log-probability, in base64."""
+"""Bytes that a rollout and each of its tokens may take in a submission: id and log-probability, in base64."""
 
 SEEN = NODES.update().where(NODES.c.node.in_(sa.bindparam("ids", expanding=True))).values(seen_at=sa.bindparam("at"))
 MOST_LOST = 1000
@@ -37,7 +37,7 @@ MOST_LOST = 1000
 
 
 async def index(ctx: Context, call: Call) -> Index:
-    """Who this coordinator is and which runs it has."""
+    """This coordinator's identity and the runs that it has."""
     return Index(
         ctx.run_ctx.key.id, m.VERSION, ctx.config.coordinator.minimum_version, ctx.papers.root, [ctx.run_ctx.run]
     )

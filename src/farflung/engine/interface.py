@@ -31,7 +31,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a policy said: ids end with an end-of-sequence token or a stop string, or number exactly `budget`."""
+    """The answer of a policy: ids end with an end-of-sequence token or a stop string, or number exactly `budget`."""
 
     ids: tuple[int, ...]
     logp: tuple[float, ...]
@@ -42,7 +42,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What the verifier saw at each generated position of one rollout. Arrays are float32 of shape (tokens,)."""
+    """The verifier's view of each generated position of one rollout. Arrays are float32 of shape (tokens,)."""
 
     gap: np.ndarray
     """Distance between the two best scores `logits / T + noise` (the logits themselves when greedy), >= 0."""

@@ -52,7 +52,7 @@ def read_config(config: Path | str | bytes) -> dict[str, Any]:
 
 
 def _plain(fields: dict[str, Any]) -> Any:
-    """What JSON has no number for is written by transformers as {"__float__": "Infinity"}."""
+    """A value that JSON has no number for is written by transformers as {"__float__": "Infinity"}."""
     return float(fields["__float__"]) if fields.keys() == {"__float__"} else fields
 
 

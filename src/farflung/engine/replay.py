@@ -34,7 +34,7 @@ def replay(
 ) -> list[Replay]:
     """Gap, margin, pick, lead and logp at each completion token of each item, in order.
 
-    What a model can do, `reading`, is found by `ways.py`. Raises ValueError for ids that the model does not have.
+    The `reading` that a model allows is found by `ways.py`. Raises ValueError for ids that the model does not have.
     """
     vocab = model.config.get_text_config().vocab_size
     _refuse_strangers(items, vocab)

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _import_light(_: str) -> None:
-    """What no child has to import: a coordinator takes 1.5 CPU-seconds to import, and a tenth to open its run."""
+    """Spare each child the imports: a coordinator takes 1.5 CPU-seconds to import, and a tenth to open its run."""
     import alembic.command  # noqa: F401 - for the children, as all that follows
 
     import farflung.launch.coordinators

@@ -104,7 +104,7 @@ class Screen:
                 self.note(warning)
 
     async def conclude(self, summary: dict[str, Any], folder: Path) -> None:
-        """What came of it."""
+        """Show the answers and the summary."""
         if not self._concludes:
             return
         print_answers(self.console, await five_answers(folder))
@@ -123,7 +123,7 @@ def one_line(status: Status) -> str:
 
 
 def _awaited(status: Status) -> str:
-    """What a run that has accepted nothing yet waits for."""
+    """In words, the thing awaited by a run that has accepted nothing yet."""
     if status.accepted or status.status != "running":
         return ""
     phase = next((node.phase or "starting up" for node in status.nodes if node.role == "trainer"), "on its way")
@@ -164,7 +164,7 @@ def spark(values: list[float]) -> str:
 
 
 def nodes_table(status: Status, width: int) -> Table:
-    """Who is here and how they do; a narrow terminal gets fewer columns rather than cut ones."""
+    """The nodes that are here and how they do; a narrow terminal gets fewer columns rather than cut ones."""
     table = Table(box=None, header_style="dim", padding=(0, 2 if width >= ROOMY else 1, 0, 0))
     rows = [_node_cells(node) for node in status.nodes]
     shown = [name for name in COLUMNS if width >= ROOMY or name not in SPARED]

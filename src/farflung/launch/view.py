@@ -32,7 +32,7 @@ def run_in(folder: Path) -> Config:
 
 
 def desk_of(config: Config) -> pages.Desk:
-    """What the pages need, at the moment the run was last heard of."""
+    """The sources of the pages, at the moment the run was last heard of."""
     with reading(config.database_url) as connection:
         end = _end(connection, config.run.name)
     database = Database(readable(config.database_url))

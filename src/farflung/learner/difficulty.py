@@ -13,7 +13,7 @@ RIGHT = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What is known of one task; `right` and `tokens` are out of `tried` samples, faded alike."""
+    """The count of one task's tries; `right` and `tokens` are out of `tried` samples, faded alike."""
 
     tried: float = 0.0
     right: float = 0.0

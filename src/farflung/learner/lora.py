@@ -19,7 +19,7 @@ _PART = "parametrizations.weight."
 
 
 class Adapter(torch.nn.Module):
-    """What is added to one matrix of shape (out, in)."""
+    """The adapter added to one matrix of shape (out, in)."""
 
     def __init__(self, weight: torch.Tensor, rank: int, scale: float, *, is_rounded: bool = False) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ class Buckets:
 
 @lru_cache(maxsize=4096)
 def sender_of(host: str) -> str:
-    """What counts as one address: an IPv4 address, or the /64 that a machine with IPv6 can choose from."""
+    """The unit that counts as one address: an IPv4 address, or the /64 that a machine with IPv6 can choose from."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:

@@ -41,7 +41,7 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """What a model is fed."""
+    """The input of a model."""
 
     ids_RW: torch.Tensor
     """int64, 0 where padded, which is on the right."""

@@ -1,8 +1,8 @@
 """`farflung backup` and `restore`: a run copied while it goes, and checked where it is brought back.
 
 The order makes the copy whole without stopping anybody. Checkpoints come first, so that none is ahead of the database;
-then the database in one snapshot; blobs last, because whatever the snapshot names was stored before. What was deleted
-meanwhile is looked for in the end, and the copy begins anew if the snapshot still needs it.
+then the database in one snapshot; blobs last, because whatever the snapshot names was stored before. Blobs deleted
+meanwhile are looked for in the end, and the copy begins anew if the snapshot still needs them.
 """
 
 import logging

@@ -59,7 +59,7 @@ def show(console: Console, finding: Finding) -> None:
 async def examine(url: str, folder: Path, root: bytes | None, *, is_joining: bool = False) -> AsyncIterator[Finding]:
     """This machine first, then the way to the coordinator and what its run needs.
 
-    Who is joining tries its arithmetic as a worker, and not here.
+    A node that joins tries its arithmetic as a worker, and not here.
     """
     for check in (_python, _torch, lambda: _key(folder), lambda: _disk(folder, 0), _ports):
         yield check()

@@ -21,7 +21,7 @@ FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-"""What goes along from the base model, where it has it."""
+"""Files that go along from the base model, where it has them."""
 
 
 def export(folder: Path, out: Path, step: int | None = None) -> int:

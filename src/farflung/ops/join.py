@@ -88,7 +88,7 @@ def benchmark(settings: WorkerSection) -> float:
 
 
 async def tell_earnings(console: Console, url: str, node: str) -> None:
-    """What this node's account shows when it leaves."""
+    """Tell the operator what this node's account shows as it leaves."""
     client = Client(url, Key.make(), patience_s=0.0)
     try:
         view = await _view(client, node)

@@ -47,7 +47,7 @@ def clipped(sketch_K: Floats) -> Floats:
 
 
 def pack(sketch_K: Any) -> bytes:
-    """A fingerprint as it is sent. What lies beyond 127 steps is sent as 127."""
+    """A fingerprint as it is sent. Values beyond 127 steps are sent as 127."""
     return np.rint(clipped(np.asarray(sketch_K, np.float32)) / STEP).astype(np.int8).tobytes()
 
 

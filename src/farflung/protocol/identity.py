@@ -167,7 +167,7 @@ ANIMALS = [
 
 
 def readable_name(node: str) -> str:
-    """What people call a node that gave no name: an adjective and an animal, the same for the same id. Not unique."""
+    """A name for a node that gave none: an adjective and an animal, the same for the same id. Not unique."""
     draw = int.from_bytes(hashlib.sha256(node.encode()).digest()[:8])
     return f"{ADJECTIVES[draw % len(ADJECTIVES)]}-{ANIMALS[draw // len(ADJECTIVES) % len(ANIMALS)]}"
 
@@ -276,7 +276,7 @@ _SIGNATURE = re.compile(r"sig1=:(?P<value>[A-Za-z0-9+/]{86}==):")
 
 
 class Signer(msgspec.Struct, frozen=True):
-    """Who signed a request, once it verified."""
+    """The signer of a request, once it verified."""
 
     node: str
     public: bytes

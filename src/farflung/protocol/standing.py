@@ -30,7 +30,7 @@ ADVICE = {
 
 
 class Standing:
-    """What the coordinator last said of a node."""
+    """The coordinator's last word on a node."""
 
     def __init__(self) -> None:
         self.status, self._clean, self._needed = "", 0, 0

@@ -34,7 +34,7 @@ class Worked:
         self.lived_s: dict[Process, float] = {}
         """Seconds that each process lived, from its start to its last line."""
         self._base: Line | None = None
-        """What the seconds beyond `_past_s` are counted from: the stay's first line."""
+        """The line that the seconds beyond `_past_s` are counted from: the stay's first."""
         self._past_s = self._up_s = 0.0
         self._began_s: dict[Process, float] = {}
 

@@ -22,7 +22,7 @@ class Shared(Generic[T]):
         self._due = 0.0
 
     async def get(self) -> T:
-        """What the last look saw, or a fresh one."""
+        """The result of the last look, or of a fresh one."""
         if self._last is not None and self._clock() < self._due:
             return self._last[0]
         if self._running is None:

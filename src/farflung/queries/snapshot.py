@@ -90,7 +90,7 @@ class Snapshot:
 
     @property
     def phase(self) -> str:
-        """What the run does, in a few words."""
+        """The run's present work, in a few words."""
         if self.status != "running":
             return self.status
         trainer = next(iter(self.of("trainer")), None)

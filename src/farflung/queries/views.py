@@ -182,7 +182,7 @@ def verdicts(connection: Connection, run: str, *, latest: int = 0) -> list[Verdi
 
 
 def warnings(connection: Connection, most: int = 20) -> list[str]:
-    """What a person should look at, the latest last."""
+    """Warnings for people to look at, the latest last."""
     said = sa.and_(sa.text(STAYED), EVENTS.c.detail.like('%"warning"%'))
     rows = connection.execute(sa.select(EVENTS.c.detail).where(said).order_by(EVENTS.c.id.desc()).limit(most)).scalars()
     return [json.loads(detail)["warning"] for detail in reversed(list(rows))]

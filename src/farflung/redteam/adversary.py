@@ -23,9 +23,9 @@ from farflung.trust.record import TrustSettings
 from farflung.worker import Worker
 
 Aim = Literal["reward", "length", "pay", "poison"]
-"""What an attack is after, and so what its gain is: the shift of mean reward or of tokens a rollout against what the
-seeds give on the same prompts; tokens paid and kept per CPU-second, where it cheated, relative to the honest; poisoned
-tokens trained."""
+"""The aim of an attack, and so the measure of its gain: the shift of mean reward or of tokens a rollout against what
+the seeds give on the same prompts; tokens paid and kept per CPU-second, where it cheated, relative to the honest;
+poisoned tokens trained."""
 Made = list[Completion | None]
 Stop = Callable[[], bool] | None
 """Asked now and then whether to leave off."""
@@ -52,7 +52,7 @@ class Attack:
         """Look at the weights that `truth` holds from now on."""
 
     def generate(self, requests: Sequence[Request], should_stop: Stop) -> Made:
-        """What to say; here what the seeds give."""
+        """The completions to send; here those that the seeds give."""
         return self.truth.generate(requests, should_stop)
 
     async def wants(self, worker: Worker, lease: Lease) -> bool:

@@ -92,7 +92,7 @@ def _accept(
 
 
 def _score_values(row: Row[Any], result: ScoreResult, weight: float) -> dict[str, Any]:
-    """What is written down; only a training reward depends on the length, a held-out one is right or wrong."""
+    """The values to store; only a training reward depends on the length, a held-out one is right or wrong."""
     answer = result.answer.replace("\0", "\ufffd")  # a model may write NUL, which PostgreSQL takes in no text
     off = penalty(row.tokens, row.target, weight)
     parts = result.parts | ({"task": result.reward, "length": -off} if row.target else {})

@@ -29,7 +29,7 @@ _WHAT_TO_DO = "take another base model, one in which a token follows from the to
 
 
 class Agreement(NamedTuple):
-    """What was chosen for a model."""
+    """The ways chosen for a model."""
 
     ways: Ways
     kind: Kind

@@ -86,7 +86,7 @@ class Checker:
         return len(caught) + await trip(self._session, batch.step, caught, looked)
 
     async def behaviour(self, batch: Batch, rollouts: Sequence[Rollout]) -> stale.Logp:
-        """What rollouts were worth to the weights they were leased at; of a committed step, as it was then.
+        """The log-probabilities of rollouts under the weights they were leased at; of a committed step, as it was then.
 
         Stale ones must be known, fresh ones serve several updates. The tripwire has found out already; but where it
         leaves out what was audited, chance decides what is replayed together, and so would it decide the last bits.
@@ -116,7 +116,7 @@ class Checker:
         return [wire.pack_ids(done.ids) for done in self._held.engine.generate(asked) if done is not None]
 
     def _known(self, batch: Batch) -> stale.Logp:
-        """What the tripwire found out of a batch's rollouts and several updates may use."""
+        """The tripwire's log-probabilities of a batch's rollouts, which several updates may use."""
         if self._learn.minibatches == 1:
             return {}
         names = [rollout.rollout for group in batch.groups for rollout in group.rollouts]

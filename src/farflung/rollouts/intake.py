@@ -171,11 +171,11 @@ class _Entry:
     probability: float
     """Of an audit of each rollout."""
     held: Sequence[str]
-    """What is drawn for audit, on probation all of it. Evaluation by the operator's own validators is not audited."""
+    """Rollouts drawn for audit, on probation all of them. Evaluation by the operator's validators is not audited."""
 
     @property
     def digest(self) -> str:
-        """What the submission is called."""
+        """The digest that names the submission."""
         return self.delivery.parcel.digest
 
     @property

@@ -58,7 +58,7 @@ class BatchExecutor:
             self._serve(partial(self._drain, first))
 
     def _drain(self, first: Waiting) -> list[Waiting]:
-        """Who waits now, `first` at the head."""
+        """The changes that wait now, `first` at the head."""
         batch = [first]
         while len(batch) < MOST_IN_A_COMMIT and not self._queue.empty():
             following = self._queue.get()

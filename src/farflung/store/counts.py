@@ -28,7 +28,7 @@ SCORED = '%s"reward" IS NOT NULL'
 
 @dataclass(frozen=True)
 class Sums:
-    """What is kept of a table; `%s` stands for the row, with a dot."""
+    """The sums kept of a table; `%s` stands for the row, with a dot."""
 
     source: Table
     target: Table
@@ -38,7 +38,7 @@ class Sums:
 
     @property
     def keys(self) -> list[str]:
-        """What rows are summed by."""
+        """The columns that rows are summed by."""
         return [column.name for column in self.target.primary_key]
 
 

@@ -34,7 +34,7 @@ T = TypeVar("T")
 A = TypeVar("A")
 B = TypeVar("B")
 Pool = Literal["work", "pages", "sweep"]
-"""Who reads: nodes and roles, those who look on, or the clock. None of them waits for a thread of another."""
+"""The readers: nodes and roles, those who look on, or the clock. None of them waits for a thread of another."""
 POOLS: dict[Pool, int] = {"work": 6, "pages": 2, "sweep": 1}
 MOST_GUESTS = 64
 """Reads for pages that may run or wait."""

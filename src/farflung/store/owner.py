@@ -26,7 +26,7 @@ NAME = "owner.lock"
 REMAINS_S = 20.0
 """How long the processes of an owner that died may take to end."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""What file systems say that have no locks."""
+"""Errors of file systems that have no locks."""
 _held: dict[Path, int] = {}
 """Descriptors of the locks of this process, by the file's path."""
 

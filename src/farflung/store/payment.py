@@ -43,7 +43,7 @@ def burn(connection: Connection, run_ctx: RunContext, which: Any, now: float) ->
 
 
 def mature(connection: Connection, run_ctx: RunContext, now: float) -> None:
-    """What was paid `mature_steps` commits ago becomes credit, where the rollout has come to its end.
+    """Escrow paid `mature_steps` commits ago becomes credit, where the rollout has come to its end.
 
     Not while an audit of the submission is undecided, nor while one of the node's is that was opened before the last of
     these payments: a verdict may burn them.

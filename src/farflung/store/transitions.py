@@ -40,7 +40,7 @@ def flush_events(connection: Connection) -> None:
 
 
 def memo(connection: Connection, name: Hashable, ask: Callable[[], T]) -> T:
-    """What `ask` gives, asked once in a shared transaction; `move` forgets it all when a run or step changes."""
+    """The answer of `ask`, asked once in a shared transaction; `move` forgets it all when a run or step changes."""
     known: dict[Hashable, Any] | None = connection.info.get("memo")
     if known is None:
         return ask()

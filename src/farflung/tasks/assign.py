@@ -8,7 +8,7 @@ A lease has exactly one policy step. In order:
    the latest one;
 3. if there is nothing at home, the latest step, then unfinished groups at any other fresh one, newest first.
 
-What remains of a lease is filled at the same step.
+The rest of a lease is filled at the same step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -87,7 +87,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to lease to the node."""
+    """The samples to lease to the node."""
 
     step: int
     continued: tuple[Share, ...]

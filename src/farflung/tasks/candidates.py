@@ -23,7 +23,7 @@ Samples = dict[str, set[int]]
 
 
 class Owners(NamedTuple):
-    """What nodes have, or had, of the samples of some groups."""
+    """The samples of some groups that nodes have, or had."""
 
     owned: Samples
     reopened: Samples
@@ -69,7 +69,7 @@ _OWNERS = sa.select(
 
 
 def owners(connection: Connection, groups: Sequence[str]) -> Owners:
-    """Who has, or had, the samples of these groups."""
+    """The samples of these groups that nodes have, or had."""
     found = Owners(defaultdict(set), defaultdict(set), defaultdict(dict))
     for part in slices(groups):
         for group, sample, status, node, submission in connection.execute(_OWNERS, {"groups": part}):

@@ -23,7 +23,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 NAMED = "additional_chat_templates"
 """Folder of a model's other templates."""
 FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template can raise."""
+"""Errors that a template can raise."""
 
 
 class Generation(Extension):
@@ -140,7 +140,7 @@ def _said(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What templates are written for."""
+    """The environment that templates are written for."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _refuse

@@ -44,7 +44,7 @@ class Ask:
 
 
 def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], now: float) -> list[Answer]:
-    """For each, in order: a sealed lease, why there is none now, or a refusal. Who asks twice gets the same answer."""
+    """For each, in order: a sealed lease, why there is none now, or a refusal. The same node gets the same answer."""
     asking = {ask.node.node: ask for ask in reversed(asks)}
     latest, papers = run_ctx.latest(connection), _Papers(connection, run_ctx, list(asking), now)
     known = {node: _without_work(ask.node, latest, papers) for node, ask in asking.items()}
@@ -61,7 +61,7 @@ def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], now:
 
 
 class _Papers:
-    """What is known of the nodes of a set: the leases that they hold, and how often they gave one up."""
+    """The facts on the nodes of a set: the leases that they hold, and how often they gave one up."""
 
     def __init__(self, connection: Connection, run_ctx: RunContext, nodes: Sequence[str], now: float) -> None:
         self._most_s, self._now = run_ctx.config.lease.lease_s, now
@@ -246,7 +246,7 @@ def _eval_shares(
 
 
 def expire(connection: Connection, run_ctx: RunContext, now: float, listening_since: float) -> int:
-    """Take back leases past their deadline or of nodes that fell silent while the coordinator listened; gives a count."""
+    """Take back leases that are past due or whose node fell silent while this process listened; gives how many."""
     lost_since = now - run_ctx.config.lease.lost_s
     silent_since = lost_since if listening_since < lost_since else 0.0
     rows = connection.execute(_OVER, {"run": run_ctx.run, "now": now, "silent_since": silent_since}).all()

@@ -47,7 +47,7 @@ class Model:
 
     @property
     def ends(self) -> list[Any]:
-        """What stands in the place of the end tokens; `refuse_unfit` looks whether they are some."""
+        """The values in the place of the end tokens; `refuse_unfit` looks whether they are some."""
         for source in (self.generation, self.config, self.text_config):
             if (eos := source.get("eos_token_id")) is not None:
                 return eos if isinstance(eos, list) else [eos]

@@ -86,7 +86,7 @@ Counts = Annotated[tuple[int, ...], Meta(min_length=1, max_length=64)]
 
 
 class Seen(NamedTuple):
-    """What a replay saw of one rollout: arrays of shape (tokens,), as in `farflung.engine.interface.Replay`."""
+    """A replay's view of one rollout: arrays of shape (tokens,), as in `farflung.engine.interface.Replay`."""
 
     gap: np.ndarray
     margin: np.ndarray
@@ -109,7 +109,7 @@ class Tally(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Scope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a profile was calibrated on, and so the runs that it is for."""
+    """The scope that a profile was calibrated on, and so the runs that it is for."""
 
     model: Annotated[str, Meta(max_length=64)]
     """Which architecture, as `farflung.tasks.create_run.Model.digest` has it."""

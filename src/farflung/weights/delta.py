@@ -26,9 +26,9 @@ BLOCK = 1 << 20
 """Values looked at together: more leave the processor's cache, fewer make threads wait for each other."""
 BUCKETS = 256
 CLASS_BITS = 300.0
-"""What one more class costs, about: its Huffman tables and counts."""
+"""The cost of one more class, about: its Huffman tables and counts."""
 LOOK_BITS = 0.4
-"""What it is worth not to look at a value once more: 6 % of size for a third of the time."""
+"""The worth of not looking at a value once more: 6 % of size for a third of the time."""
 STORED, CLASSES = 0, 1
 RUN, SAMPLED = 1 << 16, 1 << 12
 """Classes are chosen by a look at a sixteenth of the values."""
@@ -214,7 +214,7 @@ def _part(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _Changes:
-    """What there is to tell of one block."""
+    """The changes of one block."""
 
     size: int
     flags: list[np.ndarray]

@@ -1,6 +1,6 @@
 """Worker, validator and relay: shards into files, from whichever source has them right; none needs to be trusted.
 
-What has come of a shard stays in `<shard>.part` when a source breaks off or the node restarts, and the next source
+The bytes of a shard stay in `<shard>.part` when a source breaks off or the node restarts, and the next source
 goes on from there. Only a file that comes to its digest gets the shard's name.
 """
 
@@ -166,7 +166,7 @@ class Downloads:
 
     @asynccontextmanager
     async def _judged(self, url: str, shard: Shard, size_bytes: int) -> AsyncIterator[None]:
-        """What a relay does inside counts for its score: errors end here, and so does it if it is too slow."""
+        """The relay's conduct inside counts for its score: errors end here, and so does it if it is too slow."""
         try:
             async with asyncio.timeout(RELAY_S + size_bytes / SLOWEST_BYTES_PER_S):
                 yield

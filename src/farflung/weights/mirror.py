@@ -30,7 +30,7 @@ NEWS_S = 1.0
 
 
 class Mirror:
-    """What a relay holds. It serves only shards that a sealed manifest of its run names.
+    """The shards that a relay holds. It serves only shards that a sealed manifest of its run names.
 
     `per_client` and `at_once` bound how many answers one address, and all of them together, are sent at a time.
     """

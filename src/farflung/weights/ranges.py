@@ -17,7 +17,7 @@ AHEAD = 2
 OVERDUE_S, OVERDUE_TIMES = 6.0, 2.0
 """A piece that takes longer than this, and than so many times the longest that came, is asked of another relay too."""
 FADES = 0.95
-"""What is left of the longest with each piece that comes."""
+"""The share of the longest that is left with each piece that comes."""
 LOOK_S = 0.25
 Take = Callable[[str, int, int], Awaitable[Sequence[bytes] | None]]
 """Bytes [start, end) from a relay, None if it fails."""

@@ -28,7 +28,7 @@ class Heartbeat(Message, frozen=True):
     sync_pause_s: Seconds = 0.0
     started_at: Seconds = 0.0
     trouble: Line = ""
-    """What last went wrong with weights on this node, such as a relay that lied, in its own words."""
+    """The last fault with weights on this node, such as a relay that lied, in its own words."""
 
 
 class Ruling(Message, frozen=True):

@@ -17,7 +17,7 @@ class Hardware(Message, frozen=True):
 
 
 class Register(Message, frozen=True):
-    """A node's first word. Who it is comes from the signature."""
+    """A node's first word. Its id comes from the signature."""
 
     version: Annotated[int, Meta(ge=0, le=10**6)]
     name: Name = ""
