@@ -101,7 +101,7 @@ class Trainer:
         self.checker = Checker(self.session, self.config, self._loaded, self._bodies, self._with_room)
 
     async def _agree(self) -> None:
-        """Refuse a model that does not say the same to all who compute with it. Raises ConfigError."""
+        """Refuse a model that does not say the same on every node. Raises ConfigError."""
         found = await asyncio.to_thread(self.checker.agree, self.distributed.tensors)
         log.info("model agrees %s", found)
         if found.ways.most_tokens is not None:

@@ -167,7 +167,7 @@ class Worker:
             return self_test.attempt(self.engine, test, profile)
 
     def drain(self) -> None:
-        """Stop soon: what is complete is handed in, the rest goes back."""
+        """Stop soon: complete rollouts are handed in, the rest goes back."""
         log.info("draining phase=%s", self.session.figures.phase)
         self.is_stopping = True
         self.session.hurry()

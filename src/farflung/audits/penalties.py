@@ -79,7 +79,7 @@ def _in_reach(live: Sequence[str]) -> Any:
 
 
 def void(connection: Connection, run_ctx: RunContext, audit: Row[Any], bad: Sequence[str], now: float) -> None:
-    """A submission is void: its bad rollouts are rejected, the rest void with them, what was paid for it is burned."""
+    """A submission is void: its bad rollouts are rejected, the rest void with them, its pay is burned."""
     of_it = ROLLOUTS.c.submission == audit.submission
     query = sa.select(ROLLOUTS.c.rollout).where(of_it, ROLLOUTS.c.rollout.in_(bad), ROLLOUTS.c.status == "held")
     rejected = list(connection.execute(query).scalars())

@@ -1,4 +1,4 @@
-"""Routes for all: who this is, joining, weights, work, the run at a glance."""
+"""Routes for all: this coordinator's identity, joining, weights, work, the run at a glance."""
 
 import asyncio
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The live part: one snapshot for all who look, and server-sent events that carry what changed."""
+"""The live part: one snapshot for all viewers, and server-sent events that carry what changed."""
 
 import asyncio
 import contextlib

@@ -134,7 +134,7 @@ class Pages:
         return RedirectResponse(f"/story/{by_name.get(wanted) or params.an_id(wanted, 'id or name of a node')}", 303)
 
     async def weights(self, request: Request) -> Response:
-        """Published steps: digests, bytes, who trained them, who has them."""
+        """Published steps: digests, bytes, contributors, the nodes that have them."""
         s = await self.live.snapshot()
         until = params.number(request.query_params.get("until", ""), "step", s.step, most=params.STEP)
         loaded = Counter(node.loaded_step for node in s.nodes if node.is_present or s.status == "finished")

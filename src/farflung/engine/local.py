@@ -92,7 +92,7 @@ class LocalEngine:
     ) -> list[Completion | None]:
         """Generate every request, in order, `max_rows` at a time: as some end, others join.
 
-        `should_stop` is asked before every token; once it says yes, what is incomplete stays None. Raises ConfigError
+        `should_stop` is asked before every token; once it says yes, incomplete ones stay None. Raises ConfigError
         for texts in which the model's rotations would depend on their length.
         """
         self._refuse_unloaded()

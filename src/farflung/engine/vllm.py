@@ -78,7 +78,7 @@ class VllmEngine:
     def generate(
         self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None
     ) -> list[Completion | None]:
-        """Generate every request, in order. Once `should_stop` says yes, what is under way is aborted and stays None.
+        """Generate every request, in order. Once `should_stop` says yes, requests under way are aborted and stay None.
 
         Raises WrongWeights if the server does not hold what was loaded, ConfigError if it cuts a completion short.
         """

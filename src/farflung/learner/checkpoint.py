@@ -111,7 +111,7 @@ def latest(root: Path) -> Checkpoint | None:
 
 
 def newest(root: Path, most: int) -> Checkpoint | None:
-    """The newest whole checkpoint up to a step, if there is any; what is damaged on the way there is set aside."""
+    """The newest whole checkpoint up to a step, if there is any; damaged ones on the way there are set aside."""
     for found in reversed(complete(root)):
         if found.step > most:
             continue

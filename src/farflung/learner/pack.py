@@ -19,7 +19,7 @@ Source = Literal["prompt", "model", "env"]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens and who wrote it; only what the model wrote is trained on."""
+    """A run of tokens and its writer; only the model's own are trained on."""
 
     source: Source
     ids: tuple[int, ...]

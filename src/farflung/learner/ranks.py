@@ -76,7 +76,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(data: bytes, ranks: Ranks) -> bytes:
-    """Rank 0's bytes, on every rank; what the others give is not looked at."""
+    """Rank 0's bytes, on every rank; the other ranks' bytes are not looked at."""
     if ranks.is_alone:
         return data
     size = torch.tensor([len(data)], dtype=torch.int64)

@@ -43,7 +43,7 @@ AWAY_S = 3600.0
 
 
 class Index(msgspec.Struct, frozen=True):
-    """Answer of GET /v1: who this coordinator is."""
+    """Answer of GET /v1: this coordinator's identity."""
 
     coordinator: str
     version: int

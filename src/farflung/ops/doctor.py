@@ -107,7 +107,7 @@ def _ports() -> Finding:
     try:
         listen("127.0.0.1", 0).close()
     except ConfigError as error:
-        return Finding("ports", False, str(error), "close what holds this machine's ports; a relay needs one")
+        return Finding("ports", False, str(error), "close the programs that hold all ports; a relay needs one")
     return Finding("ports", True, "a worker needs none, a relay could open one")
 
 

@@ -51,7 +51,7 @@ def export(folder: Path, out: Path, step: int | None = None) -> int:
 
 
 def card(config: Config, figures: dict[str, Any], step: int, digest: str) -> str:
-    """The model card: base, data, steps, who contributed, evaluations, cost."""
+    """The model card: base, data, steps, contributors, evaluations, cost."""
     base = Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path
     learn, env = config.learn, config.env
     rows = {

@@ -37,7 +37,7 @@ def parse(address: str) -> tuple[str, bytes | None]:
     except ValueError:
         root = b"?"
     if root and len(root) != KEY_BYTES:
-        raise ConfigError(f"what follows # in {address!r} is no root key of {KEY_BYTES} bytes in hex; copy it again")
+        raise ConfigError(f"the part behind # in {address!r} is no root key of {KEY_BYTES} bytes in hex; copy it again")
     return f"{parts.scheme}://{parts.netloc}", root or None
 
 
@@ -93,7 +93,7 @@ async def tell_earnings(console: Console, url: str, node: str) -> None:
     try:
         view = await _view(client, node)
     except FarflungError as error:
-        sys.stderr.write(f"what this node earned cannot be told now: {one_line(str(error))}\n")
+        sys.stderr.write(f"this node's earnings cannot be shown now: {one_line(str(error))}\n")
         return
     finally:
         await client.close()

@@ -1,6 +1,6 @@
 """The activation fingerprint: a seeded random projection of what the output head is fed, of one size for any rollout.
 
-Replay compares tokens, and a rollout of one or two tokens has few to compare. What the output head is fed at those
+Replay compares tokens, and a rollout of one or two tokens has few to compare. The output head's input at those
 positions has hundreds of values, and a random projection keeps distances between such vectors: with r of random signs,
 (r·x)² is ‖x‖² on average (Johnson & Lindenstrauss 1984; with signs Achlioptas 2003). So a few projections tell how far
 the sender's activations were from the verifier's. For the first n generated tokens, n up to `POSITIONS`:

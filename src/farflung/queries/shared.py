@@ -1,4 +1,4 @@
-"""One look at the database for all who ask the same: a thousand readers cost as much as one."""
+"""One look at the database for all callers that ask the same: a thousand readers cost as much as one."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ SHARE = 4.0
 
 
 class Shared(Generic[T]):
-    """The last look, while it is young. One at a time is under way, and those who come meanwhile wait for it."""
+    """The last look, while it is young. One at a time is under way, and callers that come meanwhile wait for it."""
 
     def __init__(self, look: Callable[[], Awaitable[T]], clock: Callable[[], float] = time.monotonic) -> None:
         self._look, self._clock = look, clock
@@ -27,7 +27,7 @@ class Shared(Generic[T]):
             return self._last[0]
         if self._running is None:
             self._running = asyncio.ensure_future(self._fresh())
-        return await asyncio.shield(self._running)  # one who leaves must not take the look from the others
+        return await asyncio.shield(self._running)  # a caller that leaves must not take the look from the others
 
     def forget(self) -> None:
         """Look again at the next request."""

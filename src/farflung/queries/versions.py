@@ -1,4 +1,4 @@
-"""Versions of the weights as people see them: bytes whole and as a difference, and who has them. Read only."""
+"""Versions of the weights as people see them: bytes whole and as a difference, the nodes that have them. Read only."""
 
 from collections.abc import Sequence
 

@@ -65,7 +65,7 @@ def story(connection: Connection, config: Config, subject: str) -> Story:
         raise NotFound(f"nothing is known of {subject[:64]!r}")
     events = veil_of(connection, config).events(connection, subject, rows)
     if not events:
-        raise NotFound(f"what is known of {subject[:64]!r} is told once its step can no longer be trained on")
+        raise NotFound(f"the story of {subject[:64]!r} is told once its step can no longer be trained on")
     return Story(subject=subject, events=events)
 
 

@@ -31,7 +31,7 @@ Stop = Callable[[], bool] | None
 """Asked now and then whether to leave off."""
 LEDGER = "cheats.jsonl"
 TRIES = 3
-"""Times that an adversary who is turned away at the door tries."""
+"""Tries of an adversary that is turned away at the door."""
 
 
 class Attack:

@@ -1,6 +1,6 @@
 """Trainer: an engine beside the learner's, and what it says of a batch: what trips, what rollouts were worth before.
 
-It is the only judge in the trainer's process, and it judges texts alone: what trips goes to a validator.
+It is the only judge in the trainer's process, and it judges texts alone: text that trips goes to a validator.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ class Checker:
         """By rollout of the batch looked at last, what its tokens were worth, float32 (N,)."""
 
     def agree(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Agreement:
-        """Try the model with these weights. Raises ConfigError if it does not say the same to all who compute it."""
+        """Try the model with these weights. Raises ConfigError if it does not say the same on every node."""
         with self._session.figures.working():
             self._held.invalidate()
             self._held.engine.load(weights())

@@ -319,13 +319,13 @@ def _drop_stale(connection: Connection, run_ctx: RunContext, latest: int, now: f
 
 
 def finish(connection: Connection, run_ctx: RunContext, now: float) -> bool:
-    """End a run once its last policy is evaluated and no audit waits; what nodes in good standing earned is theirs."""
+    """End a run once its last policy is evaluated and no audit waits; nodes in good standing keep what they earned."""
     if run_ctx.status(connection) != "finishing":
         return False
     if any(evaluations.left(connection, run_ctx.config, run_ctx.config.run.steps)):
         return False
     if audits_waiting(connection, run_ctx) or look_at(connection, run_ctx, ROLLOUTS.c.status == "accepted", now):
-        return False  # what no step took is looked at before it is paid for good
+        return False  # rollouts that no step took are looked at before they are paid for good
     payment.settle(connection, run_ctx, now)
     move(connection, "run", [run_ctx.run], "finishing", "finished", now)
     return True

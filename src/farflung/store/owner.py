@@ -76,7 +76,7 @@ def _lock(descriptor: int, folder: Path, part: str, how: int) -> None:
 
 
 def _sign(descriptor: int) -> None:
-    """Say who owns it. A disk that is too full for that is no reason not to."""
+    """Write down the owner. A disk that is too full for that is no reason not to."""
     said = {"pid": os.getpid(), "host": socket.gethostname(), "command": _command(), "since": time.time()}
     try:
         os.ftruncate(descriptor, 0)

@@ -17,7 +17,7 @@ from farflung.store.tables import AUDITS, NODES, ROLLOUTS, STEPS, UNDECIDED
 from farflung.store.transitions import slices
 
 FINAL = ("trained", "dropped")
-"""Statuses of rollouts whose pay may mature: what waits for a batch was looked at by no tripwire yet."""
+"""Statuses of rollouts whose pay may mature: no tripwire has looked yet at those that wait for a batch."""
 
 
 def pay(connection: Connection, run_ctx: RunContext, rows: Sequence[Row[Any]], now: float) -> None:

@@ -44,7 +44,7 @@ class Ask:
 
 
 def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], now: float) -> list[Answer]:
-    """For each, in order: a sealed lease, why there is none now, or a refusal. The same node gets the same answer."""
+    """For each, in order: a sealed lease, why there is none now, or a refusal. A repeated ask gets the same answer."""
     asking = {ask.node.node: ask for ask in reversed(asks)}
     latest, papers = run_ctx.latest(connection), _Papers(connection, run_ctx, list(asking), now)
     known = {node: _without_work(ask.node, latest, papers) for node, ask in asking.items()}

@@ -204,7 +204,7 @@ class Downloads:
             part.unlink(missing_ok=True)
             if not before:
                 raise
-            return await self._from(source, shard)  # some of it came from another source: who lied is not known
+            return await self._from(source, shard)  # some of it came from another source: which lied is not known
         except OSError as error:
             part.unlink(missing_ok=True)
             raise NoRoom(f"shard {shard.digest[:12]} cannot be kept here: {error.strerror}") from error

@@ -1,7 +1,7 @@
 """Worker, validator and relay: one shard in pieces, from several relays at once, put together in order.
 
 Every relay is asked for the next piece as soon as it has sent one, so fast ones send more, and a busy one holds the
-others up only briefly. Pieces that come early wait in memory, a few of them; what is in the file is always a beginning.
+others up only briefly. Pieces that come early wait in memory, a few of them; the file always holds a beginning.
 """
 
 import asyncio

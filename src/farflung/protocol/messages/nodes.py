@@ -1,4 +1,4 @@
-"""How a node joins: what it says of itself and what it is told."""
+"""The joining of a node: its words on itself and the answer to them."""
 
 from typing import Annotated
 

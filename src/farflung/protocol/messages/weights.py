@@ -1,4 +1,4 @@
-"""Versions of the weights: tensors, the shards that carry them, the sealed manifest, who serves them."""
+"""Versions of the weights: tensors, the shards that carry them, the sealed manifest, the relays that serve them."""
 
 import math
 from typing import Annotated, Literal
