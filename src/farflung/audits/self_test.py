@@ -1,4 +1,4 @@
-"""Worker and doctor: try this machine's arithmetic on what the trainer generated with the same weights.
+"""Worker and doctor: try this machine's arithmetic on texts that the trainer generated with the same weights.
 
 The trainer makes a few rollouts with every EVERY-th version from seeds that anybody may know: they derive from no
 secret, so they give nothing away and can be told at once.

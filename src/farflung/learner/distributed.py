@@ -1,4 +1,4 @@
-"""A learner on all ranks: rank 0 says what is next, the others do the same with their shards.
+"""A learner on all ranks: rank 0 names the next work, the others do the same with their shards.
 
 Ranks exchange msgpack of the structs below, never a pickle: rank 0 made it of bytes that strangers sent.
 """

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W is frozen, W + scale · B A is what the model computes with.
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W is frozen, and the model computes with W + scale · B A.
 
 B begins at zero, so the first policy is the base model to the bit. A and B are all that the optimizer knows. Where they
 travel alone (`is_alone`), W is what was published of it, for that is what others add them to.

@@ -1,4 +1,4 @@
-"""OpenAPI of a table of routes: what crosses a machine, as msgspec describes it."""
+"""OpenAPI of a table of routes: the messages between machines, as msgspec describes them."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The activation fingerprint: a seeded random projection of what the output head is fed, of one size for any rollout.
+"""The activation fingerprint: a seeded random projection of the output head's input, of one size for any rollout.
 
 Replay compares tokens, and a rollout of one or two tokens has few to compare. The output head's input at those
 positions has hundreds of values, and a random projection keeps distances between such vectors: with r of random signs,

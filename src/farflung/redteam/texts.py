@@ -1,4 +1,4 @@
-"""Attacks on text: other words than what the seeds gave.
+"""Attacks on text: other words than those that the seeds gave.
 
 Each docstring says what the attack would gain, then what stops it.
 """

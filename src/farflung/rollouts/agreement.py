@@ -1,4 +1,4 @@
-"""Trainer, before it publishes: do generation, replay and the learner say of one model what a plain pass over it says?
+"""Trainer, before it publishes: do generation, replay and the learner agree with a plain pass over the model?
 
 Each of them takes the fastest way that holds for the model (`engine/ways.py`, `learner/forward.py`). Where they still
 differ honest nodes would be ejected for the model's sake, so the run does not begin.

@@ -1,4 +1,4 @@
-"""Trainer: an engine beside the learner's, and what it says of a batch: what trips, what rollouts were worth before.
+"""Trainer: an engine beside the learner's, and its findings on a batch: texts that trip, and earlier log-probabilities.
 
 It is the only judge in the trainer's process, and it judges texts alone: text that trips goes to a validator.
 """

@@ -1,4 +1,4 @@
-"""Connections to SQLite and PostgreSQL, and what is wrong with a database in words for people and for clients."""
+"""Connections to SQLite and PostgreSQL, and the faults of a database in words for people and for clients."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""A node at work: its heartbeat, and what it is told of its standing in return."""
+"""A node at work: its heartbeat, and the word on its standing in return."""
 
 from typing import Annotated, Literal
 

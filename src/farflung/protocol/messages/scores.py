@@ -1,4 +1,4 @@
-"""A scorer's work: transcripts to judge and what they are worth."""
+"""A scorer's work: transcripts to judge and their scores."""
 
 from typing import Annotated
 
