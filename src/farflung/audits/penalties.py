@@ -16,7 +16,7 @@ from farflung.store.transitions import end_leases, move
 
 
 def clear(connection: Connection, run_ctx: RunContext, audit: Row[Any], odd: Sequence[str], now: float) -> None:
-    """The audit passed: what it held back goes on to the scorers, or back to where it was if it was scored before.
+    """The audit passed: held rollouts go on to the scorers, or back to where they were if they were scored before.
 
     But for rollouts that look odd by themselves: no node is blamed, and the sample is leased to another node.
     """
@@ -88,7 +88,7 @@ def void(connection: Connection, run_ctx: RunContext, audit: Row[Any], bad: Sequ
 
 
 def void_rollouts(connection: Connection, run_ctx: RunContext, which: Any, cause: str, now: float) -> None:
-    """Untrained rollouts are void, and what is in escrow for these and others is burned."""
+    """Untrained rollouts are void, and the escrow for these and others is burned."""
     payment.burn(connection, run_ctx, which, now)
     for status in ("held", "received", "accepted"):
         rows = connection.execute(sa.select(ROLLOUTS).where(which, ROLLOUTS.c.status == status)).all()

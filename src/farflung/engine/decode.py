@@ -73,7 +73,7 @@ def _complete(
 
 
 def batches(requests: Sequence[Request], batching: Batching, slots: int) -> Iterator[list[Request]]:
-    """Requests, sorted by length, that are decoded together; what comes later in one may join as others leave."""
+    """Requests, sorted by length, that are decoded together; the later ones of a batch may join as others leave."""
     if batching in ("padded", "whole"):
         yield list(requests)
         return

@@ -122,7 +122,7 @@ def _refuse_empty(requests: Sequence[Request]) -> None:
 
 
 def refuse_unsteady(most_tokens: int | None, tokens: int) -> None:
-    """Raise ConfigError for a text so long that what was said before it was that long no longer holds."""
+    """Raise ConfigError for a text so long that the answers from before it was that long no longer hold."""
     if most_tokens is not None and tokens - 1 > most_tokens:
         raise ConfigError(
             f"this model's rope depends on the length of a text beyond {most_tokens} tokens, so no replay of a text of "

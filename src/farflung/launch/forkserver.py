@@ -122,7 +122,7 @@ def _live(order: dict[str, Any]) -> NoReturn:
 
 
 def config_of(order: dict[str, Any]) -> Config:
-    """The settings of an order: what the environment says is in them already, where no flag goes before it."""
+    """The settings of an order: those of the environment are in them already, where no flag goes before it."""
     return load(Path(order["config"]), environ={})
 
 

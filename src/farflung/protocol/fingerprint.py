@@ -10,7 +10,7 @@ the sender's activations were from the verifier's. For the first n generated tok
     sent: s_k as multiples of `STEP`, one signed byte each
 
 E[s_k²] = 1 whatever the model. A prover chooses nothing: no index, no modulus, no scale. All rollouts of a lease share
-the signs, so what differs between two fingerprints of one lease is what their activations differ by.
+the signs, so two fingerprints of one lease differ by what their activations differ by.
 
 Legend: T positions, D hidden size, K numbers of a fingerprint.
 """

@@ -118,7 +118,7 @@ class Adversary(Worker):
         return super()._engine(config, torch.float32 if self.attack.declares else dtype, stops)
 
     async def _prepare(self) -> None:
-        """No self-test: what would be tried is the attack, and a lease loads the weights."""
+        """No self-test: it would try the attack, and a lease loads the weights."""
 
     async def try_numerics(self, manifest: str) -> None:
         """The same."""

@@ -1,7 +1,7 @@
 """Coordinator: pay for rollouts into escrow, let that become credit, or burn it.
 
 A rollout's `escrow_step` is the latest step when its pay went into escrow, and null while none of it is there. So a
-node's escrow is the sum over these rollouts, and what matures is found by an index, however long the run.
+node's escrow is the sum over these rollouts, and matured rows are found by an index, however long the run.
 """
 
 from collections import Counter

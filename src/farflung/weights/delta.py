@@ -4,7 +4,7 @@ A value of w bytes is taken as an integer that rises with the number it stands f
 set, its bits with all others inverted. NaNs and both zeros are integers like any other.
 
 Whether a value changes depends above all on how large it was: an optimizer's step is about as long everywhere, and
-what it moves is the last place of small numbers. So the values of a shard are told apart by magnitude, in at most 256
+it moves the last place of small numbers. So the values of a shard are told apart by magnitude, in at most 256
 buckets, and neighbouring buckets whose shares of changed values are alike make a class. Of each class there is one bit
 per value, changed or not, and one number per changed value, the signed difference less one; of the topmost class,
 which may be most of the shard and hardly changes, the places of the changed values only.

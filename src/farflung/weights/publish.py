@@ -72,7 +72,7 @@ class Publisher:
         self._chain_bytes = 0
         """Bytes of the differences since the last anchor."""
         self._base_shards: list[Shard] = []
-        """Where steps are adapters: what they are added to, as uploaded."""
+        """Where steps are adapters: the base that they are added to, as uploaded."""
         self._stored: set[str] = set()
         """Shards that the last committed step names, so that they need not be sent."""
 

@@ -60,7 +60,7 @@ class Manifest(Message, frozen=True):
     parent: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?(?!\n)$")]
     """Digest of the previous step's manifest, empty for the first."""
     digest: Digest
-    """BLAKE3 over the (name, digest) pairs of all tensors in order: what the weights must come to."""
+    """BLAKE3 over the (name, digest) pairs of all tensors in order: the digest that the weights must come to."""
     tensors: Annotated[list[Tensor], Meta(max_length=1_000_000)]
     shards: Annotated[list[Shard], Meta(max_length=100_000)]
     """The whole weights; empty unless the step is an anchor. With `adapters`, their base, and then they themselves."""
