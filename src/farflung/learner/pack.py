@@ -27,7 +27,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sample as the trainer sees it: its tokens, its reward, and how it was sampled."""
+    """One sample as the trainer sees it: its tokens, its advantage, and how it was sampled."""
 
     segments: tuple[Segment, ...]
     advantage: float
