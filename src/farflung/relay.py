@@ -48,7 +48,7 @@ class Relay:
         self._server: uvicorn.Server | None = None
 
     async def run(self) -> None:
-        """Mirror and serve until the run ends or somebody says stop."""
+        """Mirror and serve until the run ends or the relay is told to stop."""
         with listen(self.settings.host, self.settings.port) as listener:
             port = listener.getsockname()[1]
             url = self.settings.public_url or url_of("http", self.settings.host, port)
@@ -104,7 +104,7 @@ class Relay:
         return Starlette(routes=routes, lifespan=life)
 
     async def about(self, request: Request) -> Response:
-        """What this relay mirrors."""
+        """The version that this relay mirrors."""
         figures = self.session.figures
         return JSONResponse(
             {"run": self.session.run, "step": figures.loaded_step, "sent_bytes": self.mirror.sent_bytes}

@@ -25,7 +25,7 @@ class Scorer:
         self.children: list[ScorerChild] = []
 
     async def run(self) -> None:
-        """Work until the run ends or somebody says stop."""
+        """Work until the run ends or the scorer is told to stop."""
         self.session = await Session.open(
             self.client, "scorer", run=self.config.run.name, root=self._root, name=self.name
         )

@@ -64,7 +64,7 @@ class Trainer:
         self._publisher = Publisher(self.client, key, config.run.name, config.learn.anchor_every)
 
     async def run(self) -> None:
-        """Train until the last step is committed or somebody says stop."""
+        """Train until the last step is committed or the trainer is told to stop."""
         self.session = await Session.open(
             self.client, "trainer", run=self.config.run.name, root=self._root, name="trainer", engine="hf"
         )
@@ -94,14 +94,14 @@ class Trainer:
             self._asking.cancel()
 
     async def _arm(self) -> None:
-        """What checks batches: a second engine, and the published versions."""
+        """Open the check of batches: a second engine, and the published versions."""
         engine = await empty_engine(self.session, threads=self.config.learn.threads)
         folder = self.config.folder / "nodes" / "trainer" / "weights"
         self._loaded = Loaded(engine, Versions(self.session, folder, use_relays=False, patch=patch))
         self.checker = Checker(self.session, self.config, self._loaded, self._bodies, self._with_room)
 
     async def _agree(self) -> None:
-        """Refuse a model that does not say the same to all who compute with it. Raises ConfigError."""
+        """Refuse a model that does not say the same on every node. Raises ConfigError."""
         found = await asyncio.to_thread(self.checker.agree, self.distributed.tensors)
         log.info("model agrees %s", found)
         if found.ways.most_tokens is not None:
@@ -159,7 +159,7 @@ class Trainer:
         self.session.figures.loaded_step = step
 
     async def _next(self, step: int) -> BatchAnswer | None:
-        """The answer to a claim, which may take a while; None if somebody says stop before it is there."""
+        """The answer to a claim, which may take a while; None if the trainer is told to stop before it is there."""
         self._asking = asyncio.ensure_future(claim(self.session, step, WAIT_S))
         try:
             return await self._asking
@@ -275,7 +275,7 @@ class Trainer:
         log.info("committed step=%d reward=%.3f groups=%d/%d manifest=%s", *told)
 
     def _answer(self, batch: Batch, digest: str) -> list[bytes]:
-        """What the weights as they are now say to the batch's canaries; the tripwire finds them loaded."""
+        """The present weights' completions of the batch's canaries; the tripwire finds those weights loaded."""
         self._hold_own(digest)
         return self.checker.answer(batch)
 

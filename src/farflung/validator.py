@@ -55,7 +55,7 @@ class Validator:
         self.loaded: Loaded
 
     async def run(self) -> None:
-        """Work until the run ends or somebody says stop."""
+        """Work until the run ends or the validator is told to stop."""
         await self.open()
         port = self.settings.metrics_port
         async with self.session.stay("validator", self.stop, metrics_port=port, on_pulse=self.weights.prefetch):

@@ -86,7 +86,7 @@ class Worker:
         self._idle_because, self._is_tried = "", False
 
     async def run(self) -> None:
-        """Work until the run ends, the node is ejected, or somebody says stop."""
+        """Work until the run ends, the node is ejected, or the worker is told to stop."""
         await self.open()
         port = self.settings.metrics_port
         async with self.session.stay("worker", self.drain, metrics_port=port, on_pulse=self.weights.prefetch):
@@ -167,7 +167,7 @@ class Worker:
             return self_test.attempt(self.engine, test, profile)
 
     def drain(self) -> None:
-        """Stop soon: what is complete is handed in, the rest goes back."""
+        """Stop soon: complete rollouts are handed in, the rest goes back."""
         log.info("draining phase=%s", self.session.figures.phase)
         self.is_stopping = True
         self.session.hurry()

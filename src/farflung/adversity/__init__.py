@@ -1,1 +1,1 @@
-"""Trouble on purpose: faults on a schedule, and what each adversary comes to."""
+"""Trouble on purpose: faults on a schedule, and the result of each adversary."""

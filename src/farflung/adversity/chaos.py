@@ -1,7 +1,7 @@
 """`farflung chaos`: a swarm on this machine, faults on a seeded schedule, and what each of them cost.
 
 The same run without faults comes first. Throughput is accepted tokens ÷ (the workers' pace × the time they were alive):
-a dead machine is nobody's fault, but work that dies with it, is waited for or done twice is.
+a dead machine costs no throughput, but work that dies with it, is waited for or done twice does.
 """
 
 import asyncio

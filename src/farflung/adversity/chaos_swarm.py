@@ -68,7 +68,7 @@ class Storm(Swarm):
         super()._heard(kind, event)
 
     def _ended(self, name: str, code: int) -> None:
-        """Whoever left well comes back too: a machine whose owner needed it for a moment."""
+        """A process that left well comes back too: a machine whose owner needed it for a moment."""
         super()._ended(name, code or -signal.SIGTERM)
 
     async def _watch(self) -> bool:
@@ -102,7 +102,7 @@ class Storm(Swarm):
         for link in self.links.values():
             await link.close()
 
-    # --- whom it befalls ---------------------------------------------------------------------------------------------
+    # --- its victim --------------------------------------------------------------------------------------------------
 
     async def _befall(self, fault: Fault) -> None:
         """Do it, see when it shows and when work goes on."""
@@ -147,10 +147,10 @@ class Storm(Swarm):
         elif self.server is not None:
             await asyncio.to_thread(self.server.restart)
         else:
-            await self._outage(fault, pid)  # an embedded database lives in whoever writes
+            await self._outage(fault, pid)  # an embedded database lives in the process that writes
 
     async def _outage(self, fault: Fault, pid: int) -> None:
-        """Kill all of it, whoever would replace a process included."""
+        """Kill all of it, the parent that would replace a process included."""
         for process in [psutil.Process(pid), *psutil.Process(pid).children()]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -221,7 +221,7 @@ class Storm(Swarm):
                 fault.recovered_s = at_s - (max(fault.detected_s, over_s) if at_s > over_s else fault.detected_s)
                 break
             if is_up and since_s > over_s + LATE_S:
-                fault.detected_s = fault.recovered_s = 0.0  # nobody noticed
+                fault.detected_s = fault.recovered_s = 0.0  # no process noticed
                 break
             await asyncio.sleep(WATCH_S)
         await client.close()

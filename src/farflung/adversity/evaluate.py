@@ -46,7 +46,7 @@ Row = dict[str, Any]
 Pay = tuple[int, float]
 """Tokens that a node was paid and still has, and the CPU-seconds that it generated for."""
 LEAST_CPU_S = 1e-6
-"""What generation is counted to take at least, so that free work has a gain."""
+"""The least CPU time that generation is counted to take, so that free work has a gain."""
 
 
 def run_trial(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE, times: int = 1) -> list[Row]:
@@ -233,7 +233,7 @@ def _more_in_time(kept: int, honest: Sequence[Pay]) -> float:
 
 
 def _pay_of(connection: Connection, lines: Sequence[Row]) -> Pay:
-    """What was paid for these submissions and not burned, and the CPU-seconds that they took."""
+    """The pay for these submissions that was not burned, and the CPU-seconds that they took."""
     rollouts = [rollout for line in lines for rollout, _, _ in line["rollouts"]]
     moved = sa.select(sa.func.coalesce(sa.func.sum(ENTRIES.c.tokens), 0)).where(
         ENTRIES.c.cause.in_(rollouts), ENTRIES.c.account.in_((ledger.ISSUED, ledger.BURNED))
@@ -242,7 +242,7 @@ def _pay_of(connection: Connection, lines: Sequence[Row]) -> Pay:
 
 
 def _honest(connection: Connection, config: Config) -> list[Pay]:
-    """What each honest worker of the same run kept, and what it generated for."""
+    """The pay that each honest worker of the same run kept, and the CPU-seconds that it generated for."""
     names = {cheat.name for cheat in config.swarm.cheats}
     rows = connection.execute(sa.select(NODES.c.node, NODES.c.name).where(NODES.c.role == "worker")).all()
     honest = {row.node for row in rows if row.name not in names}

@@ -56,13 +56,13 @@ class Fault:
     victim: str = ""
     at: float = 0.0
     lease: str = ""
-    """What the victim held, if it is a worker."""
+    """The lease that the victim held, if it is a worker."""
     skipped: str = ""
     detected_s: float | None = None
     recovered_s: float | None = None
     """From detection on."""
     lost_tokens: int = 0
-    """What others made of its unfinished samples: the most that the victim had made in vain."""
+    """Tokens that others made of its unfinished samples: the most that the victim had made in vain."""
 
 
 def schedule(seed: int, seconds: float, every_s: float) -> list[Fault]:

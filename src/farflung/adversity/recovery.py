@@ -39,7 +39,7 @@ def _shown_s(fault: Fault, restarts: list[Row]) -> float:
 
 
 def _nothing(connection: Connection, fault: Fault) -> float:
-    """A relay is nobody's only source; the throughput has its cost."""
+    """A relay is no node's only source; the throughput has its cost."""
     return fault.at
 
 
@@ -95,13 +95,13 @@ def _settle_lease(connection: Connection, fault: Fault) -> None:
 
 
 def _made_again(connection: Connection, row: Any) -> int:
-    """Tokens that somebody else made of a sample: the same seed gives the same text, so no more of it was lost."""
+    """Tokens that another node made of a sample: the same seed gives the same text, so no more of it was lost."""
     same = sa.and_(ROLLOUTS.c.group == row.group, ROLLOUTS.c.sample == row.sample, ROLLOUTS.c.rollout != row.rollout)
     return connection.execute(sa.select(sa.func.max(ROLLOUTS.c.tokens)).where(same)).scalar() or 0
 
 
 def _leased_again(connection: Connection, row: Any, since: float) -> float | None:
-    """When somebody else got the sample, or its group was dropped; None if neither came before the end."""
+    """When another node got the sample, or its group was dropped; None if neither came before the end."""
     same = sa.and_(ROLLOUTS.c.group == row.group, ROLLOUTS.c.sample == row.sample, ROLLOUTS.c.rollout != row.rollout)
     query = sa.select(sa.func.min(EVENTS.c.at)).join(ROLLOUTS, ROLLOUTS.c.rollout == EVENTS.c.subject)
     leased = connection.execute(query.where(same, EVENTS.c.after == "leased", EVENTS.c.at >= since)).scalar()

@@ -55,7 +55,7 @@ def disagree(connection: Connection, run_ctx: RunContext, step: int, now: float)
 
 
 def is_in_doubt(connection: Connection, run_ctx: RunContext, now: float) -> bool:
-    """Whether so many good nodes failed at a step that is still trained on, and so few passed since, that nobody is to
+    """Whether so many good nodes failed at a step that is still trained on, and so few passed since, that no node is to
     be ejected yet and all that good nodes send is to be audited. Asked once in a shared transaction."""
     return memo(connection, ("doubt", run_ctx.run), lambda: _is_in_doubt(connection, run_ctx, now))
 
@@ -69,7 +69,7 @@ def _is_in_doubt(connection: Connection, run_ctx: RunContext, now: float) -> boo
 
 
 def poll(connection: Connection, run_ctx: RunContext, step: int, now: float) -> Poll:
-    """What nodes that failed at a step weigh against those that passed since, and those that nobody has looked at."""
+    """How many nodes failed at a step, and their work beside that of nodes that passed since or were not looked at."""
     failed = _nodes(connection, run_ctx, step, FAILED)
     if len(failed) < run_ctx.config.trust.brake_nodes:
         return Poll(len(failed))
@@ -128,7 +128,7 @@ def release(connection: Connection, run_ctx: RunContext, now: float) -> int:
 
 
 def _put_on(connection: Connection, run_ctx: RunContext, why: str, now: float) -> None:
-    why += "; nobody is ejected and nothing trained on until you say farflung brake --release"
+    why += "; no node is ejected and nothing trained on until you say farflung brake --release"
     _set(connection, run_ctx, why, now)
     log.error("brake run=%s because=%s", run_ctx.run, why)
 

@@ -1,7 +1,7 @@
 """Coordinator: try validators on rollouts whose truth is known, before their evidence of that step counts.
 
 The trainer makes a few rollouts with each new version. A validator gets them as audits like any other: as they are, and
-spoiled. Whoever finds fault with the first or none with the second has a broken verifier, and is named.
+spoiled. A validator that finds fault with the first or none with the second has a broken verifier, and is named.
 """
 
 import logging
@@ -29,7 +29,7 @@ SPOILED_EVERY = 4
 
 
 class Made(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is stored where a step has a self-test too; else the canaries alone."""
+    """The document stored where a step has a self-test too; else the canaries alone."""
 
     canaries: "list[Kept]"
     self_test: "list[Kept]"
@@ -43,7 +43,7 @@ class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def ask(connection: Connection, run_ctx: RunContext, step: int) -> list[Canary]:
-    """What the trainer is to generate with the weights of a step: its canaries, then its self-test."""
+    """The requests for the trainer to generate with the weights of a step: its canaries, then its self-test."""
     prompts = [_prompt_of(connection, task) for task in selftest.tasks(run_ctx, step)]
     return [*_canaries(connection, run_ctx, step), *selftest.ask(run_ctx, step, prompts)]
 
@@ -71,7 +71,7 @@ def _number(key: bytes, label: str, *parts: int) -> int:
 
 
 def keep(connection: Connection, run_ctx: RunContext, step: int, answers: Sequence[bytes]) -> bytes | None:
-    """What is stored of a step's canaries; nothing if the trainer made none. Raises Malformed."""
+    """The document stored of a step's canaries; none if the trainer made none. Raises Malformed."""
     if not answers:
         return None
     asked = ask(connection, run_ctx, step)
@@ -83,7 +83,7 @@ def keep(connection: Connection, run_ctx: RunContext, step: int, answers: Sequen
 
 
 def made(stored: bytes | None) -> Made:
-    """What is stored of a step."""
+    """The stored document of a step, decoded."""
     found = msgspec.msgpack.decode(stored, type=list[Kept] | Made) if stored else []
     return found if isinstance(found, Made) else Made(found, [])
 
@@ -184,7 +184,7 @@ def take(
 
 
 def _fault(profile: Profile, evidence: Evidence, *, is_spoiled: bool) -> str:
-    """What a validator got wrong about one canary, or nothing."""
+    """The validator's fault at one canary, or nothing."""
     (found,) = evidence.rollouts[:1]
     seen = Seen(*(wire.unpack_floats(getattr(found, name)) for name in Seen._fields))
     try:

@@ -16,9 +16,9 @@ from farflung.store.transitions import end_leases, move
 
 
 def clear(connection: Connection, run_ctx: RunContext, audit: Row[Any], odd: Sequence[str], now: float) -> None:
-    """The audit passed: what it held back goes on to the scorers, or back to where it was if it was scored before.
+    """The audit passed: held rollouts go on to the scorers, or back to where they were if they were scored before.
 
-    But for rollouts that look odd by themselves: nobody is blamed, and the sample is leased to somebody else.
+    But for rollouts that look odd by themselves: no node is blamed, and the sample is leased to another node.
     """
     drawn = ROLLOUTS.c.rollout.in_(msgspec.json.decode(audit.rollouts, type=list[str]))
     connection.execute(ROLLOUTS.update().where(drawn).values(is_audited=True))
@@ -36,7 +36,7 @@ def clear(connection: Connection, run_ctx: RunContext, audit: Row[Any], odd: Seq
 
 
 def _pay_late(connection: Connection, run_ctx: RunContext, drawn: Any, odd: Sequence[str], now: float) -> None:
-    """What was let go while it waited for its replay is paid for when that has passed."""
+    """Rollouts that were let go while they waited for their replay are paid for when that has passed."""
     unpaid = sa.and_(ROLLOUTS.c.status == "dropped", ROLLOUTS.c.reward.is_(None), ROLLOUTS.c.escrow_step.is_(None))
     rows = connection.execute(sa.select(ROLLOUTS).where(drawn, unpaid, ROLLOUTS.c.rollout.not_in(odd))).all()
     payment.pay(connection, run_ctx, rows, now)
@@ -53,7 +53,7 @@ def hold(
     """Hold untrained rollouts that no audit has passed, and have all of them replayed. Gives how many audits it opens.
 
     Batched ones are in the trainer's hands: only the trainer may ask for them to leave the batch, with their groups.
-    What was dropped was paid for all the same, and is replayed too while that can be burned.
+    Dropped ones were paid for all the same, and are replayed too while that can be burned.
     """
     unproven = sa.and_(which, ROLLOUTS.c.run == run_ctx.run, ~ROLLOUTS.c.is_audited, _in_reach(live))
     rows = connection.execute(sa.select(ROLLOUTS).where(unproven).order_by(ROLLOUTS.c.position)).all()
@@ -79,7 +79,7 @@ def _in_reach(live: Sequence[str]) -> Any:
 
 
 def void(connection: Connection, run_ctx: RunContext, audit: Row[Any], bad: Sequence[str], now: float) -> None:
-    """A submission is void: its bad rollouts are rejected, the rest void with them, what was paid for it is burned."""
+    """A submission is void: its bad rollouts are rejected, the rest void with them, its pay is burned."""
     of_it = ROLLOUTS.c.submission == audit.submission
     query = sa.select(ROLLOUTS.c.rollout).where(of_it, ROLLOUTS.c.rollout.in_(bad), ROLLOUTS.c.status == "held")
     rejected = list(connection.execute(query).scalars())
@@ -88,7 +88,7 @@ def void(connection: Connection, run_ctx: RunContext, audit: Row[Any], bad: Sequ
 
 
 def void_rollouts(connection: Connection, run_ctx: RunContext, which: Any, cause: str, now: float) -> None:
-    """Untrained rollouts are void, and what is in escrow for these and others is burned."""
+    """Untrained rollouts are void, and the escrow for these and others is burned."""
     payment.burn(connection, run_ctx, which, now)
     for status in ("held", "received", "accepted"):
         rows = connection.execute(sa.select(ROLLOUTS).where(which, ROLLOUTS.c.status == status)).all()
@@ -125,7 +125,7 @@ def reopen(connection: Connection, groups: Sequence[str], now: float, why: str) 
 
 
 def eject(connection: Connection, run_ctx: RunContext, node: str, now: float) -> None:
-    """All untrained work of the node is void, its leases go to others, its escrow to nobody."""
+    """All untrained work of the node is void, its leases go to others, its escrow to none."""
     query = sa.select(LEASES.c.lease).where(LEASES.c.node == node, LEASES.c.status == "open")
     end_leases(connection, list(connection.execute(query).scalars()), "void", now, why="the node was ejected")
     void_rollouts(connection, run_ctx, ROLLOUTS.c.node == node, f"ejection of {node}", now)

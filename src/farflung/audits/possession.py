@@ -26,7 +26,7 @@ def of_submission(
     shown: str,
     now: float,
 ) -> str:
-    """What is wrong with the weights behind a submission, or nothing. The lease of a wrong one goes to others."""
+    """The fault of the weights behind a submission, or nothing. The lease of a wrong one goes to others."""
     if not profiles.of(sender.profile).holds_published:
         return ""
     wrong = _compare(connection, run_ctx, lease.step, lease.nonce, shown)
@@ -76,7 +76,7 @@ def _is_open(connection: Connection, lease: str) -> bool:
 
 
 def warn(connection: Connection, node: str, why: str, now: float) -> None:
-    """Tell the operator, and whoever reads the node's story."""
+    """Tell the operator, and readers of the node's story."""
     status = node_row(connection, node).status
     record(connection, "node", [node], status, status, now, warning=why)
     log.warning("%s", why)

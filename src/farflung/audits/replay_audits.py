@@ -64,7 +64,7 @@ def replay(
 
 
 def items_of(job: AuditJob, temperature: float = 1.0, others: Sequence[AuditRollout] = ()) -> list[Item]:
-    """What an engine replays of an audit, and of `others` after it; at `temperature` times the leased one."""
+    """Items of an audit for an engine to replay, then those of `others`; at `temperature` times the leased one."""
     return [
         (
             Request(
@@ -141,7 +141,7 @@ def explain(
 
 
 def _distance(rollout: AuditRollout, seen: Replay) -> float | None:
-    """None also where this machine's own activations are not finite: evidence without a distance accuses nobody."""
+    """None also where this machine's own activations are not finite: evidence without a distance accuses no node."""
     if seen.sketch is None or not np.isfinite(seen.sketch).all():
         return None
     return distance(rollout.fingerprint, seen.sketch)

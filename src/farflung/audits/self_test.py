@@ -1,4 +1,4 @@
-"""Worker and doctor: try this machine's arithmetic on what the trainer generated with the same weights.
+"""Worker and doctor: try this machine's arithmetic on texts that the trainer generated with the same weights.
 
 The trainer makes a few rollouts with every EVERY-th version from seeds that anybody may know: they derive from no
 secret, so they give nothing away and can be told at once.
@@ -28,7 +28,7 @@ TOKENS = 32
 
 
 class Tried(NamedTuple):
-    """What a self-test came to."""
+    """The result of a self-test."""
 
     factor: float
     """Noise as a multiple of what the profile was calibrated on."""
@@ -42,7 +42,7 @@ class Tried(NamedTuple):
 
 
 def ask(run_ctx: RunContext, step: int, prompts: Sequence[bytes]) -> list[Canary]:
-    """What the trainer is to generate for it."""
+    """The requests for the trainer to generate for it."""
     budget = min(TOKENS, run_ctx.config.generate.budget)
     return [
         Canary(prompt_ids=ids, seed=_number(run_ctx, step, "seed", i), budget=budget) for i, ids in enumerate(prompts)

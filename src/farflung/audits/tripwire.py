@@ -1,7 +1,7 @@
 """Trainer: replay every rollout of a batch before its gradient, under the weights that it was leased at.
 
 Audits sample; this does not. Text that its seed does not give, however trusted its node, is caught before it is trained
-on. The trainer judges nobody: what trips leaves the batch and is audited in full by a validator.
+on. The trainer judges no node: text that trips leaves the batch and is audited in full by a validator.
 """
 
 from collections import defaultdict
@@ -34,7 +34,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What the replay of one rollout came to."""
+    """The result of one rollout's replay."""
 
     rollout: str
     submission: str

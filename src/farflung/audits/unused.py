@@ -21,7 +21,7 @@ from farflung.store.tables import AUDITS, GROUPS, ROLLOUTS
 from farflung.store.transitions import move
 
 ENDS = (("leased", "expired"), ("held", "dropped"), ("received", "dropped"), ("accepted", "dropped"))
-"""What becomes of the rollouts of a group that is let go."""
+"""State before → after of the rollouts of a group that is let go."""
 
 
 def drop_groups(
@@ -35,7 +35,7 @@ def drop_groups(
 ) -> None:
     """Let go of groups that will not be trained on, with all that is under way for them.
 
-    What was handed in is paid for, scored or not, and looked at, unless the tripwire does that (`is_looked_at`).
+    Rollouts handed in are paid for, scored or not, and looked at, unless the tripwire does that (`is_looked_at`).
     """
     for status in ("open", "complete"):
         query = sa.select(GROUPS.c.group).where(GROUPS.c.group.in_(groups), GROUPS.c.status == status)

@@ -202,7 +202,7 @@ def _is_contradicted(
 
 
 def _diagnosis(profile: Profile, evidence: Evidence) -> str:
-    """What explains a suspect's rollouts, if the validator tried that."""
+    """The explanation of a suspect's rollouts, if the validator tried for one."""
     tried = {one.name: [seen_of(found) for found in one.rollouts] for one in evidence.explanations}
     leased = tried.pop(AS_LEASED, None) or [seen_of(found) for found in evidence.rollouts]
     try:
@@ -239,7 +239,7 @@ def _take_effect(
 
 
 def finding(profile: Profile, found: RolloutEvidence) -> Finding:
-    """What one rollout's evidence comes to under a profile. Raises Malformed for numbers that no replay gives."""
+    """The finding from one rollout's evidence under a profile. Raises Malformed for numbers that no replay gives."""
     seen = seen_of(found)
     try:
         ratios = log_ratios(profile, seen)
@@ -253,7 +253,7 @@ def finding(profile: Profile, found: RolloutEvidence) -> Finding:
 
 
 def seen_of(found: RolloutEvidence) -> Seen:
-    """What a validator's arrays say."""
+    """The content of a validator's arrays."""
     return Seen(*(wire.unpack_floats(getattr(found, name)) for name in Seen._fields))
 
 

@@ -131,7 +131,7 @@ class Generating:
     threads
         Torch threads.
     engine
-        What generates: this process, or a vLLM server.
+        The engine that generates: this process, or a vLLM server.
     engine_url
         Where the vLLM server is; it must read this node's files.
     profile

@@ -124,7 +124,7 @@ def restore(backup: Path, *, to: Path) -> None:
 def brake(config: Path, *flags: Flags, release: bool = False, url: str = "") -> None:
     """Show whether the circuit breaker is on, or release it.
 
-    While it is on, because too many good nodes failed at once, nobody is judged and nothing is trained on.
+    While it is on, because too many good nodes failed at once, no node is judged and nothing is trained on.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What the coordinator goes by: leases, trust, who is let in and how much each may ask."""
+"""Settings of the coordinator: leases, trust, the nodes that it lets in and how much each may ask."""
 
 from typing import Literal
 
@@ -93,12 +93,12 @@ class CoordinatorSection(Section):
     )
     veil: bool = setting(
         True,
-        "Show nobody which rollouts are held for audit, nor M, until their step can no longer be trained on.",
+        "Hide which rollouts are held for audit, and M, until their step can no longer be trained on.",
         is_advanced=True,
     )
     grants: dict[str, Role] = setting({}, "Public key in hex → `trainer`, `validator` or `scorer`; others are workers.")
     admission: Literal["open", "invite", "allow"] = setting(
-        "open", "Who may join as worker or relay: anyone, whoever brings an invite, or the nodes of `allow`."
+        "open", "Nodes that may join as worker or relay: all, those that bring an invite, or those of `allow`."
     )
     invites: tuple[str, ...] = setting((), "Invite tokens; give each to one person, and take it out to withdraw it.")
     allow: tuple[str, ...] = setting((), "Node ids that may join when admission is `allow`.")

@@ -1,4 +1,4 @@
-"""What a run on one machine starts, which faults befall it, what it costs and where its figures go."""
+"""Settings of a run on one machine: the processes it starts, its faults, its prices and where its figures go."""
 
 from farflung.config.section import Section, setting
 

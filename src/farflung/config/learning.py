@@ -1,4 +1,4 @@
-"""What is learned: the run, its model and environment, generation, training, evaluation."""
+"""Settings of learning: the run, its model and environment, generation, training, evaluation."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,7 +19,7 @@ class RunSection(Section):
     seed: int = setting(0, "Seed of task order and training.")
     reproducible: bool = setting(
         False,
-        "Derive the secret from the seed. Tests and demos only: whoever knows the seed knows the noise.",
+        "Derive the secret from the seed. Tests and demos only: a node that knows the seed knows the noise.",
         is_advanced=True,
     )
 
@@ -74,7 +74,7 @@ class GenerateSection(Section):
     temperature: float = setting(1.0, "Sampling temperature.", gt=0, le=10)
     budget: int = setting(256, "Most new tokens per rollout, the end token included.", ge=1, le=131_072)
     stop: tuple[str, ...] = setting(
-        (), "Strings that end a rollout with the token that completes one; what is scored stands before it."
+        (), "Strings that end a rollout with the token that completes one; the scored text stands before it."
     )
 
     @field_validator("stop")
@@ -138,10 +138,10 @@ class LearnSection(Section):
         is_advanced=True,
     )
     lora_rank: int = setting(0, "Train adapters of this rank and nothing else; 0 for all weights.", ge=0, le=4096)
-    lora_scale: float = setting(2.0, "What an adapter's product is multiplied by.", gt=0, is_advanced=True)
+    lora_scale: float = setting(2.0, "The factor of an adapter's product.", gt=0, is_advanced=True)
     lora_publish: Literal["adapters", "merged"] = setting(
         "adapters",
-        "What travels of a step with `lora_rank`: adapters, which nodes merge into the base (`dithered`, whatever "
+        "How a step with `lora_rank` travels: adapters, which nodes merge into the base (`dithered`, whatever "
         "`rounding` is), or the difference of merged weights.",
         is_advanced=True,
     )

@@ -1,4 +1,4 @@
-"""What every section of the settings is made of."""
+"""The parts that every section of the settings is made of."""
 
 from typing import Any
 

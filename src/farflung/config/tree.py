@@ -1,4 +1,4 @@
-"""The whole tree of settings, and what follows from several of them together."""
+"""The whole tree of settings, and the values that follow from several of them together."""
 
 from collections.abc import Iterator
 from pathlib import Path

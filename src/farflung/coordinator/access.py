@@ -38,7 +38,7 @@ class AccessControl:
             raise Forbidden(f"this route is for the role {role!r}, which node {call.node} is not granted")
 
     def require_operator(self, call: Call) -> None:
-        """Who carries the token, or, in a run without one, signs with the coordinator's own key. Raises Forbidden."""
+        """Operators have the token or, in a run without one, sign with the coordinator's own key. Raises Forbidden."""
         if self._admin_token:
             if not bears(call.request.headers.get("authorization", ""), self._admin_token):
                 log.warning("admin refused node=%s path=%s", call.node, call.request.scope["path"])

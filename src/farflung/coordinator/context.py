@@ -86,7 +86,7 @@ class Context:
         return gate
 
     async def write(self, change: Callable[[Connection], T]) -> T:
-        """A transaction; whoever polls for work looks again after it."""
+        """A transaction; callers that poll for work look again after it."""
         result = await self.database.write(change)
         self.long_poll.wake()
         return result
@@ -94,7 +94,7 @@ class Context:
     async def write_together(
         self, serve: Callable[["Context", Connection, Sequence[A]], list[B | Refusal]], item: A
     ) -> B:
-        """A request of a kind that is served in sets, many in one transaction (see `store/db.py`); wakes nobody."""
+        """A request of a kind that is served in sets, many in one transaction (see `store/db.py`); wakes no caller."""
         return await self.database.write_together(MethodType(serve, self), item)
 
 

@@ -1,7 +1,7 @@
 """Coordinator, as it starts: finds weights and submissions that a disk has damaged and the run still needs.
 
 Lost weights are published again: the next step restores the latest one and is an anchor. Lost submissions are leased
-again; whoever made them keeps the pay. A shared store looks after its own bytes and is not read through.
+again; the nodes that made them keep the pay. A shared store looks after its own bytes and is not read through.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ async def _is_whole(blobs: Blobs, digest: str) -> bool:
 
 
 def _publish_again(connection: Connection, run_ctx: RunContext, step: int, lost: Sequence[str], now: float) -> None:
-    """Work under policies that nobody can fetch any more is let go. A run that has ended is told of only."""
+    """Work under policies that no node can fetch any more is let go. A run that has ended is told of only."""
     said = f"a part of the weights of step {step} is damaged or missing in the blob store ({lost[0][:12]})"
     try:
         number = rollback.restore_latest(connection, run_ctx, step, now)

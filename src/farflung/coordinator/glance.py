@@ -1,4 +1,4 @@
-"""The run at a glance as it is sent, encoded once for all who ask: in the thread that looked, not on the event loop."""
+"""The run at a glance as it is sent, encoded once for all callers: in the thread that looked, not on the event loop."""
 
 from starlette.responses import Response
 

@@ -9,11 +9,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 IDLE_S = 1.0
-"""Those who wait for work look again after so long without an event: claims lapse and audits linger by the clock."""
+"""Callers that wait for work look again after so long without an event: claims lapse and audits linger by the clock."""
 
 
 class Queue:
-    """Those who wait for something to change. Few look again at a time, the longest waiting first.
+    """Callers that wait for something to change. Few look again at a time, the longest waiting first.
 
     If all did, a thousand idle nodes would ask the database a thousand times for each change.
     """
@@ -48,7 +48,7 @@ class Queue:
             self._waiting.pop(token, None)
 
     def close(self) -> None:
-        """Let nobody wait any more."""
+        """Let no caller wait any more."""
         self._is_closed = True
         for future in self._waiting.values():
             if not future.done():
@@ -90,12 +90,12 @@ class LongPoll:
             queue.wake()
 
     def wake_if_due(self, event: int, now: float) -> None:
-        """Whatever those who wait wait for is an event, this coordinator's or another's, or comes by time alone."""
+        """All that callers wait for is an event, this coordinator's or another's, or comes by time alone."""
         if event != self._woken_event or now - self._woken_at >= IDLE_S:
             self._woken_event, self._woken_at = event, now
             self.wake()
 
     def close(self) -> None:
-        """Keep nobody waiting."""
+        """Keep no caller waiting."""
         for queue in self._queues.values():
             queue.close()

@@ -1,4 +1,4 @@
-"""Routes for all: who this is, joining, weights, work, the run at a glance."""
+"""Routes for all: this coordinator's identity, joining, weights, work, the run at a glance."""
 
 import asyncio
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from farflung.weights import origin
 SMALL_BYTES = 64 << 10
 """A submission up to this size is inspected where it is read: handing it to a thread would take longer."""
 SAMPLE_BYTES, TOKEN_BYTES = 256, 16
-"""What a rollout and each of its tokens may take in a submission: id and log-probability, in base64."""
+"""Bytes that a rollout and each of its tokens may take in a submission: id and log-probability, in base64."""
 
 SEEN = NODES.update().where(NODES.c.node.in_(sa.bindparam("ids", expanding=True))).values(seen_at=sa.bindparam("at"))
 MOST_LOST = 1000
@@ -37,7 +37,7 @@ MOST_LOST = 1000
 
 
 async def index(ctx: Context, call: Call) -> Index:
-    """Who this coordinator is and which runs it has."""
+    """This coordinator's identity and the runs that it has."""
     return Index(
         ctx.run_ctx.key.id, m.VERSION, ctx.config.coordinator.minimum_version, ctx.papers.root, [ctx.run_ctx.run]
     )
@@ -73,7 +73,7 @@ def _note_beats(
     lost = lease.lost_leases(connection, nodes, now - 2 * ctx.config.lease.lease_s)
     latest, heard = ctx.run_ctx.latest(connection), [(rows[node], beat) for node, beat in beats if node in rows]
     for row, beat in heard:
-        if row.receipt or row.role != "worker":  # a key that handed nothing in costs nobody anything
+        if row.receipt or row.role != "worker":  # a key that handed nothing in costs the run nothing
             ctx.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
         if row.node in ctx.access.roles:
             audit.renew(connection, ctx.run_ctx, row.node, now)
@@ -198,7 +198,7 @@ async def submission(ctx: Context, call: Call) -> Signed:
     try:
         receipt = await ctx.write_together(take, delivery)
     except Refusal as refusal:
-        if not isinstance(refusal, Unavailable):  # then nobody knows what became of it
+        if not isinstance(refusal, Unavailable):  # then the coordinator cannot tell whether it was stored
             await orphan_gc.discard(ctx.archive.blobs, ctx.database, [sent.digest, *([logp] if logp else [])])
         raise
     ctx.long_poll.wake()

@@ -120,7 +120,7 @@ async def serve(config: Config) -> None:
     config = local_grants(config)
     coordinator = await open_coordinator(config)
     options = _server_options(config, coordinator.app())
-    listener.listen(BACKLOG)  # who reads the line below may call at once: the call waits until it is taken
+    listener.listen(BACKLOG)  # a reader of the line below may call at once: the call waits until it is taken
     host, port = listener.getsockname()[:2]
     url = url_of(config.scheme, host, port)
     log.info("listening url=%s run=%s", url, config.run.name)

@@ -76,7 +76,7 @@ async def evidence(ctx: Context, call: Call) -> m.Done:
     said = unseal(signed, verdict.KIND, m.Evidence)
     if said.audit != call.path["audit"]:
         raise Malformed(f"this evidence is about audit {said.audit}, the path names {call.path['audit']}")
-    # what follows from wrong weights is committed before they are refused
+    # the consequences of wrong weights are committed before they are refused
     if wrong := await ctx.write(lambda c: possession.of_evidence(c, ctx.run_ctx, call.node, said, ctx.clock())):
         raise WrongWeights(wrong)
     changed = await ctx.write(

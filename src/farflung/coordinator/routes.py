@@ -51,7 +51,7 @@ class Coordinator:
         return ctx.access.before(served)
 
     def leave(self) -> None:
-        """Keep nobody waiting, and take no more leases: whom nobody can reach any longer must call nobody silent."""
+        """Keep no caller waiting, and take no more leases: a coordinator out of reach must call no node silent."""
         self.ctx.long_poll.close()
         for task in self._for_ever:
             task.cancel()

@@ -28,7 +28,7 @@ class _Lives:
 
 
 class Twins:
-    """What this coordinator has seen of each node."""
+    """The traces of each node that this coordinator has seen."""
 
     def __init__(self) -> None:
         self._lives: OrderedDict[str, _Lives] = OrderedDict()

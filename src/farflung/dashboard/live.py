@@ -1,4 +1,4 @@
-"""The live part: one snapshot for all who look, and server-sent events that carry what changed."""
+"""The live part: one snapshot for all viewers, and server-sent events that carry what changed."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ Frames = dict[str, str]
 
 
 class Viewers:
-    """Who looks on, by address. When all places are taken, the address with most streams loses its oldest."""
+    """The viewers, by address. When all places are taken, the address with most streams loses its oldest."""
 
     def __init__(self, most: int = MOST_VIEWERS, of_address: int = OF_ADDRESS) -> None:
         self.most, self.of_address = most, of_address
@@ -88,7 +88,7 @@ class Live:
         self._snapshot = None
 
     async def frames(self) -> Frames:
-        """What is sent of the present snapshot, rendered once for everybody."""
+        """The frames of the present snapshot, rendered once for all viewers."""
         snapshot = await self.snapshot()
         if self._frames[0] is not snapshot:
             self._frames = (snapshot, self._draw(snapshot))

@@ -52,12 +52,12 @@ SECURITY = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
-"""What every page is sent with: hostile text that slipped through an escape still could not run."""
+"""The headers that every page is sent with: hostile text that slipped through an escape still could not run."""
 
 
 @dataclass(frozen=True)
 class Desk:
-    """What the pages are made from. `archive` is None where the model's tokenizer cannot be had."""
+    """The sources that the pages are made from. `archive` is None where the model's tokenizer cannot be had."""
 
     config: Config
     database: Database
@@ -117,7 +117,7 @@ class Pages:
         )  # fmt: skip
 
     async def story(self, request: Request) -> Response:
-        """What is known of one id."""
+        """The story of one id."""
         subject = params.an_id(request.path_params["id"], "id")
         told = await self.desk.database.read_page(lambda c: stories.tell(c, self.desk.config, subject))
         texts = await self._texts(told.rollouts[:64])
@@ -134,7 +134,7 @@ class Pages:
         return RedirectResponse(f"/story/{by_name.get(wanted) or params.an_id(wanted, 'id or name of a node')}", 303)
 
     async def weights(self, request: Request) -> Response:
-        """Published steps: digests, bytes, who trained them, who has them."""
+        """Published steps: digests, bytes, contributors, the nodes that have them."""
         s = await self.live.snapshot()
         until = params.number(request.query_params.get("until", ""), "step", s.step, most=params.STEP)
         loaded = Counter(node.loaded_step for node in s.nodes if node.is_present or s.status == "finished")
@@ -149,7 +149,7 @@ class Pages:
                           most=browse.STEPS_A_PAGE)  # fmt: skip
 
     async def ledger(self, request: Request) -> Response:
-        """Who holds how much credit, and why."""
+        """Each account's credit, and why it has it."""
         before = params.number(request.query_params.get("before", ""), "entry", 0, most=params.ENTRY)
         accounts = await self.accounts.get()
         entries = await self.desk.database.read_page(lambda c: browse.entries(c, before))
@@ -267,7 +267,7 @@ def asset(name: str) -> str:
 
 
 def _table(s: Snapshot, request: Request) -> dict[str, Any]:
-    """What of the nodes is asked for: column, direction, page."""
+    """The part of the nodes' table that is asked for: column, direction, page."""
     wish = request.query_params
     sort = wish.get("sort", "role")
     sort = sort if sort in SORTS else "role"

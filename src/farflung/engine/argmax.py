@@ -1,4 +1,4 @@
-"""The best score of each row, and what all scores of a row come to: passes over B x V values that take no new memory.
+"""The best score of each row, and the log-sum-exp of all its scores: passes over B x V values that take no new memory.
 
 For 64 rows of 49,152 scores on two cores torch's `argmax` takes 3 to 4 ms where numpy's takes 0.7, and `logsumexp`
 5 ms, most of it for new pages, where it takes 2 in a room that is used again.

@@ -15,7 +15,7 @@ ARITHMETIC: dict[str, tuple[torch.dtype, int]] = {
 
 
 def arithmetic(profile: str) -> tuple[torch.dtype, int]:
-    """What the embedded engine does for a profile. Raises ConfigError for one that it cannot do."""
+    """The embedded engine's arithmetic for a profile. Raises ConfigError for one that it cannot do."""
     kind = profile.rpartition("-")[2]
     if kind not in ARITHMETIC:
         raise ConfigError(f"this engine cannot compute as profile {profile!r}; it can do {', '.join(ARITHMETIC)}")

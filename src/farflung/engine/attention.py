@@ -27,7 +27,7 @@ LEAST_PROMPT, LEAST_ROWS = 32, 3
 """Positions of the longest prompt, and rows to a prompt, from which on it pays to share it."""
 _NAME = "farflung-decoding"
 _BENDS = ("softcap", "sliding_window", "s_aux", "position_bias")
-"""What other attention is asked for with; there is no such thing here."""
+"""Arguments that ask for other attention; there is no such thing here."""
 
 
 class SharedPrompts:
@@ -73,7 +73,7 @@ class SharedPrompts:
         self._seat(self._group_B[live_B])
 
     def _seat(self, group_B: torch.Tensor) -> None:
-        """Give each row a seat in its group; seats that stay empty ask what row 0 asks, and nobody reads the answer."""
+        """Give each row a seat in its group; seats that stay empty ask what row 0 asks, and the answer is not read."""
         self._group_B = group_B
         count_G = group_B.bincount(minlength=len(self._layers[0][0]))
         order_B, self._seats = group_B.argsort(stable=True), int(count_G.max())
@@ -84,7 +84,7 @@ class SharedPrompts:
         self._row_N[self._place_B] = torch.arange(len(group_B))
 
     def ask(self, layer: int, query_BHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each row finds in its prompt (B, H, D), and the log of its sum under the softmax (B, H)."""
+        """Each row's answer from its prompt (B, H, D), and the log of its sum under the softmax (B, H)."""
         query_GHSD = query_BHD.index_select(0, self._row_N).unflatten(0, (-1, self._seats)).transpose(1, 2)
         keys, values = self._layers[layer]
         found_GHSD, log_sum_GHS = _products(query_GHSD, keys, values, self._mask_G11T)
@@ -113,10 +113,10 @@ def is_worth_sharing(prompts: Sequence[Sequence[int]], rows: int) -> bool:
 
 
 class Held(NamedTuple):
-    """What rows hold beside their own keys and values."""
+    """The state of rows beside their own keys and values."""
 
     mask_B11T: torch.Tensor | None
-    """What is added to the scores of a row's own part, if anything."""
+    """The term that is added to the scores of a row's own part, if any."""
     prompts: SharedPrompts | None
 
 
@@ -165,7 +165,7 @@ def _products(
     values_BKTD: torch.Tensor,
     mask_B11T: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each query finds (B, H, S, D), and the log of its sum under the softmax (B, H, S)."""
+    """Each query's answer (B, H, S, D), and the log of its sum under the softmax (B, H, S)."""
     shape = query_BHSD.shape
     folded_BKND = query_BHSD.reshape(shape[0], keys_BKTD.shape[1], -1, shape[-1])  # all that ask the same keys
     score_BKNT = torch.matmul(folded_BKND, keys_BKTD.transpose(-1, -2))

@@ -56,7 +56,7 @@ def _counts(name: str) -> bool:
 
 @dataclass
 class Meter:
-    """What has been built so far."""
+    """The size and number of tensors built so far."""
 
     bytes: int = 0
     tensors: int = 0

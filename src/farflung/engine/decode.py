@@ -42,7 +42,7 @@ def decode(
     """Complete all requests, `slots` at a time: as rows end, others join. None for those that `should_stop` left out.
 
     Each token is argmax(logits / T + Gumbel noise), or argmax(logits) where T = 0; finished rows leave the batch.
-    The longest prompts come first. What a model can do, `is_plain` and `batching`, is found by `ways.py`.
+    The longest prompts come first. The `is_plain` and `batching` that a model allows are found by `ways.py`.
     """
     order = sorted(range(len(requests)), key=lambda index: first(requests[index]))
     found: list[Completion | None] = [None] * len(requests)
@@ -73,7 +73,7 @@ def _complete(
 
 
 def batches(requests: Sequence[Request], batching: Batching, slots: int) -> Iterator[list[Request]]:
-    """Requests, sorted by length, that are decoded together; what comes later in one may join as others leave."""
+    """Requests, sorted by length, that are decoded together; the later ones of a batch may join as others leave."""
     if batching in ("padded", "whole"):
         yield list(requests)
         return
@@ -84,12 +84,12 @@ def batches(requests: Sequence[Request], batching: Batching, slots: int) -> Iter
 
 
 def rows_of(batching: Batching) -> type[DecodeBatch] | type[WholeTextBatch]:
-    """What holds the rows of a batch."""
+    """The class that holds the rows of a batch."""
     return WholeTextBatch if batching == "whole" else DecodeBatch
 
 
 def first(request: Request) -> tuple[int, tuple[int, ...]]:
-    """What requests are sorted by: the longest prompts come first, those of a group together."""
+    """The sort key of requests: the longest prompts come first, those of a group together."""
     return -len(request.prompt_ids), request.prompt_ids
 
 
@@ -130,8 +130,8 @@ def _decode(
 def _joining(rows: DecodeBatch | WholeTextBatch, slots: int, waiting: int, idle: int) -> int:
     """How many requests join now: several at once, for to read a prompt takes as long as a token of half a batch.
 
-    `idle` counts each free slot once a step, so that the longer completions are, the sooner they are followed. Nobody
-    waits for more than are left.
+    `idle` counts each free slot once a step, so that the longer completions are, the sooner they are followed. No free
+    slot waits for more requests than are left.
     """
     patience = slots * min(slots, _FEW) * _PATIENCE // _FEW
     free = min(slots - len(rows), waiting) if rows.may_grow else 0
@@ -222,7 +222,7 @@ class _Ending:
 
 
 class _Record:
-    """What each request has been answered so far, and which rows are still live."""
+    """Each request's answer so far, and the rows that are still live."""
 
     def __init__(self, requests: Sequence[Request], ending: "_Ending", device: torch.device) -> None:
         horizon = max(request.budget for request in requests)

@@ -1,4 +1,4 @@
-"""Fingerprints in torch: what the output head is fed, caught by a hook and projected as it comes.
+"""Fingerprints in torch: the output head's input, caught by a hook and projected as it comes.
 
 Legend: B live rows, R requests, S rows of one nonce, N completion tokens of all rows, T positions, D hidden size,
 K numbers of a fingerprint.

@@ -1,7 +1,7 @@
 """Requests, completions and replays: the interface of every engine. No torch, so that any role may name them.
 
 An engine holds one policy and does two things with it: it *generates* completions with seeded noise, and it
-*replays* somebody's completion in one prefill to say, position by position, what the same policy would have picked.
+*replays* a given completion in one prefill to say, position by position, what the same policy would have picked.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,18 +31,18 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a policy said: ids end with an end-of-sequence token or a stop string, or number exactly `budget`."""
+    """The answer of a policy: ids end with an end-of-sequence token or a stop string, or number exactly `budget`."""
 
     ids: tuple[int, ...]
     logp: tuple[float, ...]
-    """Log-probability of each token at the sampling temperature; a metric, believed by nobody."""
+    """Log-probability of each token at the sampling temperature; a metric, believed by no role."""
     fingerprint: bytes = b""
     """The fingerprint of its first tokens, where the request asked for one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What the verifier saw at each generated position of one rollout. Arrays are float32 of shape (tokens,)."""
+    """The verifier's view of each generated position of one rollout. Arrays are float32 of shape (tokens,)."""
 
     gap: np.ndarray
     """Distance between the two best scores `logits / T + noise` (the logits themselves when greedy), >= 0."""
@@ -51,7 +51,7 @@ class Replay:
     pick: np.ndarray
     """Probability that the policy itself gives to the best-scored token, in (0, 1]; 1 when greedy.
 
-    Somebody who samples from the policy with other noise sends another token with probability 1 - pick."""
+    A node that samples from the policy with other noise sends another token with probability 1 - pick."""
     lead: np.ndarray
     """By how much the policy itself prefers the second best score's token to the best one's: log-probability of that
     one less that of this one, at the sampling temperature; often below 0."""

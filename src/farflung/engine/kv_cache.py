@@ -133,7 +133,7 @@ class _RoomyLayer(DynamicLayer):
         self._show(len(self.keys), self.keys.shape[2] - count)
 
     def _make_room(self, rows: int, columns: int) -> None:
-        """Have wide tensors that hold so much from where the views begin; what is forgotten is not taken along."""
+        """Have wide tensors that hold so much from where the views begin; forgotten parts are not taken along."""
         if self._room and rows <= len(self._room[0]) and self._first + columns <= self._room[0].shape[2]:
             return
         least = columns + (_LEAST_ROOM if self._first else 0)

@@ -16,7 +16,7 @@ from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
 
 _NEVER = ("auto_map", "quantization_config")
-"""Keys that would make transformers look for somebody's Python or repack the weights."""
+"""Keys that would make transformers look for foreign Python code or repack the weights."""
 
 
 def build(config: Path | str | bytes, dtype: torch.dtype) -> PreTrainedModel:
@@ -52,7 +52,7 @@ def read_config(config: Path | str | bytes) -> dict[str, Any]:
 
 
 def _plain(fields: dict[str, Any]) -> Any:
-    """What JSON has no number for is written by transformers as {"__float__": "Infinity"}."""
+    """A value that JSON has no number for is written by transformers as {"__float__": "Infinity"}."""
     return float(fields["__float__"]) if fields.keys() == {"__float__"} else fields
 
 

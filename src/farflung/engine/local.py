@@ -76,7 +76,7 @@ class LocalEngine:
 
     @property
     def ways(self) -> Ways:
-        """How this model is decoded and replayed; tried with the first weights that are there when somebody asks."""
+        """How this model is decoded and replayed; tried at the first call, with the weights that are there then."""
         return self._ways or self.find_ways()
 
     @torch.inference_mode()
@@ -92,7 +92,7 @@ class LocalEngine:
     ) -> list[Completion | None]:
         """Generate every request, in order, `max_rows` at a time: as some end, others join.
 
-        `should_stop` is asked before every token; once it says yes, what is incomplete stays None. Raises ConfigError
+        `should_stop` is asked before every token; once it says yes, incomplete ones stay None. Raises ConfigError
         for texts in which the model's rotations would depend on their length.
         """
         self._refuse_unloaded()
@@ -122,7 +122,7 @@ def _refuse_empty(requests: Sequence[Request]) -> None:
 
 
 def refuse_unsteady(most_tokens: int | None, tokens: int) -> None:
-    """Raise ConfigError for a text so long that what was said before it was that long no longer holds."""
+    """Raise ConfigError for a text so long that the answers from before it was that long no longer hold."""
     if most_tokens is not None and tokens - 1 > most_tokens:
         raise ConfigError(
             f"this model's rope depends on the length of a text beyond {most_tokens} tokens, so no replay of a text of "

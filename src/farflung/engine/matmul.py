@@ -90,7 +90,7 @@ class _Packing(_Linear):
         version, packed = self._packed
         if version == self.weight._version:
             return packed
-        self._packed = -1, None  # what was packed of other weights is let go first
+        self._packed = -1, None  # packed copies of other weights are let go first
         is_decoding = _input.dim() > 2 and _input.shape[-2] == 1  # a token of each row, and more to come
         if not is_decoding or not can_multiply(self.weight.dtype, is_packed=True):
             return self.weight

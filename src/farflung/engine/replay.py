@@ -1,4 +1,4 @@
-"""Replays somebody's completions: one prefill, then the seeded pick at every position.
+"""Replays given completions: one prefill, then the seeded pick at every position.
 
 Completions of one prompt, as a group's are, stand behind it in one row (`numerics/packing.py`). Rows are padded on the
 right, where nothing can be seen from the left.
@@ -34,7 +34,7 @@ def replay(
 ) -> list[Replay]:
     """Gap, margin, pick, lead and logp at each completion token of each item, in order.
 
-    What a model can do, `reading`, is found by `ways.py`. Raises ValueError for ids that the model does not have.
+    The `reading` that a model allows is found by `ways.py`. Raises ValueError for ids that the model does not have.
     """
     vocab = model.config.get_text_config().vocab_size
     _refuse_strangers(items, vocab)

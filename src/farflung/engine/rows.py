@@ -20,7 +20,7 @@ _Prompt = tuple[int, ...]
 
 
 class _Answers(NamedTuple):
-    """What the model says after different prompts."""
+    """The model's answers after different prompts."""
 
     prompts: list[_Prompt]
     logits_GV: torch.Tensor
@@ -62,7 +62,7 @@ class DecodeBatch:
 
     logits_BV: torch.Tensor
     fed_BD: torch.Tensor | None = None
-    """What the output head was fed for these logits, if there is a tap."""
+    """The output head's input for these logits, if there is a tap."""
 
     def __init__(
         self,
@@ -219,5 +219,5 @@ class DecodeBatch:
 
 @once
 def _cache_name(kind: type[PreTrainedModel]) -> str:
-    """What a class of models calls the cache that it is given."""
+    """The argument by which a class of models is given its cache."""
     return "cache_params" if "cache_params" in signature(kind.forward).parameters else "past_key_values"

@@ -24,7 +24,7 @@ class Asked(NamedTuple):
 
 
 def asked(extra: Mapping[str, Any] | None) -> Asked | None:
-    """What a request's extra arguments ask for, None without a seed. Raises ValueError for nonsense."""
+    """The wish in a request's extra arguments, None without a seed. Raises ValueError for nonsense."""
     if not extra or SEED not in extra:
         return None
     seed, temperature = extra[SEED], extra.get(TEMPERATURE, 1.0)

@@ -78,7 +78,7 @@ class VllmEngine:
     def generate(
         self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None
     ) -> list[Completion | None]:
-        """Generate every request, in order. Once `should_stop` says yes, what is under way is aborted and stays None.
+        """Generate every request, in order. Once `should_stop` says yes, requests under way are aborted and stay None.
 
         Raises WrongWeights if the server does not hold what was loaded, ConfigError if it cuts a completion short.
         """
@@ -178,7 +178,7 @@ class VllmEngine:
 
 
 async def _until(tasks: Sequence[asyncio.Task[Completion]], should_stop: Callable[[], bool] | None) -> None:
-    """Wait until all are done, one fails, or somebody says stop."""
+    """Wait until all are done, one fails, or `should_stop` says so."""
     left: Iterable[asyncio.Task[Completion]] = tasks
     while left and not (should_stop is not None and should_stop()):
         done, left = await asyncio.wait(left, timeout=_LOOK_S)

@@ -19,7 +19,7 @@ from farflung.numerics.trying import Text, Trial, first_that_holds, remembers_al
 
 
 class Ways(NamedTuple):
-    """What holds for one model."""
+    """The ways that one model allows."""
 
     is_plain: bool
     """Whether a token's attention may be taken by plain products (`attention.py`)."""
@@ -30,7 +30,7 @@ class Ways(NamedTuple):
 
 
 SLOWEST = Ways(is_plain=False, batching="whole", reading="alone", most_tokens=None)
-"""What is plain itself."""
+"""Generation and replay without any shortcut."""
 _TYPES = (torch.float32, torch.bfloat16)
 """In which attention by plain products is tried."""
 

@@ -1,6 +1,6 @@
 """Find the final answer in a reply and compare it. Every rule picks one answer, so listing many pays nothing.
 
-What counts is what stands behind the last `</think>`, and of that what the last mark names: `Answer:`,
+Only the text behind the last `</think>` counts, and of it the answer that the last mark names: `Answer:`,
 `<answer>…</answer>`, `\\boxed{…}` or `#### …`. A reply that stops within a thought has no answer.
 All is linear in the length of the reply: replies are strangers' text.
 """
@@ -87,7 +87,7 @@ ANOTHER = re.compile(
 
 @dataclass(frozen=True)
 class Marked:
-    """What a mark names; where in the reply the mark starts, and where what it names begins and ends."""
+    """A mark's answer; where in the reply the mark starts, and where its answer begins and ends."""
 
     text: str
     start: int
@@ -113,7 +113,7 @@ def spoken(reply: str) -> str:
 
 
 def marked(said: str) -> str | None:
-    """What the last mark names; "" if it names two answers side by side or is cut off, None without a mark."""
+    """The last mark's answer; "" if it names two answers side by side or is cut off, None without a mark."""
     last: list[re.Match[str]] = []
     for match in MARK.finditer(said):
         last = [*last[-1:], match]
@@ -132,7 +132,7 @@ def is_marked(text: str) -> bool:
 
 
 def content(said: str, mark: re.Match[str]) -> Marked | None:
-    """What one mark names; None for a box that does not close."""
+    """One mark's answer; None for a box that does not close."""
     sign, start = mark[0].lower(), mark.end()
     if sign == "<answer>":
         end = re.compile("</answer>", re.IGNORECASE).search(said, start)
@@ -265,7 +265,7 @@ def said_in(gap: str) -> frozenset[str]:
 
 
 def tagged(reply: str) -> str:
-    """What the last mark of the reply names, else its last line, there what follows `the answer is`."""
+    """The answer that the last mark of the reply names, else its last line, there the part behind `the answer is`."""
     said = spoken(reply)
     named = marked(said)
     if named is not None:

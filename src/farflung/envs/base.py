@@ -11,7 +11,7 @@ Task = dict[str, Any]
 
 
 class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a transcript is worth."""
+    """The worth of a transcript."""
 
     reward: float
     """In [0, 1]; 1 is right."""
@@ -22,7 +22,7 @@ class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Env(Protocol):
-    """What a run trains on. A user's own is any class with these five members."""
+    """The environment that a run trains on. A user's own is any class with these five members."""
 
     version: str
     """Changes whenever the same transcript could score differently."""

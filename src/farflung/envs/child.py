@@ -89,7 +89,7 @@ class Pipe:
             self.last_words = (self.last_words + chunk)[-KEPT_STDERR_BYTES:]
 
     async def send(self, request: dict[str, Any]) -> None:
-        """Write one line; ScoreFault if nobody is there to read it."""
+        """Write one line; ScoreFault if the child is not there to read it."""
         try:
             self.requests.write(json.dumps(request).encode() + b"\n")
             await self.requests.drain()

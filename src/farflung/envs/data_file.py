@@ -69,7 +69,7 @@ def all_text(file: BinaryIO, path: str, encoding: str) -> str:
 
 
 def not_text(place: str, encoding: str, error: UnicodeError) -> ConfigError:
-    """What to say of bytes that are no text in the encoding they seem to have."""
+    """The error for bytes that are no text in the encoding they seem to have."""
     what = f"{error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else str(error)
     return ConfigError(f"{place} is not text in {encoding.upper().removesuffix('-SIG')} ({what}); save it as UTF-8")
 
@@ -149,7 +149,7 @@ def table_rows(file: BinaryIO, path: str) -> Iterator[Row]:
 
 
 def delimiter_of(header: str, path: str) -> str:
-    """What separates the columns: the commonest of tab, semicolon and comma in the header."""
+    """The separator of the columns: the commonest of tab, semicolon and comma in the header."""
     return "\t" if path.endswith(".tsv") else max(",;\t", key=header.count)
 
 

@@ -166,5 +166,5 @@ def shown(text: str) -> str:
 
 
 def as_text(question: str | list[dict[str, str]]) -> str:
-    """What identifies a question."""
+    """The text that identifies a question."""
     return question if isinstance(question, str) else json.dumps(question, sort_keys=True)

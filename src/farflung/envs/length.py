@@ -29,5 +29,5 @@ def tell(prompt: Prompt, target: int, template: str) -> Prompt:
 
 
 def penalty(tokens: int, target: int, weight: float) -> float:
-    """What is taken from the reward of a completion of so many tokens; 0 without a target."""
+    """The deduction from the reward of a completion of so many tokens; 0 without a target."""
     return weight * abs(target - tokens) if target else 0.0

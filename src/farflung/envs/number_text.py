@@ -117,7 +117,7 @@ def read(line: str) -> list[Number]:
 
 
 def classified(line: str, start: int, end: int) -> Number:
-    """What the chain of line[start:end] is, seen with the words around it."""
+    """The kind of the chain line[start:end], seen with the words around it."""
     before, after = line[max(0, start - AROUND_CHARS) : start], line[end : end + AROUND_CHARS]
     number = with_suffix(chain_value(line[start:end]), start, end, after)
     is_aside = bool(DENIED.search(before) or REFERENCE.search(before)) or is_rounding(before, after)

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _import_light(_: str) -> None:
-    """What no child has to import: a coordinator takes 1.5 CPU-seconds to import, and a tenth to open its run."""
+    """Spare each child the imports: a coordinator takes 1.5 CPU-seconds to import, and a tenth to open its run."""
     import alembic.command  # noqa: F401 - for the children, as all that follows
 
     import farflung.launch.coordinators
@@ -122,7 +122,7 @@ def _live(order: dict[str, Any]) -> NoReturn:
 
 
 def config_of(order: dict[str, Any]) -> Config:
-    """The settings of an order: what the environment says is in them already, where no flag goes before it."""
+    """The settings of an order: those of the environment are in them already, where no flag goes before it."""
     return load(Path(order["config"]), environ={})
 
 

@@ -81,7 +81,7 @@ class Troubles:
         self._offsets = {path: path.stat().st_size for path in folder.glob("*.log")}
 
     def look(self) -> Iterator[tuple[str, str]]:
-        """Who warned of what since the last look, by the names of their logs."""
+        """The warnings since the last look, each with the name of its log."""
         for path in sorted(self._folder.glob("*.log")):
             for line in self._more(path):
                 if found := TROUBLE.match(line):

@@ -1,7 +1,7 @@
 """Numerics profiles that fit an embedded run: those of the package where they do, else made before the run begins.
 
-The machine that starts an embedded run is trusted by it, so it may calibrate. A profile that somebody named by its file
-is never replaced: where it does not fit, the coordinator refuses it in a sentence.
+The machine that starts an embedded run is trusted by it, so it may calibrate. A profile that the operator named by its
+file is never replaced: where it does not fit, the coordinator refuses it in a sentence.
 """
 
 import asyncio

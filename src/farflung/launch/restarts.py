@@ -43,7 +43,7 @@ class Restarts:
 
 
 def killed_by(code: int) -> str:
-    """What a negative exit code says."""
+    """The meaning of a negative exit code."""
     try:
         name = signal.Signals(-code).name
     except ValueError:

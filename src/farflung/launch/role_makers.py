@@ -1,6 +1,6 @@
 """The roles of a run whose folder is on this machine, out of its configuration, for commands and for the nursery.
 
-Each is imported by who needs it, for what runs beside the database never has torch in its memory.
+Each is imported where it is needed, for a process beside the database never has torch in its memory.
 """
 
 from pathlib import Path

@@ -18,7 +18,7 @@ from farflung.tasks.model import Model
 from farflung.tasks.model_check import refuse_long, refuse_unfit
 
 LEFT_BY_A_START = {owner.NAME, "keys", "logs", "nodes", "profiles", "blobs", "checkpoints", "metrics.jsonl", SAVED}
-"""What may be there before a run is founded."""
+"""Files that may be there before a run is founded."""
 LOW_BYTES = 64 << 20
 """Less room than this on its disk is a run's last."""
 

@@ -31,7 +31,7 @@ class Screen:
     """A context manager that shows statuses as they come and the summary at the end."""
 
     def __init__(self, config: Config, *, is_plain: bool, since: float, concludes: bool = True) -> None:
-        """`since` is the monotonic time of the command. It `concludes` unless somebody else sums up what came of it."""
+        """`since` is the monotonic time of the command. It `concludes` unless the caller sums up what came of it."""
         self.config, self.is_plain, self._concludes = config, is_plain, concludes
         self.console = Terminal()
         self._live = None if is_plain else Live(console=self.console, refresh_per_second=4, transient=False)
@@ -104,7 +104,7 @@ class Screen:
                 self.note(warning)
 
     async def conclude(self, summary: dict[str, Any], folder: Path) -> None:
-        """What came of it."""
+        """Show the answers and the summary."""
         if not self._concludes:
             return
         print_answers(self.console, await five_answers(folder))
@@ -123,7 +123,7 @@ def one_line(status: Status) -> str:
 
 
 def _awaited(status: Status) -> str:
-    """What a run that has accepted nothing yet waits for."""
+    """In words, the thing awaited by a run that has accepted nothing yet."""
     if status.accepted or status.status != "running":
         return ""
     phase = next((node.phase or "starting up" for node in status.nodes if node.role == "trainer"), "on its way")
@@ -164,7 +164,7 @@ def spark(values: list[float]) -> str:
 
 
 def nodes_table(status: Status, width: int) -> Table:
-    """Who is here and how they do; a narrow terminal gets fewer columns rather than cut ones."""
+    """The nodes that are here and how they do; a narrow terminal gets fewer columns rather than cut ones."""
     table = Table(box=None, header_style="dim", padding=(0, 2 if width >= ROOMY else 1, 0, 0))
     rows = [_node_cells(node) for node in status.nodes]
     shown = [name for name in COLUMNS if width >= ROOMY or name not in SPARED]

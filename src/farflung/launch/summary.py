@@ -182,7 +182,7 @@ def _ratio(part: float, whole: float) -> float | None:
 def steady(connection: Connection, run: str, lines: list[Line]) -> float | None:
     """The overhead since the last node that was on probation came to be trusted, or ejected; None if none is trusted.
 
-    What a process did until then stands in its first heartbeat after that.
+    A process's work until then stands in its first heartbeat after that.
     """
     waiting = sa.select(sa.func.count()).where(NODES.c.role == "worker", NODES.c.status == "probation")
     seen_alive = waiting.where(NODES.c.phase != "", NODES.c.node.in_(_submitters(run)))

@@ -1,7 +1,7 @@
 """`farflung run`: the whole swarm on one machine, each role a real process that speaks real HTTP over loopback.
 
 Every role is forked from one of two nurseries, one with torch and one without, so that it starts in a moment.
-What dies by accident is started again; what the configuration wants killed is killed.
+A process that dies by accident is started again; one that the configuration wants killed is killed.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ SETTLE_S = 0.5
 START_S = 240.0
 STOP_S = 15.0
 PAUSES_S = (0.05, 1.0)
-"""What lived for STEADY_S comes back after the first pause, what died sooner after the second."""
+"""A process that lived for STEADY_S comes back after the first pause, one that died sooner after the second."""
 DESERTED_S = 15.0
 """How long nothing may happen in a run whose workers are all gone."""
 NURSERIES = ("torch", "light")
@@ -125,7 +125,7 @@ class Swarm:
         self.is_stopping = True
 
     async def _sum_up(self) -> None:
-        """Figures and report. What cannot be written, on a full disk say, does not keep the rest from being shown."""
+        """Figures and report. A file that cannot be written, on a full disk say, does not keep back the rest."""
         with self._told("summary.json"):
             write_summary(self.folder)
         with self._told("report.html"):
@@ -239,7 +239,7 @@ class Swarm:
                 self._ended(event["name"], event["code"])
 
     def _ended(self, name: str, code: int) -> None:
-        """What died by accident comes back; what ended well, was killed on purpose or was ejected does not."""
+        """A role that died by accident comes back; one that ended well, was killed on purpose or ejected does not."""
         if not self._is_open:
             self._has_failed.set()
         if self.is_stopping or not self._is_open:
@@ -286,7 +286,7 @@ class Swarm:
     # --- watching ----------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> bool:
-        """Until the run is finished (True), or it cannot go on or somebody says stop (False)."""
+        """Until the run is finished (True), or it cannot go on or is told to stop (False)."""
         known: list[str] | None = None  # warnings of before a --resume
         while not self.is_stopping:
             await self._restart_nurseries()
@@ -305,7 +305,7 @@ class Swarm:
         return False
 
     def _look_for_trouble(self) -> None:
-        """What the roles warn of in their logs, and what none of them could write there."""
+        """Show the warnings in the roles' logs, and those that none of them could write there."""
         for role, text in self._troubles.look():
             self.screen.trouble(role, text)
         if why := has_no_room(self.folder):
@@ -361,7 +361,7 @@ class Swarm:
         await self.client.close()
 
     async def _stop(self, names: list[str]) -> None:
-        """Tell them to stop, and wait for it; whoever does not is killed with its nursery."""
+        """Tell these processes to stop, and wait for it; one that does not is killed with its nursery."""
         for name in names:
             tell(self.forked[name], signal.SIGTERM)
         until = time.monotonic() + STOP_S

@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 def run_in(folder: Path) -> Config:
     """The configuration of the run in a folder, wherever that folder is by now. Raises ConfigError."""
     config = load_run(folder)
-    coordinator = config.coordinator.model_copy(update={"veil": False})  # whoever has the folder may see all of it
+    coordinator = config.coordinator.model_copy(update={"veil": False})  # a reader of the folder may see all of it
     return config.model_copy(update={"coordinator": coordinator})
 
 
 def desk_of(config: Config) -> pages.Desk:
-    """What the pages need, at the moment the run was last heard of."""
+    """The sources of the pages, at the moment the run was last heard of."""
     with reading(config.database_url) as connection:
         end = _end(connection, config.run.name)
     database = Database(readable(config.database_url))
@@ -62,7 +62,7 @@ def app_of(desk: pages.Desk) -> tuple[Starlette, pages.Pages]:
 
 
 def view(folder: Path, host: str, port: int) -> None:
-    """Serve the pages until somebody says stop."""
+    """Serve the pages until the process is told to stop."""
     desk = desk_of(run_in(folder))
     with listen(host, port) as listener:
         address, port = listener.getsockname()[:2]

@@ -11,7 +11,7 @@
 
 Of several ranks each writes its own shards, `model-00000-of-00002.safetensors` and so on; any number can go on from
 them. It is written beside its place, flushed to disk and renamed, so a crash leaves the previous checkpoints whole.
-What a disk has damaged since is found by its digest before it is resumed from, and set aside as damaged-step-000012.
+A checkpoint that a disk has damaged since is found by digest before a resume, and set aside as damaged-step-000012.
 """
 
 import json
@@ -92,7 +92,7 @@ def load(learner: Learner, path: Path) -> int:
 
 
 def published(path: Path, *, is_dithered: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """What was published of a checkpoint's step: its masters in bfloat16. Raises ConfigError if it is not whole."""
+    """The published weights of a checkpoint's step: its masters in bfloat16. Raises ConfigError if it is not whole."""
     _refuse_incomplete(path)
     if fault := _damage(path):
         raise ConfigError(f"checkpoint {path} is damaged: {fault}; name another step")
@@ -111,7 +111,7 @@ def latest(root: Path) -> Checkpoint | None:
 
 
 def newest(root: Path, most: int) -> Checkpoint | None:
-    """The newest whole checkpoint up to a step, if there is any; what is damaged on the way there is set aside."""
+    """The newest whole checkpoint up to a step, if there is any; damaged ones on the way there are set aside."""
     for found in reversed(complete(root)):
         if found.step > most:
             continue
@@ -204,7 +204,7 @@ def _found(root: Path) -> Iterator[Checkpoint]:
 
 
 def _fault(path: Path) -> str:
-    """What is missing in the folder, empty if nothing."""
+    """The parts missing in the folder, empty if none."""
     marks = _marks(path)
     if not marks:
         return f"{_MARKER} is missing"
@@ -216,7 +216,7 @@ def _fault(path: Path) -> str:
 
 
 def _damage(path: Path) -> str:
-    """What of a complete checkpoint is not as it was written, empty if nothing."""
+    """The damage to a complete checkpoint since it was written, empty if none."""
     for name, mark in _marks(path).items():
         if "digest" in mark and file_digest(path / name) != mark["digest"]:
             return f"{name} does not have its digest"
@@ -224,7 +224,7 @@ def _damage(path: Path) -> str:
 
 
 def _marks(path: Path) -> dict[str, dict[str, Any]]:
-    """What COMPLETE says of each file, nothing if it is not to be read; older ones have sizes alone."""
+    """The entries of COMPLETE for each file, none if it is not to be read; older ones have sizes alone."""
     try:
         marks = json.loads((path / _MARKER).read_bytes())
     except (OSError, ValueError):

@@ -23,7 +23,7 @@ def checkpoint_calmly(model: PreTrainedModel) -> None:
 
 
 class _Calm:
-    """What a layer calls to have its pass checkpointed."""
+    """The function that a layer calls to have its pass checkpointed."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer

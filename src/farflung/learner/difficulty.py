@@ -13,7 +13,7 @@ RIGHT = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What is known of one task; `right` and `tokens` are out of `tried` samples, faded alike."""
+    """The count of one task's tries; `right` and `tokens` are out of `tried` samples, faded alike."""
 
     tried: float = 0.0
     right: float = 0.0
@@ -38,7 +38,7 @@ def pass_rate(count: Count) -> float:
 
 
 def tokens_needed(count: Count, budget: int) -> float:
-    """Tokens that a sample takes on average, at most `budget`, which is also the guess for a task nobody tried."""
+    """Tokens that a sample takes on average, at most `budget`, which is also the guess for an untried task."""
     return min(float(budget), count.tokens / count.tried) if count.tried else float(budget)
 
 

@@ -1,4 +1,4 @@
-"""Trainer: a full disk is waited out. What was computed stays in memory, and nothing that is half written stays."""
+"""Trainer: a full disk is waited out. Results stay in memory, and nothing that is half written stays."""
 
 import asyncio
 import errno

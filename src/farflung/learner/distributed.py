@@ -1,6 +1,6 @@
-"""A learner on all ranks: rank 0 says what is next, the others do the same with their shards.
+"""A learner on all ranks: rank 0 names the next work, the others do the same with their shards.
 
-What crosses the ranks is msgpack of the structs below, never a pickle: rank 0 made it of bytes that strangers sent.
+Ranks exchange msgpack of the structs below, never a pickle: rank 0 made it of bytes that strangers sent.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,7 +20,7 @@ Logp = dict[int, torch.Tensor]
 
 
 class Order(msgspec.Struct, frozen=True, tag=True):
-    """What all ranks do next; this one does nothing, and shows that rank 0 is alive."""
+    """The next work of all ranks; this one does nothing, and shows that rank 0 is alive."""
 
 
 class Begin(Order, frozen=True):
@@ -98,7 +98,7 @@ class DistributedLearner:
         return self.learner.policy.masters(names)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is published: the masters in bfloat16."""
+        """The published weights: the masters in bfloat16."""
         return ((name, self.learner.policy.rounded(tensor)) for name, tensor in self.masters())
 
     def parts(self, slices: Sequence[Slice]) -> list[torch.Tensor]:

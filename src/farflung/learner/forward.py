@@ -1,6 +1,6 @@
 """One forward pass of a causal LM over a packed micro-batch, as far as the log-probabilities of its trained tokens.
 
-What a model can do is found by trying it, not by its name: whether its logits are a linear map of its last hidden
+A model's abilities are found by trying it, not by its name: whether its logits are a linear map of its last hidden
 state, whether it obeys an attention mask that keeps completions in one row apart, on texts that exceed its windows, and
 whether rows of several lengths may be padded.
 
@@ -38,7 +38,7 @@ _LOUD, _QUIET = 1e3, 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What is known of a model's architecture."""
+    """The facts known of a model's architecture."""
 
     has_linear_head: bool
     can_share: bool
@@ -101,7 +101,7 @@ def _hidden(model: PreTrainedModel, rows: DecodeBatch, kind: Kind) -> torch.Tens
 
 
 def _one_by_one(rows: DecodeBatch, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """What a model says of each row without its padding, padded again (R, W, …)."""
+    """A model's output for each row without its padding, padded again (R, W, …)."""
     widths = (rows.tree_RW >= 0).sum(1).tolist()
     parts = [run(ids_W[None, :width])[0] for ids_W, width in zip(rows.ids_RW, widths, strict=True)]
     return pad_sequence(parts, batch_first=True)

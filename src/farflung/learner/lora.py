@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W is frozen, W + scale · B A is what the model computes with.
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W is frozen, and the model computes with W + scale · B A.
 
 B begins at zero, so the first policy is the base model to the bit. A and B are all that the optimizer knows. Where they
 travel alone (`is_alone`), W is what was published of it, for that is what others add them to.
@@ -19,7 +19,7 @@ _PART = "parametrizations.weight."
 
 
 class Adapter(torch.nn.Module):
-    """What is added to one matrix of shape (out, in)."""
+    """The adapter added to one matrix of shape (out, in)."""
 
     def __init__(self, weight: torch.Tensor, rank: int, scale: float, *, is_rounded: bool = False) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def factors_of(model: PreTrainedModel, name: str) -> Factors:
 
 
 def published(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """A matrix with its adapter as whoever fetches them merges it, bfloat16. Raises WeightsError."""
+    """A matrix merged with its adapter, as nodes that fetch both merge them, bfloat16. Raises WeightsError."""
     return merge(base(model, name), factors_of(model, name))
 
 

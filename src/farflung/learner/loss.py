@@ -52,7 +52,7 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one micro-batch is judged by; all (B, T) but the advantages."""
+    """The tensors that one micro-batch is judged by; all (B, T) but the advantages."""
 
     logp_BT: torch.Tensor
     """Of the policy in training, with gradient."""
@@ -94,7 +94,7 @@ def advantages(rewards_GS: torch.Tensor, *, divide_by_std: bool = True, eps: flo
 
 
 def denominator(mask_BT: torch.Tensor, normalise: Normalise, constant: float = 1.0) -> float:
-    """What a minibatch's summed loss is divided by; add it up over the micro-batches of one optimizer step.
+    """The divisor of a minibatch's summed loss; add it up over the micro-batches of one optimizer step.
 
     token: trained tokens. sequence: rollouts that train at all. constant: rollouts x `constant` tokens (Dr.GRPO).
     """

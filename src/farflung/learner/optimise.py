@@ -36,7 +36,7 @@ class Optimisation:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one step did; means are over its trained tokens."""
+    """The metrics of one step; means are over its trained tokens."""
 
     loss: float
     grad_norm: float

@@ -19,7 +19,7 @@ Source = Literal["prompt", "model", "env"]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens and who wrote it; only what the model wrote is trained on."""
+    """A run of tokens and its writer; only the model's own are trained on."""
 
     source: Source
     ids: tuple[int, ...]
@@ -27,7 +27,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sample as the trainer sees it: its tokens, what it was worth, and how it was sampled."""
+    """One sample as the trainer sees it: its tokens, its advantage, and how it was sampled."""
 
     segments: tuple[Segment, ...]
     advantage: float
@@ -124,7 +124,7 @@ def fill(microbatches: Sequence[MicroBatch]) -> float:
 
 
 def _split(rollout: Rollout) -> _Parts:
-    """What comes before the first token of the model, at least one token, and what follows."""
+    """The ids before the first token of the model, at least one, and those that follow."""
     flat = [(token, segment.source == "model") for segment in rollout.segments for token in segment.ids]
     start = max(1, next((place for place, (_, is_model) in enumerate(flat) if is_model), len(flat)))
     ids, is_model = tuple(token for token, _ in flat), tuple(is_model for _, is_model in flat)
@@ -173,7 +173,7 @@ def _batch(rollouts: Sequence[Rollout], parts: dict[int, _Parts], rows: Sequence
 
 
 def _rows(parts: dict[int, _Parts], rows: Sequence[Sequence[Tree]]) -> DecodeBatch:
-    """What the model is fed, where only what it wrote is predicted."""
+    """The model's input, where only its own tokens are predicted."""
     every = rows_of(rows, {index: part.ids for index, part in parts.items()})
     is_trained = [flag for row in rows for tree in row for index in tree.members for flag in parts[index].is_model]
     return replace(every, predictor_N=every.predictor_N[torch.tensor(is_trained)])

@@ -110,7 +110,7 @@ class Policy:
         return self._kind.can_share
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is published: (name, bfloat16) of every parameter and buffer, cast from the masters, tied twins once."""
+        """Published tensors: (name, bfloat16) of each parameter and buffer, cast from the masters, tied twins once."""
         for name, tensor in self.masters():
             yield name, self.rounded(tensor)
 
@@ -138,7 +138,7 @@ class Policy:
             yield name, base(self.model, name).shape if tensor is None else tensor.shape
 
     def base(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is published of the model without its adapters, bfloat16."""
+        """Published tensors of the model without its adapters, bfloat16."""
         for name, tensor in self._slots():
             yield name, base(self.model, name) if tensor is None else self.rounded(tensor.detach())
 

@@ -24,9 +24,9 @@ PREFIXES = {
     r"\._fsdp_wrapped_module\.": ".",
     r"\._checkpoint_wrapped_module\.": ".",
 }
-"""What torch.compile, FSDP, DDP and PEFT put into the names of tensors: pattern → what stands there without them."""
+"""Parts that torch.compile, FSDP, DDP and PEFT put into the names of tensors: pattern → the text in their place."""
 ODD = (*making.ODD, OSError, SafetensorError)
-"""What transformers raises for a model that it cannot load."""
+"""Errors that transformers raises for a model that it cannot load."""
 
 
 def load_pretrained(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:

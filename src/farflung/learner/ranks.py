@@ -71,12 +71,12 @@ def share_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def broadcast(data: bytes, ranks: Ranks) -> bytes:
-    """Rank 0's bytes, on every rank; what the others give is not looked at."""
+    """Rank 0's bytes, on every rank; the other ranks' bytes are not looked at."""
     if ranks.is_alone:
         return data
     size = torch.tensor([len(data)], dtype=torch.int64)

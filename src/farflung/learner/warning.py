@@ -17,7 +17,7 @@ SIGMAS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """What a step shows of the policy's health."""
+    """A step's signs of the policy's health."""
 
     entropy: float
     clip_fraction: float

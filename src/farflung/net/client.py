@@ -28,7 +28,7 @@ PROBLEM_BYTES = 10_000
 BATCH_BYTES = 1 << 18
 """Of a large body so many bytes are read at a time: each look costs CPU, whatever it brings."""
 AHEAD_BYTES = 2 * BATCH_BYTES
-"""What may have been read from a line and not come out of the layers above it yet."""
+"""Bytes that may have been read from a line and not come out of the layers above it yet."""
 LONGEST_PAUSE_S = 2.0
 """Between tries, at first 0.1 s; no two nodes pause as long, so that they do not all come at once."""
 PLAIN = {"accept-encoding": "identity"}
@@ -94,12 +94,12 @@ class Client:
     async def download_into(self, path: str, file: BinaryIO, *, limit_bytes: int) -> None:
         """Fetch a blob, going on from the bytes that the file has; cut off with TooLarge beyond `limit_bytes`.
 
-        Who does not know ranges sends it whole, and the file begins anew.
+        A server that knows no ranges sends it whole, and the file begins anew.
         """
         await self._insist(path, lambda: self._once_into(path, file, limit_bytes))
 
     async def download_range(self, path: str, start: int, end: int) -> list[bytes]:
-        """Bytes [start, end) of a blob, as they came. Raises Malformed when somebody answers with anything else."""
+        """Bytes [start, end) of a blob, as they came. Raises Malformed if the answer is anything else."""
         return await self._insist(path, lambda: self._once_range(path, start, end))
 
     async def put(self, path: str, body: bytes) -> None:
@@ -231,7 +231,7 @@ def _wait_for(line: socket.socket, size_bytes: int) -> None:
 
 
 async def _bounded(response: Any, limit_bytes: int) -> list[bytes]:
-    """The body as far as it is sane: whoever answers may be out to fill this machine's memory."""
+    """The body as far as it is sane: the server may be out to fill this machine's memory."""
     parts: list[bytes] = []
     size = 0
     async for part in _parts(response):

@@ -1,6 +1,6 @@
 """Names that a server answers to: a stranger's page may point its own name here (DNS rebinding), and read.
 
-A browser then sends that name as Host. What no stranger can point anywhere is let in: addresses in digits, names
+A browser then sends that name as Host. Names that no stranger can point anywhere are let in: addresses in digits, names
 without a dot, localhost. Other names are those that the operator listed.
 """
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RoleFigures(Collector):
-    """What a role says of itself in heartbeats, as Prometheus reads it."""
+    """The figures that a role gives of itself in heartbeats, as Prometheus reads them."""
 
     def __init__(self, session: "Session", role: str) -> None:
         self.session, self.role = session, role

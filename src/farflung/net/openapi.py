@@ -1,4 +1,4 @@
-"""OpenAPI of a table of routes: what crosses a machine, as msgspec describes it."""
+"""OpenAPI of a table of routes: the messages between machines, as msgspec describes them."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _REFUSED = {"description": "refused", "content": {"application/problem+json": {}
 
 
 def openapi(routes: Sequence[Route], title: str, version: str) -> Endpoint:
-    """What answers `GET /openapi.json`; it is made when somebody asks first."""
+    """The endpoint of `GET /openapi.json`; the document is made at the first request."""
     described = cache(lambda: schema_of(routes, title, version))
 
     async def endpoint(_: Request) -> Response:

@@ -1,7 +1,8 @@
 """Rate limits: token buckets by key and by address. Pure, but for the middleware at the end.
 
-A bucket holds up to `burst` requests and fills by `per_s`; what finds it empty is told how long to wait. Each process
-counts for itself. The buckets of the latest senders are kept; a new bucket is full, so forgetting one only forgives.
+A bucket holds up to `burst` requests and fills by `per_s`; a request that finds it empty is told how long to wait. Each
+process counts for itself. The buckets of the latest senders are kept; a new bucket is full, so forgetting one only
+forgives.
 """
 
 import time
@@ -46,7 +47,7 @@ class Buckets:
 
 @lru_cache(maxsize=4096)
 def sender_of(host: str) -> str:
-    """What counts as one address: an IPv4 address, or the /64 that a machine with IPv6 can choose from."""
+    """The unit that counts as one address: an IPv4 address, or the /64 that a machine with IPv6 can choose from."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:

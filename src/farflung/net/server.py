@@ -46,7 +46,7 @@ BODY_S = 60.0
 
 @dataclass(frozen=True)
 class Call:
-    """One request, checked: who, what, where."""
+    """One request, checked: its node, its body, its route."""
 
     message: Any
     body: bytes
@@ -85,7 +85,7 @@ class Route:
     signed: bool = True
     limit_bytes: int = BODY_BYTES
     gate: Callable[[Call], Awaitable[int]] | None = None
-    """For bodies that may be large: looks at who asks for what before any of it is read, and says how much may come."""
+    """For bodies that may be large: looks at node and route before any of it is read, and says how much may come."""
     raw: bool = False
     """The body is bytes, not a message."""
 

@@ -37,13 +37,13 @@ log = logging.getLogger(__name__)
 HURRY_S = 5.0
 TROUBLE_CHARS = 300
 PURPOSES = ("coordinator", "weights", "receipts", "verdicts")
-"""What the root delegates to keys of their own: the run's description and leases, and three kinds of documents."""
+"""Purposes for which the root delegates keys: the run's description and leases, and three kinds of documents."""
 AWAY_S = 3600.0
 """Once a node is in, it waits this long for a coordinator that is away."""
 
 
 class Index(msgspec.Struct, frozen=True):
-    """Answer of GET /v1: who this coordinator is."""
+    """Answer of GET /v1: this coordinator's identity."""
 
     coordinator: str
     version: int
@@ -53,7 +53,7 @@ class Index(msgspec.Struct, frozen=True):
 
 
 async def greet(client: Client) -> Index:
-    """Who answers at the client's address. Raises Refusal, or TooOld if it speaks another protocol than we do."""
+    """The coordinator at the client's address. Raises Refusal, or TooOld if it speaks another protocol than we do."""
     index = await client.get("/v1", Index)
     if not index.minimum_version <= VERSION <= index.version:
         raise TooOld(
@@ -88,7 +88,7 @@ def cpu_s() -> float:
 
 @dataclass
 class NodeStats:
-    """What a role tells of itself in heartbeats. Metrics, believed by nobody."""
+    """Figures that a role gives of itself in heartbeats: metrics, which no other role believes."""
 
     phase: str = "starting"
     loaded_step: int = -1
@@ -100,7 +100,7 @@ class NodeStats:
     proof_cpu_s: float = 0.0
     sync_pause_s: float = 0.0
     trouble: str = ""
-    """What last went wrong with weights."""
+    """The last fault with weights."""
     started_at: float = field(default_factory=time.time)
 
     @contextlib.contextmanager
@@ -166,7 +166,7 @@ class Session:
 
     @property
     def info(self) -> RunInfo:
-        """What the coordinator says of the run."""
+        """The coordinator's description of the run."""
         return self.papers.info
 
     async def keys(self, purpose: str, signed: Signed) -> list[bytes]:
@@ -245,7 +245,7 @@ class Session:
             await self.client.close()
 
     def hurry(self) -> None:
-        """Somebody said stop: wait no longer than a moment for a coordinator that does not answer."""
+        """This role was told to stop: wait no longer than a moment for a coordinator that does not answer."""
         self.client.patience_s = min(self.client.patience_s, HURRY_S)
 
     async def say_goodbye(self) -> None:
@@ -274,7 +274,7 @@ def ending_signals() -> list[signal.Signals]:
 
 @dataclass(frozen=True)
 class RunKeys:
-    """What a run's root and coordinator say of it, checked."""
+    """A run's description by its coordinator and the delegations of its root, checked."""
 
     info: RunInfo
     delegations: tuple[Delegation, ...]

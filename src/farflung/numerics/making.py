@@ -17,11 +17,11 @@ ODD: Final = (
     ImportError,
     StrictDataclassError,
 )
-"""What transformers raises for fields that it did not expect."""
+"""Errors that transformers raises for fields that it did not expect."""
 
 
 def with_attention(make: Callable[..., Made]) -> Made:
-    """What it makes with torch's own attention, or for models that do not know it with theirs."""
+    """The model made with torch's own attention, or with its own where it does not know torch's."""
     try:
         return make(attn_implementation="sdpa")
     except ValueError:

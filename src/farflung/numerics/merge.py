@@ -2,8 +2,8 @@
 
 B (out, rank) and A (rank, in) travel as whole numbers of 16 bits and one power of two. A product of two is 2^30 at most
 and a sum of up to 4,096 is 2^42, all of them whole: float64 holds each without rounding, so it does not matter in which
-order, in what blocks or with what instructions a matrix product adds them. What rounds comes after and is done
-value by value: the sum with the base in float64, that in float32, and its threshold (`dither`) to bfloat16.
+order, in what blocks or with what instructions a matrix product adds them. Roundings come after, value
+by value: the sum with the base in float64, that in float32, and its threshold (`dither`) to bfloat16.
 """
 
 import math
@@ -25,7 +25,7 @@ _EXPONENT_BITS = 0x7F80
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """What is added to one matrix: 2^exponent · B A, of int16."""
+    """The adapter added to one matrix: 2^exponent · B A, of int16."""
 
     name: str
     exponent: int

@@ -41,7 +41,7 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """What a model is fed."""
+    """The input of a model."""
 
     ids_RW: torch.Tensor
     """int64, 0 where padded, which is on the right."""
@@ -56,7 +56,7 @@ class DecodeBatch:
     """Whether each row is one completion, so that causal attention is enough."""
 
     def mask(self) -> torch.Tensor:
-        """Who sees whom, bool (R, 1, W, W): the prompt, and of one's own completion what came before."""
+        """Which token sees which, bool (R, 1, W, W): the prompt, and what came before in its own completion."""
         column_W = torch.arange(self.ids_RW.shape[1], device=self.ids_RW.device)
         is_tree = self.tree_RW[:, :, None] == self.tree_RW[:, None, :]
         is_seen = (self.member_RW[:, None, :] < 0) | (self.member_RW[:, :, None] == self.member_RW[:, None, :])

@@ -4,7 +4,7 @@ Masters that start from a bfloat16 model lie on its grid, and an update of 1e-5 
 for weights of 0.03 to 0.06): rounded to nearest, hardly a weight of what is published moves for the first ten steps,
 while the policy in training moves on. Here every weight has a threshold of its own between two neighbours, the same in
 every step: the share of weights that have crossed theirs is the share of the way that the masters have gone. A value on
-the grid stays as it is, and nothing flickers: what is published is a pure function of the masters.
+the grid stays as it is, and nothing flickers: published weights are a pure function of the masters.
 """
 
 from functools import lru_cache

@@ -10,7 +10,7 @@ import torch
 
 Precision = Literal["auto", "float32", "bfloat16"]
 _NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""What torch calls bfloat16 arithmetic in CPUs."""
+"""Torch's names for bfloat16 arithmetic in CPUs."""
 
 
 def compute_dtype(precision: Precision, device: str = "cpu") -> tuple[torch.dtype, str]:

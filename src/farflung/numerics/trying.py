@@ -18,7 +18,7 @@ LONGEST = 512
 TAIL = 8
 """Tokens of a completion that is tried."""
 FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
-"""What a model raises that does not take what it is given."""
+"""Errors of a model that does not take its input."""
 _TOLERANCE = {torch.float32: 3e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 """Most by which log-probabilities may be off, in their standard deviations over the vocabulary."""
 _LOGP_TOLERANCE, _SHORT_LOGP_TOLERANCE = 1e-3, 0.1
@@ -189,7 +189,7 @@ def _is_rope(module: torch.nn.Module) -> bool:
 
 
 def _turns(module: torch.nn.Module) -> Iterator[Callable[[int], torch.Tensor]]:
-    """What gives the rotation of the first positions in a text of so many tokens, for each kind of layer."""
+    """Functions that give the rotation of the first positions in a text of so many tokens, for each kind of layer."""
     kinds = [{"layer_type": kind} for kind in set(getattr(module.config, "layer_types", None) or ())]
     device = next(module.buffers()).device
 

@@ -1,1 +1,1 @@
-"""What an operator or an owner does: backup, calibrate, doctor, export, filter tasks, join, keys, roll back."""
+"""Commands of an operator or an owner: backup, calibrate, doctor, export, filter tasks, join, keys, roll back."""

@@ -1,8 +1,8 @@
 """`farflung backup` and `restore`: a run copied while it goes, and checked where it is brought back.
 
 The order makes the copy whole without stopping anybody. Checkpoints come first, so that none is ahead of the database;
-then the database in one snapshot; blobs last, because whatever the snapshot names was stored before. What was deleted
-meanwhile is looked for in the end, and the copy begins anew if the snapshot still needs it.
+then the database in one snapshot; blobs last, because whatever the snapshot names was stored before. Blobs deleted
+meanwhile are looked for in the end, and the copy begins anew if the snapshot still needs them.
 """
 
 import logging
@@ -73,12 +73,12 @@ async def restore(backup: Path, to: Path) -> str:
     if wrong := await problems(config):
         shutil.rmtree(folder)
         raise ConfigError(f"{backup} does not hold together, nothing was restored: " + "; ".join(wrong[:5]))
-    save(config, folder / "config.json")  # last: whoever finds it finds a whole run
+    save(config, folder / "config.json")  # last: a folder that has it holds a whole run
     return f"restored to {folder}; go on with `farflung run {folder / 'config.json'} --resume`, or start its roles"
 
 
 async def problems(config: Config) -> list[str]:
-    """What does not hold in a run that nobody writes to: its invariants, and blobs that are missing or spoiled."""
+    """Faults of a run that no process writes to: broken invariants, and blobs that are missing or spoiled."""
     with reading(config.database_url) as connection:
         found = violations(connection, config)
     missing = [f"blob {digest[:12]} is missing" for digest in await _missing(config)]

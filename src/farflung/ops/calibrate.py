@@ -51,7 +51,7 @@ CHEATS: dict[str, Callable[[Request], Request]] = {
     "temperature 0.9": lambda request: replace(request, temperature=0.9 * request.temperature),
     "temperature 1.1": lambda request: replace(request, temperature=1.1 * request.temperature),
 }
-"""What a profile must still tell from honest work: it widens with the noise that it forgives."""
+"""Cheats that a profile must still tell from honest work: it widens with the noise that it forgives."""
 TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-3}
 """Score noise, in nats at temperature 1, that is forgiven on the best of machines."""
 VERIFIERS = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32")}
@@ -234,7 +234,7 @@ def _play(
     tokens: float,
     change: Callable[[Request], Request] = lambda request: request,
 ) -> Iterator[Played]:
-    """What each verifier sees of each rollout. Generated as `kind` says, replayed many at a time."""
+    """Each verifier's view of each rollout. Generated as `kind` says, replayed many at a time."""
     generator.max_rows = kind.rows
     at_once = int(2 * tokens / under.budget) if kind.is_older else REPLAYED_AT_LEAST  # a process is slow to start
     chunk, nonce = max(kind.rows, at_once), secrets.token_hex(32)
@@ -265,7 +265,7 @@ def _played(done: Completion, replay: Replay) -> Played:
 
 
 def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:
-    """What the profile is good for: how often each kind flips, what a token weighs, and how many an ejection takes."""
+    """The strength of the profile: how often each kind flips, what a token weighs, and how many an ejection takes."""
     for name, samples in played.items():
         tokens, nats = sum(len(one.gap) for one in samples), growth(profile, samples)
         flipped = sum(map(flips, samples)) / tokens

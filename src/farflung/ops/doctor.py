@@ -59,7 +59,7 @@ def show(console: Console, finding: Finding) -> None:
 async def examine(url: str, folder: Path, root: bytes | None, *, is_joining: bool = False) -> AsyncIterator[Finding]:
     """This machine first, then the way to the coordinator and what its run needs.
 
-    Who is joining tries its arithmetic as a worker, and not here.
+    A node that joins tries its arithmetic as a worker, and not here.
     """
     for check in (_python, _torch, lambda: _key(folder), lambda: _disk(folder, 0), _ports):
         yield check()
@@ -107,7 +107,7 @@ def _ports() -> Finding:
     try:
         listen("127.0.0.1", 0).close()
     except ConfigError as error:
-        return Finding("ports", False, str(error), "close what holds this machine's ports; a relay needs one")
+        return Finding("ports", False, str(error), "close the programs that hold all ports; a relay needs one")
     return Finding("ports", True, "a worker needs none, a relay could open one")
 
 

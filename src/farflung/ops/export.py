@@ -21,7 +21,7 @@ FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-"""What goes along from the base model, where it has it."""
+"""Files that go along from the base model, where it has them."""
 
 
 def export(folder: Path, out: Path, step: int | None = None) -> int:
@@ -51,7 +51,7 @@ def export(folder: Path, out: Path, step: int | None = None) -> int:
 
 
 def card(config: Config, figures: dict[str, Any], step: int, digest: str) -> str:
-    """The model card: base, data, steps, who contributed, evaluations, cost."""
+    """The model card: base, data, steps, contributors, evaluations, cost."""
     base = Path(config.model.path).name if Path(config.model.path).is_dir() else config.model.path
     learn, env = config.learn, config.env
     rows = {
@@ -69,7 +69,7 @@ def card(config: Config, figures: dict[str, Any], step: int, digest: str) -> str
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     head = f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [farflung, grpo]\n---\n"
-    about = "Trained with reinforcement learning by farflung, on rollouts of machines that nobody had to trust."
+    about = "Trained with reinforcement learning by farflung, on rollouts of machines that did not have to be trusted."
     return "\n".join([f"{head}# {config.run.name}, step {step}", "", about, "", "| | |", "| --- | --- |", *lines, ""])
 
 

@@ -33,7 +33,7 @@ Task = tuple[Any, Prompt]
 
 @dataclass(frozen=True)
 class Band:
-    """What is asked of each task, and which pass rates are kept."""
+    """The tries of each task, and the pass rates that are kept."""
 
     samples: int
     low: float

@@ -20,7 +20,7 @@ from farflung.tasks.create_run import weights_key
 from farflung.weights.manifest import open_manifest
 
 KEPT = ("accepted", "batched", "trained", "dropped", "held", "void", "rejected")
-"""What may have become of a rollout that was accepted: nothing that would let its sample be leased once more unseen."""
+"""States that an accepted rollout may have reached: none that would let its sample be leased once more unseen."""
 
 
 def violations(connection: Connection, config: Config) -> list[str]:
@@ -120,7 +120,7 @@ def _one_lease(connection: Connection) -> Iterator[str]:
 
 
 def _receipts(connection: Connection, folder: Path) -> Iterator[str]:
-    """What workers on this machine were acknowledged is in the database, once."""
+    """Each submission that workers on this machine were acknowledged is in the database, once."""
     known = Counter((row.lease, row.submission) for row in connection.execute(sa.select(SUBMISSIONS)))
     for path in sorted(folder.glob(f"nodes/*/{FILE}")):
         for receipt in _kept(path.read_bytes().splitlines()):

@@ -37,7 +37,7 @@ def parse(address: str) -> tuple[str, bytes | None]:
     except ValueError:
         root = b"?"
     if root and len(root) != KEY_BYTES:
-        raise ConfigError(f"what follows # in {address!r} is no root key of {KEY_BYTES} bytes in hex; copy it again")
+        raise ConfigError(f"the part behind # in {address!r} is no root key of {KEY_BYTES} bytes in hex; copy it again")
     return f"{parts.scheme}://{parts.netloc}", root or None
 
 
@@ -74,7 +74,7 @@ async def _preflight(console: Console, url: str, folder: Path, root: bytes | Non
 
 
 def benchmark(settings: WorkerSection) -> float:
-    """float32 GFLOP/s of a matrix product on this node's threads: a word to people, believed by nobody."""
+    """float32 GFLOP/s of a matrix product on this node's threads: for people to read; no role believes it."""
     import torch
 
     torch.set_num_threads(settings.threads)
@@ -88,12 +88,12 @@ def benchmark(settings: WorkerSection) -> float:
 
 
 async def tell_earnings(console: Console, url: str, node: str) -> None:
-    """What this node's account shows when it leaves."""
+    """Tell the operator what this node's account shows as it leaves."""
     client = Client(url, Key.make(), patience_s=0.0)
     try:
         view = await _view(client, node)
     except FarflungError as error:
-        sys.stderr.write(f"what this node earned cannot be told now: {one_line(str(error))}\n")
+        sys.stderr.write(f"this node's earnings cannot be shown now: {one_line(str(error))}\n")
         return
     finally:
         await client.close()

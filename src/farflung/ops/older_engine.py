@@ -1,7 +1,8 @@
 """A generator in a process of its own that was told to do without the processor's newest instructions.
 
-What torch and oneDNN compute with is chosen once, when a process starts; so a machine that has AVX-512 can be an older
-one only in another process. One call, one process: requests go in and completions come out as msgpack.
+The instructions that torch and oneDNN compute with are chosen once, when a process starts; so a machine that has
+AVX-512 can be an older one only in another process. One call, one process: requests go in and completions come out as
+msgpack.
 """
 
 import os
@@ -19,7 +20,7 @@ TIMEOUT_S = 1800.0
 
 
 class Ask(msgspec.Struct):
-    """What such a process is given."""
+    """The input of such a process."""
 
     model: str
     dtype: str

@@ -1,16 +1,16 @@
-"""The activation fingerprint: a seeded random projection of what the output head is fed, of one size for any rollout.
+"""The activation fingerprint: a seeded random projection of the output head's input, of one size for any rollout.
 
-Replay compares tokens, and a rollout of one or two tokens has few to compare. What the output head is fed at those
+Replay compares tokens, and a rollout of one or two tokens has few to compare. The output head's input at those
 positions has hundreds of values, and a random projection keeps distances between such vectors: with r of random signs,
 (r·x)² is ‖x‖² on average (Johnson & Lindenstrauss 1984; with signs Achlioptas 2003). So a few projections tell how far
 the sender's activations were from the verifier's. For the first n generated tokens, n up to `POSITIONS`:
 
-    r_t,k ∈ {-1, +1}^D    bits of SHAKE-256(nonce of the lease ‖ t): nobody knows them before the lease
+    r_t,k ∈ {-1, +1}^D    bits of SHAKE-256(nonce of the lease ‖ t): no node knows them before the lease
     s_k = 1/√n · Σ_t r_t,k · h_t/‖h_t‖      h_t (D): the last hidden state, from which token t was picked
     sent: s_k as multiples of `STEP`, one signed byte each
 
 E[s_k²] = 1 whatever the model. A prover chooses nothing: no index, no modulus, no scale. All rollouts of a lease share
-the signs, so what differs between two fingerprints of one lease is what their activations differ by.
+the signs, so two fingerprints of one lease differ by what their activations differ by.
 
 Legend: T positions, D hidden size, K numbers of a fingerprint.
 """
@@ -47,7 +47,7 @@ def clipped(sketch_K: Floats) -> Floats:
 
 
 def pack(sketch_K: Any) -> bytes:
-    """A fingerprint as it is sent. What lies beyond 127 steps is sent as 127."""
+    """A fingerprint as it is sent. Values beyond 127 steps are sent as 127."""
     return np.rint(clipped(np.asarray(sketch_K, np.float32)) / STEP).astype(np.int8).tobytes()
 
 

@@ -1,6 +1,6 @@
 """Identity: Ed25519 keys, node ids, signed requests (RFC 9421) and signed documents.
 
-A node is a key. Its id is derived from the public key, so nobody hands out identities and nobody can take one.
+A node is a key. Its id is derived from the public key, so no authority hands out identities and none can be taken.
 """
 
 import base64
@@ -167,7 +167,7 @@ ANIMALS = [
 
 
 def readable_name(node: str) -> str:
-    """What people call a node that gave no name: an adjective and an animal, the same for the same id. Not unique."""
+    """A name for a node that gave none: an adjective and an animal, the same for the same id. Not unique."""
     draw = int.from_bytes(hashlib.sha256(node.encode()).digest()[:8])
     return f"{ADJECTIVES[draw % len(ADJECTIVES)]}-{ANIMALS[draw // len(ADJECTIVES) % len(ANIMALS)]}"
 
@@ -194,7 +194,7 @@ class Key:
         return cls._read(path)
 
     def _write(self, path: Path) -> None:
-        """Put the key at `path`, whole or not at all; one that somebody else put there meanwhile stays."""
+        """Put the key at `path`, whole or not at all; one that another process put there meanwhile stays."""
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(self.seed.hex() + "\n")
@@ -276,7 +276,7 @@ _SIGNATURE = re.compile(r"sig1=:(?P<value>[A-Za-z0-9+/]{86}==):")
 
 
 class Signer(msgspec.Struct, frozen=True):
-    """Who signed a request, once it verified."""
+    """The signer of a request, once it verified."""
 
     node: str
     public: bytes

@@ -43,5 +43,5 @@ def _slice(sizes: Sequence[tuple[str, int]], place: int) -> Slice:
 
 
 def answer(nonce: str, data: bytes) -> str:
-    """SHA-256 over a nonce and the slices' bytes, in hex: nobody else's answer fits."""
+    """SHA-256 over a nonce and the slices' bytes, in hex: no other node's answer fits."""
     return hashlib.sha256(bytes.fromhex(nonce) + data).hexdigest()

@@ -64,7 +64,7 @@ def commitment(step_secret: bytes) -> bytes:
 
 
 def sample_seed(step_secret: bytes, task_id: str, sample: int) -> int:
-    """The 64-bit seed of one sample, the same whoever generates it and unknowable before the lease.
+    """The 64-bit seed of one sample, the same for every node and unknowable before the lease.
 
     Unsigned: it may exceed what an SQL integer (signed 64-bit) or a JavaScript number (2⁵³) holds, so it is
     derived where it is needed and never stored.

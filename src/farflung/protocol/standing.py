@@ -1,6 +1,6 @@
 """A node's standing as its owner is told of it: what happened, what follows, what to do; each verdict once.
 
-The coordinator tells it with every heartbeat, so that nobody learns by silence that his work is void.
+The coordinator tells it with every heartbeat, so that no owner learns by silence that the node's work is void.
 """
 
 import logging
@@ -30,7 +30,7 @@ ADVICE = {
 
 
 class Standing:
-    """What the coordinator last said of a node."""
+    """The coordinator's last word on a node."""
 
     def __init__(self) -> None:
         self.status, self._clean, self._needed = "", 0, 0

@@ -25,7 +25,7 @@ Lifecycle = Mapping[str, tuple[str, ...]]
 
 _ROLLOUT: Lifecycle = {
     "leased": ("received", "held", "expired"),  # expired: the lease lapsed, was handed back or was voided
-    "received": ("accepted", "held", "rejected", "void", "dropped"),  # waits for a score; rejected: nobody can give one
+    "received": ("accepted", "held", "rejected", "void", "dropped"),  # waits for a score; rejected: no scorer can
     "held": ("received", "accepted", "rejected", "void", "dropped"),  # waits for a replay; accepted: was scored before
     "accepted": ("batched", "held", "void", "dropped"),  # dropped: no variance, stale, or its group stayed incomplete
     "batched": ("trained", "held", "accepted"),  # back only if the tripwire took its group out of the batch

@@ -20,7 +20,7 @@ MOST_BYTES = 1 << 25
 
 
 class Stops:
-    """What each token adds to what was seen of the stop strings: a table of states, made where the tokenizer is."""
+    """The progress that each token makes in the stop strings: a table of states, made where the tokenizer is."""
 
     def __init__(self, moves_SV: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """The state after each token of the vocabulary, for each state before it; a rollout begins in 0."""

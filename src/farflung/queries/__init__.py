@@ -1,1 +1,1 @@
-"""What API, commands, summary and pages read of a run: bounded queries, nothing is written."""
+"""Reads of a run for API, commands, summary and pages: bounded queries, nothing is written."""

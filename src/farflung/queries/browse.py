@@ -117,7 +117,7 @@ def _mark(row: Row[Any]) -> str:
 
 @dataclass(frozen=True)
 class Version:
-    """One policy step: its weights and who they were trained by."""
+    """One policy step: its weights and the nodes that they were trained by."""
 
     id: str
     step: int

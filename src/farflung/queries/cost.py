@@ -26,7 +26,7 @@ def last_per_process(lines: Iterable[Line]) -> dict[Process, Line]:
 class Worked:
     """Seconds of work, line by line: pauses between stays left out, and never back.
 
-    Lines with `up_s` are told apart by the clock that nobody sets; between others the wall clock may have been set.
+    Lines with `up_s` are told apart by the clock that is never set; between others the wall clock may have been set.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Worked:
         self.lived_s: dict[Process, float] = {}
         """Seconds that each process lived, from its start to its last line."""
         self._base: Line | None = None
-        """What the seconds beyond `_past_s` are counted from: the stay's first line."""
+        """The line that the seconds beyond `_past_s` are counted from: the stay's first."""
         self._past_s = self._up_s = 0.0
         self._began_s: dict[Process, float] = {}
 

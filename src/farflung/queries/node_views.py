@@ -162,7 +162,7 @@ def _audited(connection: Connection, run: str, veil: Veil) -> Counter[str]:
 
 
 def describe(hardware: str) -> str:
-    """What a node says of its machine, in a few words."""
+    """A node's account of its machine, in a few words."""
     said = json.loads(hardware or "{}")
     memory = said.get("memory_bytes", 0) / 2**30
     parts = [said.get("accelerator", ""), said.get("cpu", "") if not said.get("accelerator") else ""]

@@ -28,7 +28,7 @@ def pathless(value: Any) -> Any:
 
 
 SHOWN_AS = "received"
-"""What a rollout that is held for audit is shown as."""
+"""The state in which a rollout held for audit is shown."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Veil:
         return shown
 
     def record(self, record: NodeRecord) -> NodeRecord:
-        """What may be shown of a node's record: its standing, not the evidence."""
+        """The part of a node's record that may be shown: its standing, not the evidence."""
         return NodeRecord(status=record.status, submissions=record.submissions) if self.is_on else record
 
     def events(self, connection: Connection, subject: str, events: Iterable[Any]) -> list[Event]:

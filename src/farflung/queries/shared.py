@@ -1,4 +1,4 @@
-"""One look at the database for all who ask the same: a thousand readers cost as much as one."""
+"""One look at the database for all callers that ask the same: a thousand readers cost as much as one."""
 
 import asyncio
 import time
@@ -7,13 +7,13 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 QUICK_S = 0.05
-"""A look that takes no longer is taken anew each time, so that who reads a small run reads what is."""
+"""A look that takes no longer is taken anew each time, so that readers of a small run see it as it is."""
 SHARE = 4.0
-"""After a longer one nobody looks for this many times as long as it took: readers take a fifth of one thread."""
+"""After a longer one there is none for this many times as long as it took: readers take a fifth of one thread."""
 
 
 class Shared(Generic[T]):
-    """The last look, while it is young. One at a time is under way, and those who come meanwhile wait for it."""
+    """The last look, while it is young. One at a time is under way, and callers that come meanwhile wait for it."""
 
     def __init__(self, look: Callable[[], Awaitable[T]], clock: Callable[[], float] = time.monotonic) -> None:
         self._look, self._clock = look, clock
@@ -22,12 +22,12 @@ class Shared(Generic[T]):
         self._due = 0.0
 
     async def get(self) -> T:
-        """What the last look saw, or a fresh one."""
+        """The result of the last look, or of a fresh one."""
         if self._last is not None and self._clock() < self._due:
             return self._last[0]
         if self._running is None:
             self._running = asyncio.ensure_future(self._fresh())
-        return await asyncio.shield(self._running)  # one who leaves must not take the look from the others
+        return await asyncio.shield(self._running)  # a caller that leaves must not take the look from the others
 
     def forget(self) -> None:
         """Look again at the next request."""

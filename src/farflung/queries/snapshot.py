@@ -90,7 +90,7 @@ class Snapshot:
 
     @property
     def phase(self) -> str:
-        """What the run does, in a few words."""
+        """The run's present work, in a few words."""
         if self.status != "running":
             return self.status
         trainer = next(iter(self.of("trainer")), None)
@@ -106,7 +106,7 @@ class Snapshot:
 
     @property
     def waits(self) -> str:
-        """Who waits for whom, in a sentence."""
+        """Which role waits for which, in a sentence."""
         return _waits(self)
 
 
@@ -161,7 +161,7 @@ def _accepted(connection: Connection, since: float | None) -> int:
 
 def _waits(s: Snapshot) -> str:
     if s.status == "finished":
-        return "The run is finished; nobody waits."
+        return "The run is finished; no role waits."
     if s.brake:
         return f"The brake is on: {s.brake}."
     trainers = s.of("trainer")
@@ -174,7 +174,7 @@ def _waits(s: Snapshot) -> str:
     idle = dict(s.worker_states).get("waiting", 0)
     if idle * 2 > s.online:
         return f"{idle} of {s.online} workers wait for the trainer: enough is generated ahead of {trainers[0].phase}."
-    return f"Nobody waits: the trainer is {trainers[0].phase} while workers generate what follows."
+    return f"No role waits: the trainer is {trainers[0].phase} while workers generate what follows."
 
 
 def _trainer_waits(s: Snapshot) -> str:

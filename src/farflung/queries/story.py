@@ -49,7 +49,7 @@ class Related:
 
 @dataclass(frozen=True)
 class Told:
-    """What the story page shows."""
+    """The content of the story page."""
 
     noun: str
     subject: str
@@ -217,7 +217,7 @@ def _node(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
 
 
 def _watched(watched: Watched) -> str:
-    """What all replays of a node add up to, and by how much its flips raised its reward."""
+    """The sum of all replays of a node, and by how much its flips raised its reward."""
     if not watched.rollouts:
         return ""
     each = watched.gain / watched.rollouts

@@ -1,4 +1,4 @@
-"""Versions of the weights as people see them: bytes whole and as a difference, and who has them. Read only."""
+"""Versions of the weights as people see them: bytes whole and as a difference, the nodes that have them. Read only."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ def versions(connection: Connection, run_ctx: RunContext, now: float) -> Weights
 
 
 def troubles(connection: Connection, since: float) -> list[Trouble]:
-    """What nodes heard of since a time say went wrong with weights, those heard last first."""
+    """Faults with weights, in the words of nodes heard since a time, those heard last first."""
     query = sa.select(NODES.c.node, NODES.c.name, NODES.c.beat).where(NODES.c.seen_at >= since, NODES.c.beat != b"")
     found: list[Trouble] = []
     for node, name, beat in connection.execute(query.order_by(NODES.c.seen_at.desc()).limit(ASKED)):

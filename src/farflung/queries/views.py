@@ -65,7 +65,7 @@ def story(connection: Connection, config: Config, subject: str) -> Story:
         raise NotFound(f"nothing is known of {subject[:64]!r}")
     events = veil_of(connection, config).events(connection, subject, rows)
     if not events:
-        raise NotFound(f"what is known of {subject[:64]!r} is told once its step can no longer be trained on")
+        raise NotFound(f"the story of {subject[:64]!r} is told once its step can no longer be trained on")
     return Story(subject=subject, events=events)
 
 
@@ -182,7 +182,7 @@ def verdicts(connection: Connection, run: str, *, latest: int = 0) -> list[Verdi
 
 
 def warnings(connection: Connection, most: int = 20) -> list[str]:
-    """What a person should look at, the latest last."""
+    """Warnings for people to look at, the latest last."""
     said = sa.and_(sa.text(STAYED), EVENTS.c.detail.like('%"warning"%'))
     rows = connection.execute(sa.select(EVENTS.c.detail).where(said).order_by(EVENTS.c.id.desc()).limit(most)).scalars()
     return [json.loads(detail)["warning"] for detail in reversed(list(rows))]
@@ -213,6 +213,6 @@ def catch(connection: Connection, config: Config) -> dict[int, float]:
 def open_verdict(document: bytes) -> Verdict:
     """A stored verdict, remembered: a look must not cost as many signatures as there are.
 
-    Raises BadSignature if somebody changed it in the database.
+    Raises BadSignature if it was changed in the database.
     """
     return unseal(msgspec.msgpack.decode(document, type=Signed), "verdict", Verdict)

@@ -23,15 +23,15 @@ from farflung.trust.record import TrustSettings
 from farflung.worker import Worker
 
 Aim = Literal["reward", "length", "pay", "poison"]
-"""What an attack is after, and so what its gain is: the shift of mean reward or of tokens a rollout against what the
-seeds give on the same prompts; tokens paid and kept per CPU-second, where it cheated, relative to the honest; poisoned
-tokens trained."""
+"""The aim of an attack, and so the measure of its gain: the shift of mean reward or of tokens a rollout against what
+the seeds give on the same prompts; tokens paid and kept per CPU-second, where it cheated, relative to the honest;
+poisoned tokens trained."""
 Made = list[Completion | None]
 Stop = Callable[[], bool] | None
 """Asked now and then whether to leave off."""
 LEDGER = "cheats.jsonl"
 TRIES = 3
-"""Times that an adversary who is turned away at the door tries."""
+"""Tries of an adversary that is turned away at the door."""
 
 
 class Attack:
@@ -52,7 +52,7 @@ class Attack:
         """Look at the weights that `truth` holds from now on."""
 
     def generate(self, requests: Sequence[Request], should_stop: Stop) -> Made:
-        """What to say; here what the seeds give."""
+        """The completions to send; here those that the seeds give."""
         return self.truth.generate(requests, should_stop)
 
     async def wants(self, worker: Worker, lease: Lease) -> bool:
@@ -118,7 +118,7 @@ class Adversary(Worker):
         return super()._engine(config, torch.float32 if self.attack.declares else dtype, stops)
 
     async def _prepare(self) -> None:
-        """No self-test: what would be tried is the attack, and a lease loads the weights."""
+        """No self-test: it would try the attack, and a lease loads the weights."""
 
     async def try_numerics(self, manifest: str) -> None:
         """The same."""

@@ -1,4 +1,4 @@
-"""Attacks on what is said by other noise than the lease asks for, always or now and then.
+"""Attacks that sample with other noise than the lease asks for, always or now and then.
 
 Each docstring says what the attack would gain, then what stops it.
 """

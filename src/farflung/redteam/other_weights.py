@@ -1,4 +1,4 @@
-"""Attacks on what is said by other weights than the lease asks for.
+"""Attacks that generate with other weights than the lease asks for.
 
 Each docstring says what the attack would gain, then what stops it.
 """

@@ -1,4 +1,4 @@
-"""Attacks on what is said by other picks under the leased noise.
+"""Attacks that pick other tokens under the leased noise.
 
 Each docstring says what the attack would gain, then what stops it.
 """

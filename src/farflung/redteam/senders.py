@@ -76,7 +76,7 @@ def bomb(submission: Submission) -> bytes:
 
 
 class OtherLease(Attack):
-    """Paid for a lease of somebody else: hands its text in under it; identity."""
+    """Paid for another node's lease: hands its text in under it; identity."""
 
     is_at_the_door: ClassVar[bool] = True
     aim: ClassVar[Aim] = "pay"

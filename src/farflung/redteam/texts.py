@@ -1,4 +1,4 @@
-"""Attacks on text: other words than what the seeds gave.
+"""Attacks on text: other words than those that the seeds gave.
 
 Each docstring says what the attack would gain, then what stops it.
 """
@@ -43,7 +43,7 @@ class Edited(Rewritten):
 
 
 class SureEdit(Attack):
-    """Words of its own where nobody would look: it replaces one token that the policy was certain of; replay, for a
+    """Words of its own where no reader would look: it replaces one token that the policy was certain of; replay, for a
     margin that no rounding makes weighs however sure the policy was."""
 
     aim: ClassVar[Aim] = "poison"

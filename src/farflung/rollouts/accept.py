@@ -92,7 +92,7 @@ def _accept(
 
 
 def _score_values(row: Row[Any], result: ScoreResult, weight: float) -> dict[str, Any]:
-    """What is written down; only a training reward depends on the length, a held-out one is right or wrong."""
+    """The values to store; only a training reward depends on the length, a held-out one is right or wrong."""
     answer = result.answer.replace("\0", "\ufffd")  # a model may write NUL, which PostgreSQL takes in no text
     off = penalty(row.tokens, row.target, weight)
     parts = result.parts | ({"task": result.reward, "length": -off} if row.target else {})
@@ -111,7 +111,7 @@ _COUNTED = (
 
 
 def _learn_difficulty(connection: Connection, rows: Sequence[Row[Any]], given: dict[str, ScoreResult]) -> None:
-    """Keep the running count of each task, for whoever chooses what to lease."""
+    """Keep the running count of each task, for the choice of what to lease."""
     if not rows:
         return
     seen: dict[str, list[tuple[bool, int]]] = defaultdict(list)
@@ -139,7 +139,7 @@ def _fault(connection: Connection, run_ctx: RunContext, row: Row[Any], error: st
 
 
 def _give_up(connection: Connection, run_ctx: RunContext, row: Row[Any], why: str, now: float) -> None:
-    """An unscorable text costs its own sample: it is replayed if it was not, and the sample leased to somebody else.
+    """An unscorable text costs its own sample: it is replayed if it was not, and the sample leased to another node.
 
     Where that can mend nothing, for the seed gives such a text, the group is dropped.
     """
@@ -154,13 +154,13 @@ def _give_up(connection: Connection, run_ctx: RunContext, row: Row[Any], why: st
 
 
 def _was_given_up(connection: Connection, run_ctx: RunContext, row: Row[Any]) -> bool:
-    """Whether somebody else's text of the same sample could not be scored either."""
+    """Whether another node's text of the same sample could not be scored either."""
     same = sa.and_(ROLLOUTS.c.group == row.group, ROLLOUTS.c.sample == row.sample, ROLLOUTS.c.status == "rejected")
     query = sa.select(ROLLOUTS.c.rollout).where(same, ROLLOUTS.c.score_faults >= run_ctx.config.scorer.faults)
     return connection.execute(query).first() is not None
 
 
 def audits_waiting(connection: Connection, run_ctx: RunContext) -> int:
-    """Audits that nobody has answered."""
+    """Audits that no validator has answered."""
     query = sa.select(sa.func.count()).where(AUDITS.c.run == run_ctx.run, AUDITS.c.status.in_(("open", "claimed")))
     return connection.execute(query).scalar_one()

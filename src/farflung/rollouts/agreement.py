@@ -1,4 +1,4 @@
-"""Trainer, before it publishes: do generation, replay and the learner say of one model what a plain pass over it says?
+"""Trainer, before it publishes: do generation, replay and the learner agree with a plain pass over the model?
 
 Each of them takes the fastest way that holds for the model (`engine/ways.py`, `learner/forward.py`). Where they still
 differ honest nodes would be ejected for the model's sake, so the run does not begin.
@@ -29,7 +29,7 @@ _WHAT_TO_DO = "take another base model, one in which a token follows from the to
 
 
 class Agreement(NamedTuple):
-    """What was chosen for a model."""
+    """The ways chosen for a model."""
 
     ways: Ways
     kind: Kind
@@ -52,7 +52,7 @@ def agree(engine: LocalEngine) -> Agreement:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"this model cannot be generated with and replayed here ({reason}); {_WHAT_TO_DO}") from error
     if _versions(engine) != versions:
-        raise ConfigError(f"this model changes its own weights as it runs, so nobody can hold them; {_WHAT_TO_DO}")
+        raise ConfigError(f"this model changes its own weights as it runs, so no node can hold them; {_WHAT_TO_DO}")
     return found
 
 

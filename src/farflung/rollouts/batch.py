@@ -55,7 +55,7 @@ class Bodies:
     def __init__(self, session: Session, most_bytes: int = MOST_BYTES) -> None:
         self.session, self._most_bytes = session, most_bytes
         self._kept: dict[str, bytes] = {}
-        """What was downloaded, as it came; what does not fit is downloaded again."""
+        """Bodies that were downloaded, as they came; those that do not fit are downloaded again."""
         self._size_bytes = 0
 
     def only(self, batch: Batch) -> None:
@@ -99,7 +99,7 @@ class Bodies:
 
 
 async def _each(digests: Iterable[str], get: Callable[[str], Awaitable[bytes]]) -> dict[str, bytes]:
-    """What `get` gives for each, a few at a time."""
+    """The answer of `get` for each digest, a few at a time."""
     limit = asyncio.Semaphore(AT_ONCE)
 
     async def one(digest: str) -> tuple[str, bytes]:
@@ -139,7 +139,7 @@ async def fetch(bodies: Bodies, batch: Batch, *, divide_by_std: bool) -> list[Ro
     digests = {rollout.submission for group in batch.groups for rollout in group.rollouts}
     bodies.only(batch)
     found = await bodies.read(digests)
-    bodies.forget()  # nobody reads them again before the next step
+    bodies.forget()  # they are not read again before the next step
     tokens, logp = _tokens(found), await bodies.logp(found)
     return [
         rollout

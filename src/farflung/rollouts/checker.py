@@ -1,6 +1,6 @@
-"""Trainer: an engine beside the learner's, and what it says of a batch: what trips, what rollouts were worth before.
+"""Trainer: an engine beside the learner's, and its findings on a batch: texts that trip, and earlier log-probabilities.
 
-It is the only judge in the trainer's process, and it judges texts alone: what trips goes to a validator.
+It is the only judge in the trainer's process, and it judges texts alone: text that trips goes to a validator.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ class Checker:
         """By rollout of the batch looked at last, what its tokens were worth, float32 (N,)."""
 
     def agree(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Agreement:
-        """Try the model with these weights. Raises ConfigError if it does not say the same to all who compute it."""
+        """Try the model with these weights. Raises ConfigError if it does not say the same on every node."""
         with self._session.figures.working():
             self._held.invalidate()
             self._held.engine.load(weights())
@@ -86,7 +86,7 @@ class Checker:
         return len(caught) + await trip(self._session, batch.step, caught, looked)
 
     async def behaviour(self, batch: Batch, rollouts: Sequence[Rollout]) -> stale.Logp:
-        """What rollouts were worth to the weights they were leased at; of a committed step, as it was then.
+        """The log-probabilities of rollouts under the weights they were leased at; of a committed step, as it was then.
 
         Stale ones must be known, fresh ones serve several updates. The tripwire has found out already; but where it
         leaves out what was audited, chance decides what is replayed together, and so would it decide the last bits.
@@ -116,7 +116,7 @@ class Checker:
         return [wire.pack_ids(done.ids) for done in self._held.engine.generate(asked) if done is not None]
 
     def _known(self, batch: Batch) -> stale.Logp:
-        """What the tripwire found out of a batch's rollouts and several updates may use."""
+        """The tripwire's log-probabilities of a batch's rollouts, which several updates may use."""
         if self._learn.minibatches == 1:
             return {}
         names = [rollout.rollout for group in batch.groups for rollout in group.rollouts]

@@ -102,7 +102,7 @@ def _are_tasks_spent(connection: Connection, run_ctx: RunContext, step: int) -> 
 def _lockstep(
     connection: Connection, run_ctx: RunContext, step: int
 ) -> tuple[Sequence[Row[Any]], list[Row[Any]] | None]:
-    """What is complete of the groups that this step is bound to, and the step's share of them once all are.
+    """The complete groups of those that this step is bound to, and the step's share of them once all are.
 
     They are those of one policy; the base model's are dealt out to the first steps in the order of their tasks. A group
     that was dropped leaves the step smaller: none takes its place.
@@ -227,7 +227,7 @@ def _rollouts(
 def trip(connection: Connection, run_ctx: RunContext, step: int, submissions: Sequence[str], now: float) -> int:
     """Take submissions that the tripwire caught out of an open step, with their groups, and have them audited in full.
 
-    What else their nodes have untrained is held too. Gives how many audits that opens; 0 if it was done before.
+    Other untrained rollouts of their nodes are held too. Gives how many audits that opens; 0 if it was done before.
     Raises Conflict for a step that is not open.
     """
     row = _step(connection, run_ctx, step)
@@ -319,13 +319,13 @@ def _drop_stale(connection: Connection, run_ctx: RunContext, latest: int, now: f
 
 
 def finish(connection: Connection, run_ctx: RunContext, now: float) -> bool:
-    """End a run once its last policy is evaluated and no audit waits; what nodes in good standing earned is theirs."""
+    """End a run once its last policy is evaluated and no audit waits; nodes in good standing keep what they earned."""
     if run_ctx.status(connection) != "finishing":
         return False
     if any(evaluations.left(connection, run_ctx.config, run_ctx.config.run.steps)):
         return False
     if audits_waiting(connection, run_ctx) or look_at(connection, run_ctx, ROLLOUTS.c.status == "accepted", now):
-        return False  # what no step took is looked at before it is paid for good
+        return False  # rollouts that no step took are looked at before they are paid for good
     payment.settle(connection, run_ctx, now)
     move(connection, "run", [run_ctx.run], "finishing", "finished", now)
     return True

@@ -87,7 +87,7 @@ def _document(rows: Mapping[str, Row[Any]], lease: str, node: str) -> tuple[Row[
 def receipt_of(row: Row[Any], parcel: ValidSubmission, now: float) -> Signed | None:
     """The receipt if this very parcel was taken before, nothing if the lease waits for it. Raises LeaseGone.
 
-    Asked before anything is stored, too: otherwise a closed lease could fill the store with blobs that nobody wants.
+    Asked before anything is stored, too: otherwise a closed lease could fill the store with blobs that no role wants.
     """
     if row.status == "submitted" and row.submission == parcel.digest:
         return msgspec.msgpack.decode(row.receipt, type=Signed)
@@ -171,11 +171,11 @@ class _Entry:
     probability: float
     """Of an audit of each rollout."""
     held: Sequence[str]
-    """What is drawn for audit, on probation all of it. Evaluation by the operator's own validators is not audited."""
+    """Rollouts drawn for audit, on probation all of them. Evaluation by the operator's validators is not audited."""
 
     @property
     def digest(self) -> str:
-        """What the submission is called."""
+        """The digest that names the submission."""
         return self.delivery.parcel.digest
 
     @property

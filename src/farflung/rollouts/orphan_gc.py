@@ -17,7 +17,7 @@ AT_ONCE = 500
 
 
 async def collect(blobs: Blobs, database: Database, before: float) -> int:
-    """Delete the bodies that were stored before a time, in seconds since 1970, and are nobody's; gives how many."""
+    """Delete bodies that were stored before a time, in seconds since 1970, and that no row names; gives how many."""
     old = [digest async for digest, at in blobs.kept() if at < before]
     count = 0
     for start in range(0, len(old), AT_ONCE):

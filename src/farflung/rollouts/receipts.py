@@ -15,7 +15,7 @@ FILE = "receipts.jsonl"
 
 
 class Receipts:
-    """What this node was acknowledged, one sealed receipt a line, across restarts."""
+    """The receipts that this node was given, one sealed receipt a line, across restarts."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE

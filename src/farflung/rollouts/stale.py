@@ -54,7 +54,7 @@ def keep(logp: Logp, folder: Path, step: int) -> None:
 
 
 def kept(folder: Path, step: int) -> Logp:
-    """What was written for a step. Raises WeightsError if it is gone."""
+    """The log-probabilities written for a step. Raises WeightsError if it is gone."""
     path = folder / _name(step)
     if not path.exists():
         raise WeightsError(

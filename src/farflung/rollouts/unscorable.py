@@ -31,7 +31,7 @@ def tell_fault(connection: Connection, run_ctx: RunContext, rollout: str, error:
 def count_unscored(connection: Connection, run_ctx: RunContext, rollout: str, error: str, now: float) -> None:
     """Warn when so many rollouts were given up, and none scored, that no more will be.
 
-    Once one was scored the environment can: whoever sends texts that it cannot judge stops nobody's run.
+    Once one was scored the environment can: a node that sends texts that it cannot judge stops no run.
     """
     run_ctx.faults[NONE_SCORED] = run_ctx.faults.get(NONE_SCORED, 0) + 1
     if run_ctx.faults[NONE_SCORED] == MOST_UNSCORED:

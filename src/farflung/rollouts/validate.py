@@ -82,7 +82,7 @@ def _end(ids: np.ndarray[Any, np.dtype[np.uint32]], eos_ids: frozenset[int]) -> 
 
 
 def _check_fingerprint(rollout: SubmittedRollout, lease: Lease) -> None:
-    """A missing fingerprint must not pass for a good one, nor one that nobody will look at be stored."""
+    """A missing fingerprint must not pass for a good one, nor one that no validator will look at be stored."""
     if not lease.fingerprint and rollout.fingerprint:
         raise Rejected(f"rollout {rollout.rollout} has a fingerprint; lease {lease.lease} asks for none")
     if lease.fingerprint:

@@ -14,15 +14,15 @@ from sqlalchemy import Connection
 from farflung.protocol.errors import Unavailable
 
 Serve = Callable[[Connection, Sequence[Any]], Sequence[Any]]
-"""Serves requests of one kind: an answer for each, in their order; one that is an exception is raised to who asked."""
+"""Serves requests of one kind: an answer for each, in their order; one that is an exception is raised to the caller."""
 MOST_IN_A_COMMIT = 256
 MOST_WAITING = 2000
-"""Changes that may wait for the writer; more are refused with 503, for nobody waits so long."""
+"""Changes that may wait for the writer; more are refused with 503, for no caller waits so long."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiting:
-    """One request for the database, and who waits for its answer."""
+    """One request for the database, and the future that waits for its answer."""
 
     serve: Serve
     item: Any
@@ -35,7 +35,7 @@ class BatchExecutor:
 
     def __init__(self, name: str, serve: Callable[[Callable[[], list[Waiting]]], None]) -> None:
         self._serve = serve
-        self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()  # who puts never waits for who takes
+        self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()  # a caller never waits for the writer
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -49,7 +49,7 @@ class BatchExecutor:
         return await waiting.future
 
     def close(self) -> None:
-        """Serve those who wait, and end."""
+        """Serve the changes that wait, and end."""
         self._queue.put(None)
         self._thread.join()
 
@@ -58,7 +58,7 @@ class BatchExecutor:
             self._serve(partial(self._drain, first))
 
     def _drain(self, first: Waiting) -> list[Waiting]:
-        """Who waits now, `first` at the head."""
+        """The changes that wait now, `first` at the head."""
         batch = [first]
         while len(batch) < MOST_IN_A_COMMIT and not self._queue.empty():
             following = self._queue.get()
@@ -83,18 +83,18 @@ def sets_of(batch: Sequence[Waiting]) -> list[list[Waiting]]:
 
 
 def answer_all(served: Sequence[tuple[Waiting, Any]]) -> None:
-    """Give everybody an answer, with one call for each event loop that waits for some."""
+    """Give every caller its answer, with one call for each event loop that waits for some."""
     loops: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
     for waiting, answer in served:
         loops.setdefault(waiting.loop, []).append((waiting.future, answer))
     for loop, answers in loops.items():
-        with contextlib.suppress(RuntimeError):  # a loop that is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # a loop that is closed: no caller waits any more
             loop.call_soon_threadsafe(_resolve, answers)
 
 
 def _resolve(answers: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
     for future, answer in answers:
-        if future.done():  # who asked has gone
+        if future.done():  # the caller has gone
             continue
         if isinstance(answer, Exception):
             future.set_exception(answer)

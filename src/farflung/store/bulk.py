@@ -18,7 +18,7 @@ SIZES = (128, 32, 8, 2, 1)
 
 
 def insert_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows that all name the same columns; what they leave out has its default."""
+    """Add rows that all name the same columns; columns that they leave out have their default."""
     if not rows:
         return
     names, defaults = _columns(table, tuple(rows[0]))

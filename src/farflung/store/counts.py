@@ -1,7 +1,7 @@
-"""Sums that the database keeps itself, in the transaction that changes a row: nobody adds up a whole history.
+"""Sums that the database keeps itself, in the transaction that changes a row: no reader adds up a whole history.
 
 Each row of a source adds to one row of its sums, by triggers: of SQLite one for each row, of PostgreSQL one for each
-statement. So they are right whoever writes, after crashes too, and `differences` holds them against the history.
+statement. So they are right whichever process writes, after crashes too; `differences` holds them against the history.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ SCORED = '%s"reward" IS NOT NULL'
 
 @dataclass(frozen=True)
 class Sums:
-    """What is kept of a table; `%s` stands for the row, with a dot."""
+    """The sums kept of a table; `%s` stands for the row, with a dot."""
 
     source: Table
     target: Table
@@ -38,7 +38,7 @@ class Sums:
 
     @property
     def keys(self) -> list[str]:
-        """What rows are summed by."""
+        """The columns that rows are summed by."""
         return [column.name for column in self.target.primary_key]
 
 

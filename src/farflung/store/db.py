@@ -1,4 +1,4 @@
-"""The coordinator's database: connections, group commit, and who may write when.
+"""The coordinator's database: connections, group commit, and the order of its writers.
 
 All writes go through one thread that puts every waiting request into one transaction and answers them after the commit.
 So an acknowledged change is on disk, and a thousand small requests cost few commits. Requests of one kind may be served
@@ -34,7 +34,7 @@ T = TypeVar("T")
 A = TypeVar("A")
 B = TypeVar("B")
 Pool = Literal["work", "pages", "sweep"]
-"""Who reads: nodes and roles, those who look on, or the clock. None of them waits for a thread of another."""
+"""The readers: nodes and roles, people at the pages, or the clock. None of them waits for a thread of another."""
 POOLS: dict[Pool, int] = {"work": 6, "pages": 2, "sweep": 1}
 MOST_GUESTS = 64
 """Reads for pages that may run or wait."""
@@ -98,7 +98,7 @@ class Database:
         return await asyncio.get_running_loop().run_in_executor(self._pools[pool], work)
 
     async def read_together(self, serve: Callable[[Connection, Sequence[A]], Sequence[B | Exception]], item: A) -> B:
-        """A read of a kind that is asked so often that those who wait share a query."""
+        """A read of a kind that is asked so often that the callers that wait share a query."""
         return await self._reader.submit(serve, item)
 
     def close(self) -> None:
@@ -114,11 +114,11 @@ class Database:
         served: list[tuple[Waiting, Any]] = []
         try:
             with self.engine.connect() as connection, writing(connection):
-                batch = drain()  # not before: whoever comes while another coordinator writes is served at once
+                batch = drain()  # not before: changes that come while another coordinator writes are served at once
                 for members in sets_of(batch):
                     served += _apply(connection, members)
                 flush_events(connection)
-        except Exception as error:  # the commit itself failed: nobody's change is acknowledged
+        except Exception as error:  # the commit itself failed: no change is acknowledged
             self.failures += 1
             batch = batch or drain()
             log.warning("commit failed requests=%d", len(batch), exc_info=not is_away(error))

@@ -15,7 +15,7 @@ from farflung.store.tables import GROUP_COUNTS, TASKS
 
 GREEDY, SAMPLED = "eval", "sampled"
 HELD_OUT = (GREEDY, SAMPLED)
-"""Purposes of groups that nobody is paid for and that are never audited."""
+"""Purposes of groups that are never paid for and never audited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Part:
 
 
 def parts(config: Config) -> tuple[Part, ...]:
-    """What an evaluation consists of."""
+    """The parts of an evaluation."""
     held_out = config.eval
     greedy = Part(GREEDY, held_out.tasks, 1, 0.0)
     sampled = Part(SAMPLED, min(held_out.tasks, held_out.sampled_tasks), held_out.samples, config.generate.temperature)

@@ -4,7 +4,7 @@
                             └───────burn─────▶ burned
 
 Every transfer writes two entries that cancel, so all accounts always sum to zero. Nothing that a worker says is in it.
-Balances are kept with every entry (`store/counts.py`): nobody adds up the history.
+Balances are kept with every entry (`store/counts.py`): no reader adds up the history.
 """
 
 from collections.abc import Iterable

@@ -52,7 +52,7 @@ class Tail:
     def lines(self, part: bytes = b"") -> Iterator[dict[str, Any]]:
         """Lines appended since, of those with this part in them; one that is not whole yet waits for the next look.
 
-        What is no line of ours, cut short by a crash or damaged on its disk, is passed over.
+        A line that is none of ours, cut short by a crash or damaged on its disk, is passed over.
         """
         if not self._path.exists():
             return
@@ -87,13 +87,13 @@ def _is_well(name: str, value: Any) -> bool:
 
 
 class Metrics:
-    """Appends lines. What nodes say of themselves is kept until the next flush; losing it loses only metrics."""
+    """Appends lines. Nodes' figures of themselves are kept until the next flush; losing them loses only metrics."""
 
     def __init__(self, path: Path, uptime: Callable[[], float] | None = None) -> None:
-        """`uptime` is a clock that nobody sets, the same for all processes of this machine; readers need none."""
+        """`uptime` is a clock that is never set, the same for all processes of this machine; readers need none."""
         self.path, self._uptime = path, uptime
         self._nodes: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        """What nodes said since their last line, those first that have waited longest for one."""
+        """Nodes' figures since their last line, those first that have waited longest for one."""
         self._evals, self._tail = set[int](), Tail(path)
         """Steps whose evaluation has a line, as far as the file was read."""
         self._sent_bytes = 0

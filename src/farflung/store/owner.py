@@ -26,7 +26,7 @@ NAME = "owner.lock"
 REMAINS_S = 20.0
 """How long the processes of an owner that died may take to end."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""What file systems say that have no locks."""
+"""Errors of file systems that have no locks."""
 _held: dict[Path, int] = {}
 """Descriptors of the locks of this process, by the file's path."""
 
@@ -34,7 +34,7 @@ _held: dict[Path, int] = {}
 def own(folder: Path, part: str = "", *, is_shared: bool = False) -> None:
     """Own a folder, or a named part of what is in it, until this process ends; once more is no error.
 
-    A shared owner keeps out whoever wants it alone. Raises ConfigError, which names the owner, if it is taken.
+    A shared owner keeps out a process that wants it alone. Raises ConfigError, which names the owner, if it is taken.
     """
     path = (folder / (f"{part}-{NAME}" if part else NAME)).resolve()
     if fcntl is None or path in _held:
@@ -56,7 +56,7 @@ def held(folder: Path) -> tuple[int, ...]:
 
 
 def _lock(descriptor: int, folder: Path, part: str, how: int) -> None:
-    assert fcntl is not None, "where there are no locks nobody asks"
+    assert fcntl is not None, "where there are no locks no caller asks"
     until = time.monotonic() + REMAINS_S
     while True:
         try:
@@ -76,7 +76,7 @@ def _lock(descriptor: int, folder: Path, part: str, how: int) -> None:
 
 
 def _sign(descriptor: int) -> None:
-    """Say who owns it. A disk that is too full for that is no reason not to."""
+    """Write down the owner. A disk that is too full for that is no reason not to."""
     said = {"pid": os.getpid(), "host": socket.gethostname(), "command": _command(), "since": time.time()}
     try:
         os.ftruncate(descriptor, 0)

@@ -1,7 +1,7 @@
 """Coordinator: pay for rollouts into escrow, let that become credit, or burn it.
 
 A rollout's `escrow_step` is the latest step when its pay went into escrow, and null while none of it is there. So a
-node's escrow is the sum over these rollouts, and what matures is found by an index, however long the run.
+node's escrow is the sum over these rollouts, and matured rows are found by an index, however long the run.
 """
 
 from collections import Counter
@@ -17,11 +17,11 @@ from farflung.store.tables import AUDITS, NODES, ROLLOUTS, STEPS, UNDECIDED
 from farflung.store.transitions import slices
 
 FINAL = ("trained", "dropped")
-"""Statuses of rollouts whose pay may mature: what waits for a batch was looked at by no tripwire yet."""
+"""Statuses of rollouts whose pay may mature: no tripwire has looked yet at those that wait for a batch."""
 
 
 def pay(connection: Connection, run_ctx: RunContext, rows: Sequence[Row[Any]], now: float) -> None:
-    """Put the tokens of rollouts that nobody paid for yet into their nodes' escrow."""
+    """Put the tokens of rollouts that are not paid for yet into their nodes' escrow."""
     transfers = (ledger.Transfer(row.rollout, ledger.ISSUED, ledger.escrow(row.node), row.tokens) for row in rows)
     ledger.post(connection, transfers, run_ctx.run, now)
     for part in slices([row.rollout for row in rows]):
@@ -36,14 +36,14 @@ _PAID = (
 
 
 def burn(connection: Connection, run_ctx: RunContext, which: Any, now: float) -> None:
-    """What is in escrow for these rollouts goes to nobody; what has matured is the node's for good."""
+    """Burn the escrow of these rollouts; matured credit is the node's for good."""
     taken = _take(connection, which).all()
     transfers = (ledger.Transfer(row.rollout, ledger.escrow(row.node), ledger.BURNED, row.tokens) for row in taken)
     ledger.post(connection, transfers, run_ctx.run, now)
 
 
 def mature(connection: Connection, run_ctx: RunContext, now: float) -> None:
-    """What was paid `mature_steps` commits ago becomes credit, where the rollout has come to its end.
+    """Escrow paid `mature_steps` commits ago becomes credit, where the rollout has come to its end.
 
     Not while an audit of the submission is undecided, nor while one of the node's is that was opened before the last of
     these payments: a verdict may burn them.

@@ -33,20 +33,20 @@ class RunContext:
     tasks: tuple[tuple[str, int], ...]
     """Training tasks by position: id and number of prompt tokens."""
     receipts: Key
-    """What receipts are signed with."""
+    """The key that receipts are signed with."""
     verdicts: Key
-    """What verdicts are signed with."""
+    """The key that verdicts are signed with."""
     stops: Stops | None = None
     """With which token a stop string is complete, in a run that has some."""
     orders: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
-    """How far the tasks of recent steps are opened, so that nobody looks from the beginning for every lease."""
+    """How far the tasks of recent steps are opened, so that no lease needs a look from the beginning."""
 
     faults: dict[str, int] = field(default_factory=dict[str, int], compare=False, repr=False)
     """Kinds of faults in scoring that were told of, and how many rollouts could not be scored before any was."""
 
     @property
     def ending(self) -> tuple[int, frozenset[int], Stops | None]:
-        """What ids a rollout may have and how it ends: vocabulary, end tokens, stop strings."""
+        """The ids that a rollout may have and how it ends: vocabulary, end tokens, stop strings."""
         return self.vocab, self.eos_ids, self.stops
 
     @cached_property
@@ -134,12 +134,12 @@ def node_rows(connection: Connection, nodes: Iterable[str]) -> dict[str, Row[Any
 
 
 def unknown_node(node: str) -> NotFound:
-    """What a node is told that is not registered."""
+    """The error for a node that is not registered."""
     return NotFound(f"node {node} is not registered here; POST /v1/nodes first")
 
 
 def ejected(node: str) -> Ejected:
-    """What an ejected node is told, whatever it asks for and in whichever role."""
+    """The error for an ejected node, whatever it asks for and in whichever role."""
     return Ejected(f"node {node} was ejected for failing verification; GET /v1/story/{node} says why")
 
 

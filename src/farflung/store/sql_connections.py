@@ -1,4 +1,4 @@
-"""Connections to SQLite and PostgreSQL, and what is wrong with a database in words for people and for clients."""
+"""Connections to SQLite and PostgreSQL, and the faults of a database in words for people and for clients."""
 
 import contextlib
 import logging
@@ -68,7 +68,7 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
 
 
 def _to_wal(connection: sqlite3.Connection) -> None:
-    """A new file becomes a WAL while nobody writes to it; SQLite fails at once where others do, so wait here."""
+    """A new file becomes a WAL while no process writes to it; SQLite fails at once where others do, so wait here."""
     give_up = time.monotonic() + BUSY_S
     while True:
         try:

@@ -40,7 +40,7 @@ def flush_events(connection: Connection) -> None:
 
 
 def memo(connection: Connection, name: Hashable, ask: Callable[[], T]) -> T:
-    """What `ask` gives, asked once in a shared transaction; `move` forgets it all when a run or step changes."""
+    """The answer of `ask`, asked once in a shared transaction; `move` forgets it all when a run or step changes."""
     known: dict[Hashable, Any] | None = connection.info.get("memo")
     if known is None:
         return ask()
@@ -103,7 +103,7 @@ def _move_statement(noun: str) -> sa.Update:
 
 
 def _free(connection: Connection, rollouts: Sequence[str]) -> None:
-    """Their samples are nobody's again."""
+    """Their samples are free again."""
     query = sa.select(ROLLOUTS.c.group, sa.func.count()).where(ROLLOUTS.c.rollout.in_(rollouts))
     rows = [{"of": row[0], "more": row[1]} for row in connection.execute(query.group_by(ROLLOUTS.c.group))]
     more = GROUPS.c.free + sa.bindparam("more")
@@ -111,7 +111,7 @@ def _free(connection: Connection, rollouts: Sequence[str]) -> None:
 
 
 def _count_open(connection: Connection, groups: Sequence[str], sign: int) -> None:
-    """Keep count of the open training groups of each step, so that nobody has to count them for every lease."""
+    """Keep count of the open training groups of each step, so that no lease needs a count of them."""
     which = sa.and_(GROUPS.c.group.in_(groups), GROUPS.c.purpose == "train")
     query = sa.select(GROUPS.c.run, GROUPS.c.step, sa.func.count()).where(which).group_by(GROUPS.c.run, GROUPS.c.step)
     rows = [{"r": row[0], "s": row[1], "more": sign * row[2]} for row in connection.execute(query)]
@@ -141,7 +141,7 @@ _LEASED = sa.select(ROLLOUTS.c.rollout).where(
 
 
 def end_leases(connection: Connection, leases: Sequence[str], after: str, at: float, **detail: Any) -> None:
-    """Close open leases and free what nobody submitted of them."""
+    """Close open leases and free those of their rollouts that were not submitted."""
     move(connection, "lease", leases, "open", after, at, **detail)
     left = connection.execute(_LEASED, {"leases": list(leases)}).scalars()
     move(connection, "rollout", list(left), "leased", "expired", at, **detail)

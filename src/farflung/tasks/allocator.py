@@ -29,7 +29,7 @@ class Shelf:
         self._new_group, self._sources = new_group, _Sources(next_tasks)
 
     def take(self, node: Asker, now: float) -> Plan | Wait:
-        """What this node is leased; groups that are opened for it have their ids."""
+        """The samples that this node is leased; groups that are opened for it have their ids."""
         plan = assign(now, self.latest, node, self._open, self.groups_now, self._sources.left, self.settings)
         if isinstance(plan, Wait):
             return plan
@@ -45,7 +45,7 @@ class Shelf:
             self._open = [left for offer in self._open if (left := _less(offer, share)).samples]
 
     def _put_back(self, step: int, share: Share) -> None:
-        """What is left of a new group is open to the next node."""
+        """The rest of a new group is open to the next node."""
         task = self._sources.pop(step, share.task)
         left = tuple(sample for sample in range(self.settings.group_size) if sample not in share.samples)
         if left:
@@ -53,7 +53,7 @@ class Shelf:
 
 
 class _Sources:
-    """Tasks that nobody opened yet at each step, each looked up once."""
+    """Tasks that are not opened yet at each step, each looked up once."""
 
     def __init__(self, next_tasks: Callable[[int], Iterable[NextTask]]) -> None:
         self._next_tasks = next_tasks

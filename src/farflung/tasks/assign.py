@@ -2,13 +2,13 @@
 
 A lease has exactly one policy step. In order:
 
-1. *urgent* samples: handed back or lapsed ones, and those of older steps, which nobody else will come for. One that
+1. *urgent* samples: handed back or lapsed ones, and those of older steps, which no other node will come for. One that
    is left over keeps a whole group from training. The node's loaded step before others, then the oldest;
 2. samples of unfinished groups, then new groups, at the node's *home*: its loaded step if that is recent enough, else
    the latest one;
 3. if there is nothing at home, the latest step, then unfinished groups at any other fresh one, newest first.
 
-What remains of a lease is filled at the same step.
+The rest of a lease is filled at the same step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,7 +53,7 @@ class Asker:
 
 @dataclass(frozen=True, slots=True)
 class OpenSamples:
-    """Samples of one group that nobody has: never leased, or open again. A group may appear more than once."""
+    """Samples of one group that no node has: never leased, or open again. A group may appear more than once."""
 
     group: str
     task: str
@@ -87,7 +87,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to lease to the node."""
+    """The samples to lease to the node."""
 
     step: int
     continued: tuple[Share, ...]

@@ -1,4 +1,4 @@
-"""Coordinator: candidates for a lease, out of the database: samples that nobody has, tasks that are next."""
+"""Coordinator: candidates for a lease, out of the database: samples that no node has, tasks that are next."""
 
 import itertools
 from collections import defaultdict
@@ -23,11 +23,11 @@ Samples = dict[str, set[int]]
 
 
 class Owners(NamedTuple):
-    """What nodes have, or had, of the samples of some groups."""
+    """The samples of some groups that nodes have, or had."""
 
     owned: Samples
     reopened: Samples
-    """Samples that somebody had and that are open again."""
+    """Samples that a node had and that are open again."""
     handed_in: dict[str, dict[int, set[str]]]
     """Group → sample → the nodes that handed in a rollout of it which came to nothing."""
 
@@ -46,12 +46,12 @@ _OPEN_GROUPS = (
 
 
 def open_groups(connection: Connection, run_ctx: RunContext, oldest: int) -> Sequence[Row[Any]]:
-    """Training groups of these steps with samples that nobody has."""
+    """Training groups of these steps with samples that no node has."""
     return connection.execute(_OPEN_GROUPS, {"of": run_ctx.run, "oldest": oldest}).all()
 
 
 def open_samples(run_ctx: RunContext, groups: Sequence[Row[Any]], owners: Owners) -> Iterator[OpenSamples]:
-    """Samples of these groups that nobody has, apart from each other by who may not have them."""
+    """Samples of these groups that no node has, set apart by the nodes that may not have them."""
     for row in groups:
         needed = row.prompt_bytes // 4 + run_ctx.config.generate.budget
         parts: dict[tuple[bool, frozenset[str]], list[int]] = defaultdict(list)
@@ -69,7 +69,7 @@ _OWNERS = sa.select(
 
 
 def owners(connection: Connection, groups: Sequence[str]) -> Owners:
-    """Who has, or had, the samples of these groups."""
+    """The samples of these groups that nodes have, or had."""
     found = Owners(defaultdict(set), defaultdict(set), defaultdict(dict))
     for part in slices(groups):
         for group, sample, status, node, submission in connection.execute(_OWNERS, {"groups": part}):
@@ -132,7 +132,7 @@ def _opened(connection: Connection, run_ctx: RunContext, step: int, tasks: Seque
 
 
 class _Order:
-    """The order of one step's tasks, drawn as far as somebody looked. All before `begin` are opened, and stay so."""
+    """The order of one step's tasks, drawn as far as a caller looked. All before `begin` are opened, and stay so."""
 
     def __init__(self, source: Iterator[int]) -> None:
         self._source, self._seen, self.begin = source, list[int](), 0

@@ -1,7 +1,7 @@
 """Coordinator: chat messages as the text that a model was trained on, made by the template that comes with it.
 
 The text is what `apply_chat_template` of transformers makes, without its import. A template comes with a model that
-somebody chose, so it is rendered in a sandbox, and what it says of a conversation that it refuses reaches the operator.
+the operator chose, so it is rendered in a sandbox; its words on a conversation that it refuses reach the operator.
 """
 
 import json
@@ -23,7 +23,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 NAMED = "additional_chat_templates"
 """Folder of a model's other templates."""
 FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template can raise."""
+"""Errors that a template can raise."""
 
 
 class Generation(Extension):
@@ -140,7 +140,7 @@ def _said(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What templates are written for."""
+    """The environment that templates are written for."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _refuse

@@ -54,7 +54,7 @@ def refuse_misfit(config: Config, profile: Profile) -> None:
 
 
 def misfit(config: Config, profile: Profile) -> str:
-    """What a numerics profile was calibrated for instead of this run, or nothing."""
+    """In words, the scope that a numerics profile was calibrated for instead of this run, or nothing."""
     if profile.scope is None:
         return "it does not say what"
     digest = Model(config.model.path).digest
@@ -111,7 +111,7 @@ async def seal_papers(
     profiles: Mapping[str, str] | None = None,
     stops: Stops | None = None,
 ) -> Run:
-    """What nodes check before they join: the root's delegations and the sealed description of the run.
+    """The documents that nodes check before they join: the root's delegations and the sealed description of the run.
 
     `profiles` are the admitted numerics profiles, the run's own first: name → digest.
     """
@@ -180,7 +180,7 @@ async def _tasks(config: Config, model: Model) -> list[dict[str, Any]]:
 
 
 def _or(config: Config) -> str:
-    """What else makes a step need fewer tasks."""
+    """The other setting that makes a step need fewer tasks."""
     return " or learn.max_staleness" if config.learn.lockstep else " or learn.oversample"
 
 
@@ -226,7 +226,7 @@ def _rows(
 
 
 def _known(before: task_filter.Kept | None) -> dict[str, float]:
-    """What the sieve says of a task's difficulty."""
+    """A task's difficulty by the sieve."""
     count = add(Count(), before.tried, before.right, before.tokens) if before else Count()
     return asdict(count)
 

@@ -59,7 +59,7 @@ def delegated(folder: Path, run: str, publics: Mapping[str, bytes], now: float) 
 
 
 def read(folder: Path) -> Keyring | None:
-    """What is in a folder of keys. Raises ConfigError."""
+    """The keys in a folder, None if it has none. Raises ConfigError."""
     path = folder / "delegations.json"
     if not path.exists():
         return None

@@ -44,7 +44,7 @@ class Ask:
 
 
 def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], now: float) -> list[Answer]:
-    """For each, in order: a sealed lease, why there is none now, or a refusal. Who asks twice gets the same answer."""
+    """For each, in order: a sealed lease, why there is none now, or a refusal. A repeated ask gets the same answer."""
     asking = {ask.node.node: ask for ask in reversed(asks)}
     latest, papers = run_ctx.latest(connection), _Papers(connection, run_ctx, list(asking), now)
     known = {node: _without_work(ask.node, latest, papers) for node, ask in asking.items()}
@@ -61,7 +61,7 @@ def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], now:
 
 
 class _Papers:
-    """What is known of the nodes of a set: the leases that they hold, and how often they gave one up."""
+    """The facts on the nodes of a set: the leases that they hold, and how often they gave one up."""
 
     def __init__(self, connection: Connection, run_ctx: RunContext, nodes: Sequence[str], now: float) -> None:
         self._most_s, self._now = run_ctx.config.lease.lease_s, now
@@ -223,7 +223,7 @@ def _issue_eval(
 def _eval_shares(
     connection: Connection, run_ctx: RunContext, step: int, part: Part, most: int
 ) -> tuple[list[Share], Samples]:
-    """The samples that nobody has of up to `most` held-out tasks at this step, and those that are open again."""
+    """The samples that no node has of up to `most` held-out tasks at this step, and those that are open again."""
     this = sa.and_(GROUPS.c.task == TASKS.c.task, GROUPS.c.step == step, GROUPS.c.purpose == part.purpose)
     rows = connection.execute(
         sa.select(GROUPS.c.group, GROUPS.c.samples, TASKS.c.task)
@@ -246,7 +246,7 @@ def _eval_shares(
 
 
 def expire(connection: Connection, run_ctx: RunContext, now: float, listening_since: float) -> int:
-    """Take back leases whose deadline passed or whose node fell silent while somebody listened; gives how many."""
+    """Take back leases that are past due or whose node fell silent while this process listened; gives how many."""
     lost_since = now - run_ctx.config.lease.lost_s
     silent_since = lost_since if listening_since < lost_since else 0.0
     rows = connection.execute(_OVER, {"run": run_ctx.run, "now": now, "silent_since": silent_since}).all()
@@ -265,7 +265,7 @@ _OVER = (  # asked four times a second, so built once
 
 
 def stranded(connection: Connection, run_ctx: RunContext, now: float) -> list[str]:
-    """Open groups with a sample that every node at work has handed in before, so that nobody may do it again.
+    """Open groups with a sample that every node at work has handed in before, so that none of them may do it again.
 
     Without an end such groups would take up room for new ones, and in lockstep a step would wait for them for ever.
     """

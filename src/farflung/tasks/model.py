@@ -41,13 +41,13 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what config.json says of the architecture, whoever saved it."""
+        """SHA-256 of what config.json says of the architecture, whichever program saved it."""
         fields = {name: value for name, value in self.config.items() if name not in SAVERS}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
     def ends(self) -> list[Any]:
-        """What stands in the place of the end tokens; `refuse_unfit` looks whether they are some."""
+        """The values in the place of the end tokens; `refuse_unfit` looks whether they are some."""
         for source in (self.generation, self.config, self.text_config):
             if (eos := source.get("eos_token_id")) is not None:
                 return eos if isinstance(eos, list) else [eos]
@@ -98,7 +98,7 @@ class Model:
             raise ConfigError(
                 f"tokenizer.json of model {self.path!r} describes no tokenizer ({error}); download it again"
             ) from error
-        tokenizer.no_truncation()  # left there by whoever saved it in the middle of a training
+        tokenizer.no_truncation()  # left there by a program that saved it in the middle of a training
         tokenizer.no_padding()
         return tokenizer
 

@@ -132,7 +132,7 @@ def _refuse_large_tokenizer(model: Model) -> None:
 
 
 def _refuse_gaps(model: Model, stored: Mapping[str, Entry]) -> None:
-    """Raise ConfigError for what names and shapes show at once; whoever has torch finds the rest, a while later."""
+    """Raise ConfigError for faults that names and shapes show; a role that has torch finds the rest, a while later."""
     layers = model.text_config.get("num_hidden_layers") or model.text_config.get("n_layer")
     found = {int(match[1]) for name in stored if (match := LAYER.search(name))}
     if found and isinstance(layers, int) and (absent := sorted(set(range(layers)) - found)):

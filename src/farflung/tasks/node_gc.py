@@ -1,7 +1,7 @@
 """Coordinator: forget keys that took a lease and handed nothing in; their rows would grow for ever.
 
-Only leases that lapsed or were handed back, of nodes that never had a receipt: those rows prove nothing and are owed to
-nobody. The leases of others stay, with their stories.
+Only leases that lapsed or were handed back, of nodes that never had a receipt: those rows prove nothing, and no node
+has a claim to them. The leases of others stay, with their stories.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from farflung.store.run import RunContext
 from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUT_COUNTS, ROLLOUTS
 
 AT_ONCE = 200
-"""Leases that one transaction forgets, so that nobody waits long behind it."""
+"""Leases that one transaction forgets, so that no other change waits long behind it."""
 SILENT_S = 3600.0
 """A key that handed nothing in and has been silent for so long has to register again."""
 

@@ -47,7 +47,7 @@ class Probation:
     def why_not(self, node: str) -> str:
         """Why a node on probation has to wait, or nothing: until its own last work is replayed, and for a slot."""
         if self._waiting.get(node, 0) >= self._trust.probation_waiting:
-            return f"node {node} is on probation and what it sent waits for its replay"
+            return f"node {node} is on probation and its submissions wait for their replay"
         if node not in self._taken and len(self._taken) >= self._trust.probation_slots:
             most = self._trust.probation_slots
             return f"{len(self._taken)} nodes on probation work or wait for their replays; {most} may at a time"

@@ -47,7 +47,7 @@ def _refuse_hidden(model: Model, stops: Stops, string: str) -> None:
 
 
 def _pieces(model: Model) -> list[bytes]:
-    """What each token of the vocabulary adds to a text, as UTF-8; nothing for ids that no token has.
+    """The bytes that each token of the vocabulary adds to a text, as UTF-8; none for ids that no token has.
 
     Bytes that are a part of a sign show as U+FFFD and become one that no text has.
     """

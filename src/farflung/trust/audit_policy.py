@@ -1,7 +1,7 @@
-"""Whom to audit: a budget, not a habit. Pure functions of a record, settings and a secret key; nothing is drawn twice.
+"""Audit draws: a budget, not a habit. Pure functions of a record, settings and a secret key; nothing is drawn twice.
 
 The unit is a whole rollout. The draw is HMAC(audit key of the step, lease ‖ digest ‖ index), so no retry, replica or
-restart can draw again, nobody without the key can foresee it, and whoever learns the key later can check it.
+restart can draw again, no node can foresee it without the key, and a reader who learns the key later can check it.
 """
 
 import math

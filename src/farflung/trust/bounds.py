@@ -1,7 +1,7 @@
 """Bounds on how often honest arithmetic of one kind flips, per position, from replays of trusted nodes. Pure; no torch.
 
 Score noise of scale 1 flips a position of gap Δ with probability P(Δ), which falls as the gap grows: a wider gap needs
-more noise. What calibration must give is q₀(Δ) ≥ P(Δ) at every single Δ. A bin's own mean bounds nothing at its lower
+more noise. Calibration must give q₀(Δ) ≥ P(Δ) at every single Δ. A bin's own mean bounds nothing at its lower
 edge, where flips crowd. Two bounds hold there, each by Clopper and Pearson (1934), and the lower one is taken:
 
 *flips*: over any window of positions whose gaps are all narrower than Δ the mean of P is at least P(Δ);

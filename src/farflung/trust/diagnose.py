@@ -66,7 +66,7 @@ def joined(seen: Sequence[Seen]) -> Seen:
 
 
 def scaled(seen: Seen, noise: float) -> Seen:
-    """What a replay saw, in units of a machine whose score noise is so many times the profile's."""
+    """A replay's view, in units of a machine whose score noise is so many times the profile's."""
     return Seen(np.asarray(seen.gap) / noise, np.asarray(seen.margin) / noise, seen.pick, np.asarray(seen.lead) / noise)
 
 

@@ -8,7 +8,7 @@ honest probability q₀(Δ) of a near flip from above (`farflung.trust.bounds`),
 margin that it ever saw, so that a far flip is no rounding at all (q_far, one position in a million; what breaks a
 machine is forgiven by η).
 
-**Alternatives.** What a cheat does to q is known well enough without catching one. Whoever samples with other noise
+**Alternatives.** What a cheat does to q is known well enough without catching one. A node that samples with other noise
 flips with probability 1 − π. Whatever shifts the scores (another temperature, fewer bits, other weights) by about s
 flips a gap Δ with probability falling as exp(−Δ/s). Another temperature, c times the leased one, says at which
 positions: there the gap becomes Δ − (1/c − 1)·λ, and the runner-up is sent where that is below 0; so it is told from
@@ -86,7 +86,7 @@ Counts = Annotated[tuple[int, ...], Meta(min_length=1, max_length=64)]
 
 
 class Seen(NamedTuple):
-    """What a replay saw of one rollout: arrays of shape (tokens,), as in `farflung.engine.interface.Replay`."""
+    """A replay's view of one rollout: arrays of shape (tokens,), as in `farflung.engine.interface.Replay`."""
 
     gap: np.ndarray
     margin: np.ndarray
@@ -109,7 +109,7 @@ class Tally(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Scope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a profile was calibrated on, and so the runs that it is for."""
+    """The scope that a profile was calibrated on, and so the runs that it is for."""
 
     model: Annotated[str, Meta(max_length=64)]
     """Which architecture, as `farflung.tasks.create_run.Model.digest` has it."""

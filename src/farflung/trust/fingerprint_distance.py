@@ -49,7 +49,7 @@ def is_far(found: float, most: float) -> bool:
 
 
 def judge(record: NodeRecord, outcome: Outcome, findings: Sequence[Finding], most: float) -> tuple[NodeRecord, Outcome]:
-    """What the fingerprints of an audited submission add to what its tokens came to.
+    """The outcome of an audited submission's tokens, with what its fingerprints add to it.
 
     A submission that its tokens let pass is void if one of them is too far, and its node goes back to probation.
     """

@@ -14,7 +14,7 @@ from farflung.trust.evidence import Profile, Seen, check, honest_odds
 
 GRID: Final = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
 BEYOND: Final = 128.0
-"""What is said where no multiple of the grid explains the flips."""
+"""The multiple reported where none of the grid explains the flips."""
 RARE: Final = 1e-3
 """A number of flips that comes with less than this probability is a surprise."""
 
@@ -60,7 +60,7 @@ def _at_least(odds: np.ndarray, count: int) -> float:
 
 
 def expectation(factor: float, profile: Profile) -> str:
-    """What a machine with such noise may expect."""
+    """The prospects of a machine with such noise."""
     told = f"this machine's noise is {_times(factor)} that of profile {profile.name}: "
     if factor <= profile.margin:
         return told + f"its work will pass, up to {profile.margin:g}× is forgiven"

@@ -40,7 +40,7 @@ class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Watched(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What all replayed rollouts of a key add up to, audited or not (`farflung.trust.watch`)."""
+    """The sum of all replayed rollouts of a key, audited or not (`farflung.trust.watch`)."""
 
     groups: Count = 0
     """k of both tests: a node's samples of one task are taken together."""
@@ -112,7 +112,7 @@ class NodeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the audit of one rollout came to."""
+    """The result of one rollout's audit."""
 
     rollout: str
     tokens: Count
@@ -136,14 +136,14 @@ class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What follows for a submission and its node; fit for a receipt."""
+    """The consequence for a submission and its node; fit for a receipt."""
 
     kind: Literal["ok", "void", "quarantine", "eject", "release"]
     """`void`: this submission alone; `quarantine`: the node too, until a second opinion ejects or releases it."""
     statistic: float
     """M, or the likelihood ratio of the submission if that is what voided it."""
     threshold: float
-    """What the statistic would have had to stay below."""
+    """The bound that the statistic would have had to stay below."""
     reason: str
 
 

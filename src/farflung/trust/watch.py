@@ -1,7 +1,7 @@
 """Watches for steering within the noise: every rollout that is replayed adds to three tests per key. Pure; no torch.
 
 Where the two best scores are closer than arithmetic resolves, a node may send either and stay honest by any test on one
-rollout. What it cannot hide is that its flips serve it. Of each replayed rollout three numbers are kept: its flips x,
+rollout. But it cannot hide that its flips serve it. Of each replayed rollout three numbers are kept: its flips x,
 how many of them are *liked*, sent a token which the policy likes better than the one that won, and the flips
 a = Σ q₀(Δ) that its profile allows at most.
 
@@ -20,8 +20,8 @@ so that honest flips, which undo it, go to the likelier at most every second tim
 may be biased; the profile's p₀ says how far. With odds k times those of p₀ a liked flip counts k/(1 + (k − 1)·p₀) and
 any other 1/(1 + (k − 1)·p₀), whose mean is 1 at p₀ and less below. It grows for those who say what the policy likes.
 
-All are folded as in `farflung.trust.evidence`: anytime-valid, each sample once. What is within the noise and serves no
-reward is not seen; how much that can be is `bits`.
+All are folded as in `farflung.trust.evidence`: anytime-valid, each sample once. Flips within the noise that serve no
+reward are not seen; how much that can be is `bits`.
 """
 
 import math
@@ -44,7 +44,7 @@ WARY: Final = 1e3
 
 
 class Flips(NamedTuple):
-    """What the replay of one rollout came to."""
+    """The flips in one rollout's replay."""
 
     flips: int
     liked: int
@@ -90,7 +90,7 @@ def bits(profile: Profile, seen: Seen) -> float:
 
 
 def group_ratios(looks: Sequence[Look]) -> Ratios:
-    """What a node's samples of one task say."""
+    """The ratios from a node's samples of one task."""
     flipped, liked, allowed, reward, likely = np.array(looks, float).reshape(-1, len(Look._fields)).T
     excess = [flipped.sum() * math.log1p(more) - more * allowed.sum() for more in EXCESS]
     leaning = [(liked * math.log(k) - flipped * np.log1p((k - 1) * likely)).sum() for k in LEANING]

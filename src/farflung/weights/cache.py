@@ -212,7 +212,7 @@ class Versions:
                 await asyncio.to_thread(self._patch, way, self.whole, self.path)
         except WeightsError:
             if way.is_held:
-                self.discard(way.start[0])  # what is here may be damaged: start from an anchor next time
+                self.discard(way.start[0])  # the weights here may be damaged: start from an anchor next time
             elif way.start[1].adapters:
                 await asyncio.to_thread(self._lose_damaged, way.start[1].shards)
             raise

@@ -164,7 +164,7 @@ def _unpack(data: memoryview, size: int) -> bytes:
     unpacker = zstd.ZstdDecompressor(options=_READ)
     try:
         plain = unpacker.decompress(data, max_length=size)
-        if len(plain) == size and not unpacker.eof:  # what is left may only be the end of the frame
+        if len(plain) == size and not unpacker.eof:  # the rest may only be the end of the frame
             plain += unpacker.decompress(b"", max_length=1)
     except (zstd.ZstdError, EOFError, MemoryError) as error:
         raise WeightsError(f"this difference does not unpack: {error}") from error

@@ -4,7 +4,7 @@ A value of w bytes is taken as an integer that rises with the number it stands f
 set, its bits with all others inverted. NaNs and both zeros are integers like any other.
 
 Whether a value changes depends above all on how large it was: an optimizer's step is about as long everywhere, and
-what it moves is the last place of small numbers. So the values of a shard are told apart by magnitude, in at most 256
+it moves the last place of small numbers. So the values of a shard are told apart by magnitude, in at most 256
 buckets, and neighbouring buckets whose shares of changed values are alike make a class. Of each class there is one bit
 per value, changed or not, and one number per changed value, the signed difference less one; of the topmost class,
 which may be most of the shard and hardly changes, the places of the changed values only.
@@ -26,9 +26,9 @@ BLOCK = 1 << 20
 """Values looked at together: more leave the processor's cache, fewer make threads wait for each other."""
 BUCKETS = 256
 CLASS_BITS = 300.0
-"""What one more class costs, about: its Huffman tables and counts."""
+"""The cost of one more class, about: its Huffman tables and counts."""
 LOOK_BITS = 0.4
-"""What it is worth not to look at a value once more: 6 % of size for a third of the time."""
+"""The worth of not looking at a value once more: 6 % of size for a third of the time."""
 STORED, CLASSES = 0, 1
 RUN, SAMPLED = 1 << 16, 1 << 12
 """Classes are chosen by a look at a sixteenth of the values."""
@@ -214,7 +214,7 @@ def _part(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _Changes:
-    """What there is to tell of one block."""
+    """The changes of one block."""
 
     size: int
     flags: list[np.ndarray]

@@ -1,6 +1,6 @@
 """Worker, validator and relay: shards into files, from whichever source has them right; none needs to be trusted.
 
-What has come of a shard stays in `<shard>.part` when a source breaks off or the node restarts, and the next source
+The bytes of a shard stay in `<shard>.part` when a source breaks off or the node restarts, and the next source
 goes on from there. Only a file that comes to its digest gets the shard's name.
 """
 
@@ -106,7 +106,7 @@ class Downloads:
         await self._from(self.session.client, shard)
 
     async def _from_many(self, urls: Sequence[str], shard: Shard) -> dict[int, str]:
-        """Pieces from several relays. Gives which came from whom, if they do not come to the shard."""
+        """Pieces from several relays. Gives each piece's relay, if they do not come to the shard."""
         part = self.folder / f"{shard.digest}{PART}"
         try:
             with part.open("ab", buffering=0) as file:
@@ -144,7 +144,7 @@ class Downloads:
         return None
 
     def _find_liars(self, shard: Shard, came_from: dict[int, str]) -> None:
-        """The right shard is here: whoever sent pieces that differ from it lied."""
+        """The right shard is here: relays that sent pieces that differ from it lied."""
         if not self._bad(shard).exists():
             return
         with self._bad(shard).open("rb") as bad, (self.folder / shard.digest).open("rb") as good:
@@ -166,7 +166,7 @@ class Downloads:
 
     @asynccontextmanager
     async def _judged(self, url: str, shard: Shard, size_bytes: int) -> AsyncIterator[None]:
-        """What a relay does inside counts for its score: errors end here, and so does it if it is too slow."""
+        """The relay's conduct inside counts for its score: errors end here, and so does it if it is too slow."""
         try:
             async with asyncio.timeout(RELAY_S + size_bytes / SLOWEST_BYTES_PER_S):
                 yield
@@ -204,7 +204,7 @@ class Downloads:
             part.unlink(missing_ok=True)
             if not before:
                 raise
-            return await self._from(source, shard)  # some of it came from another source: who lied is not known
+            return await self._from(source, shard)  # some of it came from another source: which lied is not known
         except OSError as error:
             part.unlink(missing_ok=True)
             raise NoRoom(f"shard {shard.digest[:12]} cannot be kept here: {error.strerror}") from error

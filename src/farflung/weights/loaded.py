@@ -58,7 +58,7 @@ class Loaded:
         self._count_as(digest, step)
 
     def invalidate(self) -> None:
-        """Nobody knows any more what the engine holds: it is about to change, or has been found to be another."""
+        """Forget what the engine holds: it is about to change, or has been found to be another."""
         self._values.clear()
         self._count_as(NOTHING, -1)
 

@@ -12,7 +12,7 @@ KIND = "manifest"
 
 
 def target_digest(tensors: Iterable[Tensor]) -> str:
-    """BLAKE3 over name, NUL, digest of every tensor in order: what the weights must come to."""
+    """BLAKE3 over name, NUL, digest of every tensor in order: the digest that the weights must come to."""
     return digest_of(b"".join(one.name.encode() + b"\0" + bytes.fromhex(one.digest) for one in tensors))
 
 

@@ -1,6 +1,7 @@
 """Relay: follow the run's latest version, and serve its shards, by range too, while they are still coming in.
 
-What is passed on in flight is not checked yet: whoever fetches it checks it, and no wrong file here has a shard's name.
+Bytes that are passed on in flight are not checked yet: the node that fetches them checks them, and no wrong file here
+has a shard's name.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ NEWS_S = 1.0
 
 
 class Mirror:
-    """What a relay holds. It serves only shards that a sealed manifest of its run names.
+    """The shards that a relay holds. It serves only shards that a sealed manifest of its run names.
 
     `per_client` and `at_once` bound how many answers one address, and all of them together, are sent at a time.
     """

@@ -9,7 +9,7 @@ from farflung.protocol.errors import OutOfRange
 from farflung.store.blobs import Blobs
 
 PIECE_BYTES = 1 << 17
-"""Sent at once: what the socket does not take is copied, and of more is more left over."""
+"""Bytes sent at once: the part that the socket does not take is copied, and of more bytes more is left over."""
 
 
 async def serve(blobs: Blobs, digest: str, range_header: str) -> tuple[Response, int]:

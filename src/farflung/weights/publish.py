@@ -53,12 +53,12 @@ def describe(name: str, tensor: torch.Tensor, shard: int) -> Tensor:
 
 
 def weights_digest(tensors: Iterable[Named]) -> str:
-    """What these tensors come to."""
+    """The digest that these tensors come to."""
     return target_digest(describe(name, tensor, 0) for name, tensor in tensors)
 
 
 class Publisher:
-    """What was published last, as it was published: the base of the next difference.
+    """The version published last, as it was published: the base of the next difference.
 
     A trainer that was restarted gives the weights it has before it trains on; they are refused unless they come to the
     digest of the last manifest, so a difference is always to what nodes really have.
@@ -72,7 +72,7 @@ class Publisher:
         self._chain_bytes = 0
         """Bytes of the differences since the last anchor."""
         self._base_shards: list[Shard] = []
-        """Where steps are adapters: what they are added to, as uploaded."""
+        """Where steps are adapters: the base that they are added to, as uploaded."""
         self._stored: set[str] = set()
         """Shards that the last committed step names, so that they need not be sent."""
 
@@ -87,7 +87,7 @@ class Publisher:
         return self._base
 
     def forget(self) -> None:
-        """What was published last was not committed: the next step is an anchor."""
+        """The version published last was not committed: the next step is an anchor."""
         self._base, self._base_shards, self._stored = {}, [], set()
 
     async def rebase(self, tensors: Iterable[Named], last: str) -> None:

@@ -1,7 +1,7 @@
 """Worker, validator and relay: one shard in pieces, from several relays at once, put together in order.
 
-Every relay is asked for the next piece as soon as it has sent one, so fast ones send more, and a busy one holds nobody
-up for long. Pieces that come early wait in memory, a few of them; what is in the file is always a beginning.
+Every relay is asked for the next piece as soon as it has sent one, so fast ones send more, and a busy one holds the
+others up only briefly. Pieces that come early wait in memory, a few of them; the file always holds a beginning.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ AHEAD = 2
 OVERDUE_S, OVERDUE_TIMES = 6.0, 2.0
 """A piece that takes longer than this, and than so many times the longest that came, is asked of another relay too."""
 FADES = 0.95
-"""What is left of the longest with each piece that comes."""
+"""The share of the longest that is left with each piece that comes."""
 LOOK_S = 0.25
 Take = Callable[[str, int, int], Awaitable[Sequence[bytes] | None]]
 """Bytes [start, end) from a relay, None if it fails."""
@@ -89,7 +89,7 @@ class Pieces:
             self._keep(start, data, url)
 
     def _next(self, url: str) -> int | None:
-        """A piece that nobody was asked for, or one that is overdue elsewhere."""
+        """A piece that no relay was asked for, or one that is overdue elsewhere."""
         if self._todo and self._todo[0] < self._end + self._ahead:
             return self._todo.popleft()
         limit = time.monotonic() - self._pace.overdue_s

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 EXPLORE = 0.1
 """Share of choices that ignore what is known, so that a relay that got better is noticed."""
 UNKNOWN_BYTES_PER_S = 1e9
-"""What a relay is taken for until it was tried: better than any, so that each is tried once."""
+"""The speed that a relay is taken to have until it was tried: better than any, so that each is tried once."""
 MEMORY = 0.7
 """Weight of the past in the running averages."""
 LIES = 3
@@ -19,7 +19,7 @@ AWAY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one source has shown so far."""
+    """One source's record so far."""
 
     success: float = 1.0
     """Running share of fetches that ended with the right bytes."""

@@ -3,7 +3,7 @@
 A relay registers any address that it likes. A node that asked them all could be made to knock, from within, at machines
 of its own network that no stranger reaches. So addresses that are not public are asked only in a run whose coordinator
 has such an address itself: on one machine, or in one network. A name may come to mean another machine between the check
-and the request; what is asked then is still only a path of digests.
+and the request; a request then still asks only for a path of digests.
 """
 
 import asyncio

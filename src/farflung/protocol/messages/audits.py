@@ -66,7 +66,7 @@ class AuditJobs(Message, frozen=True):
 
 
 class RolloutEvidence(Message, frozen=True):
-    """What replay saw in one rollout: float32 gap, margin, pick and lead per generated token."""
+    """The evidence of one rollout's replay: float32 gap, margin, pick and lead per generated token."""
 
     rollout: Id
     gap: Floats

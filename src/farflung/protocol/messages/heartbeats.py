@@ -1,4 +1,4 @@
-"""A node at work: its heartbeat, and what it is told of its standing in return."""
+"""A node at work: its heartbeat, and the word on its standing in return."""
 
 from typing import Annotated, Literal
 
@@ -28,7 +28,7 @@ class Heartbeat(Message, frozen=True):
     sync_pause_s: Seconds = 0.0
     started_at: Seconds = 0.0
     trouble: Line = ""
-    """What last went wrong with weights on this node, such as a relay that lied, in its own words."""
+    """The last fault with weights on this node, such as a relay that lied, in its own words."""
 
 
 class Ruling(Message, frozen=True):

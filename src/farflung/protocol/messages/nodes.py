@@ -1,4 +1,4 @@
-"""How a node joins: what it says of itself and what it is told."""
+"""The joining of a node: its words on itself and the answer to them."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from farflung.protocol.messages.base import Count, Id, Message, Name, Role, Url
 
 
 class Hardware(Message, frozen=True):
-    """What a node says of its machine; shown to people, believed by nobody."""
+    """A node's account of its machine; shown to people, believed by no role."""
 
     cpu: Name = ""
     cores: Annotated[int, Meta(ge=0, le=100_000)] = 0
@@ -17,7 +17,7 @@ class Hardware(Message, frozen=True):
 
 
 class Register(Message, frozen=True):
-    """A node's first word. Who it is comes from the signature."""
+    """A node's first word. Its id comes from the signature."""
 
     version: Annotated[int, Meta(ge=0, le=10**6)]
     name: Name = ""

@@ -36,7 +36,7 @@ class File(Message, frozen=True):
 
 
 class RunInfo(Message, frozen=True):
-    """What a node must know of a run; sealed by the coordinator's key."""
+    """The facts of a run that a node must know; sealed by the coordinator's key."""
 
     run: Id
     coordinator: Id

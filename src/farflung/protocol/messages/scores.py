@@ -1,4 +1,4 @@
-"""A scorer's work: transcripts to judge and what they are worth."""
+"""A scorer's work: transcripts to judge and their scores."""
 
 from typing import Annotated
 
@@ -35,7 +35,7 @@ class ScoreJobs(Message, frozen=True):
 
 
 class ScoreResult(Message, frozen=True):
-    """What a transcript is worth, or why that could not be told."""
+    """The score of a transcript, or why it has none."""
 
     rollout: Id
     reward: Annotated[float, Meta(ge=0, le=1)] = 0.0

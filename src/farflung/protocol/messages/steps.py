@@ -64,7 +64,7 @@ class SelfTestItem(Message, frozen=True):
 
 
 class SelfTest(Message, frozen=True):
-    """What a node may try its arithmetic on, with the weights of one version."""
+    """Texts that a node may try its arithmetic on, with the weights of one version."""
 
     step: Step
     temperature: Annotated[float, Meta(ge=0, le=10)]
@@ -74,7 +74,7 @@ class SelfTest(Message, frozen=True):
 
 
 class Batch(Message, frozen=True):
-    """What a step consumes. Asked again, the same."""
+    """The rollouts that a step consumes. Asked again, the same."""
 
     step: Step
     seen_groups: Count
@@ -124,7 +124,7 @@ class RolloutLook(Message, frozen=True):
 
 
 class Trips(Message, frozen=True):
-    """What the tripwire found in a batch: submissions whose text it does not take for what their seeds give."""
+    """The tripwire's finds in a batch: submissions whose text it does not take for what their seeds give."""
 
     submissions: Annotated[list[Digest], Meta(max_length=100_000)]
     looked: Annotated[list[RolloutLook], Meta(max_length=1_000_000)] = []
@@ -142,7 +142,7 @@ class Commit(Message, frozen=True):
     probe_before: Probe = b""
     """The same slices of the step before, so that a node that still holds it can be told so."""
     canaries: Annotated[list[Ids], Meta(max_length=128)] = []
-    """What the new weights say to the batch's canaries."""
+    """The new weights' completions of the batch's canaries."""
     restores: Annotated[int, Meta(ge=-1, le=10**9)] = -1
     """As in the batch; a batch that was rolled back meanwhile cannot be committed."""
 

@@ -28,7 +28,7 @@ class SubmittedRollout(Message, frozen=True, omit_defaults=True):
 
 
 class SubmissionBody(Message, frozen=True):
-    """What is stored and hashed: lease, node, tokens and fingerprints, nothing else."""
+    """The part that is stored and hashed: lease, node, tokens and fingerprints, nothing else."""
 
     lease: Id
     node: Id

@@ -1,4 +1,4 @@
-"""What people see of a run: nodes, steps, versions of the weights, stories."""
+"""Views of a run for people: nodes, steps, versions of the weights, stories."""
 
 from farflung.protocol.messages.audits import Verdict
 from farflung.protocol.messages.base import Digest, Id, Line, Message, Name
@@ -82,7 +82,7 @@ class Status(Message, frozen=True):
     catch: dict[str, float]
     """P(a trusted node that cheats on 10 % of its rollouts is found within n submissions), by n, at the floor."""
     warnings: list[str]
-    """What a person should look at, the latest last: nodes and validators with other weights than they were told."""
+    """Warnings for people, the latest last: nodes and validators with other weights than they were told."""
 
 
 class VersionView(Message, frozen=True):
@@ -102,7 +102,7 @@ class VersionView(Message, frozen=True):
 
 
 class Trouble(Message, frozen=True):
-    """What last went wrong with weights on one node, in its own words."""
+    """The last fault with weights on one node, in its own words."""
 
     node: Id
     name: Name

@@ -1,4 +1,4 @@
-"""Versions of the weights: tensors, the shards that carry them, the sealed manifest, who serves them."""
+"""Versions of the weights: tensors, the shards that carry them, the sealed manifest, the relays that serve them."""
 
 import math
 from typing import Annotated, Literal
@@ -40,7 +40,7 @@ class Shard(Message, frozen=True):
 
 
 class Adapter(Message, frozen=True):
-    """What a version adds to one matrix of its base: 2^exponent · B A, of B (out, rank) and A (rank, in) in int16."""
+    """A version's addition to one matrix of its base: 2^exponent · B A, of B (out, rank) and A (rank, in) in int16."""
 
     name: Annotated[str, Meta(max_length=300)]
     """The tensor that it is added to."""
@@ -60,7 +60,7 @@ class Manifest(Message, frozen=True):
     parent: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?(?!\n)$")]
     """Digest of the previous step's manifest, empty for the first."""
     digest: Digest
-    """BLAKE3 over the (name, digest) pairs of all tensors in order: what the weights must come to."""
+    """BLAKE3 over the (name, digest) pairs of all tensors in order: the digest that the weights must come to."""
     tensors: Annotated[list[Tensor], Meta(max_length=1_000_000)]
     shards: Annotated[list[Shard], Meta(max_length=100_000)]
     """The whole weights; empty unless the step is an anchor. With `adapters`, their base, and then they themselves."""
@@ -71,7 +71,7 @@ class Manifest(Message, frozen=True):
     deltas: Annotated[list[Shard], Meta(max_length=100_000)] = []
     """The difference to the step before; empty where it would be no smaller, and for the first step."""
     adapters: Annotated[list[Adapter], Meta(max_length=1_000_000)] = []
-    """What is added to the base that `shards` hold, in the order of `tensors`; empty where they hold the weights."""
+    """The additions to the base that `shards` hold, in the order of `tensors`; empty where they hold the weights."""
 
     @property
     def full_bytes(self) -> int:
@@ -90,7 +90,7 @@ class Manifest(Message, frozen=True):
 
     @property
     def kind(self) -> str:
-        """What a person calls it; an anchor may be a difference too."""
+        """The word that people have for it; an anchor may be a difference too."""
         return "adapters" if self.adapters else "anchor" if self.shards else "difference"
 
     @property
