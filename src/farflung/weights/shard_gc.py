@@ -1,6 +1,7 @@
 """Coordinator: which shards no live version needs any more; those back to the anchor of the oldest in use stay."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -25,19 +26,19 @@ def spent(connection: Connection, run_ctx: RunContext, since: int) -> tuple[list
 
 def needed(connection: Connection, run_ctx: RunContext) -> set[str]:
     """Digests of the shards that lead to every version in use."""
-    found = _since_anchor(connection, run_ctx, oldest_in_use(connection, run_ctx))
-    return {shard for shards in found.values() for shard in shards}
+    manifests = dict(_manifests(connection, run_ctx, 0))
+    _, first = needless(manifests, oldest_in_use(connection, run_ctx))
+    return {shard for step, manifest in manifests.items() if step >= first for shard in _names(manifest)}
 
 
 def newest(connection: Connection, run_ctx: RunContext) -> dict[int, list[str]]:
-    """Digests of the shards that lead to the newest version, by step."""
-    return _since_anchor(connection, run_ctx, run_ctx.latest(connection).step)
-
-
-def _since_anchor(connection: Connection, run_ctx: RunContext, oldest: int) -> dict[int, list[str]]:
-    manifests = dict(_manifests(connection, run_ctx, 0))
-    _, first = needless(manifests, oldest)
-    return {step: list(_names(manifest)) for step, manifest in manifests.items() if step >= first}
+    """Digests of the shards that lead to the newest version, by step: back to the last anchor, however long the run."""
+    found: dict[int, list[str]] = {}
+    for step, manifest in _newest_first(connection, run_ctx):
+        found[step] = list(_names(manifest))
+        if manifest.shards:
+            break
+    return dict(sorted(found.items()))
 
 
 def needless(manifests: Mapping[int, Manifest], oldest: int) -> tuple[list[str], int]:
@@ -72,8 +73,27 @@ def _manifests(connection: Connection, run_ctx: RunContext, since: int) -> Itera
         STEPS.c.run == run_ctx.run, STEPS.c.status == "committed", STEPS.c.step >= since
     )
     for step, sealed in connection.execute(query.order_by(STEPS.c.step)):
-        signed = msgspec.msgpack.decode(sealed, type=Signed)
-        yield step, msgspec.msgpack.decode(signed.payload, type=Manifest)
+        yield step, _opened(sealed)
+
+
+def _newest_first(connection: Connection, run_ctx: RunContext) -> Iterator[tuple[int, Manifest]]:
+    """A few at a time: manifests are large, and the next anchor is near."""
+    rows: Sequence[Any] = [(run_ctx.latest(connection).step + 1, b"")]
+    while rows := connection.execute(_NEWEST_FIRST, {"of": run_ctx.run, "below": rows[-1][0]}).all():
+        yield from ((step, _opened(sealed)) for step, sealed in rows)
+
+
+_NEWEST_FIRST = (
+    sa.select(STEPS.c.step, STEPS.c.manifest)
+    .where(STEPS.c.run == sa.bindparam("of"), STEPS.c.status == "committed", STEPS.c.manifest.is_not(None))
+    .where(STEPS.c.step < sa.bindparam("below"))
+    .order_by(STEPS.c.step.desc())
+    .limit(8)
+)
+
+
+def _opened(sealed: bytes) -> Manifest:
+    return msgspec.msgpack.decode(msgspec.msgpack.decode(sealed, type=Signed).payload, type=Manifest)
 
 
 def _names(manifest: Manifest) -> Iterator[str]:
