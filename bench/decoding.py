@@ -31,7 +31,7 @@ from learn import BUDGET, TASK
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from verification import SMOL, Kind, engine, say, tensors
 
-from farflung.engine.interface import Request
+from farflung.engine.base import Request
 from farflung.engine.local import LocalEngine
 from farflung.engine.malloc import keep_freed_memory
 from farflung.engine.vllm import VllmEngine

@@ -29,7 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from verification import SETTINGS, SIZE, SMOL, Kind, Tensors, engine, findings, say, tensors, until_caught
 
-from farflung.engine.interface import Completion, Request
+from farflung.engine.base import Completion, Request
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.protocol.errors import Unreachable

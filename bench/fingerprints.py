@@ -30,8 +30,8 @@ from verification import SMOL, Kind, Tensors, engine, say, tensors
 from farflung.engine import decode
 from farflung.engine import replay as replaying
 from farflung.engine.arithmetic import rounded
+from farflung.engine.base import Request
 from farflung.engine.fingerprint_tap import Sketches, tapped
-from farflung.engine.interface import Request
 from farflung.engine.local import LocalEngine
 from farflung.protocol.fingerprint import signs
 from farflung.tasks.create_run import Model

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from farflung.engine.interface import Request
+from farflung.engine.base import Request
 from farflung.engine.local import LocalEngine
 from farflung.ops.calibrate import TOLERANCE, engine_of
 from farflung.tasks.create_run import Model

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from farflung.engine.interface import Request
+from farflung.engine.base import Request
 from farflung.engine.local import LocalEngine
 from farflung.envs.base import Task
 from farflung.envs.sums import Sums

@@ -27,7 +27,7 @@ import torch
 from verification import SMOL, TOY, calibrated, requests, say
 
 from farflung.audits.tripwire import tripped
-from farflung.engine.interface import Completion, Request
+from farflung.engine.base import Completion, Request
 from farflung.engine.local import LocalEngine
 from farflung.envs.sums import Sums
 from farflung.ops.calibrate import engine_of

@@ -409,9 +409,9 @@ def _lifecycles() -> str:
 # --- messages, out of their source -----------------------------------------------------------------------------------
 
 SUBJECTS = (
-    messages.base,
+    messages.bounds,
     messages.nodes,
-    messages.runs,
+    messages.descriptor,
     messages.weights,
     messages.leases,
     messages.submissions,
@@ -419,7 +419,7 @@ SUBJECTS = (
     messages.scores,
     messages.audits,
     messages.steps,
-    messages.views,
+    messages.status,
 )
 """The files of the messages, in the order in which the page tells of them."""
 STATEMENTS = [node for module in SUBJECTS for node in ast.parse(inspect.getsource(module)).body]

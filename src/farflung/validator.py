@@ -10,7 +10,7 @@ from pathlib import Path
 from farflung.audits import replay_audits
 from farflung.config import ValidatorSection
 from farflung.engine.arithmetic import rounded
-from farflung.engine.interface import Completion
+from farflung.engine.base import Completion
 from farflung.engine.local import LocalEngine
 from farflung.net.client import Client
 from farflung.net.session import Session

@@ -12,7 +12,7 @@ import torch
 from farflung.audits import self_test
 from farflung.config import WorkerSection
 from farflung.engine.arithmetic import arithmetic
-from farflung.engine.interface import Completion, Engine
+from farflung.engine.base import Completion, Engine
 from farflung.engine.loading import model_bytes
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine

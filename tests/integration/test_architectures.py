@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from farflung.engine import noise, ways  # noqa: E402
-from farflung.engine.interface import Completion, Request  # noqa: E402
+from farflung.engine.base import Completion, Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.engine.ways import SLOWEST, Ways  # noqa: E402
 from farflung.learner import forward  # noqa: E402

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from farflung.engine import attention, noise  # noqa: E402
 from farflung.engine import decode as decode_module  # noqa: E402
 from farflung.engine import replay as replay_module  # noqa: E402
-from farflung.engine.interface import Completion, Request  # noqa: E402
+from farflung.engine.base import Completion, Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.engine.ways import attends_plainly  # noqa: E402
 from farflung.protocol.errors import ConfigError, WeightsError  # noqa: E402

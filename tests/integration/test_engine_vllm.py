@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from farflung.engine.interface import Request  # noqa: E402
+from farflung.engine.base import Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.engine.seeded_rows import SEED, TEMPERATURE  # noqa: E402
 from farflung.engine.vllm import VllmEngine  # noqa: E402

@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from farflung.audits import replay_audits
-from farflung.engine.interface import Request
+from farflung.engine.base import Request
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.fingerprint import NUMBERS, POSITIONS, signs, unpack

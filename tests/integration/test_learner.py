@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from farflung.engine.interface import Request  # noqa: E402
+from farflung.engine.base import Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.learner import chunked_logp, forward  # noqa: E402
 from farflung.learner.loss import Objective  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 
 from farflung.audits import self_test
 from farflung.config import WorkerSection
-from farflung.engine.interface import Request
+from farflung.engine.base import Request
 from farflung.engine.local import LocalEngine
 from farflung.net.session import NodeStats
 from farflung.protocol import errors, seeds, wire

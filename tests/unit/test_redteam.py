@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from farflung.adversity.evaluate import _more_in_time, _more_pay, _outcome, _pay_of, _with, pay_error, run_trial
 from farflung.config import Cheat, Config
-from farflung.engine.interface import Completion
+from farflung.engine.base import Completion
 from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError, Malformed
 from farflung.protocol.messages import Submission, SubmittedRollout

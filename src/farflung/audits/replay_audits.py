@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 import numpy as np
 
-from farflung.engine.interface import Engine, Replay, Request
+from farflung.engine.base import Engine, Replay, Request
 from farflung.net.session import Session
 from farflung.protocol import wire
 from farflung.protocol.identity import Key, Signed, seal

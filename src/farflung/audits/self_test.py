@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from farflung.engine.interface import Engine, Request
+from farflung.engine.base import Engine, Request
 from farflung.net.session import Session
 from farflung.protocol import seeds, wire
 from farflung.protocol.errors import ConfigError, FarflungError, NotFound

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from farflung.engine.interface import Engine, Replay, Request
+from farflung.engine.base import Engine, Replay, Request
 from farflung.trust.evidence import ODD, Profiles, Seen, is_bad, log_ratios, mean_log_ratio, submission_log_ratios
 from farflung.trust.watch import Flips, count_flips
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from farflung.engine.argmax import best, silenced, tempered
 from farflung.engine.attention import is_worth_sharing
+from farflung.engine.base import Completion, Request
 from farflung.engine.fingerprint_tap import Sketches, tapped
-from farflung.engine.interface import Completion, Request
 from farflung.engine.kv_cache import compacted
 from farflung.engine.noise import exponential
 from farflung.engine.rows import DecodeBatch

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from farflung.engine.interface import Request
+from farflung.engine.base import Request
 from farflung.protocol.fingerprint import NUMBERS, POSITIONS, Floats, pack, signs
 
 

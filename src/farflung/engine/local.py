@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.decode import decode
-from farflung.engine.interface import Completion, Replay, Request
 from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
 from farflung.engine.matmul import hasten
 from farflung.engine.replay import replay

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.argmax import best, log_sum_exp, silenced, tempered
+from farflung.engine.base import Replay, Request
 from farflung.engine.fingerprint_tap import sketches, tapped
-from farflung.engine.interface import Replay, Request
 from farflung.engine.noise import gumbel
 from farflung.numerics.packing import ROW_TOKENS, DecodeBatch, Text, Tree, rows_of, trees
 

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.attention import HELD_IN, Held, SharedPrompts, attending, masked
+from farflung.engine.base import Request
 from farflung.engine.fingerprint_tap import Tap
-from farflung.engine.interface import Request
 from farflung.engine.kv_cache import PreallocatedCache
 
 _Prompt = tuple[int, ...]

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from farflung.engine.interface import Completion, Replay, Request
+from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.loading import read_slices
 from farflung.engine.seeded_rows import SEED, TEMPERATURE
 from farflung.protocol.errors import ConfigError, Unreachable, WeightsError, WrongWeights

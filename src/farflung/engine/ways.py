@@ -10,8 +10,8 @@ from typing import NamedTuple, get_args
 import torch
 from transformers import PreTrainedModel
 
+from farflung.engine.base import Request
 from farflung.engine.decode import Batching, batches, rows_of
-from farflung.engine.interface import Request
 from farflung.engine.replay import Reading, read
 from farflung.engine.rows import DecodeBatch
 from farflung.engine.whole import WholeTextBatch

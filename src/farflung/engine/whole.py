@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from farflung.engine.base import Request
 from farflung.engine.fingerprint_tap import Tap
-from farflung.engine.interface import Request
 
 
 class WholeTextBatch:

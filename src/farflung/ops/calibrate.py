@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from farflung.config import Config, load
-from farflung.engine.interface import Completion, Replay, Request
+from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.envs.base import Env

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from farflung.config import Config
-from farflung.engine.interface import Completion, Request
+from farflung.engine.base import Completion, Request
 from farflung.engine.local import LocalEngine
 from farflung.envs.child import Prompt, ScorerChild
 from farflung.learner.difficulty import RIGHT

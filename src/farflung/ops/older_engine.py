@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from farflung.engine.interface import Completion, Request
+from farflung.engine.base import Completion, Request
 from farflung.protocol.errors import ConfigError
 
 OLDER = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"}

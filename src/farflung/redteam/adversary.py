@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from farflung.engine.interface import Completion, Engine, Request
+from farflung.engine.base import Completion, Engine, Request
 from farflung.protocol import fingerprint, wire
 from farflung.protocol.errors import Ejected, FarflungError, LeaseGone, Unreachable
 from farflung.protocol.messages import Lease, Submission

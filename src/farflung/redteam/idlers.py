@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import ClassVar
 
-from farflung.engine.interface import Completion, Request
+from farflung.engine.base import Completion, Request
 from farflung.net.client import Client
 from farflung.protocol.errors import FarflungError
 from farflung.protocol.fingerprint import NUMBERS

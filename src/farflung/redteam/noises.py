@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from farflung.engine.interface import Completion, Request
+from farflung.engine.base import Completion, Request
 from farflung.protocol.messages import Lease, Status
 from farflung.redteam.adversary import Aim, Attack, Made, Stop
 from farflung.worker import Worker

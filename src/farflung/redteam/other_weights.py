@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from farflung.engine.arithmetic import rounded
-from farflung.engine.interface import Request
+from farflung.engine.base import Request
 from farflung.redteam.adversary import Attack, Made, Stop
 
 

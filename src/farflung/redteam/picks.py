@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from farflung.engine.interface import Completion, Request
+from farflung.engine.base import Completion, Request
 from farflung.engine.noise import gumbel
 from farflung.redteam.adversary import Aim, Attack, Made, Stop
 from farflung.trust import evidence

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from farflung.engine.interface import Request
+from farflung.engine.base import Request
 from farflung.net.client import Client
 from farflung.protocol import wire
 from farflung.protocol.fingerprint import NUMBERS

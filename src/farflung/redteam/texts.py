@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from farflung.engine.interface import Completion, Request
+from farflung.engine.base import Completion, Request
 from farflung.redteam.adversary import Aim, Attack, Made, Stop
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from farflung.engine.interface import Completion, Request
+from farflung.engine.base import Completion, Request
 from farflung.engine.local import LocalEngine, refuse_unsteady
 from farflung.engine.ways import Ways
 from farflung.learner.forward import Kind, find_kind

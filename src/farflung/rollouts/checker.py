@@ -13,7 +13,7 @@ import torch
 
 from farflung.audits.tripwire import Looked, look, tripped
 from farflung.config import Config
-from farflung.engine.interface import Request
+from farflung.engine.base import Request
 from farflung.engine.local import LocalEngine
 from farflung.learner.pack import Rollout
 from farflung.net.session import Session

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from farflung.engine.interface import Completion, Engine, Request
+from farflung.engine.base import Completion, Engine, Request
 from farflung.net.session import Session
 from farflung.protocol import wire
 from farflung.protocol.errors import BadSignature

@@ -1,6 +1,6 @@
 """Evidence of an audit: likelihood ratios over replayed positions, and the test that may eject a key. Pure; no torch.
 
-A replay (`farflung.engine.interface.Replay`) gives at each position the gap Δ between the two best scores, the margin
+A replay (`farflung.engine.base.Replay`) gives at each position the gap Δ between the two best scores, the margin
 by which the token that was sent lost, π, the policy's own probability of the pick, and the lead λ, by how much the
 policy itself prefers the runner-up to the pick. A margin above a tie is a *flip*,
 one above the profile's `far` a *far flip*. Honest numerics flip near-ties and nothing else: calibration bounds the
@@ -86,7 +86,7 @@ Counts = Annotated[tuple[int, ...], Meta(min_length=1, max_length=64)]
 
 
 class Seen(NamedTuple):
-    """A replay's view of one rollout: arrays of shape (tokens,), as in `farflung.engine.interface.Replay`."""
+    """A replay's view of one rollout: arrays of shape (tokens,), as in `farflung.engine.base.Replay`."""
 
     gap: np.ndarray
     margin: np.ndarray

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from farflung.engine.arithmetic import rounded
-from farflung.engine.interface import Engine
+from farflung.engine.base import Engine
 from farflung.net.session import NodeStats
 from farflung.protocol import probe
 from farflung.protocol.errors import WeightsError
