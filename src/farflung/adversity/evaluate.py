@@ -26,9 +26,9 @@ from farflung.launch.terminal import Terminal
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, Signed, unseal
 from farflung.protocol.messages import Verdict
-from farflung.protocol.stops import until
 from farflung.redteam import GALLERY
 from farflung.redteam.adversary import LEDGER
+from farflung.rollouts.archive import text_of
 from farflung.store import ledger
 from farflung.store.metrics import Metrics
 from farflung.store.sql_connections import open_engine
@@ -265,7 +265,7 @@ def _gains(connection: Connection, config: Config, lines: Sequence[Row]) -> dict
     for line in lines:
         for rollout, sent, seeded in line["rollouts"]:
             lengths.append(len(sent) - len(seeded))
-            texts = [until(tokenizer.decode(list(ids)), config.generate.stop) for ids in (sent, seeded)]
+            texts = [text_of(tokenizer, ids, config.generate.stop) for ids in (sent, seeded)]
             worth = [env.score(tasks[rollout], text).reward for text in texts]
             rewards.append(worth[0] - worth[1])
     return {**_mean("reward", rewards), **_mean("length", lengths)}

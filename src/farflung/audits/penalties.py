@@ -90,11 +90,23 @@ def void(connection: Connection, run_ctx: RunContext, audit: Row[Any], bad: Sequ
 def void_rollouts(connection: Connection, run_ctx: RunContext, which: Any, cause: str, now: float) -> None:
     """Untrained rollouts are void, and the escrow for these and others is burned."""
     payment.burn(connection, run_ctx, which, now)
+    withdraw(connection, which, cause, now)
+
+
+def withdraw(connection: Connection, which: Any, cause: str, now: float) -> None:
+    """Untrained rollouts are void, and their pay stays as it is; their samples are free again."""
     for status in ("held", "received", "accepted"):
         rows = connection.execute(sa.select(ROLLOUTS).where(which, ROLLOUTS.c.status == status)).all()
         move(connection, "rollout", [row.rollout for row in rows], status, "void", now, cause=cause)
         if status == "accepted":
             reopen(connection, [row.group for row in rows], now, "a sample was voided")
+
+
+def cancel_audits(connection: Connection, which: Any, now: float, why: str) -> None:
+    """Audits that wait or are under way are not wanted any more."""
+    waiting = sa.select(AUDITS.c.audit, AUDITS.c.status).where(which, AUDITS.c.status.in_(("open", "claimed")))
+    for row in connection.execute(waiting).all():
+        move(connection, "audit", [row.audit], row.status, "cancelled", now, why=why)
 
 
 def complete(connection: Connection, group: str, now: float) -> None:
@@ -129,8 +141,4 @@ def eject(connection: Connection, run_ctx: RunContext, node: str, now: float) ->
     query = sa.select(LEASES.c.lease).where(LEASES.c.node == node, LEASES.c.status == "open")
     end_leases(connection, list(connection.execute(query).scalars()), "void", now, why="the node was ejected")
     void_rollouts(connection, run_ctx, ROLLOUTS.c.node == node, f"ejection of {node}", now)
-    waiting = sa.select(AUDITS.c.audit, AUDITS.c.status).where(
-        AUDITS.c.node == node, AUDITS.c.status.in_(("open", "claimed"))
-    )
-    for row in connection.execute(waiting).all():
-        move(connection, "audit", [row.audit], row.status, "cancelled", now, why="the node was ejected")
+    cancel_audits(connection, AUDITS.c.node == node, now, "the node was ejected")

@@ -45,10 +45,8 @@ def restore_latest(connection: Connection, run_ctx: RunContext, lost_step: int, 
     latest = _refuse_ended(connection, run_ctx)
     why = f"the weights of step {lost_step} are lost"
     _drop(connection, run_ctx, lost_step - 1, why, now, is_looked_at=True)
-    for status in ("open", "claimed"):
-        lost = sa.and_(AUDITS.c.run == run_ctx.run, AUDITS.c.step >= lost_step, AUDITS.c.status == status)
-        audits = list(connection.execute(sa.select(AUDITS.c.audit).where(lost)).scalars())
-        move(connection, "audit", audits, status, "cancelled", now, why=why)
+    lost = sa.and_(AUDITS.c.run == run_ctx.run, AUDITS.c.step >= lost_step)
+    penalties.cancel_audits(connection, lost, now, why)
     _restoring(connection, run_ctx, latest + 1, latest, now)
     return latest + 1
 

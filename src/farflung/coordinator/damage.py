@@ -19,7 +19,6 @@ from farflung.store.blobs import Blobs
 from farflung.store.db import Database
 from farflung.store.run import RunContext
 from farflung.store.tables import AUDITS, ROLLOUTS
-from farflung.store.transitions import move
 from farflung.weights import shard_gc
 
 log = logging.getLogger(__name__)
@@ -74,15 +73,7 @@ def _lease_again(connection: Connection, run_ctx: RunContext, lost: Sequence[str
     lying = ROLLOUTS.c.submission.in_(lost)
     groups = connection.execute(sa.select(ROLLOUTS.c.group).where(lying, ROLLOUTS.c.status.in_(UNTRAINED))).scalars()
     penalties.reopen(connection, sorted(set(groups)), now, why)
-    for status in UNTRAINED[:-1]:
-        query = sa.select(ROLLOUTS.c.rollout).where(lying, ROLLOUTS.c.status == status)
-        move(connection, "rollout", list(connection.execute(query).scalars()), status, "void", now, cause=why)
-    for status in ("open", "claimed"):
-        query = sa.select(AUDITS.c.audit).where(AUDITS.c.submission.in_(lost), AUDITS.c.status == status)
-        move(connection, "audit", list(connection.execute(query).scalars()), status, "cancelled", now, why=why)
-    warn(
-        connection,
-        run_ctx,
-        f"submissions that are damaged or missing in the blob store are made again ({len(lost)})",
-        now,
-    )
+    penalties.withdraw(connection, lying, why, now)
+    penalties.cancel_audits(connection, AUDITS.c.submission.in_(lost), now, why)
+    said = f"submissions that are damaged or missing in the blob store are made again ({len(lost)})"
+    warn(connection, run_ctx, said, now)

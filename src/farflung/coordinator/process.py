@@ -62,8 +62,11 @@ def refuse_guessable(config: Config) -> None:
         )
 
 
-async def open_coordinator(config: Config) -> Coordinator:
-    """Everything a coordinator needs, from a configuration; the run is founded if it is new."""
+async def open_coordinator(config: Config, *, is_first: bool = True) -> Coordinator:
+    """Everything a coordinator needs, from a configuration; the run is founded if it is new.
+
+    The first process of a coordinator looks for damage, which takes a pass over the weights.
+    """
     folder = config.folder
     (folder / "keys").mkdir(parents=True, exist_ok=True)
     signers = {name: Key.load_or_make(folder / "keys" / name) for name in ("coordinator", "receipts", "verdicts")}
@@ -77,7 +80,8 @@ async def open_coordinator(config: Config) -> Coordinator:
     run_ctx = await found(config, database, model, key, time.time(), **options)
     papers = await seal_papers(config, blobs, model, key, ring, profiles.digests, run_ctx.stops)
     archive = Archive(Blobs(config.submissions_url), model.tokenizer, config.generate.stop)
-    await damage.mend(database, run_ctx, blobs, archive.blobs, time.time())
+    if is_first:
+        await damage.mend(database, run_ctx, blobs, archive.blobs, time.time())
     metrics = Metrics(folder / "metrics.jsonl", time.monotonic)
     weights = ring.live(config.run.name, "weights", time.time())
     token = read_token(config.coordinator.admin_token_file)
@@ -118,7 +122,7 @@ async def serve(config: Config) -> None:
     is_one_of_many = config.coordinator.processes > 1
     listener = listen(config.coordinator.host, config.coordinator.port, is_shared=is_one_of_many)
     config = local_grants(config)
-    coordinator = await open_coordinator(config)
+    coordinator = await open_coordinator(config, is_first=not is_one_of_many)
     options = _server_options(config, coordinator.app())
     listener.listen(BACKLOG)  # a reader of the line below may call at once: the call waits until it is taken
     host, port = listener.getsockname()[:2]

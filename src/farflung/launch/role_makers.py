@@ -1,4 +1,4 @@
-"""The roles of a run whose folder is on this machine, out of its configuration, for commands and for the nursery.
+"""The roles of a run whose folder is on this machine, out of its configuration, for commands and for the forkserver.
 
 Each is imported where it is needed, for a process beside the database never has torch in its memory.
 """

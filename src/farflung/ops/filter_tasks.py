@@ -21,7 +21,7 @@ from farflung.envs.child import Prompt, ScorerChild
 from farflung.learner.difficulty import RIGHT
 from farflung.protocol.errors import ConfigError, ScoreFault
 from farflung.protocol.seeds import encode, sample_seed
-from farflung.protocol.stops import until
+from farflung.rollouts.archive import text_of
 from farflung.tasks import task_filter
 from farflung.tasks.create_run import Model, told
 from farflung.tasks.stop_table import stops_of
@@ -113,7 +113,7 @@ async def _count(
     answers = [one for one in done if one is not None]
     for one in answers:
         try:
-            text = until(model.tokenizer.decode(list(one.ids), skip_special_tokens=True), config.generate.stop)
+            text = text_of(model.tokenizer, one.ids, config.generate.stop)
             rewards.append((await child.score(task[0], text)).reward)
         except ScoreFault as fault:
             log.warning("a sample cannot be scored because=%s", fault)

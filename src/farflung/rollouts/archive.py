@@ -38,7 +38,12 @@ class Archive:
 
     def text(self, ids: bytes) -> str:
         """Token ids as text, without special tokens and up to the first stop string."""
-        return until(self._tokenizer.decode(wire.unpack_ids(ids).tolist(), skip_special_tokens=True), self._stop)
+        return text_of(self._tokenizer, wire.unpack_ids(ids).tolist(), self._stop)
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str]) -> str:
+    """What is scored of token ids: their text without special tokens, up to the first stop string."""
+    return until(tokenizer.decode(ids, skip_special_tokens=True), stop)
 
 
 def _tokens(body: SubmissionBody) -> int:
