@@ -35,7 +35,7 @@ from farflung.protocol.messages import Commit, Done, Rollback
 from farflung.weights import patch as patching
 from farflung.weights.cache import Versions
 from farflung.weights.manifest import manifest_digest, open_manifest
-from farflung.weights.plan import Way
+from farflung.weights.plan import FetchPlan
 
 ROOT = Path(__file__).parents[1]
 SMOL = ROOT / "models" / "smollm2-135m"
@@ -255,7 +255,7 @@ def client(folder: Path, url: str, root: bytes, number: int, marks: Marks) -> No
     """
     waited = [0.0]
 
-    def patch(way: Way, whole: Callable[[str], Path], path: Callable[[str], Path]) -> None:
+    def patch(way: FetchPlan, whole: Callable[[str], Path], path: Callable[[str], Path]) -> None:
         before = time.monotonic()
         with (folder.parent / "turn").open("w") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
@@ -269,7 +269,7 @@ def client(folder: Path, url: str, root: bytes, number: int, marks: Marks) -> No
         seen = ""
         while not session.is_over:
             await asyncio.sleep(ASK_S)
-            await session.look()
+            await session.refresh()
             digest = session.latest.manifest
             if digest in ("", seen):
                 continue
@@ -321,7 +321,7 @@ def trainer(folder: Path, url: str, pair: Sequence[Path], marks: Marks, go: Path
         )  # fmt: skip
         commit = Commit(manifest=signed, metrics={}, restores=batch.restores)
         await session.client.post(session.path(f"steps/{step}/commit"), commit, Done)
-        await session.look()
+        await session.refresh()
 
     async def live() -> None:
         session = await Session.open(Client(url, key), "trainer", name="trainer")

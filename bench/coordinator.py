@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import sqlalchemy as sa
-from load.clients import Crowd, Pace, coordinator_id, drive, publish_nothing, simulated_key
+from load.clients import LoadClients, Pace, coordinator_id, drive, publish_nothing, simulated_key
 
 from farflung.config import Config, save
 from farflung.launch.coordinators import run
@@ -65,7 +65,7 @@ def configuration(folder: Path, args: argparse.Namespace, database: str) -> Conf
         "run": {"name": "load", "dir": str(folder)},
         "model": {"path": str(BASE)},
         "env": {"name": "sums", "train_tasks": int(leases * ROLLOUTS_PER_LEASE / SAMPLES) + 1000, "eval_tasks": 0},
-        "generate": {"samples": SAMPLES, "budget": BUDGET},
+        "generate": {"samples": SAMPLES, "max_new_tokens": BUDGET},
         "learn": {"groups": 16},
         "lease": {"rollouts": ROLLOUTS_PER_LEASE, "ahead": 1e5, "heartbeat_s": HEARTBEAT_S, "lost_s": 4 * HEARTBEAT_S},
         "trust": {"canaries": 0},
@@ -147,18 +147,18 @@ def trust_all(config: Config) -> None:
     engine.dispose()
 
 
-async def register_all(crowd: Crowd) -> None:
+async def register_all(clients: LoadClients) -> None:
     """Every key becomes a node, as it does in earnest."""
     limit = asyncio.Semaphore(64)
 
     async def one(number: int) -> None:
         async with limit:
-            await crowd.register(number)
+            await clients.register(number)
 
-    await asyncio.gather(*(one(number) for number in range(len(crowd.keys))))
+    await asyncio.gather(*(one(number) for number in range(len(clients.keys))))
 
 
-def audit_books(config: Config, crowd: Crowd) -> dict[str, int]:
+def audit_books(config: Config, clients: LoadClients) -> dict[str, int]:
     """What was acknowledged against what the database has."""
     engine = open_engine(config.database_url)
     with engine.connect() as connection:
@@ -171,7 +171,7 @@ def audit_books(config: Config, crowd: Crowd) -> dict[str, int]:
         told = sa.select(EVENTS.c.subject).where(EVENTS.c.noun == "lease", EVENTS.c.after == "submitted")
         events = Counter(connection.execute(told).scalars())
     engine.dispose()
-    receipts = crowd.receipts
+    receipts = clients.receipts
     return {
         "acknowledged": len(receipts),
         "acknowledged_and_lost": sum(
@@ -192,18 +192,18 @@ async def measure(config: Config, coordinators: Coordinators, args: argparse.Nam
     for host, port in coordinators.addresses:
         tag = await coordinator_id(f"http://{host}:{port}")
     keys = [simulated_key(0, number) for number in range(args.nodes)]
-    crowd = Crowd(coordinators.addresses, "load", tag, keys, lines=256)
-    crowd.is_patient = True
+    clients = LoadClients(coordinators.addresses, "load", tag, keys, lines=256)
+    clients.is_patient = True
     before = time.monotonic()
-    await register_all(crowd)
+    await register_all(clients)
     registered_s = time.monotonic() - before
     trust_all(config)
     url = "http://{}:{}".format(*coordinators.addresses[0])
     await publish_nothing(url, "load", Key.load_or_make(config.folder / "keys" / "trainer"))
     pace = Pace(args.nodes / HEARTBEAT_S, args.rate)
-    await drive(crowd, pace, min(5.0, args.seconds / 4))
-    crowd.is_patient = args.kills > 0
-    figures = crowd.figures = type(crowd.figures)()
+    await drive(clients, pace, min(5.0, args.seconds / 4))
+    clients.is_patient = args.kills > 0
+    figures = clients.figures = type(clients.figures)()
     (rss_start, cpu_start), own_start = coordinators.measure(), own_cpu_s()
     due = [args.seconds * (number + 0.5) / args.kills for number in range(args.kills)] if args.kills else []
 
@@ -213,10 +213,10 @@ async def measure(config: Config, coordinators: Coordinators, args: argparse.Nam
             coordinators.kill()
 
     began = time.monotonic()
-    await drive(crowd, pace, args.seconds, each)
+    await drive(clients, pace, args.seconds, each)
     took_s = time.monotonic() - began
     (rss_end, cpu_end), own_end = coordinators.measure(), own_cpu_s()
-    crowd.close()
+    clients.close()
     done = {kind: figures.statuses[f"{kind} 200"] for kind in ("heartbeat", "lease", "submission")}
     every = [value for values in figures.seconds.values() for value in values]
     result = {
@@ -242,7 +242,7 @@ async def measure(config: Config, coordinators: Coordinators, args: argparse.Nam
         "kills": coordinators.killed,
         "load_average": round(os.getloadavg()[0], 1),
     }
-    return result | audit_books(config, crowd)
+    return result | audit_books(config, clients)
 
 
 def own_cpu_s() -> float:

@@ -47,7 +47,7 @@ def asked(prompt: int, new: int, groups: int, *, is_ragged: bool) -> list[Reques
     prompts = [tuple(chance.randrange(1000, 40_000) for _ in range(prompt)) for _ in range(groups)]
     budgets = [chance.randint(new // 4, new) if is_ragged else new for _ in range(groups * SAMPLES)]
     budgets[0] = new
-    return [Request(prompts[i // SAMPLES], i, 1.0, budget) for i, budget in enumerate(budgets)]
+    return [Request(prompts[i // SAMPLES], i, 1.0, max_new_tokens) for i, max_new_tokens in enumerate(budgets)]
 
 
 def chats(tokenizer: Any) -> list[Request]:
@@ -70,12 +70,15 @@ def best_s(work: Callable[[], Any], repeats: int) -> float:
 
 
 def rate(requests: Sequence[Request], taken_s: float) -> float:
-    return round(sum(request.budget for request in requests) / taken_s, 1)
+    return round(sum(request.max_new_tokens for request in requests) / taken_s, 1)
 
 
 def by_transformers(model: PreTrainedModel, requests: Sequence[Request], eos: int | None = None) -> Iterator[list[int]]:
     """What comes after each prompt; all of one length without an end token."""
-    new, width = max(request.budget for request in requests), max(len(request.prompt_ids) for request in requests)
+    new, width = (
+        max(request.max_new_tokens for request in requests),
+        max(len(request.prompt_ids) for request in requests),
+    )
     ends: dict[str, Any] = {"min_new_tokens": new} if eos is None else {"eos_token_id": eos}
     padded = [[-1] * (width - len(request.prompt_ids)) + list(request.prompt_ids) for request in requests]
     for ids in torch.tensor(padded).split(ROWS):
@@ -105,7 +108,9 @@ def row(
     engines = {"farflung": local} | ({"vllm": served} if served else {})
     found: dict[str, Any] = {"prompt": prompt, "new": new, "rows": len(even)}
     for name, one in engines.items():
-        short = [k for k, done in enumerate(one.generate(even)) if done is None or len(done.ids) != even[k].budget]
+        short = [
+            k for k, done in enumerate(one.generate(even)) if done is None or len(done.ids) != even[k].max_new_tokens
+        ]
         if short:
             raise SystemExit(f"{name} ended {len(short)} rows early, the first is {short[0]}")
         found[name] = rate(even, best_s(lambda one=one: one.generate(even), repeats))

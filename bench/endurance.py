@@ -32,7 +32,7 @@ from farflung.ops.invariants import violations
 ROOT = Path(__file__).parents[1]
 FLAGS = (
     "--eval.tasks", "0", "--swarm.kill", "0", "--swarm.cheats", "[]", "--swarm.workers", "2", "--swarm.relays", "1",
-    "--generate.samples", "4", "--generate.budget", "24", "--learn.groups", "2", "--learn.lr", "1e-5",
+    "--generate.samples", "4", "--generate.max_new_tokens", "24", "--learn.groups", "2", "--learn.lr", "1e-5",
     "--lease.rollouts", "4", "--learn.checkpoint_every", "20",
 )  # fmt: skip
 ROLES = ("coordinator", "trainer", "validator-1", "worker-1", "relay-1", "scorer")

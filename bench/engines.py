@@ -97,7 +97,7 @@ def speed(
     known: Sequence[tuple[int, ...]], weights: Tensors, eos: list[int], served: VllmEngine | None, pid: int
 ) -> list[dict[str, Any]]:
     """Tokens per second of each engine, one batch each: the same prompts, temperature 1, at most 8 new tokens."""
-    work = [replace(request, budget=QUICK_BUDGET) for request in asked(known, ROWS)]
+    work = [replace(request, max_new_tokens=QUICK_BUDGET) for request in asked(known, ROWS)]
     rows: list[dict[str, Any]] = []
 
     def row(name: str, generate: Callable[[], int], process: int = 0) -> None:
@@ -173,8 +173,8 @@ def rollouts(path: Path | None, served: VllmEngine | None, known: Sequence[tuple
 
 
 def _read(line: str) -> Made:
-    kind, rows, ids, seed, t, budget, said, logp = json.loads(line)
-    return Made(kind, rows, Request(tuple(ids), seed, t, budget), Completion(tuple(said), tuple(logp)))
+    kind, rows, ids, seed, t, max_new_tokens, said, logp = json.loads(line)
+    return Made(kind, rows, Request(tuple(ids), seed, t, max_new_tokens), Completion(tuple(said), tuple(logp)))
 
 
 def _keep(path: Path | None, made: Sequence[Made]) -> None:
@@ -182,7 +182,7 @@ def _keep(path: Path | None, made: Sequence[Made]) -> None:
         with path.open("a") as file:
             for m in made:
                 r = m.request
-                row = (m.kind, m.rows, r.prompt_ids, r.seed, r.temperature, r.budget, m.said.ids, m.said.logp)
+                row = (m.kind, m.rows, r.prompt_ids, r.seed, r.temperature, r.max_new_tokens, m.said.ids, m.said.logp)
                 file.write(json.dumps(row) + "\n")
 
 

@@ -75,7 +75,7 @@ class Watching(decode.DecodeBatch):
 
 
 def generate(maker: LocalEngine, asked: Sequence[Request], rows: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
-    """The ids of each request, and what the head was fed for each, (R, T, D). Nothing ends before its budget."""
+    """The ids of each request, and what the head was fed for each, (R, T, D). Nothing ends before its limit."""
     maker.find_ways()  # by rows that nobody watches
     maker.max_rows, plain = rows, decode.DecodeBatch
     Watching.batches.clear()

@@ -25,7 +25,7 @@ import psutil
 from coordinator import Coordinators, configuration
 from load.clients import coordinator_id, publish_nothing
 from load.decoders import Decoder, crashed, decoders
-from load.fuzz_clients import Guests
+from load.fuzz_clients import FuzzClients
 from load.mutate import Chance
 
 from farflung.config import Config
@@ -80,23 +80,23 @@ async def besiege(config: Config, coordinators: Coordinators, requests: int, see
     """Send them all, and see what is left."""
     address = coordinators.addresses[0]
     url = "http://{}:{}".format(*address)
-    guests = Guests(config, address, await coordinator_id(url), seed)
-    await guests.arrive()
-    await publish_nothing(url, "load", guests.keys["trainer"])
-    await guests.flood(requests // 10)
+    clients = FuzzClients(config, address, await coordinator_id(url), seed)
+    await clients.arrive()
+    await publish_nothing(url, "load", clients.keys["trainer"])
+    await clients.flood(requests // 10)
     rss_start, _ = coordinators.measure()
-    await guests.flood(requests - requests // 10)
+    await clients.flood(requests - requests // 10)
     rss_end, _ = coordinators.measure()
     is_alive = all(process.poll() is None for process in coordinators.running)
     log = coordinators.paths[0].with_suffix(".log").read_text()
     return {
-        "requests": guests.statuses.total(),
-        "server_errors": len(guests.broken),
-        "broke": guests.broken[:9],
+        "requests": clients.statuses.total(),
+        "server_errors": len(clients.broken),
+        "broke": clients.broken[:9],
         "tracebacks": log.count("Traceback"),
         "raised": dict(Counter(re.findall(r"(?m)^[\w.]+(?:Error|Exception): .{0,120}", log)).most_common(9)),
         "is_alive": is_alive,
-        "statuses": dict(sorted(guests.statuses.items())),
+        "statuses": dict(sorted(clients.statuses.items())),
         "rss_mb_start": round(rss_start, 1),
         "rss_mb_end": round(rss_end, 1),
     }

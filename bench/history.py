@@ -31,7 +31,7 @@ from farflung.coordinator import Coordinator, open_coordinator
 from farflung.protocol import seeds
 from farflung.protocol.identity import Key, seal
 from farflung.protocol.messages import Commit, Manifest
-from farflung.rollouts import compose
+from farflung.rollouts.commit import commit_step
 from farflung.store import ledger
 from farflung.store import tables as t
 from farflung.store.bulk import insert_rows
@@ -161,7 +161,7 @@ async def commits(coordinator: Coordinator, past: Past) -> list[Spent]:
 
         def change(connection: Any, digest=digest, manifest=manifest, commit=commit) -> Spent:
             since, worked = time.perf_counter(), time.thread_time()
-            compose.commit_step(connection, ctx.run_ctx, digest, manifest, commit, time.time())
+            commit_step(connection, ctx.run_ctx, digest, manifest, commit, time.time())
             return Spent((time.perf_counter() - since) * 1e3, (time.thread_time() - worked) * 1e3)
 
         found.append(await ctx.database.write(change))
@@ -189,7 +189,7 @@ async def measure(rollouts: int) -> dict[str, float]:
             "model": {"path": str(ROOT / "examples" / "base")},
             "env": {"name": "sums", "train_tasks": 64, "eval_tasks": 0},
             "eval": {"tasks": 0},
-            "generate": {"budget": 32},
+            "generate": {"max_new_tokens": 32},
         }
         config = local_grants(Config.model_validate(tree))
         config.folder.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,7 @@ def ours(folder: Path, seed: int, most_steps: int, until: float, threads: int, m
         "run": {"name": "learn", "dir": str(folder), "steps": most_steps, "seed": seed, "reproducible": True},
         "model": {"path": str(SMOL), "dtype": str(dtype).removeprefix("torch."), "profile": f"torch-cpu-{name}"},
         "env": {"name": "reasoning_gym:chain_sum", "args": TASK, "train_tasks": 1000, "eval_tasks": 1},
-        "generate": {"samples": SAMPLES, "budget": BUDGET},
+        "generate": {"samples": SAMPLES, "max_new_tokens": BUDGET},
         "learn": {
             "groups": GROUPS,
             "oversample": 1.0,
@@ -209,7 +209,13 @@ def peer(
     env = ReasoningGym("chain_sum", **TASK)
     tasks = [{"prompt": env.prompt(task), "answer": task["answer"]} for task in env.tasks("train")]
     is_bf16 = compute_dtype(precision)[0] == torch.bfloat16
-    spec = {"model": str(SMOL.resolve()), "tasks": tasks, "groups": GROUPS, "samples": SAMPLES, "budget": BUDGET}
+    spec = {
+        "model": str(SMOL.resolve()),
+        "tasks": tasks,
+        "groups": GROUPS,
+        "samples": SAMPLES,
+        "max_new_tokens": BUDGET,
+    }
     spec |= {"lr": LR, "betas": BETAS, "seed": seed, "threads": threads, "is_bf16": is_bf16}
     spec |= {"most_steps": most_steps, "until": until, "folder": str(folder / "trl")}
     (folder / "spec.json").write_text(json.dumps(spec))

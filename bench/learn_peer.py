@@ -2,10 +2,10 @@
 
     python learn_peer.py SPEC.json STEPS.jsonl
 
-SPEC names model, tasks, groups, samples, budget, lr, betas, seed, threads, is_bf16, most_steps and until. One line is
-written per step: its number, wall and CPU-seconds since training began, mean reward and completion tokens. Training
-ends once the mean reward of five steps reaches `until`. The reward is the last number of the reply, compared as
-farflung compares it.
+SPEC names model, tasks, groups, samples, max_new_tokens, lr, betas, seed, threads, is_bf16, most_steps and until. One
+line is written per step: its number, wall and CPU-seconds since training began, mean reward and completion tokens.
+Training ends once the mean reward of five steps reaches `until`. The reward is the last number of the reply, compared
+as farflung compares it.
 """
 
 import json
@@ -72,7 +72,7 @@ def main() -> None:
         gradient_accumulation_steps=count // at_once,
         gradient_checkpointing=False,
         num_generations=SPEC["samples"],
-        max_completion_length=SPEC["budget"],
+        max_completion_length=SPEC["max_new_tokens"],
         temperature=1.0,
         max_steps=SPEC["most_steps"],
         seed=SPEC["seed"],

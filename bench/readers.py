@@ -184,7 +184,7 @@ def main() -> None:
             "model": {"path": str(ROOT / "examples" / "base")},
             "env": {"name": "sums", "train_tasks": 64, "eval_tasks": 0},
             "eval": {"tasks": 0},
-            "generate": {"budget": 32},
+            "generate": {"max_new_tokens": 32},
         }
         config = local_grants(Config.model_validate(tree))
         config.folder.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ from farflung.trust import evidence, watch
 from farflung.trust.audit_policy import audit_probability
 from farflung.trust.evidence import Profile, Seen
 from farflung.trust.profiles import load_profile, names
-from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, look_over, submitted, weigh
+from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, submitted, watch_groups, weigh
 from farflung.trust.watch import Look
 
 REACHES = (0.0, 0.005, 0.02, 0.1, 0.3, 1.0)
@@ -145,7 +145,7 @@ def life(groups: Sequence[Sequence[Rollout]], rng: np.random.Generator) -> tuple
             record, outcome = weigh(record, [one.finding for one in flat], SETTINGS)
             is_kept = outcome.kind == "ok"
         if is_kept:
-            record, outcome = look_over(record, [[one.look for one in group] for group in mine], SETTINGS)
+            record, outcome = watch_groups(record, [[one.look for one in group] for group in mine], SETTINGS)
             if outcome.kind == "eject":
                 return number, altered, tokens
             is_kept = outcome.kind == "ok"

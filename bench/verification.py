@@ -124,10 +124,10 @@ def findings(profile: Profile, seen: Sequence[Seen]) -> list[Finding]:
 # --- honest ----------------------------------------------------------------------------------------------------------
 
 
-def requests(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], count: int, t: float, budget: int):
+def requests(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], count: int, t: float, max_new_tokens: int):
     chosen = rng.integers(0, len(prompts), count)
     seeds = rng.integers(0, 2**63, count)
-    return [Request(prompts[i], int(seed), t, budget) for i, seed in zip(chosen, seeds, strict=True)]
+    return [Request(prompts[i], int(seed), t, max_new_tokens) for i, seed in zip(chosen, seeds, strict=True)]
 
 
 def policies_of(base: Path, run: Path | None) -> tuple[Tensors, Tensors]:
@@ -165,11 +165,11 @@ def honest(folder: Path, first: Tensors, last: Tensors, shapes: dict[str, Any], 
     for kind, against, share in shapes["pairs"]:
         verifier_of = {id(w): engine(folder, w, Kind(against), eos) for w in (first, last)}
         generator_of = {id(w): engine(folder, w, kind, eos) for w in (first, last)}
-        budget, t = shapes["budget"], shapes["temperature"]
-        asked = requests(rng, shapes["easy"], int(shapes["calibrate"] * share), t, budget)
+        max_new_tokens, t = shapes["max_new_tokens"], shapes["temperature"]
+        asked = requests(rng, shapes["easy"], int(shapes["calibrate"] * share), t, max_new_tokens)
         pair = generator_of[id(first)], verifier_of[id(first)]
         profile, _ = calibrated(kind.name, *pair, asked, threads=kind.threads)
-        asked = requests(rng, shapes["hard"], int(shapes["judge"] * share), t, budget)
+        asked = requests(rng, shapes["hard"], int(shapes["judge"] * share), t, max_new_tokens)
         seen = list(play(generator_of[id(last)], verifier_of[id(last)], asked, threads=kind.threads))
         found = findings(profile, seen)
         record, trips = NodeRecord(), 0
@@ -451,7 +451,8 @@ def main() -> None:
     model = Model(str(TOY))
     first, last = policies_of(TOY, arguments.run)
     shapes = {
-        "pairs": PAIRS[:3], "budget": 32, "temperature": 2.0, "calibrate": int(2000 * part), "judge": int(3000 * part),
+        "pairs": PAIRS[:3], "max_new_tokens": 32, "temperature": 2.0,
+        "calibrate": int(2000 * part), "judge": int(3000 * part),
         "eos": sorted(model.eos_ids),
         "easy": toy_prompts(model, slice(0, 1024)), "hard": toy_prompts(model, slice(1024, None)),
     }  # fmt: skip
@@ -459,7 +460,7 @@ def main() -> None:
         policies = wide(Path(name), rng)
         prompts = by_difficulty(Path(name), policies[0], rng, 1536)
         broad = {
-            "pairs": PAIRS, "budget": 16, "temperature": 1.0,
+            "pairs": PAIRS, "max_new_tokens": 16, "temperature": 1.0,
             "calibrate": int(4000 * part), "judge": int(16_000 * part),
             "easy": prompts[:1024], "hard": prompts[1024:], "eos": WIDE_EOS,
         }  # fmt: skip
@@ -482,7 +483,7 @@ def main() -> None:
             (PAIRS[0][0], PAIRS[0][1], 0.15),
         )  # bfloat16 is emulated, and slow, where there is no AVX-512
         some = {"pairs": pairs[:1] if arguments.quick else pairs,
-                "budget": 24, "temperature": 1.0, "calibrate": max(48, count // 5), "judge": count,
+                "max_new_tokens": 24, "temperature": 1.0, "calibrate": max(48, count // 5), "judge": count,
                 "easy": prompts[:8], "hard": prompts[8:], "eos": sorted(smol.eos_ids)}  # fmt: skip
         parts.append(honest(SMOL, *policies_of(SMOL, arguments.smol), some, rng))
         figures |= _smol(rng, prompts, arguments.quick)

@@ -37,7 +37,7 @@ from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.store.run import RunContext
 from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, STEPS, TABLE_OF
-from farflung.tasks.create_run import Model, found, seal_papers, weights_key
+from farflung.tasks.create_run import Model, create_run, seal_descriptor, weights_key
 from farflung.tasks.keyring import Keyring
 from farflung.trust.evidence import Profile, Profiles, Tally
 from farflung.trust.fingerprint_distance import distance
@@ -75,12 +75,12 @@ def settings(folder: Path, **changes: dict[str, Any]) -> Config:
         "run": {"name": RUN, "dir": str(folder), "steps": 3, "reproducible": True},
         "model": {"path": str(BASE)},
         "env": {"name": "sums", "train_tasks": 64, "eval_tasks": 4},
-        "generate": {"samples": SAMPLES, "budget": BUDGET},
+        "generate": {"samples": SAMPLES, "max_new_tokens": BUDGET},
         "learn": {"groups": 2, "max_staleness": 2},
         "lease": {"rollouts": 4, "lease_s": 100.0, "lost_s": 40.0, "heartbeat_s": 5.0},
         "trust": {"probation_rollouts": 4, "probation_waiting": 99},
         "eval": {"tasks": 2, "every": 0, "samples": 0},
-        "coordinator": {"grants": {named(name).public.hex(): role for name, role in GRANTS.items()}, "veil": False},
+        "coordinator": {"grants": {named(name).public.hex(): role for name, role in GRANTS.items()}, "redact": False},
     }
     for section, values in changes.items():
         tree[section] = tree[section] | values
@@ -97,8 +97,8 @@ def found_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     async def make() -> None:
         database, model = Database(config.database_url), Model(config.model.path)
-        await found(config, database, model, named("coordinator"), START)
-        await seal_papers(config, Blobs(config.blobs_url), model, named("coordinator"), ring(config))
+        await create_run(config, database, model, named("coordinator"), START)
+        await seal_descriptor(config, Blobs(config.blobs_url), model, named("coordinator"), ring(config))
         database.close()
 
     asyncio.run(make())
@@ -140,7 +140,7 @@ def house(make_house: Callable[..., "House"]) -> "House":
 
 
 def tokens_of(seed: int) -> list[int]:
-    """A rollout as if generated: of a length that follows from the seed, ended by the end token or the budget."""
+    """A rollout as if generated: of a length that follows from the seed, ended by the end token or by its limit."""
     rng = np.random.default_rng(seed)
     length = int(rng.integers(2, BUDGET + 1))
     ids = rng.integers(3, VOCAB, size=length).tolist()
@@ -215,11 +215,11 @@ class House:
         if config.coordinator.database:
             migrate(config.database_url)
         database, blobs = Database(config.database_url), Blobs(config.blobs_url)
-        run_ctx: RunContext = await found(config, database, model, key, clock())
-        papers = await seal_papers(config, blobs, model, key, ring(config))
+        run_ctx: RunContext = await create_run(config, database, model, key, clock())
+        descriptor = await seal_descriptor(config, blobs, model, key, ring(config))
         archive = Archive(Blobs(config.submissions_url), model.tokenizer)
         metrics = Metrics(config.folder / "metrics.jsonl")
-        parts = (run_ctx, papers, weights_key(config), PROFILE, archive, database, blobs, metrics, clock)
+        parts = (run_ctx, descriptor, weights_key(config), PROFILE, archive, database, blobs, metrics, clock)
         token = read_token(config.coordinator.admin_token_file, {})
         return cls(config, Coordinator(Context(*parts, admin_token=token)), clock)
 
@@ -278,9 +278,9 @@ class House:
 
     async def lease(self, name: str, **wishes: Any) -> m.Lease:
         """Ask for work that must be there."""
-        found = await self.ask(name, **wishes)
-        assert found is not None, "no work for a worker"
-        return found
+        create_run = await self.ask(name, **wishes)
+        assert create_run is not None, "no work for a worker"
+        return create_run
 
     async def submit(self, name: str, lease: m.Lease, submission: m.Submission | None = None) -> m.Receipt:
         """Hand in tokens that follow from the seeds, or whatever is given."""
@@ -414,8 +414,8 @@ class House:
 
     def row(self, table: sa.Table, id: str) -> Any:
         """One row by its key."""
-        (found,) = self.rows(sa.select(table).where(next(iter(table.primary_key)) == id))
-        return found
+        (create_run,) = self.rows(sa.select(table).where(next(iter(table.primary_key)) == id))
+        return create_run
 
     def statuses(self, table: sa.Table, **where: Any) -> Counter[str]:
         """How many rows are in which status."""

@@ -28,7 +28,7 @@ INFO = RunInfo(
 )  # fmt: skip
 
 
-def papers(*weights: bytes) -> Run:
+def descriptor(*weights: bytes) -> Run:
     """What the root says of a run whose weights these keys may sign."""
     others = [(purpose, OPERATOR.public) for purpose in PURPOSES if purpose != "weights"]
     delegated = [*others, *(("weights", public) for public in weights)]
@@ -50,7 +50,7 @@ class Source:
         """Digests of shards, one for each time that one was asked for."""
         self.ranges: list[str] = []
         self.breaks: list[int] = []
-        self.papers = papers(TRAINER.public)
+        self.descriptor = descriptor(TRAINER.public)
         self.gate = asyncio.Event()
         self.gate.set()
         if signed is not None:
@@ -64,7 +64,7 @@ class Source:
         return sum(len(self.blobs[digest]) for digest in self.sent)
 
     async def run(self, request: Request) -> Response:
-        return Response(wire.encode(self.papers))
+        return Response(wire.encode(self.descriptor))
 
     async def manifest(self, request: Request) -> Response:
         return Response(wire.encode(self.manifests[request.path_params["digest"]]))
@@ -127,7 +127,7 @@ async def served(app: Starlette) -> AsyncIterator[str]:
 @asynccontextmanager
 async def session_with(url: str, patience_s: float = 1.0) -> AsyncIterator[Session]:
     """A node's stay at such a source."""
-    checked = check_run(papers(TRAINER.public), "test", ROOT.public)
+    checked = check_run(descriptor(TRAINER.public), "test", ROOT.public)
     session = Session(Client(url, NODE, patience_s=patience_s), "test", ROOT.public, checked)
     yield session
     await session.client.close()

@@ -44,7 +44,7 @@ from farflung.weights.manifest import KIND, manifest_digest, target_digest
 
 GIVE_UP_S = 60.0
 KEPT_S = 3.0
-HEAD = "{method} {path} HTTP/1.1\r\nhost: crowd\r\ncontent-type: application/msgpack\r\naccept: application/msgpack\r\n"
+HEAD = "{method} {path} HTTP/1.1\r\nhost: load\r\ncontent-type: application/msgpack\r\naccept: application/msgpack\r\n"
 
 
 def simulated_key(seed: int, number: int) -> Key:
@@ -154,7 +154,7 @@ class NodeStats:
         self.seconds.setdefault(kind, []).append(took_s)
 
 
-class Crowd:
+class LoadClients:
     """Nodes that beat, lease and submit over a few shared lines to any of `addresses`."""
 
     def __init__(
@@ -206,7 +206,7 @@ class Crowd:
         """Hand in tokens for a lease, the same ones for every rollout."""
         submission = Submission(
             rollouts=[
-                SubmittedRollout(rollout=sample.rollout, ids=wire.pack_ids([*[5] * (lease.budget - 1), 2]))
+                SubmittedRollout(rollout=sample.rollout, ids=wire.pack_ids([*[5] * (lease.max_new_tokens - 1), 2]))
                 for group in lease.groups
                 for sample in group.samples
             ]
@@ -254,7 +254,9 @@ class Pace:
     """From a lease to its submission."""
 
 
-async def drive(crowd: Crowd, pace: Pace, seconds: float, each: Callable[[float], None] = lambda at: None) -> None:
+async def drive(
+    clients: LoadClients, pace: Pace, seconds: float, each: Callable[[float], None] = lambda at: None
+) -> None:
     """Send at a fixed pace, whatever the answers; ends when everything was answered. `each` is told the time."""
     start = time.monotonic()
     due: list[tuple[float, int, Callable[[float], Any]]] = []
@@ -267,12 +269,12 @@ async def drive(crowd: Crowd, pace: Pace, seconds: float, each: Callable[[float]
         heapq.heappush(due, (when, count, act))
 
     async def work(when: float) -> None:
-        held = await crowd.lease(when)
+        held = await clients.lease(when)
         if held is not None:
-            at(time.monotonic() + pace.hold_s * crowd.random.uniform(0.5, 1.5), lambda t: crowd.submit(*held, t))
+            at(time.monotonic() + pace.hold_s * clients.random.uniform(0.5, 1.5), lambda t: clients.submit(*held, t))
 
     for number in range(int(pace.heartbeats * seconds)):
-        at(start + number / pace.heartbeats, lambda t, n=number: crowd.beat(n % len(crowd.keys), t))
+        at(start + number / pace.heartbeats, lambda t, n=number: clients.beat(n % len(clients.keys), t))
     for number in range(int(pace.leases * seconds)):
         at(start + number / pace.leases, work)
     while due or tasks:

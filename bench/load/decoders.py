@@ -59,7 +59,7 @@ def decoders(folder: Path) -> list[Decoder]:
         Decoder("sealed evidence", _sealed_evidence, (BadSignature,), 4.0),
         Decoder("evidence", _evidence(load_profile("torch-cpu-fp32")), (Malformed,), 4.0),
         Decoder("submission", _submission(), (Malformed, Rejected), 5.0),
-        Decoder("run papers", _papers(), (Malformed, BadSignature), 2.0),
+        Decoder("run descriptor", _descriptor(), (Malformed, BadSignature), 2.0),
         Decoder("manifest", _manifest, (BadSignature, WeightsError), 4.0),
         Decoder("difference", _difference(), (WeightsError,), 10.0),
         Decoder("shard", _shard(folder), (WeightsError,), 0.5),
@@ -125,7 +125,7 @@ def _evidence(profile: Profile) -> Callable[[Chance], object]:
 def _submission() -> Callable[[Chance], object]:
     samples = [m.Sample(rollout=f"r{n}", index=n, seed=n) for n in range(3)]
     groups = [m.LeaseGroup(group="g1", prompt_ids=b"", samples=samples)]
-    tree = example(m.Lease) | {"budget": 6, "groups": msgspec.to_builtins(groups, builtin_types=(bytes,))}
+    tree = example(m.Lease) | {"max_new_tokens": 6, "groups": msgspec.to_builtins(groups, builtin_types=(bytes,))}
     lease = msgspec.convert(tree, m.Lease)
     ids = [wire.pack_ids([5, 6, 7, 2]), wire.pack_ids([5] * 6), wire.pack_ids([2])]
     rollouts = [{"rollout": f"r{n}", "ids": one} for n, one in enumerate(ids)]
@@ -138,7 +138,7 @@ def _submission() -> Callable[[Chance], object]:
     return attempt
 
 
-def _papers() -> Callable[[Chance], object]:
+def _descriptor() -> Callable[[Chance], object]:
     delegations = [delegate(KEY, "a1", purpose, KEY.public, time.time() + 1e6) for purpose in PURPOSES]
     info = example(m.RunInfo)
     honest = m.Run(root=KEY.public, delegations=delegations, info=_resealed("run", msgspec.msgpack.encode(info)))

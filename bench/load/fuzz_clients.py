@@ -38,10 +38,10 @@ ODD_HEADERS += [
     "x: ",
 ]
 SENDER = {"leases": "worker", "heartbeat": "worker", "scores": "scorer", "audits": "validator", "steps": "trainer"}
-SENDER |= {"blobs": "trainer", "submissions": "trainer", "brake": "operator", "rollback": "operator"}
+SENDER |= {"blobs": "trainer", "submissions": "trainer", "breaker": "operator", "rollback": "operator"}
 
 
-class Guests:
+class FuzzClients:
     """Workers, a trainer, a validator, a scorer and the operator, who all send what they should not."""
 
     def __init__(self, config: Config, address: tuple[str, int], tag: str, seed: int) -> None:
@@ -178,8 +178,8 @@ class Guests:
 
     def _submission(self, lease: m.Lease) -> dict[str, Any]:
         samples = [sample for group in lease.groups for sample in group.samples]
-        lengths = [self.random.randrange(1, lease.budget + 1) for _ in samples]
-        ids = [wire.pack_ids([5] * n if n == lease.budget else [*[5] * (n - 1), 2]) for n in lengths]
+        lengths = [self.random.randrange(1, lease.max_new_tokens + 1) for _ in samples]
+        ids = [wire.pack_ids([5] * n if n == lease.max_new_tokens else [*[5] * (n - 1), 2]) for n in lengths]
         rollouts = [{"rollout": one.rollout, "ids": data} for one, data in zip(samples, ids, strict=True)]
         return {"rollouts": rollouts, "logp": [b"\0" * len(one) for one in ids], "partial": self.random.random() < 0.2}
 

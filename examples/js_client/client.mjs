@@ -47,13 +47,13 @@ function unseal(document, kind, publicKey) {
 // ---- a worker's life, as far as it goes without a model
 const index = await ask({ path: '/v1' })
 const run = index.runs[0]
-const papers = await ask({ path: `/v1/runs/${run}` })
-assert.equal(papers.root, index.root) // whoever was told which root to trust compares it here
-const delegations = papers.delegations.map((sealed) => unseal(sealed, 'delegation', bytesOf(papers.root)))
+const descriptor = await ask({ path: `/v1/runs/${run}` })
+assert.equal(descriptor.root, index.root) // whoever was told which root to trust compares it here
+const delegations = descriptor.delegations.map((sealed) => unseal(sealed, 'delegation', bytesOf(descriptor.root)))
 const valid = delegations.filter((delegation) => delegation.run === run && delegation.expires_at > now())
 const keys = Object.fromEntries(valid.map((delegation) => [delegation.purpose, delegation.public]))
 assert.ok(keys.coordinator && keys.weights)
-const info = unseal(papers.info, 'run', keys.coordinator)
+const info = unseal(descriptor.info, 'run', keys.coordinator)
 assert.deepEqual([info.run, info.coordinator, nodeId(keys.coordinator)], [run, index.coordinator, index.coordinator])
 async function lease(node, name) {
   await ask(signed(node, '/v1/nodes', { version: index.version, name, engine: 'none' }))
@@ -62,14 +62,14 @@ async function lease(node, name) {
   const work = unseal(answer.lease ?? assert.fail('there is no work'), 'lease', keys.coordinator)
   assert.deepEqual([work.node, work.run], [node.id, run])
   const rollouts = work.groups.flatMap((group) => group.samples).map((sample) => sample.rollout)
-  return { rollouts, budget: work.budget, path: `/v1/runs/${run}/leases/${work.lease}/submission` }
+  return { rollouts, maxNewTokens: work.max_new_tokens, path: `/v1/runs/${run}/leases/${work.lease}/submission` }
 }
 const [us, them] = [newNode(), newNode()]
 const [ours, theirs] = [await lease(us, 'js'), await lease(them, 'js-too')]
 
 // ---- bad manners: what is done, and the status and code that docs/protocol.md has us expect
 const inner = Array.from({ length: info.vocab }, (_, id) => id).filter((id) => !info.eos_ids.includes(id))
-const madeUp = (count = ours.budget) => Array.from({ length: count }, () => inner[randomInt(inner.length)])
+const madeUp = (count = ours.maxNewTokens) => Array.from({ length: count }, () => inner[randomInt(inner.length)])
 const encode = (ids) => Buffer.from(Uint32Array.from(ids).buffer).toString('base64') // on a little-endian machine
 const submit = (make, rollouts = ours.rollouts, path = ours.path) =>
   signed(us, path, { rollouts: rollouts.map((rollout) => ({ rollout, ids: encode(make()) })) })
@@ -79,9 +79,9 @@ async function refused(what, status, code, request) {
   assert.deepEqual([refusal.status, refusal.code], [status, code])
 }
 const [cut, others] = [submit(madeUp), ours.rollouts.slice(1)]
-await refused('ends too early', 422, 'rejected', submit(() => madeUp(ours.budget - 1)))
-await refused('never ends', 422, 'rejected', submit(() => madeUp(ours.budget + 1)))
-await refused('goes on after its end', 422, 'rejected', submit(() => [info.eos_ids[0], ...madeUp(ours.budget - 1)]))
+await refused('ends too early', 422, 'rejected', submit(() => madeUp(ours.maxNewTokens - 1)))
+await refused('never ends', 422, 'rejected', submit(() => madeUp(ours.maxNewTokens + 1)))
+await refused('goes on after its end', 422, 'rejected', submit(() => [info.eos_ids[0], ...madeUp(ours.maxNewTokens - 1)]))
 await refused('beyond the vocabulary', 422, 'rejected', submit(() => [info.vocab]))
 await refused('one rollout is missing', 422, 'rejected', submit(madeUp, others))
 await refused("somebody else's rollout", 422, 'rejected', submit(madeUp, [theirs.rollouts[0], ...others]))

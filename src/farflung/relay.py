@@ -91,7 +91,7 @@ class Relay:
         @contextlib.asynccontextmanager
         async def life(_: Starlette) -> AsyncIterator[None]:
             stop_on_signals(self.stop)
-            tasks = [asyncio.create_task(self.session.keep_beating()), asyncio.create_task(self._follow())]
+            tasks = [asyncio.create_task(self.session.keep_heartbeats()), asyncio.create_task(self._follow())]
             yield
             for task in tasks:
                 task.cancel()
@@ -105,7 +105,7 @@ class Relay:
 
     async def about(self, request: Request) -> Response:
         """The version that this relay mirrors."""
-        figures = self.session.figures
+        figures = self.session.stats
         return JSONResponse(
             {"run": self.session.run, "step": figures.loaded_step, "sent_bytes": self.mirror.sent_bytes}
         )
@@ -116,9 +116,9 @@ class Relay:
 
     async def _follow(self) -> None:
         while not self.session.is_over:
-            self.session.figures.phase = "mirroring"
+            self.session.stats.phase = "mirroring"
             await self.mirror.follow(self.session.latest.manifest)
-            self.session.figures.phase = "serving"
+            self.session.stats.phase = "serving"
             await asyncio.sleep(self.settings.poll_s)
-            await self.session.look()
+            await self.session.refresh()
         self.stop()

@@ -34,22 +34,22 @@ class Scorer:
             for _ in range(self.config.scorer.children):
                 child = ScorerChild(env.name, env.args, python=env.python or sys.executable)
                 self.children.append(await stack.enter_async_context(child))
-            async with self.session.stay("scorer", self.stop, metrics_port=self.config.scorer.metrics_port):
+            async with self.session.running("scorer", self.stop, metrics_port=self.config.scorer.metrics_port):
                 while not self.is_stopping and not self.session.is_over:
                     await self.step()
 
     def stop(self) -> None:
         """Stop after the work in hand."""
         self.is_stopping = True
-        self.session.hurry()
+        self.session.shorten_patience()
 
     async def step(self) -> None:
         """Claim, judge, report."""
-        self.session.figures.phase = "waiting"
+        self.session.stats.phase = "waiting"
         jobs = await score.claim(self.session, self.config.scorer.claim, WAIT_S)
         if jobs:
-            self.session.figures.phase = "scoring"
-            results = await score.judge(self.children, jobs, self.config.scorer.timeout_s)
+            self.session.stats.phase = "scoring"
+            results = await score.score_all(self.children, jobs, self.config.scorer.timeout_s)
             await score.report(self.session, results)
             faults = sum(bool(result.error) for result in results)
             log.debug("scored rollouts=%d faults=%d", len(results), faults)

@@ -13,7 +13,7 @@ from typing import Any
 from farflung.config import Config
 from farflung.engine.loading import in_bfloat16
 from farflung.learner import checkpoint, disk_full
-from farflung.learner.build import crew_of
+from farflung.learner.build import learner_of
 from farflung.learner.optimise import StepMetrics
 from farflung.learner.pack import Rollout
 from farflung.learner.ranks import Ranks
@@ -57,7 +57,7 @@ class Trainer:
         self.checker: Checker
         self._loaded: Loaded
         self._bodies: Bodies
-        self.distributed = crew_of(config, ranks or Ranks())
+        self.distributed = learner_of(config, ranks or Ranks())
         self._waited_s = self._checked_s = 0.0
         self._signs: list[Sign] = []
         self._sinks = Sinks(config)
@@ -69,7 +69,7 @@ class Trainer:
             self.client, "trainer", run=self.config.run.name, root=self._root, name="trainer", engine="hf"
         )
         self._bodies = Bodies(self.session)
-        async with self.session.stay("trainer", self.stop, metrics_port=self.config.learn.metrics_port):
+        async with self.session.running("trainer", self.stop, metrics_port=self.config.learn.metrics_port):
             try:
                 self._starts("loading the model")
                 await asyncio.to_thread(self.load)
@@ -84,12 +84,12 @@ class Trainer:
                 self._sinks.finish()
 
     def _starts(self, with_what: str) -> None:
-        self.session.figures.phase = f"starting up: {with_what}"
+        self.session.stats.phase = f"starting up: {with_what}"
 
     def stop(self) -> None:
         """Stop after the work in hand."""
         self.is_stopping = True
-        self.session.hurry()
+        self.session.shorten_patience()
         if self._asking is not None:
             self._asking.cancel()
 
@@ -98,7 +98,7 @@ class Trainer:
         engine = await empty_engine(self.session, threads=self.config.learn.threads)
         folder = self.config.folder / "nodes" / "trainer" / "weights"
         self._loaded = Loaded(engine, Versions(self.session, folder, use_relays=False, patch=patch))
-        self.checker = Checker(self.session, self.config, self._loaded, self._bodies, self._with_room)
+        self.checker = Checker(self.session, self.config, self._loaded, self._bodies, self._retry_when_disk_full)
 
     async def _agree(self) -> None:
         """Refuse a model that does not say the same on every node. Raises ConfigError."""
@@ -122,7 +122,7 @@ class Trainer:
 
     async def _restore(self, step: int) -> None:
         """Bring weights and optimizer back to where they were after an earlier step, by its checkpoint or by replay."""
-        self.session.figures.phase = f"restoring step {step}"
+        self.session.stats.phase = f"restoring step {step}"
         log.warning("restoring step=%d", step)
         done = await asyncio.to_thread(self._resume, step)
         if done < 0:
@@ -136,7 +136,7 @@ class Trainer:
     async def step(self) -> None:
         """Claim the next step; train, publish and commit it, or replay it if it was committed before."""
         step = self.done_step + 1
-        self.session.figures.phase, before = "waiting", time.monotonic()
+        self.session.stats.phase, before = "waiting", time.monotonic()
         answer = await self._next(step)
         self._waited_s += time.monotonic() - before
         if answer is None:
@@ -156,7 +156,7 @@ class Trainer:
             self._publisher.forget()
             return
         self.done_step = step
-        self.session.figures.loaded_step = step
+        self.session.stats.loaded_step = step
 
     async def _next(self, step: int) -> BatchAnswer | None:
         """The answer to a claim, which may take a while; None if the trainer is told to stop before it is there."""
@@ -175,7 +175,7 @@ class Trainer:
         before, self._checked_s = time.monotonic(), 0.0
         if not self.config.learn.tripwire or batch.committed:
             return batch
-        self.session.figures.phase = f"checking step {batch.step}"
+        self.session.stats.phase = f"checking step {batch.step}"
         while await self.checker.trip(batch):
             again = (await claim(self.session, batch.step, WAIT_S)).batch
             assert again is not None, "an open step keeps its batch"
@@ -184,7 +184,7 @@ class Trainer:
         return batch
 
     async def _take(self, batch: Batch) -> None:
-        self.session.figures.phase = f"training step {batch.step}"
+        self.session.stats.phase = f"training step {batch.step}"
         before = time.monotonic()
         held = self._show(batch)
         if batch.step and not batch.committed and batch.restores < 0 and not self._publisher.has_base:
@@ -196,11 +196,13 @@ class Trainer:
         else:
             await self._publish(batch, trained, train_s, held)
         if batch.step % self.config.learn.checkpoint_every == 0:
-            await self._with_room("a checkpoint", lambda: asyncio.to_thread(self.distributed.save, batch.step))
+            await self._retry_when_disk_full(
+                "a checkpoint", lambda: asyncio.to_thread(self.distributed.save, batch.step)
+            )
 
     async def _rebase(self) -> None:
         """Publish differences to the last version, unless its key is revoked: then the next one is an anchor."""
-        self._publisher.trusted = self.session.papers.keys("weights", time.time())
+        self._publisher.trusted = self.session.run_keys.keys("weights", time.time())
         try:
             await self._publisher.rebase(self.distributed.tensors(), self.session.latest.manifest)
         except BadSignature as error:
@@ -219,16 +221,16 @@ class Trainer:
         return await asyncio.to_thread(self._train, rollouts, logp, batch.step - 1)
 
     def _train(self, rollouts: list[Rollout], logp: stale.Logp, present: int) -> StepMetrics:
-        with self.session.figures.working():
+        with self.session.stats.working():
             return self.distributed.train(rollouts, logp, present)
 
-    async def _with_room(self, what: str, write: Callable[[], Awaitable[Any]]) -> None:
+    async def _retry_when_disk_full(self, what: str, write: Callable[[], Awaitable[Any]]) -> None:
         """Write something, once there is room for it."""
 
-        def say(trouble: str) -> None:
-            self.session.figures.trouble = trouble
+        def say(error: str) -> None:
+            self.session.stats.last_error = error
 
-        await disk_full.patiently(what, write, say, lambda: self.is_stopping)
+        await disk_full.retry_when_disk_full(what, write, say, lambda: self.is_stopping)
 
     def _hold_own(self, digest: str) -> None:
         """Have the weights as they are now in the second engine: the next batch is of these, if none may be stale."""
@@ -244,7 +246,7 @@ class Trainer:
         log.info("replayed step=%d digest=%s", batch.step, digest[:12])
 
     async def _publish(self, batch: Batch, trained: StepMetrics | None, train_s: float, held: bytes) -> None:
-        self.session.figures.phase = f"publishing step {batch.step}"
+        self.session.stats.phase = f"publishing step {batch.step}"
         before = time.monotonic()
         policy = self.distributed.learner.policy
         signed = await self._publisher.publish(

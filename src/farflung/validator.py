@@ -58,7 +58,7 @@ class Validator:
         """Work until the run ends or the validator is told to stop."""
         await self.open()
         port = self.settings.metrics_port
-        async with self.session.stay("validator", self.stop, metrics_port=port, on_pulse=self.weights.prefetch):
+        async with self.session.running("validator", self.stop, metrics_port=port, on_pulse=self.weights.prefetch):
             while not self.is_stopping and not self.session.is_over:
                 await self.step()
         await self.weights.close()
@@ -70,16 +70,16 @@ class Validator:
         )
         self.engine = await empty_engine(self.session, threads=self.settings.threads, max_rows=self.settings.slots)
         self.weights = Versions(self.session, self.folder / "weights", use_relays=False, patch=patch)
-        self.loaded = Loaded(self.engine, self.weights, figures=self.session.figures)
+        self.loaded = Loaded(self.engine, self.weights, figures=self.session.stats)
 
     def stop(self) -> None:
         """Stop after the work in hand."""
         self.is_stopping = True
-        self.session.hurry()
+        self.session.shorten_patience()
 
     async def step(self) -> None:
         """Audits before anything else; then, if none waits, an evaluation."""
-        self.session.figures.phase = "waiting"
+        self.session.stats.phase = "waiting"
         jobs = await replay_audits.claim(self.session, self.settings.claim, WAIT_S, self.settings.linger_s)
         if jobs:
             await self._audit(jobs)
@@ -87,7 +87,7 @@ class Validator:
             await self._evaluate()
 
     async def _audit(self, jobs: Sequence[AuditJob]) -> None:
-        self.session.figures.phase = "auditing"
+        self.session.stats.phase = "auditing"
         await self.weights.fetch(jobs[0].manifest)
         for job in jobs:
             if job.manifest_before:
@@ -103,7 +103,7 @@ class Validator:
         log.info("audited step=%d audits=%d", jobs[0].step, len(jobs))
 
     def _replay(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
-        figures, before = self.session.figures, time.thread_time()
+        figures, before = self.session.stats, time.thread_time()
         with figures.working():
             self.loaded.ensure(jobs[0].manifest)
             about = (self.session.run, self.session.info.profile)
@@ -137,14 +137,14 @@ class Validator:
 
     async def _evaluate(self) -> None:
         """One lease of held-out tasks, greedily."""
-        ask = LeaseRequest(loaded_step=self.session.figures.loaded_step, slots=self.settings.slots)
+        ask = LeaseRequest(loaded_step=self.session.stats.loaded_step, slots=self.settings.slots)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
         if answer.lease is not None:
             await self._hand_in(answer.lease)
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
-        figures = self.session.figures
+        figures = self.session.stats
         with figures.working("made"):
             done = generate(self.engine, lease, lambda: False)
         figures.made_tokens += sum(len(completion.ids) for _, completion in done)
@@ -152,7 +152,7 @@ class Validator:
 
     async def _hand_in(self, signed: Signed) -> None:
         lease = await open_lease(self.session, signed)
-        self.session.figures.phase = "evaluating"
+        self.session.stats.phase = "evaluating"
         await self.weights.fetch(lease.manifest)
         before = time.monotonic()
         try:

@@ -89,7 +89,7 @@ class Worker:
         """Work until the run ends, the node is ejected, or the worker is told to stop."""
         await self.open()
         port = self.settings.metrics_port
-        async with self.session.stay("worker", self.drain, metrics_port=port, on_pulse=self.weights.prefetch):
+        async with self.session.running("worker", self.drain, metrics_port=port, on_pulse=self.weights.prefetch):
             try:
                 await self._prepare()
                 while not self.is_stopping and not self.session.is_over:
@@ -99,7 +99,7 @@ class Worker:
         await self.weights.close()
 
     async def open(self) -> None:
-        """Join: register, check the run's papers, build the empty model."""
+        """Join: register, check the run's descriptor, build the empty model."""
         self.session = await Session.open(
             self.client,
             "worker",
@@ -122,9 +122,9 @@ class Worker:
             upstream=self.settings.upstream,
             patch=patch,
         )
-        self.loaded = Loaded(self.engine, self.weights, bits=bits, figures=self.session.figures)
+        self.loaded = Loaded(self.engine, self.weights, bits=bits, figures=self.session.stats)
         self._receipts = Receipts(self.folder)
-        await self.session.beat()
+        await self.session.heartbeat()
 
     def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         settings, eos_ids = self.settings, self.session.info.eos_ids
@@ -153,7 +153,7 @@ class Worker:
         profile = self_test.profile_in(self.session, test, self.settings.profile) if test else None
         if test is None or profile is None:
             return
-        self._is_tried, self.session.figures.phase = True, "self-test"
+        self._is_tried, self.session.stats.phase = True, "self-test"
         tried = await asyncio.to_thread(self._attempt, test, profile)
         if tried is None:
             log.info("no self-test because=%s cannot tell gaps", self.settings.engine)
@@ -163,19 +163,19 @@ class Worker:
             raise ConfigError(f"{tried.told}, or work all the same with --ignore-self-test")
 
     def _attempt(self, test: SelfTest, profile: Profile) -> self_test.Tried | None:
-        with self.session.figures.working("proof"):
+        with self.session.stats.working("proof"):
             return self_test.attempt(self.engine, test, profile)
 
     def drain(self) -> None:
         """Stop soon: complete rollouts are handed in, the rest goes back."""
-        log.info("draining phase=%s", self.session.figures.phase)
+        log.info("draining phase=%s", self.session.stats.phase)
         self.is_stopping = True
-        self.session.hurry()
+        self.session.shorten_patience()
 
     async def step(self) -> None:
         """One lease, from asking to handing in."""
-        self.session.figures.phase = "waiting"
-        figures = self.session.figures
+        self.session.stats.phase = "waiting"
+        figures = self.session.stats
         slots = min(SEATINGS * self.settings.slots, MAX_SAMPLES)
         ask = LeaseRequest(loaded_step=figures.loaded_step, slots=slots, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
@@ -192,7 +192,7 @@ class Worker:
         """That there is no work, once for each reason, so that no node idles without a word."""
         if reason.rstrip("0123456789 s") != self._idle_because:
             self._idle_because = reason.rstrip("0123456789 s")
-            log.info("no lease because=%s standing=%r", reason, str(self.session.standing))
+            log.info("no lease because=%s status=%r", reason, str(self.session.node_status))
 
     async def _work(self, lease: Lease) -> None:
         try:
@@ -213,7 +213,7 @@ class Worker:
 
     async def load(self, manifest_digest: str) -> None:
         """Have these weights in the engine; the pause is only the swap when they were fetched before."""
-        figures = self.session.figures
+        figures = self.session.stats
         figures.phase = "fetching"
         await self.weights.fetch(manifest_digest)
         if not self.loaded.has(manifest_digest):
@@ -222,7 +222,7 @@ class Worker:
             figures.sync_pause_s = time.monotonic() - before
 
     async def _hand_in(self, lease: Lease) -> None:
-        self.session.figures.phase = "generating"
+        self.session.stats.phase = "generating"
         before = time.monotonic()
         done = await asyncio.to_thread(self._generate, lease)
         await self._keep_pace(done)
@@ -233,13 +233,13 @@ class Worker:
             return
         assigned = sum(len(group.samples) for group in lease.groups)
         taken_s = time.monotonic() - before
-        with self.session.figures.working("proof"):
+        with self.session.stats.working("proof"):
             shown = self.loaded.possession(lease.nonce, lease.probe)
         submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
-        self.session.figures.phase = "submitting"
+        self.session.stats.phase = "submitting"
         await self.send(lease, submission)
-        told = lease.lease, lease.step, len(done), str(self.session.standing)
-        log.info("submitted lease=%s step=%d rollouts=%d standing=%r", *told)
+        told = lease.lease, lease.step, len(done), str(self.session.node_status)
+        log.info("submitted lease=%s step=%d rollouts=%d status=%r", *told)
 
     async def _keep_pace(self, done: list[tuple[str, Completion]]) -> None:
         """Be no faster than was asked for, over the last few seconds."""
@@ -256,7 +256,7 @@ class Worker:
         self._receipts.keep(receipt, await self.session.keys("receipts", receipt))
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
-        with self.session.figures.working():
+        with self.session.stats.working():
             return generate(self.engine, lease, lambda: self.is_stopping or lease.lease in self.session.lost)
 
     async def _return(self, lease: Lease) -> None:

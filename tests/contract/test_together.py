@@ -83,7 +83,9 @@ def test_rows_in_one_statement_are_the_rows_one_by_one(database, count) -> None:
         )
 
     asyncio.run(database.write(change))
-    query = sa.select(NODES.c.node, NODES.c.seen_at, NODES.c.loaded_step, NODES.c.beat, NODES.c.phase, NODES.c.public)
+    query = sa.select(
+        NODES.c.node, NODES.c.seen_at, NODES.c.loaded_step, NODES.c.heartbeat, NODES.c.phase, NODES.c.public
+    )
     found = {row[0]: tuple(row[1:]) for row in asyncio.run(database.read(lambda c: c.execute(query).all()))}
     assert found == {f"n{i}": (i / 2, i, bytes([i % 256]), "", b"\0k") for i in range(count)}
 
@@ -120,14 +122,14 @@ def test_a_bad_submission_harms_none_that_comes_with_it(make_house) -> None:
 
         def delivery(name: str, whose: str = "") -> intake.StoredSubmission:
             node, lease = house.named(name).id, leases[whose or name]
-            parcel = inspect(lease, node, house.honest(lease), run_ctx.vocab, run_ctx.eos_ids)
-            return intake.StoredSubmission(node, parcel, "", None)
+            valid = inspect(lease, node, house.honest(lease), run_ctx.vocab, run_ctx.eos_ids)
+            return intake.StoredSubmission(node, valid, "", None)
 
         def unleased(given: intake.StoredSubmission) -> intake.StoredSubmission:
             lease = m.Lease(
-                **{name: getattr(given.parcel.lease, name) for name in m.Lease.__struct_fields__} | {"lease": "lx"}
+                **{name: getattr(given.valid.lease, name) for name in m.Lease.__struct_fields__} | {"lease": "lx"}
             )
-            return replace(given, parcel=replace(given.parcel, lease=lease))
+            return replace(given, valid=replace(given.valid, lease=lease))
 
         def banned(connection: sa.Connection) -> None:
             connection.execute(NODES.update().where(NODES.c.node == house.named("eve").id).values(status="ejected"))

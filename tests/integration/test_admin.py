@@ -27,7 +27,7 @@ def guarded(make_house, tmp_path):
 def test_the_operators_routes_are_for_whoever_carries_the_token(guarded, caplog) -> None:
     async def scenario(house) -> None:
         caplog.set_level(logging.DEBUG)
-        release = f"{house.admin_path}/brake/release"
+        release = f"{house.admin_path}/breaker/close"
         for name, token in (("ada", ""), ("coordinator", ""), ("trainer", TOKEN[:-1]), ("ada", f"{TOKEN} ")):
             line = house.line(name)
             line.admin_token = token
@@ -52,7 +52,7 @@ def test_a_request_with_the_token_must_be_signed_all_the_same(guarded) -> None:
         transport = httpx2.ASGITransport(app=house.coordinator.app())
         async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
             answer = await client.post(
-                f"{house.admin_path}/brake/release", content=b"{}", headers={"authorization": f"Bearer {TOKEN}"}
+                f"{house.admin_path}/breaker/close", content=b"{}", headers={"authorization": f"Bearer {TOKEN}"}
             )
         assert answer.status_code == 401
 

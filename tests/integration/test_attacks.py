@@ -440,7 +440,7 @@ def forged(kind: str, lease: m.Lease, honest: m.Submission) -> m.Submission:
         "a huge token": [m.SubmittedRollout(rollout=first.rollout, ids=b"\xff" * 8), *rest],
         "goes on after the end": [m.SubmittedRollout(rollout=first.rollout, ids=wire.pack_ids([2, *ids])), *rest],
         "stops early": [m.SubmittedRollout(rollout=first.rollout, ids=wire.pack_ids([5, 6])), *rest],
-        "over the budget": [m.SubmittedRollout(rollout=first.rollout, ids=wire.pack_ids([5] * 9)), *rest],
+        "over max_new_tokens": [m.SubmittedRollout(rollout=first.rollout, ids=wire.pack_ids([5] * 9)), *rest],
     }
     return msgspec.structs.replace(honest, rollouts=swap[kind])
 
@@ -458,7 +458,7 @@ def forged(kind: str, lease: m.Lease, honest: m.Submission) -> m.Submission:
         ("a huge token", "rejected"),
         ("goes on after the end", "rejected"),
         ("stops early", "rejected"),
-        ("over the budget", "rejected"),
+        ("over max_new_tokens", "rejected"),
     ],
 )
 def test_a_submission_that_fails_sanity_is_refused_and_may_be_mended(house, kind, expected) -> None:
@@ -825,5 +825,5 @@ def test_what_a_worker_says_of_itself_changes_neither_ledger_nor_batch(make_hous
 
 def test_inspect_is_what_the_route_runs(house) -> None:
     lease = started(house, "ada")["ada"]
-    parcel = inspect(lease, house.named("ada").id, house.honest(lease), 32, frozenset({2}))
-    assert sum(parcel.tokens.values()) == sum(len(r.ids) // 4 for r in house.honest(lease).rollouts)
+    valid = inspect(lease, house.named("ada").id, house.honest(lease), 32, frozenset({2}))
+    assert sum(valid.tokens.values()) == sum(len(r.ids) // 4 for r in house.honest(lease).rollouts)

@@ -177,9 +177,9 @@ def test_a_full_disk_is_waited_out(learner, tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(disk_full, "LOOK_S", 0.05)
     said: list[str] = []
 
-    def hear(trouble: str) -> None:
-        said.append(trouble)
-        assert [path.name for path in small.iterdir()] == ["step-000001"] or not trouble, "half a checkpoint stays"
+    def hear(error: str) -> None:
+        said.append(error)
+        assert [path.name for path in small.iterdir()] == ["step-000001"] or not error, "half a checkpoint stays"
         if len(said) == 3:
             subprocess.run(["mount", "-o", f"remount,size={size_bytes * 4}", str(small)], check=True)
 
@@ -188,7 +188,7 @@ def test_a_full_disk_is_waited_out(learner, tmp_path: Path, monkeypatch) -> None
 
     try:
         checkpoint.save(one, 1, small)
-        saved = asyncio.run(disk_full.patiently("a checkpoint", lambda: write(2), hear, lambda: False))
+        saved = asyncio.run(disk_full.retry_when_disk_full("a checkpoint", lambda: write(2), hear, lambda: False))
         assert said[0].startswith("waits for room on its disk to write a checkpoint: ")
         assert (len(said), said[-1]) == (4, "")
         assert checkpoint.latest(small) == saved
@@ -216,7 +216,7 @@ def test_what_is_no_full_disk_is_raised_at_once(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        asyncio.run(disk_full.patiently("a checkpoint", write, pytest.fail, lambda: False))
+        asyncio.run(disk_full.retry_when_disk_full("a checkpoint", write, pytest.fail, lambda: False))
 
 
 def test_a_trainer_that_is_told_to_stop_does_not_wait_for_room() -> None:
@@ -224,4 +224,4 @@ def test_a_trainer_that_is_told_to_stop_does_not_wait_for_room() -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        asyncio.run(disk_full.patiently("a checkpoint", write, pytest.fail, lambda: True))
+        asyncio.run(disk_full.retry_when_disk_full("a checkpoint", write, pytest.fail, lambda: True))

@@ -21,7 +21,7 @@ from farflung.ops.keys import show
 from farflung.protocol import messages as m
 from farflung.protocol.errors import ConfigError
 from farflung.queries import browse
-from farflung.queries.redact import Veil
+from farflung.queries.redact import Redaction
 from farflung.store.tables import GROUPS, LEASES, ROLLOUTS
 from farflung.tasks import keyring
 
@@ -69,9 +69,9 @@ def test_the_weights_page_says_what_went_wrong_in_the_nodes_own_words(house) -> 
     async def scenario(house) -> None:
         await house.step(0)
         ada = await house.client("ada")
-        await ada.post("/v1/runs/test/heartbeat", m.Heartbeat(trouble=said), m.HeartbeatReply)
+        await ada.post("/v1/runs/test/heartbeat", m.Heartbeat(last_error=said), m.HeartbeatReply)
         weights = await ada.get("/v1/runs/test/weights", m.Weights)
-        assert [(one.name, one.said) for one in weights.troubles] == [("ada", said)]
+        assert [(one.name, one.said) for one in weights.node_errors] == [("ada", said)]
 
     house.run(scenario)
     (page,) = get(house.coordinator.app(), "/weights")
@@ -166,7 +166,7 @@ def test_paging_shows_every_rollout_once_there_and_back(house, monkeypatch) -> N
 
     def page(known: int, **wanted: str) -> browse.RolloutPage:
         with house.ctx.database.engine.connect() as connection:
-            return browse.rollouts(connection, "test", browse.Wanted(**wanted), known, Veil())
+            return browse.rollouts(connection, "test", browse.Wanted(**wanted), known, Redaction())
 
     for known in (1, 10**9):
         for only in ({}, {"status": "trained"}, {"node": house.named("ada").id}):

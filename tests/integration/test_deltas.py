@@ -271,7 +271,7 @@ def test_a_kill_in_the_middle_of_patching_leaves_nothing_that_counts(
                 assert not versions.whole(of.digests[1]).exists()
             async with node(of, tmp_path) as versions:
                 assert not list(tmp_path.glob("*.draft"))
-                assert "half patched" in versions.session.figures.trouble
+                assert "half patched" in versions.session.stats.last_error
                 await versions.fetch(of.digests[1])
                 assert same(versions, of, 1)
 

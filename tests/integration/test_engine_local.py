@@ -23,10 +23,10 @@ NEAR_TIE = 1e-3
 """Scores of float32 models closer than this may change places by rounding."""
 
 
-def requests(count: int, *, budget: int = 24, temperature: float = 1.0) -> list[Request]:
+def requests(count: int, *, max_new_tokens: int = 24, temperature: float = 1.0) -> list[Request]:
     """Prompts of three lengths, each with its own seed."""
     return [
-        Request(tuple((7 * i + 3 * k) % 30 + 2 for k in range(3 + i % 3)), 2**40 + i, temperature, budget)
+        Request(tuple((7 * i + 3 * k) % 30 + 2 for k in range(3 + i % 3)), 2**40 + i, temperature, max_new_tokens)
         for i in range(count)
     ]
 
@@ -34,7 +34,7 @@ def requests(count: int, *, budget: int = 24, temperature: float = 1.0) -> list[
 def by_definition(model, request: Request, eos: frozenset[int]) -> list[int]:
     """Gumbel-max with whole forward passes, no cache, no padding, numpy's noise."""
     ids = list(request.prompt_ids)
-    for position in range(request.budget):
+    for position in range(request.max_new_tokens):
         with torch.no_grad():
             scores = model(torch.tensor([ids])).logits[0, -1].float().numpy()
         if request.temperature > 0:
@@ -75,15 +75,15 @@ def test_a_mixed_batch_says_what_the_definition_says(tiny_qwen) -> None:
     model = tiny_qwen().eval()
     engine = LocalEngine(model)
     asked = [
-        Request(r.prompt_ids, r.seed, temperature, budget)
-        for r, temperature, budget in zip(
+        Request(r.prompt_ids, r.seed, temperature, max_new_tokens)
+        for r, temperature, max_new_tokens in zip(
             requests(12), itertools.cycle([1.0, 0.0, 0.7]), itertools.cycle([20, 5, 1, 12]), strict=False
         )
     ]
     said = engine.generate(asked)
     assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in asked]
     for request, completion in zip(asked, said, strict=True):
-        assert len(completion.ids) == request.budget or completion.ids[-1] in engine.eos_ids
+        assert len(completion.ids) == request.max_new_tokens or completion.ids[-1] in engine.eos_ids
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_other_families_of_models(family: str) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(other_families()[family]).eval()
     engine = LocalEngine(model, eos_ids=[1])
-    asked = requests(5, budget=16)
+    asked = requests(5, max_new_tokens=16)
     said = engine.generate(asked)
     assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in asked]
     assert margins(engine, asked, said).max() < NEAR_TIE
@@ -101,7 +101,7 @@ def test_other_families_of_models(family: str) -> None:
 
 def test_alone_and_in_a_batch_the_same_tokens(tiny_qwen) -> None:
     engine = LocalEngine(tiny_qwen(), eos_ids=[])
-    asked = requests(8, budget=40)
+    asked = requests(8, max_new_tokens=40)
     together = engine.generate(asked)
     alone = [engine.generate([request])[0] for request in asked]
     if [c.ids for c in together] != [c.ids for c in alone]:
@@ -113,7 +113,7 @@ def test_alone_and_in_a_batch_the_same_tokens(tiny_qwen) -> None:
 def test_a_row_ends_with_the_token_that_completes_a_stop_string_and_nobody_else_does(tiny_qwen) -> None:
     moves = np.zeros((2, 32), np.uint8)
     moves[0, 4:12], moves[1, 4:12], moves[:, 20] = 1, DONE, DONE  # two of eight in a row, or one
-    stops, asked = Stops(moves), requests(24, budget=40)
+    stops, asked = Stops(moves), requests(24, max_new_tokens=40)
     free = LocalEngine(tiny_qwen(), eos_ids=[1])
     kept = LocalEngine(free.model, eos_ids=[1], stops=stops, max_rows=5)
     whole = [one.ids for one in free.generate(asked)]
@@ -198,7 +198,7 @@ def test_rows_that_join_say_what_the_definition_says(family, is_long, tiny_qwen,
         assert max(rows) <= slots
         assert max(columns) <= 110 + 30, "columns of rows that left are forgotten"
         if family != "mistral-sliding":
-            busy = rows[: -max(request.budget for request in asked)]
+            busy = rows[: -max(request.max_new_tokens for request in asked)]
             assert sum(busy) >= 0.8 * slots * len(busy) > 0, "no slot waits for the longest row"
 
 
@@ -261,10 +261,10 @@ def test_logp_is_that_of_the_sampling_temperature(tiny_qwen) -> None:
 
 def test_honest_work_replays_without_margin_and_unseeded_work_does_not(tiny_qwen) -> None:
     engine = LocalEngine(tiny_qwen(), eos_ids=[])
-    asked = requests(16, budget=32)
+    asked = requests(16, max_new_tokens=32)
     honest = engine.generate(asked)
     assert margins(engine, asked, honest).max() < NEAR_TIE
-    unseeded = engine.generate([Request(r.prompt_ids, r.seed + 1, r.temperature, r.budget) for r in asked])
+    unseeded = engine.generate([Request(r.prompt_ids, r.seed + 1, r.temperature, r.max_new_tokens) for r in asked])
     assert (margins(engine, asked, unseeded) > NEAR_TIE).mean() > 0.3
     other = LocalEngine(tiny_qwen(seed=1), eos_ids=[])
     assert (margins(other, asked, honest) > NEAR_TIE).mean() > 0.3
@@ -314,7 +314,7 @@ def test_scores_are_float32_even_where_logits_are_bfloat16() -> None:
 
 def test_replay_does_not_depend_on_its_chunks_and_takes_empty_rows(tiny_qwen) -> None:
     model = tiny_qwen()
-    asked = requests(9, budget=15)
+    asked = requests(9, max_new_tokens=15)
     items = [(request, tuple(range(2, 2 + k))) for k, request in enumerate(asked)]
     wide = LocalEngine(model).replay(items)
     narrow = LocalEngine(model, replay_tokens=20).replay(items)

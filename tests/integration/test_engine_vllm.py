@@ -71,8 +71,8 @@ class StandIn(ThreadingHTTPServer):
         if not isinstance(seeded.get(SEED, 0), int):
             seeded = {}
         time.sleep(self.delay_s)
-        budget = min(sampling["max_tokens"], self.longest)
-        request = Request(tuple(prompt), seeded.get(SEED, 0), seeded.get(TEMPERATURE, 0.0), budget)
+        max_new_tokens = min(sampling["max_tokens"], self.longest)
+        request = Request(tuple(prompt), seeded.get(SEED, 0), seeded.get(TEMPERATURE, 0.0), max_new_tokens)
         with self.lock:
             self.engine.eos_ids = frozenset(sampling.get("stop_token_ids", ()))
             [said] = self.engine.generate([request])

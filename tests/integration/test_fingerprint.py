@@ -45,9 +45,10 @@ def engine(tiny_qwen):
     return LocalEngine(tiny_qwen())
 
 
-def requests(count: int, nonce: str, *, budget: int = 20) -> list[Request]:
+def requests(count: int, nonce: str, *, max_new_tokens: int = 20) -> list[Request]:
     return [
-        Request(tuple((5 * i + 3 * k) % 30 + 2 for k in range(3 + i % 3)), i, 1.0, budget, nonce) for i in range(count)
+        Request(tuple((5 * i + 3 * k) % 30 + 2 for k in range(3 + i % 3)), i, 1.0, max_new_tokens, nonce)
+        for i in range(count)
     ]
 
 
@@ -57,17 +58,17 @@ def distances(engine, asked, done) -> list[float]:
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
-@pytest.mark.parametrize("budget", [1, 2, 20])
-def test_a_replay_finds_the_fingerprint_that_generation_gave(engine, rows: int, budget: int) -> None:
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 20])
+def test_a_replay_finds_the_fingerprint_that_generation_gave(engine, rows: int, max_new_tokens: int) -> None:
     engine.max_rows = rows
-    asked = requests(12, NONCE, budget=budget)
+    asked = requests(12, NONCE, max_new_tokens=max_new_tokens)
     assert max(distances(engine, asked, engine.generate(asked))) < 0.015
 
 
 def test_it_is_the_projection_of_what_the_head_is_fed(engine) -> None:
     import torch
 
-    (asked,) = requests(1, NONCE, budget=3)
+    (asked,) = requests(1, NONCE, max_new_tokens=3)
     (done,) = engine.generate([asked])
     fed = torch.tensor([[*asked.prompt_ids, *done.ids[:-1]]])
     hidden = engine.model.model(fed).last_hidden_state[0, -len(done.ids) :].numpy()
@@ -94,10 +95,10 @@ def test_leases_of_several_nonces_share_a_batch(engine) -> None:
 
 
 def test_only_the_first_tokens_count(engine) -> None:
-    (asked,) = requests(1, NONCE, budget=POSITIONS + 4)
+    (asked,) = requests(1, NONCE, max_new_tokens=POSITIONS + 4)
     asked = replace(asked, temperature=0.0)
     engine.eos_ids = frozenset()
-    long, short = engine.generate([asked])[0], engine.generate([replace(asked, budget=POSITIONS)])[0]
+    long, short = engine.generate([asked])[0], engine.generate([replace(asked, max_new_tokens=POSITIONS)])[0]
     assert len(long.ids) > len(short.ids)
     assert long.fingerprint == short.fingerprint
 
@@ -105,7 +106,7 @@ def test_only_the_first_tokens_count(engine) -> None:
 def test_other_weights_and_other_prompts_are_far(engine, tiny_qwen) -> None:
     from farflung.engine.local import LocalEngine
 
-    asked = requests(8, NONCE, budget=1)
+    asked = requests(8, NONCE, max_new_tokens=1)
     other = LocalEngine(tiny_qwen(seed=1)).generate(asked)
     assert min(distances(engine, asked, other)) > 0.5
     elsewhere = engine.generate([replace(one, prompt_ids=(*one.prompt_ids, 7)) for one in asked])

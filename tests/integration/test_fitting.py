@@ -19,7 +19,7 @@ def config(folder: Path, **generate: float) -> Config:
     tree = {
         "run": {"name": "fit", "dir": str(folder)},
         "model": {"path": str(BASE)},
-        "generate": {"budget": 16} | generate,
+        "generate": {"max_new_tokens": 16} | generate,
     }
     return Config.model_validate(tree)
 
@@ -32,7 +32,8 @@ def test_a_run_within_the_profiles_of_the_package_takes_them(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("generate", "words"), [({"temperature": 0.3}, "temperature 1, the run's is 0.3"), ({"budget": 4096}, "up to 32")]
+    ("generate", "words"),
+    [({"temperature": 0.3}, "temperature 1, the run's is 0.3"), ({"max_new_tokens": 4096}, "up to 32")],
 )
 def test_a_coordinator_refuses_a_profile_of_other_runs_in_a_sentence(tmp_path: Path, generate, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as refused:

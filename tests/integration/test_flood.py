@@ -20,7 +20,7 @@ from farflung.protocol.identity import Signed
 from farflung.queries.cost import Meter
 from farflung.queries.shared import Shared
 from farflung.store import metrics
-from farflung.store.db import MOST_GUESTS
+from farflung.store.db import MOST_PAGE_READS
 from farflung.store.metrics import Metrics
 from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUTS
 
@@ -33,7 +33,7 @@ async def kept(house) -> int:
 
 def variant(lease: m.Lease, number: int) -> m.Submission:
     rng = np.random.default_rng(number)
-    ids = [wire.pack_ids(rng.integers(3, 32, lease.budget)) for group in lease.groups for _ in group.samples]
+    ids = [wire.pack_ids(rng.integers(3, 32, lease.max_new_tokens)) for group in lease.groups for _ in group.samples]
     samples = [sample for group in lease.groups for sample in group.samples]
     return m.Submission(
         rollouts=[m.SubmittedRollout(rollout=s.rollout, ids=i) for s, i in zip(samples, ids, strict=True)]
@@ -256,15 +256,15 @@ def test_a_large_file_is_thinned_and_says_the_same(tmp_path, make_house, monkeyp
         notes.note_node("n1", "worker", 1.0, beat(second), second)
         notes.flush(second)
     notes.write("eval", 8000.0, step=3)
-    told, before = meter.look(), path.stat().st_size
+    told, before = meter.read(), path.stat().st_size
     assert not notes.thin()
     monkeypatch.setattr(metrics, "MOST_BYTES", 1000)
     assert notes.thin()
     assert path.stat().st_size < before / 20
     assert [line["kind"] for line in notes.lines()] == ["start", "node", "node", "node", "eval"]
-    assert meter.look() == told
+    assert meter.read() == told
     notes.write("end", 8001.0)
-    assert meter.look()[2] == 8000.0
+    assert meter.read()[2] == 8000.0
 
 
 def test_an_evaluation_is_noted_once_and_the_file_is_not_read_again(tmp_path) -> None:
@@ -290,7 +290,7 @@ def test_no_node_and_no_sweep_waits_for_those_who_look_on(house) -> None:
     async def scenario(house) -> None:
         database, line = house.ctx.database, house.line("nobody")
         await house.commit(await house.claim_step(0))
-        looks = [asyncio.create_task(database.read_page(lambda c: gone.wait(20))) for _ in range(MOST_GUESTS)]
+        looks = [asyncio.create_task(database.read_page(lambda c: gone.wait(20))) for _ in range(MOST_PAGE_READS)]
         await asyncio.sleep(0.05)
         try:
             async with asyncio.timeout(10):

@@ -42,7 +42,7 @@ class Books:
         names = [sample.rollout for group in lease.groups for sample in group.samples]
         names = names[: len(names) - leave]
         self.made_up |= set(names)
-        ids = wire.pack_ids([5] * lease.budget)
+        ids = wire.pack_ids([5] * lease.max_new_tokens)
         sent = [m.SubmittedRollout(rollout=rollout, ids=ids) for rollout in names]
         return m.Submission(rollouts=sent, partial=leave > 0)
 

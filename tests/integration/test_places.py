@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import settings
 
 from farflung.config import Config, save
-from farflung.launch.run_folder import has_no_room, prepare
+from farflung.launch.run_folder import prepare, why_disk_full
 from farflung.net.session import ending_signals
 from farflung.protocol.errors import ConfigError
 from farflung.store import owner
@@ -219,10 +219,10 @@ def test_a_run_that_another_database_holds_keeps_its_folder(config: Config, tmp_
 
 
 def test_a_disk_with_little_room_is_told(tmp_path: Path, monkeypatch) -> None:
-    assert has_no_room(tmp_path) == ""
+    assert why_disk_full(tmp_path) == ""
     monkeypatch.setattr("farflung.launch.run_folder.LOW_BYTES", 1 << 62)
-    assert f"are left on the disk of {tmp_path}" in has_no_room(tmp_path)
-    assert has_no_room(tmp_path / "gone") == ""
+    assert f"are left on the disk of {tmp_path}" in why_disk_full(tmp_path)
+    assert why_disk_full(tmp_path / "gone") == ""
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

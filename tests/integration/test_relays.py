@@ -29,7 +29,7 @@ from farflung.weights.manifest import KIND, manifest_digest, target_digest
 from farflung.weights.mirror import Mirror
 from farflung.weights.publish import describe
 from farflung.weights.tensors import tensors
-from standin import TRAINER, Source, papers, served, session_with
+from standin import TRAINER, Source, descriptor, served, session_with
 
 EMPTY_FRAME = zstd.compress(b"")
 STRANGER = Key(b"x" * 32)
@@ -179,7 +179,7 @@ def test_a_hostile_relay_costs_one_shard_and_its_own_reputation(name: str, tmp_p
             assert time.monotonic() - since < 10
             assert len(origin.sent) == 1
             assert versions._downloads.scores[url].success < 1
-            assert versions.session.figures.trouble.startswith(f"relay {url}: "), "the page says what happened"
+            assert versions.session.stats.last_error.startswith(f"relay {url}: "), "the page says what happened"
             loaded = dict(tensors(versions, manifest_digest(signed)))
             assert all(torch.equal(loaded[key], WEIGHTS[key]) for key in WEIGHTS)
             assert {path.name for path in tmp_path.iterdir()} == {manifest.shards[0].digest}
@@ -191,7 +191,7 @@ def test_a_hostile_relay_costs_one_shard_and_its_own_reputation(name: str, tmp_p
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_relay_among_honest_ones_is_found_out(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """The shard comes in pieces from all of them at once."""
-    monkeypatch.setattr(ranges, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 10_000)
     monkeypatch.setattr(ranges, "OVERDUE_S", 0.3)
 
     async def scene() -> None:
@@ -208,7 +208,7 @@ def test_a_hostile_relay_among_honest_ones_is_found_out(name: str, tmp_path: Pat
             assert dict(tensors(versions, manifest_digest(signed))).keys() == WEIGHTS.keys()
             scores = versions._downloads.scores
             assert scores[url].success < scores[origin.relays[1]].success == 1
-            assert url in versions.session.figures.trouble
+            assert url in versions.session.stats.last_error
             assert len(honest.sent) > 5
             assert [path.name for path in tmp_path.iterdir()] == [digest_of(shard)]
             relay.close()
@@ -246,7 +246,7 @@ def test_packed_nothings_hold_nobodys_loop(tmp_path: Path) -> None:
 
 def test_a_piece_that_lies_is_traced_to_its_relay(tmp_path: Path, monkeypatch: Any) -> None:
     """Ranges are answered as asked for, with one wrong byte: only the whole shard shows it."""
-    monkeypatch.setattr(ranges, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 10_000)
     monkeypatch.setattr(download, "RELAY_S", 60.0)  # a busy machine is no matter of this test
 
     async def scene() -> None:
@@ -376,7 +376,7 @@ def test_a_rotated_key_is_accepted_by_the_roots_word(tmp_path: Path) -> None:
         async with served(origin.app()) as url, versions_of(url, tmp_path) as versions:
             with pytest.raises(BadSignature):
                 await versions.fetch(manifest_digest(signed))
-            origin.papers = papers(TRAINER.public, STRANGER.public)
+            origin.descriptor = descriptor(TRAINER.public, STRANGER.public)
             await versions.fetch(manifest_digest(signed))
             assert dict(tensors(versions, manifest_digest(signed))).keys() == WEIGHTS.keys()
 
@@ -412,7 +412,7 @@ def test_a_disk_that_fills_up_on_the_way_is_said_so_and_blames_nobody(tmp_path: 
             versions = await stack.enter_async_context(versions_of(origin_url, small))
             with pytest.raises(WeightsError, match="No space left"):
                 await versions.fetch(manifest_digest(signed))
-            assert "No space left" in versions.session.figures.trouble
+            assert "No space left" in versions.session.stats.last_error
             assert url not in versions._downloads.scores
             assert not list(small.iterdir())
             subprocess.run(["mount", "-o", "remount,size=1m", str(small)], check=True)
@@ -447,8 +447,8 @@ def test_a_full_disk_is_said_so_and_a_trainer_waits_for_room(tmp_path: Path, mon
     disk = SimpleNamespace(free=cache.SPARE_BYTES + 10)
     said: list[str] = []
 
-    def hear(trouble: str) -> None:
-        said.append(trouble)
+    def hear(error: str) -> None:
+        said.append(error)
         disk.free += 1 << 30
 
     async def scene() -> None:
@@ -459,7 +459,7 @@ def test_a_full_disk_is_said_so_and_a_trainer_waits_for_room(tmp_path: Path, mon
         async with served(origin.app()) as origin_url, versions_of(origin_url, tmp_path) as versions:
             with pytest.raises(WeightsError, match="bytes more disk"):
                 await versions.fetch(digest)
-            await disk_full.patiently("weights", lambda: versions.fetch(digest), hear, lambda: False)
+            await disk_full.retry_when_disk_full("weights", lambda: versions.fetch(digest), hear, lambda: False)
             assert versions.has(digest)
 
     asyncio.run(scene())

@@ -30,7 +30,7 @@ def made_by(engine: LocalEngine, temperature: float = 1.0) -> m.SelfTest:
     for seed, prompt in enumerate(PROMPTS):
         (done,) = engine.generate([Request(tuple(prompt), seed, temperature, 32)])
         packed = {"prompt_ids": wire.pack_ids(prompt), "ids": wire.pack_ids(done.ids)}
-        items.append(m.SelfTestItem(seed=seed, budget=32, **packed))
+        items.append(m.SelfTestItem(seed=seed, max_new_tokens=32, **packed))
     return m.SelfTest(step=0, temperature=temperature, profiles={PROFILE.name: to_json(PROFILE)}, items=items)
 
 

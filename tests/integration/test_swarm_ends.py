@@ -24,13 +24,13 @@ CRASH = "Traceback (most recent call last):\n  File x\nIndexError: index out of 
 
 @asynccontextmanager
 async def swarm_in(folder: Path, **swarm: Any) -> AsyncIterator[Swarm]:
-    """A swarm whose nurseries are there but fork nobody: tests say which roles started and ended."""
+    """A swarm whose forkservers are there but fork nobody: tests say which roles started and ended."""
     config = settings(folder, coordinator={"grants": {}})
     config = config.model_copy(update={"swarm": SwarmSection(**{"workers": 2, "kill": 0, **swarm})})
     prepare(config)
     one = Swarm(config, is_plain=True)
     one._is_open = True
-    for kind in swarms.NURSERIES:
+    for kind in swarms.FORKSERVERS:
         one.processes[kind] = await asyncio.create_subprocess_exec("cat", stdin=asyncio.subprocess.PIPE, stdout=-3)
     for name in ("coordinator", "trainer", "validator-1", "scorer", "worker-1", "worker-2"):
         one._order(name, name.partition("-")[0])
@@ -101,7 +101,7 @@ def test_the_words_are_those_of_this_life(tmp_path) -> None:
 
 
 def status(*nodes: NodeView, verdicts: tuple[Verdict, ...] = (), **changes: Any) -> Status:
-    values: dict[str, Any] = dict.fromkeys(("run", "model", "env", "brake"), "")
+    values: dict[str, Any] = dict.fromkeys(("run", "model", "env", "breaker"), "")
     values |= dict.fromkeys(("steps_total", "started_at", "now", "leases_open", "leases_reissued"), 0)
     values |= dict.fromkeys(("accepted", "accepted_tokens"), 0)
     values |= {"status": "running", "latest": Latest(status="running", step=0, manifest="")}
@@ -111,10 +111,10 @@ def status(*nodes: NodeView, verdicts: tuple[Verdict, ...] = (), **changes: Any)
 
 
 def node(
-    name: str, role: str, phase: str = "waiting", standing: str = "probation", *, is_online: bool = True
+    name: str, role: str, phase: str = "waiting", state: str = "probation", *, is_online: bool = True
 ) -> NodeView:
     fields = dict.fromkeys(NodeView.__struct_fields__, 0)
-    told = {"node": f"n-{name}", "name": name, "role": role, "phase": phase, "status": standing, "is_online": True}
+    told = {"node": f"n-{name}", "name": name, "role": role, "phase": phase, "status": state, "is_online": True}
     return NodeView(**(fields | told))  # type: ignore[arg-type]
 
 
@@ -208,13 +208,16 @@ def test_what_the_roles_warn_of_is_on_the_screen_once(tmp_path, capsys) -> None:
 
 
 def test_what_a_role_is_told_survives_the_environment(tmp_path, monkeypatch) -> None:
-    """The nursery's children read the resolved settings alone: a flag goes before a variable there too."""
+    """The forkserver's children read the resolved settings alone: a flag goes before a variable there too."""
     from farflung.launch import forkserver
 
     config = settings(tmp_path)
     config.folder.mkdir(parents=True)
     save(config, config.folder / "config.json")
-    monkeypatch.setenv("FARFLUNG_GENERATE__BUDGET", "999")
+    monkeypatch.setenv("FARFLUNG_GENERATE__MAX_NEW_TOKENS", "999")
     found = forkserver.config_of({"config": str(config.folder / "config.json")})
-    assert found.generate.budget == config.generate.budget
-    assert json.loads((config.folder / "config.json").read_text())["generate"]["budget"] == found.generate.budget
+    assert found.generate.max_new_tokens == config.generate.max_new_tokens
+    assert (
+        json.loads((config.folder / "config.json").read_text())["generate"]["max_new_tokens"]
+        == found.generate.max_new_tokens
+    )

@@ -1,4 +1,4 @@
-"""Which tasks a run trains on and what it knows of them: the sieve, the running difficulty, the length budget."""
+"""Which tasks a run trains on and what it knows of them: the task filter, the running difficulty, the length limit."""
 
 import asyncio
 import json
@@ -7,12 +7,12 @@ import pytest
 import sqlalchemy as sa
 from tests.conftest import named, settings
 
-from farflung.ops.filter_tasks import Band, sift
+from farflung.ops.filter_tasks import Band, filter_tasks
 from farflung.protocol.errors import ConfigError
 from farflung.store.db import Database, migrate
 from farflung.store.tables import ROLLOUTS, TASKS
 from farflung.tasks import task_filter
-from farflung.tasks.create_run import Model, found
+from farflung.tasks.create_run import Model, create_run
 
 
 def rows_of(config):
@@ -22,7 +22,7 @@ def rows_of(config):
 
     async def make():
         database = Database(config.database_url)
-        await found(config, database, Model(config.model.path), named("coordinator"), 1.0)
+        await create_run(config, database, Model(config.model.path), named("coordinator"), 1.0)
         with database.engine.connect() as connection:
             rows = connection.execute(sa.select(TASKS).order_by(TASKS.c.split, TASKS.c.position)).all()
         database.close()
@@ -31,14 +31,14 @@ def rows_of(config):
     return asyncio.run(make())
 
 
-def test_the_sieve_keeps_what_is_sometimes_right_and_the_run_reads_it(tmp_path) -> None:
-    config = settings(tmp_path, env={"train_tasks": 12}, generate={"budget": 32})
+def test_the_filter_keeps_what_is_sometimes_right_and_the_run_reads_it(tmp_path) -> None:
+    config = settings(tmp_path, env={"train_tasks": 12}, generate={"max_new_tokens": 32})
     out = tmp_path / "kept.jsonl"
-    chosen, tried = asyncio.run(sift(config, out, Band(4, 0.0, 1.0)))
+    chosen, tried = asyncio.run(filter_tasks(config, out, Band(4, 0.0, 1.0)))
     assert tried == len(chosen) == 12
     assert {one.tried for one in chosen} == {4}
     again = tmp_path / "again.jsonl"
-    band, _ = asyncio.run(sift(config, again, Band(4, 0.25, 0.75)))
+    band, _ = asyncio.run(filter_tasks(config, again, Band(4, 0.25, 0.75)))
     assert band == [one for one in chosen if 0.25 <= one.right / 4 <= 0.75], "the same seeds give the same counts"
     assert 1 < len(band) < 12
     run = settings(tmp_path, run={"name": "kept"}, env={"train_tasks": 12, "keep": str(again)})

@@ -1,4 +1,4 @@
-"""Canaries for validators, the brake, the diagnosis of suspects, chained receipts, rollback, and the veil."""
+"""Canaries for validators, the circuit breaker, diagnosis of suspects, chained receipts, rollback, redaction."""
 
 import os
 import re
@@ -98,7 +98,7 @@ def test_canaries_differ_by_validator_and_a_spoiled_one_is_never_the_original() 
     assert changed.sum() == 5
 
 
-# --- the brake -------------------------------------------------------------------------------------------------------
+# --- the circuit breaker ---------------------------------------------------------------------------------------------
 
 CROWD = [f"node-{i}" for i in range(5)]
 
@@ -106,7 +106,7 @@ CROWD = [f"node-{i}" for i in range(5)]
 @pytest.fixture
 def crowd(make_house):
     """A run in which every rollout is audited, nodes are soon trusted, and two that fail raise doubts."""
-    return make_house(trust={"brake_nodes": 2, "audit_floor": 1.0, "audit_least": 1.0}, learn={"groups": 32})
+    return make_house(trust={"breaker_nodes": 2, "audit_floor": 1.0, "audit_least": 1.0}, learn={"groups": 32})
 
 
 def test_when_many_good_nodes_fail_at_once_nothing_is_judged_until_the_operator_says_so(crowd) -> None:
@@ -119,17 +119,17 @@ def test_when_many_good_nodes_fail_at_once_nothing_is_judged_until_the_operator_
                 await house.work(name)
         await house.audit(lambda rollout: True)
         said = await status(house)
-        assert "5 nodes that did 100% of the work with a good record failed verification at step 0" in said.brake
-        assert said.brake in said.warnings
+        assert "5 nodes that did 100% of the work with a good record failed verification at step 0" in said.breaker
+        assert said.breaker in said.warnings
         assert house.statuses(NODES, role="worker")["ejected"] == 0
         batch = await house.tell("trainer", "steps/1/claim", m.ClaimStep(), m.BatchAnswer)
         assert batch.batch is None
         assert "suspect" in batch.reason
         with pytest.raises(errors.Forbidden, match="the operator"):
-            await (await house.client("ada")).post(f"{house.admin_path}/brake/release", m.Empty(), m.Done)
+            await (await house.client("ada")).post(f"{house.admin_path}/breaker/close", m.Empty(), m.Done)
         operator = house.line("coordinator")
-        assert (await operator.post(f"{house.admin_path}/brake/release", m.Empty(), m.Done)).changed == 1
-        assert (await operator.post(f"{house.admin_path}/brake/release", m.Empty(), m.Done)).changed in (0, 1)
+        assert (await operator.post(f"{house.admin_path}/breaker/close", m.Empty(), m.Done)).changed == 1
+        assert (await operator.post(f"{house.admin_path}/breaker/close", m.Empty(), m.Done)).changed in (0, 1)
         await operator.close()
 
     crowd.run(scenario)
@@ -377,11 +377,11 @@ def test_a_batch_that_is_in_training_when_it_is_rolled_back_cannot_be_committed(
     house.run(scenario)
 
 
-# --- the veil --------------------------------------------------------------------------------------------------------
+# --- redaction -------------------------------------------------------------------------------------------------------
 
 
 def test_while_a_step_is_open_nobody_sees_what_is_held_or_how_near_ejection_is(make_house) -> None:
-    house = make_house(coordinator={"veil": True, "grants": make_house().config.coordinator.grants}, run={"steps": 9})
+    house = make_house(coordinator={"redact": True, "grants": make_house().config.coordinator.grants}, run={"steps": 9})
 
     async def scenario(house) -> None:
         await house.step(0)
@@ -404,7 +404,7 @@ def test_while_a_step_is_open_nobody_sees_what_is_held_or_how_near_ejection_is(m
 
 
 def test_the_run_table_knows_no_brake_at_first(house) -> None:
-    assert house.rows(sa.select(RUNS.c.brake, RUNS.c.brake_after)) == [("", 0)]
+    assert house.rows(sa.select(RUNS.c.breaker, RUNS.c.breaker_after)) == [("", 0)]
 
 
 # --- what is only odd ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from farflung.tasks.allocator import Shelf
+from farflung.tasks.allocator import Allocator
 from farflung.tasks.assign import Asker, AssignSettings, OpenSamples, Plan
 from farflung.trust import evidence
 from farflung.trust.evidence import Profile, Seen, Tally
@@ -65,7 +65,7 @@ class Life:
         not_for = frozenset({"ada"}) if self.is_kept_away else frozenset[str]()
         offers = [OpenSamples(f"g{self.opened}", "t", 0, tuple(range(SAMPLES)), 1)]
         offers += [OpenSamples(g, "t", 0, tuple(left), 1, 0.0, not_for) for g, left in self.again.items() if left]
-        plan = Shelf(0, offers, 1, lambda step: [], lambda: "new", ASSIGN).take(Asker(0, SAMPLES, 99, "ada"), 1.0)
+        plan = Allocator(0, offers, 1, lambda step: [], lambda: "new", ASSIGN).take(Asker(0, SAMPLES, 99, "ada"), 1.0)
         assert isinstance(plan, Plan)
         taken = [(str(share.group), sample) for share in plan.shares for sample in share.samples]
         for group, sample in taken:

@@ -55,12 +55,12 @@ def test_every_trusted_role_is_killed_in_turn_then_all_are_stopped_and_nothing_i
     after = running.wait_for(lambda status: status["latest"]["step"] > before["latest"]["step"])
     assert _accepted(after) >= _accepted(before)
     assert {name: running.pid(name) for name in workers} == workers, "workers must survive the coordinator"
-    running.kill("nursery-light")
+    running.kill("forkserver-light")
     running.wait_for(lambda status: status["latest"]["step"] >= 5)
     running.process.terminate()
     output = running.finish()
     assert running.process.returncode == 130, output
-    assert "nursery-light ended, starting it again" in output
+    assert "forkserver-light ended, starting it again" in output
     for role in ("validator-1", "scorer", "trainer", "coordinator"):
         assert f"{role} ended with -9, starting it again" in output
     log = (running.folder / "logs" / "trainer.log").read_text()

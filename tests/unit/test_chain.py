@@ -7,7 +7,7 @@ from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Manifest, Shard, Tensor
 from farflung.weights.manifest import check_follows, target_digest
-from farflung.weights.plan import Link, best_way, wants_more
+from farflung.weights.plan import Link, best_plan, wants_more
 from farflung.weights.shard_gc import needless
 
 WHOLE, DELTA = 1000, 100
@@ -64,7 +64,7 @@ def walked(links: list[Link], held: set[int], *, may_hold: bool = True) -> list[
 def test_the_way_with_the_fewest_bytes(
     anchors: set[int], held: set[int], start: int, steps: list[int], size: int
 ) -> None:
-    way = best_way(walked(chain(9, anchors), held), {name("manifest", step) for step in held}.__contains__)
+    way = best_plan(walked(chain(9, anchors), held), {name("manifest", step) for step in held}.__contains__)
     assert way is not None
     assert (way.start[1].step, [manifest.step for _, manifest in way.steps]) == (start, steps)
     assert (way.is_held, way.size_bytes) == (start in held, size)
@@ -73,7 +73,7 @@ def test_the_way_with_the_fewest_bytes(
 def test_a_long_absence_ends_where_a_whole_copy_is_less() -> None:
     links = chain(60, {0, 48}, delta_bytes=200)
     seen = walked(links, {2})
-    way = best_way(seen, {name("manifest", 2)}.__contains__)
+    way = best_plan(seen, {name("manifest", 2)}.__contains__)
     assert way is not None
     assert (way.start[1].step, way.is_held) == (48, False)
     assert len(seen) < 25

@@ -17,7 +17,7 @@ def run(tmp_path: Path) -> Path:
     """The folder of a run whose `run.dir` is relative."""
     folder = tmp_path / "runs" / "a"
     (folder / "keys").mkdir(parents=True)
-    config = Config.model_validate({"run": {"name": "a", "dir": "runs"}, "generate": {"budget": 7}})
+    config = Config.model_validate({"run": {"name": "a", "dir": "runs"}, "generate": {"max_new_tokens": 7}})
     save(config, folder / "config.json")
     return folder
 
@@ -52,9 +52,9 @@ def test_what_is_no_configuration_is_one_sentence(tmp_path: Path, name: str, dat
 
 
 def test_flags_go_before_the_environment_and_children_see_neither(run: Path) -> None:
-    environ = {"FARFLUNG_GENERATE__BUDGET": "24", "FARFLUNG_RUN__STEPS": "9"}
-    config = load(run / "config.json", ("--generate.budget", "20"), environ)
-    assert (config.generate.budget, config.run.steps) == (20, 9)
+    environ = {"FARFLUNG_GENERATE__MAX_NEW_TOKENS": "24", "FARFLUNG_RUN__STEPS": "9"}
+    config = load(run / "config.json", ("--generate.max_new_tokens", "20"), environ)
+    assert (config.generate.max_new_tokens, config.run.steps) == (20, 9)
     save(config, run / "config.json")
     assert load(run / "config.json", environ={}) == config
 

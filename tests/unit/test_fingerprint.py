@@ -85,7 +85,7 @@ def test_a_verifier_whose_own_activations_are_not_finite_accuses_nobody() -> Non
 
 def test_one_far_fingerprint_voids_and_sends_back_to_probation_but_leaves_the_test_alone() -> None:
     record = NodeRecord("trusted", clean_rollouts=99, audited_submissions=3)
-    after, outcome = fingerprint_distance.judge(record, OK, [GOOD, FAR], 0.2)
+    after, outcome = fingerprint_distance.check(record, OK, [GOOD, FAR], 0.2)
     assert (outcome.kind, outcome.statistic, outcome.threshold) == ("void", 0.9, 0.2)
     assert "1 of 2 fingerprints" in outcome.reason
     assert (after.status, after.clean_rollouts, after.bad_submissions) == ("probation", 0, 1)
@@ -95,11 +95,11 @@ def test_one_far_fingerprint_voids_and_sends_back_to_probation_but_leaves_the_te
 @pytest.mark.parametrize("kind", ["void", "quarantine", "eject"])
 def test_what_the_tokens_condemn_stays_condemned_as_it_was(kind) -> None:
     outcome = Outcome(kind, 1.0, 2.0, "tokens")
-    assert fingerprint_distance.judge(NodeRecord(), outcome, [FAR], 0.2) == (NodeRecord(), outcome)
+    assert fingerprint_distance.check(NodeRecord(), outcome, [FAR], 0.2) == (NodeRecord(), outcome)
 
 
 def test_good_fingerprints_change_nothing() -> None:
-    assert fingerprint_distance.judge(NodeRecord(), OK, [GOOD], 0.2) == (NodeRecord(), OK)
+    assert fingerprint_distance.check(NodeRecord(), OK, [GOOD], 0.2) == (NodeRecord(), OK)
 
 
 @pytest.mark.parametrize("distance", [-0.1, 1e7, math.nan])
@@ -124,7 +124,7 @@ def test_a_run_that_asks_for_fingerprints_needs_profiles_that_bound_them(tmp_pat
     path = tmp_path / "blind.json"
     path.write_bytes(to_json(blind))
     base = Path(__file__).parents[2] / "examples" / "base"
-    tree = {"model": {"path": str(base), "profile": str(path)}, "generate": {"budget": 32}}
+    tree = {"model": {"path": str(base), "profile": str(path)}, "generate": {"max_new_tokens": 32}}
     tree |= {"trust": {"fingerprint": True}}
     with pytest.raises(ConfigError, match="bounds none"):
         load_profiles(Config.model_validate(tree))

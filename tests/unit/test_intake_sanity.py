@@ -36,7 +36,7 @@ def lease(*sizes: int) -> Lease:
         step=0,
         manifest="0" * 64,
         temperature=1.0,
-        budget=BUDGET,
+        max_new_tokens=BUDGET,
         nonce="0" * 64,
         probe="0" * 64,
         expires_at=0.0,
@@ -57,10 +57,10 @@ GOOD = {"r0": [5, 6, 2], "r1": [3], "r2": [9] * BUDGET}
 
 
 def test_what_a_good_submission_comes_to() -> None:
-    parcel = look(GOOD, generate_s=3.0)
-    assert parcel.tokens == {"r0": 3, "r1": 1, "r2": 6}
-    assert (parcel.is_partial, parcel.logp, parcel.digest) == (False, b"", digest_of(parcel.body))
-    body = msgspec.msgpack.decode(parcel.body, type=SubmissionBody)
+    valid = look(GOOD, generate_s=3.0)
+    assert valid.tokens == {"r0": 3, "r1": 1, "r2": 6}
+    assert (valid.is_partial, valid.logp, valid.digest) == (False, b"", digest_of(valid.body))
+    body = msgspec.msgpack.decode(valid.body, type=SubmissionBody)
     assert (body.lease, body.node, [r.rollout for r in body.rollouts]) == ("l1", "n1", ["r0", "r1", "r2"])
 
 

@@ -23,14 +23,14 @@ def info(run: str = "test") -> RunInfo:
     )  # fmt: skip
 
 
-def papers(*instead: Signed, root: Key = ROOT) -> Run:
-    """A run's papers; some delegations may be replaced by others, which come last."""
+def descriptor(*instead: Signed, root: Key = ROOT) -> Run:
+    """A run's descriptor; some delegations may be replaced by others, which come last."""
     usual = [delegate(root, "test", purpose, KEY.public, NOW + DAY_S) for purpose in PURPOSES]
     return Run(root=root.public, delegations=[*usual[len(instead) :], *instead], info=seal(KEY, "run", info()))
 
 
 def test_delegated_keys_are_known_by_purpose() -> None:
-    found = check_run(papers(), "test", ROOT.public)
+    found = check_run(descriptor(), "test", ROOT.public)
     assert all(found.keys(purpose, NOW) == [KEY.public] for purpose in PURPOSES)
 
 
@@ -45,21 +45,21 @@ def test_delegated_keys_are_known_by_purpose() -> None:
 )
 def test_what_the_root_does_not_say_is_refused(wrong: Signed, why: str) -> None:
     with pytest.raises(BadSignature, match=why):
-        check_run(papers(wrong), "test", ROOT.public)
+        check_run(descriptor(wrong), "test", ROOT.public)
 
 
 def test_another_root_is_refused() -> None:
     with pytest.raises(BadSignature, match="not by"):
-        check_run(papers(root=OTHER), "test", ROOT.public)
+        check_run(descriptor(root=OTHER), "test", ROOT.public)
 
 
 def test_a_key_expires_during_a_stay() -> None:
-    found = check_run(papers(), "test", None)
+    found = check_run(descriptor(), "test", None)
     assert found.keys("weights", NOW + DAY_S + 1) == []
 
 
 class Line:
-    """What a session needs of a client: it answers with the papers as they are at the time."""
+    """What a session needs of a client: it answers with the descriptor as they are at the time."""
 
     def __init__(self, answer: Run) -> None:
         self.answer, self.asked = answer, 0
@@ -70,15 +70,15 @@ class Line:
 
 
 def session(line: Line) -> Session:
-    return Session(line, "test", ROOT.public, check_run(papers(), "test", None))  # type: ignore[arg-type]
+    return Session(line, "test", ROOT.public, check_run(descriptor(), "test", None))  # type: ignore[arg-type]
 
 
 def test_a_node_learns_of_a_rotated_key_when_it_meets_it() -> None:
-    line = Line(papers(delegate(ROOT, "test", "weights", OTHER.public, NOW + DAY_S)))
+    line = Line(descriptor(delegate(ROOT, "test", "weights", OTHER.public, NOW + DAY_S)))
     line.answer = Run(
         root=ROOT.public,
-        delegations=[*papers().delegations, delegate(ROOT, "test", "weights", OTHER.public, NOW + DAY_S)],
-        info=papers().info,
+        delegations=[*descriptor().delegations, delegate(ROOT, "test", "weights", OTHER.public, NOW + DAY_S)],
+        info=descriptor().info,
     )
     node, document = session(line), seal(OTHER, "run", info())
     assert asyncio.run(node.keys("weights", seal(KEY, "run", info()))) == [KEY.public]
@@ -88,12 +88,12 @@ def test_a_node_learns_of_a_rotated_key_when_it_meets_it() -> None:
 
 
 def test_a_stranger_stays_a_stranger_however_often_the_papers_are_read() -> None:
-    node = session(Line(papers()))
+    node = session(Line(descriptor()))
     assert OTHER.public not in asyncio.run(node.keys("weights", seal(OTHER, "run", info())))
 
 
 def test_new_papers_of_another_root_are_refused() -> None:
-    node = session(Line(papers(root=OTHER)))
+    node = session(Line(descriptor(root=OTHER)))
     with pytest.raises(BadSignature):
         asyncio.run(node.keys("weights", seal(OTHER, "run", info())))
 

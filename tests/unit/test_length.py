@@ -39,7 +39,7 @@ def test_targets_are_drawn_evenly_and_stay() -> None:
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ({"lengths": [8, 300]}, "beyond generate.budget = 256"),
+        ({"lengths": [8, 300]}, "beyond generate.max_new_tokens = 256"),
         ({"lengths": [0]}, "each at least 1"),
         ({"lengths": [8], "length_prompt": "{prompt}"}, "must hold"),
     ],

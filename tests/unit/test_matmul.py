@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from farflung.engine import matmul
-from farflung.engine.matmul import LEAST_WEIGHT, can_multiply, hasten
+from farflung.engine.matmul import LEAST_WEIGHT, can_multiply, optimise_linears
 
 WIDTH, HEIGHT = 192, LEAST_WEIGHT // 192 + 1
 ROWS = (1, 2, 40, 41, 64, 65)
@@ -21,7 +21,7 @@ def test_products_are_those_of_a_plain_layer(bias: bool, dtype: torch.dtype) -> 
     torch.manual_seed(1)
     plain, fast = (nn.Linear(WIDTH, HEIGHT, bias=bias, dtype=dtype) for _ in range(2))
     fast.load_state_dict(plain.state_dict())
-    hasten(nn.Sequential(fast))
+    optimise_linears(nn.Sequential(fast))
     assert (type(fast) is not nn.Linear) == can_multiply(dtype)
     for shape in [(rows, 1) for rows in ROWS] + [(1, rows) for rows in ROWS]:
         x = torch.randn(*shape, WIDTH, dtype=dtype)
@@ -31,7 +31,7 @@ def test_products_are_those_of_a_plain_layer(bias: bool, dtype: torch.dtype) -> 
 
 def test_weights_that_were_loaded_anew_are_the_ones_that_count() -> None:
     fast = nn.Linear(WIDTH, HEIGHT)
-    hasten(nn.Sequential(fast))
+    optimise_linears(nn.Sequential(fast))
     for seed in (1, 2):
         torch.manual_seed(seed)
         plain = nn.Linear(WIDTH, HEIGHT)
@@ -64,7 +64,7 @@ def test_a_cpu_that_lacks_an_operator_takes_the_usual_product(
     monkeypatch.setattr(matmul, lacking, _refuse)
     plain, fast = (nn.Linear(WIDTH, HEIGHT, dtype=dtype) for _ in range(2))
     fast.load_state_dict(plain.state_dict())
-    hasten(nn.Sequential(fast))
+    optimise_linears(nn.Sequential(fast))
     assert not can_multiply(dtype, is_packed=True)
     x = torch.randn(4, 1, WIDTH, dtype=dtype)
     with torch.inference_mode():
@@ -78,14 +78,14 @@ def test_a_product_that_comes_out_wrong_is_not_taken(anew: None, monkeypatch: py
 
 def test_layers_of_a_type_that_is_not_the_cpus_stay_plain() -> None:
     layer = nn.Linear(WIDTH, HEIGHT).to(torch.float16)
-    hasten(nn.Sequential(layer))
+    optimise_linears(nn.Sequential(layer))
     assert type(layer) is nn.Linear
 
 
 @pytest.mark.skipif(not can_multiply(torch.float32, is_packed=True), reason="this CPU or torch packs nothing")
 def test_weights_are_packed_for_a_batch_that_decodes_and_for_no_prefill() -> None:
     fast = nn.Linear(WIDTH, HEIGHT)
-    hasten(nn.Sequential(fast))
+    optimise_linears(nn.Sequential(fast))
     with torch.inference_mode():
         for shape in ((1, 64), (64,), (2, 40)):
             fast(torch.randn(*shape, WIDTH))
@@ -96,7 +96,7 @@ def test_weights_are_packed_for_a_batch_that_decodes_and_for_no_prefill() -> Non
 
 def test_where_gradients_are_asked_for_a_layer_has_them() -> None:
     fast = nn.Linear(WIDTH, HEIGHT)
-    hasten(nn.Sequential(fast))
+    optimise_linears(nn.Sequential(fast))
     fast(torch.randn(2, 1, WIDTH)).sum().backward()
     assert fast.weight.grad is not None
 
@@ -106,7 +106,7 @@ def test_small_layers_other_types_and_classes_of_their_own_are_left_alone() -> N
         pass
 
     small, own, double = nn.Linear(8, 8), Own(WIDTH, HEIGHT), nn.Linear(WIDTH, HEIGHT).double()
-    hasten(nn.Sequential(small, own, double))
+    optimise_linears(nn.Sequential(small, own, double))
     assert type(small) is nn.Linear
     assert type(own) is Own
     x = torch.randn(16, WIDTH).double()

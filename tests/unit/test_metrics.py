@@ -47,7 +47,7 @@ def a_stay(path: Path, clocks: Clocks, jump_s: float, *, ends: bool = True) -> N
 def test_times_and_costs_do_not_move_with_the_wall_clock(tmp_path: Path, jump_s: float) -> None:
     path, clocks, config = tmp_path / "metrics.jsonl", Clocks(), Config()
     a_stay(path, clocks, jump_s)
-    cost, _, wall_s = Meter(path, config).look()
+    cost, _, wall_s = Meter(path, config).read()
     assert wall_s == pytest.approx(100)
     prices = config.prices
     hourly = 90 * prices.worker_usd_per_hour + 100 * prices.coordinator_usd_per_hour
@@ -59,10 +59,10 @@ def test_a_pause_between_two_stays_costs_nothing(tmp_path: Path, ends: bool) -> 
     path, clocks = tmp_path / "metrics.jsonl", Clocks()
     meter = Meter(path, Config())
     a_stay(path, clocks, 0.0, ends=ends)
-    meter.look()
+    meter.read()
     clocks.pass_time(DAY)
     a_stay(path, clocks, 0.0, ends=ends)
-    assert meter.look()[2] == pytest.approx(200)
+    assert meter.read()[2] == pytest.approx(200)
 
 
 def test_a_machine_that_began_anew_counts_on(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_machine_that_began_anew_counts_on(tmp_path: Path) -> None:
     notes.write("sent", clocks.wall, size_bytes=1)
     clocks.pass_time(30)
     notes.write("sent", clocks.wall, size_bytes=1)
-    assert Meter(path, Config()).look()[2] == pytest.approx(130)
+    assert Meter(path, Config()).read()[2] == pytest.approx(130)
 
 
 @pytest.mark.parametrize("jump_s", [HOUR, -HOUR])
@@ -83,7 +83,7 @@ def test_lines_of_an_earlier_version_never_count_below_zero(tmp_path: Path, jump
     a_stay(path, clocks, jump_s)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "up_s"}) + "\n" for line in lines))
-    cost, _, wall_s = Meter(path, Config()).look()
+    cost, _, wall_s = Meter(path, Config()).read()
     assert cost >= 0
     assert wall_s >= 0
 
@@ -117,11 +117,11 @@ def test_what_is_no_line_is_passed_over_and_takes_no_other_along(tmp_path: Path,
     notes.begin(clocks.wall)
     with path.open("ab") as file:
         file.write(bad + b"\n" * (not is_last))
-    meter.look()
+    meter.read()
     clocks.pass_time(7)
     assert not notes.begin(clocks.wall)
     tell(notes, clocks, clocks.wall)
     notes.write("end", clocks.wall)
     assert [line["kind"] for line in notes.lines()] == ["start", "node", "end"]
-    assert meter.look()[2] == pytest.approx(7)
+    assert meter.read()[2] == pytest.approx(7)
     assert path.read_bytes().count(b"\n") == 4, "the cut line is a line of its own"

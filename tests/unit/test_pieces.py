@@ -16,7 +16,7 @@ Relay = Callable[[int, int], Awaitable[bytes | None]]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "PIECE_BYTES", 500)
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 500)
     monkeypatch.setattr(ranges, "OVERDUE_S", 0.02)
     monkeypatch.setattr(ranges, "LOOK_S", 0.002)
 
@@ -99,7 +99,7 @@ def test_memory_is_bounded_while_the_first_piece_is_late() -> None:
         return None if low == 0 else DATA[low:high]
 
     assert not fetched({"a": never_the_first, "b": never_the_first})[0]
-    assert max(asked) < ranges.AHEAD * 2 * ranges.PIECE_BYTES
+    assert max(asked) < ranges.AHEAD * 2 * ranges.RANGE_BYTES
 
 
 def test_whoever_sent_wrong_pieces_is_found() -> None:

@@ -10,7 +10,7 @@ from farflung.trust.audit_policy import (
     affordable,
     audit_probability,
     draw,
-    is_brake,
+    is_breaker_due,
     is_doubtful,
     probability_caught,
 )
@@ -95,15 +95,15 @@ def test_what_was_replayed_beyond_the_budget_is_made_up_for_by_drawing_less() ->
 
 
 def test_the_brake_needs_several_nodes_and_nearly_all_of_the_work() -> None:
-    def brake(*weights: int) -> bool:
-        return is_brake(Poll(*weights), 0.9, 3)
+    def opened(*weights: int) -> bool:
+        return is_breaker_due(Poll(*weights), 0.9, 3)
 
-    assert not brake(2, 100, 0, 0), "two nodes"
-    assert brake(3, 100, 0, 0)
-    assert brake(3, 91, 4, 5)
-    assert not brake(30, 30, 0, 5), "honest nodes that nobody has looked at yet"
-    assert not brake(30, 30, 5, 0)
-    assert brake(3), "nobody did any work that counts"
+    assert not opened(2, 100, 0, 0), "two nodes"
+    assert opened(3, 100, 0, 0)
+    assert opened(3, 91, 4, 5)
+    assert not opened(30, 30, 0, 5), "honest nodes that nobody has looked at yet"
+    assert not opened(30, 30, 5, 0)
+    assert opened(3), "nobody did any work that counts"
 
 
 def test_a_step_is_in_doubt_until_others_pass() -> None:

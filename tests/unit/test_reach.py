@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from farflung.protocol.errors import ConfigError
-from farflung.weights.url_policy import check_reach
+from farflung.weights.url_policy import check_url
 
 OPEN, INNER = "https://8.8.8.8:8443", "http://10.0.0.5:8443"
 INSIDE = [
@@ -18,21 +18,21 @@ INSIDE = [
 @pytest.mark.parametrize("url", INSIDE)
 def test_a_run_in_the_open_sends_nobody_inside(url):
     with pytest.raises(ConfigError, match="private network"):
-        asyncio.run(check_reach(url, OPEN))
+        asyncio.run(check_url(url, OPEN))
 
 
 @pytest.mark.parametrize("url", INSIDE)
 def test_a_run_inside_may(url):
-    asyncio.run(check_reach(url, INNER))
+    asyncio.run(check_url(url, INNER))
 
 
 @pytest.mark.parametrize("coordinator", [OPEN, INNER])
 def test_public_addresses_are_always_asked(coordinator):
-    asyncio.run(check_reach("http://8.8.4.4:7000", coordinator))
-    asyncio.run(check_reach("http://[2001:4860:4860::8888]:7000", coordinator))
+    asyncio.run(check_url("http://8.8.4.4:7000", coordinator))
+    asyncio.run(check_url("http://[2001:4860:4860::8888]:7000", coordinator))
 
 
 @pytest.mark.parametrize("url", ["http://no-such-machine.invalid", "http://" + "a" * 300, "http://[::1", "http://"])
 def test_what_is_no_machine_is_refused_with_its_name(url):
     with pytest.raises(ConfigError, match=r"no machine|private network"):
-        asyncio.run(check_reach(url, OPEN))
+        asyncio.run(check_url(url, OPEN))

@@ -5,7 +5,7 @@ import gzip
 import pytest
 import sqlalchemy as sa
 
-from farflung.adversity.evaluate import _more_in_time, _more_pay, _outcome, _pay_of, _with, pay_error, run_trial
+from farflung.adversity.evaluate import _more_in_time, _more_pay, _outcome, _pay_of, _with, pay_error, run_evaluation
 from farflung.config import Cheat, Config
 from farflung.engine.base import Completion
 from farflung.protocol import wire
@@ -102,7 +102,7 @@ def test_the_error_of_pay_is_pooled_over_swarms_of_unlike_speed() -> None:
 
 def test_an_unknown_attack_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="no attack 'nonsense'"):
-        run_trial(Config(), ["nonsense"])
+        run_evaluation(Config(), ["nonsense"])
 
 
 def test_a_swarm_has_the_adversaries_asked_for() -> None:

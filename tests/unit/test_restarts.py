@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from farflung.launch.logs import Troubles, last_words
+from farflung.launch.logs import LogWarnings, last_words
 from farflung.launch.restarts import MOST, REFUSED, Restarts, killed_by
 
 LINE = "2026-01-02 03:04:05,678"
@@ -76,12 +76,12 @@ def test_the_last_words_are_a_sentence_or_an_exception(tmp_path: Path, log: byte
 def test_warnings_and_errors_of_all_logs_are_told_once(tmp_path: Path) -> None:
     log = tmp_path / "scorer.log"
     log.write_text(f"{LINE} ERROR farflung.scorer of an earlier run\n")
-    troubles = Troubles(tmp_path)
+    warnings = LogWarnings(tmp_path)
     with log.open("a") as file:
         file.write(f"{LINE} INFO farflung.scorer all is well\n{LINE} ERROR farflung.scorer no score because=x\n")
         file.write(f"{LINE} WARNING farflung.scorer half a li")
     (tmp_path / "trainer.log").write_text(f"Traceback\n{LINE} WARNING farflung.room no room for weights\n")
-    assert list(troubles.look()) == [("scorer", "no score because=x"), ("trainer", "no room for weights")]
+    assert list(warnings.poll()) == [("scorer", "no score because=x"), ("trainer", "no room for weights")]
     with log.open("a") as file:
         file.write("ne\n")
-    assert list(troubles.look()) == [("scorer", "half a line")]
+    assert list(warnings.poll()) == [("scorer", "half a line")]

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farflung.tasks.allocator import Shelf
+from farflung.tasks.allocator import Allocator
 from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Wait, assign
 
 SETTINGS = AssignSettings(lease_rollouts=4, lease_minimum=1, group_size=6, groups_ahead=5)
@@ -15,13 +15,13 @@ def tasks_at(step: int):
     return (NextTask(f"t{step}-{number}", 10) for number in range(20))
 
 
-def shelf(*open_samples: OpenSamples, groups_now: int = 0) -> Shelf:
+def allocator(*open_samples: OpenSamples, groups_now: int = 0) -> Allocator:
     ids = (f"new{number}" for number in itertools.count())
-    return Shelf(3, open_samples, groups_now, tasks_at, lambda: next(ids), SETTINGS)
+    return Allocator(3, open_samples, groups_now, tasks_at, lambda: next(ids), SETTINGS)
 
 
 def test_the_next_node_goes_on_with_the_group_that_the_one_before_opened() -> None:
-    work = shelf()
+    work = allocator()
     plans = [work.take(Asker(3, 4, 100), 0.0) for _ in range(3)]
     taken = [[(share.group, share.samples) for share in plan.shares] for plan in plans if isinstance(plan, Plan)]
     first, second = ("new0", (0, 1, 2, 3)), ("new0", (4, 5))
@@ -29,7 +29,7 @@ def test_the_next_node_goes_on_with_the_group_that_the_one_before_opened() -> No
 
 
 def test_samples_that_came_open_again_are_given_once() -> None:
-    work = shelf(OpenSamples("g", "t", 3, (0,), 10, 1.0), OpenSamples("g", "t", 3, (4, 5), 10), groups_now=5)
+    work = allocator(OpenSamples("g", "t", 3, (0,), 10, 1.0), OpenSamples("g", "t", 3, (4, 5), 10), groups_now=5)
     plan = work.take(Asker(3, 4, 100), 2.0)
     assert isinstance(plan, Plan)
     assert [(share.group, share.samples) for share in plan.shares] == [("g", (0, 4, 5))]
@@ -39,7 +39,7 @@ def test_samples_that_came_open_again_are_given_once() -> None:
 @given(st.lists(st.tuples(st.sampled_from([None, 2, 3]), st.integers(1, 9)), max_size=14), st.integers(0, 5))
 def test_a_set_is_given_what_one_after_the_other_would_be(asking, groups_now) -> None:
     """The books are kept here by hand, as if the database were read anew for each."""
-    work, opened, free = shelf(groups_now=groups_now), dict[str, tuple[str, int]](), dict[str, set[int]]()
+    work, opened, free = allocator(groups_now=groups_now), dict[str, tuple[str, int]](), dict[str, set[int]]()
     for loaded, slots in asking:
         offers = [OpenSamples(g, *opened[g], tuple(sorted(left)), 10) for g, left in free.items() if left]
 

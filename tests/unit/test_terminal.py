@@ -104,7 +104,7 @@ def test_answers_of_a_model_are_shown_as_they_are() -> None:
 
 def test_a_finding_may_quote_a_coordinator() -> None:
     file = io.StringIO()
-    doctor.show(Terminal(file=file, width=400), doctor.Finding("papers", False, HOSTILE, HOSTILE))
+    doctor.show(Terminal(file=file, width=400), doctor.Finding("descriptor", False, HOSTILE, HOSTILE))
     assert is_safe(file.getvalue())
     assert file.getvalue().count("[/INST][bold]:smile:") == 2
 

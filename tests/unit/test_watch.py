@@ -5,7 +5,7 @@ import pytest
 
 from farflung.trust import watch
 from farflung.trust.evidence import LIKED, Profile, Seen, Tally
-from farflung.trust.record import NodeRecord, TrustSettings, look_over
+from farflung.trust.record import NodeRecord, TrustSettings, watch_groups
 from farflung.trust.watch import Look
 
 PROFILE = Profile("p", (0.1, 1.0), (0.3, 0.05, 1e-4), Tally((1, 1, 1), (0, 0, 0)))
@@ -48,7 +48,7 @@ def life(rng: np.random.Generator, groups: int, **how: float | int) -> tuple[flo
     """The highest M of both tests, and the group at which it was ejected, if it was."""
     record, highest = NodeRecord(status="trusted"), 0.0
     for number in range(1, groups + 1):
-        record, outcome = look_over(record, [group(rng, **how)], SETTINGS)
+        record, outcome = watch_groups(record, [group(rng, **how)], SETTINGS)
         highest = max(highest, record.watched.statistic)
         if outcome.kind == "eject":
             return highest, number
@@ -69,7 +69,7 @@ def test_even_far_noisier_machines_do_not_steer() -> None:
     rng = np.random.default_rng(2)
     record = NodeRecord(status="trusted")
     for _ in range(60):
-        record, outcome = look_over(record, [group(rng, noise=5.0)], SETTINGS)
+        record, outcome = watch_groups(record, [group(rng, noise=5.0)], SETTINGS)
         assert outcome.kind != "eject"
     assert record.status == "probation"
     assert record.watched.serving < 1e3
@@ -114,7 +114,7 @@ def test_a_teacher_that_says_what_the_policy_likes_is_ejected_whatever_its_rewar
 def test_what_is_said_names_the_test_that_ejects() -> None:
     record, reasons = NodeRecord(status="trusted"), []
     for _ in range(12):
-        record, outcome = look_over(record, [[Look(4, 4, 9.0, 1.0, LIKED)] * 4], SETTINGS)
+        record, outcome = watch_groups(record, [[Look(4, 4, 9.0, 1.0, LIKED)] * 4], SETTINGS)
         reasons.append(outcome.reason)
     assert record.status == "ejected"
     assert any("follow what the policy likes" in reason for reason in reasons)

@@ -110,8 +110,8 @@ def test_sorting(site, look) -> None:
 def test_the_evidence_is_coloured(site, look) -> None:
     page = look("/")
     rows = page.locator("#nodes tbody tr")
-    assert rows.filter(has_text="mallory").locator(".heat-6").count() == 1
-    assert rows.filter(has_text="ada").locator(".heat-0").count() == 1
+    assert rows.filter(has_text="mallory").locator(".shade-6").count() == 1
+    assert rows.filter(has_text="ada").locator(".shade-0").count() == 1
     assert "ejected" in rows.filter(has_text="mallory").inner_text()
 
 

@@ -1,1 +1,1 @@
-"""Trouble on purpose: faults on a schedule, and the result of each adversary."""
+"""Attacks and faults on purpose, on a schedule, and the result of each adversary."""

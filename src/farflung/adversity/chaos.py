@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from rich.table import Table
 from sqlalchemy import Connection
 
-from farflung.adversity.chaos_swarm import Storm
+from farflung.adversity.chaos_swarm import ChaosSwarm
 from farflung.adversity.faults import Fault, Postgres, schedule
 from farflung.adversity.recovery import settle
 from farflung.config import Config
@@ -35,8 +35,8 @@ def run_chaos(config: Config, minutes: float, *, is_quiet: bool = False) -> Row:
         raise ConfigError("worker.pace_tokens_per_s is 0; set a pace that this machine keeps with half of its cores")
     calm, _ = _one_run(_named(config, "calm"), max(LEAST_CALM_S, 60 * minutes * CALM_SHARE), [])
     faults = schedule(config.chaos.seed, 60 * minutes, config.chaos.every_s)
-    stormy, wrong = _one_run(_named(config, "storm"), 60 * minutes, faults)
-    result = _result(faults, calm, stormy, wrong)
+    disturbed, wrong = _one_run(_named(config, "chaos"), 60 * minutes, faults)
+    result = _result(faults, calm, disturbed, wrong)
     if not is_quiet:
         show(faults, result)
     return result
@@ -53,35 +53,35 @@ def _one_run(config: Config, seconds: float, faults: list[Fault]) -> tuple[Row, 
         if server is not None:
             coordinator = config.coordinator.model_copy(update={"database": server.url})
             config = config.model_copy(update={"coordinator": coordinator})
-        storm = Storm(config, seconds, faults, server)
-        asyncio.run(storm.run())
+        swarm = ChaosSwarm(config, seconds, faults, server)
+        asyncio.run(swarm.run())
         engine = open_engine(config.database_url)
         stack.callback(engine.dispose)
         with engine.connect() as connection:
-            restarts = [line for line in storm.metrics.lines() if line["kind"] == "restart"]
+            restarts = [line for line in swarm.metrics.lines() if line["kind"] == "restart"]
             for fault in faults:
                 settle(connection, fault, restarts)
-            return _figures(connection, storm), violations(connection, storm.config)
+            return _figures(connection, swarm), violations(connection, swarm.config)
 
 
-def _figures(connection: Connection, storm: Storm) -> Row:
+def _figures(connection: Connection, swarm: ChaosSwarm) -> Row:
     """Accepted tokens against what the living workers should have made, and the rewards."""
-    between = sa.and_(EVENTS.c.at >= storm.began, EVENTS.c.at < storm.ended)
+    between = sa.and_(EVENTS.c.at >= swarm.began, EVENTS.c.at < swarm.ended)
     of = sa.and_(EVENTS.c.noun == "rollout", EVENTS.c.after == "accepted", between, GROUPS.c.purpose == "train")
     subjects = sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.tokens).join(EVENTS, EVENTS.c.subject == ROLLOUTS.c.rollout)
     rows = set(connection.execute(subjects.join(GROUPS, GROUPS.c.group == ROLLOUTS.c.group).where(of)).tuples())
     tokens = sum(row[1] for row in rows)
-    alive = sum(_overlap(a, b or storm.ended, storm) for lives in storm.alive.values() for a, b in lives)
+    alive = sum(_overlap(a, b or swarm.ended, swarm) for lives in swarm.alive.values() for a, b in lives)
     rewards = list(
         connection.execute(sa.select(STEPS.c.seen_reward).where(STEPS.c.step > 0).order_by(STEPS.c.step)).scalars()
     )
     third = max(1, len(rewards) // 3)
     expired = sa.select(sa.func.count()).where(LEASES.c.status == "expired")
     return {
-        "seconds": round(storm.ended - storm.began, 1),
+        "seconds": round(swarm.ended - swarm.began, 1),
         "accepted_tokens": tokens,
         "worker_seconds": round(alive, 1),
-        "throughput": tokens / (storm.config.worker.pace_tokens_per_s * alive) if alive else 0.0,
+        "throughput": tokens / (swarm.config.worker.pace_tokens_per_s * alive) if alive else 0.0,
         "steps": len(rewards),
         "reward_first": round(statistics.fmean(rewards[:third]), 3) if rewards else None,
         "reward_last": round(statistics.fmean(rewards[-third:]), 3) if rewards else None,
@@ -89,15 +89,15 @@ def _figures(connection: Connection, storm: Storm) -> Row:
     }
 
 
-def _overlap(start: float, end: float, storm: Storm) -> float:
-    return max(0.0, min(end, storm.ended) - max(start, storm.began))
+def _overlap(start: float, end: float, swarm: ChaosSwarm) -> float:
+    return max(0.0, min(end, swarm.ended) - max(start, swarm.began))
 
 
 def _median(values: list[float]) -> float | None:
     return round(statistics.median(values), 2) if values else None
 
 
-def _result(faults: list[Fault], calm: Row, stormy: Row, wrong: list[str]) -> Row:
+def _result(faults: list[Fault], calm: Row, disturbed: Row, wrong: list[str]) -> Row:
     done = [fault for fault in faults if not fault.skipped]
     noticed = [fault for fault in done if fault.detected_s or fault.recovered_s]
     of_trainer = [fault.recovered_s for fault in noticed if fault.role == "trainer" and fault.recovered_s is not None]
@@ -105,7 +105,7 @@ def _result(faults: list[Fault], calm: Row, stormy: Row, wrong: list[str]) -> Ro
         "faults": len(done),
         "skipped": sorted({f"{fault.kind} {fault.role}: {fault.skipped}" for fault in faults if fault.skipped}),
         "by_role": {role: sum(f.role == role for f in done) for role in sorted({f.role for f in done})},
-        "throughput_kept": round(stormy["throughput"] / calm["throughput"], 4) if calm["throughput"] else 0.0,
+        "throughput_kept": round(disturbed["throughput"] / calm["throughput"], 4) if calm["throughput"] else 0.0,
         "noticed": len(noticed),
         "detection_median_s": _median([f.detected_s for f in noticed if f.detected_s is not None]),
         "recovery_median_s": _median([f.recovered_s for f in noticed if f.recovered_s is not None]),
@@ -116,7 +116,7 @@ def _result(faults: list[Fault], calm: Row, stormy: Row, wrong: list[str]) -> Ro
         "invariant_violations": len(wrong),
         "violations": wrong[:20],
         "calm": calm,
-        "storm": stormy,
+        "chaos": disturbed,
     }
 
 

@@ -29,7 +29,7 @@ LATE_S = 1.0
 """A request that takes so long has failed."""
 
 
-class Storm(Swarm):
+class ChaosSwarm(Swarm):
     """A swarm to which faults happen; `server` is its PostgreSQL, if it has one of its own."""
 
     def __init__(self, config: Config, seconds: float, faults: list[Fault], server: Postgres | None = None) -> None:
@@ -183,12 +183,12 @@ class Storm(Swarm):
 
     async def _skew(self, fault: Fault, pid: int) -> None:
         """Its owner set the clock wrongly: it starts, is told so, leaves, and comes back once the clock is right."""
-        self.orders[fault.victim]["skew_s"] = SKEW_S
+        self.commands[fault.victim]["skew_s"] = SKEW_S
         os.kill(pid, signal.SIGKILL)
         until = time.time() + WAITED_S
         while self.forked.get(fault.victim) in (None, pid) and time.time() < until:
             await asyncio.sleep(WATCH_S)
-        self.orders[fault.victim]["skew_s"] = 0.0
+        self.commands[fault.victim]["skew_s"] = 0.0
 
     async def _corrupt(self, fault: Fault, pid: int) -> None:
         """Flip a bit of every file that a relay mirrors."""

@@ -49,7 +49,7 @@ LEAST_CPU_S = 1e-6
 """The least CPU time that generation is counted to take, so that free work has a gain."""
 
 
-def run_trial(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE, times: int = 1) -> list[Row]:
+def run_evaluation(config: Config, attacks: Sequence[str], at_once: int = AT_ONCE, times: int = 1) -> list[Row]:
     """Every attack against real runs, so many times, some of them at once; writes redteam.json with a row for each.
 
     Raises ConfigError for an unknown one.
@@ -328,7 +328,7 @@ def show(rows: Sequence[Row]) -> None:
 def _line(rows: Sequence[Row]) -> list[str]:
     """One attack's line."""
 
-    def told(name: str) -> str:
+    def text_of_column(name: str) -> str:
         values = {row[name]: None for row in rows}
         return ", ".join(f"{v} {sum(row[name] == v for row in rows)}" if len(values) > 1 else str(v) for v in values)
 
@@ -339,4 +339,4 @@ def _line(rows: Sequence[Row]) -> list[str]:
     counts = [f"{middle(name):g}" for name in ("submissions", "submissions_since_first", "audited_tokens")]
     figures = [f"{middle('statistic'):.3g}", f"{middle('threshold'):.3g}", f"{middle('gain'):+.3g} {rows[0]['aim']}"]
     poisoned = str(sum(row["poisoned_tokens_trained"] for row in rows))
-    return [attack, told("outcome"), told("layer"), *counts, *figures, poisoned]
+    return [attack, text_of_column("outcome"), text_of_column("layer"), *counts, *figures, poisoned]

@@ -171,7 +171,7 @@ def renew(connection: Connection, run_ctx: RunContext, node: str, now: float) ->
 def job(
     connection: Connection, run_ctx: RunContext, profiles: Profiles, audit: Row[Any], body: SubmissionBody
 ) -> AuditJob:
-    """One audit as a validator gets it: prompt, seed and budget are the coordinator's, only tokens the node's."""
+    """One audit as a validator gets it: only the tokens are the node's, all else is the coordinator's own."""
     sent = {rollout.rollout: rollout for rollout in body.rollouts}
     drawn = msgspec.json.decode(audit.rollouts, type=list[str])
     others = [name for name in sent if name not in drawn][:OTHERS] if audit.kind == "confirm" else []
@@ -200,7 +200,7 @@ def job(
         step=audit.step,
         manifest=run_ctx.manifest_of(connection, audit.step),
         temperature=lease.temperature,  # as it was leased: a resumed run may have other settings
-        budget=lease.budget,
+        max_new_tokens=lease.max_new_tokens,
         nonce=audit_nonce(audit.audit),
         probe=seeds.probe_key(secret).hex(),
         profile=to_json(profile_of(connection, profiles, audit.submission)),

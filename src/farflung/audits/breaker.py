@@ -14,7 +14,7 @@ from farflung.audits import node_record
 from farflung.store.run import RunContext, node_rows
 from farflung.store.tables import AUDITS, NODES, RUNS, VERDICTS
 from farflung.store.transitions import memo, record
-from farflung.trust.audit_policy import Poll, is_brake, is_doubtful
+from farflung.trust.audit_policy import Poll, is_breaker_due, is_doubtful
 
 log = logging.getLogger(__name__)
 FAILED = ("void", "quarantine")
@@ -23,35 +23,35 @@ DISAGREED = 2
 
 
 def reason(connection: Connection, run: str) -> str:
-    """Why the brake is on, empty if it is off."""
-    return connection.execute(sa.select(RUNS.c.brake).where(RUNS.c.run == run)).scalar_one()
+    """Why the circuit breaker is open, empty if it is closed."""
+    return connection.execute(sa.select(RUNS.c.breaker).where(RUNS.c.run == run)).scalar_one()
 
 
-def is_on(connection: Connection, run_ctx: RunContext) -> bool:
+def is_open(connection: Connection, run_ctx: RunContext) -> bool:
     """Whether verdicts and training are held."""
     return bool(reason(connection, run_ctx.run))
 
 
-def look(connection: Connection, run_ctx: RunContext, step: int, now: float) -> None:
-    """Put the brake on if nearly all of the work with a good record failed at a step; tell of a step in doubt."""
+def check(connection: Connection, run_ctx: RunContext, step: int, now: float) -> None:
+    """Open the circuit breaker if nearly all of the work with a good record failed at a step; log a step in doubt."""
     trust, found = run_ctx.config.trust, poll(connection, run_ctx, step, now)
-    if is_brake(found, trust.brake_share, trust.brake_nodes):
+    if is_breaker_due(found, trust.breaker_share, trust.breaker_nodes):
         why = (
             f"{found.nodes} nodes that did {found.failed_share:.0%} of the work with a good record failed verification "
             f"at step {step}: the validators or the weights are suspect"
         )
-        _put_on(connection, run_ctx, why, now)
-    elif found.nodes == trust.brake_nodes and is_doubtful(found, trust.brake_share, trust.brake_nodes):
+        _open(connection, run_ctx, why, now)
+    elif found.nodes == trust.breaker_nodes and is_doubtful(found, trust.breaker_share, trust.breaker_nodes):
         log.warning("%d nodes with a good record failed at step %d; ejections wait for others", found.nodes, step)
 
 
 def disagree(connection: Connection, run_ctx: RunContext, step: int, now: float) -> None:
-    """A second opinion found honest text where the first found a cheat's: once too often at a step, and the brake is
-    on."""
+    """A second opinion found honest text where the first found a cheat's: once too often at a step, and the
+    circuit breaker opens."""
     cleared = len(_nodes(connection, run_ctx, step, ("release",)))
     if cleared >= DISAGREED:
         why = f"verifiers disagree about {cleared} nodes at step {step}: one of them is broken"
-        _put_on(connection, run_ctx, why, now)
+        _open(connection, run_ctx, why, now)
 
 
 def is_in_doubt(connection: Connection, run_ctx: RunContext, now: float) -> bool:
@@ -65,13 +65,13 @@ def _is_in_doubt(connection: Connection, run_ctx: RunContext, now: float) -> boo
     oldest = latest.step - run_ctx.config.learn.max_staleness
     query = sa.select(VERDICTS.c.step).where(*_failed(run_ctx, FAILED), VERDICTS.c.step >= oldest).distinct()
     steps = list(connection.execute(query).scalars()) if latest.status == "running" else []
-    return any(is_doubtful(poll(connection, run_ctx, s, now), trust.brake_share, trust.brake_nodes) for s in steps)
+    return any(is_doubtful(poll(connection, run_ctx, s, now), trust.breaker_share, trust.breaker_nodes) for s in steps)
 
 
 def poll(connection: Connection, run_ctx: RunContext, step: int, now: float) -> Poll:
     """How many nodes failed at a step, and their work beside that of nodes that passed since or were not looked at."""
     failed = _nodes(connection, run_ctx, step, FAILED)
-    if len(failed) < run_ctx.config.trust.brake_nodes:
+    if len(failed) < run_ctx.config.trust.breaker_nodes:
         return Poll(len(failed))
     passed = _passed_since(connection, run_ctx, step, failed)
     unknown = (
@@ -87,8 +87,8 @@ _PRESENT = sa.select(NODES.c.node).where(
 
 
 def _failed(run_ctx: RunContext, outcomes: Collection[str]) -> tuple[sa.ColumnElement[bool], ...]:
-    """Verdicts on nodes with a good record since the brake was last released."""
-    since = sa.select(RUNS.c.brake_after).where(RUNS.c.run == run_ctx.run).scalar_subquery()
+    """Verdicts on nodes with a good record since the circuit breaker was last closed."""
+    since = sa.select(RUNS.c.breaker_after).where(RUNS.c.run == run_ctx.run).scalar_subquery()
     mine = VERDICTS.c.run == run_ctx.run, VERDICTS.c.outcome.in_(outcomes), VERDICTS.c.id > since
     return (*mine, VERDICTS.c.was_trusted) if outcomes is FAILED else mine
 
@@ -117,23 +117,23 @@ def _work(connection: Connection, nodes: Iterable[str]) -> dict[str, int]:
     return {node: max(0, node_record.read(row).audited_tokens - bad.get(node, 0)) for node, row in rows.items()}
 
 
-def release(connection: Connection, run_ctx: RunContext, now: float) -> int:
-    """The operator has looked: go on, and count afresh. Gives 0 if the brake was off."""
-    if not is_on(connection, run_ctx):
+def close(connection: Connection, run_ctx: RunContext, now: float) -> int:
+    """The operator has looked: go on, and count afresh. Gives 0 if it was closed."""
+    if not is_open(connection, run_ctx):
         return 0
     last = sa.select(sa.func.coalesce(sa.func.max(VERDICTS.c.id), 0)).scalar_subquery()
-    connection.execute(RUNS.update().where(RUNS.c.run == run_ctx.run).values(brake_after=last))
+    connection.execute(RUNS.update().where(RUNS.c.run == run_ctx.run).values(breaker_after=last))
     _set(connection, run_ctx, "", now)
     return 1
 
 
-def _put_on(connection: Connection, run_ctx: RunContext, why: str, now: float) -> None:
-    why += "; no node is ejected and nothing trained on until you say farflung brake --release"
+def _open(connection: Connection, run_ctx: RunContext, why: str, now: float) -> None:
+    why += "; no node is ejected and nothing trained on until you say farflung breaker --close"
     _set(connection, run_ctx, why, now)
-    log.error("brake run=%s because=%s", run_ctx.run, why)
+    log.error("circuit breaker open run=%s because=%s", run_ctx.run, why)
 
 
 def _set(connection: Connection, run_ctx: RunContext, why: str, now: float) -> None:
     status = run_ctx.status(connection)
-    connection.execute(RUNS.update().where(RUNS.c.run == run_ctx.run).values(brake=why))
-    record(connection, "run", [run_ctx.run], status, status, now, warning=why or "the brake was released")
+    connection.execute(RUNS.update().where(RUNS.c.run == run_ctx.run).values(breaker=why))
+    record(connection, "run", [run_ctx.run], status, status, now, warning=why or "the circuit breaker was closed")

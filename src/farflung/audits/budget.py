@@ -29,17 +29,23 @@ def probability(connection: Connection, run_ctx: RunContext, record: NodeRecord,
 def afford(connection: Connection, run_ctx: RunContext) -> float:
     """The audit probability that the budget affords, by what validators measured."""
     validators = [node for node, role in run_ctx.granted.items() if role == "validator"]
-    rows = connection.execute(_BEATS, {"ids": validators})
-    beats = [msgspec.msgpack.decode(beat, type=Heartbeat) for beat in rows.scalars()]
-    audited, made = sum(beat.recent_tokens for beat in beats), sum(beat.made_tokens for beat in beats)
+    rows = connection.execute(_HEARTBEATS, {"ids": validators})
+    heartbeats = [msgspec.msgpack.decode(heartbeat, type=Heartbeat) for heartbeat in rows.scalars()]
+    audited, made = (
+        sum(one.recent_tokens for one in heartbeats),
+        sum(one.made_tokens for one in heartbeats),
+    )
     if not audited or not made:
         return 1.0
-    audit_s, generate_s = sum(beat.recent_cpu_s for beat in beats) / audited, sum(b.made_cpu_s for b in beats) / made
+    audit_s, generate_s = (
+        sum(one.recent_cpu_s for one in heartbeats) / audited,
+        sum(one.made_cpu_s for one in heartbeats) / made,
+    )
     return affordable(run_ctx.config.trust.audit_budget, audit_s, generate_s)
 
 
-_BEATS = sa.select(NODES.c.beat).where(
+_HEARTBEATS = sa.select(NODES.c.heartbeat).where(
     NODES.c.node.in_(sa.bindparam("ids", expanding=True)),  # all nodes by role would be a scan in every transaction
     NODES.c.role == "validator",
-    NODES.c.beat != b"",
+    NODES.c.heartbeat != b"",
 )

@@ -50,9 +50,11 @@ def ask(connection: Connection, run_ctx: RunContext, step: int) -> list[Canary]:
 
 def _canaries(connection: Connection, run_ctx: RunContext, step: int) -> list[Canary]:
     key = seeds.canary_key(run_ctx.step_secret(step))
-    budget = min(TOKENS, run_ctx.config.generate.budget)
+    max_new_tokens = min(TOKENS, run_ctx.config.generate.max_new_tokens)
     return [
-        Canary(prompt_ids=_prompt(connection, run_ctx, key, i), seed=_number(key, "seed", i), budget=budget)
+        Canary(
+            prompt_ids=_prompt(connection, run_ctx, key, i), seed=_number(key, "seed", i), max_new_tokens=max_new_tokens
+        )
         for i in range(run_ctx.config.trust.canaries)
     ]
 
@@ -75,7 +77,7 @@ def keep(connection: Connection, run_ctx: RunContext, step: int, answers: Sequen
     if not answers:
         return None
     asked = ask(connection, run_ctx, step)
-    sizes = [(len(ids), 4 * one.budget) for one, ids in zip(asked, answers, strict=False)]
+    sizes = [(len(ids), 4 * one.max_new_tokens) for one, ids in zip(asked, answers, strict=False)]
     if len(answers) != len(asked) or not all(0 < size <= most for size, most in sizes):
         raise Malformed(f"step {step} asks for {len(asked)} canaries within their budgets, not for {len(answers)}")
     kept, split = [Kept(*pair) for pair in zip(asked, answers, strict=True)], run_ctx.config.trust.canaries
@@ -102,7 +104,9 @@ def self_test(connection: Connection, run_ctx: RunContext, profiles: Profiles, d
         temperature=run_ctx.config.generate.temperature,
         profiles={one.name: to_json(one) for one in (profiles.run, *profiles.others)},
         items=[
-            SelfTestItem(prompt_ids=k.canary.prompt_ids, seed=k.canary.seed, budget=k.canary.budget, ids=k.ids)
+            SelfTestItem(
+                prompt_ids=k.canary.prompt_ids, seed=k.canary.seed, max_new_tokens=k.canary.max_new_tokens, ids=k.ids
+            )
             for k in kept
         ],
     )
@@ -123,7 +127,7 @@ def jobs(connection: Connection, run_ctx: RunContext, profile: Profile, validato
             step=step,
             manifest=manifest,
             temperature=run_ctx.config.generate.temperature,
-            budget=kept.canary.budget,
+            max_new_tokens=kept.canary.max_new_tokens,
             nonce=audit_nonce(name),
             probe=probe,
             profile=to_json(profile),

@@ -15,16 +15,16 @@ from farflung.store.tables import AUDITS, GROUPS, LEASES, ROLLOUTS, SUBMISSIONS
 from farflung.store.transitions import end_leases, move
 
 
-def clear(connection: Connection, run_ctx: RunContext, audit: Row[Any], odd: Sequence[str], now: float) -> None:
+def clear(connection: Connection, run_ctx: RunContext, audit: Row[Any], suspicious: Sequence[str], now: float) -> None:
     """The audit passed: held rollouts go on to the scorers, or back to where they were if they were scored before.
 
     But for rollouts that look odd by themselves: no node is blamed, and the sample is leased to another node.
     """
     drawn = ROLLOUTS.c.rollout.in_(msgspec.json.decode(audit.rollouts, type=list[str]))
     connection.execute(ROLLOUTS.update().where(drawn).values(is_audited=True))
-    _pay_late(connection, run_ctx, drawn, odd, now)
+    _pay_late(connection, run_ctx, drawn, suspicious, now)
     held = sa.and_(drawn, ROLLOUTS.c.status == "held")
-    query = sa.select(ROLLOUTS.c.rollout).where(held, ROLLOUTS.c.rollout.in_(odd))
+    query = sa.select(ROLLOUTS.c.rollout).where(held, ROLLOUTS.c.rollout.in_(suspicious))
     move(connection, "rollout", list(connection.execute(query).scalars()), "held", "rejected", now, audit=audit.audit)
     rows = connection.execute(sa.select(ROLLOUTS).where(held)).all()
     scored = [row for row in rows if row.reward is not None]
@@ -35,10 +35,10 @@ def clear(connection: Connection, run_ctx: RunContext, audit: Row[Any], odd: Seq
         complete(connection, group, now)
 
 
-def _pay_late(connection: Connection, run_ctx: RunContext, drawn: Any, odd: Sequence[str], now: float) -> None:
+def _pay_late(connection: Connection, run_ctx: RunContext, drawn: Any, suspicious: Sequence[str], now: float) -> None:
     """Rollouts that were let go while they waited for their replay are paid for when that has passed."""
     unpaid = sa.and_(ROLLOUTS.c.status == "dropped", ROLLOUTS.c.reward.is_(None), ROLLOUTS.c.escrow_step.is_(None))
-    rows = connection.execute(sa.select(ROLLOUTS).where(drawn, unpaid, ROLLOUTS.c.rollout.not_in(odd))).all()
+    rows = connection.execute(sa.select(ROLLOUTS).where(drawn, unpaid, ROLLOUTS.c.rollout.not_in(suspicious))).all()
     payment.pay(connection, run_ctx, rows, now)
 
 
@@ -55,7 +55,7 @@ def hold(
     Batched ones are in the trainer's hands: only the trainer may ask for them to leave the batch, with their groups.
     Dropped ones were paid for all the same, and are replayed too while that can be burned.
     """
-    unproven = sa.and_(which, ROLLOUTS.c.run == run_ctx.run, ~ROLLOUTS.c.is_audited, _in_reach(live))
+    unproven = sa.and_(which, ROLLOUTS.c.run == run_ctx.run, ~ROLLOUTS.c.is_audited, _still_untrained(live))
     rows = connection.execute(sa.select(ROLLOUTS).where(unproven).order_by(ROLLOUTS.c.position)).all()
     for status in live:
         held = [row.rollout for row in rows if row.status == status]
@@ -70,7 +70,7 @@ def hold(
     return len(by_submission)
 
 
-def _in_reach(live: Sequence[str]) -> Any:
+def _still_untrained(live: Sequence[str]) -> Any:
     """Rollouts that are not trained on, or dropped and paid for but lately, and under no audit yet."""
     looked_at = sa.or_(AUDITS.c.status.in_(("open", "claimed")), AUDITS.c.kind == "suspicion")
     known = sa.exists().where(AUDITS.c.submission == ROLLOUTS.c.submission, looked_at)

@@ -56,7 +56,7 @@ def replay(
             audit=job.audit,
             manifest=job.manifest,
             profile=profile,
-            rollouts=list(_told(job.rollouts, found)),
+            rollouts=list(_evidence(job.rollouts, found)),
             possession=possession(job.nonce, job.probe),
         )
         for job, found in zip(jobs, seen, strict=True)
@@ -71,7 +71,7 @@ def items_of(job: AuditJob, temperature: float = 1.0, others: Sequence[AuditRoll
                 tuple(wire.unpack_ids(one.prompt_ids).tolist()),
                 one.seed,
                 job.temperature * temperature,
-                job.budget,
+                job.max_new_tokens,
                 job.fingerprint,
             ),
             wire.unpack_ids(one.ids).tolist(),
@@ -114,7 +114,7 @@ def _replay_each(engine: Engine, jobs: Sequence[AuditJob], of_jobs: Sequence[Seq
     ]
 
 
-def _told(rollouts: Sequence[AuditRollout], found: Sequence[Replay]) -> Iterator[RolloutEvidence]:
+def _evidence(rollouts: Sequence[AuditRollout], found: Sequence[Replay]) -> Iterator[RolloutEvidence]:
     for one, seen in zip(rollouts, found, strict=False):
         told = {name: wire.pack_floats(getattr(seen, name)) for name in Seen._fields}
         yield RolloutEvidence(rollout=one.rollout, **told, distance=_distance(one, seen))
@@ -136,7 +136,7 @@ def explain(
         load()
         found.append((name, engine.replay(items_of(job, others=job.others))))
     all_of_them = (*job.rollouts, *job.others)
-    told = [Explanation(name=name, rollouts=list(_told(all_of_them, seen))) for name, seen in found]
+    told = [Explanation(name=name, rollouts=list(_evidence(all_of_them, seen))) for name, seen in found]
     return msgspec.structs.replace(evidence, explanations=told)
 
 

@@ -43,9 +43,10 @@ class Tried(NamedTuple):
 
 def ask(run_ctx: RunContext, step: int, prompts: Sequence[bytes]) -> list[Canary]:
     """The requests for the trainer to generate for it."""
-    budget = min(TOKENS, run_ctx.config.generate.budget)
+    max_new_tokens = min(TOKENS, run_ctx.config.generate.max_new_tokens)
     return [
-        Canary(prompt_ids=ids, seed=_number(run_ctx, step, "seed", i), budget=budget) for i, ids in enumerate(prompts)
+        Canary(prompt_ids=ids, seed=_number(run_ctx, step, "seed", i), max_new_tokens=max_new_tokens)
+        for i, ids in enumerate(prompts)
     ]
 
 
@@ -72,11 +73,11 @@ async def fetch(session: Session, manifest: str) -> SelfTest | None:
 
 
 def profile_in(session: Session, test: SelfTest, name: str) -> Profile | None:
-    """A profile that comes with a self-test, if its bytes are those of the run's sealed papers."""
+    """A profile that comes with a self-test, if its bytes are those of the run's sealed descriptor."""
     name = name or session.info.profile
     data, digest = test.profiles.get(name, b""), session.info.profiles.get(name, "")
     if not digest or hashlib.sha256(data).hexdigest() != digest:
-        log.warning("no self-test because=the run's papers do not name the profile %r that comes with it", name)
+        log.warning("no self-test because=the run's descriptor does not name the profile %r that comes with it", name)
         return None
     return from_json(data)
 
@@ -84,7 +85,7 @@ def profile_in(session: Session, test: SelfTest, name: str) -> Profile | None:
 def attempt(engine: Engine, test: SelfTest, profile: Profile) -> Tried | None:
     """Generate what was generated before and compare; None for an engine that cannot tell gaps."""
     asked = [
-        Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, test.temperature, one.budget)
+        Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, test.temperature, one.max_new_tokens)
         for one in test.items
     ]
     known = [wire.unpack_ids(one.ids).tolist() for one in test.items]

@@ -17,7 +17,7 @@ from farflung.store.run import RunContext, node_row
 from farflung.store.tables import GROUPS, ROLLOUTS, SUBMISSIONS
 from farflung.store.transitions import move
 from farflung.trust.evidence import Profiles
-from farflung.trust.record import Finding, look_over
+from farflung.trust.record import Finding, watch_groups
 from farflung.trust.watch import Look
 
 
@@ -35,7 +35,7 @@ _NOTED = (
 )
 
 
-def take_looks(
+def count_replays(
     connection: Connection,
     run_ctx: RunContext,
     profiles: Profiles,
@@ -43,7 +43,7 @@ def take_looks(
     looked: Sequence[RolloutLook],
     now: float,
 ) -> int:
-    """Count what the replays of an open step's batch found; gives how many nodes that has consequences for."""
+    """Count what the replays of an open step's batch found; gives how many nodes that lowers the status of."""
     of_batch = _of_batch(connection, run_ctx, step)
     note(connection, (one for one in looked if one.rollout in of_batch))
     found: dict[str, dict[str, list[Look]]] = defaultdict(lambda: defaultdict(list))
@@ -54,9 +54,7 @@ def take_looks(
         counted.append(row.rollout)
     if counted:
         connection.execute(_WATCHED, [{"id": rollout} for rollout in counted])
-    return sum(
-        _look_over(connection, run_ctx, node, list(groups.values()), step, now) for node, groups in found.items()
-    )
+    return sum(_watch(connection, run_ctx, node, list(groups.values()), step, now) for node, groups in found.items())
 
 
 def _of_batch(connection: Connection, run_ctx: RunContext, step: int) -> set[str]:
@@ -76,7 +74,7 @@ _UNWATCHED = (
 _WATCHED = ROLLOUTS.update().where(ROLLOUTS.c.rollout == sa.bindparam("id")).values(is_watched=True)
 
 
-def _look_over(
+def _watch(
     connection: Connection, run_ctx: RunContext, node: str, groups: Sequence[Sequence[Look]], step: int, now: float
 ) -> int:
     """Fold a node's groups into its record; 1 if something follows."""
@@ -84,7 +82,7 @@ def _look_over(
     before = node_record.read(row)
     if before.status == "ejected":
         return 0
-    after, outcome = look_over(before, groups, node_record.settings(run_ctx))
+    after, outcome = watch_groups(before, groups, node_record.settings(run_ctx))
     node_record.write(connection, node, after)
     if outcome.kind == "ok":
         return 0

@@ -46,11 +46,11 @@ class Looked:
     """Of each of its tokens under the weights that it was leased at, float32 (N,)."""
 
 
-def look(
-    engine: Engine, suspects: Sequence[Suspect], temperature: float, budget: int, profiles: Profiles
+def inspect(
+    engine: Engine, suspects: Sequence[Suspect], temperature: float, max_new_tokens: int, profiles: Profiles
 ) -> list[Looked]:
     """Each rollout, replayed, judged by its node's profile; the engine holds the weights they were leased at."""
-    items = [(Request(one.prompt_ids, one.seed, temperature, budget), one.ids) for one in suspects]
+    items = [(Request(one.prompt_ids, one.seed, temperature, max_new_tokens), one.ids) for one in suspects]
     return [_looked(one, found, profiles) for one, found in zip(suspects, engine.replay(items), strict=True)]
 
 

@@ -43,7 +43,7 @@ def drop_groups(
     of_these = ROLLOUTS.c.group.in_(groups)
     _pay_unscored(connection, run_ctx, of_these, now)
     if not is_looked_at:
-        look_at(connection, run_ctx, sa.and_(of_these, ROLLOUTS.c.status.in_(("received", "accepted"))), now)
+        inspect(connection, run_ctx, sa.and_(of_these, ROLLOUTS.c.status.in_(("received", "accepted"))), now)
     for status, after in ENDS:
         query = sa.select(ROLLOUTS.c.rollout).where(of_these, ROLLOUTS.c.status == status)
         move(connection, "rollout", list(connection.execute(query).scalars()), status, after, now, why=why)
@@ -55,7 +55,7 @@ def _pay_unscored(connection: Connection, run_ctx: RunContext, which: Any, now: 
     payment.pay(connection, run_ctx, connection.execute(query.where(mine)).all(), now)
 
 
-def look_at(connection: Connection, run_ctx: RunContext, which: Any, now: float) -> int:
+def inspect(connection: Connection, run_ctx: RunContext, which: Any, now: float) -> int:
     """Open audits of one paid rollout of each submission among these; gives how many. A submission is in the test's
     count once, so further audits of one count as suspicion."""
     rows = connection.execute(

@@ -1,7 +1,7 @@
 """Coordinator: take signed evidence, fold it into the node's record, pronounce the verdict.
 
 Evidence is kept as it comes but folded per node in the order of submission: the test is valid for orders that are
-fixed before the evidence is known, and for no others. While the brake is on nothing is folded.
+fixed before the evidence is known, and for no others. While the circuit breaker is open nothing is folded.
 """
 
 from collections.abc import Sequence
@@ -101,7 +101,7 @@ def is_decisive(findings: Sequence[Finding], cap: float) -> bool:
 
 
 def fold_all(connection: Connection, run_ctx: RunContext, profiles: Profiles, now: float) -> None:
-    """Fold what was kept while the brake was on."""
+    """Fold what was kept while the circuit breaker was open."""
     waiting = sa.and_(AUDITS.c.run == run_ctx.run, AUDITS.c.outcome.is_(None), AUDITS.c.status == "done")
     for node in list(connection.execute(sa.select(AUDITS.c.node).where(waiting).distinct()).scalars()):
         _fold_in_order(connection, run_ctx, profiles, node, now)
@@ -132,10 +132,10 @@ def _fold_in_order(connection: Connection, run_ctx: RunContext, profiles: Profil
         .order_by(AUDITS.c.kind != "confirm", AUDITS.c.kind != "suspicion", SUBMISSIONS.c.received_at, AUDITS.c.audit)
     ).all()
     for row in rows:
-        if breaker.is_on(connection, run_ctx):
+        if breaker.is_open(connection, run_ctx):
             return
         if row.status == "done":
-            _judge(connection, run_ctx, profiles.of(row.profile), row, now)
+            _decide(connection, run_ctx, profiles.of(row.profile), row, now)
         elif row.kind != "suspicion":
             return
 
@@ -144,7 +144,7 @@ FOLDS = {"draw": fold, "suspicion": weigh, "confirm": confirm}
 """How the findings of each kind of audit change a record."""
 
 
-def _judge(connection: Connection, run_ctx: RunContext, profile: Profile, audit: Row[Any], now: float) -> None:
+def _decide(connection: Connection, run_ctx: RunContext, profile: Profile, audit: Row[Any], now: float) -> None:
     evidence = unseal(msgspec.msgpack.decode(audit.evidence, type=Signed), KIND, Evidence)
     findings = [finding(profile, one) for one in evidence.rollouts]
     node = node_row(connection, audit.node)
@@ -154,7 +154,7 @@ def _judge(connection: Connection, run_ctx: RunContext, profile: Profile, audit:
     was_trusted = audit.audit_probability < 1
     take_in = FOLDS[audit.kind] if audit.kind != "draw" or _is_news(connection, audit, findings) else weigh
     after, outcome = take_in(before, findings, node_record.settings(run_ctx), was_trusted=was_trusted)
-    after, outcome = fingerprint_distance.judge(after, outcome, findings, profile.fingerprint)
+    after, outcome = fingerprint_distance.check(after, outcome, findings, profile.fingerprint)
     connection.execute(AUDITS.update().where(AUDITS.c.audit == audit.audit).values(outcome=outcome.kind))
     node_record.write(connection, audit.node, after)
     if after.status != before.status:
@@ -165,7 +165,7 @@ def _judge(connection: Connection, run_ctx: RunContext, profile: Profile, audit:
         _pronounce(connection, run_ctx, audit, before, after, outcome, _diagnosis(profile, evidence), now)
         if outcome.kind == "release" and _is_contradicted(connection, run_ctx, profile, audit, findings):
             breaker.disagree(connection, run_ctx, audit.step, now)
-        breaker.look(connection, run_ctx, audit.step, now)
+        breaker.check(connection, run_ctx, audit.step, now)
 
 
 def _is_news(connection: Connection, audit: Row[Any], findings: Sequence[Finding]) -> bool:
@@ -221,8 +221,8 @@ def _take_effect(
 ) -> None:
     match outcome.kind:
         case "ok" | "release":
-            odd = [found.rollout for found in findings if is_bad(found.log_lr, ODD)]
-            penalties.clear(connection, run_ctx, audit, odd, now)
+            suspicious = [found.rollout for found in findings if is_bad(found.log_lr, ODD)]
+            penalties.clear(connection, run_ctx, audit, suspicious, now)
         case "void":
             bad = [f.rollout for f in findings if f.is_far or is_bad(f.log_lr, run_ctx.config.trust.cap)]
             penalties.void(connection, run_ctx, audit, bad, now)

@@ -7,7 +7,8 @@ import sys
 
 from farflung.cli import look, roles, runs, safety  # noqa: F401 (they register their commands)
 from farflung.cli.app import app, complain
-from farflung.protocol.errors import FarflungError
+from farflung.config import renamed
+from farflung.protocol.errors import ConfigError, FarflungError
 
 __all__ = ["app", "main"]
 
@@ -18,6 +19,7 @@ def main() -> None:
     # Read once, as torch is imported: a thread that waits for another soon gives its core to the roles beside it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
+        _refuse_renamed(sys.argv[1:2])
         app()
     except FarflungError as error:
         sys.exit(complain(error))
@@ -27,6 +29,12 @@ def main() -> None:
         sys.exit(complain(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _refuse_renamed(command: list[str]) -> None:
+    for old, name in renamed.COMMANDS.items():
+        if command == [old]:
+            raise ConfigError(f"unknown command {old!r}; it is called `farflung {name}`")
 
 
 def _speak_utf8() -> None:

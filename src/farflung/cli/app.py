@@ -49,11 +49,11 @@ Flags = Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings as --
 def complain(error: FarflungError | OSError) -> int:
     """Say in one sentence what went wrong, where anybody still reads it; gives the exit code."""
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"farflung: {one_line(_told(error) if isinstance(error, OSError) else str(error))}\n")
+        sys.stderr.write(f"farflung: {one_line(_refusal(error) if isinstance(error, OSError) else str(error))}\n")
     return 2
 
 
-def _told(error: OSError) -> str:
+def _refusal(error: OSError) -> str:
     """The machine's refusal, and the way out."""
     what = f"{error.filename}: " if error.filename else ""
     return f"{what}{error.strerror or error}{WAYS_OUT.get(error.errno or 0, '')}"

@@ -64,7 +64,7 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
     """
     from farflung.learner.build import follow
     from farflung.learner.ranks import join as meet
-    from farflung.learner.ranks import part
+    from farflung.learner.ranks import leave
 
     start_computing(json)
     settings = settings_of(config, flags)
@@ -74,7 +74,7 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
     else:
         _enter(settings, "trainer")
         asyncio.run(role_makers.trainer(url_of(url, settings), settings, ranks).run())
-    part(ranks)
+    leave(ranks)
 
 
 @app.command(group=ROLES)
@@ -192,7 +192,7 @@ def worker(
     """
     start_computing(json)
     key = _key_in(folder)
-    asyncio.run(_reach(url, key, patience_s))
+    asyncio.run(_meet(url, key, patience_s))
     from farflung.worker import Worker
 
     pinned = bytes.fromhex(root) if root else None
@@ -210,12 +210,12 @@ def worker(
         asyncio.run(Worker(url, key, folder, settings, patience_s=patience_s, **options).run())
 
 
-def _enter(settings: Config, part: str = "") -> None:
+def _enter(settings: Config, leave: str = "") -> None:
     """Share the folder of a run with its other roles, and have one part of it alone. Raises ConfigError."""
     settings.folder.mkdir(parents=True, exist_ok=True)
     owner.own(settings.folder, is_shared=True)
-    if part:
-        owner.own(settings.folder, part)
+    if leave:
+        owner.own(settings.folder, leave)
 
 
 def _key_in(folder: Path) -> Key:
@@ -225,7 +225,7 @@ def _key_in(folder: Path) -> Key:
     return Key.load_or_make(folder / "key")
 
 
-async def _reach(url: str, key: Key, patience_s: float) -> None:
+async def _meet(url: str, key: Key, patience_s: float) -> None:
     """Meet the coordinator before torch is loaded, so that a wrong address is told at once."""
     from farflung.net.client import Client
     from farflung.net.session import greet

@@ -59,7 +59,7 @@ def export(run: Path, out: Path, step: int | None = None) -> None:
 
 
 @app.command(group=RUN)
-def sift(config: Path, *flags: Flags, out: Path, samples: int = 8, low: float = 0.1, high: float = 0.9) -> None:
+def filter_tasks(config: Path, *flags: Flags, out: Path, samples: int = 8, low: float = 0.1, high: float = 0.9) -> None:
     """Find training tasks of the right difficulty.
 
     The base model answers each task several times; those that it gets right neither never nor always are written.
@@ -78,7 +78,7 @@ def sift(config: Path, *flags: Flags, out: Path, samples: int = 8, low: float = 
         Largest share that is kept.
     """
     from farflung.ops.filter_tasks import Band
-    from farflung.ops.filter_tasks import sift as choose
+    from farflung.ops.filter_tasks import filter_tasks as choose
 
     start_logging()
     chosen, tried = asyncio.run(choose(load(config, flags), out, Band(samples, low, high)))
@@ -121,24 +121,24 @@ def restore(backup: Path, *, to: Path) -> None:
 
 
 @app.command(group=SAFE)
-def brake(config: Path, *flags: Flags, release: bool = False, url: str = "") -> None:
-    """Show whether the circuit breaker is on, or release it.
+def breaker(config: Path, *flags: Flags, close: bool = False, url: str = "") -> None:
+    """Show whether the circuit breaker is open, or close it.
 
-    While it is on, because too many good nodes failed at once, no node is judged and nothing is trained on.
+    While it is open, because too many good nodes failed at once, no node is judged and nothing is trained on.
 
     Parameters
     ----------
     config
         The run's TOML file, or the config.json in its folder.
-    release
+    close
         Let verdicts and training go on, once validators and weights were looked at.
     url
         The coordinator's address; without it, as written in the run's folder.
     """
-    from farflung.ops.operate import release_brake, show_brake
+    from farflung.ops.operate import close_breaker, show_breaker
 
     settings = settings_of(config, flags)
-    tell = release_brake if release else show_brake
+    tell = close_breaker if close else show_breaker
     asyncio.run(tell(url_of(url, settings), settings))
 
 

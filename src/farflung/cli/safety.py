@@ -76,7 +76,7 @@ def calibrate(
     prompts: Path | None = None,
     tokens: int = 80_000,
     temperature: float = 1.0,
-    budget: int = 32,
+    max_new_tokens: int = 32,
     threads: int = 1,
     engine_url: str = "",
 ) -> None:
@@ -93,13 +93,13 @@ def calibrate(
     out
         JSON file to write.
     prompts
-        Text file with one prompt a line, or the TOML file of a run, which gives prompts, temperature and budget;
-        without it, the demo's sums.
+        Text file with one prompt a line, or the TOML file of a run, which gives prompts, temperature and
+        max_new_tokens; without it, the demo's sums.
     tokens
         Tokens generated in large batches; other ways to generate add two thirds of that.
     temperature
         Of the runs that the profile is for.
-    budget
+    max_new_tokens
         Most tokens of a completion in these runs.
     threads
         Torch threads.
@@ -118,7 +118,7 @@ def calibrate(
         threads=threads,
         engine_url=engine_url,
         temperature=temperature,
-        budget=budget,
+        max_new_tokens=max_new_tokens,
     )
 
 
@@ -139,11 +139,11 @@ def redteam(config: Path, *flags: Flags, attacks: str = "", at_once: int = 7, ti
     times
         How often each attack is run; the table then has medians.
     """
-    from farflung.adversity.evaluate import run_trial, show
+    from farflung.adversity.evaluate import run_evaluation, show
     from farflung.redteam import GALLERY
 
     names = attacks.split(",") if attacks else list(GALLERY)
-    show(run_trial(settings_of(config, flags), names, at_once, times))
+    show(run_evaluation(settings_of(config, flags), names, at_once, times))
 
 
 @app.command(group=BREAK)

@@ -60,7 +60,7 @@ class TrustSection(Section):
         le=64,
         is_advanced=True,
     )
-    brake_share: float = setting(
+    breaker_share: float = setting(
         0.9,
         "Share of the verified work of nodes with a good record: if those that did more fail in one step, verdicts and "
         "training stop; ejections wait until those that did the rest pass.",
@@ -68,7 +68,7 @@ class TrustSection(Section):
         le=1,
         is_advanced=True,
     )
-    brake_nodes: int = setting(
+    breaker_nodes: int = setting(
         3, "Nodes with a good record that must fail in one step for either.", ge=1, is_advanced=True
     )
     fingerprint: bool = setting(
@@ -91,7 +91,7 @@ class CoordinatorSection(Section):
     blobs: str = setting(
         "", "`file:///folder` or `s3://bucket/prefix?endpoint=URL&region=NAME`; empty for a folder in the run's folder."
     )
-    veil: bool = setting(
+    redact: bool = setting(
         True,
         "Hide which rollouts are held for audit, and M, until their step can no longer be trained on.",
         is_advanced=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from farflung.config import renamed
 from farflung.config.tree import Config, fields
 from farflung.protocol.errors import ConfigError
 
@@ -113,6 +114,8 @@ def _parse(tree: dict[str, Any], path: Path | None) -> Config:
 
 
 def _nearest(where: str) -> str:
+    if where in renamed.SETTINGS:
+        return f"it is called {renamed.SETTINGS[where]!r}"
     close = difflib.get_close_matches(where, [name for name, _ in fields()], n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "docs/config.md lists all keys"
 

@@ -42,7 +42,7 @@ class EnvSection(Section):
     args: dict[str, Any] = setting({}, "Keyword arguments of the environment.")
     train_tasks: int = setting(4096, "Training tasks taken from the environment.", ge=1, le=1_000_000)
     eval_tasks: int = setting(512, "Held-out tasks taken from the environment.", ge=0, le=100_000)
-    keep: str = setting("", "File of `farflung sift`: train on its tasks only; empty for all.")
+    keep: str = setting("", "File of `farflung filter-tasks`: train on its tasks only; empty for all.")
     lengths: tuple[int, ...] = setting(
         (),
         "Lengths in tokens, one of which each prompt names, drawn from the task and `run.seed`; empty for none.",
@@ -72,7 +72,7 @@ class EnvSection(Section):
 class GenerateSection(Section):
     samples: int = setting(16, "Samples per group (G).", ge=2, le=4096)
     temperature: float = setting(1.0, "Sampling temperature.", gt=0, le=10)
-    budget: int = setting(256, "Most new tokens per rollout, the end token included.", ge=1, le=131_072)
+    max_new_tokens: int = setting(256, "Most new tokens per rollout, the end token included.", ge=1, le=131_072)
     stop: tuple[str, ...] = setting(
         (), "Strings that end a rollout with the token that completes one; the scored text stands before it."
     )

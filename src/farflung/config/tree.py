@@ -38,9 +38,11 @@ class Config(Section):
     """`run.dir`, `run.name` and the folder where the run with these two is in fact, once it was moved."""
 
     @model_validator(mode="after")
-    def _lengths_within_budget(self) -> Self:
-        if self.env.lengths and max(self.env.lengths) > self.generate.budget:
-            raise ValueError(f"env.lengths {self.env.lengths} go beyond generate.budget = {self.generate.budget}")
+    def _lengths_within_limit(self) -> Self:
+        if self.env.lengths and max(self.env.lengths) > self.generate.max_new_tokens:
+            raise ValueError(
+                f"env.lengths {self.env.lengths} go beyond generate.max_new_tokens = {self.generate.max_new_tokens}"
+            )
         return self
 
     def lockstep_groups(self, policy: int) -> int:

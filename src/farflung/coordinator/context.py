@@ -32,12 +32,12 @@ B = TypeVar("B")
 
 
 class Context:
-    """The run as `tasks/create_run.py` founds it. `papers` are what nodes check before they join."""
+    """The run as `tasks/create_run.py` creates it. `descriptor` is what nodes check before they join."""
 
     def __init__(
         self,
         run_ctx: RunContext,
-        papers: m.Run,
+        descriptor: m.Run,
         weights_keys: Trusted,
         profiles: Profiles,
         archive: Archive,
@@ -47,7 +47,7 @@ class Context:
         clock: Callable[[], float] = time.time,
         admin_token: str = "",
     ) -> None:
-        self.run_ctx, self.papers, self.weights_keys, self.profiles = run_ctx, papers, weights_keys, profiles
+        self.run_ctx, self.descriptor, self.weights_keys, self.profiles = run_ctx, descriptor, weights_keys, profiles
         self.archive, self.database, self.blobs, self.metrics, self.clock = archive, database, blobs, metrics, clock
         self.access = AccessControl(run_ctx.granted, run_ctx.key.id, admin_token, self.config.coordinator)
         self.long_poll, self.twins = LongPoll(), Twins()

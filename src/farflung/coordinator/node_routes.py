@@ -18,7 +18,7 @@ from farflung.protocol import messages as m
 from farflung.protocol.errors import Forbidden, Refusal, Unavailable
 from farflung.protocol.identity import Signed
 from farflung.queries import rulings, views
-from farflung.rollouts import intake, orphan_gc, validate
+from farflung.rollouts import blob_gc, intake, validate
 from farflung.store.bulk import update_rows
 from farflung.store.run import RunContext, ejected, node_rows, unknown_node
 from farflung.store.tables import NODES
@@ -39,7 +39,7 @@ MOST_LOST = 1000
 async def index(ctx: Context, call: Call) -> Index:
     """This coordinator's identity and the runs that it has."""
     return Index(
-        ctx.run_ctx.key.id, m.VERSION, ctx.config.coordinator.minimum_version, ctx.papers.root, [ctx.run_ctx.run]
+        ctx.run_ctx.key.id, m.VERSION, ctx.config.coordinator.minimum_version, ctx.descriptor.root, [ctx.run_ctx.run]
     )
 
 
@@ -52,41 +52,44 @@ async def register(ctx: Context, call: Call) -> m.Welcome:
 
 
 async def run(ctx: Context, call: Call) -> m.Run:
-    """The run's sealed papers: the root's delegations and what a node must know."""
+    """The run's sealed descriptor: the root's delegations and what a node must know."""
     ctx.here(call)
-    return ctx.papers
+    return ctx.descriptor
 
 
 async def heartbeat(ctx: Context, call: Call) -> m.HeartbeatReply:
     """Keep a node's leases alive; tells it where the run stands, or now and then that its key is in use elsewhere."""
     ctx.here(call)
-    pulse = await ctx.write_together(_note_beats, (call.node, call.message))
+    reply = await ctx.write_together(_note_heartbeats, (call.node, call.message))
     ctx.twins.check(call.node, call.message, ctx.clock())
-    return pulse
+    return reply
 
 
-def _note_beats(
-    ctx: Context, connection: Connection, beats: Sequence[tuple[str, m.Heartbeat]]
+def _note_heartbeats(
+    ctx: Context, connection: Connection, heartbeats: Sequence[tuple[str, m.Heartbeat]]
 ) -> list[m.HeartbeatReply | Refusal]:
-    now, nodes = ctx.clock(), {node for node, _ in beats}
+    now, nodes = ctx.clock(), {node for node, _ in heartbeats}
     rows = node_rows(connection, nodes)
     lost = lease.lost_leases(connection, nodes, now - 2 * ctx.config.lease.lease_s)
-    latest, heard = ctx.run_ctx.latest(connection), [(rows[node], beat) for node, beat in beats if node in rows]
-    for row, beat in heard:
+    latest, heard = (
+        ctx.run_ctx.latest(connection),
+        [(rows[node], heartbeat) for node, heartbeat in heartbeats if node in rows],
+    )
+    for row, heartbeat in heard:
         if row.receipt or row.role != "worker":  # a key that handed nothing in costs the run nothing
-            ctx.metrics.note_node(row.node, row.role, row.registered_at, beat, now)
+            ctx.metrics.note_node(row.node, row.role, row.registered_at, heartbeat, now)
         if row.node in ctx.access.roles:
             audit.renew(connection, ctx.run_ctx, row.node, now)
-    last = {row.node: _beat_values(row.node, beat, now) for row, beat in heard}
+    last = {row.node: _heartbeat_values(row.node, heartbeat, now) for row, heartbeat in heard}
     update_rows(connection, NODES, list(last.values()))
     judged = rulings.rulings(connection, ctx.run_ctx, rows.values())
-    pulses = {
-        node: _pulse(ctx.run_ctx, row, latest, lost.get(node, []), judged.get(node, [])) for node, row in rows.items()
+    replies = {
+        node: _reply(ctx.run_ctx, row, latest, lost.get(node, []), judged.get(node, [])) for node, row in rows.items()
     }
-    return [pulses.get(node) or unknown_node(node) for node, _ in beats]
+    return [replies.get(node) or unknown_node(node) for node, _ in heartbeats]
 
 
-def _pulse(
+def _reply(
     run_ctx: RunContext, row: Row[Any], latest: m.Latest, lost: list[str], judged: list[m.Ruling]
 ) -> m.HeartbeatReply:
     clean, needed = rulings.progress(run_ctx, row)
@@ -181,7 +184,7 @@ async def submission_gate(ctx: Context, call: Call) -> int:
     row, leased = await ctx.database.read_together(intake.leases_of, (call.path["lease"], call.node))
     call.request.state.lease = row, leased
     samples = sum(len(group.samples) for group in leased.groups)
-    return BODY_BYTES + samples * (SAMPLE_BYTES + leased.budget * TOKEN_BYTES)
+    return BODY_BYTES + samples * (SAMPLE_BYTES + leased.max_new_tokens * TOKEN_BYTES)
 
 
 async def submission(ctx: Context, call: Call) -> Signed:
@@ -194,12 +197,12 @@ async def submission(ctx: Context, call: Call) -> Signed:
     await ctx.archive.blobs.put(sent.body, sent.digest)
     logp = await ctx.archive.blobs.put(sent.logp) if sent.logp else None
 
-    delivery = intake.StoredSubmission(call.node, sent, call.message.possession, logp)
+    stored = intake.StoredSubmission(call.node, sent, call.message.possession, logp)
     try:
-        receipt = await ctx.write_together(take, delivery)
+        receipt = await ctx.write_together(take, stored)
     except Refusal as refusal:
         if not isinstance(refusal, Unavailable):  # then the coordinator cannot tell whether it was stored
-            await orphan_gc.discard(ctx.archive.blobs, ctx.database, [sent.digest, *([logp] if logp else [])])
+            await blob_gc.discard(ctx.archive.blobs, ctx.database, [sent.digest, *([logp] if logp else [])])
         raise
     ctx.long_poll.wake()
     return receipt
@@ -234,6 +237,6 @@ async def story(ctx: Context, call: Call) -> m.Story:
     return await ctx.database.read_page(lambda c: views.story(c, ctx.config, call.path["id"]))
 
 
-def _beat_values(node: str, beat: m.Heartbeat, now: float) -> dict[str, Any]:
-    said = {"phase": beat.phase, "loaded_step": beat.loaded_step, "beat": msgspec.msgpack.encode(beat)}
+def _heartbeat_values(node: str, heartbeat: m.Heartbeat, now: float) -> dict[str, Any]:
+    said = {"phase": heartbeat.phase, "loaded_step": heartbeat.loaded_step, "beat": msgspec.msgpack.encode(heartbeat)}
     return {"node": node, "seen_at": now} | said

@@ -25,7 +25,7 @@ from farflung.store.blobs import Blobs
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.tasks import keyring
-from farflung.tasks.create_run import Model, found, local_grants, refuse_misfit, seal_papers, weights_key
+from farflung.tasks.create_run import Model, create_run, local_grants, refuse_misfit, seal_descriptor, weights_key
 from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 
@@ -77,15 +77,15 @@ async def open_coordinator(config: Config, *, is_first: bool = True) -> Coordina
     await asyncio.to_thread(migrate, config.database_url)
     database, blobs = Database(config.database_url), Blobs(config.blobs_url)
     options = {"receipts": signers["receipts"], "verdicts": signers["verdicts"]}
-    run_ctx = await found(config, database, model, key, time.time(), **options)
-    papers = await seal_papers(config, blobs, model, key, ring, profiles.digests, run_ctx.stops)
+    run_ctx = await create_run(config, database, model, key, time.time(), **options)
+    descriptor = await seal_descriptor(config, blobs, model, key, ring, profiles.digests, run_ctx.stops)
     archive = Archive(Blobs(config.submissions_url), model.tokenizer, config.generate.stop)
     if is_first:
         await damage.mend(database, run_ctx, blobs, archive.blobs, time.time())
     metrics = Metrics(folder / "metrics.jsonl", time.monotonic)
     weights = ring.live(config.run.name, "weights", time.time())
     token = read_token(config.coordinator.admin_token_file)
-    ctx = Context(run_ctx, papers, weights, profiles, archive, database, blobs, metrics, admin_token=token)
+    ctx = Context(run_ctx, descriptor, weights, profiles, archive, database, blobs, metrics, admin_token=token)
     return Coordinator(ctx)
 
 

@@ -76,7 +76,7 @@ async def evidence(ctx: Context, call: Call) -> m.Done:
     said = unseal(signed, verdict.KIND, m.Evidence)
     if said.audit != call.path["audit"]:
         raise Malformed(f"this evidence is about audit {said.audit}, the path names {call.path['audit']}")
-    # the consequences of wrong weights are committed before they are refused
+    # what follows from wrong weights is committed before they are refused
     if wrong := await ctx.write(lambda c: possession.of_evidence(c, ctx.run_ctx, call.node, said, ctx.clock())):
         raise WrongWeights(wrong)
     changed = await ctx.write(
@@ -85,12 +85,12 @@ async def evidence(ctx: Context, call: Call) -> m.Done:
     return m.Done(changed=changed)
 
 
-async def release_brake(ctx: Context, call: Call) -> m.Done:
+async def close_breaker(ctx: Context, call: Call) -> m.Done:
     """The operator lets verdicts and training go on."""
     ctx.require_operator(call)
 
     def release(connection: Connection) -> int:
-        changed = breaker.release(connection, ctx.run_ctx, ctx.clock())
+        changed = breaker.close(connection, ctx.run_ctx, ctx.clock())
         verdict.fold_all(connection, ctx.run_ctx, ctx.profiles, ctx.clock())
         return changed
 

@@ -99,6 +99,6 @@ def routes(ctx: Context) -> list[Route]:
         Route("POST", f"{run}/steps/{{step}}/commit", to(step_routes.commit_step), m.Commit, m.Done, gate=trainer),
         Route("GET", f"{run}/submissions/{{digest}}", to(step_routes.submission_body)),
         Route("GET", f"{run}/submissions/{{digest}}/logp", to(step_routes.logp_body)),
-        Route("POST", f"{admin}/brake/release", to(role_routes.release_brake), m.Empty, m.Done),
+        Route("POST", f"{admin}/breaker/close", to(role_routes.close_breaker), m.Empty, m.Done),
         Route("POST", f"{admin}/rollback", to(role_routes.roll_back), m.Rollback, m.Done),
     ]

@@ -16,7 +16,7 @@ from farflung.protocol import messages as m
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Conflict, Malformed, NotFound, WeightsError
 from farflung.queries import views
-from farflung.rollouts import compose
+from farflung.rollouts import commit, select
 from farflung.weights import shard_gc
 from farflung.weights.manifest import check_follows, manifest_digest, open_manifest
 
@@ -29,7 +29,7 @@ async def claim_step(ctx: Context, call: Call) -> m.BatchAnswer:
     step = number_in(call, "step")
 
     def claim(connection: Connection) -> m.BatchAnswer:
-        found = compose.claim_step(connection, ctx.run_ctx, step, ctx.clock())
+        found = select.claim_step(connection, ctx.run_ctx, step, ctx.clock())
         latest = ctx.run_ctx.latest(connection)
         if isinstance(found, str):
             return m.BatchAnswer(latest=latest, reason=found)
@@ -63,8 +63,8 @@ async def trip(ctx: Context, call: Call) -> m.Done:
     step, caught, looked = number_in(call, "step"), call.message.submissions, call.message.looked
 
     def take(connection: Connection) -> int:
-        tripped = compose.trip(connection, ctx.run_ctx, step, caught, ctx.clock())
-        return tripped + steering.take_looks(connection, ctx.run_ctx, ctx.profiles, step, looked, ctx.clock())
+        tripped = select.trip(connection, ctx.run_ctx, step, caught, ctx.clock())
+        return tripped + steering.count_replays(connection, ctx.run_ctx, ctx.profiles, step, looked, ctx.clock())
 
     return m.Done(changed=await ctx.write(take))
 
@@ -83,10 +83,10 @@ async def put_blob(ctx: Context, call: Call) -> m.Done:
 async def commit_step(ctx: Context, call: Call) -> m.Done:
     """End a step: its weights are published, its rollouts trained."""
     ctx.require(call, "trainer")
-    commit: m.Commit = call.message
-    digest = manifest_digest(commit.manifest)
+    said: m.Commit = call.message
+    digest = manifest_digest(said.manifest)
     try:
-        manifest = open_manifest(commit.manifest, ctx.weights_keys, ctx.run_ctx.run, digest)
+        manifest = open_manifest(said.manifest, ctx.weights_keys, ctx.run_ctx.run, digest)
     except WeightsError as error:
         raise Malformed(str(error)) from error
     if manifest.step != number_in(call, "step"):
@@ -95,15 +95,15 @@ async def commit_step(ctx: Context, call: Call) -> m.Done:
     for shard in (*manifest.shards, *manifest.deltas):
         if await ctx.blobs.size(shard.digest) != shard.size_bytes:
             raise Malformed(f"shard {shard.digest[:12]} is stored with another size than the manifest's")
-    figures = {name: value for name, value in commit.metrics.items() if math.isfinite(value)}  # JSON has no others
+    figures = {name: value for name, value in said.metrics.items() if math.isfinite(value)}  # JSON has no others
     changed = await ctx.write(
-        lambda c: compose.commit_step(
-            c, ctx.run_ctx, digest, manifest, msgspec.structs.replace(commit, metrics=figures), ctx.clock()
+        lambda c: commit.commit_step(
+            c, ctx.run_ctx, digest, manifest, msgspec.structs.replace(said, metrics=figures), ctx.clock()
         )
     )
     if changed:
         ctx.metrics.note_step(manifest, figures, ctx.clock())
-        await _collect(ctx)
+        await _delete_unneeded(ctx)
     return m.Done(changed=changed)
 
 
@@ -117,7 +117,7 @@ async def _check_base(ctx: Context, manifest: m.Manifest) -> None:
             raise Conflict(str(error)) from error
 
 
-async def _collect(ctx: Context) -> None:
+async def _delete_unneeded(ctx: Context) -> None:
     """Delete the shards that no version in use needs."""
     spent, first = await ctx.database.read(lambda c: shard_gc.spent(c, ctx.run_ctx, ctx.collected_step))
     await ctx.blobs.delete(spent)

@@ -13,7 +13,7 @@ from farflung.audits.unused import drop_groups
 from farflung.coordinator.context import Context
 from farflung.protocol import messages as m
 from farflung.queries import evals
-from farflung.rollouts import compose, orphan_gc
+from farflung.rollouts import blob_gc, commit
 from farflung.store.transitions import last_event
 from farflung.tasks import lease, node_gc
 
@@ -22,14 +22,14 @@ SWEEP_S = 0.25
 DEAF_S = 1.0
 """A sweep so late says that this process was frozen or its database away, so that silence was no node's fault."""
 STRANDED_S = 1.0
-TIDY_S, ORPHAN_S = 900.0, 3600.0
+TIDY_S, UNREFERENCED_S = 900.0, 3600.0
 
 
 class Sweeper:
     """Sweeps and tidies for as long as its coordinator stays."""
 
     def __init__(self, ctx: Context) -> None:
-        self._office = ctx
+        self._ctx = ctx
         self._started_at = ctx.clock()
         self.swept_at, self._listening_since = math.inf, ctx.clock()
         """When the last sweep went through, and since when none was late and every commit went through."""
@@ -42,39 +42,39 @@ class Sweeper:
         while True:
             try:
                 await self.note_evals()
-                self._office.long_poll.wake_if_due(await self._office.database.write(self.sweep_once), time.monotonic())
-                self.swept_at = self._office.clock()
+                self._ctx.long_poll.wake_if_due(await self._ctx.database.write(self.sweep_once), time.monotonic())
+                self.swept_at = self._ctx.clock()
                 own = m.Heartbeat(cpu_s=time.process_time(), started_at=self._started_at)
-                self._office.metrics.note_node(
-                    self._office.run_ctx.key.id, "coordinator", self._started_at, own, self._office.clock()
+                self._ctx.metrics.note_node(
+                    self._ctx.run_ctx.key.id, "coordinator", self._started_at, own, self._ctx.clock()
                 )
-                self._office.metrics.flush(self._office.clock())
+                self._ctx.metrics.flush(self._ctx.clock())
             except Exception:
                 log.exception("sweep failed, going on")  # without a sweep no lease would ever lapse
             await asyncio.sleep(SWEEP_S)
 
     def sweep_once(self, connection: Connection) -> int:
         """Gives the number of the last event."""
-        now = self._office.clock()
-        if now - self.swept_at > DEAF_S or self._office.database.failures != self._failures:
-            self._listening_since, self._failures = now, self._office.database.failures
-        lease.expire(connection, self._office.run_ctx, now, self._listening_since)
+        now = self._ctx.clock()
+        if now - self.swept_at > DEAF_S or self._ctx.database.failures != self._failures:
+            self._listening_since, self._failures = now, self._ctx.database.failures
+        lease.expire(connection, self._ctx.run_ctx, now, self._listening_since)
         if now - self._stranded_at > STRANDED_S:
             self._stranded_at = now
             why = "every node at work handed in a sample of it before"
-            run_ctx = self._office.run_ctx
+            run_ctx = self._ctx.run_ctx
             drop_groups(connection, run_ctx, lease.stranded(connection, run_ctx, now), now, why=why)
-        compose.finish(connection, self._office.run_ctx, now)
+        commit.finish(connection, self._ctx.run_ctx, now)
         return last_event(connection)
 
     async def note_evals(self) -> None:
         """Write down evaluations that are through, before the last of them ends the run."""
-        database = self._office.database
-        latest = (await database.read(self._office.run_ctx.latest, "sweep")).step
-        if due := set(self._office.config.eval_steps(latest)) - self._noted:
-            found = await database.read(lambda c: evals.finished(c, self._office.config, due), "sweep")
+        database = self._ctx.database
+        latest = (await database.read(self._ctx.run_ctx.latest, "sweep")).step
+        if due := set(self._ctx.config.eval_steps(latest)) - self._noted:
+            found = await database.read(lambda c: evals.finished(c, self._ctx.config, due), "sweep")
             if found:
-                await database.aside(partial(self._office.metrics.note_evals, found, self._office.clock()), "sweep")
+                await database.aside(partial(self._ctx.metrics.note_evals, found, self._ctx.clock()), "sweep")
             self._noted |= {view.step for view in found}
 
     async def tidy(self) -> None:
@@ -90,18 +90,18 @@ class Sweeper:
     async def forget(self) -> int:
         """Forget leases and nodes that came to nothing, a few in each transaction; gives how many."""
         count = 0
-        while found := await self._office.database.write(self._forget_some):
+        while found := await self._ctx.database.write(self._forget_some):
             count += found
-        await asyncio.to_thread(self._office.metrics.thin)
+        await asyncio.to_thread(self._ctx.metrics.thin)
         return count
 
     def _forget_some(self, connection: Connection) -> int:
-        return node_gc.forget(connection, self._office.run_ctx, self._office.clock())
+        return node_gc.forget(connection, self._ctx.run_ctx, self._ctx.clock())
 
     async def tidy_once(self, now: float) -> int:
         """Once; `now` by the clock of the blob store."""
-        keep_s = ORPHAN_S + self._office.config.lease.lease_s
-        count = await orphan_gc.collect(self._office.archive.blobs, self._office.database, now - keep_s)
+        keep_s = UNREFERENCED_S + self._ctx.config.lease.lease_s
+        count = await blob_gc.delete_unreferenced(self._ctx.archive.blobs, self._ctx.database, now - keep_s)
         if count:
             log.info("collected bodies=%d of refused submissions", count)
         return count

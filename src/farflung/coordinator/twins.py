@@ -33,22 +33,22 @@ class Twins:
     def __init__(self) -> None:
         self._lives: OrderedDict[str, _Lives] = OrderedDict()
 
-    def check(self, node: str, beat: Heartbeat, at: float) -> None:
+    def check(self, node: str, heartbeat: Heartbeat, at: float) -> None:
         """Raises Conflict, once in a while, for each of two processes that share a key."""
-        if beat.phase == "gone":  # the last word of one that is replaced may come late
+        if heartbeat.phase == "gone":  # the last word of one that is replaced may come late
             return
-        lives = self._lives.setdefault(node, _Lives(beat.started_at))
+        lives = self._lives.setdefault(node, _Lives(heartbeat.started_at))
         self._lives.move_to_end(node)
         if len(self._lives) > MOST_NODES:
             self._lives.popitem(last=False)
-        if beat.started_at != lives.now:
-            if beat.started_at == lives.before:
+        if heartbeat.started_at != lives.now:
+            if heartbeat.started_at == lives.before:
                 lives.met_at = at
-            lives.now, lives.before = beat.started_at, lives.now
-        told_at = lives.told.get(beat.started_at, at - TOLD_EVERY_S)
+            lives.now, lives.before = heartbeat.started_at, lives.now
+        told_at = lives.told.get(heartbeat.started_at, at - TOLD_EVERY_S)
         if at - lives.met_at < LASTS_S and at - told_at >= TOLD_EVERY_S:
             lives.told = {start: lives.told[start] for start in (lives.now, lives.before) if start in lives.told}
-            lives.told[beat.started_at] = at
+            lives.told[heartbeat.started_at] = at
             log.warning("node %s works in two places at once", node)
             raise Conflict(
                 f"the key of node {node} is in use in two places at once, so work is done twice and paid once; end one "

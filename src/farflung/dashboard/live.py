@@ -60,8 +60,8 @@ class Viewers:
 class Live:
     """Snapshots, shared and rationed, so that a thousand viewers cost the database as much as one."""
 
-    def __init__(self, look: Callable[[], Awaitable[Snapshot]], render: Callable[[str, Snapshot], str]) -> None:
-        self._look, self._render = look, render
+    def __init__(self, read: Callable[[], Awaitable[Snapshot]], render: Callable[[str, Snapshot], str]) -> None:
+        self._read, self._render = read, render
         self._lock = asyncio.Lock()
         self._snapshot: Snapshot | None = None
         self._frames: tuple[Snapshot | None, Frames] = (None, {})
@@ -78,7 +78,7 @@ class Live:
         async with self._lock:
             if self._snapshot is None or time.monotonic() >= self._due + patience_s:
                 since = time.monotonic()
-                self._snapshot = await self._look()
+                self._snapshot = await self._read()
                 took_s = time.monotonic() - since
                 self._due = since + max(REFRESH_S, SHARE * took_s)
             return self._snapshot

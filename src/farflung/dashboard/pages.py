@@ -29,10 +29,10 @@ from farflung.queries import browse, params
 from farflung.queries import story as stories
 from farflung.queries.cost import Meter
 from farflung.queries.node_views import DESCENDING, SORTS, ordered
-from farflung.queries.redact import veil_of
+from farflung.queries.redact import redaction_of
 from farflung.queries.shared import Shared
 from farflung.queries.snapshot import Snapshot, take
-from farflung.queries.versions import troubles, why_large
+from farflung.queries.versions import node_errors, why_large
 from farflung.rollouts.archive import Archive
 from farflung.store.db import Database
 
@@ -71,7 +71,7 @@ class Desk:
         """Cost and overhead so far."""
         return Meter(self.metrics, self.config)
 
-    async def look(self) -> Snapshot:
+    async def snapshot(self) -> Snapshot:
         """Read everything the home page shows."""
         return await self.database.read_page(lambda c: take(c, self.config, self.meter, self.clock()))
 
@@ -82,7 +82,7 @@ class Pages:
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
         self._templates = environment(is_live=desk.is_live, run=desk.config.run.name, asset=asset)
-        self.live = Live(desk.look, self._part)
+        self.live = Live(desk.snapshot, self._part)
         self.accounts = Shared(lambda: desk.database.read_page(browse.accounts))
 
     # --- pages -------------------------------------------------------------------------------------------------------
@@ -105,10 +105,10 @@ class Pages:
         s = await self.live.snapshot(NAMES_S)
         counts, run = s.counts.statuses, self.desk.config.run.name
         known = counts.get(wanted.status, 0)
-        veiled: Callable[[Connection], Any] = lambda c: browse.rollouts(  # noqa: E731
-            c, run, wanted, known, veil_of(c, self.desk.config)
+        redacted: Callable[[Connection], Any] = lambda c: browse.rollouts(  # noqa: E731
+            c, run, wanted, known, redaction_of(c, self.desk.config)
         )
-        found = await self.desk.database.read_page(veiled)
+        found = await self.desk.database.read_page(redacted)
         texts = await self._texts(found.rows)
         verdicts = {v.node: v for v in reversed(s.verdicts)}
         return await self._page(
@@ -141,11 +141,11 @@ class Pages:
         run = self.desk.config.run.name
         versions = await self.desk.database.read_page(lambda c: browse.weights(c, run, until, loaded))
         since = self.desk.clock() - self.desk.config.lease.lost_s if s.status != "finished" else 0.0
-        said = await self.desk.database.read_page(lambda c: troubles(c, since))
+        said = await self.desk.database.read_page(lambda c: node_errors(c, since))
         learn, newer = self.desk.config.learn, min(s.step, until + browse.STEPS_A_PAGE)
         note = "" if learn.lora_rank else why_large(learn.lr, versions)
         return await self._page("weights.html", page="weights", s=s, versions=versions, note=note,
-                          present=loaded.total(), troubles=said, until=until, newer=newer,
+                          present=loaded.total(), node_errors=said, until=until, newer=newer,
                           most=browse.STEPS_A_PAGE)  # fmt: skip
 
     async def ledger(self, request: Request) -> Response:

@@ -36,9 +36,11 @@ class RunFigures(Collector):
         yield _gauge("farflung_audits", "Audits by status.", _by(status.audits), ("status",))
         yield _gauge("farflung_leases_open", "Leases being worked on.", {(): status.leases_open}, ())
         yield _counter("farflung_leases_reissued", "Leases whose work went to others.", status.leases_reissued)
-        yield _counter("farflung_accepted_rollouts", "Rollouts accepted from nodes in good standing.", status.accepted)
         yield _counter(
-            "farflung_accepted_tokens", "Tokens accepted from nodes in good standing.", status.accepted_tokens
+            "farflung_accepted_rollouts", "Rollouts accepted from nodes that are not ejected.", status.accepted
+        )
+        yield _counter(
+            "farflung_accepted_tokens", "Tokens accepted from nodes that are not ejected.", status.accepted_tokens
         )
         ejections = sum(verdict.outcome == "eject" for verdict in status.verdicts)
         yield _counter("farflung_ejections", "Nodes ejected by verdict.", ejections)

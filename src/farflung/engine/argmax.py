@@ -27,8 +27,8 @@ def best(score_BV: torch.Tensor) -> torch.Tensor:
     return score_BV.argmax(dim=-1)
 
 
-def log_sum_exp(score_BV: torch.Tensor, room_BV: torch.Tensor) -> torch.Tensor:
+def log_sum_exp(score_BV: torch.Tensor, buffer_BV: torch.Tensor) -> torch.Tensor:
     """log of the sum of exp(score) of each row (B,); `room_BV` is overwritten."""
     top_B1 = score_BV.amax(dim=-1, keepdim=True)
-    sum_B = torch.sub(score_BV, top_B1, out=room_BV).exp_().sum(dim=-1)
+    sum_B = torch.sub(score_BV, top_B1, out=buffer_BV).exp_().sum(dim=-1)
     return sum_B.log_().add_(top_B1[:, 0])

@@ -8,7 +8,7 @@ Where prompts are shared a token's attention is taken in two parts, to its own r
 group, to their prompt; what each part found counts by its share of the sum under the softmax, which is how blocks of
 flash attention are put together (Dao et al. 2022).
 
-Legend: B rows, G prompts, S seats of a group (rows of the largest), H heads of queries, K heads of keys, T positions, D
+Legend: B rows, G prompts, S slots of a group (rows of the largest), H heads of queries, K heads of keys, T positions, D
 size of a head.
 """
 
@@ -59,33 +59,33 @@ class SharedPrompts:
 
     def add(self, group_B: torch.Tensor) -> None:
         """More rows behind those that are here, with these prompts."""
-        self._seat(torch.cat([self._group_B, group_B]))
+        self._slot(torch.cat([self._group_B, group_B]))
 
     def _hold(self, layers: Sequence[Layer], group_B: torch.Tensor, seen_GT: torch.Tensor) -> None:
         # As the model makes them they would be copied for every token: the heads of a position stand side by side.
         self._layers = [(keys.contiguous(), values.contiguous()) for keys, values in layers]
         self._seen_GT = seen_GT
         self._mask_G11T = None if seen_GT.all() else masked(~seen_GT)
-        self._seat(group_B)
+        self._slot(group_B)
 
     def keep(self, live_B: torch.Tensor) -> None:
         """Go on with these rows."""
-        self._seat(self._group_B[live_B])
+        self._slot(self._group_B[live_B])
 
-    def _seat(self, group_B: torch.Tensor) -> None:
-        """Give each row a seat in its group; seats that stay empty ask what row 0 asks, and the answer is not read."""
+    def _slot(self, group_B: torch.Tensor) -> None:
+        """Give each row a slot in its group; slots that stay empty ask what row 0 asks, and the answer is not read."""
         self._group_B = group_B
         count_G = group_B.bincount(minlength=len(self._layers[0][0]))
-        order_B, self._seats = group_B.argsort(stable=True), int(count_G.max())
-        seat_B = torch.empty_like(group_B)
-        seat_B[order_B] = torch.arange(len(group_B)) - (count_G.cumsum(0) - count_G)[group_B[order_B]]
-        self._place_B = group_B * self._seats + seat_B
-        self._row_N = torch.zeros(len(count_G) * self._seats, dtype=torch.long)
+        order_B, self._slots = group_B.argsort(stable=True), int(count_G.max())
+        slot_B = torch.empty_like(group_B)
+        slot_B[order_B] = torch.arange(len(group_B)) - (count_G.cumsum(0) - count_G)[group_B[order_B]]
+        self._place_B = group_B * self._slots + slot_B
+        self._row_N = torch.zeros(len(count_G) * self._slots, dtype=torch.long)
         self._row_N[self._place_B] = torch.arange(len(group_B))
 
     def ask(self, layer: int, query_BHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each row's answer from its prompt (B, H, D), and the log of its sum under the softmax (B, H)."""
-        query_GHSD = query_BHD.index_select(0, self._row_N).unflatten(0, (-1, self._seats)).transpose(1, 2)
+        query_GHSD = query_BHD.index_select(0, self._row_N).unflatten(0, (-1, self._slots)).transpose(1, 2)
         keys, values = self._layers[layer]
         found_GHSD, log_sum_GHS = _products(query_GHSD, keys, values, self._mask_G11T)
         return self._by_row(found_GHSD), self._by_row(log_sum_GHS)

@@ -23,7 +23,7 @@ class Request:
     """64-bit seed of the sample; the noise is a pure function of (seed, position, token)."""
     temperature: float
     """0 is greedy: no noise at all."""
-    budget: int
+    max_new_tokens: int
     """Most tokens to generate, the end-of-sequence token included."""
     nonce: str = ""
     """The lease's nonce where a fingerprint is asked for (`farflung.protocol.fingerprint`), else empty."""
@@ -31,7 +31,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer of a policy: ids end with an end-of-sequence token or a stop string, or number exactly `budget`."""
+    """The answer of a policy: its ids end with an end token or a stop string, or there are `max_new_tokens` of them."""
 
     ids: tuple[int, ...]
     logp: tuple[float, ...]

@@ -67,7 +67,7 @@ def _complete(
     prompts = {request.prompt_ids for request in requests}
     is_shared = is_plain and is_worth_sharing(list(prompts), len(requests))
     with tapped(model, requests) as tap:
-        horizon = max(map(len, prompts)) + max(request.budget for request in requests)
+        horizon = max(map(len, prompts)) + max(request.max_new_tokens for request in requests)
         rows = rows_of(batching)(model, horizon, tap, is_plain=is_plain, is_shared=is_shared)
         return _decode(rows, requests, eos_ids, should_stop, slots, stops)
 
@@ -146,53 +146,53 @@ class _Sampler:
 
     def __init__(self, device: torch.device) -> None:
         self._seeds: list[int] = []
-        self._heat_B = torch.empty(0, device=device)
+        self._temperature_B = torch.empty(0, device=device)
         self._noise_KBV: torch.Tensor | None = None
         self._used = 0
         """Positions of the noise made ahead that were picked from."""
-        self._rooms_2BV: torch.Tensor | None = None
+        self._buffers_2BV: torch.Tensor | None = None
         """For the noise of one position and scores with noise, and for probabilities."""
 
     def join(self, requests: Sequence[Request]) -> None:
         """Rows of these requests come behind those that are here."""
-        heats = torch.tensor([request.temperature for request in requests], device=self._heat_B.device)
+        temperatures = torch.tensor([request.temperature for request in requests], device=self._temperature_B.device)
         self._seeds = [*self._seeds, *(request.seed for request in requests)]
-        self._heat_B, self._noise_KBV = torch.cat([self._heat_B, heats]), None
-        self._note_heats()
+        self._temperature_B, self._noise_KBV = torch.cat([self._temperature_B, temperatures]), None
+        self._note_temperatures()
 
     def pick(self, logits_BV: torch.Tensor, position_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token of each row and its log-probability at the sampling temperature (1 where greedy)."""
         score_BV = tempered(logits_BV, self._divisor_B1)
-        if self._rooms_2BV is None or self._rooms_2BV.shape[1] < len(score_BV):
-            self._rooms_2BV = torch.empty(2, *score_BV.shape, device=score_BV.device)
-        made_BV, room_BV = self._rooms_2BV[:, : len(score_BV)]
-        chance_BV = torch.softmax(score_BV, -1, out=room_BV)
+        if self._buffers_2BV is None or self._buffers_2BV.shape[1] < len(score_BV):
+            self._buffers_2BV = torch.empty(2, *score_BV.shape, device=score_BV.device)
+        made_BV, buffer_BV = self._buffers_2BV[:, : len(score_BV)]
+        chance_BV = torch.softmax(score_BV, -1, out=buffer_BV)
         if not self._is_greedy:
             score_BV = torch.div(chance_BV, self._noise(position_B, made_BV), out=made_BV)
         token_B = best(score_BV)
         return token_B, chance_BV.gather(-1, token_B[:, None])[:, 0].log()
 
     def keep(self, live_B: torch.Tensor) -> None:
-        self._seeds, self._heat_B = [self._seeds[row] for row in live_B.tolist()], self._heat_B[live_B]
-        self._note_heats()
+        self._seeds, self._temperature_B = [self._seeds[row] for row in live_B.tolist()], self._temperature_B[live_B]
+        self._note_temperatures()
         if self._noise_KBV is not None:
             self._noise_KBV = self._noise_KBV[:, live_B]
 
-    def _note_heats(self) -> None:
-        self._is_sampled_B1 = (self._heat_B > 0)[:, None]
-        self._divisor_B1 = torch.where(self._heat_B > 0, self._heat_B, 1.0)[:, None]
+    def _note_temperatures(self) -> None:
+        self._is_sampled_B1 = (self._temperature_B > 0)[:, None]
+        self._divisor_B1 = torch.where(self._temperature_B > 0, self._temperature_B, 1.0)[:, None]
         self._is_greedy = not self._is_sampled_B1.any()
 
-    def _noise(self, position_B: torch.Tensor, room_BV: torch.Tensor) -> torch.Tensor:
+    def _noise(self, position_B: torch.Tensor, buffer_BV: torch.Tensor) -> torch.Tensor:
         """exp(-noise) of each row's position (B, V), 1 where a row is greedy; of one at a time it is in the room."""
-        rows, vocab = room_BV.shape
+        rows, vocab = buffer_BV.shape
         ahead = _NOISE_AHEAD // (rows * vocab)
         if ahead <= 1 and self._noise_KBV is None:
-            noise_BV = exponential(self._seeds, position_B, vocab, room_BV.device, out=room_BV)
+            noise_BV = exponential(self._seeds, position_B, vocab, buffer_BV.device, out=buffer_BV)
             return silenced(noise_BV, self._is_sampled_B1, silence=1.0)
         if self._noise_KBV is None or self._used == len(self._noise_KBV):
             position_KB = position_B + torch.arange(ahead, device=position_B.device)[:, None]
-            flat = exponential(self._seeds * ahead, position_KB.flatten(), vocab, room_BV.device)
+            flat = exponential(self._seeds * ahead, position_KB.flatten(), vocab, buffer_BV.device)
             self._noise_KBV, self._used = silenced(flat.view(ahead, rows, vocab), self._is_sampled_B1, silence=1.0), 0
         self._used += 1
         return self._noise_KBV[self._used - 1]
@@ -225,11 +225,11 @@ class _Record:
     """Each request's answer so far, and the rows that are still live."""
 
     def __init__(self, requests: Sequence[Request], ending: "_Ending", device: torch.device) -> None:
-        horizon = max(request.budget for request in requests)
+        horizon = max(request.max_new_tokens for request in requests)
         self._ids_RT = torch.zeros(len(requests), horizon, dtype=torch.long, device=device)
         self._logp_RT = torch.zeros(len(requests), horizon, device=device)
         self._length_R = torch.zeros(len(requests), dtype=torch.long, device=device)
-        self._budget_R = torch.tensor([request.budget for request in requests], device=device)
+        self._max_new_tokens_R = torch.tensor([request.max_new_tokens for request in requests], device=device)
         self.row_B = self.position_B = torch.empty(0, dtype=torch.long, device=device)
         self._ending = ending
 
@@ -245,7 +245,7 @@ class _Record:
         self._ids_RT[self.row_B, self.position_B] = token_B
         self._logp_RT[self.row_B, self.position_B] = logp_B
         self.position_B = self.position_B + 1
-        is_done_B = self._ending.add(token_B) | (self.position_B >= self._budget_R[self.row_B])
+        is_done_B = self._ending.add(token_B) | (self.position_B >= self._max_new_tokens_R[self.row_B])
         if not is_done_B.any():
             return None
         self._length_R[self.row_B[is_done_B]] = self.position_B[is_done_B]

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-_LEAST_ROOM = 64
+_LEAST_SPARE = 64
 """Positions that are taken at once at least; more as a row grows longer."""
 
 
@@ -25,19 +25,21 @@ class PreallocatedCache:
         """`horizon` is the most positions that a row may come to; keys and values are held in another type if asked."""
         self.layers, self._args = DynamicCache(config=model.config), (horizon, held_in)
         found = self.layers.layers
-        self.layers.layers = [_RoomyLayer(*self._args) if type(layer) is DynamicLayer else layer for layer in found]
+        self.layers.layers = [
+            _PreallocatedLayer(*self._args) if type(layer) is DynamicLayer else layer for layer in found
+        ]
 
     @property
     def is_plain(self) -> bool:
         """Whether the model remembers keys and values of all positions and nothing else."""
-        return all(type(layer) is _RoomyLayer for layer in self.layers.layers)
+        return all(type(layer) is _PreallocatedLayer for layer in self.layers.layers)
 
     def take(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each layer, which the cache holds no more. Raises ValueError for layers of other kinds."""
         if not self.is_plain:
             raise ValueError("this model remembers more than keys and values of all positions")
         found = [(layer.keys, layer.values) for layer in self.layers.layers]
-        self.layers.layers = [_RoomyLayer(*self._args) for _ in found]
+        self.layers.layers = [_PreallocatedLayer(*self._args) for _ in found]
         return found
 
     def spread(self, asked_B: torch.Tensor) -> None:
@@ -48,7 +50,7 @@ class PreallocatedCache:
     def keep(self, live_B: torch.Tensor) -> None:
         """Go on with these rows, each at most once; those that stay in their place cost nothing (see `compacted`)."""
         for layer in self.layers.layers:
-            if isinstance(layer, _RoomyLayer):
+            if isinstance(layer, _PreallocatedLayer):
                 layer.keep(live_B)
             else:
                 layer.reorder_cache(live_B)
@@ -77,13 +79,13 @@ def compacted(is_live_B: torch.Tensor) -> torch.Tensor:
     return order
 
 
-class _RoomyLayer(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     """`keys` and `values` (B, H, T, D) are views of wider tensors once the prompts are read."""
 
     def __init__(self, horizon: int, held_in: torch.dtype | None) -> None:
         super().__init__()
         self._horizon, self._held_in = horizon, held_in
-        self._room: list[torch.Tensor] = []
+        self._buffers: list[torch.Tensor] = []
         self._first = 0
         """Where the views begin in the wider tensors; forgotten columns are on their left."""
 
@@ -94,22 +96,22 @@ class _RoomyLayer(DynamicLayer):
             self.keys, self.values = key_states.to(self.dtype), value_states.to(self.dtype)
             return key_states, value_states
         rows, used, stop = len(key_states), self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        self._make_room(rows, stop)
-        for room, fed in zip(self._room, (key_states, value_states), strict=True):
-            room[:rows, :, self._first + used : self._first + stop] = fed
+        self._reserve(rows, stop)
+        for buffer, fed in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:rows, :, self._first + used : self._first + stop] = fed
         self._show(rows, stop)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Any rows in any order, by a copy."""
         self.keys, self.values = self.keys[beam_idx], self.values[beam_idx]
-        self._room, self._first = [], 0
+        self._buffers, self._first = [], 0
 
     def keep(self, live_B: torch.Tensor) -> None:
         """Rows that are all different and move towards the front, in place."""
         if not self.is_initialized:
             return
-        if not self._room:
+        if not self._buffers:
             self.reorder_cache(live_B)
             return
         gap_B = (live_B != torch.arange(len(live_B), device=live_B.device)).nonzero()[:, 0]
@@ -120,7 +122,7 @@ class _RoomyLayer(DynamicLayer):
     def add(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Rows that end in the last column; before their first one they hold zeros, for masked rubbish may be NaN."""
         before, rows, used = len(self.keys), len(self.keys) + len(keys), self.keys.shape[2]
-        self._make_room(rows, used)
+        self._reserve(rows, used)
         self._show(rows, used)
         for held, new in zip((self.keys, self.values), (keys, values), strict=True):
             held[before:, :, : used - new.shape[2]] = 0
@@ -128,22 +130,22 @@ class _RoomyLayer(DynamicLayer):
 
     def forget(self, count: int) -> None:
         """Show no more of the first columns."""
-        self._make_room(len(self.keys), self.keys.shape[2])
+        self._reserve(len(self.keys), self.keys.shape[2])
         self._first += count
         self._show(len(self.keys), self.keys.shape[2] - count)
 
-    def _make_room(self, rows: int, columns: int) -> None:
+    def _reserve(self, rows: int, columns: int) -> None:
         """Have wide tensors that hold so much from where the views begin; forgotten parts are not taken along."""
-        if self._room and rows <= len(self._room[0]) and self._first + columns <= self._room[0].shape[2]:
+        if self._buffers and rows <= len(self._buffers[0]) and self._first + columns <= self._buffers[0].shape[2]:
             return
-        least = columns + (_LEAST_ROOM if self._first else 0)
-        width = max(least, min(self._horizon, max(2 * columns, columns + _LEAST_ROOM)))
-        most = max([rows, *map(len, self._room)])
-        self._room, self._first = [], 0
+        least = columns + (_LEAST_SPARE if self._first else 0)
+        width = max(least, min(self._horizon, max(2 * columns, columns + _LEAST_SPARE)))
+        most = max([rows, *map(len, self._buffers)])
+        self._buffers, self._first = [], 0
         for held in (self.keys, self.values):
-            room = held.new_empty(most, held.shape[1], width, held.shape[3])
-            room[: len(held), :, : held.shape[2]] = held
-            self._room.append(room)
+            buffer = held.new_empty(most, held.shape[1], width, held.shape[3])
+            buffer[: len(held), :, : held.shape[2]] = held
+            self._buffers.append(buffer)
 
     def _show(self, rows: int, used: int) -> None:
-        self.keys, self.values = (room[:rows, :, self._first : self._first + used] for room in self._room)
+        self.keys, self.values = (buffer[:rows, :, self._first : self._first + used] for buffer in self._buffers)

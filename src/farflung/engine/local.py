@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.decode import decode
 from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
-from farflung.engine.matmul import hasten
+from farflung.engine.matmul import optimise_linears
 from farflung.engine.replay import replay
 from farflung.engine.ways import Ways, find_ways
 from farflung.numerics.trying import Trial
@@ -32,7 +32,7 @@ class LocalEngine:
     ) -> None:
         """Take a model with its weights. `max_rows` bounds a decoding batch, `replay_tokens` a prefill."""
         self.model = model.eval().requires_grad_(False)
-        hasten(model)
+        optimise_linears(model)
         self.eos_ids = frozenset(end_tokens(model) if eos_ids is None else eos_ids)
         self.stops = stops
         self.max_rows = max_rows
@@ -100,7 +100,7 @@ class LocalEngine:
         if not requests:
             return []
         ways = self.ways
-        refuse_unsteady(ways.most_tokens, max(len(one.prompt_ids) + one.budget for one in requests))
+        refuse_unsteady(ways.most_tokens, max(len(one.prompt_ids) + one.max_new_tokens for one in requests))
         how = ways.is_plain, self.max_rows, ways.batching
         return decode(self.model, requests, self.eos_ids, should_stop, *how, stops=self.stops)
 
@@ -117,8 +117,8 @@ class LocalEngine:
 
 def _refuse_empty(requests: Sequence[Request]) -> None:
     for index, request in enumerate(requests):
-        if not request.prompt_ids or request.budget < 1:
-            raise ValueError(f"request {index} needs a prompt and a budget of at least one token: {request}")
+        if not request.prompt_ids or request.max_new_tokens < 1:
+            raise ValueError(f"request {index} needs a prompt and max_new_tokens of at least 1: {request}")
 
 
 def refuse_unsteady(most_tokens: int | None, tokens: int) -> None:
@@ -126,6 +126,6 @@ def refuse_unsteady(most_tokens: int | None, tokens: int) -> None:
     if most_tokens is not None and tokens - 1 > most_tokens:
         raise ConfigError(
             f"this model's rope depends on the length of a text beyond {most_tokens} tokens, so no replay of a text of "
-            f"{tokens} can agree with its generation; shorten prompts and generate.budget, or give config.json a rope "
-            "that is the same for every length (rope_type yarn, linear or default)"
+            f"{tokens} can agree with its generation; shorten prompts and generate.max_new_tokens, or give config.json "
+            "a rope that is the same for every length (rope_type yarn, linear or default)"
         )

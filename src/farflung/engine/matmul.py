@@ -28,7 +28,7 @@ MOST_PACKED = 1 << 29
 _TYPES = (torch.float32, torch.bfloat16)
 
 
-def hasten(model: nn.Module) -> None:
+def optimise_linears(model: nn.Module) -> None:
     """Make a model's plain linear layers ask for products in the fastest way; same parameters, same names."""
     is_small = sum(parameter.numel() for parameter in model.parameters()) <= MOST_PACKED
     for module in model.modules():

@@ -18,7 +18,7 @@ from farflung.engine.argmax import best, log_sum_exp, silenced, tempered
 from farflung.engine.base import Replay, Request
 from farflung.engine.fingerprint_tap import sketches, tapped
 from farflung.engine.noise import gumbel
-from farflung.numerics.packing import ROW_TOKENS, DecodeBatch, Text, Tree, rows_of, trees
+from farflung.numerics.packing import ROW_TOKENS, PackedRows, Text, Tree, rows_of, trees
 
 Item = tuple[Request, Sequence[int]]
 Reading = Literal["shared", "padded", "alone"]
@@ -87,7 +87,7 @@ def _chunks(found: Sequence[Tree], most_tokens: int, most_scored: int) -> Iterat
         yield chunk
 
 
-def _rows(chunk: Sequence[Tree], items: Sequence[Item]) -> DecodeBatch:
+def _rows(chunk: Sequence[Tree], items: Sequence[Item]) -> PackedRows:
     return rows_of([[tree] for tree in chunk], {index: items[index][1] for tree in chunk for index in tree.members})
 
 
@@ -107,7 +107,7 @@ def _replay_chunk(
     return [Replay(*part_5R, sketch) for part_5R, sketch in zip(parts, found, strict=True)]
 
 
-def _kept_logits(model: PreTrainedModel, rows: DecodeBatch, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
+def _kept_logits(model: PreTrainedModel, rows: PackedRows, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (K, V) after each prompt and after each token that has a successor, and which of them each token has (N,).
 
     The output head sees no others. A row that is read alone is read as plainly as can be, all its logits made.
@@ -137,11 +137,11 @@ def _compare(logits_NV: torch.Tensor, items: Sequence[Item], sizes: Sequence[int
     height = max(1, _SCORES_AT_ONCE // logits_NV.shape[1])
     for start in range(0, len(token_N), height):
         part = slice(start, start + height)
-        seen_5N[:, part] = look(logits_NV[part], token_N[part], seed_N[part], position_N[part], temperature_N[part])
+        seen_5N[:, part] = compare(logits_NV[part], token_N[part], seed_N[part], position_N[part], temperature_N[part])
     return seen_5N.numpy()
 
 
-def look(
+def compare(
     logits_NV: torch.Tensor, token_N: torch.Tensor, seed_N: np.ndarray, position_N: np.ndarray, t_N: torch.Tensor
 ) -> torch.Tensor:
     """Gap, margin, pick, lead and logp (5, N) of tokens under `logits / T + noise`; without noise and T where T = 0."""

@@ -117,7 +117,7 @@ class VllmEngine:
         seeded = {SEED: request.seed & 0xFFFFFFFFFFFFFFFF, TEMPERATURE: request.temperature}
         sampling = {
             "temperature": 0,
-            "max_tokens": request.budget,
+            "max_tokens": request.max_new_tokens,
             "ignore_eos": True,
             "stop_token_ids": self._enders,
             "logprobs": 0,
@@ -133,9 +133,9 @@ class VllmEngine:
             raise WrongWeights(f"vLLM at {self.url} generated with weights {sorted(labels)}, not {self._label}")
         if self.stops and (end := self.stops.end(ids)):  # one that lies across tokens: the server knows no text
             return Completion(ids[:end], logp[:end])
-        if len(ids) < request.budget and (not ids or ids[-1] not in self.eos_ids):
+        if len(ids) < request.max_new_tokens and (not ids or ids[-1] not in self.eos_ids):
             raise ConfigError(
-                f"vLLM at {self.url} stopped after {len(ids)} of {request.budget} tokens "
+                f"vLLM at {self.url} stopped after {len(ids)} of {request.max_new_tokens} tokens "
                 f"({choice['finish_reason']}); give it a longer --max-model-len"
             )
         return Completion(ids, logp)

@@ -48,7 +48,7 @@ def serve_all(config: Config) -> None:
     with listen(config.coordinator.host, config.coordinator.port, is_shared=True) as listener:
         coordinator = config.coordinator.model_copy(update={"port": listener.getsockname()[1]})
         config = config.model_copy(update={"coordinator": coordinator})
-        _found_first(config)
+        _create_first(config)
         metrics = Metrics(config.folder / "metrics.jsonl", time.monotonic)
         is_by_hand = metrics.begin(time.time())
         _keep(config)
@@ -56,10 +56,10 @@ def serve_all(config: Config) -> None:
             metrics.write("end", time.time())
 
 
-def _found_first(config: Config) -> None:
+def _create_first(config: Config) -> None:
     """Migrate and found once, before there are several; in a child, for the blob store's threads survive no fork."""
     told, tell = os.pipe()
-    child = _fork(_found(config, tell))
+    child = _fork(_create(config, tell))
     os.close(tell)
     with open(told, encoding="utf-8") as words:
         why = words.read()
@@ -68,7 +68,7 @@ def _found_first(config: Config) -> None:
         raise ConfigError(why or f"the run could not be opened (exit code {code}); the lines above say why")
 
 
-async def _found(config: Config, tell: int) -> None:
+async def _create(config: Config, tell: int) -> None:
     try:
         (await open_coordinator(config)).ctx.database.close()
     except FarflungError as error:

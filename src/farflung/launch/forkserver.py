@@ -32,7 +32,7 @@ POLL_S = 0.05
 GRACE_S = 10.0
 PR_SET_PDEATHSIG = 1
 LIGHT = ("coordinator", "scorer", "relay")
-"""Roles of the nursery that has no torch."""
+"""Roles of the forkserver that has no torch."""
 
 
 def main() -> None:
@@ -52,10 +52,10 @@ def main() -> None:
                 break
             *lines, buffer = (buffer + chunk).split(b"\n")
             for line in lines:
-                order = json.loads(line)
-                pid = _fork(order)
-                children[pid] = order["name"]
-                _say(event="started", name=order["name"], pid=pid)
+                command = json.loads(line)
+                pid = _fork(command)
+                children[pid] = command["name"]
+                _say(event="started", name=command["name"], pid=pid)
         _reap(children)
     _end(children)
 
@@ -88,24 +88,24 @@ def _import_torch(model: str) -> None:
     check_pretrained(model)
 
 
-def _fork(order: dict[str, Any]) -> int:
+def _fork(command: dict[str, Any]) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        _live(order)
+        _live(command)
     return pid
 
 
-def _live(order: dict[str, Any]) -> NoReturn:
+def _live(command: dict[str, Any]) -> NoReturn:
     """The child: its own log, its own role, and an exit code."""
     code = 1
     try:
         die_with_parent()
-        config = config_of(order)
-        set_skew(order.get("skew_s", 0.0))
-        _log_to(config.folder / "logs" / f"{order['name']}.log")
+        config = config_of(command)
+        set_skew(command.get("skew_s", 0.0))
+        _log_to(config.folder / "logs" / f"{command['name']}.log")
         start_logging()
-        _be(order, config)
+        _be(command, config)
         code = 0
     except FarflungError as error:
         sys.stderr.write(f"farflung: {one_line(str(error))}\n")
@@ -121,29 +121,29 @@ def _live(order: dict[str, Any]) -> NoReturn:
         os._exit(code)
 
 
-def config_of(order: dict[str, Any]) -> Config:
+def config_of(command: dict[str, Any]) -> Config:
     """The settings of an order: those of the environment are in them already, where no flag goes before it."""
-    return load(Path(order["config"]), environ={})
+    return load(Path(command["config"]), environ={})
 
 
-def _be(order: dict[str, Any], config: Config) -> None:
+def _be(command: dict[str, Any], config: Config) -> None:
     """Be the role of an order until it ends."""
-    if order["role"] == "coordinator":
+    if command["role"] == "coordinator":
         from farflung.launch.coordinators import serve_all
 
         serve_all(config)
     else:
-        role_makers.folder_of(config, order["name"]).mkdir(parents=True, exist_ok=True)
-        asyncio.run(_made(order, config).run())
+        role_makers.folder_of(config, command["name"]).mkdir(parents=True, exist_ok=True)
+        asyncio.run(_made(command, config).run())
 
 
-def _made(order: dict[str, Any], config: Config) -> Any:
-    url, name = order["url"], order["name"]
-    match order["role"]:
+def _made(command: dict[str, Any], config: Config) -> Any:
+    url, name = command["url"], command["name"]
+    match command["role"]:
         case "trainer":
             return role_makers.trainer(url, config)
         case "worker":
-            return role_makers.worker(url, config, name, order["attack"])
+            return role_makers.worker(url, config, name, command["attack"])
         case role:
             return {"validator": role_makers.validator, "scorer": role_makers.scorer, "relay": role_makers.relay}[role](
                 url, config, name

@@ -9,7 +9,7 @@ from pathlib import Path
 from farflung.protocol.shown import one_line, visible
 
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-TROUBLE = re.compile(r"^[\d-]+ [\d:,]+ (?:WARNING|ERROR|CRITICAL) \S+ (.*)$")
+WARNING = re.compile(r"^[\d-]+ [\d:,]+ (?:WARNING|ERROR|CRITICAL) \S+ (.*)$")
 """A line of such a log that a person should see."""
 NUMBER = re.compile(r"\b[a-z]?[0-9a-f]{8,}\b|\d+(?:\.\d+)?")
 MOST_BYTES = 1 << 20
@@ -73,18 +73,18 @@ def _last_sentence(lines: list[str]) -> str:
     return raised[0] if raised else lines[-1] if lines else ""
 
 
-class Troubles:
+class LogWarnings:
     """Follows the logs in a folder for warnings and errors: each look reads only what was written since the last."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._offsets = {path: path.stat().st_size for path in folder.glob("*.log")}
 
-    def look(self) -> Iterator[tuple[str, str]]:
+    def poll(self) -> Iterator[tuple[str, str]]:
         """The warnings since the last look, each with the name of its log."""
         for path in sorted(self._folder.glob("*.log")):
             for line in self._more(path):
-                if found := TROUBLE.match(line):
+                if found := WARNING.match(line):
                     yield path.stem, found[1]
 
     def _more(self, path: Path) -> list[str]:

@@ -46,7 +46,7 @@ async def write_report(folder: Path, summary: dict[str, Any]) -> Path:
     config = run_in(folder)
     desk = desk_of(config)
     try:
-        snapshot = await desk.look()
+        snapshot = await desk.snapshot()
         answers = await five_answers(folder)
     finally:
         desk.database.close()

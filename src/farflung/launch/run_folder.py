@@ -34,7 +34,7 @@ def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> Non
     if not resume:
         model = Model(config.model.path)
         refuse_unfit(model, lambda text: sys.stderr.write(f"farflung: {text}\n"))
-        refuse_long(model, [1], config.generate.budget)  # no prompt is shorter
+        refuse_long(model, [1], config.generate.max_new_tokens)  # no prompt is shorter
     _make(folder)
     owner.own(folder)
     if resume:
@@ -47,7 +47,7 @@ def prepare(config: Config, *, resume: bool = False, fresh: bool = False) -> Non
     (folder / "logs").mkdir(exist_ok=True)
 
 
-def has_no_room(folder: Path) -> str:
+def why_disk_full(folder: Path) -> str:
     """A sentence when the folder's disk is full or nearly so, else nothing."""
     try:
         found = os.statvfs(folder)
@@ -71,7 +71,7 @@ def _make(folder: Path) -> None:
 
 def _refuse_unfounded(config: Config) -> None:
     if not holds_run(config.database_url, config.run.name):
-        _refuse_orphans(config)
+        _refuse_lone_checkpoints(config)
         raise ConfigError(f"{config.folder} holds no run to resume: none was founded; start it without --resume")
 
 
@@ -88,11 +88,11 @@ def _refuse_founded(config: Config) -> None:
     folder = config.folder
     if not config.coordinator.database and holds_run(config.database_url, config.run.name):
         raise ConfigError(f"{folder} exists already; use --resume to go on, --fresh to throw it away")
-    _refuse_orphans(config)
+    _refuse_lone_checkpoints(config)
     (folder / "metrics.jsonl").unlink(missing_ok=True)  # figures of a start that came to nothing
 
 
-def _refuse_orphans(config: Config) -> None:
+def _refuse_lone_checkpoints(config: Config) -> None:
     """Checkpoints without the database that they belong to are worth more than a run that begins beside them."""
     folder = config.folder
     if any((folder / "checkpoints").glob("step-*")):

@@ -23,7 +23,7 @@ from farflung.protocol.shown import visible
 LINE_EVERY_S = 10.0
 BARS = "▁▂▃▄▅▆▇█"
 NOTES = 5
-TROUBLE_CHARS = 400
+WARNING_CHARS = 400
 COLOURS = {"trusted": "green", "probation": "yellow", "quarantined": "red", "ejected": "bold red"}
 
 
@@ -39,9 +39,9 @@ class Screen:
         self._since = since
         self._lined_at = 0.0
         self._told: set[str] = set()
-        self._trouble, self._like_it = "", Counter[str]()
+        self._warning, self._like_it = "", Counter[str]()
         """The last warning or error, and how often there was one like it."""
-        self._is_troubled = False
+        self._is_warned = False
         """Whether there was one like an earlier one since the last line."""
 
     def __enter__(self) -> "Screen":
@@ -65,15 +65,15 @@ class Screen:
         """Something to be read after the live view is over."""
         self.console.print(text, soft_wrap=True)
 
-    def trouble(self, role: str, text: str) -> None:
+    def warn(self, role: str, text: str) -> None:
         """A warning or an error: the last one stays in view; of those that are alike but for numbers one is noted."""
-        self._trouble, kind = f"{role}: {text}"[:TROUBLE_CHARS], alike(text)
+        self._warning, kind = f"{role}: {text}"[:WARNING_CHARS], alike(text)
         self._like_it[kind] += 1
         if self._like_it[kind] == 1:
-            self.note(self._trouble)
+            self.note(self._warning)
         else:
-            self._trouble += f" (one of {self._like_it[kind]} like it)"
-            self._is_troubled = True
+            self._warning += f" (one of {self._like_it[kind]} like it)"
+            self._is_warned = True
 
     def show(self, status: Status) -> None:
         """The run as it stands."""
@@ -81,13 +81,13 @@ class Screen:
         self._tell_warnings(status)
         if self._live is not None:
             notes = Text("\n".join(self._notes[-NOTES:]))
-            trouble = [Text(self._trouble, style="yellow")] if self._trouble else []
+            warn = [Text(self._warning, style="yellow")] if self._warning else []
             panel = run_panel(status, time.monotonic() - self._since)
-            self._live.update(Group(panel, nodes_table(status, self.console.width), *trouble, notes))
+            self._live.update(Group(panel, nodes_table(status, self.console.width), *warn, notes))
         elif time.monotonic() - self._lined_at >= LINE_EVERY_S:
             self._lined_at = time.monotonic()
-            self.note(one_line(status) + (f" · {self._trouble}" if self._is_troubled else ""))
-            self._is_troubled = False
+            self.note(one_line(status) + (f" · {self._warning}" if self._is_warned else ""))
+            self._is_warned = False
 
     def _tell_verdicts(self, status: Status) -> None:
         names = {node.node: node.name for node in status.nodes}
@@ -175,7 +175,7 @@ def nodes_table(status: Status, width: int) -> Table:
     return table
 
 
-COLUMNS = ("node", "role", "standing", "step", "phase", "tok/s", "accepted", "rejected", "audits", "credit")
+COLUMNS = ("node", "role", "status", "step", "phase", "tok/s", "accepted", "rejected", "audits", "credit")
 NUMBERS = ("step", "tok/s", "accepted", "rejected", "audits", "credit")
 SPARED = ("role", "tok/s", "audits")
 ROOMY = 100
@@ -189,7 +189,7 @@ def _node_cells(node: NodeView) -> dict[str, str | Text]:
     return {
         "node": node.name,
         "role": node.role,
-        "standing": Text(node.status, style=COLOURS.get(node.status, "")) if is_worker else granted,
+        "status": Text(node.status, style=COLOURS.get(node.status, "")) if is_worker else granted,
         "step": str(node.loaded_step) if node.loaded_step >= 0 else "–",
         "phase": "ejected" if node.status == "ejected" else phase,
         "tok/s": f"{node.tokens_per_s:,.0f}" if node.tokens_per_s else "",

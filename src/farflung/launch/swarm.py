@@ -1,6 +1,6 @@
 """`farflung run`: the whole swarm on one machine, each role a real process that speaks real HTTP over loopback.
 
-Every role is forked from one of two nurseries, one with torch and one without, so that it starts in a moment.
+Every role is forked from one of two forkservers, one with torch and one without, so that it starts in a moment.
 A process that dies by accident is started again; one that the configuration wants killed is killed.
 """
 
@@ -19,13 +19,13 @@ from typing import Any
 from farflung.config import Config, save
 from farflung.launch.desertion import Desertion, how_they_left
 from farflung.launch.forkserver import LIGHT, die_with_parent
-from farflung.launch.logs import Troubles, last_words
+from farflung.launch.logs import LogWarnings, last_words
 from farflung.launch.processes import comes_first, size_of, tell, wait_or_kill
 from farflung.launch.profile_fit import calibrated
 from farflung.launch.progress import Waits
 from farflung.launch.report import write_report
 from farflung.launch.restarts import REFUSED, STEADY_S, Restarts, killed_by
-from farflung.launch.run_folder import has_no_room, prepare
+from farflung.launch.run_folder import prepare, why_disk_full
 from farflung.launch.screen import Screen
 from farflung.launch.summary import summarise, write_summary
 from farflung.launch.terminal import let_go_of_lost
@@ -54,7 +54,7 @@ PAUSES_S = (0.05, 1.0)
 """A process that lived for STEADY_S comes back after the first pause, one that died sooner after the second."""
 DESERTED_S = 15.0
 """How long nothing may happen in a run whose workers are all gone."""
-NURSERIES = ("torch", "light")
+FORKSERVERS = ("torch", "light")
 
 
 class Swarm:
@@ -71,7 +71,7 @@ class Swarm:
         self.screen = Screen(self.config, is_plain=is_plain, since=self._waits.began_at, concludes=concludes)
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.forked: dict[str, int] = {}
-        self.orders: dict[str, dict[str, Any]] = {}
+        self.commands: dict[str, dict[str, Any]] = {}
         self.restarts = Restarts()
         self.killed: set[str] = set()
         self.gone: dict[str, str] = {}
@@ -81,12 +81,12 @@ class Swarm:
         """Why the run cannot go on, if it cannot."""
         self._is_refused = False
         """Whether that is a setting that is wrong."""
-        self._troubles = Troubles(self.folder / "logs")
+        self._warnings = LogWarnings(self.folder / "logs")
         self._born: dict[str, float] = {}
         self._log_begins: dict[str, int] = {}
         """How long each role's log was when it was started."""
         self._desertion = Desertion()
-        self._ready = {kind: asyncio.Event() for kind in NURSERIES}
+        self._ready = {kind: asyncio.Event() for kind in FORKSERVERS}
         self._is_open, self._has_failed = False, asyncio.Event()
         """Whether the coordinator has answered once, and whether it ended before it did."""
         self._listening: dict[str, asyncio.Task[None]] = {}
@@ -126,15 +126,15 @@ class Swarm:
 
     async def _sum_up(self) -> None:
         """Figures and report. A file that cannot be written, on a full disk say, does not keep back the rest."""
-        with self._told("summary.json"):
+        with self._unless_it_fails("summary.json"):
             write_summary(self.folder)
-        with self._told("report.html"):
+        with self._unless_it_fails("report.html"):
             await write_report(self.folder, summarise(self.folder))
-        with self._told("the figures"):
+        with self._unless_it_fails("the figures"):
             await self.screen.conclude(summarise(self.folder), self.folder)
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Generator[None]:
+    def _unless_it_fails(self, what: str) -> Generator[None]:
         try:
             yield
         except (OSError, FarflungError) as error:
@@ -145,22 +145,22 @@ class Swarm:
         try:
             self.metrics.write(kind, time.time(), **fields)
         except OSError as error:
-            self.screen.trouble("metrics.jsonl", f"cannot be written: {error.strerror}")
+            self.screen.warn("metrics.jsonl", f"cannot be written: {error.strerror}")
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
         self._waits("starting the coordinator, importing torch for the roles that compute")
-        await asyncio.gather(self._spawn_nursery("torch"), self._open())
+        await asyncio.gather(self._spawn_forkserver("torch"), self._open())
         self._waits.over()
-        self._order("scorer", "scorer")
+        self._fork_role("scorer", "scorer")
         for number in range(self.config.swarm.relays):
-            self._order(f"relay-{number + 1}", "relay")
-        self._order("trainer", "trainer")
+            self._fork_role(f"relay-{number + 1}", "relay")
+        self._fork_role("trainer", "trainer")
         for number in range(self.config.swarm.validators):
-            self._order(f"validator-{number + 1}", "validator")
+            self._fork_role(f"validator-{number + 1}", "validator")
         for name, attack in self._workers():
-            self._order(name, "worker", attack)
+            self._fork_role(name, "worker", attack)
 
     def _workers(self) -> list[tuple[str, str]]:
         swarm = self.config.swarm
@@ -170,8 +170,8 @@ class Swarm:
 
     async def _open(self) -> None:
         """A coordinator that answers. Raises ConfigError."""
-        await self._spawn_nursery("light")
-        self._order("coordinator", "coordinator")
+        await self._spawn_forkserver("light")
+        self._fork_role("coordinator", "coordinator")
         if not await comes_first(self._until_it_answers(), self._has_failed.wait(), START_S):
             raise ConfigError(self._why_not_ready("coordinator", self._has_failed.is_set()))
         self._is_open = True
@@ -187,8 +187,8 @@ class Swarm:
             return False
         return True
 
-    async def _spawn_nursery(self, kind: str) -> None:
-        name = f"nursery-{kind}"
+    async def _spawn_forkserver(self, kind: str) -> None:
+        name = f"forkserver-{kind}"
         log_path = self.folder / "logs" / f"{name}.log"
         self._log_begins[name] = size_of(log_path)
         with log_path.open("ab") as output:
@@ -212,18 +212,18 @@ class Swarm:
         """Where a role finds the coordinator."""
         return self.url
 
-    def _order(self, name: str, role: str, attack: str = "") -> None:
-        """Have the nursery fork a role."""
-        order = {"name": name, "role": role, "config": str(self.path), "url": self.url_for(name), "attack": attack}
-        order = self.orders.get(name, {}) | order
-        self.orders[name] = order
+    def _fork_role(self, name: str, role: str, attack: str = "") -> None:
+        """Have the forkserver fork a role."""
+        command = {"name": name, "role": role, "config": str(self.path), "url": self.url_for(name), "attack": attack}
+        command = self.commands.get(name, {}) | command
+        self.commands[name] = command
         self._log_begins[name] = size_of(self._log_of(name))
-        stdin = self.processes[_nursery_of(role)].stdin
-        assert stdin is not None, "nurseries are started with pipes"
-        stdin.write(json.dumps(order).encode() + b"\n")
+        stdin = self.processes[_forkserver_of(role)].stdin
+        assert stdin is not None, "forkservers are started with pipes"
+        stdin.write(json.dumps(command).encode() + b"\n")
 
     async def _listen(self, kind: str, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None, "nurseries are started with pipes"
+        assert process.stdout is not None, "forkservers are started with pipes"
         while line := await process.stdout.readline():
             self._heard(kind, json.loads(line))
 
@@ -254,11 +254,11 @@ class Swarm:
             return
         self.screen.note(f"{name} ended with {code}, starting it again: {words}")
         self._record("restart", name=name, code=code)
-        asyncio.get_running_loop().call_later(PAUSES_S[lived_s < STEADY_S], self._order_again, name)
+        asyncio.get_running_loop().call_later(PAUSES_S[lived_s < STEADY_S], self._fork_again, name)
 
     def _give_up(self, name: str, why: str, *, is_refused: bool) -> None:
         """A run goes on without one of its workers or relays, but not without another role."""
-        if self.orders[name]["role"] in ("worker", "relay"):
+        if self.commands[name]["role"] in ("worker", "relay"):
             self.gone[name] = why
             self.screen.note(f"{name} is not started again: {why}")
         else:
@@ -278,10 +278,10 @@ class Swarm:
     def _log_of(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
 
-    def _order_again(self, name: str) -> None:
+    def _fork_again(self, name: str) -> None:
         if not self.is_stopping:
-            order = self.orders[name]
-            self._order(name, order["role"], order["attack"])
+            command = self.commands[name]
+            self._fork_role(name, command["role"], command["attack"])
 
     # --- watching ----------------------------------------------------------------------------------------------------
 
@@ -289,8 +289,8 @@ class Swarm:
         """Until the run is finished (True), or it cannot go on or is told to stop (False)."""
         known: list[str] | None = None  # warnings of before a --resume
         while not self.is_stopping:
-            await self._restart_nurseries()
-            self._look_for_trouble()
+            await self._restart_forkservers()
+            self._show_warnings()
             status = await self._status()
             if status is not None:
                 self.screen.show(status)
@@ -304,12 +304,12 @@ class Swarm:
             await asyncio.sleep(DOOMED_LOOK_S if is_killing else LOOK_S)
         return False
 
-    def _look_for_trouble(self) -> None:
+    def _show_warnings(self) -> None:
         """Show the warnings in the roles' logs, and those that none of them could write there."""
-        for role, text in self._troubles.look():
-            self.screen.trouble(role, text)
-        if why := has_no_room(self.folder):
-            self.screen.trouble("disk", why)
+        for role, text in self._warnings.poll():
+            self.screen.warn(role, text)
+        if why := why_disk_full(self.folder):
+            self.screen.warn("disk", why)
 
     def _leave_if_deserted(self, status: Status) -> None:
         """Fail once all workers are gone for good, none came from elsewhere, and nothing is under way any more."""
@@ -324,13 +324,13 @@ class Swarm:
         except Unreachable:
             return None
 
-    async def _restart_nurseries(self) -> None:
+    async def _restart_forkservers(self) -> None:
         """One that died took its children along."""
-        for kind in NURSERIES:
+        for kind in FORKSERVERS:
             if self.processes[kind].returncode is not None and not self.is_stopping:
-                self.screen.note(f"nursery-{kind} ended, starting it again")
-                await self._spawn_nursery(kind)
-                for name in [name for name in self.forked if _nursery_of(self.orders[name]["role"]) == kind]:
+                self.screen.note(f"forkserver-{kind} ended, starting it again")
+                await self._spawn_forkserver(kind)
+                for name in [name for name in self.forked if _forkserver_of(self.commands[name]["role"]) == kind]:
                     del self.forked[name]
                     self._ended(name, -signal.SIGTERM)
 
@@ -361,7 +361,7 @@ class Swarm:
         await self.client.close()
 
     async def _stop(self, names: list[str]) -> None:
-        """Tell these processes to stop, and wait for it; one that does not is killed with its nursery."""
+        """Tell these processes to stop, and wait for it; one that does not is killed with its forkserver."""
         for name in names:
             tell(self.forked[name], signal.SIGTERM)
         until = time.monotonic() + STOP_S
@@ -369,17 +369,17 @@ class Swarm:
             await asyncio.sleep(0.05)
 
     async def _close(self, kind: str) -> None:
-        """Have a nursery stop its children and end."""
+        """Have a forkserver stop its children and end."""
         process = self.processes.get(kind)
         if process is not None and process.returncode is None:
-            assert process.stdin is not None, "nurseries are started with pipes"
+            assert process.stdin is not None, "forkservers are started with pipes"
             process.stdin.close()
             await wait_or_kill(process, STOP_S)
         if kind in self._listening:
             await self._listening[kind]  # its last words
 
 
-def _nursery_of(role: str) -> str:
+def _forkserver_of(role: str) -> str:
     return "light" if role in LIGHT else "torch"
 
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def run_in(folder: Path) -> Config:
     """The configuration of the run in a folder, wherever that folder is by now. Raises ConfigError."""
     config = load_run(folder)
-    coordinator = config.coordinator.model_copy(update={"veil": False})  # a reader of the folder may see all of it
+    coordinator = config.coordinator.model_copy(update={"redact": False})  # a reader of the folder may see all of it
     return config.model_copy(update={"coordinator": coordinator})
 
 

@@ -16,7 +16,7 @@ from farflung.numerics.train_precision import compute_dtype
 log = logging.getLogger(__name__)
 
 
-def crew_of(config: Config, ranks: Ranks) -> DistributedLearner:
+def learner_of(config: Config, ranks: Ranks) -> DistributedLearner:
     """This process's part of the learner."""
     learn, folder = config.learn, config.folder / "checkpoints"
     return DistributedLearner(
@@ -32,7 +32,7 @@ def follow(config: Config, ranks: Ranks) -> None:
     """Train beside rank 0, which alone knows the coordinator, until it says that all is done."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # rank 0 is told too; it finishes its step, and needs us for that
-    crew_of(config, ranks).follow()
+    learner_of(config, ranks).follow()
 
 
 def build(config: Config, ranks: Ranks) -> Learner:
@@ -74,7 +74,7 @@ def optimisation(config: Config) -> Optimisation:
             epsilon_high=learn.epsilon_high,
             delta=learn.delta,
             normalise=learn.normalise,
-            constant=float(config.generate.budget),
+            constant=float(config.generate.max_new_tokens),
             kl=learn.kl,
             entropy=learn.entropy,
         ),

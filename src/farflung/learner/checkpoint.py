@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from farflung.learner.lora import adapters
 from farflung.learner.optimise import Learner
-from farflung.learner.ranks import Ranks, local, meet, share_of, told
+from farflung.learner.ranks import Ranks, broadcast_text, local, meet, share_of
 from farflung.numerics.rounding import publishable
 from farflung.protocol.digest import file_digest
 from farflung.protocol.errors import ConfigError
@@ -54,7 +54,7 @@ def save(learner: Learner, step: int, root: Path, *, keep: int = 2) -> Checkpoin
     """Write the checkpoint of `step` under `root`, replacing one of the same step, and keep the newest `keep`."""
     root.mkdir(parents=True, exist_ok=True)
     ranks = learner.policy.ranks
-    draft = Path(told(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root) if ranks.rank == 0 else "", ranks))
+    draft = Path(broadcast_text(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root) if ranks.rank == 0 else "", ranks))
     place = root / f"step-{step:06d}"
     try:
         _write_tensors(learner, draft, ranks)

@@ -37,9 +37,9 @@ def pass_rate(count: Count) -> float:
     return (count.right + 1.0) / (count.tried + 2.0)
 
 
-def tokens_needed(count: Count, budget: int) -> float:
+def tokens_needed(count: Count, max_new_tokens: int) -> float:
     """Tokens that a sample takes on average, at most `budget`, which is also the guess for an untried task."""
-    return min(float(budget), count.tokens / count.tried) if count.tried else float(budget)
+    return min(float(max_new_tokens), count.tokens / count.tried) if count.tried else float(max_new_tokens)
 
 
 def worth(count: Count) -> float:

@@ -9,7 +9,7 @@ from typing import TypeVar
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-LOOK_S, MOST_LOOK_S, SAY_S = 0.25, 1.0, 60.0
+PAUSE_S, MOST_PAUSE_S, SAY_S = 0.25, 1.0, 60.0
 """Looks for room are so far apart at first and later; the log has a line so often."""
 
 
@@ -24,14 +24,14 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-async def patiently(
+async def retry_when_disk_full(
     what: str, write: Callable[[], Awaitable[T]], say: Callable[[str], None], is_over: Callable[[], bool]
 ) -> T:
     """Do something that writes, again and again while the disk is full; `say` is told so, and "" once there is room.
 
     Whatever else goes wrong is raised, and so is a full disk when it is over.
     """
-    waited_s, said_s, look_s = 0.0, -SAY_S, LOOK_S
+    waited_s, said_s, pause_s = 0.0, -SAY_S, PAUSE_S
     while True:
         try:
             result = await write()
@@ -47,5 +47,5 @@ async def patiently(
                 log.warning("there is room again, %s is written", what)
                 say("")
             return result
-        await asyncio.sleep(look_s)
-        waited_s, look_s = waited_s + look_s, min(2 * look_s, MOST_LOOK_S)
+        await asyncio.sleep(pause_s)
+        waited_s, pause_s = waited_s + pause_s, min(2 * pause_s, MOST_PAUSE_S)

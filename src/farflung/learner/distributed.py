@@ -19,21 +19,21 @@ from farflung.protocol.probe import Slice
 Logp = dict[int, torch.Tensor]
 
 
-class Order(msgspec.Struct, frozen=True, tag=True):
+class Command(msgspec.Struct, frozen=True, tag=True):
     """The next work of all ranks; this one does nothing, and shows that rank 0 is alive."""
 
 
-class Begin(Order, frozen=True):
+class Begin(Command, frozen=True):
     """Make the learner, with the base model."""
 
 
-class Resume(Order, frozen=True):
+class Resume(Command, frozen=True):
     """Load a checkpoint."""
 
     path: str
 
 
-class Train(Order, frozen=True):
+class Train(Command, frozen=True):
     """Take a step."""
 
     rollouts: tuple[Rollout, ...]
@@ -43,23 +43,23 @@ class Train(Order, frozen=True):
     """The policy before the step; rollouts of earlier ones are stale."""
 
 
-class Gather(Order, frozen=True):
+class Gather(Command, frozen=True):
     """Put masters together; of all names if none is given."""
 
     names: tuple[str, ...]
 
 
-class Save(Order, frozen=True):
+class Save(Command, frozen=True):
     """Write a checkpoint."""
 
     step: int
 
 
-class End(Order, frozen=True):
+class End(Command, frozen=True):
     """Leave."""
 
 
-Orders = Order | Begin | Resume | Train | Gather | Save | End
+Commands = Command | Begin | Resume | Train | Gather | Save | End
 
 
 class DistributedLearner:
@@ -108,7 +108,7 @@ class DistributedLearner:
 
     def wait(self) -> None:
         """Nothing to do yet."""
-        self._tell(Order())
+        self._tell(Command())
 
     def end(self) -> None:
         """Send the others home."""
@@ -118,15 +118,15 @@ class DistributedLearner:
 
     def follow(self) -> None:
         """Do what rank 0 says, to the end."""
-        while not isinstance(order := self._hear(), End):
-            self._obey(order)
+        while not isinstance(command := self._hear(), End):
+            self._execute(command)
 
-    def _do(self, order: Orders) -> StepMetrics | int | None:
-        self._tell(order)
-        return self._obey(order)
+    def _do(self, command: Commands) -> StepMetrics | int | None:
+        self._tell(command)
+        return self._execute(command)
 
-    def _obey(self, order: Orders) -> StepMetrics | int | None:
-        match order:
+    def _execute(self, command: Commands) -> StepMetrics | int | None:
+        match command:
             case Begin():
                 self.learner = self._make()
             case Resume(path=path):
@@ -149,9 +149,9 @@ class DistributedLearner:
         fresh = {index: values for index, values in logp.items() if index not in stale}
         return self.learner.step(packed, lay(packed, stale), lay(packed, fresh))
 
-    def _tell(self, order: Orders) -> None:
+    def _tell(self, command: Commands) -> None:
         if not self.ranks.is_alone:
-            broadcast(msgspec.msgpack.encode(order), self.ranks)
+            broadcast(msgspec.msgpack.encode(command), self.ranks)
 
-    def _hear(self) -> Orders:
-        return msgspec.msgpack.decode(broadcast(b"", self.ranks), type=Orders)
+    def _hear(self) -> Commands:
+        return msgspec.msgpack.decode(broadcast(b"", self.ranks), type=Commands)

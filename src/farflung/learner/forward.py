@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from farflung.learner.chunked_logp import token_logp
 from farflung.learner.pack import MicroBatch, Rollout, Segment, pack
 from farflung.learner.straight_through import rounding_of
-from farflung.numerics.packing import DecodeBatch
+from farflung.numerics.packing import PackedRows
 from farflung.numerics.trying import Text, Trial, first_that_holds, remembers_all, tried
 
 _LOGITS_AT_ONCE = 1 << 25
@@ -87,12 +87,12 @@ def logp_entropy_BT(
     return zeros_BT.masked_scatter(micro.mask_BT, logp_N), zeros_BT.masked_scatter(micro.mask_BT, entropy_N)
 
 
-def _fed(rows: DecodeBatch) -> dict[str, torch.Tensor]:
+def _fed(rows: PackedRows) -> dict[str, torch.Tensor]:
     fed = {"input_ids": rows.ids_RW}
     return fed if rows.is_plain else fed | {"attention_mask": rows.mask(), "position_ids": rows.place_RW}
 
 
-def _hidden(model: PreTrainedModel, rows: DecodeBatch, kind: Kind) -> torch.Tensor:
+def _hidden(model: PreTrainedModel, rows: PackedRows, kind: Kind) -> torch.Tensor:
     """Last hidden states (R, W, D), after the final norm."""
     if not kind.can_pad:
         return _one_by_one(rows, lambda ids_1W: model.base_model(input_ids=ids_1W, use_cache=False).last_hidden_state)
@@ -100,14 +100,14 @@ def _hidden(model: PreTrainedModel, rows: DecodeBatch, kind: Kind) -> torch.Tens
         return model.base_model(**_fed(rows), use_cache=False).last_hidden_state
 
 
-def _one_by_one(rows: DecodeBatch, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def _one_by_one(rows: PackedRows, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """A model's output for each row without its padding, padded again (R, W, …)."""
     widths = (rows.tree_RW >= 0).sum(1).tolist()
     parts = [run(ids_W[None, :width])[0] for ids_W, width in zip(rows.ids_RW, widths, strict=True)]
     return pad_sequence(parts, batch_first=True)
 
 
-def _attention(model: PreTrainedModel, rows: DecodeBatch) -> AbstractContextManager[None]:
+def _attention(model: PreTrainedModel, rows: PackedRows) -> AbstractContextManager[None]:
     """How attention is to be taken; passes that are checkpointed are repeated outside of this."""
     count, width = rows.ids_RW.shape
     is_bf16 = model.device.type == "cpu" and torch.is_autocast_enabled("cpu")
@@ -116,7 +116,7 @@ def _attention(model: PreTrainedModel, rows: DecodeBatch) -> AbstractContextMana
     return nullcontext()
 
 
-def _own_logits(model: PreTrainedModel, rows: DecodeBatch, kind: Kind) -> torch.Tensor:
+def _own_logits(model: PreTrainedModel, rows: PackedRows, kind: Kind) -> torch.Tensor:
     """Logits (N, V) by the model's own head, which runs once per place that predicts something."""
     if not kind.can_pad:
         logits_RWV = _one_by_one(rows, lambda ids_1W: model(input_ids=ids_1W, use_cache=False).logits)

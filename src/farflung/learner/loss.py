@@ -38,7 +38,7 @@ class Objective:
     """grpo: bound of the ratio where the advantage is negative."""
     normalise: Normalise = "token"
     constant: float = 1.0
-    """Tokens per rollout that `normalise = "constant"` divides by; the token budget is the usual choice."""
+    """Tokens per rollout that `normalise = "constant"` divides by; the most tokens of a rollout is the usual choice."""
     kl: float = 0.0
     """Weight of k3, an estimate of KL(policy || reference)."""
     entropy: float = 0.0

@@ -13,7 +13,7 @@ import torch
 from farflung.learner.loss import LossParts, Objective, Sample, denominator, importance, mismatch_kl, policy_loss
 from farflung.learner.pack import MicroBatch, fill
 from farflung.learner.policy import Policy
-from farflung.learner.ranks import Ranks, add_up, deal, whole
+from farflung.learner.ranks import Ranks, add_up, split, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Learner:
         known = before if before and all(map(_is_whole, before, microbatches)) else nothing
         given = list(zip(microbatches, behaviour or nothing, known, strict=True))
         with _deterministic():
-            updates = [(deal(given[k::count], ranks), self._total(microbatches[k::count])) for k in range(count)]
+            updates = [(split(given[k::count], ranks), self._total(microbatches[k::count])) for k in range(count)]
             old = [self._before(parts) if k else [None] * len(parts) for k, (parts, _) in enumerate(updates)]
             for (parts, total), old_logp in zip(updates, old, strict=True):
                 self._update(parts, old_logp, total, tally)

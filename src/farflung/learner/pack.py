@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from farflung.numerics.packing import ROW_TOKENS, DecodeBatch, Tree, rows_of, trees
+from farflung.numerics.packing import ROW_TOKENS, PackedRows, Tree, rows_of, trees
 
 Source = Literal["prompt", "model", "env"]
 
@@ -53,7 +53,7 @@ class MicroBatch:
     temperature_B: torch.Tensor
     """Sampling temperatures; 1 stands for greedy rollouts, whose log-probabilities are taken at 1."""
     index: tuple[int, ...]
-    rows: DecodeBatch
+    rows: PackedRows
     worker_logp_BT: torch.Tensor | None = None
     """float32, NaN where the worker sent none."""
 
@@ -65,7 +65,7 @@ class MicroBatch:
             mask_BT=self.mask_BT.to(device),
             adv_B=self.adv_B.to(device),
             temperature_B=self.temperature_B.to(device),
-            rows=DecodeBatch(*(_moved(getattr(self.rows, name), device) for name in DecodeBatch.__dataclass_fields__)),
+            rows=PackedRows(*(_moved(getattr(self.rows, name), device) for name in PackedRows.__dataclass_fields__)),
             worker_logp_BT=_moved(self.worker_logp_BT, device),
         )
 
@@ -172,7 +172,7 @@ def _batch(rollouts: Sequence[Rollout], parts: dict[int, _Parts], rows: Sequence
     )
 
 
-def _rows(parts: dict[int, _Parts], rows: Sequence[Sequence[Tree]]) -> DecodeBatch:
+def _rows(parts: dict[int, _Parts], rows: Sequence[Sequence[Tree]]) -> PackedRows:
     """The model's input, where only its own tokens are predicted."""
     every = rows_of(rows, {index: part.ids for index, part in parts.items()})
     is_trained = [flag for row in rows for tree in row for index in tree.members for flag in parts[index].is_model]

@@ -49,12 +49,12 @@ def shard(model: PreTrainedModel) -> None:
     fully_shard(model)
 
 
-def deal(parts: Sequence[Any], ranks: Ranks) -> list[tuple[Any, bool]]:
+def split(parts: Sequence[Any], ranks: Ranks) -> list[tuple[Any, bool]]:
     """This rank's share, and of each part whether it counts.
 
     All ranks get equally many, or the others would wait for ever: some get one that another rank counts.
     """
-    own = [(part, True) for part in parts[ranks.rank :: ranks.world]]
+    own = [(leave, True) for leave in parts[ranks.rank :: ranks.world]]
     return own if len(own) == -(-len(parts) // ranks.world) else [*own, (parts[0], False)]
 
 
@@ -87,7 +87,7 @@ def broadcast(data: bytes, ranks: Ranks) -> bytes:
     return box.numpy().tobytes()
 
 
-def told(text: str, ranks: Ranks) -> str:
+def broadcast_text(text: str, ranks: Ranks) -> str:
     """Rank 0's text, on every rank."""
     return broadcast(text.encode(), ranks).decode()
 
@@ -98,7 +98,7 @@ def meet(ranks: Ranks) -> None:
         dist.barrier()
 
 
-def part(ranks: Ranks) -> None:
+def leave(ranks: Ranks) -> None:
     """Leave the others when all is done; left to the interpreter's end, gloo's threads may abort the process."""
     if not ranks.is_alone:
         dist.destroy_process_group()

@@ -85,11 +85,11 @@ class Client:
 
     async def get(self, path: str, type: type[T]) -> T:
         """Fetch and parse an unsigned document."""
-        return wire.decode(await self._patiently("GET", path, b"", False), type)
+        return wire.decode(await self._retry("GET", path, b"", False), type)
 
     async def download(self, path: str, *, signed: bool = False, limit_bytes: int = ANSWER_BYTES) -> bytes:
         """Fetch a blob, cut off with TooLarge beyond `limit_bytes`."""
-        return await self._patiently("GET", path, b"", signed, limit_bytes=limit_bytes)
+        return await self._retry("GET", path, b"", signed, limit_bytes=limit_bytes)
 
     async def download_into(self, path: str, file: BinaryIO, *, limit_bytes: int) -> None:
         """Fetch a blob, going on from the bytes that the file has; cut off with TooLarge beyond `limit_bytes`.
@@ -104,14 +104,14 @@ class Client:
 
     async def put(self, path: str, body: bytes) -> None:
         """Upload bytes."""
-        await self._patiently("PUT", path, body, True, {"content-type": "application/octet-stream"})
+        await self._retry("PUT", path, body, True, {"content-type": "application/octet-stream"})
 
     async def post(self, path: str, message: msgspec.Struct, type: type[T]) -> T:
         """Send a message, parse the answer."""
         body = wire.encode(message)
-        return wire.decode(await self._patiently("POST", path, body, True), type)
+        return wire.decode(await self._retry("POST", path, body, True), type)
 
-    async def _patiently(
+    async def _retry(
         self,
         method: str,
         path: str,

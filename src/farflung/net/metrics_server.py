@@ -23,7 +23,7 @@ class RoleFigures(Collector):
         """The figures as they are now."""
         from farflung.net.session import cpu_s
 
-        figures, labels = self.session.figures, [self.session.run, self.role]
+        figures, labels = self.session.stats, [self.session.run, self.role]
         gauges = (
             ("farflung_loaded_step", "Policy step whose weights are in memory, -1 for none.", figures.loaded_step),
             ("farflung_latest_step", "Latest policy step this node has heard of.", self.session.latest.step),

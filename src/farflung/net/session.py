@@ -31,11 +31,11 @@ from farflung.protocol.messages import (
     RunInfo,
     Welcome,
 )
-from farflung.protocol.standing import Standing
+from farflung.protocol.node_status import NodeStatus
 
 log = logging.getLogger(__name__)
-HURRY_S = 5.0
-TROUBLE_CHARS = 300
+STOPPING_PATIENCE_S = 5.0
+ERROR_CHARS = 300
 PURPOSES = ("coordinator", "weights", "receipts", "verdicts")
 """Purposes for which the root delegates keys: the run's description and leases, and three kinds of documents."""
 AWAY_S = 3600.0
@@ -99,7 +99,7 @@ class NodeStats:
     made_tokens: int = 0
     proof_cpu_s: float = 0.0
     sync_pause_s: float = 0.0
-    trouble: str = ""
+    last_error: str = ""
     """The last fault with weights."""
     started_at: float = field(default_factory=time.time)
 
@@ -117,13 +117,13 @@ class NodeStats:
 class Session:
     """One node in one run."""
 
-    def __init__(self, client: Client, run: str, root: bytes, papers: "RunKeys") -> None:
-        self.client, self.run, self.root, self.papers, self.figures = client, run, root, papers, NodeStats()
-        info = papers.info
+    def __init__(self, client: Client, run: str, root: bytes, run_keys: "RunKeys") -> None:
+        self.client, self.run, self.root, self.run_keys, self.stats = client, run, root, run_keys, NodeStats()
+        info = run_keys.info
         self.latest = Latest(status=info.status, step=-1, manifest="")
         self.lost: set[str] = set()
         """Leases that the coordinator has given to others."""
-        self.standing = Standing()
+        self.node_status = NodeStatus()
 
     @classmethod
     async def open(
@@ -144,8 +144,8 @@ class Session:
         client.tag = index.coordinator
         run = run or _only(index.runs)
         answer = await client.get(f"/v1/runs/{run}", Run)
-        papers = check_run(answer, run, root)
-        info = papers.info
+        run_keys = check_run(answer, run, root)
+        info = run_keys.info
         if not index.coordinator == info.coordinator == node_id(answer.info.public):
             raise BadSignature(  # else it could pass on at another coordinator what this node signs for it
                 f"{client.url} calls itself {index.coordinator}, but run {run!r} is kept by {info.coordinator}"
@@ -162,19 +162,19 @@ class Session:
         )
         await client.post("/v1/nodes", register, Welcome)
         client.patience_s = max(client.patience_s, AWAY_S)
-        return cls(client, run, answer.root, papers)
+        return cls(client, run, answer.root, run_keys)
 
     @property
     def info(self) -> RunInfo:
         """The coordinator's description of the run."""
-        return self.papers.info
+        return self.run_keys.info
 
     async def keys(self, purpose: str, signed: Signed) -> list[bytes]:
-        """The keys delegated for a purpose; the papers are read again where this document is by none of them."""
-        if signed.public not in self.papers.keys(purpose, time.time()):
+        """The keys delegated for a purpose; the descriptor is read again where this document is by none of them."""
+        if signed.public not in self.run_keys.keys(purpose, time.time()):
             answer = await self.client.get(f"/v1/runs/{self.run}", Run)
-            self.papers = check_run(answer, self.run, self.root)
-        return self.papers.keys(purpose, time.time())
+            self.run_keys = check_run(answer, self.run, self.root)
+        return self.run_keys.keys(purpose, time.time())
 
     def path(self, rest: str) -> str:
         """A path of this run."""
@@ -183,77 +183,77 @@ class Session:
     @property
     def is_over(self) -> bool:
         """Whether the run has ended, or this node was ejected from it."""
-        return self.latest.status == "finished" or self.standing.is_ejected
+        return self.latest.status == "finished" or self.node_status.is_ejected
 
-    async def look(self) -> None:
+    async def refresh(self) -> None:
         """Learn where the run stands, without a word of oneself; a coordinator that is away is waited for."""
         try:
             self.latest = await self.client.get(self.path("latest"), Latest)
         except FarflungError as error:
             log.warning("no answer because=%s", error)
 
-    async def beat(self) -> None:
+    async def heartbeat(self) -> None:
         """One heartbeat."""
-        figures = self.figures
+        stats = self.stats
         message = Heartbeat(
-            phase=figures.phase,
-            loaded_step=figures.loaded_step,
+            phase=stats.phase,
+            loaded_step=stats.loaded_step,
             cpu_s=cpu_s(),
-            work_cpu_s=figures.work_cpu_s,
-            recent_cpu_s=figures.recent_cpu_s,
-            recent_tokens=figures.recent_tokens,
-            made_cpu_s=figures.made_cpu_s,
-            made_tokens=figures.made_tokens,
-            proof_cpu_s=figures.proof_cpu_s,
-            sync_pause_s=figures.sync_pause_s,
-            started_at=figures.started_at,
-            trouble=figures.trouble[:TROUBLE_CHARS],
+            work_cpu_s=stats.work_cpu_s,
+            recent_cpu_s=stats.recent_cpu_s,
+            recent_tokens=stats.recent_tokens,
+            made_cpu_s=stats.made_cpu_s,
+            made_tokens=stats.made_tokens,
+            proof_cpu_s=stats.proof_cpu_s,
+            sync_pause_s=stats.sync_pause_s,
+            started_at=stats.started_at,
+            last_error=stats.last_error[:ERROR_CHARS],
         )
-        pulse = await self.client.post(self.path("heartbeat"), message, HeartbeatReply)
-        self.latest = pulse.latest
-        self.lost.update(pulse.lost_leases)
-        self.standing.hear(pulse)
+        reply = await self.client.post(self.path("heartbeat"), message, HeartbeatReply)
+        self.latest = reply.latest
+        self.lost.update(reply.lost_leases)
+        self.node_status.hear(reply)
 
-    async def keep_beating(self, on_pulse: Callable[[], None] = lambda: None) -> None:
+    async def keep_heartbeats(self, on_heartbeat: Callable[[], None] = lambda: None) -> None:
         """Heartbeats until cancelled; a coordinator that is away is waited for."""
         while True:
             try:
-                await self.beat()
-                on_pulse()
+                await self.heartbeat()
+                on_heartbeat()
             except FarflungError as error:
                 log.warning("heartbeat failed because=%s", error)
             await asyncio.sleep(self.info.heartbeat_s)
 
     @contextlib.asynccontextmanager
-    async def stay(
+    async def running(
         self,
         role: Role,
         stop: Callable[[], None],
         *,
         metrics_port: int = 0,
-        on_pulse: Callable[[], None] = lambda: None,
+        on_heartbeat: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[None]:
         """A role's life: metrics, `stop` on signals and heartbeats; at its end a goodbye and a closed line."""
         expose(self, role, metrics_port)
         stop_on_signals(stop)
-        beating = asyncio.create_task(self.keep_beating(on_pulse))
+        heartbeats = asyncio.create_task(self.keep_heartbeats(on_heartbeat))
         try:
             yield
         finally:
-            beating.cancel()
+            heartbeats.cancel()
             await self.say_goodbye()
             await self.client.close()
 
-    def hurry(self) -> None:
+    def shorten_patience(self) -> None:
         """This role was told to stop: wait no longer than a moment for a coordinator that does not answer."""
-        self.client.patience_s = min(self.client.patience_s, HURRY_S)
+        self.client.patience_s = min(self.client.patience_s, STOPPING_PATIENCE_S)
 
     async def say_goodbye(self) -> None:
         """A last heartbeat with the final figures; a coordinator that is gone is no reason to wait."""
-        self.figures.phase = "gone"
+        self.stats.phase = "gone"
         self.client.patience_s = 0.0
         with contextlib.suppress(FarflungError):
-            await self.beat()
+            await self.heartbeat()
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:

@@ -40,7 +40,7 @@ class Tree:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeBatch:
+class PackedRows:
     """The input of a model."""
 
     ids_RW: torch.Tensor
@@ -90,7 +90,7 @@ def trees(texts: Iterable[Text], most_tokens: int, *, are_long_joined: bool = Fa
     return sorted(found, key=lambda tree: -tree.width)
 
 
-def rows_of(rows: Sequence[Sequence[Tree]], ids: Mapping[int, Sequence[int]]) -> DecodeBatch:
+def rows_of(rows: Sequence[Sequence[Tree]], ids: Mapping[int, Sequence[int]]) -> PackedRows:
     """Lists of trees as rows of tensors; `ids` has the tokens of each completion by its index."""
     width = max(sum(tree.width for tree in row) for row in rows)
     ids_RW, place_RW = torch.zeros(2, len(rows), width, dtype=torch.long)
@@ -106,7 +106,7 @@ def rows_of(rows: Sequence[Sequence[Tree]], ids: Mapping[int, Sequence[int]]) ->
             predictor += [r * width + at + column for column in found]
             at += tree.width
     is_plain = all(len(row) == 1 and len(row[0].members) == 1 for row in rows)
-    return DecodeBatch(ids_RW, place_RW, tree_RW, member_RW, torch.tensor(predictor), is_plain)
+    return PackedRows(ids_RW, place_RW, tree_RW, member_RW, torch.tensor(predictor), is_plain)
 
 
 def _lay(tree: Tree, ids: Mapping[int, Sequence[int]]) -> tuple[list[int], list[int], list[int], list[int]]:

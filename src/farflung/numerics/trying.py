@@ -25,7 +25,7 @@ _LOGP_TOLERANCE, _SHORT_LOGP_TOLERANCE = 1e-3, 0.1
 """Most nats by which the log-probabilities of a text's own tokens may be off, in float32 and in shorter types."""
 _SHORT = 4
 """Positions that no rope changes because a text is longer than so many tokens."""
-Way = TypeVar("Way")
+Mode = TypeVar("Way")
 
 
 class Text(NamedTuple):
@@ -84,9 +84,9 @@ def tried(model: PreTrainedModel, trial: Trial | None = None) -> Trial | None:
         return None
 
 
-def first_that_holds(ways: Sequence[Way], holds: Callable[[Way], bool]) -> Way:
+def first_that_holds(ways: Sequence[Mode], holds: Callable[[Mode], bool]) -> Mode:
     """The first way that holds, for the fastest comes first; else the last, which is plain itself and is not tried."""
-    return next((way for way in ways[:-1] if holds(way)), ways[-1])
+    return next((mode for mode in ways[:-1] if holds(mode)), ways[-1])
 
 
 def plain_logits(model: PreTrainedModel, text: Text) -> torch.Tensor:
@@ -134,12 +134,12 @@ def texts(model: PreTrainedModel, length: int) -> list[Text]:
 def prompt_length(model: PreTrainedModel) -> int:
     """Tokens of a prompt that exceeds what the model counts in, as far as the model has places for so many."""
     config = model.config.get_text_config()
-    scale = max((number for number in numbers(config) if number < LONGEST), default=0)
+    scale = max((number for number in whole_numbers(config) if number < LONGEST), default=0)
     places = [getattr(config, "max_position_embeddings", None), steady_tokens(model)]
     return max(1, min([scale + TAIL, *(most - TAIL for most in places if most)]))
 
 
-def numbers(config: PretrainedConfig) -> Iterator[int]:
+def whole_numbers(config: PretrainedConfig) -> Iterator[int]:
     """All whole numbers of a configuration: a window, a chunk and an original length are among them."""
     waiting: list[Any] = [config.to_dict()]
     while waiting:
@@ -177,7 +177,7 @@ def steady_tokens(model: PreTrainedModel) -> int | None:
 
     Beyond it keys that were cached, and rows of other lengths, have other rotations than a pass over the whole text.
     """
-    longest = max(numbers(model.config.get_text_config()), default=0)
+    longest = max(whole_numbers(model.config.get_text_config()), default=0)
     limits = [_steady(turn, longest) for module in model.modules() if _is_rope(module) for turn in _turns(module)]
     return min((limit for limit in limits if limit is not None), default=None)
 

@@ -83,19 +83,19 @@ class Conditions:
     model: Model
     prompts: Sequence[tuple[int, ...]]
     temperature: float
-    budget: int
+    max_new_tokens: int
 
     @property
     def scope(self) -> Scope:
         """The runs that a profile made under these conditions is for."""
-        return Scope(self.model.digest, self.temperature, self.budget)
+        return Scope(self.model.digest, self.temperature, self.max_new_tokens)
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """Most tokens of a rollout, in turn; an odd number of them, so that every prompt meets every budget."""
-        short = [size for size in SHORT if size < self.budget]
-        found = [self.budget, *(size for one in short for size in (one, self.budget))]
-        return tuple(found if len(found) % 2 else [*found, self.budget])
+        """Most tokens of a rollout, in turn; an odd number of them, so that every prompt meets every limit."""
+        short = [size for size in SHORT if size < self.max_new_tokens]
+        found = [self.max_new_tokens, *(size for one in short for size in (one, self.max_new_tokens))]
+        return tuple(found if len(found) % 2 else [*found, self.max_new_tokens])
 
 
 class Played(NamedTuple):
@@ -118,18 +118,18 @@ def write_profile(
     threads: int,
     engine_url: str = "",
     temperature: float = 1.0,
-    budget: int = 32,
+    max_new_tokens: int = 32,
 ) -> Profile:
     """Generate, replay, calibrate, write. `tokens` are generated at the largest batch, parts of it in other ways.
 
-    `prompts` may be the TOML of a run: then temperature and budget are that run's. With the URL of a vLLM server it is
-    that which generates; it no longer holds the values that were published.
+    `prompts` may be the TOML of a run: then temperature and max_new_tokens are that run's. With the URL of a vLLM
+    server that generates; it no longer holds the values that were published.
     """
     if prompts is not None and prompts.suffix == ".toml":
         generate = load(prompts).generate
-        temperature, budget = generate.temperature, generate.budget
+        temperature, max_new_tokens = generate.temperature, generate.max_new_tokens
     found = Model(model)
-    under = Conditions(found, _prompt_ids(found, prompts), temperature, budget)
+    under = Conditions(found, _prompt_ids(found, prompts), temperature, max_new_tokens)
     profile = make_profile(under, name, tokens=tokens, threads=threads, engine_url=engine_url)
     out.write_bytes(to_json(profile) + b"\n")
     return profile
@@ -140,8 +140,8 @@ def profile_of_run(config: Config, name: str, tokens: int) -> Profile:
     model, env = Model(config.model.path), load_env(config.env.name, config.env.args)
     prompts = [env.prompt(task) for task in itertools.islice(env.tasks("train"), PROMPTS)]
     asked = [tuple(model.prompt_ids(prompt)) for prompt in prompts]
-    refuse_long(model, map(len, asked), config.generate.budget)
-    under = Conditions(model, asked, config.generate.temperature, config.generate.budget)
+    refuse_long(model, map(len, asked), config.generate.max_new_tokens)
+    under = Conditions(model, asked, config.generate.temperature, config.generate.max_new_tokens)
     return make_profile(under, name, tokens=tokens, threads=1, kinds=KINDS[:3], cheats=())
 
 
@@ -236,14 +236,16 @@ def _play(
 ) -> Iterator[Played]:
     """Each verifier's view of each rollout. Generated as `kind` says, replayed many at a time."""
     generator.max_rows = kind.rows
-    at_once = int(2 * tokens / under.budget) if kind.is_older else REPLAYED_AT_LEAST  # a process is slow to start
+    at_once = (
+        int(2 * tokens / under.max_new_tokens) if kind.is_older else REPLAYED_AT_LEAST
+    )  # a process is slow to start
     chunk, nonce = max(kind.rows, at_once), secrets.token_hex(32)
     endless = zip(itertools.cycle(under.prompts), itertools.cycle(under.budgets), strict=False)
     seen, said, threads = 0, time.monotonic(), torch.get_num_threads()
     while seen < tokens:
         requests = [
-            Request(prompt, secrets.randbits(64), under.temperature, budget, nonce)
-            for prompt, budget in itertools.islice(endless, chunk)
+            Request(prompt, secrets.randbits(64), under.temperature, max_new_tokens, nonce)
+            for prompt, max_new_tokens in itertools.islice(endless, chunk)
         ]
         torch.set_num_threads(kind.threads)
         done = [one for one in generator.generate([change(request) for request in requests]) if one is not None]

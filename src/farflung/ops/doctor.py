@@ -147,13 +147,13 @@ def _clock(theirs: float) -> Finding:
 async def _run(
     client: Client, run: str, folder: Path, root: bytes | None, status: Status, *, is_joining: bool
 ) -> AsyncIterator[Finding]:
-    papers = await client.get(f"/v1/runs/{run}", Run)
+    answer = await client.get(f"/v1/runs/{run}", Run)
     try:
-        checked = check_run(papers, run, root)
+        checked = check_run(answer, run, root)
     except FarflungError as error:
-        yield Finding("papers", False, str(error), "ask the operator for the right address; do not join")
+        yield Finding("descriptor", False, str(error), "ask the operator for the right address; do not join")
         return
-    yield Finding("papers", True, f"run {run!r} is vouched for by root {node_id(papers.root)}")
+    yield Finding("descriptor", True, f"run {run!r} is vouched for by root {node_id(answer.root)}")
     if not status.latest.manifest:
         yield Finding("weights", True, "none published yet")
         return
@@ -164,7 +164,7 @@ async def _run(
     yield _disk(folder, size_bytes)
     yield _memory(size_bytes)
     if not is_joining:
-        yield await _numerics(Session(client, run, papers.root, checked), folder, status.latest.manifest)
+        yield await _numerics(Session(client, run, answer.root, checked), folder, status.latest.manifest)
 
 
 async def _numerics(session: Session, folder: Path, manifest: str) -> Finding:

@@ -1,4 +1,4 @@
-"""`farflung sift`: sample the base model on every training task, and keep those it sometimes gets right.
+"""`farflung filter-tasks`: sample the base model on every training task, and keep those it sometimes gets right.
 
 A group that is all right or all wrong has no gradient; tasks of which the base model gives only such groups cost
 generation and teach nothing at first (INTELLECT-2 filters so before training).
@@ -23,7 +23,7 @@ from farflung.protocol.errors import ConfigError, ScoreFault
 from farflung.protocol.seeds import encode, sample_seed
 from farflung.rollouts.archive import text_of
 from farflung.tasks import task_filter
-from farflung.tasks.create_run import Model, told
+from farflung.tasks.create_run import Model, with_length
 from farflung.tasks.stop_table import stops_of
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Band:
     high: float
 
 
-async def sift(config: Config, out: Path, band: Band) -> tuple[list[task_filter.Kept], int]:
+async def filter_tasks(config: Config, out: Path, band: Band) -> tuple[list[task_filter.Kept], int]:
     """Write the tasks within the band; gives them and how many were tried. Raises ConfigError if none is left."""
     if not 0 <= band.low <= band.high <= 1 or band.samples < 1:
         raise ConfigError(f"a band goes from 0 to 1 and needs samples; got {band.low} to {band.high}, {band.samples}")
@@ -92,17 +92,17 @@ async def _measure(
                 yield count
         if time.monotonic() - said > PROGRESS_S:
             said = time.monotonic()
-            log.info("sifted tasks=%d/%d after_s=%.0f", start + len(some), len(tasks), said - begun)
+            log.info("tried tasks=%d/%d after_s=%.0f", start + len(some), len(tasks), said - begun)
 
 
 def _requests(config: Config, model: Model, task: Task, samples: int) -> Iterator[Request]:
     """The samples of one task; their seeds follow from the run's, so the same command gives the same file."""
-    secret = hashlib.sha256(encode("farflung sift", config.run.seed)).digest()
-    prompt, _ = told(config, task[0], task[1])
+    secret = hashlib.sha256(encode("farflung filter-tasks", config.run.seed)).digest()
+    prompt, _ = with_length(config, task[0], task[1])
     ids = tuple(model.prompt_ids(prompt))
     for index in range(samples):
         seed = sample_seed(secret, task_filter.identity(task[0]), index)
-        yield Request(ids, seed, config.generate.temperature, config.generate.budget)
+        yield Request(ids, seed, config.generate.temperature, config.generate.max_new_tokens)
 
 
 async def _count(

@@ -100,7 +100,7 @@ async def tell_earnings(console: Console, url: str, node: str) -> None:
     if view is not None:
         console.print(
             f"{view.name} leaves with {view.credit:,} tokens of credit and {view.escrow:,} in escrow, "
-            f"for {view.accepted:,} accepted rollouts ({view.rejected:,} rejected); standing: {view.status}",
+            f"for {view.accepted:,} accepted rollouts ({view.rejected:,} rejected); status: {view.status}",
             soft_wrap=True,
         )
 

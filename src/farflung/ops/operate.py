@@ -1,4 +1,4 @@
-"""Commands of the operator, with the admin token or the coordinator's own key: release the brake, roll back."""
+"""Commands of the operator, with the admin token or the coordinator's own key: close the circuit breaker, roll back."""
 
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,21 +14,21 @@ from farflung.protocol.shown import visible
 ADMIN = "/v1/admin"
 
 
-async def release_brake(url: str, config: Config) -> None:
+async def close_breaker(url: str, config: Config) -> None:
     """Let verdicts and training go on."""
 
     async def ask(client: Client, path: str) -> str:
-        done = await client.post(f"{ADMIN}{path}/brake/release", Empty(), Done)
-        return "the brake is released" if done.changed else "the brake was not on"
+        done = await client.post(f"{ADMIN}{path}/breaker/close", Empty(), Done)
+        return "the circuit breaker is closed again" if done.changed else "the circuit breaker was not open"
 
     await _tell(url, config, ask)
 
 
-async def show_brake(url: str, config: Config) -> None:
-    """Say whether the brake is on, and why."""
+async def show_breaker(url: str, config: Config) -> None:
+    """Say whether the circuit breaker is open, and why."""
 
     async def ask(client: Client, path: str) -> str:
-        return (await client.get(f"/v1{path}/status", Status)).brake or "the brake is off"
+        return (await client.get(f"/v1{path}/status", Status)).breaker or "the circuit breaker is closed"
 
     await _tell(url, config, ask)
 

@@ -36,8 +36,8 @@ async def show_weights(url: str, run: str) -> None:
         table.add_row(*_version_cells(view, weights))
     console = Terminal()
     console.print(table)
-    for trouble in weights.troubles:
-        console.print(f"{trouble.name}: {trouble.said}")
+    for error in weights.node_errors:
+        console.print(f"{error.name}: {error.said}")
     if weights.note:
         console.print(weights.note, style="dim")
 

@@ -103,7 +103,7 @@ def check(noun: str, id: str, before: str, after: str, story: Iterable[str] = ()
     if is_legal(noun, before, after):
         return after
     raise IllegalTransition(
-        f"{noun} {id} cannot go from {before!r} to {after!r}; {_legal(noun, before)}; its story: {_told(story)}"
+        f"{noun} {id} cannot go from {before!r} to {after!r}; {_legal(noun, before)}; its story: {_story_text(story)}"
     )
 
 
@@ -114,5 +114,5 @@ def _legal(noun: str, before: str) -> str:
     return f"from {before!r} it may go to: {', '.join(following)}" if following else f"{before!r} is final"
 
 
-def _told(story: Iterable[str]) -> str:
+def _story_text(story: Iterable[str]) -> str:
     return " → ".join(story) or "no events"

@@ -28,7 +28,7 @@ class Stops:
 
     @classmethod
     def unpack(cls, data: bytes, vocab: int) -> "Stops":
-        """From the bytes of a file that came with the run's papers. Raises Malformed."""
+        """From the bytes of a file that came with the run's descriptor. Raises Malformed."""
         states, rest = divmod(len(data), vocab)
         if rest or not 1 <= states <= MOST_STATES:
             raise Malformed(f"a table of stop strings has {len(data)} bytes; a vocabulary of {vocab} needs multiples")

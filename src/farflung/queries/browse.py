@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest
 from farflung.queries import params
-from farflung.queries.redact import SHOWN_AS, Veil
+from farflung.queries.redact import SHOWN_AS, Redaction
 from farflung.store import ledger
 from farflung.store.tables import ENTRIES, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
 
@@ -44,7 +44,7 @@ class RolloutPage:
     newer: str
 
 
-def rollouts(connection: Connection, run: str, wanted: Wanted, known: int, veil: Veil) -> RolloutPage:
+def rollouts(connection: Connection, run: str, wanted: Wanted, known: int, redaction: Redaction) -> RolloutPage:
     """One page. `known` is about how many there are of the wanted status."""
     is_rare = bool(wanted.node) or 0 < known < RARE
     # An expression hides its column from the planner, which then walks the index that suits: newest leases first and
@@ -52,9 +52,9 @@ def rollouts(connection: Connection, run: str, wanted: Wanted, known: int, veil:
     opened = LEASES.c.opened_at + 0.0 if is_rare else LEASES.c.opened_at
     status = ROLLOUTS.c.status if is_rare else ROLLOUTS.c.status.concat("")
     is_back = bool(wanted.newer)
-    query = _columns(veil).where(LEASES.c.run == run)
+    query = _columns(redaction).where(LEASES.c.run == run)
     if wanted.status:
-        shown = ("held", SHOWN_AS) if veil.is_on and wanted.status in ("held", SHOWN_AS) else (wanted.status,)
+        shown = ("held", SHOWN_AS) if redaction.is_on and wanted.status in ("held", SHOWN_AS) else (wanted.status,)
         query = query.where(
             ROLLOUTS.c.run.concat("") == run if not is_rare else ROLLOUTS.c.run == run, status.in_(shown)
         )
@@ -81,11 +81,21 @@ def rollouts(connection: Connection, run: str, wanted: Wanted, known: int, veil:
     )
 
 
-def _columns(veil: Veil) -> Any:
+def _columns(redaction: Redaction) -> Any:
     r = ROLLOUTS.c
     return (
         sa.select(
-            *(r.rollout, r.group, r.sample, r.lease, r.node, veil.status(), r.is_reissue, r.submission, r.position),
+            *(
+                r.rollout,
+                r.group,
+                r.sample,
+                r.lease,
+                r.node,
+                redaction.status(),
+                r.is_reissue,
+                r.submission,
+                r.position,
+            ),
             *(r.tokens, r.reward, r.parts, r.answer, LEASES.c.step, LEASES.c.purpose, LEASES.c.opened_at),
             *(GROUPS.c.task, GROUPS.c.batch_step, TASKS.c.prompt, NODES.c.name),
         )
@@ -97,14 +107,16 @@ def _columns(veil: Veil) -> Any:
     )
 
 
-def rollout(connection: Connection, id: str, veil: Veil) -> Row[Any] | None:
+def rollout(connection: Connection, id: str, redaction: Redaction) -> Row[Any] | None:
     """One rollout with its prompt."""
-    return connection.execute(_columns(veil).where(ROLLOUTS.c.rollout == id)).first()
+    return connection.execute(_columns(redaction).where(ROLLOUTS.c.rollout == id)).first()
 
 
-def siblings(connection: Connection, which: sa.ColumnElement[bool], veil: Veil, limit: int = 256) -> list[Any]:
+def siblings(
+    connection: Connection, which: sa.ColumnElement[bool], redaction: Redaction, limit: int = 256
+) -> list[Any]:
     """Rollouts of one group, lease, audit or submission."""
-    query = _columns(veil).where(which).order_by(ROLLOUTS.c.group, ROLLOUTS.c.sample)
+    query = _columns(redaction).where(which).order_by(ROLLOUTS.c.group, ROLLOUTS.c.sample)
     return list(connection.execute(query.limit(limit)))
 
 

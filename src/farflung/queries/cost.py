@@ -92,7 +92,7 @@ class Meter:
         self._lives: dict[Process, Line] = {}
         self._worked = Worked()
 
-    def look(self) -> tuple[float, float | None, float]:
+    def read(self) -> tuple[float, float | None, float]:
         """Cost in USD, verification overhead and seconds of work so far, pauses between stop and resume left out."""
         if self._tail.begins_anew():
             self._lives, self._worked = {}, Worked()

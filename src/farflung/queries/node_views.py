@@ -12,13 +12,13 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.config import Config
-from farflung.queries.redact import Veil
+from farflung.queries.redact import Redaction
 from farflung.store import ledger
 from farflung.store.tables import AUDIT_COUNTS, AUDITS, LEASES, NODES, ROLLOUT_COUNTS
 from farflung.trust.record import NodeRecord
 
 PAID = ("accepted", "batched", "trained", "dropped")
-HEATS = 7
+SHADES = 7
 """Shades between no evidence and ejection."""
 
 
@@ -97,10 +97,10 @@ class NodeLine:
         return math.log10(self.record.statistic) if self.record.statistic > 0 else None
 
     @property
-    def heat(self) -> int:
+    def shade(self) -> int:
         """Shade of the evidence: 0 where M ≤ 1 (none), HEATS − 1 where it ejects, even steps of log M between."""
         share = max(0.0, self.residual or 0.0) / math.log10(self.limit)
-        return min(HEATS - 1, math.ceil(share * (HEATS - 1) - 1e-9))
+        return min(SHADES - 1, math.ceil(share * (SHADES - 1) - 1e-9))
 
     @property
     def state(self) -> str:
@@ -112,11 +112,13 @@ class NodeLine:
         return (self.phase.split() or ["joined"])[0] if self.is_online else "silent"
 
 
-def lines(connection: Connection, config: Config, counts: Tally, latest: int, now: float, veil: Veil) -> list[NodeLine]:
+def lines(
+    connection: Connection, config: Config, counts: Tally, latest: int, now: float, redaction: Redaction
+) -> list[NodeLine]:
     """Every node, trusted roles first, then in the order of joining."""
     rows = connection.execute(sa.select(NODES).order_by(NODES.c.role, NODES.c.registered_at)).all()
     held = sa.select(LEASES.c.node, LEASES.c.lease).where(LEASES.c.run == config.run.name, LEASES.c.status == "open")
-    audits = _audited(connection, config.run.name, veil)
+    audits = _audited(connection, config.run.name, redaction)
     leases = {row[0]: row[1] for row in connection.execute(held)}
     accounts = ledger.balances(connection)
 
@@ -138,7 +140,7 @@ def lines(connection: Connection, config: Config, counts: Tally, latest: int, no
             accepted=counts.done.get(row.node, 0),
             rejected=counts.bad.get(row.node, 0),
             audits=audits.get(row.node, 0),
-            record=veil.record(msgspec.msgpack.decode(row.record, type=NodeRecord)),
+            record=redaction.record(msgspec.msgpack.decode(row.record, type=NodeRecord)),
             limit=1 / config.trust.false_ejection_probability,
             credit=accounts.get(ledger.credit(row.node), 0),
             escrow=accounts.get(ledger.escrow(row.node), 0),
@@ -151,13 +153,13 @@ def lines(connection: Connection, config: Config, counts: Tally, latest: int, no
     return [line(row) for row in rows]
 
 
-def _audited(connection: Connection, run: str, veil: Veil) -> Counter[str]:
+def _audited(connection: Connection, run: str, redaction: Redaction) -> Counter[str]:
     """Audits by node that are done and may be told of: all that are kept count of but the latest."""
-    kept, mine = AUDIT_COUNTS.c, sa.and_(AUDITS.c.run == run, AUDITS.c.status == "done", ~veil.audits())
+    kept, mine = AUDIT_COUNTS.c, sa.and_(AUDITS.c.run == run, AUDITS.c.status == "done", ~redaction.audits())
     done = sa.select(kept.node, kept.count).where(kept.run == run, kept.status == "done")
     hidden = sa.select(AUDITS.c.node, sa.func.count()).where(mine).group_by(AUDITS.c.node)
     found = Counter({row[0]: row[1] for row in connection.execute(done)})
-    found.subtract({row[0]: row[1] for row in connection.execute(hidden)} if veil.is_on else {})
+    found.subtract({row[0]: row[1] for row in connection.execute(hidden)} if redaction.is_on else {})
     return found
 
 

@@ -1,4 +1,4 @@
-"""The veil over audits while a run goes: steps that can still be trained on show nothing, and M is never shown.
+"""Redaction of audits while a run goes: steps that can still be trained on show nothing, and M is never shown.
 
 Else a node could see which of its rollouts are held for audit, and how near to ejection it may go.
 """
@@ -32,7 +32,7 @@ SHOWN_AS = "received"
 
 
 @dataclass(frozen=True)
-class Veil:
+class Redaction:
     """Hides what concerns audits of steps from `since` on; nothing at all where that is None."""
 
     since: int | None = None
@@ -59,7 +59,7 @@ class Veil:
         return shown
 
     def record(self, record: NodeRecord) -> NodeRecord:
-        """The part of a node's record that may be shown: its standing, not the evidence."""
+        """The part of a node's record that may be shown: its status, not the evidence."""
         return NodeRecord(status=record.status, submissions=record.submissions) if self.is_on else record
 
     def events(self, connection: Connection, subject: str, events: Iterable[Any]) -> list[Event]:
@@ -70,18 +70,18 @@ class Veil:
         ]
         if not self.is_on or (step := _step_of(connection, subject)) is None or step < (self.since or 0):
             return told
-        return [shown for event in told if (shown := _veiled(event)) is not None]
+        return [shown for event in told if (shown := _redacted(event)) is not None]
 
 
-def veil_of(connection: Connection, config: Config) -> Veil:
-    """The veil over a run as it stands: off when the run is over, or where the operator wants none."""
+def redaction_of(connection: Connection, config: Config) -> Redaction:
+    """The redaction of a run as it stands: none when the run is over, or where the operator wants none."""
     run = config.run.name
     status = connection.execute(sa.select(RUNS.c.status).where(RUNS.c.run == run)).scalar()
-    if not config.coordinator.veil or status == "finished":
-        return Veil()
+    if not config.coordinator.redact or status == "finished":
+        return Redaction()
     committed = sa.select(sa.func.max(STEPS.c.step)).where(STEPS.c.run == run, STEPS.c.status == "committed")
     latest = connection.execute(committed).scalar()
-    return Veil(max(0, (-1 if latest is None else latest) - config.learn.max_staleness))
+    return Redaction(max(0, (-1 if latest is None else latest) - config.learn.max_staleness))
 
 
 def _step_of(connection: Connection, subject: str) -> int | None:
@@ -92,7 +92,7 @@ def _step_of(connection: Connection, subject: str) -> int | None:
     return connection.execute(rollout.where(ROLLOUTS.c.rollout == subject)).scalar() if found is None else found
 
 
-def _veiled(event: Event) -> Event | None:
+def _redacted(event: Event) -> Event | None:
     """An event as it may be told, if at all."""
     if event.noun == "audit" or event.before == "held" or (event.after == "held" and event.before != "leased"):
         return None

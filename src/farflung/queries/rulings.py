@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 from farflung.audits import node_record
 from farflung.protocol.messages import Ruling
 from farflung.queries import views
-from farflung.queries.redact import Veil, veil_of
+from farflung.queries.redact import Redaction, redaction_of
 from farflung.store.run import RunContext
 from farflung.store.tables import AUDITS, VERDICTS
 from farflung.trust.record import NodeRecord, needed
@@ -45,18 +45,18 @@ def rulings(connection: Connection, run_ctx: RunContext, nodes: Collection[Row[A
     blamed = [n.node for n in nodes if n.status in ("quarantined", "ejected") or node_record.read(n).bad_submissions]
     if not blamed:
         return {}
-    veil, found = veil_of(connection, run_ctx.config), dict[str, list[Ruling]]()
+    redaction, found = redaction_of(connection, run_ctx.config), dict[str, list[Ruling]]()
     for node in blamed:
         mine = sa.select(VERDICTS).where(VERDICTS.c.run == run_ctx.run, VERDICTS.c.node == node)
         rows = connection.execute(mine.order_by(VERDICTS.c.id.desc()).limit(LATEST)).all()
-        found[node] = [_ruling(connection, row, veil) for row in reversed(rows)]
+        found[node] = [_ruling(connection, row, redaction) for row in reversed(rows)]
     return found
 
 
-def _ruling(connection: Connection, row: Row[Any], veil: Veil) -> Ruling:
+def _ruling(connection: Connection, row: Row[Any], redaction: Redaction) -> Ruling:
     verdict = views.open_verdict(row.document)
     query = sa.select(AUDITS.c.submission).where(AUDITS.c.audit == verdict.audit)
-    is_open = veil.since is not None and row.step >= veil.since
+    is_open = redaction.since is not None and row.step >= redaction.since
     return Ruling(
         id=row.id,
         outcome=verdict.outcome,

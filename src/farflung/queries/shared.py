@@ -15,8 +15,8 @@ SHARE = 4.0
 class Shared(Generic[T]):
     """The last look, while it is young. One at a time is under way, and callers that come meanwhile wait for it."""
 
-    def __init__(self, look: Callable[[], Awaitable[T]], clock: Callable[[], float] = time.monotonic) -> None:
-        self._look, self._clock = look, clock
+    def __init__(self, read: Callable[[], Awaitable[T]], clock: Callable[[], float] = time.monotonic) -> None:
+        self._read, self._clock = read, clock
         self._running: asyncio.Future[T] | None = None
         self._last: tuple[T] | None = None
         self._due = 0.0
@@ -36,7 +36,7 @@ class Shared(Generic[T]):
     async def _fresh(self) -> T:
         since = self._clock()
         try:
-            found = await self._look()
+            found = await self._read()
         finally:
             self._running = None
         took_s = self._clock() - since

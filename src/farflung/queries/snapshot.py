@@ -12,7 +12,7 @@ from farflung.queries import evals as heldout
 from farflung.queries import views
 from farflung.queries.cost import Meter
 from farflung.queries.node_views import NodeLine, Tally, lines, tally
-from farflung.queries.redact import pathless, veil_of
+from farflung.queries.redact import pathless, redaction_of
 from farflung.store.ledger import ISSUED
 from farflung.store.tables import AUDITS, BALANCES, ENTRIES, GROUP_COUNTS, RUNS, STEPS
 
@@ -43,7 +43,7 @@ class Snapshot:
     groups_wanted: int
     audits_waiting: int | None
     """None where that is hidden."""
-    brake: str
+    breaker: str
     """Why verdicts and training are held, empty if they are not."""
     catch: dict[int, float]
     """P(caught within n submissions) of the cheat of `views.catch`."""
@@ -70,7 +70,7 @@ class Snapshot:
 
     @property
     def accepted(self) -> int:
-        """Rollouts accepted from workers in good standing."""
+        """Rollouts accepted from workers that are not ejected."""
         return sum(node.accepted for node in self.workers if node.status != "ejected")
 
     @property
@@ -117,8 +117,8 @@ def take(connection: Connection, config: Config, meter: Meter, now: float) -> Sn
     committed = sa.select(sa.func.max(STEPS.c.step)).where(STEPS.c.run == run, STEPS.c.status == "committed")
     step = connection.execute(committed).scalar()
     latest = -1 if step is None else step
-    counts, veil = tally(connection, run), veil_of(connection, config)
-    cost, overhead, wall_s = meter.look()
+    counts, redaction = tally(connection, run), redaction_of(connection, config)
+    cost, overhead, wall_s = meter.read()
     waiting = sa.select(sa.func.count()).where(AUDITS.c.run == run, AUDITS.c.status.in_(("open", "claimed")))
     since = row.created_at if row.status == "finished" else max(row.created_at, now - RATE_S)
     return Snapshot(
@@ -133,12 +133,12 @@ def take(connection: Connection, config: Config, meter: Meter, now: float) -> Sn
         wall_s=wall_s,
         steps=views.steps(connection, run),
         evals=heldout.shown(connection, config),
-        nodes=lines(connection, config, counts, latest, now, veil),
-        counts=replace(counts, statuses=veil.counts(counts.statuses)),
+        nodes=lines(connection, config, counts, latest, now, redaction),
+        counts=replace(counts, statuses=redaction.counts(counts.statuses)),
         groups=views.counts_of(connection, GROUP_COUNTS, run, GROUP_COUNTS.c.purpose == "train"),
         groups_wanted=config.learn.groups,
-        audits_waiting=None if veil.is_on else connection.execute(waiting).scalar_one(),
-        brake=row.brake,
+        audits_waiting=None if redaction.is_on else connection.execute(waiting).scalar_one(),
+        breaker=row.breaker,
         catch=views.catch(connection, config),
         accepted_per_hour=_accepted(connection, None if since == row.created_at else since)
         * 3600
@@ -162,8 +162,8 @@ def _accepted(connection: Connection, since: float | None) -> int:
 def _waits(s: Snapshot) -> str:
     if s.status == "finished":
         return "The run is finished; no role waits."
-    if s.brake:
-        return f"The brake is on: {s.brake}."
+    if s.breaker:
+        return f"The circuit breaker is open: {s.breaker}."
     trainers = s.of("trainer")
     if not trainers:
         return "No trainer is here: rollouts pile up until one comes back."

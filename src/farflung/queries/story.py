@@ -15,7 +15,7 @@ from farflung.protocol.errors import NotFound
 from farflung.protocol.messages import Event
 from farflung.queries import browse, views
 from farflung.queries.node_views import describe
-from farflung.queries.redact import Veil, pathless, veil_of
+from farflung.queries.redact import Redaction, pathless, redaction_of
 from farflung.store import ledger
 from farflung.store.tables import (
     AUDITS,
@@ -61,11 +61,11 @@ class Told:
 
 def tell(connection: Connection, config: Config, subject: str) -> Told:
     """The story of one id, as far as it may be told. Raises NotFound."""
-    veil = veil_of(connection, config)
+    redaction = redaction_of(connection, config)
     query = sa.select(EVENTS).where(EVENTS.c.subject == subject).order_by(EVENTS.c.id.desc()).limit(EVENTS_SHOWN)
-    events = veil.events(connection, subject, list(connection.execute(query))[::-1])
+    events = redaction.events(connection, subject, list(connection.execute(query))[::-1])
     for noun, find in FINDERS.items():
-        found = find(connection, config.run.name, subject, veil)
+        found = find(connection, config.run.name, subject, redaction)
         if found is not None:
             facts, related, rollouts = found
             return Told(noun, subject, facts, related, rollouts, events)
@@ -81,8 +81,8 @@ def _row(connection: Connection, table: sa.Table, subject: str) -> Row[Any] | No
     return connection.execute(sa.select(table).where(next(iter(table.primary_key)) == subject)).first()
 
 
-def _rollout(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
-    row = browse.rollout(connection, subject, veil)
+def _rollout(connection: Connection, run: str, subject: str, redaction: Redaction) -> Found | None:
+    row = browse.rollout(connection, subject, redaction)
     if row is None:
         return None
     facts = [("status", row.status), ("node", row.node), ("lease", row.lease), ("submission", row.submission)]
@@ -90,21 +90,21 @@ def _rollout(connection: Connection, run: str, subject: str, veil: Veil) -> Foun
     facts += [("purpose", row.purpose), ("tokens", row.tokens), ("re-issued", "yes" if row.is_reissue else "no")]
     if row.batch_step is not None:
         facts.append(("trained in step", f"{run}-step-{row.batch_step}"))
-    audits = _audits(connection, AUDITS.c.submission == row.submission, veil) if row.submission else []
+    audits = _audits(connection, AUDITS.c.submission == row.submission, redaction) if row.submission else []
     drawn = [line for line in audits if subject in json.loads(line.rollouts)]
     return facts, [_audit_table("Audits that drew it", drawn)], [row]
 
 
-def _lease(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
+def _lease(connection: Connection, run: str, subject: str, redaction: Redaction) -> Found | None:
     row = _row(connection, LEASES, subject)
     if row is None:
         return None
     facts = [("status", row.status), ("node", row.node), ("purpose", row.purpose), ("policy step", row.step)]
     facts += [("submission", row.submission), ("opened", Moment(row.opened_at)), ("expires", Moment(row.expires_at))]
-    return facts, [], browse.siblings(connection, ROLLOUTS.c.lease == subject, veil)
+    return facts, [], browse.siblings(connection, ROLLOUTS.c.lease == subject, redaction)
 
 
-def _group(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
+def _group(connection: Connection, run: str, subject: str, redaction: Redaction) -> Found | None:
     row = _row(connection, GROUPS, subject)
     if row is None:
         return None
@@ -113,20 +113,20 @@ def _group(connection: Connection, run: str, subject: str, veil: Veil) -> Found 
     facts.append(("has variance", {None: None, True: "yes", False: "no"}[row.is_informative]))
     if row.batch_step is not None:
         facts.append(("in the batch of", f"{run}-step-{row.batch_step}"))
-    return facts, [], browse.siblings(connection, ROLLOUTS.c.group == subject, veil)
+    return facts, [], browse.siblings(connection, ROLLOUTS.c.group == subject, redaction)
 
 
-def _audit(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
+def _audit(connection: Connection, run: str, subject: str, redaction: Redaction) -> Found | None:
     row = _row(connection, AUDITS, subject)
-    if row is None or (veil.since is not None and row.step >= veil.since):
+    if row is None or (redaction.since is not None and row.step >= redaction.since):
         return None
     facts = [("status", row.status), ("outcome", row.outcome), ("node", row.node), ("submission", row.submission)]
     facts += [("lease", row.lease), ("policy step", row.step), ("replayed by", row.claimed_by)]
     facts += [("tokens replayed", row.tokens), ("opened", Moment(row.opened_at))]
-    return facts, [], browse.siblings(connection, ROLLOUTS.c.rollout.in_(json.loads(row.rollouts)), veil)
+    return facts, [], browse.siblings(connection, ROLLOUTS.c.rollout.in_(json.loads(row.rollouts)), redaction)
 
 
-def _submission(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
+def _submission(connection: Connection, run: str, subject: str, redaction: Redaction) -> Found | None:
     row = _row(connection, SUBMISSIONS, subject)
     if row is None:
         return None
@@ -136,11 +136,11 @@ def _submission(connection: Connection, run: str, subject: str, veil: Veil) -> F
         ("tokens", row.tokens),
         ("generated in (its own word)", f"{row.generate_s:.2f} s"),
     ]
-    audits = _audit_table("Audits", _audits(connection, AUDITS.c.submission == subject, veil))
-    return facts, [audits], browse.siblings(connection, ROLLOUTS.c.submission == subject, veil)
+    audits = _audit_table("Audits", _audits(connection, AUDITS.c.submission == subject, redaction))
+    return facts, [audits], browse.siblings(connection, ROLLOUTS.c.submission == subject, redaction)
 
 
-def _task(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
+def _task(connection: Connection, run: str, subject: str, redaction: Redaction) -> Found | None:
     row = _row(connection, TASKS, subject)
     if row is None:
         return None
@@ -153,12 +153,12 @@ def _task(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
         count = Count(row.tried, row.right, row.tokens)
         facts.append(("pass rate, running", f"{pass_rate(count):.2f}, from {row.tried:.0f} samples"))
         facts.append(("tokens a sample takes", f"{row.tokens / row.tried:.0f}"))
-    if not veil.is_on:  # it holds the answer
+    if not redaction.is_on:  # it holds the answer
         facts.append(("as the scorer gets it", row.payload.decode(errors="replace")))
     return facts, [Related("Groups", ("group", "purpose", "policy step", "status", "mean reward"), rows)], []
 
 
-def _step(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
+def _step(connection: Connection, run: str, subject: str, redaction: Redaction) -> Found | None:
     by_digest = sa.or_(STEPS.c.manifest_digest == subject, STEPS.c.weights_digest == subject)
     row = connection.execute(sa.select(STEPS).where(sa.or_(STEPS.c.id == subject, by_digest))).first()
     if row is None:
@@ -189,12 +189,12 @@ def _step(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
     return facts, [*related, Related("Metrics", ("name", "value"), metrics)], []
 
 
-def _node(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
+def _node(connection: Connection, run: str, subject: str, redaction: Redaction) -> Found | None:
     row = _row(connection, NODES, subject)
     if row is None:
         return None
-    record = veil.record(msgspec.msgpack.decode(row.record, type=NodeRecord))
-    facts = [("name", row.name), ("role", row.role), ("standing", row.status if row.role == "worker" else "granted")]
+    record = redaction.record(msgspec.msgpack.decode(row.record, type=NodeRecord))
+    facts = [("name", row.name), ("role", row.role), ("status", row.status if row.role == "worker" else "granted")]
     facts += [("hardware", describe(row.hardware)), ("engine", row.engine), ("profile", row.profile)]
     facts += [("phase", row.phase), ("loaded step", row.loaded_step if row.loaded_step >= 0 else None)]
     facts += [("tokens/s", f"{row.tokens_per_s:,.0f}"), ("joined", Moment(row.registered_at))]
@@ -202,7 +202,7 @@ def _node(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
     facts += [("credit", ledger.balance(connection, ledger.credit(subject)))]
     facts += [("escrow", ledger.balance(connection, ledger.escrow(subject)))]
     facts += [("submissions", record.submissions)]
-    if not veil.is_on:
+    if not redaction.is_on:
         facts += [("audited rollouts", record.audited_rollouts), ("clean in a row", record.clean_rollouts)]
         facts += [("bad submissions", record.bad_submissions), ("M", f"{record.statistic:.4g}")]
         facts += [("most like", record.suspicion), ("flips in all replays", _watched(record.watched))]
@@ -212,7 +212,7 @@ def _node(connection: Connection, run: str, subject: str, veil: Veil) -> Found |
         for le in connection.execute(query)
     ]
     related = [Related("Latest leases", ("lease", "purpose", "policy step", "status", "opened", "submission"), leases)]
-    related.append(_audit_table("Latest audits", _audits(connection, AUDITS.c.node == subject, veil)))
+    related.append(_audit_table("Latest audits", _audits(connection, AUDITS.c.node == subject, redaction)))
     return facts, [_verdicts(connection, subject), *related], []
 
 
@@ -228,7 +228,7 @@ def _watched(watched: Watched) -> str:
     )
 
 
-def _run(connection: Connection, run: str, subject: str, veil: Veil) -> Found | None:
+def _run(connection: Connection, run: str, subject: str, redaction: Redaction) -> Found | None:
     row = _row(connection, RUNS, subject)
     if row is None:
         return None
@@ -241,7 +241,7 @@ def _run(connection: Connection, run: str, subject: str, veil: Veil) -> Found | 
 SHOWN = ("run", "model", "env", "generate", "learn", "lease", "trust", "eval")
 """Sections of the configuration that anybody may read; invites and database URLs are in the others."""
 
-FINDERS: dict[str, Callable[[Connection, str, str, Veil], Found | None]] = {
+FINDERS: dict[str, Callable[[Connection, str, str, Redaction], Found | None]] = {
     "rollout": _rollout,
     "lease": _lease,
     "group": _group,
@@ -258,9 +258,9 @@ class Moment(float):
     """Unix seconds that are shown as a time."""
 
 
-def _audits(connection: Connection, which: Any, veil: Veil) -> list[Any]:
+def _audits(connection: Connection, which: Any, redaction: Redaction) -> list[Any]:
     columns = (AUDITS.c.audit, AUDITS.c.status, AUDITS.c.outcome, AUDITS.c.step, AUDITS.c.rollouts, AUDITS.c.claimed_by)
-    query = sa.select(*columns, AUDITS.c.opened_at, AUDITS.c.submission).where(which, veil.audits())
+    query = sa.select(*columns, AUDITS.c.opened_at, AUDITS.c.submission).where(which, redaction.audits())
     return list(connection.execute(query.order_by(AUDITS.c.opened_at.desc()).limit(20)))
 
 

@@ -6,7 +6,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from farflung.protocol.messages import Heartbeat, Manifest, Trouble, VersionView, Weights
+from farflung.protocol.messages import Heartbeat, Manifest, NodeError, VersionView, Weights
 from farflung.queries.browse import Version, open_unchecked
 from farflung.store.run import RunContext
 from farflung.store.tables import NODES, STEPS
@@ -27,19 +27,21 @@ def versions(connection: Connection, run_ctx: RunContext, now: float) -> Weights
     return Weights(
         versions=found,
         nodes=sum(loaded.values()),
-        troubles=troubles(connection, now - run_ctx.config.lease.lost_s),
+        node_errors=node_errors(connection, now - run_ctx.config.lease.lost_s),
         note="" if run_ctx.config.learn.lora_rank else why_large(run_ctx.config.learn.lr, found),
         now=now,
     )
 
 
-def troubles(connection: Connection, since: float) -> list[Trouble]:
+def node_errors(connection: Connection, since: float) -> list[NodeError]:
     """Faults with weights, in the words of nodes heard since a time, those heard last first."""
-    query = sa.select(NODES.c.node, NODES.c.name, NODES.c.beat).where(NODES.c.seen_at >= since, NODES.c.beat != b"")
-    found: list[Trouble] = []
-    for node, name, beat in connection.execute(query.order_by(NODES.c.seen_at.desc()).limit(ASKED)):
-        said = msgspec.msgpack.decode(beat, type=Heartbeat).trouble
-        found += [Trouble(node=node, name=name, said=said)] if said else []
+    query = sa.select(NODES.c.node, NODES.c.name, NODES.c.heartbeat).where(
+        NODES.c.seen_at >= since, NODES.c.heartbeat != b""
+    )
+    found: list[NodeError] = []
+    for node, name, heartbeat in connection.execute(query.order_by(NODES.c.seen_at.desc()).limit(ASKED)):
+        said = msgspec.msgpack.decode(heartbeat, type=Heartbeat).last_error
+        found += [NodeError(node=node, name=name, said=said)] if said else []
     return found[:SHOWN]
 
 

@@ -14,7 +14,7 @@ from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import NodeView, Relays, RelayView, Status, StepView, Story, Verdict
 from farflung.queries.evals import evals
 from farflung.queries.node_views import PAID, NodeLine, lines, tally
-from farflung.queries.redact import pathless, veil_of
+from farflung.queries.redact import pathless, redaction_of
 from farflung.store import transitions
 from farflung.store.run import RunContext
 from farflung.store.tables import (
@@ -63,7 +63,7 @@ def story(connection: Connection, config: Config, subject: str) -> Story:
     rows = transitions.story(connection, subject)
     if not rows:
         raise NotFound(f"nothing is known of {subject[:64]!r}")
-    events = veil_of(connection, config).events(connection, subject, rows)
+    events = redaction_of(connection, config).events(connection, subject, rows)
     if not events:
         raise NotFound(f"the story of {subject[:64]!r} is told once its step can no longer be trained on")
     return Story(subject=subject, events=events)
@@ -73,8 +73,8 @@ def status(connection: Connection, run_ctx: RunContext, now: float) -> Status:
     """The run at a glance."""
     config, latest = run_ctx.config, run_ctx.latest(connection)
     counts = tally(connection, run_ctx.run)
-    veil = veil_of(connection, config)
-    found = lines(connection, config, counts, latest.step, now, veil)
+    redaction = redaction_of(connection, config)
+    found = lines(connection, config, counts, latest.step, now, redaction)
     paid = [counts.scored.get(n.node, (0, 0)) for n in found if n.is_worker and n.status != "ejected"]
     return Status(
         run=run_ctx.run,
@@ -85,18 +85,18 @@ def status(connection: Connection, run_ctx: RunContext, now: float) -> Status:
         latest=latest,
         started_at=connection.execute(sa.select(RUNS.c.created_at).where(RUNS.c.run == run_ctx.run)).scalar_one(),
         now=now,
-        rollouts=veil.counts(counts.statuses),
+        rollouts=redaction.counts(counts.statuses),
         groups=counts_of(connection, GROUP_COUNTS, run_ctx.run),
         leases_open=_leases_open(connection, run_ctx.run),
         leases_reissued=reissued(connection, run_ctx.run),
-        audits={} if veil.is_on else counts_of(connection, AUDIT_COUNTS, run_ctx.run),
+        audits={} if redaction.is_on else counts_of(connection, AUDIT_COUNTS, run_ctx.run),
         accepted=sum(count for count, _ in paid),
         accepted_tokens=sum(tokens for _, tokens in paid),
         steps=steps(connection, run_ctx.run),
         evals=evals(connection, config),
         nodes=[_view(line) for line in found],
         verdicts=verdicts(connection, run_ctx.run),
-        brake=connection.execute(sa.select(RUNS.c.brake).where(RUNS.c.run == run_ctx.run)).scalar_one(),
+        breaker=connection.execute(sa.select(RUNS.c.breaker).where(RUNS.c.run == run_ctx.run)).scalar_one(),
         catch={str(n): p for n, p in catch(connection, config).items()},
         warnings=warnings(connection),
     )
@@ -114,7 +114,7 @@ def _leases_open(connection: Connection, run: str) -> int:
 
 
 def accepted(connection: Connection, run: str) -> tuple[int, int]:
-    """Rollouts and tokens accepted for training, of nodes in good standing."""
+    """Rollouts and tokens accepted for training, of nodes that are not ejected."""
     kept = ROLLOUT_COUNTS.c
     good = sa.and_(NODES.c.status != "ejected", NODES.c.role == "worker")
     query = (

@@ -52,7 +52,7 @@ class StalePartial(Patient):
 
     def _made_up(self, request: Request) -> Completion:
         words = [token for token in request.prompt_ids if token not in self.truth.eos_ids] or [0]
-        ids = tuple(random.choices(words, k=request.budget))
+        ids = tuple(random.choices(words, k=request.max_new_tokens))
         return Completion(ids, (0.0,) * len(ids), bytes([20]) * NUMBERS if request.nonce else b"")
 
     async def send(self, worker: Worker, lease: Lease, submission: Submission) -> None:

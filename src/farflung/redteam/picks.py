@@ -31,12 +31,12 @@ def steer(model: Any, requests: Sequence[Request], ends: Callable[[list[int]], b
             ids_BT[row, : len(ids)] = torch.tensor(ids)  # what lies right of a position cannot reach it
         last_B = torch.tensor([len(ids) - 1 for ids in rows])
         logits_BV = model(input_ids=ids_BT, use_cache=False).logits[torch.arange(len(rows)), last_B].float()
-        heat_B1 = torch.tensor([max(requests[i].temperature, 1e-6) for i in live])[:, None]
+        temperature_B1 = torch.tensor([max(requests[i].temperature, 1e-6) for i in live])[:, None]
         seeds, places = [requests[i].seed for i in live], [len(said[i]) for i in live]
-        scores_BV = logits_BV / heat_B1 + gumbel(seeds, places, logits_BV.shape[1])
+        scores_BV = logits_BV / temperature_B1 + gumbel(seeds, places, logits_BV.shape[1])
         for i, token in zip(live, pick(logits_BV, scores_BV).tolist(), strict=True):
             said[i].append(token)
-        live = [i for i in live if not ends(said[i]) and len(said[i]) < requests[i].budget]
+        live = [i for i in live if not ends(said[i]) and len(said[i]) < requests[i].max_new_tokens]
     return [Completion(tuple(ids), (0.0,) * len(ids)) for ids in said]
 
 

@@ -77,8 +77,8 @@ class Verbose(Rewritten):
 
     def rewrite(self, request: Request, ids: tuple[int, ...]) -> tuple[int, ...]:
         half = len(ids) // 2
-        again = ids[:half] * (request.budget // max(half, 1))
-        return (*again[: request.budget - len(ids)], *ids)
+        again = ids[:half] * (request.max_new_tokens // max(half, 1))
+        return (*again[: request.max_new_tokens - len(ids)], *ids)
 
 
 class OtherPrompt(Attack):

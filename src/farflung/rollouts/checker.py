@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from farflung.audits.tripwire import Looked, look, tripped
+from farflung.audits.tripwire import Looked, inspect, tripped
 from farflung.config import Config
 from farflung.engine.base import Request
 from farflung.engine.local import LocalEngine
@@ -26,7 +26,7 @@ from farflung.trust.evidence import Profiles
 from farflung.trust.profiles import load_profile
 
 log = logging.getLogger(__name__)
-WithRoom = Callable[[str, Callable[[], Awaitable[object]]], Awaitable[None]]
+Retry = Callable[[str, Callable[[], Awaitable[object]]], Awaitable[None]]
 """Writes something, once the disk has room for it; the first argument names it to people."""
 
 
@@ -51,9 +51,9 @@ class Held(Protocol):
 class Checker:
     """Replays what is to be trained on under the weights that it was leased at."""
 
-    def __init__(self, session: Session, config: Config, held: Held, bodies: Bodies, with_room: WithRoom) -> None:
-        self._session, self._held, self._bodies, self._with_room = session, held, bodies, with_room
-        self._learn, self._budget = config.learn, config.generate.budget
+    def __init__(self, session: Session, config: Config, held: Held, bodies: Bodies, retry: Retry) -> None:
+        self._session, self._held, self._bodies, self._retry = session, held, bodies, retry
+        self._learn, self._max_new_tokens = config.learn, config.generate.max_new_tokens
         self._folder = config.folder / "checkpoints" / "behaviour"
         self._profiles = Profiles(
             load_profile(config.model.profile), tuple(load_profile(name) for name in config.model.profiles)
@@ -63,7 +63,7 @@ class Checker:
 
     def agree(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Agreement:
         """Try the model with these weights. Raises ConfigError if it does not say the same on every node."""
-        with self._session.figures.working():
+        with self._session.stats.working():
             self._held.invalidate()
             self._held.engine.load(weights())
             return agree(self._held.engine)
@@ -78,7 +78,7 @@ class Checker:
         for digest in sorted({one.manifest for one in every}):
             await self._fetch(digest)
             part = [one for one in every if one.manifest == digest]
-            found += await asyncio.to_thread(self._look, digest, part, batch.temperature)
+            found += await asyncio.to_thread(self._inspect, digest, part, batch.temperature)
         self._seen = {one.rollout: one.logp for one in found}
         looked = [RolloutLook(rollout=one.rollout, **one.flips._asdict()) for one in found]
         if caught := tripped((one.submission, one.log_ratios) for one in found if not one.is_audited):
@@ -102,15 +102,15 @@ class Checker:
         for step, digest in {group.step: group.manifest for group in batch.groups if group.step in by_step}.items():
             if missing := [index for index in by_step[step] if index not in logp]:
                 await self._fetch(digest)
-                logp |= await asyncio.to_thread(self._judge, digest, rollouts, missing)
+                logp |= await asyncio.to_thread(self._replayed, digest, rollouts, missing)
         keep = partial(asyncio.to_thread, stale.keep, logp, self._folder, batch.step)
-        await self._with_room("what rollouts were worth before", keep)
+        await self._retry("what rollouts were worth before", keep)
         return logp
 
     def answer(self, batch: Batch) -> list[bytes]:
         """Ids that the weights in the engine give to the batch's canaries, packed."""
         asked = [
-            Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, batch.temperature, one.budget)
+            Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, batch.temperature, one.max_new_tokens)
             for one in batch.canaries
         ]
         return [wire.pack_ids(done.ids) for done in self._held.engine.generate(asked) if done is not None]
@@ -122,15 +122,15 @@ class Checker:
         names = [rollout.rollout for group in batch.groups for rollout in group.rollouts]
         return {index: self._seen[name] for index, name in enumerate(names) if name in self._seen}
 
-    def _look(self, digest: str, part: list[Suspect], temperature: float) -> list[Looked]:
-        with self._session.figures.working():
+    def _inspect(self, digest: str, part: list[Suspect], temperature: float) -> list[Looked]:
+        with self._session.stats.working():
             self._held.ensure(digest)
-            return look(self._held.engine, part, temperature, self._budget, self._profiles)
+            return inspect(self._held.engine, part, temperature, self._max_new_tokens, self._profiles)
 
-    def _judge(self, digest: str, rollouts: Sequence[Rollout], which: list[int]) -> stale.Logp:
-        with self._session.figures.working():
+    def _replayed(self, digest: str, rollouts: Sequence[Rollout], which: list[int]) -> stale.Logp:
+        with self._session.stats.working():
             self._held.ensure(digest)
             return stale.behaviour(self._held.engine.model, rollouts, which, self._learn.microbatch_tokens)
 
     async def _fetch(self, digest: str) -> None:
-        await self._with_room("weights", lambda: self._held.fetch(digest))
+        await self._retry("weights", lambda: self._held.fetch(digest))

@@ -1,4 +1,4 @@
-"""Coordinator: take parcels in, one transaction for many, with the audit draw.
+"""Coordinator: take submissions in, one transaction for many, with the audit draw.
 
 A submission is named by the digest of lease, node and tokens. The first one committed for a lease is final; the same
 one sent again gets the same receipt.
@@ -35,10 +35,10 @@ RECEIPT = "receipt"
 
 @dataclass(frozen=True)
 class StoredSubmission:
-    """A parcel whose body is stored, on its way into the database."""
+    """A submission whose body is stored, on its way into the database."""
 
     node: str
-    parcel: ValidSubmission
+    valid: ValidSubmission
     possession: str
     logp: str | None
     """Digest of the stored log-probabilities."""
@@ -46,7 +46,7 @@ class StoredSubmission:
     @property
     def lease(self) -> str:
         """Id of the lease that it is for."""
-        return self.parcel.lease.lease
+        return self.valid.lease.lease
 
 
 _LEASES = sa.select(LEASES).where(LEASES.c.lease.in_(sa.bindparam("ids", expanding=True)))
@@ -84,12 +84,12 @@ def _document(rows: Mapping[str, Row[Any]], lease: str, node: str) -> tuple[Row[
     return row, msgspec.msgpack.decode(msgspec.msgpack.decode(row.document, type=Signed).payload, type=Lease)
 
 
-def receipt_of(row: Row[Any], parcel: ValidSubmission, now: float) -> Signed | None:
-    """The receipt if this very parcel was taken before, nothing if the lease waits for it. Raises LeaseGone.
+def receipt_of(row: Row[Any], valid: ValidSubmission, now: float) -> Signed | None:
+    """The receipt if this very submission was taken before, nothing if the lease waits for it. Raises LeaseGone.
 
     Asked before anything is stored, too: otherwise a closed lease could fill the store with blobs that no role wants.
     """
-    if row.status == "submitted" and row.submission == parcel.digest:
+    if row.status == "submitted" and row.submission == valid.digest:
         return msgspec.msgpack.decode(row.receipt, type=Signed)
     if row.status != "open":
         raise LeaseGone(f"lease {row.lease} is {row.status}, it was opened {now - row.opened_at:.0f} s ago")
@@ -97,7 +97,7 @@ def receipt_of(row: Row[Any], parcel: ValidSubmission, now: float) -> Signed | N
 
 
 def take(
-    connection: Connection, run_ctx: RunContext, profiles: Profiles, deliveries: Sequence[StoredSubmission], now: float
+    connection: Connection, run_ctx: RunContext, profiles: Profiles, stored_ones: Sequence[StoredSubmission], now: float
 ) -> list[Signed | Refusal]:
     """Commit submissions whose bodies are stored already, and draw their audits: a receipt or a refusal for each.
 
@@ -105,29 +105,29 @@ def take(
     """
     rounds: dict[int, list[int]] = defaultdict(list)
     seen = Counter[str]()
-    for place, delivery in enumerate(deliveries):
-        rounds[seen[delivery.node]].append(place)
-        seen[delivery.node] += 1
+    for place, stored in enumerate(stored_ones):
+        rounds[seen[stored.node]].append(place)
+        seen[stored.node] += 1
     answers: dict[int, Signed | Refusal] = {}
     for places in rounds.values():
-        found = _take_apart(connection, run_ctx, profiles, [deliveries[place] for place in places], now)
+        found = _take_apart(connection, run_ctx, profiles, [stored_ones[place] for place in places], now)
         answers |= dict(zip(places, found, strict=True))
-    return [answers[place] for place in range(len(deliveries))]
+    return [answers[place] for place in range(len(stored_ones))]
 
 
 def _take_apart(
-    connection: Connection, run_ctx: RunContext, profiles: Profiles, deliveries: Sequence[StoredSubmission], now: float
+    connection: Connection, run_ctx: RunContext, profiles: Profiles, stored_ones: Sequence[StoredSubmission], now: float
 ) -> list[Signed | Refusal]:
     """The same for submissions of different nodes."""
-    leases = _lease_rows(connection, {delivery.lease for delivery in deliveries})
-    senders = node_rows(connection, {delivery.node for delivery in deliveries})
+    leases = _lease_rows(connection, {stored.lease for stored in stored_ones})
+    senders = node_rows(connection, {stored.node for stored in stored_ones})
     known: list[Signed | Refusal | None] = []
-    for delivery in deliveries:
+    for stored in stored_ones:
         try:
-            known.append(_known(connection, run_ctx, profiles, leases, senders, delivery, now))
+            known.append(_known(connection, run_ctx, profiles, leases, senders, stored, now))
         except Refusal as refusal:
             known.append(refusal)
-    left = [delivery for delivery, answer in zip(deliveries, known, strict=True) if answer is None]
+    left = [stored for stored, answer in zip(stored_ones, known, strict=True) if answer is None]
     receipts = iter(_take_in(connection, run_ctx, _entries(connection, run_ctx, leases, senders, left, now), now))
     return [next(receipts) if answer is None else answer for answer in known]
 
@@ -138,30 +138,30 @@ def _known(
     profiles: Profiles,
     leases: Mapping[str, Row[Any]],
     senders: Mapping[str, Row[Any]],
-    delivery: StoredSubmission,
+    stored: StoredSubmission,
     now: float,
 ) -> Signed | None:
-    """The receipt of one that was taken before. Raises whatever speaks against taking it; wrong weights have
-    consequences that stay."""
-    sender = senders.get(delivery.node)
+    """The receipt of one that was taken before. Raises whatever speaks against taking it; what follows from
+    wrong weights stays."""
+    sender = senders.get(stored.node)
     if sender is None:
-        raise unknown_node(delivery.node)
-    leased, shown = delivery.parcel.lease, delivery.possession
+        raise unknown_node(stored.node)
+    leased, shown = stored.valid.lease, stored.possession
     if wrong := possession.of_submission(connection, run_ctx, profiles, sender, leased, shown, now):
         raise WrongWeights(wrong)
-    row = _owned(leases, delivery.lease, delivery.node)
-    if (earlier := receipt_of(row, delivery.parcel, now)) is not None:
+    row = _owned(leases, stored.lease, stored.node)
+    if (earlier := receipt_of(row, stored.valid, now)) is not None:
         return earlier
     if sender.status == "ejected":
-        raise Ejected(f"node {delivery.node} was ejected for failing verification")
+        raise Ejected(f"node {stored.node} was ejected for failing verification")
     return None
 
 
 @dataclass(frozen=True)
-class _Entry:
+class AcceptedSubmission:
     """A submission that is taken in, with all that is derived from it."""
 
-    delivery: StoredSubmission
+    stored: StoredSubmission
     sender: Row[Any]
     opened_at: float
     order: Sequence[str]
@@ -176,17 +176,17 @@ class _Entry:
     @property
     def digest(self) -> str:
         """The digest that names the submission."""
-        return self.delivery.parcel.digest
+        return self.stored.valid.digest
 
     @property
     def tokens(self) -> int:
         """Of the rollouts that it is about."""
-        return sum(self.delivery.parcel.tokens[rollout] for rollout in self.order)
+        return sum(self.stored.valid.tokens[rollout] for rollout in self.order)
 
     @property
     def is_audited(self) -> bool:
         """Whether it is of the kind that is audited."""
-        return self.delivery.parcel.lease.purpose != "eval" and bool(self.order)
+        return self.stored.valid.lease.purpose != "eval" and bool(self.order)
 
 
 def _entries(
@@ -194,77 +194,79 @@ def _entries(
     run_ctx: RunContext,
     leases: Mapping[str, Row[Any]],
     senders: Mapping[str, Row[Any]],
-    deliveries: Sequence[StoredSubmission],
+    stored_ones: Sequence[StoredSubmission],
     now: float,
-) -> list[_Entry]:
-    waiting = _waiting(connection, [delivery.lease for delivery in deliveries])
-    entries: list[_Entry] = []
-    for delivery in deliveries:
-        parcel, sender, left = delivery.parcel, senders[delivery.node], waiting[delivery.lease]
-        order = [rollout for rollout in parcel.tokens if rollout in left]
+) -> list[AcceptedSubmission]:
+    waiting = _waiting(connection, [stored.lease for stored in stored_ones])
+    accepted_ones: list[AcceptedSubmission] = []
+    for stored in stored_ones:
+        valid, sender, left = stored.valid, senders[stored.node], waiting[stored.lease]
+        order = [rollout for rollout in valid.tokens if rollout in left]
         probability = budget.probability(connection, run_ctx, node_record.read(sender), now)
-        entry = _Entry(
-            delivery=delivery,
+        accepted = AcceptedSubmission(
+            stored=stored,
             sender=sender,
-            opened_at=leases[delivery.lease].opened_at,
+            opened_at=leases[stored.lease].opened_at,
             order=order,
-            unsent=[rollout for rollout in left if rollout not in parcel.tokens],
-            receipt=_receipt(run_ctx, sender, parcel, order, now),
+            unsent=[rollout for rollout in left if rollout not in valid.tokens],
+            receipt=_receipt(run_ctx, sender, valid, order, now),
             probability=probability,
             held=(),
         )
-        entries.append(replace(entry, held=_drawn(run_ctx, entry)))
-    return entries
+        accepted_ones.append(replace(accepted, held=_drawn(run_ctx, accepted)))
+    return accepted_ones
 
 
-def _drawn(run_ctx: RunContext, entry: _Entry) -> list[str]:
-    if not entry.is_audited:
+def _drawn(run_ctx: RunContext, accepted: AcceptedSubmission) -> list[str]:
+    if not accepted.is_audited:
         return []
-    lease = entry.delivery.parcel.lease
-    key, digest = seeds.audit_key(run_ctx.step_secret(lease.step)), bytes.fromhex(entry.digest)
-    return [entry.order[i] for i in draw(key, lease.lease, digest, len(entry.order), entry.probability)]
+    lease = accepted.stored.valid.lease
+    key, digest = seeds.audit_key(run_ctx.step_secret(lease.step)), bytes.fromhex(accepted.digest)
+    return [accepted.order[i] for i in draw(key, lease.lease, digest, len(accepted.order), accepted.probability)]
 
 
-def _take_in(connection: Connection, run_ctx: RunContext, entries: Sequence[_Entry], now: float) -> list[Signed]:
+def _take_in(
+    connection: Connection, run_ctx: RunContext, accepted_ones: Sequence[AcceptedSubmission], now: float
+) -> list[Signed]:
     """Write it all down: every statement is one for all of them."""
-    if not entries:
+    if not accepted_ones:
         return []
-    insert_rows(connection, SUBMISSIONS, [_submission_row(run_ctx, entry, now) for entry in entries])
-    _go_on(connection, entries, now)
-    open_audits(connection, run_ctx, [_audit(entry) for entry in entries if entry.held], "draw", now)
-    update_rows(connection, NODES, [_sender_values(entry, now) for entry in entries])
-    return [entry.receipt for entry in entries]
+    insert_rows(connection, SUBMISSIONS, [_submission_row(run_ctx, accepted, now) for accepted in accepted_ones])
+    _go_on(connection, accepted_ones, now)
+    open_audits(connection, run_ctx, [_audit(accepted) for accepted in accepted_ones if accepted.held], "draw", now)
+    update_rows(connection, NODES, [_sender_values(accepted, now) for accepted in accepted_ones])
+    return [accepted.receipt for accepted in accepted_ones]
 
 
-def _audit(entry: _Entry) -> Drawn:
-    parcel, lease = entry.delivery.parcel, entry.delivery.parcel.lease
-    tokens = sum(parcel.tokens[rollout] for rollout in entry.held)
-    return Drawn(entry.digest, lease.lease, entry.delivery.node, entry.held, lease.step, tokens)
+def _audit(accepted: AcceptedSubmission) -> Drawn:
+    valid, lease = accepted.stored.valid, accepted.stored.valid.lease
+    tokens = sum(valid.tokens[rollout] for rollout in accepted.held)
+    return Drawn(accepted.digest, lease.lease, accepted.stored.node, accepted.held, lease.step, tokens)
 
 
-def _go_on(connection: Connection, entries: Sequence[_Entry], now: float) -> None:
+def _go_on(connection: Connection, accepted_ones: Sequence[AcceptedSubmission], now: float) -> None:
     """Close the leases, hold what is drawn for audit, let the rest go on to the scorers and free what did not come."""
-    shift_rows(connection, "rollout", [place for entry in entries for place in _places(entry)], "leased")
-    shift(connection, "rollout", [one for entry in entries for one in entry.unsent], "leased", "expired")
-    shift_rows(connection, "lease", [_lease_values(entry) for entry in entries], "open")
-    for entry in entries:
-        count = len(entry.order)
-        told = partial(record, connection, at=now, submission=entry.digest)
-        told("rollout", entry.held, "leased", "held")
-        told("rollout", _free(entry), "leased", "received")
-        told("rollout", entry.unsent, "leased", "expired", rollouts=count)
-        told("lease", [entry.delivery.lease], "open", "submitted", rollouts=count)
+    shift_rows(connection, "rollout", [place for accepted in accepted_ones for place in _places(accepted)], "leased")
+    shift(connection, "rollout", [one for accepted in accepted_ones for one in accepted.unsent], "leased", "expired")
+    shift_rows(connection, "lease", [_lease_values(accepted) for accepted in accepted_ones], "open")
+    for accepted in accepted_ones:
+        count = len(accepted.order)
+        told = partial(record, connection, at=now, submission=accepted.digest)
+        told("rollout", accepted.held, "leased", "held")
+        told("rollout", _free(accepted), "leased", "received")
+        told("rollout", accepted.unsent, "leased", "expired", rollouts=count)
+        told("lease", [accepted.stored.lease], "open", "submitted", rollouts=count)
 
 
-def _free(entry: _Entry) -> list[str]:
-    held = set(entry.held)
-    return [rollout for rollout in entry.order if rollout not in held]
+def _free(accepted: AcceptedSubmission) -> list[str]:
+    held = set(accepted.held)
+    return [rollout for rollout in accepted.order if rollout not in held]
 
 
-def _lease_values(entry: _Entry) -> dict[str, Any]:
-    sealed = msgspec.msgpack.encode(entry.receipt)
-    row = {"lease": entry.delivery.lease, "status": "submitted", "submission": entry.digest, "receipt": sealed}
-    return row | {"is_partial": bool(entry.unsent)}
+def _lease_values(accepted: AcceptedSubmission) -> dict[str, Any]:
+    sealed = msgspec.msgpack.encode(accepted.receipt)
+    row = {"lease": accepted.stored.lease, "status": "submitted", "submission": accepted.digest, "receipt": sealed}
+    return row | {"is_partial": bool(accepted.unsent)}
 
 
 def give_back(connection: Connection, lease: str, node: str, now: float) -> int:
@@ -289,55 +291,53 @@ _WAITING = sa.select(ROLLOUTS.c.lease, ROLLOUTS.c.rollout).where(
 )
 
 
-def _receipt(
-    run_ctx: RunContext, sender: Row[Any], parcel: ValidSubmission, order: Sequence[str], now: float
-) -> Signed:
+def _receipt(run_ctx: RunContext, sender: Row[Any], valid: ValidSubmission, order: Sequence[str], now: float) -> Signed:
     receipt = Receipt(
         run=run_ctx.run,
         node=sender.node,
         before=sender.receipt,
-        lease=parcel.lease.lease,
-        submission=parcel.digest,
+        lease=valid.lease.lease,
+        submission=valid.digest,
         rollouts=len(order),
-        tokens=sum(parcel.tokens[rollout] for rollout in order),
+        tokens=sum(valid.tokens[rollout] for rollout in order),
         received_at=now,
     )
     return seal(run_ctx.receipts, RECEIPT, receipt)
 
 
-def _submission_row(run_ctx: RunContext, entry: _Entry, now: float) -> dict[str, Any]:
-    parcel = entry.delivery.parcel
+def _submission_row(run_ctx: RunContext, accepted: AcceptedSubmission, now: float) -> dict[str, Any]:
+    valid = accepted.stored.valid
     return {
-        "submission": entry.digest,
+        "submission": accepted.digest,
         "run": run_ctx.run,
-        "lease": entry.delivery.lease,
-        "node": entry.delivery.node,
-        "profile": entry.sender.profile,
+        "lease": accepted.stored.lease,
+        "node": accepted.stored.node,
+        "profile": accepted.sender.profile,
         "received_at": now,
-        "rollouts": len(entry.order),
-        "tokens": sum(parcel.tokens.values()),
-        "generate_s": parcel.generate_s,
-        "logp_blob": entry.delivery.logp,
-        "audit_probability": entry.probability,
+        "rollouts": len(accepted.order),
+        "tokens": sum(valid.tokens.values()),
+        "generate_s": valid.generate_s,
+        "logp_blob": accepted.stored.logp,
+        "audit_probability": accepted.probability,
     }
 
 
-def _places(entry: _Entry) -> Iterator[dict[str, Any]]:
+def _places(accepted: AcceptedSubmission) -> Iterator[dict[str, Any]]:
     """Where in the stored body each rollout is, and what is next. Nothing of a stale group is looked at again."""
-    waiting, held = set(entry.order), set(entry.held)
-    for place, (rollout, length) in enumerate(entry.delivery.parcel.tokens.items()):
+    waiting, held = set(accepted.order), set(accepted.held)
+    for place, (rollout, length) in enumerate(accepted.stored.valid.tokens.items()):
         if rollout in waiting:
             row = {"rollout": rollout, "status": "held" if rollout in held else "received"}
-            yield row | {"submission": entry.digest, "position": place, "tokens": length}
+            yield row | {"submission": accepted.digest, "position": place, "tokens": length}
 
 
-def _sender_values(entry: _Entry, now: float) -> dict[str, Any]:
+def _sender_values(accepted: AcceptedSubmission, now: float) -> dict[str, Any]:
     """Of the node: its record, last receipt, and tokens per second from lease to submission by our clock, smoothed."""
-    sender, known = entry.sender, node_record.read(entry.sender)
-    speed = sum(entry.delivery.parcel.tokens.values()) / max(now - entry.opened_at, 1e-3)
+    sender, known = accepted.sender, node_record.read(accepted.sender)
+    speed = sum(accepted.stored.valid.tokens.values()) / max(now - accepted.opened_at, 1e-3)
     return {
         "node": sender.node,
-        "record": msgspec.msgpack.encode(submitted(known, entry.tokens) if entry.is_audited else known),
-        "receipt": digest_of(entry.receipt.payload),
+        "record": msgspec.msgpack.encode(submitted(known, accepted.tokens) if accepted.is_audited else known),
+        "receipt": digest_of(accepted.receipt.payload),
         "tokens_per_s": 0.7 * sender.tokens_per_s + 0.3 * speed if sender.tokens_per_s else speed,
     }

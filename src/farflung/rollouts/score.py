@@ -18,7 +18,7 @@ async def claim(session: Session, limit: int, wait_s: float) -> Sequence[ScoreJo
     return jobs.jobs
 
 
-async def judge(children: Sequence[ScorerChild], jobs: Sequence[ScoreJob], timeout_s: float) -> list[ScoreResult]:
+async def score_all(children: Sequence[ScorerChild], jobs: Sequence[ScoreJob], timeout_s: float) -> list[ScoreResult]:
     """Score every job, spread over the children, in the order given."""
     queue = list(enumerate(jobs))
     results: dict[int, ScoreResult] = {}

@@ -27,7 +27,7 @@ def requests_of(lease: Lease) -> list[tuple[str, Request]]:
                 tuple(wire.unpack_ids(group.prompt_ids).tolist()),
                 sample.seed,
                 lease.temperature,
-                lease.budget,
+                lease.max_new_tokens,
                 lease.nonce if lease.fingerprint else "",
             ),
         )

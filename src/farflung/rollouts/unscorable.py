@@ -64,7 +64,7 @@ def tell_nothing_learned(
         connection,
         run_ctx,
         f"nothing could be learned from step 1: in each of its {len(groups)} groups {what}; look at some answers, at "
-        "how they are matched and at generate.budget, or take harder or easier tasks (farflung sift)",
+        "how they are matched and at generate.max_new_tokens, or take harder or easier tasks (farflung filter-tasks)",
         now,
     )
 

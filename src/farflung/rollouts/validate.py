@@ -41,7 +41,7 @@ def inspect(
         raise Rejected(f"{len(named)} rollouts came under {len(set(named))} ids; send each once")
     if not submission.partial and len(named) != len(assigned):
         raise Rejected(f"lease {lease.lease} assigns {len(assigned)} rollouts, {len(named)} came; send all of them")
-    tokens = {r.rollout: _length(r, lease.budget, vocab, eos_ids, stops) for r in submission.rollouts}
+    tokens = {r.rollout: _length(r, lease.max_new_tokens, vocab, eos_ids, stops) for r in submission.rollouts}
     for rollout in submission.rollouts:
         _check_fingerprint(rollout, lease)
     body = msgspec.msgpack.encode(SubmissionBody(lease=lease.lease, node=node, rollouts=list(submission.rollouts)))
@@ -56,19 +56,23 @@ def inspect(
     )
 
 
-def _length(rollout: SubmittedRollout, budget: int, vocab: int, eos_ids: frozenset[int], stops: Stops | None) -> int:
+def _length(
+    rollout: SubmittedRollout, max_new_tokens: int, vocab: int, eos_ids: frozenset[int], stops: Stops | None
+) -> int:
     """Number of tokens of one rollout that ends as a rollout must."""
     ids = wire.unpack_ids(rollout.ids)
-    if not 1 <= len(ids) <= budget:
-        raise Rejected(f"rollout {rollout.rollout} has {len(ids)} tokens; the lease allows 1 to {budget}")
+    if not 1 <= len(ids) <= max_new_tokens:
+        raise Rejected(f"rollout {rollout.rollout} has {len(ids)} tokens; the lease allows 1 to {max_new_tokens}")
     if int(ids.max()) >= vocab:
         raise Rejected(f"rollout {rollout.rollout} has token {int(ids.max())}; the vocabulary has {vocab}")
     ends = {"an end token": _end(ids, eos_ids), "a stop string": stops.end(ids) if stops else 0}
     what, end = min(ends.items(), key=lambda one: one[1] or len(ids) + 1)
     if 0 < end < len(ids):
         raise Rejected(f"rollout {rollout.rollout} goes on after {what} at position {end - 1}")
-    if not end and len(ids) < budget:
-        raise Rejected(f"rollout {rollout.rollout} stops after {len(ids)} of {budget} tokens without an end token")
+    if not end and len(ids) < max_new_tokens:
+        raise Rejected(
+            f"rollout {rollout.rollout} stops after {len(ids)} of {max_new_tokens} tokens without an end token"
+        )
     return len(ids)
 
 

@@ -37,7 +37,7 @@ class Blobs:
     async def put(self, data: bytes, digest: str | None = None) -> str:
         """Store bytes and give their digest; those that are there already are left alone. Raises Unavailable."""
         digest = digest or digest_of(data)
-        with _told(digest, "stored"):
+        with _as_ours(digest, "stored"):
             try:
                 await obstore.put_async(self._store, _path(digest), data, mode="create")
             except AlreadyExistsError:  # same digest, same bytes, unless a power cut left others
@@ -53,19 +53,19 @@ class Blobs:
 
     async def get(self, digest: str) -> bytes:
         """All bytes of a blob. Raises NotFound or Unavailable."""
-        with _told(digest, "read"):
+        with _as_ours(digest, "read"):
             result = await obstore.get_async(self._store, _path(digest))
             return bytes(await result.bytes_async())
 
     async def delete(self, digests: Sequence[str]) -> None:
         """Forget these blobs; those that are gone already are no error. Raises Unavailable."""
         for digest in digests:
-            with _told(digest, "deleted"), contextlib.suppress(FileNotFoundError):
+            with _as_ours(digest, "deleted"), contextlib.suppress(FileNotFoundError):
                 await obstore.delete_async(self._store, _path(digest))
 
     async def kept(self) -> AsyncIterator[tuple[str, float]]:
         """Digest of every blob and when it was stored, in seconds since 1970. Raises Unavailable."""
-        with _told("", "listed"):
+        with _as_ours("", "listed"):
             async for found in obstore.list(self._store):  # pyright: ignore[reportUnknownMemberType]
                 for one in found:
                     folder, _, name = one["path"].rpartition("/")
@@ -74,17 +74,17 @@ class Blobs:
 
     async def size(self, digest: str) -> int:
         """Size in bytes. Raises NotFound or Unavailable."""
-        with _told(digest, "found"):
+        with _as_ours(digest, "found"):
             return (await obstore.head_async(self._store, _path(digest)))["size"]
 
     async def get_range(self, digest: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of a blob. Raises NotFound or Unavailable."""
-        with _told(digest, "read"):
+        with _as_ours(digest, "read"):
             return bytes(await obstore.get_range_async(self._store, _path(digest), start=start, end=end))
 
 
 @contextlib.contextmanager
-def _told(digest: str, done: str) -> Generator[None]:
+def _as_ours(digest: str, done: str) -> Generator[None]:
     """The store's errors as ours."""
     try:
         yield

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine, exc
 
 from farflung.protocol.errors import ConfigError, Unavailable
 from farflung.store.batch_executor import BatchExecutor, Waiting, answer_all, sets_of, singly
-from farflung.store.sql_connections import is_away, named, open_engine, shown, told
+from farflung.store.sql_connections import client_error, is_away, named, open_engine, shown
 from farflung.store.tables import metadata
 from farflung.store.transitions import Event, flush_events
 
@@ -36,9 +36,11 @@ B = TypeVar("B")
 Pool = Literal["work", "pages", "sweep"]
 """The readers: nodes and roles, people at the pages, or the clock. None of them waits for a thread of another."""
 POOLS: dict[Pool, int] = {"work": 6, "pages": 2, "sweep": 1}
-MOST_GUESTS = 64
+MOST_PAGE_READS = 64
 """Reads for pages that may run or wait."""
 MIGRATIONS = Path(__file__).with_name("migrations")
+EARLIER = ("0001",)
+"""Schemas before the first one here."""
 WRITE_LOCK = 0x6661_7266_6C75_6E67
 """Key of PostgreSQL's advisory lock for writers; "farflung" in ASCII."""
 
@@ -51,10 +53,10 @@ class Database:
         self.failures = 0
         """Commits that failed."""
         self._pools = {name: ThreadPoolExecutor(size, f"database-{name}") for name, size in POOLS.items()}
-        self._guests = 0
+        self._page_reads = 0
         """Reads for pages that run or wait."""
         self._writer = BatchExecutor("database-writer", self._commit)
-        self._reader = BatchExecutor("database-reader", self._look)
+        self._reader = BatchExecutor("database-reader", self._serve_reads)
 
     async def write(self, change: Callable[[Connection], T]) -> T:
         """Run `change` in a transaction shared with other waiting writers; returns once it is committed."""
@@ -76,7 +78,7 @@ class Database:
                 with self.engine.connect() as connection:
                     return query(connection)
             except exc.DBAPIError as error:
-                raise told(error) from error
+                raise client_error(error) from error
 
         return await self.aside(run, pool)
 
@@ -85,13 +87,13 @@ class Database:
 
         Raises Unavailable when too many wait.
         """
-        if self._guests >= MOST_GUESTS:
+        if self._page_reads >= MOST_PAGE_READS:
             raise Unavailable("too many look on; try again", retry_after_s=2)
-        self._guests += 1
+        self._page_reads += 1
         try:
             return await self.read(query, "pages")
         finally:
-            self._guests -= 1
+            self._page_reads -= 1
 
     async def aside(self, work: Callable[[], T], pool: Pool) -> T:
         """Do something in a thread of a pool."""
@@ -122,18 +124,18 @@ class Database:
             self.failures += 1
             batch = batch or drain()
             log.warning("commit failed requests=%d", len(batch), exc_info=not is_away(error))
-            answer = told(error)
+            answer = client_error(error)
             served = [(waiting, answer) for waiting in batch]
         answer_all(served)
 
-    def _look(self, drain: Callable[[], list[Waiting]]) -> None:
+    def _serve_reads(self, drain: Callable[[], list[Waiting]]) -> None:
         for members in sets_of(drain()):
             try:
                 with self.engine.connect() as connection:
                     answers = members[0].serve(connection, [waiting.item for waiting in members])
             except Exception as error:
                 log.warning("read failed requests=%d", len(members), exc_info=not is_away(error))
-                answers = [told(error)] * len(members)
+                answers = [client_error(error)] * len(members)
             answer_all(list(zip(members, answers, strict=True)))
 
 
@@ -206,12 +208,16 @@ def migrate(url: str) -> None:
         with named(url), engine.connect() as connection, _alone(connection):
             command.upgrade(config, "head")
     except CommandError as error:
-        raise ConfigError(
-            f"database {shown(url)} was made by a later version of farflung ({error}); upgrade with: pip install -U "
-            "farflung"
-        ) from error
+        raise ConfigError(f"database {shown(url)} was made by {_maker(str(error))} ({error})") from error
     finally:
         engine.dispose()
+
+
+def _maker(error: str) -> str:
+    """The version that made a schema that this one does not know, and what to do."""
+    if any(repr(one) in error for one in EARLIER):
+        return "an earlier version of farflung; end the run with that version, or begin it anew in another folder"
+    return "a later version of farflung; upgrade with: pip install -U farflung"
 
 
 @contextlib.contextmanager

@@ -137,16 +137,16 @@ class Metrics:
         """Every line so far; one that a crash cut short is passed over."""
         yield from Tail(self.path).lines()
 
-    def note_node(self, node: str, role: str, since: float, beat: Heartbeat, now: float) -> None:
+    def note_node(self, node: str, role: str, since: float, heartbeat: Heartbeat, now: float) -> None:
         """A node's own word of its CPU time and pauses."""
         self._nodes[node] = {
             "node": node,
             "role": role,
-            "started_at": beat.started_at,
-            "cpu_s": beat.cpu_s,
-            "work_cpu_s": beat.work_cpu_s,
-            "proof_cpu_s": beat.proof_cpu_s,
-            "sync_pause_s": beat.sync_pause_s,
+            "started_at": heartbeat.started_at,
+            "cpu_s": heartbeat.cpu_s,
+            "work_cpu_s": heartbeat.work_cpu_s,
+            "proof_cpu_s": heartbeat.proof_cpu_s,
+            "sync_pause_s": heartbeat.sync_pause_s,
             "heard_at": now,
             "registered_at": since,
         }

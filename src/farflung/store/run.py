@@ -38,7 +38,7 @@ class RunContext:
     """The key that verdicts are signed with."""
     stops: Stops | None = None
     """With which token a stop string is complete, in a run that has some."""
-    orders: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
+    task_orders: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
     """How far the tasks of recent steps are opened, so that no lease needs a look from the beginning."""
 
     faults: dict[str, int] = field(default_factory=dict[str, int], compare=False, repr=False)

@@ -126,7 +126,7 @@ def is_away(error: BaseException) -> bool:
     return code is None or code & 0xFF in SQLITE_AWAY
 
 
-def told(error: Exception) -> Exception:
+def client_error(error: Exception) -> Exception:
     """The error for a client whose request the database could not serve; the reason is for the log alone."""
     if not is_away(error):
         return error

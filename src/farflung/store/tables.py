@@ -35,8 +35,8 @@ RUNS = Table(
     Column("config", Text, nullable=False),
     Column("secret", LargeBinary, nullable=False),
     Column("created_at", Float, nullable=False),
-    Column("brake", Text, nullable=False, default=""),
-    Column("brake_after", Integer, nullable=False, default=0),
+    Column("breaker", Text, nullable=False, default=""),
+    Column("breaker_after", Integer, nullable=False, default=0),
 )
 NODES = Table(
     "nodes",
@@ -57,7 +57,7 @@ NODES = Table(
     Column("registered_at", Float, nullable=False),
     Column("seen_at", Float, nullable=False),
     Column("receipt", Text, nullable=False, default=""),
-    Column("beat", LargeBinary, nullable=False, default=b""),
+    Column("heartbeat", LargeBinary, nullable=False, default=b""),
     Index("nodes_by_status", "status", "role"),
 )
 TASKS = Table(

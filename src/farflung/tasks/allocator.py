@@ -9,10 +9,10 @@ from dataclasses import replace
 from farflung.tasks.assign import Asker, AssignSettings, NextTask, OpenSamples, Plan, Share, Wait, assign
 
 
-class Shelf:
+class Allocator:
     """Open samples, groups in progress, and tasks that are next at each step.
 
-    `next_tasks(step)` yields the tasks not opened at a step when the shelf was filled, `new_group` gives ids.
+    `next_tasks(step)` yields the tasks not opened at a step when the allocator was filled, `new_group` gives ids.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ class OpenSamples:
     step: int
     samples: tuple[int, ...]
     needed_tokens: int
-    """Prompt and budget together."""
+    """Prompt and max_new_tokens together."""
     reissued_at: float | None = None
     """When they came open again, or may be leased again if that lies ahead of now; None if never leased."""
     not_for: frozenset[str] = frozenset()
@@ -129,10 +129,10 @@ def assign(
     size = min(settings.lease_rollouts, max(node.free_slots, settings.lease_minimum))
     if node.free_slots < 1 or size < 1:
         return Wait("the node has no free slot")
-    offers = [offer for offer in open_samples if _is_offered(offer, now, latest, node, settings)]
+    candidates = [candidate for candidate in open_samples if _is_candidate(candidate, now, latest, node, settings)]
     headroom = max(0, settings.groups_ahead - groups_now)
-    for step in _candidates(offers, latest, node, settings):
-        continued = _continue(offers, step, size)
+    for step in _candidate_steps(candidates, latest, node, settings):
+        continued = _continue(candidates, step, size)
         size_left = size - sum(len(share.samples) for share in continued)
         is_openable = headroom > 0 and 0 <= latest - step <= settings.max_lag
         opened = _open(next_tasks(step), node, size_left, headroom, settings) if is_openable and size_left else ()
@@ -150,19 +150,23 @@ def is_fresh(step: int, latest: int, max_staleness: int) -> bool:
     return 0 <= latest - step < max(1, max_staleness)
 
 
-def _is_offered(offer: OpenSamples, now: float, latest: int, node: Asker, settings: AssignSettings) -> bool:
-    is_due = offer.reissued_at is None or offer.reissued_at <= now
-    fits = offer.needed_tokens <= node.max_context
-    is_its_own = node.node in offer.not_for
-    is_there = bool(offer.samples) and is_fresh(offer.step, latest, settings.max_staleness)
+def _is_candidate(candidate: OpenSamples, now: float, latest: int, node: Asker, settings: AssignSettings) -> bool:
+    is_due = candidate.reissued_at is None or candidate.reissued_at <= now
+    fits = candidate.needed_tokens <= node.max_context
+    is_its_own = node.node in candidate.not_for
+    is_there = bool(candidate.samples) and is_fresh(candidate.step, latest, settings.max_staleness)
     return is_there and is_due and fits and not is_its_own
 
 
-def _candidates(offers: Sequence[OpenSamples], latest: int, node: Asker, settings: AssignSettings) -> list[int]:
+def _candidate_steps(
+    candidates: Sequence[OpenSamples], latest: int, node: Asker, settings: AssignSettings
+) -> list[int]:
     """The steps to try, best first, without repetition."""
     home = _home(latest, node, settings)
-    urgent = {offer.step for offer in offers if offer.reissued_at is not None or offer.step < latest}
-    others = {offer.step for offer in offers}
+    urgent = {
+        candidate.step for candidate in candidates if candidate.reissued_at is not None or candidate.step < latest
+    }
+    others = {candidate.step for candidate in candidates}
     ordered = [
         *sorted(urgent, key=lambda step: (step != node.loaded, step)),
         home,
@@ -178,21 +182,21 @@ def _home(latest: int, node: Asker, settings: AssignSettings) -> int:
     return node.loaded if latest - node.loaded <= settings.max_lag else latest
 
 
-def _continue(offers: Sequence[OpenSamples], step: int, size: int) -> tuple[Share, ...]:
+def _continue(candidates: Sequence[OpenSamples], step: int, size: int) -> tuple[Share, ...]:
     """Up to `size` open samples of a step, those open again first, longest waiting first; one share per group."""
-    ranked = sorted((offer for offer in offers if offer.step == step), key=_rank)
+    ranked = sorted((candidate for candidate in candidates if candidate.step == step), key=_rank)
     chosen: dict[tuple[str, str], list[int]] = {}
-    for offer in ranked:
+    for candidate in ranked:
         if size < 1:
             break
-        taken = sorted(offer.samples)[:size]
-        chosen.setdefault((offer.group, offer.task), []).extend(taken)
+        taken = sorted(candidate.samples)[:size]
+        chosen.setdefault((candidate.group, candidate.task), []).extend(taken)
         size -= len(taken)
     return tuple(Share(group, task, tuple(sorted(samples))) for (group, task), samples in chosen.items())
 
 
-def _rank(offer: OpenSamples) -> tuple[bool, float, str, tuple[int, ...]]:
-    return (offer.reissued_at is None, offer.reissued_at or 0.0, offer.group, offer.samples)
+def _rank(candidate: OpenSamples) -> tuple[bool, float, str, tuple[int, ...]]:
+    return (candidate.reissued_at is None, candidate.reissued_at or 0.0, candidate.group, candidate.samples)
 
 
 def _open(

@@ -53,7 +53,7 @@ def open_groups(connection: Connection, run_ctx: RunContext, oldest: int) -> Seq
 def open_samples(run_ctx: RunContext, groups: Sequence[Row[Any]], owners: Owners) -> Iterator[OpenSamples]:
     """Samples of these groups that no node has, set apart by the nodes that may not have them."""
     for row in groups:
-        needed = row.prompt_bytes // 4 + run_ctx.config.generate.budget
+        needed = row.prompt_bytes // 4 + run_ctx.config.generate.max_new_tokens
         parts: dict[tuple[bool, frozenset[str]], list[int]] = defaultdict(list)
         for sample in sorted(set(range(row.samples)) - owners.owned[row.group]):
             not_for = frozenset(owners.handed_in[row.group].get(sample, ()))
@@ -114,7 +114,7 @@ def next_tasks(connection: Connection, run_ctx: RunContext, step: int, size: int
             after_commit(connection, partial(order.skip_to, start + min(left, default=len(found))))
         for number in left:
             task, prompt_tokens = found[number]
-            yield NextTask(task, prompt_tokens + run_ctx.config.generate.budget)
+            yield NextTask(task, prompt_tokens + run_ctx.config.generate.max_new_tokens)
         start, size = start + size, MOST_LOOK_AHEAD
 
 
@@ -131,7 +131,7 @@ def _opened(connection: Connection, run_ctx: RunContext, step: int, tasks: Seque
     return set(connection.execute(_OPENED, {"tasks": tasks, "of": run_ctx.run, "at": step}).scalars())
 
 
-class _Order:
+class _TaskOrder:
     """The order of one step's tasks, drawn as far as a caller looked. All before `begin` are opened, and stay so."""
 
     def __init__(self, source: Iterator[int]) -> None:
@@ -147,10 +147,10 @@ class _Order:
         self.begin = max(self.begin, begin)
 
 
-def _order(run_ctx: RunContext, step: int) -> _Order:
+def _order(run_ctx: RunContext, step: int) -> _TaskOrder:
     """Kept with the book, for two databases may have opened different tasks of one order."""
-    if step not in run_ctx.orders:
-        for old in sorted(run_ctx.orders)[: 1 - ORDERS_KEPT]:
-            del run_ctx.orders[old]
-        run_ctx.orders[step] = _Order(task_order(run_ctx.step_secret(step), step, len(run_ctx.tasks)))
-    return run_ctx.orders[step]
+    if step not in run_ctx.task_orders:
+        for old in sorted(run_ctx.task_orders)[: 1 - ORDERS_KEPT]:
+            del run_ctx.task_orders[old]
+        run_ctx.task_orders[step] = _TaskOrder(task_order(run_ctx.step_secret(step), step, len(run_ctx.tasks)))
+    return run_ctx.task_orders[step]

@@ -1,4 +1,4 @@
-"""Coordinator: found a run. Take the tasks from the environment, turn prompts into ids, seal the papers.
+"""Coordinator: create a run. Take the tasks from the environment, turn prompts into ids, seal the descriptor.
 
 Done once; started again, the coordinator finds the run in its database and goes on.
 """
@@ -58,7 +58,7 @@ def misfit(config: Config, profile: Profile) -> str:
     if profile.scope is None:
         return "it does not say what"
     digest = Model(config.model.path).digest
-    return profile.scope.refuses(digest, config.generate.temperature, config.generate.budget)
+    return profile.scope.refuses(digest, config.generate.temperature, config.generate.max_new_tokens)
 
 
 def local_grants(config: Config) -> Config:
@@ -77,7 +77,7 @@ def local_grants(config: Config) -> Config:
     return config.model_copy(update={"coordinator": coordinator})
 
 
-async def found(
+async def create_run(
     config: Config,
     database: Database,
     model: Model,
@@ -102,7 +102,7 @@ async def found(
     return RunContext(config.run.name, config, secret, key, *vocabulary, tasks, receipts or key, verdicts or key, stops)
 
 
-async def seal_papers(
+async def seal_descriptor(
     config: Config,
     blobs: Blobs,
     model: Model,
@@ -166,7 +166,7 @@ async def _tasks(config: Config, model: Model) -> list[dict[str, Any]]:
     if env.keep:
         train = [(task, prompt) for task, prompt in train if task_filter.identity(task) in only]
     rows = [*_rows(config, "train", train, model, only), *_rows(config, "eval", held_out, model, {})]
-    refuse_long(model, (len(wire.unpack_ids(row["prompt_ids"])) for row in rows), config.generate.budget)
+    refuse_long(model, (len(wire.unpack_ids(row["prompt_ids"])) for row in rows), config.generate.max_new_tokens)
     count = sum(row["split"] == "train" for row in rows)
     need = math.ceil(config.learn.groups * config.learn.oversample)
     if config.learn.lockstep:
@@ -188,7 +188,7 @@ def _of(keep: str) -> str:
     return f" that are in {keep}" if keep else ""
 
 
-def told(config: Config, task: Any, prompt: Any) -> tuple[Any, int]:
+def with_length(config: Config, task: Any, prompt: Any) -> tuple[Any, int]:
     """A task's prompt with the length that it is to have, and that length; 0 for none."""
     env = config.env
     target = length.target_of(task_filter.payload(task), config.run.seed, env.lengths)
@@ -201,7 +201,7 @@ def _rows(
     rows: list[dict[str, Any]] = []
     run = config.run.name
     for position, (task, asked) in enumerate(tasks):
-        payload, (prompt, target) = task_filter.payload(task), told(config, task, asked)
+        payload, (prompt, target) = task_filter.payload(task), with_length(config, task, asked)
         identity = hashlib.sha256(f"{run}/{split}/".encode() + payload).hexdigest()
         ids = model.prompt_ids(prompt)
         if not 1 <= len(ids) <= MOST_PROMPT_TOKENS:
@@ -226,7 +226,7 @@ def _rows(
 
 
 def _known(before: task_filter.Kept | None) -> dict[str, float]:
-    """A task's difficulty by the sieve."""
+    """A task's difficulty as the task filter found it."""
     count = add(Count(), before.tried, before.right, before.tokens) if before else Count()
     return asdict(count)
 

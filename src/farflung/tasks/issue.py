@@ -101,7 +101,7 @@ def _draft(
     now: float,
 ) -> Lease:
     config, lease, secret = run_ctx.config, new_id("l"), run_ctx.step_secret(plan.step)
-    heat = next((part.temperature for part in evaluations.parts(config) if part.purpose == purpose), None)
+    temperature = next((part.temperature for part in evaluations.parts(config) if part.purpose == purpose), None)
     told: Any = "eval" if purpose in HELD_OUT else purpose
     return Lease(
         lease=lease,
@@ -110,8 +110,8 @@ def _draft(
         purpose=told,
         step=plan.step,
         manifest=run_ctx.manifest_of(connection, plan.step),
-        temperature=config.generate.temperature if heat is None else heat,
-        budget=config.generate.budget,
+        temperature=config.generate.temperature if temperature is None else temperature,
+        max_new_tokens=config.generate.max_new_tokens,
         nonce=hashlib.sha256(seeds.derive(secret, "lease nonce", lease)).hexdigest(),
         probe=seeds.probe_key(secret).hex(),
         fingerprint=config.trust.fingerprint and told != "eval",

@@ -21,7 +21,7 @@ from farflung.store.evaluations import Part
 from farflung.store.run import RunContext, ejected, new_id
 from farflung.store.tables import GIVEN_UP, GROUP_COUNTS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
 from farflung.store.transitions import end_leases
-from farflung.tasks.allocator import Shelf
+from farflung.tasks.allocator import Allocator
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.candidates import Samples, groups_now, next_tasks, open_groups, open_samples, owners
 from farflung.tasks.issue import write
@@ -46,8 +46,8 @@ class Ask:
 def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], now: float) -> list[Answer]:
     """For each, in order: a sealed lease, why there is none now, or a refusal. A repeated ask gets the same answer."""
     asking = {ask.node.node: ask for ask in reversed(asks)}
-    latest, papers = run_ctx.latest(connection), _Papers(connection, run_ctx, list(asking), now)
-    known = {node: _without_work(ask.node, latest, papers) for node, ask in asking.items()}
+    latest, facts = run_ctx.latest(connection), _NodeFacts(connection, run_ctx, list(asking), now)
+    known = {node: _without_work(ask.node, latest, facts) for node, ask in asking.items()}
     answers: dict[str, Answer] = {node: answer for node, answer in known.items() if answer is not None}
     left = [ask for node, ask in asking.items() if node not in answers]
     for ask in left:
@@ -60,7 +60,7 @@ def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], now:
     return [answers[ask.node.node] for ask in asks]
 
 
-class _Papers:
+class _NodeFacts:
     """The facts on the nodes of a set: the leases that they hold, and how often they gave one up."""
 
     def __init__(self, connection: Connection, run_ctx: RunContext, nodes: Sequence[str], now: float) -> None:
@@ -97,17 +97,17 @@ _ABANDONED = (
 )
 
 
-def _without_work(node: Row[Any], latest: Latest, papers: _Papers) -> Answer | None:
+def _without_work(node: Row[Any], latest: Latest, facts: _NodeFacts) -> Answer | None:
     """The answer to a node for which no new lease is to be looked for."""
     if node.status == "ejected":
         return ejected(node.node)
-    if (document := papers.held.get(node.node)) is not None:
+    if (document := facts.held.get(node.node)) is not None:
         return msgspec.msgpack.decode(document, type=Signed)
     if latest.step < 0:
         return Wait("the trainer has not published the first weights yet")
     if node.role == "validator":
         return None
-    if (pause_s := papers.pause_s(node.node)) > 0:
+    if (pause_s := facts.pause_s(node.node)) > 0:
         return Wait(f"node {node.node} left samples of a lease to others; the next one comes in {pause_s:.0f} s")
     if latest.status != "running" or node.role != "worker" or node.status == "quarantined":
         return Wait(f"the run is {latest.status} and node {node.node} is a {node.status} {node.role}")
@@ -132,7 +132,7 @@ def _issue_train(
     settings = assign_settings(run_ctx, latest, is_last_taken=_is_last_taken(connection, run_ctx, latest))
     groups = open_groups(connection, run_ctx, latest - settings.max_staleness)
     had = owners(connection, [row.group for row in groups])
-    shelf = Shelf(
+    allocator = Allocator(
         latest,
         open_samples(run_ctx, groups, had),
         groups_now(connection, run_ctx, latest),
@@ -142,7 +142,7 @@ def _issue_train(
     )
     is_any_new = any(ask.node.status == "probation" for ask in asks)
     probation = Probation(connection, run_ctx, settings.groups_ahead, now) if is_any_new else None
-    found = {ask.node.node: _plan(shelf, probation, ask, restored or 0, now) for ask in asks}
+    found = {ask.node.node: _plan(allocator, probation, ask, restored or 0, now) for ask in asks}
     plans = {node: plan for node, plan in found.items() if isinstance(plan, Plan)}
     waits = {node: wait for node, wait in found.items() if isinstance(wait, Wait)}
     return waits | write(connection, run_ctx, plans, "train", now, had.reopened)
@@ -153,14 +153,14 @@ _RESTORED = sa.select(sa.func.max(STEPS.c.step)).where(
 )
 
 
-def _plan(shelf: Shelf, probation: Probation | None, ask: Ask, oldest: int, now: float) -> Plan | Wait:
+def _plan(allocator: Allocator, probation: Probation | None, ask: Ask, oldest: int, now: float) -> Plan | Wait:
     node, wish = ask.node, ask.wish
     is_new = probation is not None and node.status == "probation"
     if is_new and (why := probation.why_not(node.node)):
         return Wait(why)
     loaded = wish.loaded_step if wish.loaded_step >= oldest else None
     asker = Asker(loaded, wish.slots, wish.context or ANY_CONTEXT, node.node)
-    plan = shelf.take(asker, now)
+    plan = allocator.take(asker, now)
     if is_new and isinstance(plan, Plan):
         probation.take(node.node, plan)
     return plan

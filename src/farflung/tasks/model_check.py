@@ -63,7 +63,7 @@ def _refuse_unknown(model: Model) -> None:
         )
 
 
-def refuse_long(model: Model, prompts: Iterable[int], budget: int) -> None:
+def refuse_long(model: Model, prompts: Iterable[int], max_new_tokens: int) -> None:
     """Raise ConfigError for texts that go beyond a model's last position, given the tokens of each prompt.
 
     A warning where the model goes on beyond what it was trained on.
@@ -71,14 +71,16 @@ def refuse_long(model: Model, prompts: Iterable[int], budget: int) -> None:
     longest = max(prompts, default=0)
     named = ((name, model.text_config.get(name)) for name in LIMITS)
     name, limit = next(((name, limit) for name, limit in named if isinstance(limit, int) and limit > 0), ("", 0))
-    if not limit or longest + budget <= limit:
+    if not limit or longest + max_new_tokens <= limit:
         return
     told = (
-        f"a prompt of {longest} tokens and generate.budget = {budget} come to {longest + budget} tokens, but model "
-        f"{model.path!r} has {limit} positions ({name} in config.json)"
+        f"a prompt of {longest} tokens and generate.max_new_tokens = {max_new_tokens} come to "
+        f"{longest + max_new_tokens} tokens, but model {model.path!r} has {limit} positions ({name} in config.json)"
     )
     if _ends_there(model, limit):
-        raise ConfigError(f"{told}; lower generate.budget, leave out long tasks, or take a model with more positions")
+        raise ConfigError(
+            f"{told}; lower generate.max_new_tokens, leave out long tasks, or take a model with more positions"
+        )
     log.warning("%s: beyond them it was not trained", told)
 
 

@@ -1,4 +1,4 @@
-"""The file of tasks that a run is to train on: `farflung sift` writes it, the coordinator reads it once.
+"""The file of tasks that a run is to train on: `farflung filter-tasks` writes it, the coordinator reads it once.
 
 JSON Lines, a task a line: its digest, how often the base model was right, and the prompt for people to read.
 """
@@ -71,7 +71,7 @@ def _line(path: str, number: int, line: bytes) -> Kept:
     try:
         one = msgspec.json.decode(line, type=Kept)
     except msgspec.DecodeError as error:
-        raise ConfigError(f"{path} line {number}: {error}; `farflung sift` writes such files") from error
+        raise ConfigError(f"{path} line {number}: {error}; `farflung filter-tasks` writes such files") from error
     if one.right > one.tried:
         raise ConfigError(f"{path} line {number}: {one.right} of {one.tried} samples right")
     return one

@@ -17,7 +17,7 @@ __all__ = [
     "affordable",
     "audit_probability",
     "draw",
-    "is_brake",
+    "is_breaker_due",
     "is_doubtful",
     "probability_caught",
 ]
@@ -101,7 +101,7 @@ class Poll:
         return self.passed / total if total else 0.0
 
 
-def is_brake(poll: Poll, share: float, least: int) -> bool:
+def is_breaker_due(poll: Poll, share: float, least: int) -> bool:
     """Whether the verifier is suspect, not the nodes that failed: they did more than `share` of the work.
 
     A broken verifier fails everybody; cheats that turn together leave honest nodes that pass.

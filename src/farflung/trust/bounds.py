@@ -2,7 +2,7 @@
 
 Score noise of scale 1 flips a position of gap Δ with probability P(Δ), which falls as the gap grows: a wider gap needs
 more noise. Calibration must give q₀(Δ) ≥ P(Δ) at every single Δ. A bin's own mean bounds nothing at its lower
-edge, where flips crowd. Two bounds hold there, each by Clopper and Pearson (1934), and the lower one is taken:
+edge, where flips gather. Two bounds hold there, each by Clopper and Pearson (1934), and the lower one is taken:
 
 *flips*: over any window of positions whose gaps are all narrower than Δ the mean of P is at least P(Δ);
 *noise*: a flip needs the noise of the two best scores to differ by more than Δ. Both sides give log-probabilities of

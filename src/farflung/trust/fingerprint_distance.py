@@ -48,7 +48,7 @@ def is_far(found: float, most: float) -> bool:
     return not (0 <= found <= most and most > 0)
 
 
-def judge(record: NodeRecord, outcome: Outcome, findings: Sequence[Finding], most: float) -> tuple[NodeRecord, Outcome]:
+def check(record: NodeRecord, outcome: Outcome, findings: Sequence[Finding], most: float) -> tuple[NodeRecord, Outcome]:
     """The outcome of an audited submission's tokens, with what its fingerprints add to it.
 
     A submission that its tokens let pass is void if one of them is too far, and its node goes back to probation.

@@ -14,7 +14,7 @@ WHOLE = 0.8
 """Weight of the process over all audits in M; a mixture of two processes with mean 1 has mean 1."""
 HARDER = 6
 """After this many bad submissions probation grows no longer."""
-Standing = Literal["probation", "trusted", "quarantined", "ejected"]
+Status = Literal["probation", "trusted", "quarantined", "ejected"]
 Count = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Process = Annotated[tuple[float, ...], Meta(max_length=256)]
@@ -74,7 +74,7 @@ def _mean(process: Process) -> float:
 class NodeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The record of one key, across steps and numerics profiles."""
 
-    status: Standing = "probation"
+    status: Status = "probation"
     audited_submissions: Count = 0
     """k of the test in `evidence`."""
     audited_rollouts: Count = 0
@@ -219,7 +219,7 @@ def confirm(
     return released, _release(released, settings)
 
 
-def look_over(
+def watch_groups(
     record: NodeRecord, groups: Sequence[Sequence[watch.Look]], settings: TrustSettings
 ) -> tuple[NodeRecord, Outcome]:
     """Take in replayed rollouts, a node's samples of one task at a time, each rollout once in its life.

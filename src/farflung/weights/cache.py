@@ -19,14 +19,14 @@ from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Manifest, Shard
 from farflung.weights.download import PART, Downloads
 from farflung.weights.manifest import check_follows, open_manifest
-from farflung.weights.plan import Link, Way, best_way, wants_more
+from farflung.weights.plan import FetchPlan, Link, best_plan, wants_more
 
 log = logging.getLogger(__name__)
 SPARE_BYTES = 256 << 20
 """Disk that is never filled."""
 LONGEST_CHAIN = 1000
 WHOLE = ".whole"
-Patch = Callable[[Way, Callable[[str], Path], Callable[[str], Path]], None]
+Patch = Callable[[FetchPlan, Callable[[str], Path], Callable[[str], Path]], None]
 """Makes the last version of a way; given where patched versions and where shards are. Raises WeightsError."""
 
 
@@ -52,13 +52,13 @@ class Versions:
         self.session, self.folder, self.keep, self.limit_bytes = session, folder, keep, limit_bytes
         self._patch = patch
         self._known: dict[str, Manifest] = {}
-        self._ways: dict[str, Way] = {}
+        self._plans: dict[str, FetchPlan] = {}
         """How each version came here, while it is on its way or kept for others."""
         self._locks: dict[str, asyncio.Lock] = {}
         self._ahead: asyncio.Task[None] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for draft in folder.glob("*.draft"):
-            session.figures.trouble = f"a crash left version {draft.name[:12]} half patched; it is patched anew"
+            session.stats.last_error = f"a crash left version {draft.name[:12]} half patched; it is patched anew"
             draft.unlink()
         self._downloads = Downloads(session, folder, use_relays=use_relays, upstream=upstream)
 
@@ -69,7 +69,7 @@ class Versions:
                 try:
                     self._known[digest] = await self._fetch(digest)
                 except (WeightsError, BadSignature) as error:
-                    self.session.figures.trouble = str(error)
+                    self.session.stats.last_error = str(error)
                     raise
         return self._use(digest)
 
@@ -102,7 +102,7 @@ class Versions:
     def discard(self, digest: str) -> None:
         """Give up a version that the disk lost or changed, with all that it was made of; it is fetched anew."""
         manifest = self._known.pop(digest, None)
-        self._ways.pop(digest, None)
+        self._plans.pop(digest, None)
         is_base_sound = manifest is not None and manifest.adapters and self.whole(digest).exists()
         self._lose(digest, [] if manifest is None or is_base_sound else manifest.shards)
 
@@ -122,8 +122,10 @@ class Versions:
 
     def size_bytes(self, shard: str) -> int:
         """Bytes of a shard that is here or on its way; 0 if it is neither."""
-        ways = (one for way in self._ways.values() for one in (*self._leading(way), *way.start[1].shards, *way.shards))
-        return next((one.size_bytes for one in ways if one.digest == shard), 0)
+        plans = (
+            one for plan in self._plans.values() for one in (*self._leading(plan), *plan.start[1].shards, *plan.shards)
+        )
+        return next((one.size_bytes for one in plans if one.digest == shard), 0)
 
     def partial(self, shard: str) -> Path:
         """Where the bytes of a shard are that have come so far."""
@@ -143,13 +145,13 @@ class Versions:
             yield self.whole(digest).name
             if manifest.adapters:
                 yield from (shard.digest for shard in manifest.shards[: manifest.base_shards])
-        for way in self._ways.values():
-            yield from (shard.digest for shard in (*self._leading(way), *way.start[1].shards, *way.shards))
-            yield self.whole(way.start[0]).name
+        for plan in self._plans.values():
+            yield from (shard.digest for shard in (*self._leading(plan), *plan.start[1].shards, *plan.shards))
+            yield self.whole(plan.start[0]).name
 
-    def _leading(self, way: Way) -> list[Shard]:
+    def _leading(self, plan: FetchPlan) -> list[Shard]:
         """The deltas that lead to where a way starts: a relay has them for nodes that come from the step before."""
-        return way.start[1].deltas if self._patch is None else []
+        return plan.start[1].deltas if self._patch is None else []
 
     def _is_held(self, digest: str, manifest: Manifest) -> bool:
         """Whether a version is here whole; a relay starts from anchors alone, which others may need."""
@@ -169,7 +171,7 @@ class Versions:
 
     def _forget(self, digest: str) -> None:
         del self._known[digest]
-        self._ways.pop(digest, None)
+        self._plans.pop(digest, None)
 
     def _sweep(self) -> None:
         """Delete the files of versions that are not here any more."""
@@ -181,73 +183,73 @@ class Versions:
     # --- ways --------------------------------------------------------------------------------------------------------
 
     async def _fetch(self, digest: str) -> Manifest:
-        chain = await self._chain(digest)
-        held = {one for one, manifest in chain if self._is_held(one, manifest)}
+        lineage = await self._lineage(digest)
+        held = {one for one, manifest in lineage if self._is_held(one, manifest)}
         try:
-            await self._follow(_way(chain, held))
+            await self._follow(_plan(lineage, held))
         except NotFound as error:
             if not held:
                 raise
             log.warning("deltas are gone, starting from an anchor because=%s", error)
-            chain = await self._chain(digest, uses_held=False)
-            await self._follow(_way(chain, set()))
-        return chain[0][1]
+            lineage = await self._lineage(digest, uses_held=False)
+            await self._follow(_plan(lineage, set()))
+        return lineage[0][1]
 
-    async def _follow(self, way: Way) -> None:
+    async def _follow(self, plan: FetchPlan) -> None:
         """Fetch what a way needs and, unless this is a relay, patch the version together."""
-        digest, manifest = way.last
-        is_patched = self._patch is not None and way.is_put_together
-        self._ways[digest] = way
+        digest, manifest = plan.last
+        is_patched = self._patch is not None and plan.is_put_together
+        self._plans[digest] = plan
         try:
-            self._make_room(digest, manifest, way)
+            self._evict(digest, manifest, plan)
         except WeightsError:
-            del self._ways[digest]
+            del self._plans[digest]
             raise
-        begins = way.start[1].step
-        size_bytes = sum(one.size_bytes for one in way.shards if not self.path(one.digest).exists())
-        log.info("fetching step=%d from=%d held=%s bytes=%d", manifest.step, begins, way.is_held, size_bytes)
+        begins = plan.start[1].step
+        size_bytes = sum(one.size_bytes for one in plan.shards if not self.path(one.digest).exists())
+        log.info("fetching step=%d from=%d held=%s bytes=%d", manifest.step, begins, plan.is_held, size_bytes)
         try:
-            await self._downloads.fetch([*self._leading(way), *way.shards])
+            await self._downloads.fetch([*self._leading(plan), *plan.shards])
             if self._patch is not None and is_patched:
-                await asyncio.to_thread(self._patch, way, self.whole, self.path)
+                await asyncio.to_thread(self._patch, plan, self.whole, self.path)
         except WeightsError:
-            if way.is_held:
-                self.discard(way.start[0])  # the weights here may be damaged: start from an anchor next time
-            elif way.start[1].adapters:
-                await asyncio.to_thread(self._lose_damaged, way.start[1].shards)
+            if plan.is_held:
+                self.discard(plan.start[0])  # the weights here may be damaged: start from an anchor next time
+            elif plan.start[1].adapters:
+                await asyncio.to_thread(self._lose_damaged, plan.start[1].shards)
             raise
         finally:
             if is_patched:
-                del self._ways[digest]
+                del self._plans[digest]
 
-    async def _chain(self, digest: str, *, uses_held: bool = True) -> list[Link]:
+    async def _lineage(self, digest: str, *, uses_held: bool = True) -> list[Link]:
         """The version and its ancestors, as far back as a better way could begin. Raises WeightsError at a gap."""
-        chain = [(digest, await self._manifest(digest))]
-        known = dict(chain)
+        lineage = [(digest, await self._manifest(digest))]
+        known = dict(lineage)
 
         def is_held(one: str) -> bool:
             return uses_held and self._is_held(one, known[one])
 
         may_hold = uses_held and self._patch is not None
-        while parent := wants_more(chain, is_held, may_hold=may_hold):
-            if len(chain) == LONGEST_CHAIN:
-                raise WeightsError(f"no anchor in {LONGEST_CHAIN} steps before step {chain[0][1].step}")
+        while parent := wants_more(lineage, is_held, may_hold=may_hold):
+            if len(lineage) == LONGEST_CHAIN:
+                raise WeightsError(f"no anchor in {LONGEST_CHAIN} steps before step {lineage[0][1].step}")
             known[parent] = await self._manifest(parent)
-            check_follows(chain[-1][1], known[parent])
-            chain.append((parent, known[parent]))
-        return chain
+            check_follows(lineage[-1][1], known[parent])
+            lineage.append((parent, known[parent]))
+        return lineage
 
-    def _make_room(self, digest: str, manifest: Manifest, way: Way) -> None:
+    def _evict(self, digest: str, manifest: Manifest, plan: FetchPlan) -> None:
         """Let go of the versions used longest ago until this one fits. Raises WeightsError if it cannot."""
-        patched = manifest.full_bytes if self._patch is not None and way.is_put_together else 0
-        needed = {shard.digest: shard.size_bytes for shard in (*self._leading(way), *way.shards)}
+        patched = manifest.full_bytes if self._patch is not None and plan.is_put_together else 0
+        needed = {shard.digest: shard.size_bytes for shard in (*self._leading(plan), *plan.shards)}
         total = sum(needed.values()) + patched
         if self.limit_bytes and total > self.limit_bytes:
             raise WeightsError(
                 f"step {manifest.step} takes {total:,} bytes of disk, this node allows {self.limit_bytes:,}"
             )
         missing = patched + sum(size for one, size in needed.items() if not self.path(one).exists())
-        for old in [one for one in self._known if one not in (digest, way.start[0])]:
+        for old in [one for one in self._known if one not in (digest, plan.start[0])]:
             if self._fits(missing):
                 break
             log.info("making room step=%d for=%d", self._known[old].step, manifest.step)
@@ -277,8 +279,10 @@ def _has_name(path: Path) -> bool:
     return file_digest(path) == path.name
 
 
-def _way(chain: list[Link], held: set[str]) -> Way:
-    way = best_way(chain, held.__contains__)
-    if way is None:
-        raise WeightsError(f"no anchor leads to step {chain[0][1].step}; its chain ends at step {chain[-1][1].step}")
-    return way
+def _plan(lineage: list[Link], held: set[str]) -> FetchPlan:
+    plan = best_plan(lineage, held.__contains__)
+    if plan is None:
+        raise WeightsError(
+            f"no anchor leads to step {lineage[0][1].step}; its lineage ends at step {lineage[-1][1].step}"
+        )
+    return plan

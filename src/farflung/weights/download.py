@@ -30,7 +30,7 @@ from farflung.protocol.errors import (
 )
 from farflung.protocol.messages import Relays, Shard
 from farflung.weights import ranges, sources
-from farflung.weights.url_policy import check_reach
+from farflung.weights.url_policy import check_url
 
 log = logging.getLogger(__name__)
 PART = ".part"
@@ -86,7 +86,7 @@ class Downloads:
         """Several relays at once, else the first one that has it right, else the origin."""
         urls = sources.order(self._relays, self.scores, self._busy, time.monotonic(), self._rng)
         came_from: dict[int, str] = {}
-        if shard.size_bytes > ranges.PIECE_BYTES and len(urls) > 1:
+        if shard.size_bytes > ranges.RANGE_BYTES and len(urls) > 1:
             came_from = await self._from_many(urls[:RELAYS_AT_ONCE], shard)
             if (self.folder / shard.digest).exists():
                 return
@@ -110,7 +110,7 @@ class Downloads:
         part = self.folder / f"{shard.digest}{PART}"
         try:
             with part.open("ab", buffering=0) as file:
-                found = ranges.Pieces(file, shard.size_bytes, partial(self._piece, shard), self._pace)
+                found = ranges.Pieces(file, shard.size_bytes, partial(self._range, shard), self._pace)
                 is_whole = await found.fetch(urls)
             self._mark_slow(found, shard)
             if not is_whole:
@@ -134,7 +134,7 @@ class Downloads:
             else:
                 self._blame(url, shard, TimeoutError())
 
-    async def _piece(self, shard: Shard, url: str, start: int, end: int) -> Sequence[bytes] | None:
+    async def _range(self, shard: Shard, url: str, start: int, end: int) -> Sequence[bytes] | None:
         """Bytes [start, end) of a shard from a relay, None if it fails; its score follows."""
         before = time.monotonic()
         async with self._judged(url, shard, end - start):
@@ -186,7 +186,7 @@ class Downloads:
 
     def _blame(self, url: str, shard: Shard, error: Exception) -> None:
         why = str(error) or "too slow"
-        self.session.figures.trouble = f"relay {url}: {why}"
+        self.session.stats.last_error = f"relay {url}: {why}"
         log.warning("relay failed url=%s shard=%s because=%s", url, shard.digest[:12], why)
         is_lie = isinstance(error, (WeightsError, TooLarge))
         self.scores[url] = sources.failed(self._score(url), time.monotonic(), is_lie=is_lie)
@@ -225,7 +225,7 @@ class Downloads:
         relays: dict[str, Client] = {}
         for relay in found.relays:
             try:
-                await check_reach(relay.url, self.session.client.url)
+                await check_url(relay.url, self.session.client.url)
                 relays[relay.url] = self._relays.pop(relay.url, None) or Client(relay.url, key, patience_s=0.0)
             except ConfigError as error:
                 log.warning("relay left out node=%s because=%s", relay.node, error)

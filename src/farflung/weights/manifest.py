@@ -63,7 +63,7 @@ def _place(tensor: Tensor) -> tuple[str, str, list[int], int]:
 
 def _refuse_broken(manifest: Manifest, digest: str) -> None:
     """Shards and deltas that do not fit each other, the tensors or the steps."""
-    _refuse_odd_adapters(manifest, digest)
+    _refuse_misfit_adapters(manifest, digest)
     counts = {len(shards) for shards in (manifest.shards[: manifest.base_shards], manifest.deltas) if shards}
     if len(counts) > 1 or any(tensor.shard >= max(counts, default=0) for tensor in manifest.tensors):
         raise WeightsError(f"manifest {digest[:12]} has tensors in shards that it does not name")
@@ -74,7 +74,7 @@ def _refuse_broken(manifest: Manifest, digest: str) -> None:
         raise WeightsError(f"manifest {digest[:12]} is a difference to step {manifest.base_step}, but has no parent")
 
 
-def _refuse_odd_adapters(manifest: Manifest, digest: str) -> None:
+def _refuse_misfit_adapters(manifest: Manifest, digest: str) -> None:
     """Adapters that do not fit the tensors, or whose shards have more or fewer bytes than they take."""
     if not manifest.adapters:
         return

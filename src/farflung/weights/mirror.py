@@ -19,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 from farflung.net.server import problem_response
 from farflung.protocol.errors import Busy, FarflungError, NotFound, OutOfRange, Unavailable
 from farflung.weights.cache import Versions
-from farflung.weights.origin import PIECE_BYTES, byte_range
+from farflung.weights.origin import RANGE_BYTES, byte_range
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 20.0
@@ -51,7 +51,7 @@ class Mirror:
             log.warning("mirroring failed manifest=%s because=%s", digest[:12], error)
             return
         self.followed = digest
-        self.versions.session.figures.loaded_step = manifest.step
+        self.versions.session.stats.loaded_step = manifest.step
         log.info("mirrored step=%d shards=%d", manifest.step, len(manifest.shards))
 
     async def blob(self, request: Request) -> Response:
@@ -90,7 +90,7 @@ class Mirror:
             file.seek(start)
             size, grown_at = 0, time.monotonic()
             while start < end:
-                if data := file.read(min(PIECE_BYTES, end - start)):
+                if data := file.read(min(RANGE_BYTES, end - start)):
                     start, self.sent_bytes = start + len(data), self.sent_bytes + len(data)
                     yield data
                     continue

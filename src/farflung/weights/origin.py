@@ -8,7 +8,7 @@ from starlette.responses import Response, StreamingResponse
 from farflung.protocol.errors import OutOfRange
 from farflung.store.blobs import Blobs
 
-PIECE_BYTES = 1 << 17
+RANGE_BYTES = 1 << 17
 """Bytes sent at once: the part that the socket does not take is copied, and of more bytes more is left over."""
 
 
@@ -20,7 +20,7 @@ async def serve(blobs: Blobs, digest: str, range_header: str) -> tuple[Response,
     is_whole = (start, end) == (0, size)
     if not is_whole:
         headers["content-range"] = f"bytes {start}-{end - 1}/{size}"
-    body = _pieces(blobs, digest, start, end)
+    body = _ranges(blobs, digest, start, end)
     status = 200 if is_whole else 206
     return StreamingResponse(body, status, headers=headers, media_type="application/octet-stream"), end - start
 
@@ -37,6 +37,6 @@ def byte_range(header: str, size: int) -> tuple[int, int]:
     return start, end
 
 
-async def _pieces(blobs: Blobs, digest: str, start: int, end: int) -> AsyncIterator[bytes]:
-    for at in range(start, end, PIECE_BYTES):
-        yield await blobs.get_range(digest, at, min(end, at + PIECE_BYTES))
+async def _ranges(blobs: Blobs, digest: str, start: int, end: int) -> AsyncIterator[bytes]:
+    for at in range(start, end, RANGE_BYTES):
+        yield await blobs.get_range(digest, at, min(end, at + RANGE_BYTES))

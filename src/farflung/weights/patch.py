@@ -16,23 +16,23 @@ from farflung.protocol.messages import Manifest, Tensor
 from farflung.weights import delta
 from farflung.weights.adapters import merged, read
 from farflung.weights.manifest import by_shard, check_shard
-from farflung.weights.plan import Way
+from farflung.weights.plan import FetchPlan
 
 ShardPath = Callable[[str], Path]
 Piece = tuple[Tensor, np.ndarray]
 """A tensor and its values as unsigned integers."""
 
 
-def patch(way: Way, whole: Callable[[str], Path], path: ShardPath) -> None:
+def patch(plan: FetchPlan, whole: Callable[[str], Path], path: ShardPath) -> None:
     """Write the last version of a way. Memory: one shard of the start, its adapters, and what one tensor becomes.
 
     Raises WeightsError, and leaves nothing behind, where a tensor does not come to its digest.
     """
-    digest, manifest = way.last
+    digest, manifest = plan.last
     draft = whole(digest).with_suffix(".draft")
     try:
         with draft.open("wb") as file:
-            for tensor, values in _patched(way, whole, path):
+            for tensor, values in _patched(plan, whole, path):
                 check_tensor(tensor, values, manifest.step)
                 file.write(values)
         draft.rename(whole(digest))
@@ -62,13 +62,13 @@ def check_tensor(tensor: Tensor, values: np.ndarray, step: int) -> None:
         raise WeightsError(f"tensor {tensor.name} of step {step} does not match its digest")
 
 
-def _patched(way: Way, whole: Callable[[str], Path], path: ShardPath) -> Iterator[Piece]:
-    manifest = way.last[1]
-    base = stored(*way.start, whole, path)
+def _patched(plan: FetchPlan, whole: Callable[[str], Path], path: ShardPath) -> Iterator[Piece]:
+    manifest = plan.last[1]
+    base = stored(*plan.start, whole, path)
     for number, (tensors, pieces) in enumerate(zip(by_shard(manifest), base, strict=True)):
         sizes = [(tensor.values, tensor.width) for tensor in tensors]
         values: Iterator[np.ndarray] = (values for _, values in pieces)
-        for _, between in way.steps:
+        for _, between in plan.steps:
             shard = between.deltas[number]
             data = _read(path(shard.digest))
             check_shard(data, shard.digest, shard.size_bytes)

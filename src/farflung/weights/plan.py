@@ -10,7 +10,7 @@ Link = tuple[str, Manifest]
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class FetchPlan:
     """How to come to a version."""
 
     start: Link
@@ -42,28 +42,28 @@ class Way:
         return sum(shard.size_bytes for shard in self.shards)
 
 
-def best_way(chain: Sequence[Link], is_held: Callable[[str], bool]) -> Way | None:
+def best_plan(lineage: Sequence[Link], is_held: Callable[[str], bool]) -> FetchPlan | None:
     """The way with the fewest bytes along a chain that leads from the wanted version back to its ancestors."""
-    ways: list[Way] = []
-    for index, (digest, manifest) in enumerate(chain):
-        steps = tuple(reversed(chain[:index]))
+    plans: list[FetchPlan] = []
+    for index, (digest, manifest) in enumerate(lineage):
+        steps = tuple(reversed(lineage[:index]))
         if is_held(digest):
-            ways.append(Way((digest, manifest), True, steps))
+            plans.append(FetchPlan((digest, manifest), True, steps))
         if manifest.shards:
-            ways.append(Way((digest, manifest), False, steps))
+            plans.append(FetchPlan((digest, manifest), False, steps))
         if not manifest.deltas:
             break
-    return min(ways, key=lambda way: way.size_bytes, default=None)
+    return min(plans, key=lambda plan: plan.size_bytes, default=None)
 
 
-def wants_more(chain: Sequence[Link], is_held: Callable[[str], bool], *, may_hold: bool) -> str:
+def wants_more(lineage: Sequence[Link], is_held: Callable[[str], bool], *, may_hold: bool) -> str:
     """Digest of the manifest to look at next, empty when nothing further back can be a better way.
 
     Beyond an anchor only a version at hand can be better, so without any (`may_hold`) the walk ends there.
     """
-    digest, last = chain[-1]
-    best = best_way(chain, is_held)
+    digest, last = lineage[-1]
+    best = best_plan(lineage, is_held)
     if not last.deltas or is_held(digest) or (best is not None and not may_hold):
         return ""
-    passed = sum(manifest.delta_bytes for _, manifest in chain)
+    passed = sum(manifest.delta_bytes for _, manifest in lineage)
     return "" if best is not None and best.size_bytes <= passed else last.parent

@@ -69,7 +69,7 @@ class Publisher:
         self.trusted: Collection[bytes] = (key.public,)
         """Whose manifests this trainer builds on: its own, and those of the keys that its own key followed."""
         self._base: dict[str, torch.Tensor] = {}
-        self._chain_bytes = 0
+        self._lineage_bytes = 0
         """Bytes of the differences since the last anchor."""
         self._base_shards: list[Shard] = []
         """Where steps are adapters: the base that they are added to, as uploaded."""
@@ -93,17 +93,17 @@ class Publisher:
     async def rebase(self, tensors: Iterable[Named], last: str) -> None:
         """Take these tensors for the last published step, whose manifest is `last`. Raises WeightsError."""
         self._base = dict(tensors)
-        chain = [await self._manifest(last)]
+        lineage = [await self._manifest(last)]
         found = await asyncio.to_thread(weights_digest, self._base.items())
-        if found != chain[0].digest:
+        if found != lineage[0].digest:
             raise WeightsError(
-                f"the trainer holds {found[:12]} where step {chain[0].step} was published as {chain[0].digest[:12]}; "
-                "resume on the hardware, torch and thread count that the run was trained with"
+                f"the trainer holds {found[:12]} where step {lineage[0].step} was published as {lineage[0].digest[:12]}"
+                "; resume on the hardware, torch and thread count that the run was trained with"
             )
-        self._stored = {shard.digest for shard in chain[0].shards}
-        while not chain[-1].shards:
-            chain.append(await self._manifest(chain[-1].parent))
-        self._chain_bytes = sum(manifest.delta_bytes for manifest in chain[:-1])
+        self._stored = {shard.digest for shard in lineage[0].shards}
+        while not lineage[-1].shards:
+            lineage.append(await self._manifest(lineage[-1].parent))
+        self._lineage_bytes = sum(manifest.delta_bytes for manifest in lineage[:-1])
 
     async def publish(
         self,
@@ -149,10 +149,10 @@ class Publisher:
         size = sum(tensor.nbytes for tensor in self._base.values())
         if sum(shard.size_bytes for shard in deltas) >= size:
             deltas = []
-        self._chain_bytes += sum(shard.size_bytes for shard in deltas)
-        is_anchor = not is_based or step % self.anchor_every == 0 or self._chain_bytes >= size or not deltas
+        self._lineage_bytes += sum(shard.size_bytes for shard in deltas)
+        is_anchor = not is_based or step % self.anchor_every == 0 or self._lineage_bytes >= size or not deltas
         shards = [await self._upload(data) async for data in _whole(self._base.items())] if is_anchor else []
-        self._chain_bytes = 0 if is_anchor else self._chain_bytes
+        self._lineage_bytes = 0 if is_anchor else self._lineage_bytes
         return described, {"shards": shards, "deltas": deltas}
 
     async def _tell(self, chunk: list[Named], number: int, is_based: bool) -> tuple[list[Tensor], Shard | None]:

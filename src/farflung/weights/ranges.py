@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-PIECE_BYTES = 4 << 20
+RANGE_BYTES = 4 << 20
 AHEAD = 2
 """Pieces per relay that may be under way or in memory beyond the file's end."""
 OVERDUE_S, OVERDUE_TIMES = 6.0, 2.0
@@ -45,7 +45,7 @@ class Pieces:
     def __init__(self, file: BinaryIO, size: int, take: Take, pace: Pace) -> None:
         self._file, self._size, self._take, self._pace = file, size, take, pace
         self._end = file.seek(0, 2)
-        self._todo = deque(range(self._end, size, PIECE_BYTES))
+        self._todo = deque(range(self._end, size, RANGE_BYTES))
         self._early: dict[int, Sequence[bytes]] = {}
         self._asked: dict[int, list[tuple[str, float]]] = {}
         """Offset → which relays were asked for it and when."""
@@ -58,7 +58,7 @@ class Pieces:
 
     async def fetch(self, urls: Sequence[str]) -> bool:
         """Fetch from these relays; whether the shard is whole, right or not."""
-        self._ahead = AHEAD * len(urls) * PIECE_BYTES
+        self._ahead = AHEAD * len(urls) * RANGE_BYTES
         tasks = [asyncio.create_task(self._work(url)) for url in urls]
         try:
             while self._end < self._size and not all(task.done() for task in tasks):
@@ -81,7 +81,7 @@ class Pieces:
                 continue
             since = time.monotonic()
             self._asked.setdefault(start, []).append((url, since))
-            data = await self._take(url, start, min(start + PIECE_BYTES, self._size))
+            data = await self._take(url, start, min(start + RANGE_BYTES, self._size))
             if data is None:
                 self._give_back(start, url)
                 return
@@ -132,6 +132,6 @@ def wrong(bad: BinaryIO, good: BinaryIO, came_from: dict[int, str]) -> set[str]:
     """The relays whose pieces of a wrong shard differ from the right one."""
     found: set[str] = set()
     for start, url in came_from.items():
-        if bad.seek(start) != good.seek(start) or bad.read(PIECE_BYTES) != good.read(PIECE_BYTES):
+        if bad.seek(start) != good.seek(start) or bad.read(RANGE_BYTES) != good.read(RANGE_BYTES):
             found.add(url)
     return found

@@ -18,7 +18,7 @@ CONFIG_BYTES = 1 << 20
 
 
 async def fetch_model_config(session: Session) -> bytes:
-    """The bytes of the run's config.json, checked against its sealed papers."""
+    """The bytes of the run's config.json, checked against its sealed descriptor."""
     data = await _fetch(session, "config.json", CONFIG_BYTES)
     if data is None:
         raise WeightsError(f"run {session.run!r} names no config.json")
@@ -43,7 +43,7 @@ async def empty_engine(
 
 
 async def fetch_stops(session: Session) -> Stops | None:
-    """The run's stop strings, checked against its sealed papers; None where it has none. Raises Malformed."""
+    """The run's stop strings, checked against its sealed descriptor; None where it has none. Raises Malformed."""
     data = await _fetch(session, STOPS, MOST_BYTES)
     return None if data is None else Stops.unpack(data, session.info.vocab)
 
@@ -68,7 +68,7 @@ def tensors(versions: Versions, digest: str) -> Iterator[tuple[str, torch.Tensor
                 check_tensor(tensor, values, manifest.step)
                 yield tensor.name, _as_torch(tensor, values)
     except WeightsError as error:
-        versions.session.figures.trouble = str(error)
+        versions.session.stats.last_error = str(error)
         versions.discard(digest)
         raise
 

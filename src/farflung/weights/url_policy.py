@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from farflung.protocol.errors import ConfigError
 
 
-async def check_reach(url: str, coordinator: str) -> None:
+async def check_url(url: str, coordinator: str) -> None:
     """Raise ConfigError if a stranger's address leads inside and the coordinator's does not, or has no machine."""
     if await _is_inside(url) and not await _is_inside(coordinator):
         raise ConfigError(

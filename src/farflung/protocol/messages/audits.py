@@ -23,7 +23,7 @@ from farflung.protocol.messages.weights import Latest
 
 
 class AuditRollout(Message, frozen=True):
-    """One rollout to replay; prompt, seed and budget are the coordinator's own."""
+    """One rollout to replay; prompt, seed and max_new_tokens are the coordinator's own."""
 
     rollout: Id
     prompt_ids: Ids
@@ -40,7 +40,7 @@ class AuditJob(Message, frozen=True):
     step: Step
     manifest: Digest
     temperature: float
-    budget: int
+    max_new_tokens: int
     nonce: Digest
     probe: Digest
     profile: Annotated[bytes, Meta(max_length=1 << 16)]

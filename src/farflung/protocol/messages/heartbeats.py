@@ -1,4 +1,4 @@
-"""A node at work: its heartbeat, and the word on its standing in return."""
+"""A node at work: its heartbeat, and the word on its status in return."""
 
 from typing import Annotated, Literal
 
@@ -27,7 +27,7 @@ class Heartbeat(Message, frozen=True):
     """CPU-seconds that a worker spent on proof beyond generation."""
     sync_pause_s: Seconds = 0.0
     started_at: Seconds = 0.0
-    trouble: Line = ""
+    last_error: Line = ""
     """The last fault with weights on this node, such as a relay that lied, in its own words."""
 
 
@@ -49,7 +49,7 @@ class HeartbeatReply(Message, frozen=True):
 
     latest: Latest
     status: Name
-    """The node's standing."""
+    """The node's status."""
     clean: Count = 0
     """Clean audited rollouts in a row of a worker on probation."""
     needed: Count = 0

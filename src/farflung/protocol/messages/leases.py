@@ -48,7 +48,7 @@ class Lease(Message, frozen=True):
     step: Step
     manifest: Digest
     temperature: Annotated[float, Meta(ge=0, le=10)]
-    budget: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     nonce: Digest
     probe: Digest
     """Key that chooses the slices of the weights of which the submission shows possession."""

@@ -77,7 +77,7 @@ class Status(Message, frozen=True):
     evals: list[EvalView]
     nodes: list[NodeView]
     verdicts: list[Verdict]
-    brake: str
+    breaker: str
     """Why verdicts and training are held, empty if they are not."""
     catch: dict[str, float]
     """P(a trusted node that cheats on 10 % of its rollouts is found within n submissions), by n, at the floor."""
@@ -101,7 +101,7 @@ class VersionView(Message, frozen=True):
     published_at: float
 
 
-class Trouble(Message, frozen=True):
+class NodeError(Message, frozen=True):
     """The last fault with weights on one node, in its own words."""
 
     node: Id
@@ -115,7 +115,7 @@ class Weights(Message, frozen=True):
     versions: list[VersionView]
     nodes: int
     """Nodes that are online and have any version loaded."""
-    troubles: list[Trouble]
+    node_errors: list[NodeError]
     """Of nodes that are online, those heard last first."""
     note: str
     """Why differences are large, empty where they are not."""

@@ -51,7 +51,7 @@ class Canary(Message, frozen=True):
 
     prompt_ids: Ids
     seed: Seed
-    budget: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 
 
 class SelfTestItem(Message, frozen=True):
@@ -59,7 +59,7 @@ class SelfTestItem(Message, frozen=True):
 
     prompt_ids: Ids
     seed: Seed
-    budget: Annotated[int, Meta(ge=1, le=1024)]
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1024)]
     ids: Ids
 
 

@@ -5,7 +5,7 @@ from alembic import op
 
 from farflung.store import counts
 
-revision = "0001"
+revision = "0002"
 down_revision = None
 
 
@@ -104,7 +104,7 @@ def upgrade() -> None:
         sa.Column("registered_at", sa.Float(), nullable=False),
         sa.Column("seen_at", sa.Float(), nullable=False),
         sa.Column("receipt", sa.Text(), nullable=False),
-        sa.Column("beat", sa.LargeBinary(), nullable=False),
+        sa.Column("heartbeat", sa.LargeBinary(), nullable=False),
         sa.CheckConstraint("status IN ('probation', 'trusted', 'quarantined', 'ejected')", name="node_status"),
         sa.PrimaryKeyConstraint("node"),
     )
@@ -116,8 +116,8 @@ def upgrade() -> None:
         sa.Column("config", sa.Text(), nullable=False),
         sa.Column("secret", sa.LargeBinary(), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
-        sa.Column("brake", sa.Text(), nullable=False),
-        sa.Column("brake_after", sa.Integer(), nullable=False),
+        sa.Column("breaker", sa.Text(), nullable=False),
+        sa.Column("breaker_after", sa.Integer(), nullable=False),
         sa.CheckConstraint("status IN ('running', 'finishing', 'finished')", name="run_status"),
         sa.PrimaryKeyConstraint("run"),
     )

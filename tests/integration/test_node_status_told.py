@@ -31,7 +31,7 @@ def test_probation_is_counted_down_and_trust_shows_no_count(make_house) -> None:
 
 
 def test_a_void_is_told_at_once_and_its_detail_once_the_step_is_closed(make_house) -> None:
-    house = make_house(coordinator={"veil": True}, trust={"probation_rollouts": 4, "probation_waiting": 99})
+    house = make_house(coordinator={"redact": True}, trust={"probation_rollouts": 4, "probation_waiting": 99})
 
     async def scenario(house) -> None:
         await house.step(0)

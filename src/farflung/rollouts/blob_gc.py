@@ -1,7 +1,7 @@
 """Coordinator: bodies that were stored for submissions which were refused in the end, so that no row names them.
 
 A body is stored before its row, so one without a row may be about to get it. Its digest covers the lease, and a lease
-that is closed takes nothing more; hence what is older than any open lease stays an orphan.
+that is closed takes nothing more; hence what is older than any open lease stays unreferenced.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from farflung.store.tables import SUBMISSIONS
 AT_ONCE = 500
 
 
-async def collect(blobs: Blobs, database: Database, before: float) -> int:
+async def delete_unreferenced(blobs: Blobs, database: Database, before: float) -> int:
     """Delete bodies that were stored before a time, in seconds since 1970, and that no row names; gives how many."""
     old = [digest async for digest, at in blobs.kept() if at < before]
     count = 0

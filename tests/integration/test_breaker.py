@@ -15,8 +15,8 @@ GARBAGE = 3
 """What keys that have turned fill their rollouts with."""
 
 
-def brake(house) -> str:
-    return house.rows(sa.select(RUNS.c.brake))[0][0]
+def opened(house) -> str:
+    return house.rows(sa.select(RUNS.c.breaker))[0][0]
 
 
 async def trusted(house, names) -> None:
@@ -37,7 +37,7 @@ async def replay(house, name: str = "val-1") -> None:
 
 
 def garbage(lease: m.Lease) -> m.Submission:
-    ids = wire.pack_ids([GARBAGE] * lease.budget)
+    ids = wire.pack_ids([GARBAGE] * lease.max_new_tokens)
     return m.Submission(
         rollouts=[m.SubmittedRollout(rollout=s.rollout, ids=ids) for g in lease.groups for s in g.samples]
     )
@@ -58,7 +58,7 @@ def test_three_keys_of_many_that_fail_together_stop_nobody_and_lose_all_they_sen
             lease = await house.lease(name)
             await house.submit(name, lease, garbage(lease))
         await replay(house)
-        assert brake(house) == ""
+        assert opened(house) == ""
         assert house.statuses(NODES, role="worker") == {"trusted": 20, "probation": 3}
         sent = sa.select(ROLLOUTS.c.status).where(ROLLOUTS.c.node.in_([house.named(name).id for name in cheats]))
         assert {row[0] for row in house.rows(sent.order_by(ROLLOUTS.c.rollout)) if row[0] != "received"} <= {
@@ -100,7 +100,7 @@ async def suspects(house, batch: m.Batch, *, is_all: bool):
 async def tripped(house, batch: m.Batch) -> list[str]:
     """Submissions of a batch that the trainer's own tripwire catches, by its own functions."""
     tripwire = pytest.importorskip("farflung.audits.tripwire")
-    looked = tripwire.look(Replayer(), await suspects(house, batch, is_all=False), 1.0, 8, PROFILE)
+    looked = tripwire.inspect(Replayer(), await suspects(house, batch, is_all=False), 1.0, 8, PROFILE)
     return tripwire.tripped((one.submission, one.log_ratios) for one in looked)
 
 
@@ -138,14 +138,14 @@ def test_a_swarm_of_thirty_keys_that_turn_at_once_stops_nothing_and_nothing_of_t
                 assert all(list(one.ids) == tokens_of(one.seed) for one in every), "text that no seed gave"
                 return await house.commit(batch)
             house.clock.now += 5
-        raise AssertionError(f"step {step} never came; brake: {brake(house)!r}")
+        raise AssertionError(f"step {step} never came; breaker: {opened(house)!r}")
 
     async def scenario(house) -> None:
         await house.step(0)
         await trusted(house, [*honest, *swarm])
         for step in (1, 2, 3, 4):
             await train(house, step)
-            assert brake(house) == ""
+            assert opened(house) == ""
         trained = house.rows(sa.select(ROLLOUTS).where(ROLLOUTS.c.status == "trained"))
         turned = {house.named(name).id for name in swarm}
         assert trained
@@ -183,9 +183,9 @@ def test_verifiers_that_disagree_halt_verdicts_and_training(watched) -> None:
         await trusted(house, crowd)
         await condemn(house, crowd[:2])
         assert house.statuses(NODES, role="worker") == {"trusted": 6, "quarantined": 2}
-        assert brake(house) == ""
+        assert opened(house) == ""
         await replay(house, "val-2")
-        assert "verifiers disagree about 2 nodes at step 0" in brake(house)
+        assert "verifiers disagree about 2 nodes at step 0" in opened(house)
         assert house.statuses(NODES, role="worker")["ejected"] == 0
         answer = await house.tell("trainer", "steps/1/claim", m.ClaimStep(), m.BatchAnswer)
         assert answer.batch is None
@@ -200,7 +200,7 @@ def test_a_second_opinion_that_clears_one_node_stops_nothing(watched) -> None:
         await condemn(house, ["ada-0"])
         await replay(house, "val-2")
         assert house.rows(sa.select(VERDICTS.c.outcome).order_by(VERDICTS.c.id.desc()))[0][0] == "release"
-        assert brake(house) == ""
+        assert opened(house) == ""
 
     watched.run(scenario)
 
@@ -221,7 +221,7 @@ def test_while_good_nodes_fail_and_none_passes_nobody_is_ejected(watched) -> Non
         for name in crowd[4:]:
             await house.work(name)
         await house.audit(lambda rollout: True)
-        assert "8 nodes that did 100% of the work" in brake(house)
+        assert "8 nodes that did 100% of the work" in opened(house)
 
     watched.run(scenario)
 
@@ -240,7 +240,7 @@ def test_once_others_pass_cheats_are_ejected(watched) -> None:
         await house.work(crowd[4])
         await replay(house)
         assert house.statuses(NODES, role="worker") == {"trusted": 4, "ejected": 4}
-        assert brake(house) == ""
+        assert opened(house) == ""
 
     watched.run(scenario)
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from farflung.protocol.messages import HeartbeatReply, Latest, Ruling
-from farflung.protocol.standing import Standing, sentences
+from farflung.protocol.node_status import NodeStatus, sentences
 
 LATEST = Latest(status="running", step=3, manifest="")
 SUBMISSION = "ab" * 32
@@ -31,26 +31,26 @@ def test_a_verdict_says_what_happened_what_follows_and_what_to_do(outcome: str) 
 
 def test_each_verdict_is_told_once_and_its_detail_when_it_comes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    standing = Standing()
-    standing.hear(pulse("probation", clean=8))
-    assert str(standing) == "on probation, 8 of 64 clean rollouts"
+    status = NodeStatus()
+    status.hear(pulse("probation", clean=8))
+    assert str(status) == "on probation, 8 of 64 clean rollouts"
     for _ in range(3):
-        standing.hear(pulse("probation", ruling(7, "void"), needed=128))
-    standing.hear(pulse("quarantined", ruling(7, "void", "12 of 96 tokens"), ruling(9, "quarantine"), needed=128))
+        status.hear(pulse("probation", ruling(7, "void"), needed=128))
+    status.hear(pulse("quarantined", ruling(7, "void", "12 of 96 tokens"), ruling(9, "quarantine"), needed=128))
     warned = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
     assert len(warned) == 2
     assert "is void: short" in warned[0]
     assert "no work until a second opinion" in warned[1]
-    assert str(standing) == "in quarantine, waiting for a second opinion"
+    assert str(status) == "in quarantine, waiting for a second opinion"
     why = [one.getMessage() for one in caplog.records if "12 of 96 tokens" in one.getMessage()]
     assert len(why) == 1
-    assert not standing.is_ejected
-    standing.hear(pulse("ejected", ruling(11, "eject")))
-    assert standing.is_ejected
+    assert not status.is_ejected
+    status.hear(pulse("ejected", ruling(11, "eject")))
+    assert status.is_ejected
 
 
 def test_a_node_that_comes_back_hears_the_last_word_alone(caplog: pytest.LogCaptureFixture) -> None:
-    Standing().hear(pulse("probation", ruling(1, "void"), ruling(2, "void"), ruling(3, "release")))
+    NodeStatus().hear(pulse("probation", ruling(1, "void"), ruling(2, "void"), ruling(3, "release")))
     warned = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
     assert len(warned) == 1
     assert "out of quarantine" in warned[0]
@@ -58,5 +58,5 @@ def test_a_node_that_comes_back_hears_the_last_word_alone(caplog: pytest.LogCapt
 
 def test_roles_of_which_no_trust_is_kept_hear_nothing(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    Standing().hear(pulse("probation", needed=0))
+    NodeStatus().hear(pulse("probation", needed=0))
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""A node's standing as its owner is told of it: what happened, what follows, what to do; each verdict once.
+"""A node's status as its owner is told of it: what happened, what follows, what to do; each verdict once.
 
 The coordinator tells it with every heartbeat, so that no owner learns by silence that the node's work is void.
 """
@@ -29,7 +29,7 @@ ADVICE = {
 }
 
 
-class Standing:
+class NodeStatus:
     """The coordinator's last word on a node."""
 
     def __init__(self) -> None:
@@ -47,16 +47,16 @@ class Standing:
             return f"on probation, {self._clean} of {self._needed} clean rollouts"
         return {"quarantined": "in quarantine, waiting for a second opinion"}.get(self.status, self.status)
 
-    def hear(self, pulse: HeartbeatReply) -> None:
+    def hear(self, reply: HeartbeatReply) -> None:
         """Take in what a heartbeat was answered, and tell the owner what is new in it."""
-        before, self.status = self.status, pulse.status
-        self._clean, self._needed = pulse.clean, pulse.needed
-        rulings = pulse.rulings if before else pulse.rulings[-1:]  # of what was before this stay, the last word alone
-        self._told |= {ruling.id: "" for ruling in pulse.rulings[: len(pulse.rulings) - len(rulings)]}
+        before, self.status = self.status, reply.status
+        self._clean, self._needed = reply.clean, reply.needed
+        rulings = reply.rulings if before else reply.rulings[-1:]  # of what was before this stay, the last word alone
+        self._told |= {ruling.id: "" for ruling in reply.rulings[: len(reply.rulings) - len(rulings)]}
         for ruling in rulings:
             self._tell(ruling)
-        if pulse.status != before and pulse.needed:
-            log.info("standing=%r before=%r", str(self), before)
+        if reply.status != before and reply.needed:
+            log.info("status=%r before=%r", str(self), before)
 
     def _tell(self, ruling: Ruling) -> None:
         known = self._told.get(ruling.id)
