@@ -70,7 +70,7 @@ class Validator:
         )
         self.engine = await empty_engine(self.session, threads=self.settings.threads, max_rows=self.settings.slots)
         self.weights = Versions(self.session, self.folder / "weights", use_relays=False, patch=patch)
-        self.loaded = Loaded(self.engine, self.weights, figures=self.session.stats)
+        self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
 
     def stop(self) -> None:
         """Stop after the work in hand."""

@@ -122,7 +122,7 @@ class Worker:
             upstream=self.settings.upstream,
             patch=patch,
         )
-        self.loaded = Loaded(self.engine, self.weights, bits=bits, figures=self.session.stats)
+        self.loaded = Loaded(self.engine, self.weights, bits=bits, stats=self.session.stats)
         self._receipts = Receipts(self.folder)
         await self.session.heartbeat()
 

@@ -174,7 +174,7 @@ def test_a_full_disk_is_waited_out(learner, tmp_path: Path, monkeypatch) -> None
     options = f"size={size_bytes * 3 // 2}"
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(small)], capture_output=True).returncode:
         pytest.skip("mounting is not permitted here")
-    monkeypatch.setattr(disk_full, "LOOK_S", 0.05)
+    monkeypatch.setattr(disk_full, "PAUSE_S", 0.05)
     said: list[str] = []
 
     def hear(error: str) -> None:

@@ -116,13 +116,17 @@ def test_a_database_that_is_none_is_named_with_a_way_out(tmp_path, command):
         command(folder)
 
 
-def test_a_database_of_a_later_version_is_named_with_a_way_out(tmp_path):
+@pytest.mark.parametrize(
+    ("revision", "words"),
+    [("9999_future", "a later version .*9999_future.* pip install -U"), ("0001", "an earlier version .*in another folder")],
+)
+def test_a_database_of_another_version_is_named_with_a_way_out(tmp_path, revision: str, words: str):
     url = f"sqlite:///{tmp_path / 'farflung.db'}"
     migrate(url)
     with sqlite3.connect(tmp_path / "farflung.db") as database:
-        database.execute("UPDATE alembic_version SET version_num = '9999_future'")
+        database.execute("UPDATE alembic_version SET version_num = ?", (revision,))
     database.close()
-    with pytest.raises(ConfigError, match=r"farflung\.db was made by a later version .*9999_future.* pip install -U"):
+    with pytest.raises(ConfigError, match=rf"farflung\.db was made by {words}"):
         migrate(url)
 
 

@@ -45,7 +45,7 @@ def test_dead_relays_are_given_up_for_the_origin(house, tmp_path, monkeypatch) -
             file.write(data)
 
     class Session:
-        client, figures = Origin(), NodeStats()
+        client, stats = Origin(), NodeStats()
 
     async def scenario(_) -> None:
         found = Downloads(Session(), tmp_path, use_relays=False)

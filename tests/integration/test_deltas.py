@@ -224,7 +224,7 @@ def test_a_trainer_that_comes_back_goes_on_with_the_chain(tmp_path: Path) -> Non
             before = of.publisher
             of.publisher = Publisher(of.client, TRAINER, "test", 4)
             await of.publisher.rebase(cast(of.weights), of.digests[-1])
-            assert of.publisher._chain_bytes == before._chain_bytes
+            assert of.publisher._lineage_bytes == before._lineage_bytes
             assert not (await of.step()).shards
             await versions.fetch(of.digests[3])
             assert same(versions, of, 3)

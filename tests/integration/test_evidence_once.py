@@ -78,7 +78,7 @@ def test_a_group_that_nobody_at_work_may_finish_is_let_go(make_house) -> None:
 def test_a_sample_that_was_counted_is_not_counted_again_whatever_the_leases_did(house, monkeypatch) -> None:
     async def scenario(house) -> None:
         await house.step(0)
-        monkeypatch.setattr("farflung.tasks.assign._is_offered", lambda offer, *_: bool(offer.samples))
+        monkeypatch.setattr("farflung.tasks.assign._is_candidate", lambda offer, *_: bool(offer.samples))
         ada = house.named("ada").id
         for _ in range(3):
             await hand_in(house, "ada", lambda group, index: index == 0)

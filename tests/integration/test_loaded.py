@@ -35,8 +35,8 @@ class World:
 
     def __init__(self, versions: Versions, engine: LocalEngine, weights: list[Weights], digests: list[str]) -> None:
         self.versions, self.engine, self.weights, self.digests = versions, engine, weights, digests
-        self.figures = NodeStats()
-        self.loaded = Loaded(engine, versions, figures=self.figures)
+        self.stats = NodeStats()
+        self.loaded = Loaded(engine, versions, stats=self.stats)
 
     def holds(self, weights: Weights) -> bool:
         return all(torch.equal(self.engine.model.state_dict()[name].bfloat16(), one) for name, one in weights.items())
@@ -51,7 +51,7 @@ class World:
     def is_nothing_claimed(self) -> bool:
         with pytest.raises(WeightsError, match="no whole version"):
             self.loaded.possession(NONCE, KEY)
-        return self.figures.loaded_step == -1 and not any(map(self.loaded.has, [*self.digests, ""]))
+        return self.stats.loaded_step == -1 and not any(map(self.loaded.has, [*self.digests, ""]))
 
 
 def version_of(weights: Weights, step: int, source: Source) -> str:
@@ -102,7 +102,7 @@ def test_a_version_is_loaded_once_and_anew_when_nobody_knows_what_is_there(play)
         world.loaded.ensure(world.digests[1])
         assert world.holds(world.weights[1])
         assert [world.loaded.has(digest) for digest in world.digests] == [False, True]
-        assert world.figures.loaded_step == 1
+        assert world.stats.loaded_step == 1
         world.engine.load(world.weights[0].items())  # behind its back
         world.loaded.ensure(world.digests[1])
         assert world.holds(world.weights[0]), "it was there, so nothing was loaded"

@@ -71,7 +71,7 @@ def worker_with(engine, tmp_path, test: m.SelfTest | None, **settings) -> Worker
     info = SimpleNamespace(profile=PROFILE.name, profiles=digests)
     worker.session = SimpleNamespace(
         info=info, client=SimpleNamespace(get=get), path=lambda rest: rest,
-        figures=NodeStats(),
+        stats=NodeStats(),
     )  # fmt: skip
     worker.engine = engine
     return worker

@@ -33,7 +33,7 @@ async def swarm_in(folder: Path, **swarm: Any) -> AsyncIterator[Swarm]:
     for kind in swarms.FORKSERVERS:
         one.processes[kind] = await asyncio.create_subprocess_exec("cat", stdin=asyncio.subprocess.PIPE, stdout=-3)
     for name in ("coordinator", "trainer", "validator-1", "scorer", "worker-1", "worker-2"):
-        one._order(name, name.partition("-")[0])
+        one._fork_role(name, name.partition("-")[0])
     try:
         yield one
     finally:
@@ -93,7 +93,7 @@ def test_the_words_are_those_of_this_life(tmp_path) -> None:
     def scene(one: Swarm) -> None:
         end(one, "trainer", 1)
         for _ in range(3):
-            one._order("trainer", "trainer")
+            one._fork_role("trainer", "trainer")
             end(one, "trainer", -signal.SIGKILL, "")
 
     one = play(tmp_path, scene)
@@ -200,11 +200,11 @@ def test_what_the_roles_warn_of_is_on_the_screen_once(tmp_path, capsys) -> None:
         for number in range(3):
             with one._log_of("scorer").open("a") as log:
                 log.write(f"2026-01-02 03:04:05,678 ERROR farflung.scorer no score rollout=r{number} because=boom\n")
-            one._look_for_trouble()
+            one._show_warnings()
 
     one = play(tmp_path, scene)
     assert capsys.readouterr().out.count("because=boom") == 1
-    assert one.screen._trouble == "scorer: no score rollout=r2 because=boom (one of 3 like it)"
+    assert one.screen._warning == "scorer: no score rollout=r2 because=boom (one of 3 like it)"
 
 
 def test_what_a_role_is_told_survives_the_environment(tmp_path, monkeypatch) -> None:

@@ -208,7 +208,7 @@ def migrate(url: str) -> None:
         with named(url), engine.connect() as connection, _alone(connection):
             command.upgrade(config, "head")
     except CommandError as error:
-        raise ConfigError(f"database {shown(url)} was made by {_maker(str(error))} ({error})") from error
+        raise ConfigError(f"database {shown(url)} was made by {_maker(str(error))}") from error
     finally:
         engine.dispose()
 
@@ -216,8 +216,8 @@ def migrate(url: str) -> None:
 def _maker(error: str) -> str:
     """The version that made a schema that this one does not know, and what to do."""
     if any(repr(one) in error for one in EARLIER):
-        return "an earlier version of farflung; end the run with that version, or begin it anew in another folder"
-    return "a later version of farflung; upgrade with: pip install -U farflung"
+        return f"an earlier version of farflung ({error}); end the run with that version, or begin it in another folder"
+    return f"a later version of farflung ({error}); upgrade with: pip install -U farflung"
 
 
 @contextlib.contextmanager

@@ -25,12 +25,12 @@ Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 class Loaded:
     """The version of the weights in one engine, by the digest of its manifest.
 
-    Matrices are rounded to `bits` on their way there, 0 for none (`engine/arithmetic.py`). The `figures` of a session
+    Matrices are rounded to `bits` on their way there, 0 for none (`engine/arithmetic.py`). The `stats` of a session
     are told which step it is, -1 for none, as the node's heartbeats say it.
     """
 
-    def __init__(self, engine: Engine, versions: Versions, *, bits: int = 0, figures: NodeStats | None = None) -> None:
-        self.engine, self._versions, self._bits, self._figures = engine, versions, bits, figures
+    def __init__(self, engine: Engine, versions: Versions, *, bits: int = 0, stats: NodeStats | None = None) -> None:
+        self.engine, self._versions, self._bits, self._figures = engine, versions, bits, stats
         self._digest = NOTHING
         self._values: dict[str, bytes] = {}
         """By probe key, the values of its slices in the engine."""
