@@ -58,7 +58,7 @@ class Validator:
         """Work until the run ends or the validator is told to stop."""
         await self.open()
         port = self.settings.metrics_port
-        async with self.session.running("validator", self.stop, metrics_port=port, on_pulse=self.weights.prefetch):
+        async with self.session.running("validator", self.stop, metrics_port=port, on_heartbeat=self.weights.prefetch):
             while not self.is_stopping and not self.session.is_over:
                 await self.step()
         await self.weights.close()

@@ -89,7 +89,7 @@ class Worker:
         """Work until the run ends, the node is ejected, or the worker is told to stop."""
         await self.open()
         port = self.settings.metrics_port
-        async with self.session.running("worker", self.drain, metrics_port=port, on_pulse=self.weights.prefetch):
+        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=self.weights.prefetch):
             try:
                 await self._prepare()
                 while not self.is_stopping and not self.session.is_over:
