@@ -33,7 +33,7 @@ SAMPLE_BYTES, TOKEN_BYTES = 256, 16
 
 SEEN = NODES.update().where(NODES.c.node.in_(sa.bindparam("ids", expanding=True))).values(seen_at=sa.bindparam("at"))
 MOST_LOST = 1000
-"""Lost leases that one pulse tells of."""
+"""Lost leases that one reply tells of."""
 
 
 async def index(ctx: Context, call: Call) -> Index:
