@@ -491,7 +491,6 @@ def main() -> None:
         figures["skipped"] = f"{SMOL} is missing: python scripts/get_smollm2.py"
     figures |= _sum_up(parts, rng, 1000 if not arguments.quick else 200)
     figures["verification_overhead_steady"] = _steady(arguments.run)
-    figures["toploc"] = "bench/fingerprints.py measures it on the same activations"
     sys.stdout.write(json.dumps(figures) + "\n")
 
 

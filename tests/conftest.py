@@ -26,8 +26,8 @@ from farflung.coordinator.context import Context
 from farflung.net.admin import read_token
 from farflung.net.client import Client
 from farflung.net.session import PURPOSES, delegate
-from farflung.protocol import fingerprint, states, wire
 from farflung.protocol import messages as m
+from farflung.protocol import states, wire
 from farflung.protocol.digest import digest_of
 from farflung.protocol.identity import Key, Signed, seal, unseal
 from farflung.rollouts.archive import Archive
@@ -40,7 +40,6 @@ from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT,
 from farflung.tasks.create_run import Model, create_run, seal_descriptor, weights_key
 from farflung.tasks.keyring import Keyring
 from farflung.trust.evidence import Profile, Profiles, Tally
-from farflung.trust.fingerprint_distance import distance
 from farflung.weights.manifest import target_digest
 
 settings.register_profile("farflung", deadline=None)  # shared cores pause for half a second now and then
@@ -64,7 +63,7 @@ def ring(config: Config) -> Keyring:
     return Keyring(root.public, tuple(delegate(root, run, purpose, publics[purpose], 4e9) for purpose in PURPOSES))
 
 
-PROFILE = Profiles(Profile("torch-cpu-fp32", (1.0,), (0.5, 0.001), Tally((1, 1), (0, 0)), fingerprint=0.25))
+PROFILE = Profiles(Profile("torch-cpu-fp32", (1.0,), (0.5, 0.001), Tally((1, 1), (0, 0))))
 """Beyond a gap of 1 a flip is worth a factor of 500."""
 GRANTS = {"trainer": "trainer", "scorer": "scorer", "val-1": "validator", "val-2": "validator"}
 
@@ -147,20 +146,11 @@ def tokens_of(seed: int) -> list[int]:
     return ids if length == BUDGET else [*ids[:-1], EOS]
 
 
-def sketch_of(seed: int) -> np.ndarray:
-    """The numbers of a fingerprint as if computed, which follow from the seed."""
-    return np.random.default_rng(seed).normal(size=fingerprint.NUMBERS).astype(np.float32)
-
-
 def honest(lease: m.Lease, *, keep: int | None = None, **fields: Any) -> m.Submission:
     """A submission whose tokens follow from the seeds; of the first `keep` samples only, if given."""
     samples = [sample for group in lease.groups for sample in group.samples]
     kept = samples if keep is None else samples[:keep]
-    shown = [fingerprint.pack(sketch_of(s.seed)) if lease.fingerprint else b"" for s in kept]
-    rollouts = [
-        m.SubmittedRollout(rollout=s.rollout, ids=wire.pack_ids(tokens_of(s.seed)), fingerprint=print_)
-        for s, print_ in zip(kept, shown, strict=True)
-    ]
+    rollouts = [m.SubmittedRollout(rollout=s.rollout, ids=wire.pack_ids(tokens_of(s.seed))) for s in kept]
     return m.Submission(rollouts=rollouts, partial=len(kept) < len(samples), **fields)
 
 
@@ -172,14 +162,13 @@ def evidence(job: m.AuditJob, bad: Callable[[str], bool], **changes: Any) -> m.E
         margin = np.full(size, 1.0 if bad(rollout.rollout) else 0.0)
         gap = wire.pack_floats(np.full(size, 1.5))
         pick = wire.pack_floats(np.full(size, 0.5))
-        far = distance(rollout.fingerprint, sketch_of(rollout.seed)) if job.fingerprint else None
         floats = {
             "gap": gap,
             "margin": wire.pack_floats(margin),
             "pick": pick,
             "lead": wire.pack_floats(np.full(size, -1.0)),
         }
-        seen.append(m.RolloutEvidence(rollout=rollout.rollout, distance=far, **floats))
+        seen.append(m.RolloutEvidence(rollout=rollout.rollout, **floats))
     fields = {"run": RUN, "audit": job.audit, "manifest": job.manifest, "profile": "torch-cpu-fp32", "rollouts": seen}
     return m.Evidence(**fields | changes)
 

@@ -13,8 +13,8 @@ from safetensors.numpy import save
 
 from farflung.audits import verdict
 from farflung.net.session import PURPOSES, check_run, delegate
-from farflung.protocol import fingerprint, wire
 from farflung.protocol import messages as m
+from farflung.protocol import wire
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import BadSignature, ConfigError, Malformed, OutOfRange, Rejected, WeightsError
 from farflung.protocol.identity import Key, Signed, seal, sign_request, unseal, verify_request
@@ -53,7 +53,6 @@ def decoders(folder: Path) -> list[Decoder]:
         *(_of_type(one) for one in (*message_types(), Signed)),
         Decoder("token ids", lambda c: wire.unpack_ids(c.spoil(b"\x01" * 8)), (Malformed,)),
         Decoder("floats", lambda c: wire.unpack_floats(c.spoil(wire.pack_floats([0.5, -1.0]))), (Malformed,)),
-        Decoder("fingerprint", lambda c: fingerprint.unpack(c.spoil(b"\x01" * fingerprint.NUMBERS)), (Malformed,)),
         Decoder("range header", lambda c: byte_range(_text(c, "bytes=5-17"), 40), (OutOfRange,)),
         Decoder("signed request", _signed_request, (BadSignature,), 3.0),
         Decoder("sealed evidence", _sealed_evidence, (BadSignature,), 4.0),
@@ -114,7 +113,7 @@ def _evidence(profile: Profile) -> Callable[[Chance], object]:
         arrays = honest.copy()
         for name in arrays:
             arrays[name] = chance.spoil(arrays[name]) if chance.random.random() < 0.5 else arrays[name]
-        found = m.RolloutEvidence(rollout="r1", **arrays, distance=chance.random.choice((None, 0.0, 1e6)))
+        found = m.RolloutEvidence(rollout="r1", **arrays)
         verdict.finding(profile, found)
         seen = verdict.seen_of(found)
         return diagnose(profile, [seen], {"int8": [seen]})

@@ -79,7 +79,9 @@ def test_rows_in_one_statement_are_the_rows_one_by_one(database, count) -> None:
     def change(connection: sa.Connection) -> None:
         insert_rows(connection, NODES, rows)
         update_rows(
-            connection, NODES, [{"node": f"n{i}", "loaded_step": i, "heartbeat": bytes([i % 256])} for i in range(count)]
+            connection,
+            NODES,
+            [{"node": f"n{i}", "loaded_step": i, "heartbeat": bytes([i % 256])} for i in range(count)],
         )
 
     asyncio.run(database.write(change))

@@ -118,7 +118,10 @@ def test_a_database_that_is_none_is_named_with_a_way_out(tmp_path, command):
 
 @pytest.mark.parametrize(
     ("revision", "words"),
-    [("9999_future", "a later version .*9999_future.* pip install -U"), ("0001", "an earlier version .*in another folder")],
+    [
+        ("9999_future", "a later version .*9999_future.* pip install -U"),
+        ("0001", "an earlier version .*in another folder"),
+    ],
 )
 def test_a_database_of_another_version_is_named_with_a_way_out(tmp_path, revision: str, words: str):
     url = f"sqlite:///{tmp_path / 'farflung.db'}"

@@ -110,9 +110,7 @@ def status(*nodes: NodeView, verdicts: tuple[Verdict, ...] = (), **changes: Any)
     return Status(**(values | changes))
 
 
-def node(
-    name: str, role: str, phase: str = "waiting", state: str = "probation", *, is_online: bool = True
-) -> NodeView:
+def node(name: str, role: str, phase: str = "waiting", state: str = "probation", *, is_online: bool = True) -> NodeView:
     fields = dict.fromkeys(NodeView.__struct_fields__, 0)
     told = {"node": f"n-{name}", "name": name, "role": role, "phase": phase, "status": state, "is_online": True}
     return NodeView(**(fields | told))  # type: ignore[arg-type]

@@ -37,4 +37,4 @@ def test_different_seeds_have_different_keys(one: int, other: int, position: int
 @settings(max_examples=100)
 @given(seeds, positions, st.integers(0, 2**31))
 def test_noise_is_finite(seed: int, position: int, token: int) -> None:
-    assert bool(noise.gumbel_at([seed], [position], [token]).isfinite().all())
+    assert bool(np.isfinite(noise.gumbel_numpy(noise.bits_at([seed], [position], [token]))).all())

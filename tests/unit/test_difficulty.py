@@ -4,14 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farflung.learner.difficulty import WINDOW, Count, add, pass_rate, tokens_needed, worth
+from farflung.learner.difficulty import WINDOW, Count, add, pass_rate, worth
 
 
 def test_counts_add_up_until_the_window_is_full() -> None:
     count = add(add(Count(), 16, 4, 160), 16, 12, 320)
     assert (count.tried, count.right, count.tokens) == (32, 16, 480)
     assert pass_rate(count) == pytest.approx(17 / 34)
-    assert tokens_needed(count, 100) == pytest.approx(15)
     assert worth(count) == pytest.approx(1.0)
 
 
@@ -24,8 +23,8 @@ def test_old_samples_fade() -> None:
     assert pass_rate(count) > 0.95
 
 
-def test_a_task_that_nobody_tried_is_a_coin_and_takes_the_budget() -> None:
-    assert (pass_rate(Count()), tokens_needed(Count(), 256), worth(Count())) == (0.5, 256.0, 1.0)
+def test_a_task_that_nobody_tried_is_a_coin() -> None:
+    assert (pass_rate(Count()), worth(Count())) == (0.5, 1.0)
 
 
 def test_numbers_that_no_group_has_are_refused() -> None:
@@ -41,5 +40,4 @@ def test_it_stays_within_its_bounds(groups: list[tuple[int, float, int]]) -> Non
     assert 0 <= count.right <= count.tried + 1e-9
     assert count.tried <= WINDOW + 1e-9
     assert 0 < pass_rate(count) < 1
-    assert 0 <= tokens_needed(count, 256) <= 256
     assert 0 < worth(count) <= 1

@@ -38,12 +38,6 @@ def test_gumbel_agrees_between_libraries_to_a_millionth() -> None:
     np.testing.assert_allclose(noise.gumbel(SEEDS, 5, 10_000).numpy(), by_numpy, rtol=1e-6, atol=1e-6)
 
 
-def test_picked_tokens_have_the_noise_of_the_whole_row() -> None:
-    whole = noise.gumbel(SEEDS, 9, 100)
-    tokens = [0, 99, 50, 1, 2, 3, 4]
-    assert torch.equal(noise.gumbel_at(SEEDS, 9, tokens), whole[range(len(SEEDS)), tokens])
-
-
 def test_seeds_may_be_lists_arrays_or_tensors_and_wrap_at_64_bits() -> None:
     expected = noise.bits_numpy([2**64 - 1, 5], 3, 8)
     assert np.array_equal(noise.bits_numpy(torch.tensor([-1, 5]), torch.tensor([3, 3]), 8), expected)

@@ -191,7 +191,6 @@ def job(
             prompt_ids=row.prompt_ids,
             seed=seeds.sample_seed(secret, row.task, row.sample),
             ids=sent[row.rollout].ids,
-            fingerprint=sent[row.rollout].fingerprint,
         )
         for row in rows
     ]
@@ -207,7 +206,6 @@ def job(
         cap=0.0 if audit.kind == "confirm" else run_ctx.config.trust.cap,
         is_suspect=audit.kind == "confirm",
         manifest_before=_manifest_before(connection, run_ctx, audit.step) if audit.kind == "confirm" else "",
-        fingerprint=lease.nonce if lease.fingerprint else "",
         rollouts=[one for one in told if one.rollout in drawn],
         others=[one for one in told if one.rollout not in drawn],
     )

@@ -21,7 +21,6 @@ from farflung.protocol.messages import (
 )
 from farflung.trust.diagnose import AS_LEASED
 from farflung.trust.evidence import Seen, from_json, further, log_ratios, submission_log_ratios
-from farflung.trust.fingerprint_distance import distance
 
 TEMPERATURES = (0.9, 1.1)
 """Factors that are tried as explanations."""
@@ -72,7 +71,6 @@ def items_of(job: AuditJob, temperature: float = 1.0, others: Sequence[AuditRoll
                 one.seed,
                 job.temperature * temperature,
                 job.max_new_tokens,
-                job.fingerprint,
             ),
             wire.unpack_ids(one.ids).tolist(),
         )
@@ -117,7 +115,7 @@ def _replay_each(engine: Engine, jobs: Sequence[AuditJob], of_jobs: Sequence[Seq
 def _evidence(rollouts: Sequence[AuditRollout], found: Sequence[Replay]) -> Iterator[RolloutEvidence]:
     for one, seen in zip(rollouts, found, strict=False):
         told = {name: wire.pack_floats(getattr(seen, name)) for name in Seen._fields}
-        yield RolloutEvidence(rollout=one.rollout, **told, distance=_distance(one, seen))
+        yield RolloutEvidence(rollout=one.rollout, **told)
 
 
 def explain(
@@ -138,13 +136,6 @@ def explain(
     all_of_them = (*job.rollouts, *job.others)
     told = [Explanation(name=name, rollouts=list(_evidence(all_of_them, seen))) for name, seen in found]
     return msgspec.structs.replace(evidence, explanations=told)
-
-
-def _distance(rollout: AuditRollout, seen: Replay) -> float | None:
-    """None also where this machine's own activations are not finite: evidence without a distance accuses no node."""
-    if seen.sketch is None or not np.isfinite(seen.sketch).all():
-        return None
-    return distance(rollout.fingerprint, seen.sketch)
 
 
 async def testify(session: Session, key: Key, evidence: Evidence) -> None:

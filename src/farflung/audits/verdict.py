@@ -18,11 +18,10 @@ from farflung.audits.pronounce import pronounce
 from farflung.protocol import wire
 from farflung.protocol.errors import FailedCanary, Malformed, NotFound
 from farflung.protocol.identity import Signed, unseal
-from farflung.protocol.messages import Evidence, Lease, RolloutEvidence, Verdict
+from farflung.protocol.messages import Evidence, RolloutEvidence, Verdict
 from farflung.store.run import RunContext, node_row
-from farflung.store.tables import AUDITS, LEASES, ROLLOUTS, SUBMISSIONS
+from farflung.store.tables import AUDITS, ROLLOUTS, SUBMISSIONS
 from farflung.store.transitions import move
-from farflung.trust import fingerprint_distance
 from farflung.trust.diagnose import AS_LEASED, diagnose
 from farflung.trust.evidence import (
     ODD,
@@ -89,7 +88,6 @@ def _check(
     for one in findings:
         if one.tokens != tokens[one.rollout]:
             raise Malformed(f"rollout {one.rollout} has {tokens[one.rollout]} tokens, its evidence {one.tokens}")
-    _check_fingerprints(connection, audit, evidence)
     if len(found) < len(drawn) and (audit.kind == "confirm" or not is_decisive(findings, run_ctx.config.trust.cap)):
         raise Malformed(f"audit {audit.audit} drew {len(drawn)} rollouts; the evidence on {len(found)} voids nothing")
 
@@ -105,22 +103,6 @@ def fold_all(connection: Connection, run_ctx: RunContext, profiles: Profiles, no
     waiting = sa.and_(AUDITS.c.run == run_ctx.run, AUDITS.c.outcome.is_(None), AUDITS.c.status == "done")
     for node in list(connection.execute(sa.select(AUDITS.c.node).where(waiting).distinct()).scalars()):
         _fold_in_order(connection, run_ctx, profiles, node, now)
-
-
-def _check_fingerprints(connection: Connection, audit: Row[Any], evidence: Evidence) -> None:
-    """Distances must be there just where fingerprints were asked for."""
-    asks = _asks_fingerprints(connection, audit)
-    for found in evidence.rollouts:
-        if asks != (found.distance is not None):
-            raise Malformed(
-                f"audit {audit.audit} {'asks for' if asks else 'is without'} fingerprints; rollout {found.rollout} has "
-                f"{'no distance' if asks else 'a distance'}"
-            )
-
-
-def _asks_fingerprints(connection: Connection, audit: Row[Any]) -> bool:
-    sealed = connection.execute(sa.select(LEASES.c.document).where(LEASES.c.lease == audit.lease)).scalar_one()
-    return unseal(msgspec.msgpack.decode(sealed, type=Signed), "lease", Lease).fingerprint
 
 
 def _fold_in_order(connection: Connection, run_ctx: RunContext, profiles: Profiles, node: str, now: float) -> None:
@@ -154,7 +136,6 @@ def _decide(connection: Connection, run_ctx: RunContext, profile: Profile, audit
     was_trusted = audit.audit_probability < 1
     take_in = FOLDS[audit.kind] if audit.kind != "draw" or _is_news(connection, audit, findings) else weigh
     after, outcome = take_in(before, findings, node_record.settings(run_ctx), was_trusted=was_trusted)
-    after, outcome = fingerprint_distance.check(after, outcome, findings, profile.fingerprint)
     connection.execute(AUDITS.update().where(AUDITS.c.audit == audit.audit).values(outcome=outcome.kind))
     node_record.write(connection, audit.node, after)
     if after.status != before.status:
@@ -224,7 +205,7 @@ def _take_effect(
             suspicious = [found.rollout for found in findings if is_bad(found.log_lr, ODD)]
             penalties.clear(connection, run_ctx, audit, suspicious, now)
         case "void":
-            bad = [f.rollout for f in findings if f.is_far or is_bad(f.log_lr, run_ctx.config.trust.cap)]
+            bad = [f.rollout for f in findings if is_bad(f.log_lr, run_ctx.config.trust.cap)]
             penalties.void(connection, run_ctx, audit, bad, now)
             penalties.hold(connection, run_ctx, ROLLOUTS.c.node == audit.node, f"audit {audit.audit} failed", now)
         case "quarantine":
@@ -245,11 +226,8 @@ def finding(profile: Profile, found: RolloutEvidence) -> Finding:
         ratios = log_ratios(profile, seen)
     except ValueError as error:
         raise Malformed(f"evidence on rollout {found.rollout}: {error}") from error
-    far = found.distance is not None and fingerprint_distance.is_far(found.distance, profile.fingerprint)
-    distance, counted = found.distance or 0.0, count_flips(profile, seen)._asdict()
-    return Finding(
-        found.rollout, len(seen.gap), log_ratios=tuple(ratios.tolist()), distance=distance, is_far=far, **counted
-    )
+    counted = count_flips(profile, seen)._asdict()
+    return Finding(found.rollout, len(seen.gap), log_ratios=tuple(ratios.tolist()), **counted)
 
 
 def seen_of(found: RolloutEvidence) -> Seen:

@@ -71,11 +71,6 @@ class TrustSection(Section):
     breaker_nodes: int = setting(
         3, "Nodes with a good record that must fail in one step for either.", ge=1, is_advanced=True
     )
-    fingerprint: bool = setting(
-        False,
-        "Every rollout carries a fingerprint of the activations behind its first tokens, for audits to compare.",
-        is_advanced=True,
-    )
 
 
 class CoordinatorSection(Section):

@@ -238,5 +238,5 @@ async def story(ctx: Context, call: Call) -> m.Story:
 
 
 def _heartbeat_values(node: str, heartbeat: m.Heartbeat, now: float) -> dict[str, Any]:
-    said = {"phase": heartbeat.phase, "loaded_step": heartbeat.loaded_step, "heartbeat": msgspec.msgpack.encode(heartbeat)}
-    return {"node": node, "seen_at": now} | said
+    said = {"phase": heartbeat.phase, "loaded_step": heartbeat.loaded_step}
+    return {"node": node, "seen_at": now, "heartbeat": msgspec.msgpack.encode(heartbeat)} | said

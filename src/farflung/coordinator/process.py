@@ -41,11 +41,6 @@ GARBAGE = 20_000
 def load_profiles(config: Config) -> Profiles:
     """The numerics profiles that a run admits. Raises ConfigError for one that was made for other runs."""
     run, *others = (load_profile(name) for name in (config.model.profile, *config.model.profiles))
-    blind = [profile.name for profile in (run, *others) if not profile.fingerprint]
-    if config.trust.fingerprint and blind:
-        raise ConfigError(
-            f"trust.fingerprint is set, but profile {blind[0]} bounds none; `farflung calibrate` makes one that does"
-        )
     for profile in (run, *others):
         refuse_misfit(config, profile)
     return Profiles(run, tuple(others))

@@ -25,8 +25,6 @@ class Request:
     """0 is greedy: no noise at all."""
     max_new_tokens: int
     """Most tokens to generate, the end-of-sequence token included."""
-    nonce: str = ""
-    """The lease's nonce where a fingerprint is asked for (`farflung.protocol.fingerprint`), else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +34,6 @@ class Completion:
     ids: tuple[int, ...]
     logp: tuple[float, ...]
     """Log-probability of each token at the sampling temperature; a metric, believed by no role."""
-    fingerprint: bytes = b""
-    """The fingerprint of its first tokens, where the request asked for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +53,6 @@ class Replay:
     one less that of this one, at the sampling temperature; often below 0."""
     logp: np.ndarray
     """Log-probability of the token that was sent, at the sampling temperature."""
-    sketch: np.ndarray | None = None
-    """The verifier's own fingerprint before it is rounded, float32 (NUMBERS,), where the request asked for one."""
 
 
 class Engine(Protocol):

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from farflung.engine.argmax import best, silenced, tempered
 from farflung.engine.attention import is_worth_sharing
 from farflung.engine.base import Completion, Request
-from farflung.engine.fingerprint_tap import Sketches, tapped
 from farflung.engine.kv_cache import compacted
 from farflung.engine.noise import exponential
 from farflung.engine.rows import DecodeBatch
@@ -66,10 +65,9 @@ def _complete(
 ) -> list[Completion | None]:
     prompts = {request.prompt_ids for request in requests}
     is_shared = is_plain and is_worth_sharing(list(prompts), len(requests))
-    with tapped(model, requests) as tap:
-        horizon = max(map(len, prompts)) + max(request.max_new_tokens for request in requests)
-        rows = rows_of(batching)(model, horizon, tap, is_plain=is_plain, is_shared=is_shared)
-        return _decode(rows, requests, eos_ids, should_stop, slots, stops)
+    horizon = max(map(len, prompts)) + max(request.max_new_tokens for request in requests)
+    rows = rows_of(batching)(model, horizon, is_plain=is_plain, is_shared=is_shared)
+    return _decode(rows, requests, eos_ids, should_stop, slots, stops)
 
 
 def batches(requests: Sequence[Request], batching: Batching, slots: int) -> Iterator[list[Request]]:
@@ -102,7 +100,7 @@ def _decode(
     stops: Stops | None,
 ) -> list[Completion | None]:
     record = _Record(requests, _Ending(eos_ids, stops, rows.device), rows.device)
-    sampler, sketches, joined, idle = _Sampler(rows.device), None, 0, 0
+    sampler, joined, idle = _Sampler(rows.device), 0, 0
     while not (should_stop is not None and should_stop()):
         idle += slots - len(rows)
         if count := _joining(rows, slots, len(requests) - joined, idle):
@@ -113,9 +111,6 @@ def _decode(
             joined, idle = joined + count, 0
         if not len(rows):
             break
-        if rows.fed_BD is not None:
-            sketches = sketches or Sketches(requests, rows.fed_BD.shape[-1], rows.device)
-            sketches.add(rows.fed_BD, record.row_B, record.position_B)
         token_B, logp_B = sampler.pick(rows.logits_BV, record.position_B)
         live_B = record.add(token_B, logp_B)
         if live_B is not None:
@@ -124,7 +119,7 @@ def _decode(
                 part.keep(live_B)
         if len(rows):
             rows.advance(token_B)
-    return record.completions(sketches)
+    return record.completions()
 
 
 def _joining(rows: DecodeBatch | WholeTextBatch, slots: int, waiting: int, idle: int) -> int:
@@ -255,10 +250,9 @@ class _Record:
         self.row_B, self.position_B = self.row_B[live_B], self.position_B[live_B]
         self._ending.keep(live_B)
 
-    def completions(self, sketches: Sketches | None) -> list[Completion | None]:
+    def completions(self) -> list[Completion | None]:
         ids, logp = self._ids_RT.tolist(), self._logp_RT.tolist()
-        shown = [b""] * len(ids) if sketches is None else sketches.packed()
         return [
-            Completion(tuple(ids[row][:length]), tuple(logp[row][:length]), shown[row]) if length else None
+            Completion(tuple(ids[row][:length]), tuple(logp[row][:length])) if length else None
             for row, length in enumerate(self._length_R.tolist())
         ]

@@ -66,14 +66,6 @@ def exponential(
     return noise_BV
 
 
-def gumbel_at(
-    seed_N: Integers, position_N: Integers | int, token_N: Integers, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Noise of one token each, float32 (N,): what a bound on the margin needs, without the whole vocabulary."""
-    hash_N = torch.from_numpy(bits_at(seed_N, position_N, token_N).view(np.int32)).to(device)
-    return _to_gumbel(_top23(hash_N).float())
-
-
 def bits(seed_B: Integers, position_B: Integers | int, vocab: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The 32 hash bits of every token for each row, int32 (B, V) bit for bit equal to `bits_numpy`."""
     hash_BV = torch.empty(len(seed_B), vocab, dtype=torch.int32, device=device)

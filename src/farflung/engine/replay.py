@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from farflung.engine.argmax import best, log_sum_exp, silenced, tempered
 from farflung.engine.base import Replay, Request
-from farflung.engine.fingerprint_tap import sketches, tapped
 from farflung.engine.noise import gumbel
 from farflung.numerics.packing import ROW_TOKENS, PackedRows, Text, Tree, rows_of, trees
 
@@ -95,16 +94,11 @@ def _replay_chunk(
     model: PreTrainedModel, chunk: Sequence[Tree], items: Sequence[Item], reading: Reading
 ) -> list[Replay]:
     chosen = [items[index] for tree in chunk for index in tree.members]
-    requests, sizes = [request for request, _ in chosen], [len(ids) for _, ids in chosen]
-    rows = _rows(chunk, items)
-    with tapped(model, requests) as tap:
-        logits_KV, which_N = _kept_logits(model, rows, reading)
+    sizes, rows = [len(ids) for _, ids in chosen], _rows(chunk, items)
+    logits_KV, which_N = _kept_logits(model, rows, reading)
     logits_NV = logits_KV if rows.is_plain else logits_KV[which_N]
-    fed_KD = None if tap is None else tap.fed_BD[-len(logits_KV) :]  # a row read alone has its prompt before them
-    found = [None] * len(chosen) if fed_KD is None else sketches(fed_KD[which_N], requests, sizes)
     seen_5N = _compare(logits_NV, chosen, sizes)
-    parts = np.split(seen_5N, np.cumsum(sizes)[:-1], axis=1)
-    return [Replay(*part_5R, sketch) for part_5R, sketch in zip(parts, found, strict=True)]
+    return [Replay(*part_5R) for part_5R in np.split(seen_5N, np.cumsum(sizes)[:-1], axis=1)]
 
 
 def _kept_logits(model: PreTrainedModel, rows: PackedRows, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from farflung.engine.attention import HELD_IN, Held, SharedPrompts, attending, masked
 from farflung.engine.base import Request
-from farflung.engine.fingerprint_tap import Tap
 from farflung.engine.kv_cache import PreallocatedCache
 
 _Prompt = tuple[int, ...]
@@ -24,7 +23,6 @@ class _Answers(NamedTuple):
 
     prompts: list[_Prompt]
     logits_GV: torch.Tensor
-    fed_GD: torch.Tensor | None
 
     def of(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         """Which prompt each request has, and how long that is (B,)."""
@@ -34,13 +32,11 @@ class _Answers(NamedTuple):
 
     def only(self, kept: list[int]) -> "_Answers":
         """Those of some prompts."""
-        fed_GD = None if self.fed_GD is None else self.fed_GD[kept]
-        return _Answers([self.prompts[index] for index in kept], self.logits_GV[kept], fed_GD)
+        return _Answers([self.prompts[index] for index in kept], self.logits_GV[kept])
 
     def and_of(self, other: "_Answers") -> "_Answers":
         """Those of other prompts behind them."""
-        fed_GD = None if self.fed_GD is None or other.fed_GD is None else torch.cat([self.fed_GD, other.fed_GD])
-        return _Answers(self.prompts + other.prompts, torch.cat([self.logits_GV, other.logits_GV]), fed_GD)
+        return _Answers(self.prompts + other.prompts, torch.cat([self.logits_GV, other.logits_GV]))
 
 
 class _Read(NamedTuple):
@@ -61,20 +57,17 @@ class DecodeBatch:
     """
 
     logits_BV: torch.Tensor
-    fed_BD: torch.Tensor | None = None
-    """The output head's input for these logits, if there is a tap."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         horizon: int,
-        tap: Tap | None = None,
         *,
         is_plain: bool = False,
         is_shared: bool = False,
     ) -> None:
         """`horizon` is the most positions that a row may come to; only plain attention (`attention.py`) is shared."""
-        self._model, self._horizon, self._tap = model, horizon, tap
+        self._model, self._horizon = model, horizon
         self._is_plain, self._is_shared = is_plain, is_shared
         self._shared: SharedPrompts | None = None
         self._start_B = torch.empty(0, dtype=torch.long)
@@ -116,11 +109,10 @@ class DecodeBatch:
         if self._is_plain:
             held = Held(None if hidden_BT is None else masked(hidden_BT), self._shared)
             with attending(self._model):
-                found = self._forward(self._cache, token_B[:, None], place_B1, None, held=held)
+                self.logits_BV = self._forward(self._cache, token_B[:, None], place_B1, None, held=held)
         else:
             mask_BT = None if hidden_BT is None else (~hidden_BT).long()
-            found = self._forward(self._cache, token_B[:, None], place_B1, mask_BT)
-        self.logits_BV, self.fed_BD = found
+            self.logits_BV = self._forward(self._cache, token_B[:, None], place_B1, mask_BT)
 
     def keep(self, live_B: torch.Tensor) -> None:
         """Go on with these rows; the logits are the caller's to make anew."""
@@ -139,7 +131,7 @@ class DecodeBatch:
         cache = PreallocatedCache(self._model, self._horizon, HELD_IN if self._is_plain else None)
         seen_GT = place_GT >= 0
         mask_GT = None if seen_GT.all() else seen_GT.long()
-        answers = _Answers(prompts, *self._forward(cache, ids_GT, place_GT.clamp_(min=0), mask_GT))
+        answers = _Answers(prompts, self._forward(cache, ids_GT, place_GT.clamp_(min=0), mask_GT))
         return _Read(answers, cache, seen_GT)
 
     def _begin(self, read: _Read, requests: Sequence[Request]) -> None:
@@ -155,7 +147,6 @@ class DecodeBatch:
             self._column = int(length_B.max())
             self._start_B, self._before_B = self._column - length_B, nothing_B
         self.logits_BV = read.answers.logits_GV[asked_B]
-        self.fed_BD = None if read.answers.fed_GD is None else read.answers.fed_GD[asked_B]
 
     def _share(self, shared: SharedPrompts, prompts: list[_Prompt], requests: Sequence[Request]) -> None:
         """More rows, of which only those prompts are read that are not here already."""
@@ -181,8 +172,6 @@ class DecodeBatch:
     def _extend(self, answers: _Answers, asked_B: torch.Tensor, start_B: torch.Tensor, before_B: torch.Tensor) -> None:
         self._start_B, self._before_B = torch.cat([self._start_B, start_B]), torch.cat([self._before_B, before_B])
         self.logits_BV = torch.cat([self.logits_BV, answers.logits_GV[asked_B]])
-        if self.fed_BD is not None and answers.fed_GD is not None:
-            self.fed_BD = torch.cat([self.fed_BD, answers.fed_GD[asked_B]])
 
     def _forget(self, longest: int) -> None:
         """Leave out the first columns, which belong to rows that have left, but for what the longest prompt needs."""
@@ -199,8 +188,8 @@ class DecodeBatch:
         place_BT: torch.Tensor,
         mask_BT: torch.Tensor | None,
         **options: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of each row's last token, and what the head was fed for them."""
+    ) -> torch.Tensor:
+        """Logits of each row's last token."""
         options |= {_cache_name(type(self._model)): cache.layers}
         # The last column by mask, not by slice: a strided bf16 input makes the output head 1,000 times slower on CPUs.
         is_last_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
@@ -213,8 +202,7 @@ class DecodeBatch:
             logits_to_keep=is_last_BT,
             **options,
         )
-        fed_BD = None if self._tap is None else self._tap.fed_BD
-        return out.logits.view(len(ids_BT), -1).contiguous(), fed_BD
+        return out.logits.view(len(ids_BT), -1).contiguous()
 
 
 @once

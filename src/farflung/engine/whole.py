@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Request
-from farflung.engine.fingerprint_tap import Tap
 
 
 class WholeTextBatch:
@@ -20,10 +19,9 @@ class WholeTextBatch:
 
     may_grow = True
     logits_BV: torch.Tensor
-    fed_BD: torch.Tensor | None = None
 
-    def __init__(self, model: PreTrainedModel, _horizon: int, tap: Tap | None = None, **_: Any) -> None:
-        self._model, self._tap = model, tap
+    def __init__(self, model: PreTrainedModel, _horizon: int, **_: Any) -> None:
+        self._model = model
         self._texts: list[list[int]] = []
 
     def __len__(self) -> int:
@@ -50,10 +48,8 @@ class WholeTextBatch:
         self._texts = [self._texts[row] for row in live_B.tolist()]
 
     def _say(self) -> None:
-        logits, fed = [], []
+        logits = []
         for text in self._texts:
             out = self._model(input_ids=torch.tensor([text], device=self.device), use_cache=False)
             logits.append(out.logits[0, -1])
-            if self._tap is not None:
-                fed.append(self._tap.fed_BD[-1])
-        self.logits_BV, self.fed_BD = torch.stack(logits), torch.stack(fed) if fed else None
+        self.logits_BV = torch.stack(logits)

@@ -37,11 +37,6 @@ def pass_rate(count: Count) -> float:
     return (count.right + 1.0) / (count.tried + 2.0)
 
 
-def tokens_needed(count: Count, max_new_tokens: int) -> float:
-    """Tokens that a sample takes on average, at most `budget`, which is also the guess for an untried task."""
-    return min(float(max_new_tokens), count.tokens / count.tried) if count.tried else float(max_new_tokens)
-
-
 def worth(count: Count) -> float:
     """How much a group of this task has to teach, in (0, 1]: 4 p (1 - p), the reward's variance over its largest."""
     rate = pass_rate(count)

@@ -36,13 +36,12 @@ from farflung.protocol.errors import ConfigError
 from farflung.protocol.shown import one_line
 from farflung.tasks.create_run import Model
 from farflung.tasks.model_check import refuse_long
-from farflung.trust import fingerprint_distance
 from farflung.trust.bounds import calibrate, growth
 from farflung.trust.evidence import ALPHA, Profile, Scope, Seen, flips, to_json
 
 log = logging.getLogger(__name__)
 SHORT = (1, 2, 4, 8)
-"""Completions of so few tokens are among the others: their fingerprints are the farthest."""
+"""Completions of so few tokens are among the others, for runs whose answers are short."""
 PROMPTS = 1024
 REPLAYED_AT_LEAST = 16
 CHEAT_PART = 0.25
@@ -104,8 +103,6 @@ class Played(NamedTuple):
     seen: Seen
     noise: np.ndarray
     """By how much the generator's log-probability of each token differs from the verifier's."""
-    distance: float | None
-    """Of the fingerprints, where the engine makes them."""
 
 
 def write_profile(
@@ -180,10 +177,6 @@ def make_profile(
     tolerance = TOLERANCE[dtype] / under.temperature
     profile = calibrate(name, seen, tried, noise=noise, tolerance=tolerance, scope=under.scope)
     profile = msgspec.structs.replace(profile, holds_published=not engine_url)
-    distances = [one.distance for one in honest if one.distance is not None]
-    if distances:
-        profile = msgspec.structs.replace(profile, fingerprint=round(fingerprint_distance.bound(distances), 4))
-        log.info("fingerprints farthest=%.4f bound=%.4f", max(distances), profile.fingerprint)
     _report(profile, {"honest": seen, **tried})
     return profile
 
@@ -239,12 +232,12 @@ def _play(
     at_once = (
         int(2 * tokens / under.max_new_tokens) if kind.is_older else REPLAYED_AT_LEAST
     )  # a process is slow to start
-    chunk, nonce = max(kind.rows, at_once), secrets.token_hex(32)
+    chunk = max(kind.rows, at_once)
     endless = zip(itertools.cycle(under.prompts), itertools.cycle(under.budgets), strict=False)
     seen, said, threads = 0, time.monotonic(), torch.get_num_threads()
     while seen < tokens:
         requests = [
-            Request(prompt, secrets.randbits(64), under.temperature, max_new_tokens, nonce)
+            Request(prompt, secrets.randbits(64), under.temperature, max_new_tokens)
             for prompt, max_new_tokens in itertools.islice(endless, chunk)
         ]
         torch.set_num_threads(kind.threads)
@@ -260,10 +253,8 @@ def _play(
 
 
 def _played(done: Completion, replay: Replay) -> Played:
-    assert replay.sketch is not None, "every request here asks for a fingerprint"
-    far = fingerprint_distance.distance(done.fingerprint, replay.sketch) if done.fingerprint else None
     seen = Seen(replay.gap, replay.margin, replay.pick, replay.lead)
-    return Played(seen, np.array(done.logp) - replay.logp, far)
+    return Played(seen, np.array(done.logp) - replay.logp)
 
 
 def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:

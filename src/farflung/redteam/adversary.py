@@ -4,7 +4,6 @@ For runs of one's own only. Beside its key each adversary writes cheats.jsonl, a
 the seeds would have given, the CPU-seconds that its own way took, and what the coordinator answered.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from farflung.engine.base import Completion, Engine, Request
-from farflung.protocol import fingerprint, wire
+from farflung.protocol import wire
 from farflung.protocol.errors import Ejected, FarflungError, LeaseGone, Unreachable
 from farflung.protocol.messages import Lease, Submission
 from farflung.protocol.stops import Stops
@@ -85,20 +84,8 @@ class Cheating:
         self.attack.load(kept)
 
     def generate(self, requests: Sequence[Request], should_stop: Stop = None) -> Made:
-        """Whatever the attack says, with fingerprints that fit it: they are the cheaper part of a forgery."""
-        return self._fingerprinted(requests, self.attack.generate(requests, should_stop))
-
-    def _fingerprinted(self, requests: Sequence[Request], made: Made) -> Made:
-        bare = [
-            i
-            for i, (request, done) in enumerate(zip(requests, made, strict=True))
-            if done is not None and request.nonce and not done.fingerprint
-        ]
-        seen = self.truth.replay([(requests[i], made[i].ids) for i in bare]) if bare else []
-        found = list(made)
-        for i, replay in zip(bare, seen, strict=True):
-            found[i] = dataclasses.replace(made[i], fingerprint=fingerprint.pack(replay.sketch))
-        return found
+        """Whatever the attack says."""
+        return self.attack.generate(requests, should_stop)
 
 
 class Adversary(Worker):

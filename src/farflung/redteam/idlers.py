@@ -10,7 +10,6 @@ from typing import ClassVar
 from farflung.engine.base import Completion, Request
 from farflung.net.client import Client
 from farflung.protocol.errors import FarflungError
-from farflung.protocol.fingerprint import NUMBERS
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import (
     VERSION,
@@ -53,7 +52,7 @@ class StalePartial(Patient):
     def _made_up(self, request: Request) -> Completion:
         words = [token for token in request.prompt_ids if token not in self.truth.eos_ids] or [0]
         ids = tuple(random.choices(words, k=request.max_new_tokens))
-        return Completion(ids, (0.0,) * len(ids), bytes([20]) * NUMBERS if request.nonce else b"")
+        return Completion(ids, (0.0,) * len(ids))
 
     async def send(self, worker: Worker, lease: Lease, submission: Submission) -> None:
         while submission.partial and self._is_early(worker, lease):

@@ -1,8 +1,7 @@
 """Attacks on messages, and on the choice of work. Each docstring says the gain, then the layer that stops it."""
 
 import gzip
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -10,7 +9,6 @@ import msgspec
 from farflung.engine.base import Request
 from farflung.net.client import Client
 from farflung.protocol import wire
-from farflung.protocol.fingerprint import NUMBERS
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import (
     VERSION,
@@ -107,56 +105,6 @@ class ForgedLogp(Attack):
     def alter(self, lease: Lease, submission: Submission) -> Submission:
         sure = [wire.pack_floats([0.0] * (len(one.ids) // 4)) for one in submission.rollouts]
         return msgspec.structs.replace(submission, logp=sure)
-
-
-class ForgedFingerprint(Attack):
-    """Paid without reading the prompt: fingerprints that it kept from its first lease; fingerprint."""
-
-    aim: ClassVar[Aim] = "pay"
-
-    def __init__(self) -> None:
-        self._kept: list[bytes] = []
-
-    def alter(self, lease: Lease, submission: Submission) -> Submission:
-        if not self._kept:
-            self._kept = [one.fingerprint for one in submission.rollouts]
-            return submission
-        return with_fingerprints(submission, itertools.cycle(self._kept))
-
-
-class ConstantFingerprint(Attack):
-    """Paid without any activations, the same bytes for every rollout; fingerprint."""
-
-    aim: ClassVar[Aim] = "pay"
-    value: ClassVar[int] = 20
-
-    def alter(self, lease: Lease, submission: Submission) -> Submission:
-        return with_fingerprints(submission, itertools.repeat(bytes([self.value]) * NUMBERS))
-
-
-class ZeroFingerprint(ConstantFingerprint):
-    """Paid without any activations, hoping that zeros lie within every tolerance; fingerprint."""
-
-    value: ClassVar[int] = 0
-
-
-class MissingFingerprint(Attack):
-    """Paid without any activations, hoping that nothing to compare passes; sanity."""
-
-    is_at_the_door: ClassVar[bool] = True
-    aim: ClassVar[Aim] = "pay"
-
-    def alter(self, lease: Lease, submission: Submission) -> Submission:
-        return with_fingerprints(submission, itertools.repeat(b""))
-
-
-def with_fingerprints(submission: Submission, fingerprints: Iterable[bytes]) -> Submission:
-    """The submission with other fingerprints. Without any of its own it stays as it is: the run asks for none."""
-    if not any(one.fingerprint for one in submission.rollouts):
-        return submission
-    pairs = zip(submission.rollouts, fingerprints, strict=False)
-    rollouts = [msgspec.structs.replace(one, fingerprint=other) for one, other in pairs]
-    return msgspec.structs.replace(submission, rollouts=rollouts)
 
 
 class Replayed(Attack):

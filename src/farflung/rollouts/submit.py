@@ -28,7 +28,6 @@ def requests_of(lease: Lease) -> list[tuple[str, Request]]:
                 sample.seed,
                 lease.temperature,
                 lease.max_new_tokens,
-                lease.nonce if lease.fingerprint else "",
             ),
         )
         for group in lease.groups
@@ -48,10 +47,7 @@ def submission_of(
 ) -> Submission:
     """The message that carries completed samples."""
     return Submission(
-        rollouts=[
-            SubmittedRollout(rollout=rollout, ids=wire.pack_ids(item.ids), fingerprint=item.fingerprint)
-            for rollout, item in done
-        ],
+        rollouts=[SubmittedRollout(rollout=rollout, ids=wire.pack_ids(item.ids)) for rollout, item in done],
         possession=possession,
         partial=len(done) < assigned,
         logp=[wire.pack_floats(item.logp) for _, item in done],

@@ -8,8 +8,7 @@ import numpy as np
 
 from farflung.protocol import wire
 from farflung.protocol.digest import digest_of
-from farflung.protocol.errors import Malformed, Rejected
-from farflung.protocol.fingerprint import unpack
+from farflung.protocol.errors import Rejected
 from farflung.protocol.messages import Lease, Submission, SubmissionBody, SubmittedRollout
 from farflung.protocol.stops import Stops
 
@@ -42,8 +41,6 @@ def inspect(
     if not submission.partial and len(named) != len(assigned):
         raise Rejected(f"lease {lease.lease} assigns {len(assigned)} rollouts, {len(named)} came; send all of them")
     tokens = {r.rollout: _length(r, lease.max_new_tokens, vocab, eos_ids, stops) for r in submission.rollouts}
-    for rollout in submission.rollouts:
-        _check_fingerprint(rollout, lease)
     body = msgspec.msgpack.encode(SubmissionBody(lease=lease.lease, node=node, rollouts=list(submission.rollouts)))
     return ValidSubmission(
         lease=lease,
@@ -83,17 +80,6 @@ def _end(ids: np.ndarray[Any, np.dtype[np.uint32]], eos_ids: frozenset[int]) -> 
         ends |= ids == eos
     first = int(ends.argmax())
     return first + 1 if ends[first] else 0
-
-
-def _check_fingerprint(rollout: SubmittedRollout, lease: Lease) -> None:
-    """A missing fingerprint must not pass for a good one, nor one that no validator will look at be stored."""
-    if not lease.fingerprint and rollout.fingerprint:
-        raise Rejected(f"rollout {rollout.rollout} has a fingerprint; lease {lease.lease} asks for none")
-    if lease.fingerprint:
-        try:
-            unpack(rollout.fingerprint)
-        except Malformed as error:
-            raise Rejected(f"rollout {rollout.rollout}: {error}; lease {lease.lease} asks for one") from error
 
 
 def _logp(submission: Submission, tokens: dict[str, int]) -> bytes:

@@ -141,8 +141,6 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Margin above which a flip is no rounding."""
     q_far: Annotated[float, Meta(gt=0, le=1e-3)] = Q_FAR
     """Upper bound on the honest probability of a far flip."""
-    fingerprint: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """Farthest that an honest fingerprint may be (`trust/fingerprint_distance.py`); 0 if that was not calibrated."""
     holds_published: bool = True
     """Whether an engine of this kind still has the published values, so that it can show possession of them."""
     margin: Annotated[float, Meta(ge=1)] = 1.0

@@ -120,10 +120,6 @@ class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens that were not what the seed gives, near-ties of honest numerics among them."""
     log_ratios: tuple[float, ...]
     """ln of the likelihood ratio against each of `evidence.CHEATS`."""
-    distance: float = 0.0
-    """Of its fingerprint from the verifier's, where the lease asked for one."""
-    is_far: bool = False
-    """Whether that is more than its profile allows; see `farflung.trust.fingerprint_distance`."""
     allowed: float = 0.0
     """How many flips its profile allows on average."""
     liked: Count = 0

@@ -7,7 +7,6 @@ from msgspec import Meta
 from farflung.protocol.messages.bounds import (
     MAX_SAMPLES,
     Digest,
-    Fingerprint,
     Floats,
     Id,
     Ids,
@@ -29,8 +28,6 @@ class AuditRollout(Message, frozen=True):
     prompt_ids: Ids
     seed: Seed
     ids: Ids
-    fingerprint: Fingerprint = b""
-    """As it was sent."""
 
 
 class AuditJob(Message, frozen=True):
@@ -54,8 +51,6 @@ class AuditJob(Message, frozen=True):
     """Whether this is the second opinion on a would-be ejection, and other explanations are to be tried."""
     manifest_before: MaybeDigest = ""
     """Of the step before, one of these explanations."""
-    fingerprint: MaybeDigest = ""
-    """The lease's nonce, with which the fingerprints were made; empty if none were asked for."""
 
 
 class AuditJobs(Message, frozen=True):
@@ -75,8 +70,6 @@ class RolloutEvidence(Message, frozen=True):
     """The policy's own probability of the seeded pick."""
     lead: Floats
     """By how much the policy itself prefers the runner-up to the pick, in nats."""
-    distance: Annotated[float, Meta(ge=0, le=1e6)] | None = None
-    """Of the fingerprint that was sent from the validator's own; required if the audit names a nonce for it."""
 
 
 class Explanation(Message, frozen=True):

@@ -24,8 +24,6 @@ Name = Annotated[str, Meta(max_length=80, pattern=r"^[\w .:/+@()-]*(?!\n)$")]
 Line = Annotated[str, Meta(max_length=500)]
 Ids = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 Floats = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
-Fingerprint = Annotated[bytes, Meta(max_length=32)]
-"""Signed bytes, of which `farflung.protocol.fingerprint` tells the meaning; empty for none."""
 Public = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]

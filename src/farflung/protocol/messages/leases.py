@@ -54,8 +54,6 @@ class Lease(Message, frozen=True):
     """Key that chooses the slices of the weights of which the submission shows possession."""
     expires_at: Seconds
     groups: Annotated[list[LeaseGroup], Meta(min_length=1, max_length=MAX_SAMPLES)]
-    fingerprint: bool = False
-    """Whether every rollout must carry a fingerprint, made with the nonce."""
 
 
 class LeaseRequest(Message, frozen=True):

@@ -8,7 +8,6 @@ from farflung.protocol.messages.bounds import (
     MAX_SAMPLES,
     Count,
     Digest,
-    Fingerprint,
     Floats,
     Id,
     Ids,
@@ -19,16 +18,14 @@ from farflung.protocol.messages.bounds import (
 
 
 class SubmittedRollout(Message, frozen=True, omit_defaults=True):
-    """One finished sample; a fingerprint that is empty is left out."""
+    """One finished sample."""
 
     rollout: Id
     ids: Ids
-    fingerprint: Fingerprint = b""
-    """Of the activations behind its first tokens, if the lease asks for it."""
 
 
 class SubmissionBody(Message, frozen=True):
-    """The part that is stored and hashed: lease, node, tokens and fingerprints, nothing else."""
+    """The part that is stored and hashed: lease, node and tokens, nothing else."""
 
     lease: Id
     node: Id
