@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from verification import SMOL, Kind, engine, say, tensors
 
 from farflung.engine.base import Request
+from farflung.engine.cpu.malloc import keep_freed_memory
 from farflung.engine.local import LocalEngine
-from farflung.engine.malloc import keep_freed_memory
 from farflung.engine.vllm import VllmEngine
 from farflung.envs.reasoning_gym import ReasoningGym
 

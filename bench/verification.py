@@ -27,9 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farflung.audits.tripwire import tripped
-from farflung.engine import decode
 from farflung.engine.arithmetic import arithmetic, rounded
 from farflung.engine.base import Request
+from farflung.engine.cpu import decode
 from farflung.engine.loading import build
 from farflung.engine.local import LocalEngine
 from farflung.envs.sums import Sums

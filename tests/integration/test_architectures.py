@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from farflung.engine import noise, ways  # noqa: E402
+from farflung.engine import local, noise, ways  # noqa: E402
 from farflung.engine.base import Completion, Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.engine.ways import SLOWEST, Ways  # noqa: E402
@@ -143,6 +143,15 @@ def test_all_who_compute_with_a_model_agree(name: str) -> None:
     assert engine.ways.batching != "whole", "a cache that holds is taken"
     check(engine)
     assert "decoding=" in str(agree(engine))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_plain_loop_of_other_devices_agrees_too(name: str, monkeypatch) -> None:
+    for module in (local, ways):
+        monkeypatch.setattr(module, "is_for_cpu", lambda *_: False)
+    engine = LocalEngine(model_of(name), eos_ids=[2], max_rows=3)
+    assert engine.ways.batching != "whole", "a cache that holds is taken"
+    check(engine)
 
 
 def test_a_plain_model_keeps_every_fast_way() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from farflung.engine import attention, noise  # noqa: E402
-from farflung.engine import decode as decode_module  # noqa: E402
+from farflung.engine import noise, plain  # noqa: E402
 from farflung.engine import replay as replay_module  # noqa: E402
 from farflung.engine.base import Completion, Request  # noqa: E402
+from farflung.engine.cpu import attention  # noqa: E402
+from farflung.engine.cpu import decode as decode_module  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.engine.ways import attends_plainly  # noqa: E402
 from farflung.protocol.errors import ConfigError, WeightsError  # noqa: E402
@@ -97,6 +99,25 @@ def test_other_families_of_models(family: str) -> None:
     said = engine.generate(asked)
     assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in asked]
     assert margins(engine, asked, said).max() < NEAR_TIE
+
+
+def test_the_plain_loop_says_what_the_decoder_for_cpus_says(tiny_qwen) -> None:
+    moves = np.zeros((2, 32), np.uint8)
+    moves[0, 4:12], moves[1, 4:12] = 1, DONE
+    engine = LocalEngine(tiny_qwen(), eos_ids=[1], stops=Stops(moves))
+    temperatures = itertools.cycle([1.0, 0.0, 0.7])
+    asked = [replace(one, temperature=t) for one, t in zip(requests(24), temperatures, strict=False)]
+    expected = engine.generate(asked)
+    for slots, batching in ((64, "padded"), (5, "padded"), (5, "level"), (1, "whole")):
+        with torch.inference_mode():
+            said = plain.decode(engine.model, asked, engine.eos_ids, None, slots, batching, engine.stops)
+        assert [one.ids for one in said] == [one.ids for one in expected]
+        for one, other in zip(said, expected, strict=True):
+            np.testing.assert_allclose(one.logp, other.logp, atol=1e-4)
+    left = iter([False] * 3)
+    some = plain.decode(engine.model, asked, engine.eos_ids, lambda: next(left, True))
+    assert all(one is None or one.ids == whole.ids for one, whole in zip(some, expected, strict=True))
+    assert None in some
 
 
 def test_alone_and_in_a_batch_the_same_tokens(tiny_qwen) -> None:

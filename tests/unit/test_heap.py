@@ -12,7 +12,7 @@ LARGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SCRIPT = """
 import re, resource
 from pathlib import Path
-from farflung.engine.malloc import keep_freed_memory
+from farflung.engine.cpu.malloc import keep_freed_memory
 
 def seen(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) >> 10

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from farflung.engine import matmul
-from farflung.engine.matmul import LEAST_WEIGHT, can_multiply, optimise_linears
+from farflung.engine.cpu import matmul
+from farflung.engine.cpu.matmul import LEAST_WEIGHT, can_multiply, optimise_linears
 
 WIDTH, HEIGHT = 192, LEAST_WEIGHT // 192 + 1
 ROWS = (1, 2, 40, 41, 64, 65)

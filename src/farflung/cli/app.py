@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 from cyclopts import App, Group, Parameter
 
 from farflung.config import Config, load
-from farflung.engine.malloc import keep_freed_memory
+from farflung.engine.cpu.malloc import keep_freed_memory
 from farflung.launch.logs import start_logging
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.shown import one_line

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from farflung.engine import plain
 from farflung.engine.base import Completion, Replay, Request
-from farflung.engine.decode import decode
+from farflung.engine.cpu import decode as cpu
+from farflung.engine.cpu.matmul import optimise_linears
 from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
-from farflung.engine.matmul import optimise_linears
 from farflung.engine.replay import replay
-from farflung.engine.ways import Ways, find_ways
+from farflung.engine.ways import Ways, find_ways, is_for_cpu
 from farflung.numerics.trying import Trial
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
@@ -101,8 +102,10 @@ class LocalEngine:
             return []
         ways = self.ways
         refuse_unsteady(ways.most_tokens, max(len(one.prompt_ids) + one.max_new_tokens for one in requests))
-        how = ways.is_plain, self.max_rows, ways.batching
-        return decode(self.model, requests, self.eos_ids, should_stop, *how, stops=self.stops)
+        asked = self.model, requests, self.eos_ids, should_stop
+        if is_for_cpu(self.model, ways.batching):
+            return cpu.decode(*asked, ways.is_plain, self.max_rows, ways.batching, self.stops)
+        return plain.decode(*asked, self.max_rows, ways.batching, self.stops)
 
     @torch.inference_mode()
     def replay(self, items: Sequence[tuple[Request, Sequence[int]]], *, alone: bool = False) -> list[Replay]:

@@ -11,10 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Request
-from farflung.engine.decode import Batching, batches, rows_of
+from farflung.engine.cpu.rows import DecodeBatch
+from farflung.engine.plain import Batching, PlainBatch, batches
 from farflung.engine.replay import Reading, read
-from farflung.engine.rows import DecodeBatch
-from farflung.engine.whole import WholeTextBatch
 from farflung.numerics.trying import Text, Trial, first_that_holds, remembers_all, steady_tokens, tried
 
 
@@ -22,7 +21,7 @@ class Ways(NamedTuple):
     """The ways that one model allows."""
 
     is_plain: bool
-    """Whether a token's attention may be taken by plain products (`attention.py`)."""
+    """Whether a token's attention may be taken by plain products (`cpu/attention.py`)."""
     batching: Batching
     reading: Reading
     most_tokens: int | None
@@ -57,18 +56,32 @@ def _decodes(trial: Trial, batching: Batching, **how: bool) -> bool:
         asked = [Request(text.prompt, index, 0.0, len(text.tail)) for index, text in enumerate(texts)]
         horizon = max(len(text.prompt + text.tail) for text in texts)
         found: dict[int, torch.Tensor] = {}
-        for batch in batches(asked, batching, len(asked)):
-            which = [request.seed for request in batch]
-            rows = rows_of(batching)(trial.model, horizon, **how)
+        for which in batches(asked, batching, len(asked)):
+            rows = _rows(trial.model, [asked[index] for index in which], batching, horizon, **how)
             found |= zip(which, _followed(rows, [texts[index] for index in which]), strict=True)
         return [found[index] for index in range(len(texts))]
 
     return trial.holds(decoded)
 
 
-def _followed(rows: DecodeBatch | WholeTextBatch, texts: Sequence[Text]) -> list[torch.Tensor]:
+def _rows(
+    model: PreTrainedModel, requests: Sequence[Request], batching: Batching, horizon: int, **how: bool
+) -> DecodeBatch | PlainBatch:
+    """The rows of a batch as `LocalEngine.generate` decodes them."""
+    if not is_for_cpu(model, batching):
+        return PlainBatch(model, requests, is_cached=batching != "whole")
+    rows = DecodeBatch(model, horizon, **how)
+    rows.join(requests)
+    return rows
+
+
+def is_for_cpu(model: PreTrainedModel, batching: Batching) -> bool:
+    """Whether the decoder that is made for CPUs is the one to take."""
+    return model.device.type == "cpu" and batching != "whole"
+
+
+def _followed(rows: DecodeBatch | PlainBatch, texts: Sequence[Text]) -> list[torch.Tensor]:
     """Logits (T, V) of the tokens of each text as its rows go on; of several the first leaves halfway."""
-    rows.join([Request(text.prompt, 0, 0.0, len(text.tail)) for text in texts])
     seen: list[list[torch.Tensor]] = [[] for _ in texts]
     live = list(range(len(texts)))
     for step, tokens in enumerate(zip(*(text.tail for text in texts), strict=True)):

@@ -79,7 +79,7 @@ def _import_torch(model: str) -> None:
     import farflung.trainer
     import farflung.validator
     import farflung.worker  # noqa: F401
-    from farflung.engine.malloc import keep_freed_memory
+    from farflung.engine.cpu.malloc import keep_freed_memory
     from farflung.learner.pretrained import check_pretrained
 
     torch.set_num_threads(1)

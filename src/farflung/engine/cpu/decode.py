@@ -3,25 +3,20 @@
 Legend: R requests, B live rows, T positions, V vocabulary, K positions of noise made ahead.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.argmax import best, silenced, tempered
-from farflung.engine.attention import is_worth_sharing
 from farflung.engine.base import Completion, Request
-from farflung.engine.kv_cache import compacted
+from farflung.engine.cpu.attention import is_worth_sharing
+from farflung.engine.cpu.kv_cache import compacted
+from farflung.engine.cpu.rows import DecodeBatch
 from farflung.engine.noise import exponential
-from farflung.engine.rows import DecodeBatch
-from farflung.engine.whole import WholeTextBatch
+from farflung.engine.plain import Batching, batches
 from farflung.protocol.stops import DONE, Stops
 
-Batching = Literal["padded", "level", "alone", "whole"]
-"""Prompts of all lengths in one batch, of one length each, one row at a time; or all rows, each read whole for a token,
-for models that have no use for a cache."""
 _PATIENCE, _FEW = 2, 64
 """Requests join once slots have been idle for as much as so many steps of the whole batch, fewer where it is small."""
 _NOISE_AHEAD = 1 << 16
@@ -43,13 +38,11 @@ def decode(
     Each token is argmax(logits / T + Gumbel noise), or argmax(logits) where T = 0; finished rows leave the batch.
     The longest prompts come first. The `is_plain` and `batching` that a model allows are found by `ways.py`.
     """
-    order = sorted(range(len(requests)), key=lambda index: first(requests[index]))
     found: list[Completion | None] = [None] * len(requests)
-    done: list[Completion | None] = []
-    for batch in batches([requests[one] for one in order], batching, slots):
-        done += _complete(model, batch, eos_ids, should_stop, is_plain, slots, batching, stops)
-    for place, completion in zip(order, done, strict=True):
-        found[place] = completion
+    for batch in batches(requests, batching, slots):
+        done = _complete(model, [requests[index] for index in batch], eos_ids, should_stop, is_plain, slots, stops)
+        for index, completion in zip(batch, done, strict=True):
+            found[index] = completion
     return found
 
 
@@ -60,39 +53,17 @@ def _complete(
     should_stop: Callable[[], bool] | None,
     is_plain: bool,
     slots: int,
-    batching: Batching,
     stops: Stops | None,
 ) -> list[Completion | None]:
     prompts = {request.prompt_ids for request in requests}
     is_shared = is_plain and is_worth_sharing(list(prompts), len(requests))
     horizon = max(map(len, prompts)) + max(request.max_new_tokens for request in requests)
-    rows = rows_of(batching)(model, horizon, is_plain=is_plain, is_shared=is_shared)
+    rows = DecodeBatch(model, horizon, is_plain=is_plain, is_shared=is_shared)
     return _decode(rows, requests, eos_ids, should_stop, slots, stops)
 
 
-def batches(requests: Sequence[Request], batching: Batching, slots: int) -> Iterator[list[Request]]:
-    """Requests, sorted by length, that are decoded together; the later ones of a batch may join as others leave."""
-    if batching in ("padded", "whole"):
-        yield list(requests)
-        return
-    size = slots if batching == "level" else 1
-    for _, level in groupby(requests, key=lambda one: len(one.prompt_ids)):
-        some = list(level)
-        yield from (some[start : start + size] for start in range(0, len(some), size))
-
-
-def rows_of(batching: Batching) -> type[DecodeBatch] | type[WholeTextBatch]:
-    """The class that holds the rows of a batch."""
-    return WholeTextBatch if batching == "whole" else DecodeBatch
-
-
-def first(request: Request) -> tuple[int, tuple[int, ...]]:
-    """The sort key of requests: the longest prompts come first, those of a group together."""
-    return -len(request.prompt_ids), request.prompt_ids
-
-
 def _decode(
-    rows: DecodeBatch | WholeTextBatch,
+    rows: DecodeBatch,
     requests: Sequence[Request],
     eos_ids: frozenset[int],
     should_stop: Callable[[], bool] | None,
@@ -122,7 +93,7 @@ def _decode(
     return record.completions()
 
 
-def _joining(rows: DecodeBatch | WholeTextBatch, slots: int, waiting: int, idle: int) -> int:
+def _joining(rows: DecodeBatch, slots: int, waiting: int, idle: int) -> int:
     """How many requests join now: several at once, for to read a prompt takes as long as a token of half a batch.
 
     `idle` counts each free slot once a step, so that the longer completions are, the sooner they are followed. No free

@@ -4,16 +4,15 @@ Legend: B live rows, G different prompts, T columns of the cache, V vocabulary, 
 """
 
 from collections.abc import Sequence
-from functools import cache as once
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from farflung.engine.attention import HELD_IN, Held, SharedPrompts, attending, masked
 from farflung.engine.base import Request
-from farflung.engine.kv_cache import PreallocatedCache
+from farflung.engine.cpu.attention import HELD_IN, Held, SharedPrompts, attending, masked
+from farflung.engine.cpu.kv_cache import PreallocatedCache
+from farflung.engine.plain import cache_name
 
 _Prompt = tuple[int, ...]
 
@@ -190,7 +189,7 @@ class DecodeBatch:
         **options: Any,
     ) -> torch.Tensor:
         """Logits of each row's last token."""
-        options |= {_cache_name(type(self._model)): cache.layers}
+        options |= {cache_name(type(self._model)): cache.layers}
         # The last column by mask, not by slice: a strided bf16 input makes the output head 1,000 times slower on CPUs.
         is_last_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
         is_last_BT[:, -1] = True
@@ -203,9 +202,3 @@ class DecodeBatch:
             **options,
         )
         return out.logits.view(len(ids_BT), -1).contiguous()
-
-
-@once
-def _cache_name(kind: type[PreTrainedModel]) -> str:
-    """The argument by which a class of models is given its cache."""
-    return "cache_params" if "cache_params" in signature(kind.forward).parameters else "past_key_values"

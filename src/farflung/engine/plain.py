@@ -1,0 +1,148 @@
+"""The plain decode loop: requests through any Hugging Face causal LM on any device, a token a row at a time.
+
+The decoder that is made for CPUs (`engine/cpu/`) is tested against it; every other device uses it.
+
+Legend: B rows, T positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache as once
+from inspect import signature
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from farflung.engine.argmax import best, silenced, tempered
+from farflung.engine.base import Completion, Request
+from farflung.engine.noise import gumbel
+from farflung.protocol.stops import DONE, Stops
+
+Batching = Literal["padded", "level", "alone", "whole"]
+"""Prompts of all lengths in one batch, of one length each, one row at a time; or one row at a time that is read whole
+for every token, for models that have no use for a cache."""
+
+
+class PlainBatch:
+    """Rows that decode together: prompts padded on the left, what was said since, and the logits of what is next."""
+
+    logits_BV: torch.Tensor
+
+    def __init__(self, model: PreTrainedModel, requests: Sequence[Request], *, is_cached: bool = True) -> None:
+        """Read the prompts. Without a cache each token takes a pass over the whole text: for rows of one length."""
+        self._model, self._cache_name, self._cache = model, cache_name(type(model)) if is_cached else "", None
+        prompts, device = [one.prompt_ids for one in requests], model.device
+        width = max(map(len, prompts))
+        length_B1 = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
+        self._ids_BT = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        self._is_seen_BT = torch.arange(width, device=device) >= width - length_B1
+        self._read(self._ids_BT)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._model.device
+
+    def advance(self, token_B: torch.Tensor) -> None:
+        """Feed one token to each row."""
+        self._ids_BT = torch.cat([self._ids_BT, token_B[:, None]], dim=1)
+        self._is_seen_BT = torch.nn.functional.pad(self._is_seen_BT, (0, 1), value=True)
+        self._read(token_B[:, None] if self._cache_name else self._ids_BT)
+
+    def keep(self, live_B: torch.Tensor) -> None:
+        """Go on with these rows; the logits are the caller's to make anew."""
+        self._ids_BT, self._is_seen_BT = self._ids_BT[live_B], self._is_seen_BT[live_B]
+        if self._cache is not None and len(live_B):
+            self._cache.reorder_cache(live_B)
+
+    def _read(self, fed_BT: torch.Tensor) -> None:
+        options: dict[str, Any] = {"use_cache": False}
+        if self._cache_name:
+            options = {"use_cache": True, "logits_to_keep": 1, self._cache_name: self._cache}
+        if not self._is_seen_BT.all():
+            options["attention_mask"] = self._is_seen_BT.long()
+            options["position_ids"] = (self._is_seen_BT.cumsum(1) - 1).clamp_(min=0)[:, -fed_BT.shape[1] :]
+        out = self._model(input_ids=fed_BT, **options)
+        self._cache = getattr(out, self._cache_name) if self._cache_name else None
+        self.logits_BV = out.logits[:, -1]
+
+
+def decode(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    eos_ids: frozenset[int],
+    should_stop: Callable[[], bool] | None = None,
+    slots: int = 64,
+    batching: Batching = "padded",
+    stops: Stops | None = None,
+) -> list[Completion | None]:
+    """Complete all requests, at most `slots` at a time. None for those that `should_stop` left out.
+
+    Each token is argmax(logits / T + Gumbel noise), or argmax(logits) where T = 0; finished rows leave the batch.
+    """
+    found: list[Completion | None] = [None] * len(requests)
+    for batch in batches(requests, batching, slots):
+        for start in range(0, len(batch), slots):
+            some = batch[start : start + slots]
+            done = _complete(model, [requests[i] for i in some], eos_ids, should_stop, batching != "whole", stops)
+            for index, completion in zip(some, done, strict=True):
+                found[index] = completion
+    return found
+
+
+def batches(requests: Sequence[Request], batching: Batching, slots: int) -> Iterator[list[int]]:
+    """Which requests are decoded together, the longest prompts first and those of a group beside each other."""
+    prompts = [one.prompt_ids for one in requests]
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index]))
+    if batching == "padded":
+        yield order
+        return
+    size = slots if batching == "level" else 1
+    for _, level in groupby(order, key=lambda index: len(prompts[index])):
+        some = list(level)
+        yield from (some[start : start + size] for start in range(0, len(some), size))
+
+
+def _complete(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    eos_ids: frozenset[int],
+    should_stop: Callable[[], bool] | None,
+    is_cached: bool,
+    stops: Stops | None,
+) -> list[Completion | None]:
+    rows = PlainBatch(model, requests, is_cached=is_cached)
+    said: list[list[tuple[int, float]]] = [[] for _ in requests]
+    state, live = [0] * len(requests), list(range(len(requests)))
+    done: list[Completion | None] = [None] * len(requests)
+    while live and not (should_stop is not None and should_stop()):
+        token_B, logp_B = pick(rows.logits_BV, [requests[index] for index in live], len(said[live[0]]))
+        for index, token, logp in zip(live, token_B.tolist(), logp_B.tolist(), strict=True):
+            said[index].append((token, logp))
+            state[index] = 0 if stops is None else int(stops.moves_SV[state[index], token])
+            is_full = len(said[index]) == requests[index].max_new_tokens
+            if token in eos_ids or state[index] == DONE or is_full:
+                done[index] = Completion(*zip(*said[index], strict=True))
+        going_B = torch.tensor([row for row, index in enumerate(live) if done[index] is None], device=rows.device)
+        if len(going_B) < len(live):
+            live, token_B = [live[row] for row in going_B.tolist()], token_B[going_B.long()]
+            rows.keep(going_B.long())
+        if live:
+            rows.advance(token_B)
+    return done
+
+
+def pick(logits_BV: torch.Tensor, requests: Sequence[Request], position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token of each row and its log-probability at the sampling temperature (1 where greedy)."""
+    temperature_B1 = torch.tensor([[one.temperature] for one in requests], device=logits_BV.device)
+    policy_BV = tempered(logits_BV, torch.where(temperature_B1 > 0, temperature_B1, 1.0))
+    noise_BV = gumbel([one.seed for one in requests], position, policy_BV.shape[1], policy_BV.device)
+    token_B = best(silenced(noise_BV, temperature_B1 > 0).add_(policy_BV))
+    return token_B, policy_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
+
+
+@once
+def cache_name(kind: type[PreTrainedModel]) -> str:
+    """The argument by which a class of models is given its cache."""
+    return "cache_params" if "cache_params" in signature(kind.forward).parameters else "past_key_values"
