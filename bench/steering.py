@@ -38,7 +38,7 @@ from farflung.trust.audit_policy import audit_probability
 from farflung.trust.evidence import Profile, Seen
 from farflung.trust.profiles import load_profile, names
 from farflung.trust.record import Finding, NodeRecord, TrustSettings, confirm, fold, submitted, watch_groups, weigh
-from farflung.trust.watch import Look
+from farflung.trust.watch import WatchedRollout
 
 REACHES = (0.0, 0.005, 0.02, 0.1, 0.3, 1.0)
 HIDING = (0.1, 0.3)
@@ -55,7 +55,7 @@ class Rollout(NamedTuple):
     """
 
     finding: Finding
-    look: Look
+    look: WatchedRollout
 
 
 class Hiding(Teacher):
@@ -118,7 +118,7 @@ def groups_of(engine: LocalEngine, prompts: Sequence[tuple[int, ...]], count: in
 def rollout(profile: Profile, seen: Seen, reward: float) -> Rollout:
     ratios = tuple(evidence.log_ratios(profile, seen).tolist())
     counted = watch.count_flips(profile, seen)
-    return Rollout(Finding("r", len(seen.gap), counted.flips, ratios), Look(*counted, reward, profile.liked))
+    return Rollout(Finding("r", len(seen.gap), counted.flips, ratios), WatchedRollout(*counted, reward, profile.liked))
 
 
 def life(groups: Sequence[Sequence[Rollout]], rng: np.random.Generator) -> tuple[int | None, int, int]:

@@ -409,7 +409,7 @@ def _lifecycles() -> str:
 # --- messages, out of their source -----------------------------------------------------------------------------------
 
 SUBJECTS = (
-    messages.bounds,
+    messages.limits,
     messages.nodes,
     messages.descriptor,
     messages.weights,

@@ -273,8 +273,8 @@ class Trainer:
             await asyncio.to_thread(self._hold_own, manifest_digest(signed))
         self._sinks.log(batch.step, metrics)
         self._waited_s = 0.0
-        told = batch.step, batch.seen_reward, len(batch.groups), batch.seen_groups, manifest_digest(signed)[:12]
-        log.info("committed step=%d reward=%.3f groups=%d/%d manifest=%s", *told)
+        fields = batch.step, batch.seen_reward, len(batch.groups), batch.seen_groups, manifest_digest(signed)[:12]
+        log.info("committed step=%d reward=%.3f groups=%d/%d manifest=%s", *fields)
 
     def _answer(self, batch: Batch, digest: str) -> list[bytes]:
         """The present weights' completions of the batch's canaries; the tripwire finds those weights loaded."""

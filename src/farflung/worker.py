@@ -158,9 +158,9 @@ class Worker:
         if tried is None:
             log.info("no self-test because=%s cannot tell gaps", self.settings.engine)
             return
-        log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.told)
+        log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.text)
         if not tried.is_forgiven and not self.settings.ignore_self_test:
-            raise ConfigError(f"{tried.told}, or work all the same with --ignore-self-test")
+            raise ConfigError(f"{tried.text}, or work all the same with --ignore-self-test")
 
     def _attempt(self, test: SelfTest, profile: Profile) -> self_test.Tried | None:
         with self.session.stats.working("proof"):
@@ -238,8 +238,8 @@ class Worker:
         submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
         self.session.stats.phase = "submitting"
         await self.send(lease, submission)
-        told = lease.lease, lease.step, len(done), str(self.session.node_status)
-        log.info("submitted lease=%s step=%d rollouts=%d status=%r", *told)
+        fields = lease.lease, lease.step, len(done), str(self.session.node_status)
+        log.info("submitted lease=%s step=%d rollouts=%d status=%r", *fields)
 
     async def _keep_pace(self, done: list[tuple[str, Completion]]) -> None:
         """Be no faster than was asked for, over the last few seconds."""

@@ -113,10 +113,10 @@ def test_bodies_of_refused_submissions_are_collected_and_others_stay(house) -> N
         other = await house.lease("bob")
         with pytest.raises(Rejected):
             await house.submit("bob", other, Submission(rollouts=house.honest(lease).rollouts))
-        before = {digest async for digest, _ in kept.kept()}
+        before = {digest async for digest, _ in kept.stored()}
         assert await house.coordinator.sweeper.tidy_once(time.time()) == 0, "it may be about to get its row"
         assert await house.coordinator.sweeper.tidy_once(time.time() + 3700 + house.config.lease.lease_s) == 1
-        assert {digest async for digest, _ in kept.kept()} == before - {orphan}
+        assert {digest async for digest, _ in kept.stored()} == before - {orphan}
         assert digest_of(b"the body of a submission that was refused") == orphan
 
     house.run(scenario)

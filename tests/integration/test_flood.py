@@ -28,7 +28,7 @@ from farflung.store.tables import EVENTS, LEASES, NODES, ROLLOUTS
 
 
 async def kept(house) -> int:
-    return len([digest async for digest, _ in house.ctx.archive.blobs.kept()])
+    return len([digest async for digest, _ in house.ctx.archive.blobs.stored()])
 
 
 def variant(lease: m.Lease, number: int) -> m.Submission:

@@ -48,7 +48,7 @@ def test_the_same_arithmetic_has_less_noise_than_the_profile_allows(tiny_qwen) -
     tried = self_test.attempt(LocalEngine(tiny_qwen()), test, PROFILE)
     assert tried.factor <= 1
     assert tried.tokens > 50
-    assert "its work will pass" in tried.told
+    assert "its work will pass" in tried.text
 
 
 def test_undeclared_bfloat16_and_worse_are_told_before_they_work(tiny_qwen) -> None:

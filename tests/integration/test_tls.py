@@ -49,7 +49,7 @@ def command(folder: Path, *flags: str) -> list[str]:
     """The coordinator's command line."""
     config = folder / "tls.toml"
     tree = f'[run]\nname = "tls"\ndir = "{folder}"\n[model]\npath = "{BASE}"\n'
-    config.write_text(tree + "[env]\ntrain_tasks = 64\n[generate]\nbudget = 32\n")
+    config.write_text(tree + "[env]\ntrain_tasks = 64\n[generate]\nmax_new_tokens = 32\n")
     return [sys.executable, "-m", "farflung", "coordinator", str(config), *flags]
 
 

@@ -50,7 +50,7 @@ def test_stale_rollouts_are_weighed_unless_they_count_as_they_are(tmp_path, cap,
     """What the tripwire saw serves several updates where it is fresh, and importance weights where it is stale."""
     trainer = trainer_of(tmp_path, importance_cap=cap, minibatches=minibatches)
     batch, rollouts = batch_of(2, {FRESH: 1, STALE: 0}), [rollout(1), rollout(0)]
-    checker = Checker(None, trainer.config, None, None, trainer._with_room)
+    checker = Checker(None, trainer.config, None, None, trainer._retry_when_disk_full)
     checker._seen = {FRESH: torch.tensor([-1.0, -2.0]), STALE: torch.tensor([-3.0, -4.0])}
     logp = asyncio.run(checker.behaviour(batch, rollouts))
     assert logp.keys() == known

@@ -142,9 +142,9 @@ def test_no_changed_byte_of_a_shard_is_taken_and_none_comes_to_the_digest(at: in
 def test_numbers_come_back(values: list[int], below: int) -> None:
     given_values = np.array([value % below for value in values], np.uint64)
     writer = codec.Writer()
-    writer.numbers(given_values)
+    writer.integers(given_values)
     reader = codec.Reader(writer.done())
-    assert reader.numbers(len(given_values)).tolist() == given_values.tolist()
+    assert reader.integers(len(given_values)).tolist() == given_values.tolist()
     reader.finish()
 
 

@@ -66,7 +66,7 @@ def test_a_place_beyond_the_tensor_is_refused() -> None:
     for count in (delta.CLASSES, 0, 1):
         writer.count(count)
     writer.places(np.array([10]))
-    writer.numbers(np.array([0]))
+    writer.integers(np.array([0]))
     with pytest.raises(WeightsError, match="changes value 10 of 10"):
         next(delta.decode(writer.done(), [np.zeros(10, np.uint16)], [(10, 2)]))
 

@@ -194,7 +194,7 @@ def test_tagged(reply, found):
     ],
 )
 def test_choice_takes_a_label_and_does_not_hedge(reply, found):
-    assert answers.choice(reply) == found
+    assert answers.chosen_option(reply) == found
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from farflung.weights import ranges
-from farflung.weights.ranges import Pieces, wrong
+from farflung.weights.ranges import Ranges, wrong
 
 DATA = bytes(range(251)) * 40
 Relay = Callable[[int, int], Awaitable[bytes | None]]
@@ -21,7 +21,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "LOOK_S", 0.002)
 
 
-def fetched(relays: dict[str, Relay], start: bytes = b"") -> tuple[bool, bytes, Pieces]:
+def fetched(relays: dict[str, Relay], start: bytes = b"") -> tuple[bool, bytes, Ranges]:
     """Whether all came, what is in the file, and what is known of it."""
     file = io.BytesIO(start)
 
@@ -29,8 +29,8 @@ def fetched(relays: dict[str, Relay], start: bytes = b"") -> tuple[bool, bytes, 
         data = await relays[url](low, high)
         return None if data is None else [data[:200], data[200:]]
 
-    async def scene() -> tuple[bool, Pieces]:
-        found = Pieces(file, len(DATA), take, ranges.Pace())
+    async def scene() -> tuple[bool, Ranges]:
+        found = Ranges(file, len(DATA), take, ranges.Pace())
         return await found.fetch(list(relays)), found
 
     is_whole, found = asyncio.run(scene())

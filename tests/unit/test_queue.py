@@ -3,12 +3,12 @@
 import asyncio
 import time
 
-from farflung.coordinator.long_poll import Queue
+from farflung.coordinator.long_poll import WaitQueue
 
 
 def test_nobody_waits_at_a_closed_queue():
     async def scenario() -> None:
-        queue = Queue()
+        queue = WaitQueue()
         waiting = [asyncio.create_task(queue.wait(30)) for _ in range(3)]
         await asyncio.sleep(0)
         queue.close()

@@ -4,14 +4,14 @@ import random
 from collections import Counter
 
 from farflung.weights import sources
-from farflung.weights.sources import Score, failed, order, refused, succeeded
+from farflung.weights.sources import Score, failed, ranked, refused, succeeded
 
 FAST, SLOW = Score(1.0, 50e6), Score(1.0, 5e6)
 
 
 def first(scores: dict[str, Score], busy: dict[str, int] | None = None, now: float = 0.0) -> Counter[str]:
     """How often each relay comes first in a thousand draws."""
-    drawn = (order(scores, scores, busy or {}, now, random.Random(seed)) for seed in range(1000))
+    drawn = (ranked(scores, scores, busy or {}, now, random.Random(seed)) for seed in range(1000))
     return Counter(found[0] if found else "" for found in drawn)
 
 
@@ -23,19 +23,19 @@ def test_the_faster_relay_comes_first_and_the_other_is_tried_now_and_then() -> N
 
 def test_the_same_draw_gives_the_same_order() -> None:
     scores = {name: Score(1.0, speed) for name, speed in (("a", 1e6), ("b", 2e6), ("c", 3e6))}
-    assert order(scores, scores, {}, 0.0, random.Random(3)) == order(scores, scores, {}, 0.0, random.Random(3))
+    assert ranked(scores, scores, {}, 0.0, random.Random(3)) == ranked(scores, scores, {}, 0.0, random.Random(3))
 
 
 def test_shards_spread_over_relays_that_share_their_speed() -> None:
     scores = dict.fromkeys("abcd", FAST)
     busy: Counter[str] = Counter()
     for _ in range(8):
-        busy[order(scores, scores, busy, 0.0, random.Random(1))[0]] += 1
+        busy[ranked(scores, scores, busy, 0.0, random.Random(1))[0]] += 1
     assert busy == dict.fromkeys("abcd", 2)
 
 
 def test_an_untried_relay_comes_before_known_ones() -> None:
-    found = order(["known", "new"], {"known": FAST}, {}, 0.0, random.Random(1))
+    found = ranked(["known", "new"], {"known": FAST}, {}, 0.0, random.Random(1))
     assert found == ["new", "known"]
 
 

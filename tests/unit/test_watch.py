@@ -6,15 +6,15 @@ import pytest
 from farflung.trust import watch
 from farflung.trust.evidence import LIKED, Profile, Seen, Tally
 from farflung.trust.record import NodeRecord, TrustSettings, watch_groups
-from farflung.trust.watch import Look
+from farflung.trust.watch import WatchedRollout
 
 PROFILE = Profile("p", (0.1, 1.0), (0.3, 0.05, 1e-4), Tally((1, 1, 1), (0, 0, 0)))
 SETTINGS = TrustSettings()
 
 
-def look(flips: int, reward: float) -> Look:
+def look(flips: int, reward: float) -> WatchedRollout:
     """One rollout whose profile allows a flip, none of whose flips the policy likes."""
-    return Look(flips, 0, 1.0, reward, LIKED)
+    return WatchedRollout(flips, 0, 1.0, reward, LIKED)
 
 
 def replayed(logits: np.ndarray, scores: np.ndarray, sent: np.ndarray) -> Seen:
@@ -27,12 +27,12 @@ def replayed(logits: np.ndarray, scores: np.ndarray, sent: np.ndarray) -> Seen:
 
 def group(
     rng: np.random.Generator, *, noise: float, teacher: float = 0.0, lean: float = 0.5, size: int = 16
-) -> list[Look]:
+) -> list[WatchedRollout]:
     """A node's samples of one task. `noise` multiplies what its arithmetic flips of what is allowed; answers with more
     near-ties are more often wrong. A teacher turns so large a share of the wrong ones that have a near-tie right.
     `lean` is the share of flips that the policy likes.
     """
-    looks: list[Look] = []
+    looks: list[WatchedRollout] = []
     ease = rng.uniform(0.05, 0.6)
     for _ in range(size):
         allowed = rng.gamma(2.0, 0.3)
@@ -40,7 +40,7 @@ def group(
         flips = int(rng.poisson(allowed * noise))
         if not reward and rng.random() < teacher:
             flips, reward = flips + 1, 1.0
-        looks.append(Look(flips, int(rng.binomial(flips, lean)), allowed, reward, LIKED))
+        looks.append(WatchedRollout(flips, int(rng.binomial(flips, lean)), allowed, reward, LIKED))
     return looks
 
 
@@ -99,7 +99,7 @@ def test_the_e_values_have_mean_one_by_hand() -> None:
 @pytest.mark.parametrize("likely", [0.5, LIKED, 0.95, 1.0])
 def test_a_flip_that_leans_as_far_as_the_profile_says_has_mean_one(likely: float) -> None:
     """At 1, where nothing is known of honest flips, no flip speaks against a node."""
-    ratios = [np.exp(watch.group_ratios([Look(1, liked, 0.1, 0.0, likely)]).leaning) for liked in (0, 1)]
+    ratios = [np.exp(watch.group_ratios([WatchedRollout(1, liked, 0.1, 0.0, likely)]).leaning) for liked in (0, 1)]
     assert (1 - likely) * ratios[0] + likely * ratios[1] == pytest.approx([1, 1])
 
 
@@ -114,7 +114,7 @@ def test_a_teacher_that_says_what_the_policy_likes_is_ejected_whatever_its_rewar
 def test_what_is_said_names_the_test_that_ejects() -> None:
     record, reasons = NodeRecord(status="trusted"), []
     for _ in range(12):
-        record, outcome = watch_groups(record, [[Look(4, 4, 9.0, 1.0, LIKED)] * 4], SETTINGS)
+        record, outcome = watch_groups(record, [[WatchedRollout(4, 4, 9.0, 1.0, LIKED)] * 4], SETTINGS)
         reasons.append(outcome.reason)
     assert record.status == "ejected"
     assert any("follow what the policy likes" in reason for reason in reasons)

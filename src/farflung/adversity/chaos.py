@@ -61,10 +61,10 @@ def _one_run(config: Config, seconds: float, faults: list[Fault]) -> tuple[Row, 
             restarts = [line for line in swarm.metrics.lines() if line["kind"] == "restart"]
             for fault in faults:
                 settle(connection, fault, restarts)
-            return _figures(connection, swarm), violations(connection, swarm.config)
+            return _measured(connection, swarm), violations(connection, swarm.config)
 
 
-def _figures(connection: Connection, swarm: ChaosSwarm) -> Row:
+def _measured(connection: Connection, swarm: ChaosSwarm) -> Row:
     """Accepted tokens against what the living workers should have made, and the rewards."""
     between = sa.and_(EVENTS.c.at >= swarm.began, EVENTS.c.at < swarm.ended)
     of = sa.and_(EVENTS.c.noun == "rollout", EVENTS.c.after == "accepted", between, GROUPS.c.purpose == "train")

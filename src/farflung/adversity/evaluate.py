@@ -123,7 +123,7 @@ def _row(connection: Connection, config: Config, cheat: Cheat, honest: Sequence[
     record, verdict = _record(connection, node), _verdict(connection, node)
     gains = _gains(connection, config, lines)
     cpu_s = sum(line["cpu_s"] for line in lines)
-    kept = _kept(connection, node)
+    kept = _balance(connection, node)
     gains["pay"] = _more_pay(_pay_of(connection, [line for line in lines if _is_cheating(line)] or lines), honest)
     gains["poison"] = float(_poisoned(connection, lines))
     aim = GALLERY[cheat.attack]().aim
@@ -248,10 +248,10 @@ def _honest(connection: Connection, config: Config) -> list[Pay]:
     honest = {row.node for row in rows if row.name not in names}
     lines = Metrics(config.folder / "metrics.jsonl").lines()
     cpu_s = {line["node"]: line["work_cpu_s"] for line in lines if line["kind"] == "node" and line["node"] in honest}
-    return [(_kept(connection, node), taken_s) for node, taken_s in cpu_s.items() if taken_s]
+    return [(_balance(connection, node), taken_s) for node, taken_s in cpu_s.items() if taken_s]
 
 
-def _kept(connection: Connection, node: str) -> int:
+def _balance(connection: Connection, node: str) -> int:
     """Tokens that a node was paid and still has."""
     return sum(ledger.balance(connection, account(node)) for account in (ledger.credit, ledger.escrow))
 
@@ -321,11 +321,11 @@ def show(rows: Sequence[Row]) -> None:
     ):
         table.add_column(name, overflow="fold")
     for attack in dict.fromkeys(row["attack"] for row in rows):
-        table.add_row(*_line([row for row in rows if row["attack"] == attack]))
+        table.add_row(*_table_row([row for row in rows if row["attack"] == attack]))
     Terminal(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
-def _line(rows: Sequence[Row]) -> list[str]:
+def _table_row(rows: Sequence[Row]) -> list[str]:
     """One attack's line."""
 
     def text_of_column(name: str) -> str:

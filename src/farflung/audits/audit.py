@@ -59,8 +59,8 @@ def open_audits(
     rows = [_row(run_ctx, one, kind, now) for one in drawn]
     insert_rows(connection, AUDITS, rows)
     for one, row in zip(drawn, rows, strict=True):
-        told = {"node": one.node, "rollouts": len(one.rollouts), "kind": kind}
-        record(connection, "audit", [row["audit"]], "", "open", now, **told)
+        fields = {"node": one.node, "rollouts": len(one.rollouts), "kind": kind}
+        record(connection, "audit", [row["audit"]], "", "open", now, **fields)
     return [row["audit"] for row in rows]
 
 
@@ -185,7 +185,7 @@ def job(
         .where(ROLLOUTS.c.rollout.in_([*drawn, *others]))
         .order_by(ROLLOUTS.c.position)
     )
-    told = [
+    sent_rollouts = [
         AuditRollout(
             rollout=row.rollout,
             prompt_ids=row.prompt_ids,
@@ -206,8 +206,8 @@ def job(
         cap=0.0 if audit.kind == "confirm" else run_ctx.config.trust.cap,
         is_suspect=audit.kind == "confirm",
         manifest_before=_manifest_before(connection, run_ctx, audit.step) if audit.kind == "confirm" else "",
-        rollouts=[one for one in told if one.rollout in drawn],
-        others=[one for one in told if one.rollout not in drawn],
+        rollouts=[one for one in sent_rollouts if one.rollout in drawn],
+        others=[one for one in sent_rollouts if one.rollout not in drawn],
     )
 
 

@@ -31,21 +31,21 @@ SPOILED_EVERY = 4
 class Made(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The document stored where a step has a self-test too; else the canaries alone."""
 
-    canaries: "list[Kept]"
-    self_test: "list[Kept]"
+    canaries: "list[StoredCanary]"
+    self_test: "list[StoredCanary]"
 
 
-class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StoredCanary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A canary with what the new weights said to it."""
 
     canary: Canary
     ids: Ids
 
 
-def ask(connection: Connection, run_ctx: RunContext, step: int) -> list[Canary]:
+def requests(connection: Connection, run_ctx: RunContext, step: int) -> list[Canary]:
     """The requests for the trainer to generate with the weights of a step: its canaries, then its self-test."""
     prompts = [_prompt_of(connection, task) for task in selftest.tasks(run_ctx, step)]
-    return [*_canaries(connection, run_ctx, step), *selftest.ask(run_ctx, step, prompts)]
+    return [*_canaries(connection, run_ctx, step), *selftest.requests(run_ctx, step, prompts)]
 
 
 def _canaries(connection: Connection, run_ctx: RunContext, step: int) -> list[Canary]:
@@ -76,17 +76,17 @@ def keep(connection: Connection, run_ctx: RunContext, step: int, answers: Sequen
     """The document stored of a step's canaries; none if the trainer made none. Raises Malformed."""
     if not answers:
         return None
-    asked = ask(connection, run_ctx, step)
+    asked = requests(connection, run_ctx, step)
     sizes = [(len(ids), 4 * one.max_new_tokens) for one, ids in zip(asked, answers, strict=False)]
     if len(answers) != len(asked) or not all(0 < size <= most for size, most in sizes):
         raise Malformed(f"step {step} asks for {len(asked)} canaries within their budgets, not for {len(answers)}")
-    kept, split = [Kept(*pair) for pair in zip(asked, answers, strict=True)], run_ctx.config.trust.canaries
+    kept, split = [StoredCanary(*pair) for pair in zip(asked, answers, strict=True)], run_ctx.config.trust.canaries
     return msgspec.msgpack.encode(Made(kept[:split], kept[split:]) if kept[split:] else kept)
 
 
 def made(stored: bytes | None) -> Made:
     """The stored document of a step, decoded."""
-    found = msgspec.msgpack.decode(stored, type=list[Kept] | Made) if stored else []
+    found = msgspec.msgpack.decode(stored, type=list[StoredCanary] | Made) if stored else []
     return found if isinstance(found, Made) else Made(found, [])
 
 
@@ -201,7 +201,9 @@ def _fault(profile: Profile, evidence: Evidence, *, is_spoiled: bool) -> str:
     return "it takes an honest rollout for a cheat's" if is_bad(weight, 1000.0) else ""
 
 
-def _named(connection: Connection, run_ctx: RunContext, validator: str, step: int) -> Iterator[tuple[str, Kept, bool]]:
+def _named(
+    connection: Connection, run_ctx: RunContext, validator: str, step: int
+) -> Iterator[tuple[str, StoredCanary, bool]]:
     """(name as an audit, canary, whether it is spoiled) of each canary as this validator gets it."""
     query = sa.select(STEPS.c.canaries).where(STEPS.c.run == run_ctx.run, STEPS.c.step == step)
     stored = connection.execute(query).scalar()

@@ -114,8 +114,8 @@ def _replay_each(engine: Engine, jobs: Sequence[AuditJob], of_jobs: Sequence[Seq
 
 def _evidence(rollouts: Sequence[AuditRollout], found: Sequence[Replay]) -> Iterator[RolloutEvidence]:
     for one, seen in zip(rollouts, found, strict=False):
-        told = {name: wire.pack_floats(getattr(seen, name)) for name in Seen._fields}
-        yield RolloutEvidence(rollout=one.rollout, **told)
+        fields = {name: wire.pack_floats(getattr(seen, name)) for name in Seen._fields}
+        yield RolloutEvidence(rollout=one.rollout, **fields)
 
 
 def explain(
@@ -134,8 +134,8 @@ def explain(
         load()
         found.append((name, engine.replay(items_of(job, others=job.others))))
     all_of_them = (*job.rollouts, *job.others)
-    told = [Explanation(name=name, rollouts=list(_evidence(all_of_them, seen))) for name, seen in found]
-    return msgspec.structs.replace(evidence, explanations=told)
+    explanations = [Explanation(name=name, rollouts=list(_evidence(all_of_them, seen))) for name, seen in found]
+    return msgspec.structs.replace(evidence, explanations=explanations)
 
 
 async def testify(session: Session, key: Key, evidence: Evidence) -> None:

@@ -35,13 +35,13 @@ class Tried(NamedTuple):
     is_forgiven: bool
     """Whether the profile's margin is as wide."""
     tokens: int
-    told: str
+    text: str
 
 
 # --- coordinator -----------------------------------------------------------------------------------------------------
 
 
-def ask(run_ctx: RunContext, step: int, prompts: Sequence[bytes]) -> list[Canary]:
+def requests(run_ctx: RunContext, step: int, prompts: Sequence[bytes]) -> list[Canary]:
     """The requests for the trainer to generate for it."""
     max_new_tokens = min(TOKENS, run_ctx.config.generate.max_new_tokens)
     return [

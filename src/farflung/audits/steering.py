@@ -18,7 +18,7 @@ from farflung.store.tables import GROUPS, ROLLOUTS, SUBMISSIONS
 from farflung.store.transitions import move
 from farflung.trust.evidence import Profiles
 from farflung.trust.record import Finding, watch_groups
-from farflung.trust.watch import Look
+from farflung.trust.watch import WatchedRollout
 
 
 def note(connection: Connection, found: Iterable[RolloutLook | Finding]) -> None:
@@ -46,11 +46,11 @@ def count_replays(
     """Count what the replays of an open step's batch found; gives how many nodes that lowers the status of."""
     of_batch = _of_batch(connection, run_ctx, step)
     note(connection, (one for one in looked if one.rollout in of_batch))
-    found: dict[str, dict[str, list[Look]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[str, list[WatchedRollout]]] = defaultdict(lambda: defaultdict(list))
     counted: list[str] = []
     for row in connection.execute(_UNWATCHED, {"of": run_ctx.run, "at": step}):
         likely = profiles.of(row.profile).liked
-        found[row.node][row.group].append(Look(row.flips, row.liked, row.allowed, row.reward, likely))
+        found[row.node][row.group].append(WatchedRollout(row.flips, row.liked, row.allowed, row.reward, likely))
         counted.append(row.rollout)
     if counted:
         connection.execute(_WATCHED, [{"id": rollout} for rollout in counted])
@@ -75,7 +75,12 @@ _WATCHED = ROLLOUTS.update().where(ROLLOUTS.c.rollout == sa.bindparam("id")).val
 
 
 def _watch(
-    connection: Connection, run_ctx: RunContext, node: str, groups: Sequence[Sequence[Look]], step: int, now: float
+    connection: Connection,
+    run_ctx: RunContext,
+    node: str,
+    groups: Sequence[Sequence[WatchedRollout]],
+    step: int,
+    now: float,
 ) -> int:
     """Fold a node's groups into its record; 1 if something follows."""
     row = node_row(connection, node)

@@ -12,7 +12,7 @@ IDLE_S = 1.0
 """Callers that wait for work look again after so long without an event: claims lapse and audits linger by the clock."""
 
 
-class Queue:
+class WaitQueue:
     """Callers that wait for something to change. Few look again at a time, the longest waiting first.
 
     If all did, a thousand idle nodes would ask the database a thousand times for each change.
@@ -64,7 +64,7 @@ class LongPoll:
     """One queue for each kind of work that is waited for."""
 
     def __init__(self) -> None:
-        self._queues: defaultdict[str, Queue] = defaultdict(Queue)
+        self._queues: defaultdict[str, WaitQueue] = defaultdict(WaitQueue)
         self._woken_event, self._woken_at = 0, 0.0
 
     async def poll(

@@ -93,8 +93,8 @@ def _reply(
     run_ctx: RunContext, row: Row[Any], latest: m.Latest, lost: list[str], judged: list[m.Ruling]
 ) -> m.HeartbeatReply:
     clean, needed = rulings.progress(run_ctx, row)
-    told = {"clean": clean, "needed": needed, "rulings": judged}
-    return m.HeartbeatReply(latest=latest, status=row.status, lost_leases=lost[:MOST_LOST], **told)
+    fields = {"clean": clean, "needed": needed, "rulings": judged}
+    return m.HeartbeatReply(latest=latest, status=row.status, lost_leases=lost[:MOST_LOST], **fields)
 
 
 async def latest(ctx: Context, call: Call) -> m.Latest:
@@ -103,8 +103,8 @@ async def latest(ctx: Context, call: Call) -> m.Latest:
     return await ctx.database.read_together(_latest, ctx)
 
 
-def _latest(connection: Connection, offices: Sequence[Context]) -> list[m.Latest]:
-    return [offices[0].run_ctx.latest(connection)] * len(offices)
+def _latest(connection: Connection, contexts: Sequence[Context]) -> list[m.Latest]:
+    return [contexts[0].run_ctx.latest(connection)] * len(contexts)
 
 
 async def weights(ctx: Context, call: Call) -> m.Weights:
@@ -152,7 +152,7 @@ def _issue(
 ) -> list[m.LeaseAnswer | Refusal]:
     now, rows = ctx.clock(), node_rows(connection, {node for node, _ in asks})
     refused = {node: refusal for node, _ in asks if (refusal := _may_not_lease(ctx, rows.get(node), node))}
-    let_in = [lease.Ask(rows[node], ask) for node, ask in asks if node not in refused]
+    let_in = [lease.WorkRequest(rows[node], ask) for node, ask in asks if node not in refused]
     if let_in:
         connection.execute(SEEN, {"ids": [ask.node.node for ask in let_in], "at": now})
     found = iter(lease.issue(connection, ctx.run_ctx, let_in, now) if let_in else ())

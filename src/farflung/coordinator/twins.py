@@ -24,7 +24,7 @@ class _Lives:
     now: float
     before: float = -1.0
     met_at: float = -LASTS_S
-    told: dict[float, float] = field(default_factory=dict[float, float])
+    said_at: dict[float, float] = field(default_factory=dict[float, float])
 
 
 class Twins:
@@ -45,10 +45,12 @@ class Twins:
             if heartbeat.started_at == lives.before:
                 lives.met_at = at
             lives.now, lives.before = heartbeat.started_at, lives.now
-        told_at = lives.told.get(heartbeat.started_at, at - TOLD_EVERY_S)
+        told_at = lives.said_at.get(heartbeat.started_at, at - TOLD_EVERY_S)
         if at - lives.met_at < LASTS_S and at - told_at >= TOLD_EVERY_S:
-            lives.told = {start: lives.told[start] for start in (lives.now, lives.before) if start in lives.told}
-            lives.told[heartbeat.started_at] = at
+            lives.said_at = {
+                start: lives.said_at[start] for start in (lives.now, lives.before) if start in lives.said_at
+            }
+            lives.said_at[heartbeat.started_at] = at
             log.warning("node %s works in two places at once", node)
             raise Conflict(
                 f"the key of node {node} is in use in two places at once, so work is done twice and paid once; end one "

@@ -202,7 +202,7 @@ def curve(points: Sequence[Spot], label: str, until: float = 1.0, also: Sequence
     A point with four numbers has the ends of an interval, drawn as a band.
     """
     last = max([until, 1.0, *(spot[0] for spot in [*points, *also])])
-    parts = [*_axes(last), *_line(also, last, " also"), *_line(points, last)]
+    parts = [*_axes(last), *_curve(also, last, " also"), *_curve(points, last)]
     return Markup('<svg class="curve" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, label, Markup("").join(parts)
     )
@@ -231,7 +231,7 @@ def _axes(last: float) -> list[Markup]:
     return grid + marks
 
 
-def _line(points: Sequence[Spot], last: float, kind: str = "") -> list[Markup]:
+def _curve(points: Sequence[Spot], last: float, kind: str = "") -> list[Markup]:
     """One line with its band and its dots."""
     lows, highs = ([_place(p[0], p[i], last) for p in points if len(p) == 4] for i in (2, 3))
     spots = [_place(p[0], p[1], last) for p in points]

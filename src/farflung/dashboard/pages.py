@@ -119,10 +119,10 @@ class Pages:
     async def story(self, request: Request) -> Response:
         """The story of one id."""
         subject = params.an_id(request.path_params["id"], "id")
-        told = await self.desk.database.read_page(lambda c: stories.tell(c, self.desk.config, subject))
-        texts = await self._texts(told.rollouts[:64])
+        found = await self.desk.database.read_page(lambda c: stories.tell(c, self.desk.config, subject))
+        texts = await self._texts(found.rollouts[:64])
         s = await self.live.snapshot(NAMES_S)
-        return await self._page("story.html", page="story", told=told, texts=texts, names=s.names, parts=browse.parts,
+        return await self._page("story.html", page="story", told=found, texts=texts, names=s.names, parts=browse.parts,
                           verdicts={v.node: v for v in reversed(s.verdicts)})  # fmt: skip
 
     async def find(self, request: Request) -> Response:
@@ -166,7 +166,7 @@ class Pages:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _part(self, template: str, s: Snapshot) -> str:
+    def _render(self, template: str, s: Snapshot) -> str:
         return self._templates.get_template(template).render(s=s)
 
     async def _page(self, template: str, **values: Any) -> Response:

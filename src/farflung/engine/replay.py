@@ -106,7 +106,7 @@ def _kept_logits(model: PreTrainedModel, rows: PackedRows, reading: Reading) -> 
 
     The output head sees no others. A row that is read alone is read as plainly as can be, all its logits made.
     """
-    ids_BT, (is_kept_BT, which_N) = rows.ids_RW.to(model.device), (one.to(model.device) for one in rows.kept())
+    ids_BT, (is_kept_BT, which_N) = rows.ids_RW.to(model.device), (one.to(model.device) for one in rows.predicting())
     if reading == "alone":
         return model(input_ids=ids_BT, use_cache=False).logits[is_kept_BT], which_N
     own = replace(rows, tree_RW=torch.zeros_like(rows.tree_RW))  # padding too sees the prompt: one tree is in each row

@@ -56,8 +56,8 @@ class VllmEngine:
         """
         self._label = ""
         self._write(tensors)
-        told = {"method": "reload_weights", "kwargs": {"weights_path": str(self._folder)}}
-        self._tell("/collective_rpc", told)
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(self._folder)}}
+        self._tell("/collective_rpc", call)
         if not self._tell("/reset_prefix_cache").json().get("success"):
             raise WeightsError(f"vLLM at {self.url} keeps prefixes of the weights before: is it serving others too?")
         label = secrets.token_hex(8)

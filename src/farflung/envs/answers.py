@@ -275,7 +275,7 @@ def tagged(reply: str) -> str:
     return tidy(line[behind[-1] :] if behind else line)
 
 
-def choice(reply: str) -> str:
+def chosen_option(reply: str) -> str:
     """The one choice A-Z that the tagged answer names as a label; "" when it names none, or hedges."""
     text = tidy(re.sub(r"\\(?:text|math)[a-z]{0,3}\{([^{}]*)\}|[*`_$]", r"\1", tagged(reply)))
     if len(text) > number_text.MAX_LINE_CHARS:
@@ -286,11 +286,11 @@ def choice(reply: str) -> str:
         others = others_in(rest, is_lower=label[1].islower())
         is_list = LABEL.match(rest) is not None
         return "" if is_list or others - {label[1].upper()} else label[1].upper()
-    told = before_reason(text)
-    named = list(NAMED.finditer(told))
-    letters = {match[1] for match in [*named, *BRACKETED.finditer(told)]}
+    stated = before_reason(text)
+    named = list(NAMED.finditer(stated))
+    letters = {match[1] for match in [*named, *BRACKETED.finditer(stated)]}
     if named:
-        letters |= others_in(told[named[0].end() :], is_lower=False)
+        letters |= others_in(stated[named[0].end() :], is_lower=False)
     return letters.pop() if len(letters) == 1 else ""
 
 

@@ -96,7 +96,7 @@ class Pipe:
         except ConnectionError as error:
             raise ScoreFault(await self.obituary()) from error
 
-    async def line(self, kind: type[Line]) -> Line:
+    async def read(self, kind: type[Line]) -> Line:
         """The child's next line as `kind`; ScoreFault if it is over-long, malformed or never comes."""
         try:
             line = await self.replies.readline()
@@ -171,7 +171,7 @@ class ScorerChild:
         found: list[tuple[Task, Prompt]] = []
         async with self._turn, self._asking(timeout_s, f"listing {limit} tasks") as pipe:
             await pipe.send({"op": "tasks", "split": split, "limit": limit})
-            while not (line := await pipe.line(Listed)).end:
+            while not (line := await pipe.read(Listed)).end:
                 if line.task is None or len(found) >= limit:
                     raise ScoreFault(f"environment {self.env!r} failed to list tasks: {line.error or 'too many'}")
                 found.append((line.task, line.prompt))
@@ -183,7 +183,7 @@ class ScorerChild:
             raise ScoreFault(f"transcript of {len(transcript)} characters; at most {MAX_TRANSCRIPT_CHARS} are scored")
         async with self._turn, self._asking(timeout_s, "scoring") as pipe:
             await pipe.send({"op": "score", "task": task, "transcript": transcript})
-            line = await pipe.line(Scored)
+            line = await pipe.read(Scored)
         if line.error is not None:
             raise ScoreFault(f"environment {self.env!r}: {line.error}")
         if not 0 <= line.reward <= 1:
@@ -205,7 +205,7 @@ class ScorerChild:
         self.starts += 1
         async with self._killing(self.open_timeout_s, "loading the environment"):
             await pipe.send({"op": "open", "env": self.env, "args": self.args})
-            self.opened = await pipe.line(Opened)
+            self.opened = await pipe.read(Opened)
             if self.opened.error is not None:
                 raise ConfigError(self.opened.error.removeprefix("ConfigError: "))
         return pipe

@@ -63,7 +63,7 @@ class Jsonl:
 
 def find(reply: str, match: Match) -> str:
     """The final answer of a reply, "" if there is none."""
-    finders = {"exact": answers.tagged, "number": answers.last_number, "choice": answers.choice}
+    finders = {"exact": answers.tagged, "number": answers.last_number, "choice": answers.chosen_option}
     return finders[match](reply)
 
 

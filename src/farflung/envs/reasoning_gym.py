@@ -120,10 +120,10 @@ class ReasoningGym:
         """Reward 1 if the answer found is the item's own, or solves its puzzle where several answers are right."""
         found = answers.find(transcript, self.place)
         is_right = solves(task["puzzle"], found) if "puzzle" in task else answers.same(found, task["answer"])
-        reward = 1.0 if is_right else self._part(task, found)
+        reward = 1.0 if is_right else self._partial_credit(task, found)
         return Score(reward=reward, parts={"answered": float(bool(found))}, answer=found[:SHOWN_ANSWER_CHARS])
 
-    def _part(self, task: Task, found: str) -> float:
+    def _partial_credit(self, task: Task, found: str) -> float:
         return self.digits * answers.digits_right(found, task["answer"]) if task.get("graded") else 0.0
 
 

@@ -58,10 +58,10 @@ def serve_all(config: Config) -> None:
 
 def _create_first(config: Config) -> None:
     """Migrate and found once, before there are several; in a child, for the blob store's threads survive no fork."""
-    told, tell = os.pipe()
+    heard, tell = os.pipe()
     child = _fork(_create(config, tell))
     os.close(tell)
-    with open(told, encoding="utf-8") as words:
+    with open(heard, encoding="utf-8") as words:
         why = words.read()
     _, status = os.waitpid(child, 0)
     if code := os.waitstatus_to_exitcode(status):

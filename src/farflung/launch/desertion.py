@@ -36,9 +36,9 @@ def how_they_left(own: set[str], gone: Mapping[str, str], status: Status) -> str
     ejected = {names.get(one.node, ""): one.reason for one in status.verdicts if one.outcome == "eject"}
     why: dict[str, list[str]] = {}
     for name in sorted(own):
-        told = f"ejected ({ejected[name]})" if name in ejected else gone[name]
-        why.setdefault(told, []).append(name)
-    return "; ".join(f"{', '.join(who)}: {told}" for told, who in why.items())
+        text = f"ejected ({ejected[name]})" if name in ejected else gone[name]
+        why.setdefault(text, []).append(name)
+    return "; ".join(f"{', '.join(who)}: {text}" for text, who in why.items())
 
 
 def _is_at_work(node: NodeView) -> bool:

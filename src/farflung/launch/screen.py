@@ -165,9 +165,9 @@ def spark(values: list[float]) -> str:
 
 def nodes_table(status: Status, width: int) -> Table:
     """The nodes that are here and how they do; a narrow terminal gets fewer columns rather than cut ones."""
-    table = Table(box=None, header_style="dim", padding=(0, 2 if width >= ROOMY else 1, 0, 0))
+    table = Table(box=None, header_style="dim", padding=(0, 2 if width >= WIDE else 1, 0, 0))
     rows = [_node_cells(node) for node in status.nodes]
-    shown = [name for name in COLUMNS if width >= ROOMY or name not in SPARED]
+    shown = [name for name in COLUMNS if width >= WIDE or name not in SPARED]
     for name in shown:
         table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
     for node, cells in zip(status.nodes, rows, strict=True):
@@ -178,7 +178,7 @@ def nodes_table(status: Status, width: int) -> Table:
 COLUMNS = ("node", "role", "status", "step", "phase", "tok/s", "accepted", "rejected", "audits", "credit")
 NUMBERS = ("step", "tok/s", "accepted", "rejected", "audits", "credit")
 SPARED = ("role", "tok/s", "audits")
-ROOMY = 100
+WIDE = 100
 
 
 def _node_cells(node: NodeView) -> dict[str, str | Text]:

@@ -41,10 +41,10 @@ def summarise(folder: Path) -> dict[str, Any]:
     config = load_run(folder)
     lines = list(Metrics(folder / "metrics.jsonl").lines())
     with reading(config.database_url) as connection:
-        return _figures(connection, config, lines)
+        return _summary(connection, config, lines)
 
 
-def _figures(connection: Connection, config: Config, lines: list[Line]) -> dict[str, Any]:
+def _summary(connection: Connection, config: Config, lines: list[Line]) -> dict[str, Any]:
     run = config.run.name
     start = next((line["at"] for line in lines if line["kind"] == "start"), 0.0)
     worked, last = Worked(), last_per_process(lines)

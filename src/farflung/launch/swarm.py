@@ -262,8 +262,8 @@ class Swarm:
             self.gone[name] = why
             self.screen.note(f"{name} is not started again: {why}")
         else:
-            told = "" if is_refused else f"; its log is {self._log_of(name)}"
-            self.fail(f"{why}{told}", is_refused=is_refused)
+            text = "" if is_refused else f"; its log is {self._log_of(name)}"
+            self.fail(f"{why}{text}", is_refused=is_refused)
 
     def _words_of(self, name: str, code: int) -> str:
         """Why a role ended, in its own words."""

@@ -102,12 +102,12 @@ def published(path: Path, *, is_dithered: bool) -> Iterator[tuple[str, torch.Ten
 
 def complete(root: Path) -> list[Checkpoint]:
     """The complete checkpoints under `root`, oldest step first."""
-    return sorted(_found(root), key=lambda checkpoint: checkpoint.step)
+    return sorted(_checkpoints(root), key=lambda checkpoint: checkpoint.step)
 
 
 def latest(root: Path) -> Checkpoint | None:
     """The complete checkpoint of the highest step, if there is any."""
-    return max(_found(root), key=lambda checkpoint: checkpoint.step, default=None)
+    return max(_checkpoints(root), key=lambda checkpoint: checkpoint.step, default=None)
 
 
 def newest(root: Path, most: int) -> Checkpoint | None:
@@ -196,7 +196,7 @@ def _fill_optimizer(learner: Learner, saved: dict[str, torch.Tensor]) -> None:
         learner.optimizer.state[place][state] = value
 
 
-def _found(root: Path) -> Iterator[Checkpoint]:
+def _checkpoints(root: Path) -> Iterator[Checkpoint]:
     for path in root.iterdir() if root.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match and not _fault(path):

@@ -121,7 +121,7 @@ def _own_logits(model: PreTrainedModel, rows: PackedRows, kind: Kind) -> torch.T
     if not kind.can_pad:
         logits_RWV = _one_by_one(rows, lambda ids_1W: model(input_ids=ids_1W, use_cache=False).logits)
         return logits_RWV.flatten(0, 1)[rows.predictor_N]
-    is_kept_RW, which_N = rows.kept()
+    is_kept_RW, which_N = rows.predicting()
     out = model(**_fed(rows), use_cache=False, logits_to_keep=is_kept_RW)
     logits_KV = out.logits.view(-1, out.logits.shape[-1])
     return logits_KV[which_N]

@@ -58,7 +58,7 @@ def _loaded(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
     fields = read_json(source, "config.json") or {}
     refuse_quantised(fields, source)
     try:
-        model, told = _filled(source, dtype)
+        model, said = _filled(source, dtype)
     except ODD as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if "auto_map" in fields:
@@ -67,7 +67,7 @@ def _loaded(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
             f"model {str(source)!r} cannot be loaded ({reason[0]}); name a folder of a Hugging Face causal LM that "
             "transformers knows without code of its own, or its hub id"
         ) from error
-    _refuse_gaps(source, told)
+    _refuse_gaps(source, said)
     _refuse_torn(source, model)
     return model
 
@@ -88,20 +88,20 @@ def _filled(source: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, di
     return making.with_attention(make)
 
 
-def _refuse_gaps(source: Path | str, told: Mapping[str, Any]) -> None:
+def _refuse_gaps(source: Path | str, said: Mapping[str, Any]) -> None:
     """Raise ConfigError for tensors that transformers drew at random: those that are absent, or of another shape."""
-    for name, theirs, ours in sorted(told["mismatched_keys"]):
+    for name, theirs, ours in sorted(said["mismatched_keys"]):
         raise ConfigError(
             f"tensor {name} of model {str(source)!r} has shape {list(theirs)}, by config.json {list(ours)}; weights "
             "and config.json belong to different models, take both from the same"
         )
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(said["missing_keys"]):
         raise ConfigError(
             f"the weights of model {str(source)!r} lack {len(missing)} of its tensors, the first is {missing[0]}; take "
             "the whole checkpoint and the config.json that belongs to it (tie_word_embeddings: true where the head is "
             "the embedding)"
         )
-    if unused := sorted(told["unexpected_keys"]):
+    if unused := sorted(said["unexpected_keys"]):
         log.warning("unused tensors=%d first=%s model=%s", len(unused), unused[0], source)
 
 

@@ -18,7 +18,7 @@ IN_LINE, PATIENCE_S = 4, 10.0
 
 
 @dataclass(eq=False)
-class _Line:
+class _Sender:
     """The bodies of one sender."""
 
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -32,7 +32,7 @@ class Bodies:
 
     def __init__(self, most_bytes: float, is_exempt: Callable[[str], bool] = lambda sender: False) -> None:
         self.most_bytes, self._is_exempt = most_bytes, is_exempt
-        self._lines: dict[str, _Line] = {}
+        self._lines: dict[str, _Sender] = {}
         self._total = 0
 
     @asynccontextmanager
@@ -41,7 +41,7 @@ class Bodies:
         if self._is_exempt(sender):
             yield lambda size: None
             return
-        line = self._lines.setdefault(sender, _Line())
+        line = self._lines.setdefault(sender, _Sender())
         if line.count > IN_LINE:
             raise Busy(f"node {sender} sends {line.count} bodies already; one at a time", retry_after_s=1)
         line.count += 1
@@ -53,14 +53,14 @@ class Bodies:
             if not line.count:
                 del self._lines[sender]
 
-    def _grow(self, line: _Line, size: int) -> None:
+    def _grow(self, line: _Sender, size: int) -> None:
         if self._total + size > self.most_bytes and self._total > line.held:
             raise Unavailable(f"{self._total >> 20} MiB of bodies are on their way; try again", retry_after_s=2)
         line.held += size
         self._total += size
 
     @asynccontextmanager
-    async def _turn(self, line: _Line, sender: str) -> AsyncGenerator[None]:
+    async def _turn(self, line: _Sender, sender: str) -> AsyncGenerator[None]:
         try:
             await asyncio.wait_for(line.turn.acquire(), PATIENCE_S)
         except TimeoutError:

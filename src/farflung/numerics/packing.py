@@ -62,7 +62,7 @@ class PackedRows:
         is_seen = (self.member_RW[:, None, :] < 0) | (self.member_RW[:, :, None] == self.member_RW[:, None, :])
         return (is_tree & is_seen & (column_W <= column_W[:, None]))[:, None]
 
-    def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def predicting(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Which places predict anything (R, W), and which of these, in order, predicts each token (N,)."""
         is_kept_RW = torch.zeros_like(self.ids_RW, dtype=torch.bool)
         is_kept_RW.view(-1)[self.predictor_N] = True

@@ -157,7 +157,7 @@ def whole_numbers(config: PretrainedConfig) -> Iterator[int]:
 def remembers_all(config: PretrainedConfig) -> bool:
     """Whether a model looks back at every token of a row of several completions: no shorter window, no state.
 
-    Told by what it would have a cache remember. Weights that are nearly nothing may hide either from being tried.
+    Story by what it would have a cache remember. Weights that are nearly nothing may hide either from being tried.
     """
     try:
         layers = DynamicCache(config=config).layers

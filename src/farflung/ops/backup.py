@@ -146,7 +146,7 @@ async def _copy_blobs(config: Config, copy: Config) -> tuple[int, int]:
     count = size_bytes = 0
     for source_url, target_url in ((config.blobs_url, copy.blobs_url), (config.submissions_url, copy.submissions_url)):
         source, target = Blobs(source_url), Blobs(target_url)
-        async for digest, _ in source.kept():
+        async for digest, _ in source.stored():
             try:
                 data = await source.get(digest)
             except NotFound:
@@ -163,8 +163,8 @@ async def _missing(config: Config) -> list[str]:
     """Digests that the database needs and the store does not have."""
     with reading(config.database_url) as connection:
         shards, bodies = _shards(connection, config), _bodies(connection)
-    has_shards = {digest async for digest, _ in Blobs(config.blobs_url).kept()}
-    has_bodies = {digest async for digest, _ in Blobs(config.submissions_url).kept()}
+    has_shards = {digest async for digest, _ in Blobs(config.blobs_url).stored()}
+    has_bodies = {digest async for digest, _ in Blobs(config.submissions_url).stored()}
     return sorted(shards - has_shards) + sorted(bodies - has_bodies)
 
 
@@ -181,6 +181,6 @@ def _bodies(connection: Connection) -> set[str]:
 async def _spoiled(config: Config) -> AsyncIterator[str]:
     for url in (config.blobs_url, config.submissions_url):
         store = Blobs(url)
-        async for digest, _ in store.kept():
+        async for digest, _ in store.stored():
             if digest_of(await store.get(digest)) != digest:
                 yield f"blob {digest[:12]} does not have its digest"

@@ -267,9 +267,9 @@ def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:
     noise, choice = profile.noise, profile.bits
     log.info("margin=%g noise=%.3g far=%.3g choice_bits_per_token=%.3g", profile.margin, noise, profile.far, choice)
     log.info("liked=%.3g", profile.liked)
-    told = [cheat for cheat in CHEATS if not profile.power.get(cheat)]
-    if told:
-        log.warning("profile=%s tells nothing of %s on these prompts: this policy is too sure", profile.name, told)
+    untold = [cheat for cheat in CHEATS if not profile.power.get(cheat)]
+    if untold:
+        log.warning("profile=%s tells nothing of %s on these prompts: this policy is too sure", profile.name, untold)
 
 
 def _main(config: str, name: str, out: str, tokens: str) -> None:

@@ -34,7 +34,7 @@ class Finding:
 
     what: str
     is_well: bool
-    told: str
+    text: str
     mend: str = ""
 
 
@@ -51,7 +51,7 @@ async def doctor(url: str, folder: Path, root: bytes | None) -> bool:
 def show(console: Console, finding: Finding) -> None:
     """One line, and the mend below it where one is needed."""
     mark = ("✓", "green") if finding.is_well else ("✗", "red")
-    console.print(Text.assemble(mark, f" {finding.what:<12} {finding.told}"), soft_wrap=True)
+    console.print(Text.assemble(mark, f" {finding.what:<12} {finding.text}"), soft_wrap=True)
     if not finding.is_well:
         console.print(Text(f"  {finding.mend}", "yellow"), soft_wrap=True)
 
@@ -91,16 +91,16 @@ def _key(folder: Path) -> Finding:
     except ConfigError as error:
         return Finding("key", False, str(error), f"mv {path} {path}.broken")
     is_private = not stat.S_IMODE(path.stat().st_mode) & 0o077
-    told = f"{readable_name(key.id)} ({key.id}) in {path}"
-    return Finding("key", is_private, told, f"others can read it; chmod 600 {path}")
+    sentence = f"{readable_name(key.id)} ({key.id}) in {path}"
+    return Finding("key", is_private, sentence, f"others can read it; chmod 600 {path}")
 
 
 def _disk(folder: Path, need_bytes: int) -> Finding:
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free - SPARE_BYTES
     is_well = free > need_bytes and os.access(place, os.W_OK)
-    told = f"{free / 1e9:.1f} GB free in {place}, {need_bytes / 1e9:.2f} GB needed"
-    return Finding("disk", is_well, told, "free some space, or choose another place with --folder")
+    sentence = f"{free / 1e9:.1f} GB free in {place}, {need_bytes / 1e9:.2f} GB needed"
+    return Finding("disk", is_well, sentence, "free some space, or choose another place with --folder")
 
 
 def _ports() -> Finding:
@@ -132,15 +132,15 @@ async def _remote(url: str, folder: Path, root: bytes | None, *, is_joining: boo
 
 def _protocol(url: str, index: Index) -> Finding:
     is_well = index.minimum_version <= VERSION <= index.version
-    told = f"{url} speaks protocol {index.minimum_version} to {index.version}, this node {VERSION}"
-    return Finding("coordinator", is_well, told, "pip install -U farflung")
+    sentence = f"{url} speaks protocol {index.minimum_version} to {index.version}, this node {VERSION}"
+    return Finding("coordinator", is_well, sentence, "pip install -U farflung")
 
 
 def _clock(theirs: float) -> Finding:
     skew_s = time.time() - theirs
-    told = f"{skew_s:+.1f} s from the coordinator's, {CLOCK_SKEW_S} s are allowed"
+    sentence = f"{skew_s:+.1f} s from the coordinator's, {CLOCK_SKEW_S} s are allowed"
     return Finding(
-        "clock", abs(skew_s) < CLOCK_SKEW_S, told, "set this machine's clock, for instance with ntpd or timedatectl"
+        "clock", abs(skew_s) < CLOCK_SKEW_S, sentence, "set this machine's clock, for instance with ntpd or timedatectl"
     )
 
 
@@ -177,10 +177,10 @@ async def _numerics(session: Session, folder: Path, manifest: str) -> Finding:
         return Finding("numerics", False, f"cannot be tried: {error}", "see above; a worker tries again when it joins")
     if tried is None:
         return Finding("numerics", True, "no version here has a self-test; a worker makes one when one has")
-    return Finding("numerics", tried.is_forgiven, tried.told, "a worker would refuse to start")
+    return Finding("numerics", tried.is_forgiven, tried.text, "a worker would refuse to start")
 
 
 def _memory(size_bytes: int) -> Finding:
     free, need = psutil.virtual_memory().available, RUN_TIME_FACTOR * size_bytes
-    told = f"{free / 1e9:.1f} GB free, {need / 1e9:.2f} GB needed"
-    return Finding("memory", free > need, told, "close other programs, or join with a machine that has more")
+    sentence = f"{free / 1e9:.1f} GB free, {need / 1e9:.2f} GB needed"
+    return Finding("memory", free > need, sentence, "close other programs, or join with a machine that has more")

@@ -46,7 +46,7 @@ def export(folder: Path, out: Path, step: int | None = None) -> int:
     out.mkdir(parents=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     _copy_rest(config, chosen.path, out)
-    (out / "README.md").write_text(card(config, _figures(folder), chosen.step, digest))
+    (out / "README.md").write_text(card(config, _summary(folder), chosen.step, digest))
     return chosen.step
 
 
@@ -95,7 +95,7 @@ def _names(checkpoint: Path) -> list[str]:
         return list(build(checkpoint, torch.bfloat16).state_dict())
 
 
-def _figures(folder: Path) -> dict[str, Any]:
+def _summary(folder: Path) -> dict[str, Any]:
     """summary.json, computed anew where the run left none."""
     from farflung.launch.summary import summarise
 

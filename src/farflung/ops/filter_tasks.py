@@ -40,7 +40,7 @@ class Band:
     high: float
 
 
-async def filter_tasks(config: Config, out: Path, band: Band) -> tuple[list[task_filter.Kept], int]:
+async def filter_tasks(config: Config, out: Path, band: Band) -> tuple[list[task_filter.FilteredTask], int]:
     """Write the tasks within the band; gives them and how many were tried. Raises ConfigError if none is left."""
     if not 0 <= band.low <= band.high <= 1 or band.samples < 1:
         raise ConfigError(f"a band goes from 0 to 1 and needs samples; got {band.low} to {band.high}, {band.samples}")
@@ -79,7 +79,7 @@ def _engine(config: Config, model: Model) -> LocalEngine:
 
 async def _measure(
     config: Config, model: Model, engine: LocalEngine, child: ScorerChild, tasks: Sequence[Task], samples: int
-) -> AsyncIterator[task_filter.Kept]:
+) -> AsyncIterator[task_filter.FilteredTask]:
     """One count per task that could be scored, in order."""
     begun = said = time.monotonic()
     at_once = max(1, 4 * config.worker.slots // samples)
@@ -107,7 +107,7 @@ def _requests(config: Config, model: Model, task: Task, samples: int) -> Iterato
 
 async def _count(
     config: Config, model: Model, child: ScorerChild, task: Task, done: Sequence[Completion | None]
-) -> task_filter.Kept | None:
+) -> task_filter.FilteredTask | None:
     """How often one task was answered rightly; None if none of its answers can be scored."""
     rewards: list[float] = []
     answers = [one for one in done if one is not None]
@@ -121,6 +121,6 @@ async def _count(
         return None
     shown = task[1] if isinstance(task[1], str) else task[1][-1]["content"]
     tokens = sum(len(one.ids) for one in answers) * len(rewards) // len(answers)
-    return task_filter.Kept(
+    return task_filter.FilteredTask(
         task_filter.identity(task[0]), len(rewards), sum(r >= RIGHT for r in rewards), tokens, shown[:200]
     )

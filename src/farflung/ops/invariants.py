@@ -123,12 +123,12 @@ def _receipts(connection: Connection, folder: Path) -> Iterator[str]:
     """Each submission that workers on this machine were acknowledged is in the database, once."""
     known = Counter((row.lease, row.submission) for row in connection.execute(sa.select(SUBMISSIONS)))
     for path in sorted(folder.glob(f"nodes/*/{FILE}")):
-        for receipt in _kept(path.read_bytes().splitlines()):
+        for receipt in _decoded(path.read_bytes().splitlines()):
             if (times := known[receipt.lease, receipt.submission]) != 1:
                 yield f"lease {receipt.lease}: submission {receipt.submission[:12]} was acknowledged, {times} are there"
 
 
-def _kept(lines: Sequence[bytes]) -> Iterator[Receipt]:
+def _decoded(lines: Sequence[bytes]) -> Iterator[Receipt]:
     for line in lines:
         try:
             yield msgspec.msgpack.decode(msgspec.json.decode(line, type=Signed).payload, type=Receipt)

@@ -20,8 +20,8 @@ def show(config: Config) -> None:
     sys.stdout.write(f"root         {node_id(ring.root)}  {ring.root.hex()}\n")
     for one in ring.delegations():
         days = (one.expires_at - time.time()) / DAY_S
-        told = f"for {days:.0f} days" if days > 0 else f"expired {-days:.0f} days ago"
-        sys.stdout.write(f"{one.purpose:<12} {node_id(one.public)}  {one.public.hex()}  {told}\n")
+        text = f"for {days:.0f} days" if days > 0 else f"expired {-days:.0f} days ago"
+        sys.stdout.write(f"{one.purpose:<12} {node_id(one.public)}  {one.public.hex()}  {text}\n")
 
 
 def rotate(config: Config, purpose: str, root: Path | None, days: float, *, revoke: bool, public: str) -> None:

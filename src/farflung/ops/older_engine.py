@@ -19,7 +19,7 @@ OLDER = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 TIMEOUT_S = 1800.0
 
 
-class Ask(msgspec.Struct):
+class Job(msgspec.Struct):
     """The input of such a process."""
 
     model: str
@@ -36,7 +36,7 @@ class OlderEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Generate every request, in order. Raises ConfigError where such a process ends in an error."""
-        ask = msgspec.msgpack.encode(Ask(self.model, self.dtype, self.max_rows, list(requests)))
+        ask = msgspec.msgpack.encode(Job(self.model, self.dtype, self.max_rows, list(requests)))
         command = [sys.executable, "-m", "farflung.ops.older_engine"]
         done = subprocess.run(command, input=ask, capture_output=True, env=os.environ | OLDER, timeout=TIMEOUT_S)
         if done.returncode:
@@ -46,11 +46,11 @@ class OlderEngine:
 
 
 def _main() -> None:
-    """Read an `Ask`, write completions."""
+    """Read an `Job`, write completions."""
     from farflung.ops.calibrate import engine_of
     from farflung.tasks.create_run import Model
 
-    ask = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Ask)
+    ask = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job)
     engine = engine_of(Model(ask.model), ask.dtype, threads=1)
     engine.max_rows = ask.rows
     sys.stdout.buffer.write(msgspec.msgpack.encode(engine.generate(ask.requests)))

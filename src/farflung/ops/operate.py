@@ -17,38 +17,38 @@ ADMIN = "/v1/admin"
 async def close_breaker(url: str, config: Config) -> None:
     """Let verdicts and training go on."""
 
-    async def ask(client: Client, path: str) -> str:
+    async def send(client: Client, path: str) -> str:
         done = await client.post(f"{ADMIN}{path}/breaker/close", Empty(), Done)
         return "the circuit breaker is closed again" if done.changed else "the circuit breaker was not open"
 
-    await _tell(url, config, ask)
+    await _tell(url, config, send)
 
 
 async def show_breaker(url: str, config: Config) -> None:
     """Say whether the circuit breaker is open, and why."""
 
-    async def ask(client: Client, path: str) -> str:
+    async def send(client: Client, path: str) -> str:
         return (await client.get(f"/v1{path}/status", Status)).breaker or "the circuit breaker is closed"
 
-    await _tell(url, config, ask)
+    await _tell(url, config, send)
 
 
 async def roll_back(url: str, config: Config, to_step: int, without: Sequence[str]) -> None:
     """Have the next step restore an earlier one."""
 
-    async def ask(client: Client, path: str) -> str:
+    async def send(client: Client, path: str) -> str:
         done = await client.post(f"{ADMIN}{path}/rollback", Rollback(to_step=to_step, without=list(without)), Done)
-        told = f", without {', '.join(without)}" if without else ""
-        return f"step {done.changed} takes up step {to_step} again{told}"
+        text = f", without {', '.join(without)}" if without else ""
+        return f"step {done.changed} takes up step {to_step} again{text}"
 
-    await _tell(url, config, ask)
+    await _tell(url, config, send)
 
 
-async def _tell(url: str, config: Config, ask: Callable[[Client, str], Awaitable[str]]) -> None:
+async def _tell(url: str, config: Config, send: Callable[[Client, str], Awaitable[str]]) -> None:
     client = Client(url, Key.load_or_make(config.folder / "keys" / "coordinator"), patience_s=5.0)
     client.admin_token = read_token(config.coordinator.admin_token_file)
     try:
         client.tag = (await client.get("/v1", Index)).coordinator
-        sys.stdout.write(visible(await ask(client, f"/runs/{config.run.name}")) + "\n")
+        sys.stdout.write(visible(await send(client, f"/runs/{config.run.name}")) + "\n")
     finally:
         await client.close()

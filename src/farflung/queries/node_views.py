@@ -122,7 +122,7 @@ def lines(
     leases = {row[0]: row[1] for row in connection.execute(held)}
     accounts = ledger.balances(connection)
 
-    def line(row: Row[Any]) -> NodeLine:
+    def node_line(row: Row[Any]) -> NodeLine:
         silent_s = now - row.seen_at
         return NodeLine(
             node=row.node,
@@ -150,7 +150,7 @@ def lines(
             is_online=silent_s < config.lease.lost_s,
         )
 
-    return [line(row) for row in rows]
+    return [node_line(row) for row in rows]
 
 
 def _audited(connection: Connection, run: str, redaction: Redaction) -> Counter[str]:

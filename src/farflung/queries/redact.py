@@ -64,13 +64,13 @@ class Redaction:
 
     def events(self, connection: Connection, subject: str, events: Iterable[Any]) -> list[Event]:
         """The story of an id: of an audit of an open step nothing, of a rollout no word of being held."""
-        told = [
+        shown_events = [
             Event(at=e.at, noun=e.noun, subject=e.subject, before=e.before, after=e.after, detail=e.detail)
             for e in events
         ]
         if not self.is_on or (step := _step_of(connection, subject)) is None or step < (self.since or 0):
-            return told
-        return [shown for event in told if (shown := _redacted(event)) is not None]
+            return shown_events
+        return [shown for event in shown_events if (shown := _redacted(event)) is not None]
 
 
 def redaction_of(connection: Connection, config: Config) -> Redaction:

@@ -184,5 +184,5 @@ def _trainer_waits(s: Snapshot) -> str:
         f"The trainer waits for workers: {ready} complete groups of the {s.groups_wanted} with variance that it needs"
     )
     behind = [f"{held} rollouts wait for an audit" if held else "", f"{received} for a score" if received else ""]
-    told = " and ".join(part for part in behind if part)
-    return f"{text}; {told}." if told else f"{text}."
+    reasons = " and ".join(part for part in behind if part)
+    return f"{text}; {reasons}." if reasons else f"{text}."

@@ -48,7 +48,7 @@ class Related:
 
 
 @dataclass(frozen=True)
-class Told:
+class Story:
     """The content of the story page."""
 
     noun: str
@@ -59,7 +59,7 @@ class Told:
     events: list[Event] = field(default_factory=list[Event])
 
 
-def tell(connection: Connection, config: Config, subject: str) -> Told:
+def tell(connection: Connection, config: Config, subject: str) -> Story:
     """The story of one id, as far as it may be told. Raises NotFound."""
     redaction = redaction_of(connection, config)
     query = sa.select(EVENTS).where(EVENTS.c.subject == subject).order_by(EVENTS.c.id.desc()).limit(EVENTS_SHOWN)
@@ -68,10 +68,10 @@ def tell(connection: Connection, config: Config, subject: str) -> Told:
         found = find(connection, config.run.name, subject, redaction)
         if found is not None:
             facts, related, rollouts = found
-            return Told(noun, subject, facts, related, rollouts, events)
+            return Story(noun, subject, facts, related, rollouts, events)
     if not events:
         raise NotFound(f"nothing is known of {subject[:64]!r}")
-    return Told(events[0].noun, subject, [], events=events)
+    return Story(events[0].noun, subject, [], events=events)
 
 
 Found = tuple[list[Fact], list[Related], list[Row[Any]]]

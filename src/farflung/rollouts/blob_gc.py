@@ -18,7 +18,7 @@ AT_ONCE = 500
 
 async def delete_unreferenced(blobs: Blobs, database: Database, before: float) -> int:
     """Delete bodies that were stored before a time, in seconds since 1970, and that no row names; gives how many."""
-    old = [digest async for digest, at in blobs.kept() if at < before]
+    old = [digest async for digest, at in blobs.stored() if at < before]
     count = 0
     for start in range(0, len(old), AT_ONCE):
         digests = old[start : start + AT_ONCE]

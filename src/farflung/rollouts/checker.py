@@ -95,7 +95,7 @@ class Checker:
         if self._learn.minibatches == 1 and not (by_step and self._learn.importance_cap):
             return {}
         if batch.committed:
-            return stale.kept(self._folder, batch.step)
+            return stale.stored(self._folder, batch.step)
         logp = self._known(batch)
         if not self._learn.importance_cap:  # stale tokens count as they are
             logp, by_step = {i: values for i, values in logp.items() if rollouts[i].step not in by_step}, {}

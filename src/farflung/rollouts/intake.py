@@ -164,7 +164,7 @@ class AcceptedSubmission:
     stored: StoredSubmission
     sender: Row[Any]
     opened_at: float
-    order: Sequence[str]
+    rollouts: Sequence[str]
     """Its rollouts that still wait for their tokens; a stale group's have been let go."""
     unsent: Sequence[str]
     receipt: Signed
@@ -181,12 +181,12 @@ class AcceptedSubmission:
     @property
     def tokens(self) -> int:
         """Of the rollouts that it is about."""
-        return sum(self.stored.valid.tokens[rollout] for rollout in self.order)
+        return sum(self.stored.valid.tokens[rollout] for rollout in self.rollouts)
 
     @property
     def is_audited(self) -> bool:
         """Whether it is of the kind that is audited."""
-        return self.stored.valid.lease.purpose != "eval" and bool(self.order)
+        return self.stored.valid.lease.purpose != "eval" and bool(self.rollouts)
 
 
 def _entries(
@@ -201,15 +201,15 @@ def _entries(
     accepted_ones: list[AcceptedSubmission] = []
     for stored in stored_ones:
         valid, sender, left = stored.valid, senders[stored.node], waiting[stored.lease]
-        order = [rollout for rollout in valid.tokens if rollout in left]
+        rollouts = [rollout for rollout in valid.tokens if rollout in left]
         probability = budget.probability(connection, run_ctx, node_record.read(sender), now)
         accepted = AcceptedSubmission(
             stored=stored,
             sender=sender,
             opened_at=leases[stored.lease].opened_at,
-            order=order,
+            rollouts=rollouts,
             unsent=[rollout for rollout in left if rollout not in valid.tokens],
-            receipt=_receipt(run_ctx, sender, valid, order, now),
+            receipt=_receipt(run_ctx, sender, valid, rollouts, now),
             probability=probability,
             held=(),
         )
@@ -222,7 +222,7 @@ def _drawn(run_ctx: RunContext, accepted: AcceptedSubmission) -> list[str]:
         return []
     lease = accepted.stored.valid.lease
     key, digest = seeds.audit_key(run_ctx.step_secret(lease.step)), bytes.fromhex(accepted.digest)
-    return [accepted.order[i] for i in draw(key, lease.lease, digest, len(accepted.order), accepted.probability)]
+    return [accepted.rollouts[i] for i in draw(key, lease.lease, digest, len(accepted.rollouts), accepted.probability)]
 
 
 def _take_in(
@@ -250,17 +250,17 @@ def _go_on(connection: Connection, accepted_ones: Sequence[AcceptedSubmission], 
     shift(connection, "rollout", [one for accepted in accepted_ones for one in accepted.unsent], "leased", "expired")
     shift_rows(connection, "lease", [_lease_values(accepted) for accepted in accepted_ones], "open")
     for accepted in accepted_ones:
-        count = len(accepted.order)
-        told = partial(record, connection, at=now, submission=accepted.digest)
-        told("rollout", accepted.held, "leased", "held")
-        told("rollout", _free(accepted), "leased", "received")
-        told("rollout", accepted.unsent, "leased", "expired", rollouts=count)
-        told("lease", [accepted.stored.lease], "open", "submitted", rollouts=count)
+        count = len(accepted.rollouts)
+        note = partial(record, connection, at=now, submission=accepted.digest)
+        note("rollout", accepted.held, "leased", "held")
+        note("rollout", _free(accepted), "leased", "received")
+        note("rollout", accepted.unsent, "leased", "expired", rollouts=count)
+        note("lease", [accepted.stored.lease], "open", "submitted", rollouts=count)
 
 
 def _free(accepted: AcceptedSubmission) -> list[str]:
     held = set(accepted.held)
-    return [rollout for rollout in accepted.order if rollout not in held]
+    return [rollout for rollout in accepted.rollouts if rollout not in held]
 
 
 def _lease_values(accepted: AcceptedSubmission) -> dict[str, Any]:
@@ -291,15 +291,17 @@ _WAITING = sa.select(ROLLOUTS.c.lease, ROLLOUTS.c.rollout).where(
 )
 
 
-def _receipt(run_ctx: RunContext, sender: Row[Any], valid: ValidSubmission, order: Sequence[str], now: float) -> Signed:
+def _receipt(
+    run_ctx: RunContext, sender: Row[Any], valid: ValidSubmission, rollouts: Sequence[str], now: float
+) -> Signed:
     receipt = Receipt(
         run=run_ctx.run,
         node=sender.node,
         before=sender.receipt,
         lease=valid.lease.lease,
         submission=valid.digest,
-        rollouts=len(order),
-        tokens=sum(valid.tokens[rollout] for rollout in order),
+        rollouts=len(rollouts),
+        tokens=sum(valid.tokens[rollout] for rollout in rollouts),
         received_at=now,
     )
     return seal(run_ctx.receipts, RECEIPT, receipt)
@@ -314,7 +316,7 @@ def _submission_row(run_ctx: RunContext, accepted: AcceptedSubmission, now: floa
         "node": accepted.stored.node,
         "profile": accepted.sender.profile,
         "received_at": now,
-        "rollouts": len(accepted.order),
+        "rollouts": len(accepted.rollouts),
         "tokens": sum(valid.tokens.values()),
         "generate_s": valid.generate_s,
         "logp_blob": accepted.stored.logp,
@@ -324,7 +326,7 @@ def _submission_row(run_ctx: RunContext, accepted: AcceptedSubmission, now: floa
 
 def _places(accepted: AcceptedSubmission) -> Iterator[dict[str, Any]]:
     """Where in the stored body each rollout is, and what is next. Nothing of a stale group is looked at again."""
-    waiting, held = set(accepted.order), set(accepted.held)
+    waiting, held = set(accepted.rollouts), set(accepted.held)
     for place, (rollout, length) in enumerate(accepted.stored.valid.tokens.items()):
         if rollout in waiting:
             row = {"rollout": rollout, "status": "held" if rollout in held else "received"}

@@ -150,7 +150,7 @@ def _batch(connection: Connection, run_ctx: RunContext, row: Row[Any]) -> Batch:
         temperature=run_ctx.config.generate.temperature,
         groups=_groups(connection, run_ctx, _of_step(run_ctx, row.step, ("batched", "trained")), sa.true()),
         spare=[] if is_done else _spare(connection, run_ctx, row.step),
-        canaries=[] if is_done else canary.ask(connection, run_ctx, row.step),
+        canaries=[] if is_done else canary.requests(connection, run_ctx, row.step),
         restores=-1 if row.restores is None else row.restores,
         committed=row.weights_digest or "",
     )

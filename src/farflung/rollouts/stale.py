@@ -53,7 +53,7 @@ def keep(logp: Logp, folder: Path, step: int) -> None:
     draft.replace(folder / _name(step))
 
 
-def kept(folder: Path, step: int) -> Logp:
+def stored(folder: Path, step: int) -> Logp:
     """The log-probabilities written for a step. Raises WeightsError if it is gone."""
     path = folder / _name(step)
     if not path.exists():

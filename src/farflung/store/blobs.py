@@ -63,7 +63,7 @@ class Blobs:
             with _as_ours(digest, "deleted"), contextlib.suppress(FileNotFoundError):
                 await obstore.delete_async(self._store, _path(digest))
 
-    async def kept(self) -> AsyncIterator[tuple[str, float]]:
+    async def stored(self) -> AsyncIterator[tuple[str, float]]:
         """Digest of every blob and when it was stored, in seconds since 1970. Raises Unavailable."""
         with _as_ours("", "listed"):
             async for found in obstore.list(self._store):  # pyright: ignore[reportUnknownMemberType]

@@ -72,7 +72,7 @@ def remove(connection: Connection) -> None:
     """Take away what outlives the tables: PostgreSQL's functions."""
     if connection.dialect.name == "postgresql":
         for sums in KEPT:
-            connection.exec_driver_sql(f"DROP FUNCTION IF EXISTS {sums.target.name}_kept() CASCADE")
+            connection.exec_driver_sql(f"DROP FUNCTION IF EXISTS {sums.target.name}_sums() CASCADE")
 
 
 @event.listens_for(metadata, "after_create")
@@ -83,14 +83,14 @@ def _with_tables(_: object, connection: Connection, **__: object) -> None:
 def differences(connection: Connection) -> Iterator[str]:
     """Kept sums that are not what the rows of their source add up to, one sentence each."""
     for sums in KEPT:
-        kept, counted = _kept(connection, sums), _counted(connection, sums)
+        kept, counted = _sums(connection, sums), _counted(connection, sums)
         for key in sorted(kept.keys() | counted.keys()):
             nothing = (0,) * len(sums.adds)
             if kept.get(key, nothing) != counted.get(key, nothing):
                 yield f"{sums.target.name} of {' '.join(map(str, key))}: {kept.get(key)}, it is {counted.get(key)}"
 
 
-def _kept(connection: Connection, sums: Sums) -> dict[tuple[Any, ...], tuple[int, ...]]:
+def _sums(connection: Connection, sums: Sums) -> dict[tuple[Any, ...], tuple[int, ...]]:
     rows = connection.execute(sa.select(*(sums.target.c[name] for name in (*sums.keys, *sums.adds))))
     return _by_key(rows, sums)
 

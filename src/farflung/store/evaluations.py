@@ -19,7 +19,7 @@ HELD_OUT = (GREEDY, SAMPLED)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class HeldOutPart:
     """One part of every evaluation."""
 
     purpose: str
@@ -29,22 +29,24 @@ class Part:
     temperature: float
 
 
-def parts(config: Config) -> tuple[Part, ...]:
+def parts(config: Config) -> tuple[HeldOutPart, ...]:
     """The parts of an evaluation."""
     held_out = config.eval
-    greedy = Part(GREEDY, held_out.tasks, 1, 0.0)
-    sampled = Part(SAMPLED, min(held_out.tasks, held_out.sampled_tasks), held_out.samples, config.generate.temperature)
+    greedy = HeldOutPart(GREEDY, held_out.tasks, 1, 0.0)
+    sampled = HeldOutPart(
+        SAMPLED, min(held_out.tasks, held_out.sampled_tasks), held_out.samples, config.generate.temperature
+    )
     return tuple(part for part in (greedy, sampled) if part.tasks and part.samples)
 
 
-def size(connection: Connection, config: Config, part: Part) -> int:
+def size(connection: Connection, config: Config, part: HeldOutPart) -> int:
     """Held-out tasks that a part has."""
     held_out = sa.and_(TASKS.c.run == config.run.name, TASKS.c.split == "eval", TASKS.c.position < part.tasks)
     query = sa.select(sa.func.count()).where(held_out)
     return connection.execute(query).scalar_one()
 
 
-def left(connection: Connection, config: Config, latest: int) -> Iterator[tuple[int, Part]]:
+def left(connection: Connection, config: Config, latest: int) -> Iterator[tuple[int, HeldOutPart]]:
     """(step, part) of the evaluations that are due up to a step and not through, oldest first."""
     done, sizes = _done(connection, config.run.name), [(part, size(connection, config, part)) for part in parts(config)]
     for step in config.eval_steps(latest):

@@ -128,10 +128,10 @@ def _complain(connection: Connection, noun: str, before: str, becomes: Mapping[s
     query = sa.select(key, table.c.status).where(key.in_(becomes))
     statuses = {row[0]: row[1] for row in connection.execute(query)}
     odd = next((i for i, after in becomes.items() if statuses.get(i) not in (before, after)), next(iter(becomes)))
-    told = [f"{row.before or 'new'}→{row.after}" for row in story(connection, odd)[-STORY_LINES:]]
+    lines = [f"{row.before or 'new'}→{row.after}" for row in story(connection, odd)[-STORY_LINES:]]
     raise IllegalTransition(
         f"{noun} {odd} is {statuses.get(odd, 'missing')!r}, not {before!r}, and cannot become {becomes[odd]!r}; "
-        f"its story: {' '.join(told) or 'no events'}"
+        f"its story: {' '.join(lines) or 'no events'}"
     )
 
 

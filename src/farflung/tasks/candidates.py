@@ -104,7 +104,7 @@ def groups_now(connection: Connection, run_ctx: RunContext, latest: int) -> int:
 
 def next_tasks(connection: Connection, run_ctx: RunContext, step: int, size: int) -> Iterator[NextTask]:
     """Tasks not opened at this step yet, in the order that its secret draws; `size` are looked up at first."""
-    order = _order(run_ctx, step)
+    order = _task_order(run_ctx, step)
     start = order.begin
     while positions := order.from_(start, size):
         opened = _opened(connection, run_ctx, step, [run_ctx.tasks[position][0] for position in positions])
@@ -147,8 +147,8 @@ class _TaskOrder:
         self.begin = max(self.begin, begin)
 
 
-def _order(run_ctx: RunContext, step: int) -> _TaskOrder:
-    """Kept with the book, for two databases may have opened different tasks of one order."""
+def _task_order(run_ctx: RunContext, step: int) -> _TaskOrder:
+    """Kept with the run's context, for two databases may have opened different tasks of one order."""
     if step not in run_ctx.task_orders:
         for old in sorted(run_ctx.task_orders)[: 1 - ORDERS_KEPT]:
             del run_ctx.task_orders[old]

@@ -196,7 +196,11 @@ def with_length(config: Config, task: Any, prompt: Any) -> tuple[Any, int]:
 
 
 def _rows(
-    config: Config, split: Split, tasks: Sequence[tuple[Any, Any]], model: Model, known: Mapping[str, task_filter.Kept]
+    config: Config,
+    split: Split,
+    tasks: Sequence[tuple[Any, Any]],
+    model: Model,
+    known: Mapping[str, task_filter.FilteredTask],
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     run = config.run.name
@@ -225,7 +229,7 @@ def _rows(
     return rows
 
 
-def _known(before: task_filter.Kept | None) -> dict[str, float]:
+def _known(before: task_filter.FilteredTask | None) -> dict[str, float]:
     """A task's difficulty as the task filter found it."""
     count = add(Count(), before.tried, before.right, before.tokens) if before else Count()
     return asdict(count)

@@ -102,12 +102,12 @@ def _draft(
 ) -> Lease:
     config, lease, secret = run_ctx.config, new_id("l"), run_ctx.step_secret(plan.step)
     temperature = next((part.temperature for part in evaluations.parts(config) if part.purpose == purpose), None)
-    told: Any = "eval" if purpose in HELD_OUT else purpose
+    shown_purpose: Any = "eval" if purpose in HELD_OUT else purpose
     return Lease(
         lease=lease,
         run=run_ctx.run,
         node=node,
-        purpose=told,
+        purpose=shown_purpose,
         step=plan.step,
         manifest=run_ctx.manifest_of(connection, plan.step),
         temperature=config.generate.temperature if temperature is None else temperature,

@@ -17,7 +17,7 @@ from farflung.protocol.errors import Refusal
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Latest, LeaseRequest
 from farflung.store import evaluations
-from farflung.store.evaluations import Part
+from farflung.store.evaluations import HeldOutPart
 from farflung.store.run import RunContext, ejected, new_id
 from farflung.store.tables import GIVEN_UP, GROUP_COUNTS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
 from farflung.store.transitions import end_leases
@@ -36,14 +36,14 @@ Answer = Signed | Wait | Refusal
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class WorkRequest:
     """A registered node that asks for work."""
 
     node: Row[Any]
     wish: LeaseRequest
 
 
-def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], now: float) -> list[Answer]:
+def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[WorkRequest], now: float) -> list[Answer]:
     """For each, in order: a sealed lease, why there is none now, or a refusal. A repeated ask gets the same answer."""
     asking = {ask.node.node: ask for ask in reversed(asks)}
     latest, facts = run_ctx.latest(connection), _NodeFacts(connection, run_ctx, list(asking), now)
@@ -118,7 +118,7 @@ def _without_work(node: Row[Any], latest: Latest, facts: _NodeFacts) -> Answer |
 
 
 def _issue_train(
-    connection: Connection, run_ctx: RunContext, asks: Sequence[Ask], latest: int, now: float
+    connection: Connection, run_ctx: RunContext, asks: Sequence[WorkRequest], latest: int, now: float
 ) -> dict[str, Answer]:
     """Lease training work to nodes, one after the other; none under a policy that the next step takes back."""
     restored = connection.execute(
@@ -153,7 +153,7 @@ _RESTORED = sa.select(sa.func.max(STEPS.c.step)).where(
 )
 
 
-def _plan(allocator: Allocator, probation: Probation | None, ask: Ask, oldest: int, now: float) -> Plan | Wait:
+def _plan(allocator: Allocator, probation: Probation | None, ask: WorkRequest, oldest: int, now: float) -> Plan | Wait:
     node, wish = ask.node, ask.wish
     is_new = probation is not None and node.status == "probation"
     if is_new and (why := probation.why_not(node.node)):
@@ -221,7 +221,7 @@ def _issue_eval(
 
 
 def _eval_shares(
-    connection: Connection, run_ctx: RunContext, step: int, part: Part, most: int
+    connection: Connection, run_ctx: RunContext, step: int, part: HeldOutPart, most: int
 ) -> tuple[list[Share], Samples]:
     """The samples that no node has of up to `most` held-out tasks at this step, and those that are open again."""
     this = sa.and_(GROUPS.c.task == TASKS.c.task, GROUPS.c.step == step, GROUPS.c.purpose == part.purpose)

@@ -73,15 +73,15 @@ def refuse_long(model: Model, prompts: Iterable[int], max_new_tokens: int) -> No
     name, limit = next(((name, limit) for name, limit in named if isinstance(limit, int) and limit > 0), ("", 0))
     if not limit or longest + max_new_tokens <= limit:
         return
-    told = (
+    text = (
         f"a prompt of {longest} tokens and generate.max_new_tokens = {max_new_tokens} come to "
         f"{longest + max_new_tokens} tokens, but model {model.path!r} has {limit} positions ({name} in config.json)"
     )
     if _ends_there(model, limit):
         raise ConfigError(
-            f"{told}; lower generate.max_new_tokens, leave out long tasks, or take a model with more positions"
+            f"{text}; lower generate.max_new_tokens, leave out long tasks, or take a model with more positions"
         )
-    log.warning("%s: beyond them it was not trained", told)
+    log.warning("%s: beyond them it was not trained", text)
 
 
 def _ends_there(model: Model, limit: int) -> bool:

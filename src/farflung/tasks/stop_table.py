@@ -31,7 +31,7 @@ def stops_of(model: Model, strings: Sequence[str]) -> Stops | None:
             f"generate.stop = {list(strings)!r} takes a table of {size / 1e6:.0f} MB with the {model.vocab} tokens of "
             f"model {model.path!r}, more than {MOST_BYTES / 1e6:.0f}; write fewer or shorter strings"
         )
-    stops = Stops(_moves_of_tokens(moves, _pieces(model)))
+    stops = Stops(_moves_of_tokens(moves, _token_bytes(model)))
     for one in strings:
         _refuse_hidden(model, stops, one)
     return stops
@@ -46,7 +46,7 @@ def _refuse_hidden(model: Model, stops: Stops, string: str) -> None:
         )
 
 
-def _pieces(model: Model) -> list[bytes]:
+def _token_bytes(model: Model) -> list[bytes]:
     """The bytes that each token of the vocabulary adds to a text, as UTF-8; none for ids that no token has.
 
     Bytes that are a part of a sign show as U+FFFD and become one that no text has.

@@ -16,7 +16,7 @@ from farflung.protocol.errors import ConfigError
 MOST_LINES = 1_000_000
 
 
-class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FilteredTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One task of the file."""
 
     task: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -43,19 +43,19 @@ def identity(task: Any) -> str:
     return hashlib.sha256(payload(task)).hexdigest()
 
 
-def within(found: Iterable[Kept], low: float, high: float) -> list[Kept]:
+def within(found: Iterable[FilteredTask], low: float, high: float) -> list[FilteredTask]:
     """Those whose pass rate lies in the band, its ends included."""
     return [one for one in found if low <= one.pass_rate <= high]
 
 
-def write(path: Path, kept: Iterable[Kept]) -> None:
+def write(path: Path, kept: Iterable[FilteredTask]) -> None:
     """Write the file, whole or not at all."""
     draft = path.with_name(path.name + ".part")
     draft.write_bytes(b"".join(msgspec.json.encode(one) + b"\n" for one in kept))
     draft.replace(path)
 
 
-def read(path: str) -> Mapping[str, Kept]:
+def read(path: str) -> Mapping[str, FilteredTask]:
     """The file's tasks by digest. Raises ConfigError naming the line."""
     try:
         lines = Path(path).read_bytes().splitlines()
@@ -63,13 +63,13 @@ def read(path: str) -> Mapping[str, Kept]:
         raise ConfigError(f"env.keep = {path!r} cannot be read: {error.strerror}") from error
     if len(lines) > MOST_LINES:
         raise ConfigError(f"env.keep = {path!r} has {len(lines)} lines; at most {MOST_LINES} work")
-    found = [_line(path, number, line) for number, line in enumerate(lines, 1)]
+    found = [_row(path, number, line) for number, line in enumerate(lines, 1)]
     return {one.task: one for one in found}
 
 
-def _line(path: str, number: int, line: bytes) -> Kept:
+def _row(path: str, number: int, line: bytes) -> FilteredTask:
     try:
-        one = msgspec.json.decode(line, type=Kept)
+        one = msgspec.json.decode(line, type=FilteredTask)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path} line {number}: {error}; `farflung filter-tasks` writes such files") from error
     if one.right > one.tried:

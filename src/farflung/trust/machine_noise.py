@@ -61,10 +61,10 @@ def _at_least(odds: np.ndarray, count: int) -> float:
 
 def expectation(factor: float, profile: Profile) -> str:
     """The prospects of a machine with such noise."""
-    told = f"this machine's noise is {_times(factor)} that of profile {profile.name}: "
+    text = f"this machine's noise is {_times(factor)} that of profile {profile.name}: "
     if factor <= profile.margin:
-        return told + f"its work will pass, up to {profile.margin:g}× is forgiven"
-    return told + "it would be ejected, honest or not; choose another --profile, or float32"
+        return text + f"its work will pass, up to {profile.margin:g}× is forgiven"
+    return text + "it would be ejected, honest or not; choose another --profile, or float32"
 
 
 def _times(factor: float) -> str:

@@ -216,7 +216,7 @@ def confirm(
 
 
 def watch_groups(
-    record: NodeRecord, groups: Sequence[Sequence[watch.Look]], settings: TrustSettings
+    record: NodeRecord, groups: Sequence[Sequence[watch.WatchedRollout]], settings: TrustSettings
 ) -> tuple[NodeRecord, Outcome]:
     """Take in replayed rollouts, a node's samples of one task at a time, each rollout once in its life.
 
@@ -243,18 +243,18 @@ def watch_groups(
 def _watchful(record: NodeRecord, after: NodeRecord, settings: TrustSettings) -> tuple[NodeRecord, Outcome]:
     watched, limit = after.watched, 1 / settings.false_ejection_probability
     serving, m = watched.serving, watched.statistic
-    told = (
+    text = (
         f"{watched.flips} flips in {watched.rollouts} replayed rollouts, {watched.allowed:.3g} allowed, "
         f"{watched.liked} of them to tokens that the policy likes better, reward {watched.gain:+.3g}"
     )
     if serving >= limit:
         follow = "reward" if _mean(watched.steering) > _mean(watched.leaning) else "what the policy likes"
-        reason = f"its flips follow {follow}: M = {serving:.3g}, not below {limit:.3g}; {told}"
+        reason = f"its flips follow {follow}: M = {serving:.3g}, not below {limit:.3g}; {text}"
         return msgspec.structs.replace(after, status="ejected"), Outcome("eject", serving, limit, reason)
     if m >= watch.WARY and record.status == "trusted":
-        reason = f"its flips are too many or serve it: M = {m:.3g}, above {watch.WARY:.3g} all is audited; {told}"
+        reason = f"its flips are too many or serve it: M = {m:.3g}, above {watch.WARY:.3g} all is audited; {text}"
         return demote(after), Outcome("void", m, watch.WARY, reason)
-    return after, Outcome("ok", m, limit, told)
+    return after, Outcome("ok", m, limit, text)
 
 
 def _total(findings: Sequence[Finding]) -> np.ndarray:

@@ -53,7 +53,7 @@ class Flips(NamedTuple):
     """Flips that honest arithmetic makes at most, on average."""
 
 
-class Look(NamedTuple):
+class WatchedRollout(NamedTuple):
     """The same, with the reward of the rollout and what of its node's profile it takes to weigh it."""
 
     flips: int
@@ -89,9 +89,9 @@ def bits(profile: Profile, seen: Seen) -> float:
     return float(-(near0 * np.log2(near0) + (1 - near0) * np.log2(1 - near0)).sum())
 
 
-def group_ratios(looks: Sequence[Look]) -> Ratios:
+def group_ratios(looks: Sequence[WatchedRollout]) -> Ratios:
     """The ratios from a node's samples of one task."""
-    flipped, liked, allowed, reward, likely = np.array(looks, float).reshape(-1, len(Look._fields)).T
+    flipped, liked, allowed, reward, likely = np.array(looks, float).reshape(-1, len(WatchedRollout._fields)).T
     excess = [flipped.sum() * math.log1p(more) - more * allowed.sum() for more in EXCESS]
     leaning = [(liked * math.log(k) - flipped * np.log1p((k - 1) * likely)).sum() for k in LEANING]
     return Ratios(np.array(excess), _steering(flipped, allowed, reward), np.array(leaning))
@@ -105,9 +105,9 @@ def _steering(flipped: np.ndarray, allowed: np.ndarray, reward: np.ndarray) -> n
     return np.array([(flipped * np.log1p(strength * pull)).sum() for strength in STEERING])
 
 
-def gain(looks: Sequence[Look]) -> float:
+def gain(looks: Sequence[WatchedRollout]) -> float:
     """By how much reward the flips of these samples lie above what chance would give them, summed."""
-    flipped, _, allowed, reward, _ = np.array(looks, float).reshape(-1, len(Look._fields)).T
+    flipped, _, allowed, reward, _ = np.array(looks, float).reshape(-1, len(WatchedRollout._fields)).T
     return (
         float((flipped * reward).sum() - flipped.sum() * (allowed * reward).sum() / allowed.sum())
         if allowed.sum()

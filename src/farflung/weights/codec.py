@@ -69,9 +69,9 @@ class Writer:
     def places(self, rising: np.ndarray) -> None:
         """Strictly rising positions; the reader knows how many."""
         if len(rising):
-            self.numbers(np.diff(rising, prepend=-1) - 1)
+            self.integers(np.diff(rising, prepend=-1) - 1)
 
-    def numbers(self, values: np.ndarray) -> None:
+    def integers(self, values: np.ndarray) -> None:
         """Integers from 0 to 2^32 - 1; the reader knows how many."""
         symbols = _symbols(values)
         is_small = len(symbols) > 0 and int(symbols.max()) < 16
@@ -130,12 +130,12 @@ class Reader:
         """`count` strictly rising positions below `size`."""
         if not count:
             return np.zeros(0, np.int64)
-        rising = np.cumsum(self.numbers(count).astype(np.int64) + 1) - 1
+        rising = np.cumsum(self.integers(count).astype(np.int64) + 1) - 1
         if rising[-1] >= size:  # each step is positive and below 2^33, so nothing wraps
             raise WeightsError(f"this difference changes value {rising[-1]:,} of {size:,}")
         return rising
 
-    def numbers(self, count: int) -> np.ndarray:
+    def integers(self, count: int) -> np.ndarray:
         """`count` integers, uint32."""
         is_small = self.count(1)
         symbols = _unpaired(self.packed(-(-count // 2)), count) if is_small else self.packed(count)

@@ -191,21 +191,21 @@ def _write_classes(writer: Writer, pairs: Sequence[tuple[np.ndarray, np.ndarray]
     writer.count(len(places))
     writer.places(places)
     for parts in zip(*(one.distances for one in found), strict=True):
-        writer.numbers(np.concatenate(parts))
+        writer.integers(np.concatenate(parts))
 
 
 def _sampled(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """About how many values each bucket has, and how many of them change."""
     shift, totals = _shift(pairs[0][0].itemsize), np.zeros((2, BUCKETS))
     for old, new in pairs:
-        before, after = _part(old), _part(new)
+        before, after = _sample(old), _sample(new)
         buckets, scale = _magnitude(before) >> shift, old.size / max(before.size, 1)
         totals[0] += scale * np.bincount(buckets, minlength=BUCKETS)
         totals[1] += scale * np.bincount(buckets.compress(before != after), minlength=BUCKETS)
     return totals[0], totals[1]
 
 
-def _part(array: np.ndarray) -> np.ndarray:
+def _sample(array: np.ndarray) -> np.ndarray:
     """The first SAMPLED of every RUN values; of small tensors all."""
     if array.size < RUN:
         return array
@@ -273,7 +273,7 @@ class _Classes:
         self._flags = [_Feed(bits) for bits in _read_flags(reader, len(firsts), size)]
         self._places = reader.places(reader.count(size), size)
         counts = [len(self._places), *(int(np.count_nonzero(feed.values)) for feed in self._flags)]
-        self._distances = [_Feed(reader.numbers(count)) for count in counts]
+        self._distances = [_Feed(reader.integers(count)) for count in counts]
         self._at = 0
 
     def newer(self, old: np.ndarray) -> np.ndarray:

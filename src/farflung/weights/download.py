@@ -84,7 +84,7 @@ class Downloads:
 
     async def _from_anyone(self, shard: Shard) -> None:
         """Several relays at once, else the first one that has it right, else the origin."""
-        urls = sources.order(self._relays, self.scores, self._busy, time.monotonic(), self._rng)
+        urls = sources.ranked(self._relays, self.scores, self._busy, time.monotonic(), self._rng)
         came_from: dict[int, str] = {}
         if shard.size_bytes > ranges.RANGE_BYTES and len(urls) > 1:
             came_from = await self._from_many(urls[:RELAYS_AT_ONCE], shard)
@@ -106,11 +106,11 @@ class Downloads:
         await self._from(self.session.client, shard)
 
     async def _from_many(self, urls: Sequence[str], shard: Shard) -> dict[int, str]:
-        """Pieces from several relays. Gives each piece's relay, if they do not come to the shard."""
+        """Ranges from several relays. Gives each piece's relay, if they do not come to the shard."""
         part = self.folder / f"{shard.digest}{PART}"
         try:
             with part.open("ab", buffering=0) as file:
-                found = ranges.Pieces(file, shard.size_bytes, partial(self._range, shard), self._pace)
+                found = ranges.Ranges(file, shard.size_bytes, partial(self._range, shard), self._pace)
                 is_whole = await found.fetch(urls)
             self._mark_slow(found, shard)
             if not is_whole:
@@ -126,7 +126,7 @@ class Downloads:
             raise NoRoom(f"shard {shard.digest[:12]} cannot be kept here: {error.strerror}") from error
         return {}
 
-    def _mark_slow(self, found: ranges.Pieces, shard: Shard) -> None:
+    def _mark_slow(self, found: ranges.Ranges, shard: Shard) -> None:
         """Others outran these relays: one that sent nothing at all failed, one that sent some is a little behind."""
         for url in found.slow:
             if url in found.came_from.values():

@@ -139,13 +139,13 @@ class Publisher:
     async def _differing(self, tensors: Iterable[Named], step: int) -> tuple[list[Tensor], dict[str, Any]]:
         """Tensors, which replace those of the step before, as difference or whole; taken a few shards at a time."""
         is_based, numbered = bool(self._base), enumerate(_chunks(tensors))
-        told: list[tuple[list[Tensor], Shard | None]] = []
+        described_chunks: list[tuple[list[Tensor], Shard | None]] = []
         while some := await asyncio.to_thread(list, islice(numbered, AT_ONCE)):
-            told += await asyncio.gather(*(self._tell(chunk, number, is_based) for number, chunk in some))
+            described_chunks += await asyncio.gather(*(self._tell(chunk, number, is_based) for number, chunk in some))
             for _, chunk in some:
                 self._base |= dict(chunk)
-        described = [tensor for tensors, _ in told for tensor in tensors]
-        deltas = [shard for _, shard in told if shard is not None]
+        described = [tensor for tensors, _ in described_chunks for tensor in tensors]
+        deltas = [shard for _, shard in described_chunks if shard is not None]
         size = sum(tensor.nbytes for tensor in self._base.values())
         if sum(shard.size_bytes for shard in deltas) >= size:
             deltas = []

@@ -1,7 +1,7 @@
 """Worker, validator and relay: one shard in pieces, from several relays at once, put together in order.
 
 Every relay is asked for the next piece as soon as it has sent one, so fast ones send more, and a busy one holds the
-others up only briefly. Pieces that come early wait in memory, a few of them; the file always holds a beginning.
+others up only briefly. Ranges that come early wait in memory, a few of them; the file always holds a beginning.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 RANGE_BYTES = 4 << 20
 AHEAD = 2
-"""Pieces per relay that may be under way or in memory beyond the file's end."""
+"""Ranges per relay that may be under way or in memory beyond the file's end."""
 OVERDUE_S, OVERDUE_TIMES = 6.0, 2.0
 """A piece that takes longer than this, and than so many times the longest that came, is asked of another relay too."""
 FADES = 0.95
@@ -39,7 +39,7 @@ class Pace:
         return max(OVERDUE_S, OVERDUE_TIMES * self.longest_s)
 
 
-class Pieces:
+class Ranges:
     """The rest of a shard of `size` bytes into a file that has its beginning."""
 
     def __init__(self, file: BinaryIO, size: int, take: Take, pace: Pace) -> None:

@@ -55,7 +55,7 @@ def refused(score: Score) -> Score:
     return replace(score, success=MEMORY * score.success)
 
 
-def order(
+def ranked(
     relays: Iterable[str], scores: Mapping[str, Score], busy: Mapping[str, int], now: float, rng: random.Random
 ) -> list[str]:
     """The relays in the order in which to try them; those that are dropped are left out.

@@ -83,7 +83,7 @@ class SharedPrompts:
         self._row_N = torch.zeros(len(count_G) * self._slots, dtype=torch.long)
         self._row_N[self._place_B] = torch.arange(len(group_B))
 
-    def ask(self, layer: int, query_BHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def answer(self, layer: int, query_BHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each row's answer from its prompt (B, H, D), and the log of its sum under the softmax (B, H)."""
         query_GHSD = query_BHD.index_select(0, self._row_N).unflatten(0, (-1, self._slots)).transpose(1, 2)
         keys, values = self._layers[layer]
@@ -153,7 +153,7 @@ def _attend(
     own = key.to(HELD_IN), value.to(HELD_IN)  # a row's first keys come as the model makes them
     found_BH1D, own_sum_BH1 = _products(query_BH1D, *own, held.mask_B11T)
     if held.prompts is not None:
-        found_BHD, found_sum_BH = held.prompts.ask(int(module.layer_idx), query_BH1D[:, :, 0])
+        found_BHD, found_sum_BH = held.prompts.answer(int(module.layer_idx), query_BH1D[:, :, 0])
         share_BH11 = torch.sigmoid(found_sum_BH[:, :, None] - own_sum_BH1)[..., None]
         found_BH1D = torch.lerp(found_BH1D, found_BHD[:, :, None], share_BH11)
     return found_BH1D.transpose(1, 2).to(query.dtype).contiguous(), None

@@ -3,10 +3,10 @@
 # ruff: noqa: F403
 
 from farflung.protocol.messages.audits import *
-from farflung.protocol.messages.bounds import *
 from farflung.protocol.messages.descriptor import *
 from farflung.protocol.messages.heartbeats import *
 from farflung.protocol.messages.leases import *
+from farflung.protocol.messages.limits import *
 from farflung.protocol.messages.nodes import *
 from farflung.protocol.messages.scores import *
 from farflung.protocol.messages.status import *

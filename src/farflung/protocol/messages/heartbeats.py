@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from farflung.protocol.messages.bounds import Count, Id, Line, MaybeDigest, Message, Name, Seconds
+from farflung.protocol.messages.limits import Count, Id, Line, MaybeDigest, Message, Name, Seconds
 from farflung.protocol.messages.weights import Latest
 
 

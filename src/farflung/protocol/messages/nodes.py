@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from farflung.protocol.messages.bounds import Count, Id, Message, Name, Role, Url
+from farflung.protocol.messages.limits import Count, Id, Message, Name, Role, Url
 
 
 class Hardware(Message, frozen=True):

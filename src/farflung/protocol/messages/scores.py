@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from farflung.protocol.messages.bounds import MAX_TOKENS, Count, Finite, Id, Line, Message
+from farflung.protocol.messages.limits import MAX_TOKENS, Count, Finite, Id, Line, Message
 from farflung.protocol.messages.weights import Latest
 
 

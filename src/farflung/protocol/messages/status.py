@@ -1,7 +1,7 @@
 """Views of a run for people: nodes, steps, versions of the weights, stories."""
 
 from farflung.protocol.messages.audits import Verdict
-from farflung.protocol.messages.bounds import Digest, Id, Line, Message, Name
+from farflung.protocol.messages.limits import Digest, Id, Line, Message, Name
 from farflung.protocol.messages.weights import Latest
 
 

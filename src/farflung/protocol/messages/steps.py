@@ -5,7 +5,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from farflung.protocol.identity import Signed
-from farflung.protocol.messages.bounds import (
+from farflung.protocol.messages.limits import (
     MAX_SAMPLES,
     MAX_TOKENS,
     Count,

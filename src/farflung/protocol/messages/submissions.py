@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from farflung.protocol.messages.bounds import (
+from farflung.protocol.messages.limits import (
     MAX_SAMPLES,
     Count,
     Digest,

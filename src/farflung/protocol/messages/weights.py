@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from farflung.protocol.messages.bounds import Count, Digest, Id, Message, Name, Seconds, Step, Url
+from farflung.protocol.messages.limits import Count, Digest, Id, Message, Name, Seconds, Step, Url
 
 _WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
