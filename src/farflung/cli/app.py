@@ -44,6 +44,13 @@ WAYS_OUT = {
     errno.EMFILE: "; raise the limit of open files, see `ulimit -n`",
 }
 Flags = Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings as --section.key value.")]
+Address = Annotated[str, Parameter(help="The coordinator's address.")]
+Url = Annotated[str, Parameter(help="The coordinator's address; without it, as written in the run's folder.")]
+RunFile = Annotated[Path, Parameter(help="The run's TOML file, the same as the coordinator's.")]
+RunConfig = Annotated[Path, Parameter(help="The run's TOML file, or the config.json in its folder.")]
+RunFolder = Annotated[Path, Parameter(help="The run's folder, such as runs/demo.")]
+WhichRun = Annotated[str, Parameter(help="Which run, if the coordinator has several.")]
+Json = Annotated[bool, Parameter(help="Log as JSON.")]
 
 
 def complain(error: FarflungError | OSError) -> int:

@@ -2,47 +2,30 @@
 
 import asyncio
 import sys
-from pathlib import Path
 
-from farflung.cli.app import LOOK, app
+from farflung.cli.app import LOOK, Address, RunFolder, WhichRun, app
 
 
 @app.command(group=LOOK)
-def status(url: str, *, run: str = "") -> None:
-    """Show a run at a glance.
-
-    Parameters
-    ----------
-    url
-        The coordinator's address.
-    run
-        Which run, if the coordinator has several.
-    """
+def status(url: Address, *, run: WhichRun = "") -> None:
+    """Show a run at a glance."""
     from farflung.ops.show import show_status
 
     asyncio.run(show_status(url, run))
 
 
 @app.command(group=LOOK)
-def weights(url: str, *, run: str = "") -> None:
+def weights(url: Address, *, run: WhichRun = "") -> None:
     """List the versions of a run's weights.
 
-    For each: bytes whole and as a difference, how many nodes have it, its age.
-
-    Parameters
-    ----------
-    url
-        The coordinator's address.
-    run
-        Which run, if the coordinator has several.
-    """
+    For each: bytes whole and as a difference, how many nodes have it, its age."""
     from farflung.ops.show import show_weights
 
     asyncio.run(show_weights(url, run))
 
 
 @app.command(group=LOOK)
-def story(id: str, *, url: str) -> None:
+def story(id: str, *, url: Address) -> None:
     """Tell everything that happened to one id.
 
     The id is of a node, lease, rollout, group, step or audit.
@@ -51,8 +34,6 @@ def story(id: str, *, url: str) -> None:
     ----------
     id
         The id, as the dashboard, the logs or another story show it.
-    url
-        The coordinator's address.
     """
     from farflung.ops.show import tell_story
 
@@ -60,13 +41,11 @@ def story(id: str, *, url: str) -> None:
 
 
 @app.command(group=LOOK)
-def view(folder: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
+def view(folder: RunFolder, *, host: str = "127.0.0.1", port: int = 0) -> None:
     """Open the dashboard over a finished run, read only.
 
     Parameters
     ----------
-    folder
-        The run's folder, such as runs/demo.
     host
         Address to listen on.
     port
@@ -78,16 +57,10 @@ def view(folder: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
 
 
 @app.command(group=LOOK)
-def report(folder: Path) -> None:
+def report(folder: RunFolder) -> None:
     """Write a run's report.html again.
 
-    It is made from the run's database and metrics.jsonl.
-
-    Parameters
-    ----------
-    folder
-        The run's folder, such as runs/demo.
-    """
+    It is made from the run's database and metrics.jsonl."""
     from farflung.launch.report import write_report
     from farflung.launch.summary import summarise
 
@@ -95,16 +68,10 @@ def report(folder: Path) -> None:
 
 
 @app.command(group=LOOK)
-def summary(folder: Path) -> None:
+def summary(folder: RunFolder) -> None:
     """Recompute a run's figures and print them.
 
-    They are made from the run's database and metrics.jsonl, as summary.json is at the end of a run.
-
-    Parameters
-    ----------
-    folder
-        The run's folder, such as runs/demo.
-    """
+    They are made from the run's database and metrics.jsonl, as summary.json is at the end of a run."""
     import json as json_module
 
     from farflung.launch.summary import summarise

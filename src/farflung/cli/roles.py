@@ -12,7 +12,11 @@ from farflung.cli.app import (
     HOME,
     JOIN,
     ROLES,
+    Address,
     Flags,
+    Json,
+    RunFile,
+    Url,
     app,
     expanded,
     parts_of,
@@ -29,15 +33,13 @@ from farflung.store import owner
 
 
 @app.command(group=ROLES)
-def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
+def coordinator(config: Path, *flags: Flags, json: Json = False) -> None:
     """Admit nodes, hand out leases, take rollouts in.
 
     Parameters
     ----------
     config
         The run's TOML file.
-    json
-        Log as JSON.
     """
     from farflung.launch.coordinators import serve_all
 
@@ -48,20 +50,10 @@ def coordinator(config: Path, *flags: Flags, json: bool = False) -> None:
 
 
 @app.command(group=ROLES)
-def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> None:
+def trainer(config: RunFile, *flags: Flags, url: Url = "", json: Json = False) -> None:
     """Claim batches, take steps, publish weights.
 
-    Started by torchrun it trains over all of its processes.
-
-    Parameters
-    ----------
-    config
-        The run's TOML file, the same as the coordinator's.
-    url
-        The coordinator's address; without it, as written in the run's folder.
-    json
-        Log as JSON.
-    """
+    Started by torchrun it trains over all of its processes."""
     from farflung.learner.build import follow
     from farflung.learner.ranks import join as meet
     from farflung.learner.ranks import leave
@@ -78,19 +70,13 @@ def trainer(config: Path, *flags: Flags, url: str = "", json: bool = False) -> N
 
 
 @app.command(group=ROLES)
-def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator-1", json: bool = False) -> None:
+def validator(config: RunFile, *flags: Flags, url: Url = "", name: str = "validator-1", json: Json = False) -> None:
     """Replay drawn rollouts, sign the evidence, evaluate.
 
     Parameters
     ----------
-    config
-        The run's TOML file, the same as the coordinator's.
-    url
-        The coordinator's address; without it, as written in the run's folder.
     name
         Picks the key, keys/NAME in the run's folder.
-    json
-        Log as JSON.
     """
     start_computing(json)
     settings = settings_of(config, flags)
@@ -99,19 +85,13 @@ def validator(config: Path, *flags: Flags, url: str = "", name: str = "validator
 
 
 @app.command(group=ROLES)
-def scorer(config: Path, *flags: Flags, url: str = "", name: str = "scorer", json: bool = False) -> None:
+def scorer(config: RunFile, *flags: Flags, url: Url = "", name: str = "scorer", json: Json = False) -> None:
     """Judge transcripts in child processes.
 
     Parameters
     ----------
-    config
-        The run's TOML file, the same as the coordinator's.
-    url
-        The coordinator's address; without it, as written in the run's folder.
     name
         Picks the key, keys/NAME in the run's folder.
-    json
-        Log as JSON.
     """
     start_logging(json)
     settings = settings_of(config, flags)
@@ -153,7 +133,7 @@ class Generating:
 
 @app.command(group=ROLES)
 def worker(
-    url: str,
+    url: Address,
     *,
     folder: Path = Path("farflung-worker"),
     name: str = "",
@@ -163,14 +143,12 @@ def worker(
     patience_s: float = 60.0,
     relay_port: int = 0,
     relay_url: str = "",
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Generate rollouts for a coordinator.
 
     Parameters
     ----------
-    url
-        The coordinator's address.
     folder
         Where this node keeps its key and the weights it fetched.
     name
@@ -187,8 +165,6 @@ def worker(
         Open port to be a relay at as well, on all addresses; 0 to be none.
     relay_url
         Where nodes reach that relay, such as http://worker.example:7000.
-    json
-        Log as JSON.
     """
     start_computing(json)
     key = _key_in(folder)
@@ -250,7 +226,7 @@ def join(
     memory_gb: float = 0.0,
     context: int = 0,
     unchecked: bool = False,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Join a run with this machine.
 
@@ -278,8 +254,6 @@ def join(
         Longest prompt and completion taken, in tokens; 0 for no limit.
     unchecked
         Join even if checks fail.
-    json
-        Log as JSON.
     """
     folder = expanded(folder)
     _key_in(folder)
@@ -292,7 +266,7 @@ def join(
 
 @app.command(group=ROLES)
 def relay(
-    url: str,
+    url: Address,
     *,
     folder: Path = Path("farflung-relay"),
     name: str = "",
@@ -303,14 +277,12 @@ def relay(
     public_url: str = "",
     upstream: str = "",
     disk_gb: float = 0.0,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Mirror a run's weights and serve them to nodes.
 
     Parameters
     ----------
-    url
-        The coordinator's address.
     folder
         Where this relay keeps its key and the weights that it mirrors.
     name
@@ -329,8 +301,6 @@ def relay(
         Addresses of relays to mirror from, with commas between them; empty for the coordinator alone.
     disk_gb
         Most disk for weights; 0 for no bound but what is free.
-    json
-        Log as JSON.
     """
     from farflung.relay import Relay
 

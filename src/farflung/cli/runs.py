@@ -4,7 +4,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from farflung.cli.app import RUN, SAFE, Flags, app, end_with, settings_of, url_of
+from farflung.cli.app import RUN, SAFE, Flags, RunConfig, Url, app, end_with, settings_of, url_of
 from farflung.config import load
 from farflung.launch.logs import start_logging
 
@@ -87,15 +87,13 @@ def filter_tasks(config: Path, *flags: Flags, out: Path, samples: int = 8, low: 
 
 
 @app.command(group=SAFE)
-def backup(config: Path, *flags: Flags, to: Path) -> None:
+def backup(config: RunConfig, *flags: Flags, to: Path) -> None:
     """Copy a run while it goes.
 
     The copy has keys, checkpoints, database and blobs; `farflung restore` goes on from it.
 
     Parameters
     ----------
-    config
-        The run's TOML file, or the config.json in its folder.
     to
         A folder that is not there yet.
     """
@@ -121,19 +119,15 @@ def restore(backup: Path, *, to: Path) -> None:
 
 
 @app.command(group=SAFE)
-def breaker(config: Path, *flags: Flags, close: bool = False, url: str = "") -> None:
+def breaker(config: RunConfig, *flags: Flags, close: bool = False, url: Url = "") -> None:
     """Show whether the circuit breaker is open, or close it.
 
     While it is open, because too many good nodes failed at once, no node is judged and nothing is trained on.
 
     Parameters
     ----------
-    config
-        The run's TOML file, or the config.json in its folder.
     close
         Let verdicts and training go on, once validators and weights were looked at.
-    url
-        The coordinator's address; without it, as written in the run's folder.
     """
     from farflung.ops.operate import close_breaker, show_breaker
 
@@ -143,21 +137,17 @@ def breaker(config: Path, *flags: Flags, close: bool = False, url: str = "") -> 
 
 
 @app.command(group=SAFE)
-def rollback(config: Path, *flags: Flags, to_step: int, without: tuple[str, ...] = (), url: str = "") -> None:
+def rollback(config: RunConfig, *flags: Flags, to_step: int, without: tuple[str, ...] = (), url: Url = "") -> None:
     """Take up an earlier step again.
 
     The next step restores it, and the run goes on without the work of some nodes.
 
     Parameters
     ----------
-    config
-        The run's TOML file, or the config.json in its folder.
     to_step
         The last step to keep; `farflung story STEP` names who contributed to each.
     without
         A node to eject without regard to evidence; may be given again.
-    url
-        The coordinator's address; without it, as written in the run's folder.
     """
     from farflung.ops.operate import roll_back
 

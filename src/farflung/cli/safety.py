@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from farflung.cli.app import BREAK, HOME, JOIN, RUN, SAFE, Flags, app, expanded, settings_of
+from farflung.cli.app import BREAK, HOME, JOIN, RUN, SAFE, Flags, RunConfig, app, expanded, settings_of
 from farflung.launch.logs import start_logging
 
 
@@ -29,7 +29,7 @@ def key(path: Path) -> None:
 @app.command(group=SAFE)
 def keys(
     action: Literal["show", "rotate"],
-    config: Path,
+    config: RunConfig,
     *flags: Flags,
     purpose: str = "",
     root: Path | None = None,
@@ -45,8 +45,6 @@ def keys(
     ----------
     action
         `show` prints the root's delegations, `rotate` adds one.
-    config
-        The run's TOML file, or the config.json in its folder.
     purpose
         Purpose of the key: coordinator, weights, receipts or verdicts.
     root

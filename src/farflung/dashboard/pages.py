@@ -82,7 +82,7 @@ class Pages:
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
         self._templates = environment(is_live=desk.is_live, run=desk.config.run.name, asset=asset)
-        self.live = Live(desk.snapshot, self._part)
+        self.live = Live(desk.snapshot, self._render)
         self.accounts = Shared(lambda: desk.database.read_page(browse.accounts))
 
     # --- pages -------------------------------------------------------------------------------------------------------

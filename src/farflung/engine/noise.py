@@ -39,14 +39,10 @@ def row_keys(seed_B: Integers, position_B: Integers | int) -> tuple[np.ndarray, 
 
 
 def gumbel(
-    seed_B: Integers,
-    position_B: Integers | int,
-    vocab: int,
-    device: torch.device | str = "cpu",
-    out: torch.Tensor | None = None,
+    seed_B: Integers, position_B: Integers | int, vocab: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Noise of every token for each row, float32 (B, V), in `out` if given: new memory costs as much as the noise."""
-    return exponential(seed_B, position_B, vocab, device, out).log_().neg_()
+    """Noise of every token for each row, float32 (B, V)."""
+    return exponential(seed_B, position_B, vocab, device).log_().neg_()
 
 
 def exponential(
@@ -58,6 +54,7 @@ def exponential(
 ) -> torch.Tensor:
     """The same noise before its second logarithm, exp(-g) = -log(u), float32 (B, V) above 0.
 
+    It goes into `out` if that is given: new memory costs as much as the noise.
     argmax(exp(logits / T) * exp(g)) is argmax(logits / T + g), and exp(logits / T) is needed for log-probabilities.
     """
     noise_BV = torch.empty(len(seed_B), vocab, device=device) if out is None else out

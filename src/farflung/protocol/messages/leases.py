@@ -7,7 +7,6 @@ from msgspec import Meta
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages.limits import (
     MAX_SAMPLES,
-    MAX_TOKENS,
     Count,
     Digest,
     Id,
@@ -18,6 +17,8 @@ from farflung.protocol.messages.limits import (
     Seconds,
     Seed,
     Step,
+    Temperature,
+    TokenLimit,
 )
 from farflung.protocol.messages.weights import Latest
 
@@ -47,8 +48,8 @@ class Lease(Message, frozen=True):
     purpose: Purpose
     step: Step
     manifest: Digest
-    temperature: Annotated[float, Meta(ge=0, le=10)]
-    max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    temperature: Temperature
+    max_new_tokens: TokenLimit
     nonce: Digest
     probe: Digest
     """Key that chooses the slices of the weights of which the submission shows possession."""

@@ -31,6 +31,9 @@ Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Step = Annotated[int, Meta(ge=0, le=10**9)]
 Seed = Annotated[int, Meta(ge=0)]
 """Unsigned 64-bit; more than SQL or JavaScript numbers hold."""
+Temperature = Annotated[float, Meta(ge=0, le=10)]
+TokenLimit = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+"""Most new tokens of a rollout."""
 Purpose = Literal["train", "eval", "data"]
 Role = Literal["worker", "relay", "trainer", "validator", "scorer"]
 Url = Annotated[

@@ -7,7 +7,6 @@ from msgspec import Meta
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages.limits import (
     MAX_SAMPLES,
-    MAX_TOKENS,
     Count,
     Digest,
     Id,
@@ -17,6 +16,8 @@ from farflung.protocol.messages.limits import (
     Name,
     Seed,
     Step,
+    Temperature,
+    TokenLimit,
 )
 from farflung.protocol.messages.weights import Latest
 
@@ -51,7 +52,7 @@ class Canary(Message, frozen=True):
 
     prompt_ids: Ids
     seed: Seed
-    max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    max_new_tokens: TokenLimit
 
 
 class SelfTestItem(Message, frozen=True):
@@ -67,7 +68,7 @@ class SelfTest(Message, frozen=True):
     """Texts that a node may try its arithmetic on, with the weights of one version."""
 
     step: Step
-    temperature: Annotated[float, Meta(ge=0, le=10)]
+    temperature: Temperature
     profiles: Annotated[dict[Name, Annotated[bytes, Meta(max_length=1 << 16)]], Meta(max_length=64)]
     """The profiles that the run admits as JSON; `RunInfo` has their digests."""
     items: Annotated[list[SelfTestItem], Meta(min_length=1, max_length=64)]
