@@ -156,7 +156,7 @@ def worker(
     run
         Which run to work for, if there are several.
     root
-        Public root key in hex that must vouch for the run; empty to believe the first one met.
+        Public root key in hex that must vouch for the run; empty for trust on first use.
     how
         How it generates.
     patience_s
@@ -290,7 +290,7 @@ def relay(
     run
         Which run to mirror, if there are several.
     root
-        Public root key in hex that must vouch for the run; empty to believe the first one met.
+        Public root key in hex that must vouch for the run; empty for trust on first use.
     host
         Address to listen on.
     port

@@ -62,7 +62,7 @@ def export(run: Path, out: Path, step: int | None = None) -> None:
 def filter_tasks(config: Path, *flags: Flags, out: Path, samples: int = 8, low: float = 0.1, high: float = 0.9) -> None:
     """Find training tasks of the right difficulty.
 
-    The base model answers each task several times; those that it gets right neither never nor always are written.
+    The base model answers each task several times; tasks with a pass rate from --low to --high are written.
 
     Parameters
     ----------
@@ -73,9 +73,9 @@ def filter_tasks(config: Path, *flags: Flags, out: Path, samples: int = 8, low: 
     samples
         Answers to each task.
     low
-        Smallest share of right answers that is kept.
+        Lowest pass rate of a task that is written.
     high
-        Largest share that is kept.
+        Highest pass rate.
     """
     from farflung.ops.filter_tasks import Band
     from farflung.ops.filter_tasks import filter_tasks as choose
@@ -88,7 +88,7 @@ def filter_tasks(config: Path, *flags: Flags, out: Path, samples: int = 8, low: 
 
 @app.command(group=SAFE)
 def backup(config: RunConfig, *flags: Flags, to: Path) -> None:
-    """Copy a run while it goes.
+    """Copy a run while it runs.
 
     The copy has keys, checkpoints, database and blobs; `farflung restore` goes on from it.
 
@@ -122,7 +122,7 @@ def restore(backup: Path, *, to: Path) -> None:
 def breaker(config: RunConfig, *flags: Flags, close: bool = False, url: Url = "") -> None:
     """Show whether the circuit breaker is open, or close it.
 
-    While it is open, because too many good nodes failed at once, no node is judged and nothing is trained on.
+    While it is open, because too many trusted nodes failed audits at once, no verdict is given and nothing is trained on.
 
     Parameters
     ----------

@@ -78,7 +78,7 @@ def calibrate(
     threads: int = 1,
     engine_url: str = "",
 ) -> None:
-    """Measure honest rounding, and write it as a profile.
+    """Measure numerical noise on this trusted machine, and write a numerics profile.
 
     The numerics profile says how far honest nodes may differ from a validator.
 
@@ -96,7 +96,7 @@ def calibrate(
     tokens
         Tokens generated in large batches; other ways to generate add two thirds of that.
     temperature
-        Of the runs that the profile is for.
+        Sampling temperature of the runs that use the profile.
     max_new_tokens
         Most tokens of a completion in these runs.
     threads

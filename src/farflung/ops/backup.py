@@ -1,4 +1,4 @@
-"""`farflung backup` and `restore`: a run copied while it goes, and checked where it is brought back.
+"""`farflung backup` and `restore`: a run copied while it runs, and checked where it is brought back.
 
 The order makes the copy whole without stopping anybody. Checkpoints come first, so that none is ahead of the database;
 then the database in one snapshot; blobs last, because whatever the snapshot names was stored before. Blobs deleted
