@@ -163,7 +163,7 @@ class Filling:
 
     def _verdict(self) -> None:
         verdict = Verdict(
-            run=RUN, node=self.nodes[0], audit=new_id("a"), outcome="eject", statistic=2e6, threshold=1e6,
+            run=RUN, node=self.nodes[0], audit=new_id("a"), outcome="eject", statistic=2e6, threshold=1.25e6,
             reason="because", decided_at=START,
         )  # fmt: skip
         document = msgspec.msgpack.encode(seal(self.key, "verdict", verdict))

@@ -72,7 +72,7 @@ def lives(pool: np.ndarray, rng: np.random.Generator, count: int) -> dict[str, A
         highest = np.maximum(highest, m.mean(axis=1))
         voided += int((total.max(axis=1) >= np.log(SETTINGS.cap)).sum())
         sums = sums + np.minimum(np.exp(total), SETTINGS.cap).mean(axis=0)
-    limit = 1 / SETTINGS.false_ejection_probability
+    limit = SETTINGS.limit
     return {
         "ejected": int((highest >= limit).sum()),
         "voided_of_1000": round(1000 * voided / count / SUBMISSIONS, 3),

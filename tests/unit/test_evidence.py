@@ -8,6 +8,7 @@ import pytest
 
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import ALTERNATIVES, CHEATS, Profile, Seen, Tally
+from farflung.trust.record import WHOLE, TrustSettings
 
 PROFILE = Profile("two bins", edges=(0.1,), q0=(0.3, 0.01), honest=Tally((100, 1000), (20, 0)))
 ROUNDING = 1e-4
@@ -139,8 +140,14 @@ def test_three_flagrant_submissions_eject_and_two_do_not() -> None:
     flagrant = np.where(np.arange(len(ALTERNATIVES)) < 1, 50.0, -50.0)  # one alternative alone is there
     for _ in range(3):
         m, k = evidence.fold(m, k, evidence.e_values(flagrant))
-        history.append(evidence.is_ejected(float(m.mean())))
+        history.append(WHOLE * float(m.mean()) >= evidence.limit())
     assert history == [False, False, True]
+
+
+def test_what_all_tests_that_may_eject_allow_for_is_alpha() -> None:
+    for alpha in (1e-6, 1e-3, 0.05):
+        settings = TrustSettings(false_ejection_probability=alpha)
+        assert 1 / settings.limit + 1 / settings.serving_limit == pytest.approx(alpha)
 
 
 def test_the_process_neither_overflows_nor_stays_at_zero() -> None:
@@ -213,7 +220,7 @@ def test_unseeded_sampling_is_ejected_within_three_submissions(profile: Profile,
         for _ in range(3):
             ratios = total(profile, play(rng, 16, tokens, seeded=False, spread=spread))
             m, k = evidence.fold(m, k, evidence.e_values(ratios))
-        assert evidence.is_ejected(float(m.mean()))
+        assert float(m.mean()) >= evidence.limit()
 
 
 def test_honest_submissions_only_ever_speak_for_the_node(profile: Profile) -> None:

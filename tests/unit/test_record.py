@@ -59,7 +59,7 @@ def test_the_receipt_of_a_bad_submission() -> None:
 def test_flagrant_cheating_ends_in_quarantine_at_the_third_submission() -> None:
     record, outcome = fold(cheating(NodeRecord(), 2), bad(2), SETTINGS)
     assert (record.status, record.audited_submissions, outcome.kind) == ("quarantined", 3, "quarantine")
-    assert outcome.statistic == record.statistic >= outcome.threshold == 1 / SETTINGS.false_ejection_probability
+    assert outcome.statistic == record.statistic >= outcome.threshold == SETTINGS.limit
     assert outcome.reason.startswith("the evidence of 3 audited submissions against this key is M = ")
     assert len(outcome.reason) <= 500
 
@@ -99,7 +99,7 @@ def test_a_second_opinion_ejects_or_releases() -> None:
     assert (gone.status, gone.audited_submissions, outcome.kind) == ("ejected", 3, "eject")
     free, outcome = confirm(suspect, good(2), SETTINGS)
     assert (free.status, free.clean_rollouts, free.m_before, outcome.kind) == ("probation", 0, (), "release")
-    assert free.statistic < 1 / SETTINGS.false_ejection_probability
+    assert free.statistic < SETTINGS.limit
 
 
 def test_what_was_looked_for_voids_but_never_counts() -> None:

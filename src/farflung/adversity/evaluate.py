@@ -34,6 +34,7 @@ from farflung.store.metrics import Metrics
 from farflung.store.sql_connections import open_engine
 from farflung.store.tables import ENTRIES, EVENTS, GROUPS, NODES, ROLLOUTS, TASKS, VERDICTS
 from farflung.tasks.create_run import Model
+from farflung.trust import evidence
 from farflung.trust.record import NodeRecord
 
 AT_ONCE = 7
@@ -136,7 +137,7 @@ def _row(connection: Connection, config: Config, cheat: Cheat, honest: Sequence[
         "submissions_since_first": _since_first(lines[: verdict[1]] if verdict else lines),
         "audited_tokens": record.audited_tokens,
         "statistic": verdict[0].statistic if verdict else record.statistic,
-        "threshold": verdict[0].threshold if verdict else 1 / config.trust.false_ejection_probability,
+        "threshold": verdict[0].threshold if verdict else evidence.limit(config.trust.false_ejection_probability),
         "verdict": verdict[0].outcome if verdict else "",
         "status": record.status,
         "bad_submissions": record.bad_submissions,

@@ -122,7 +122,7 @@ def restore(backup: Path, *, to: Path) -> None:
 def breaker(config: RunConfig, *flags: Flags, close: bool = False, url: Url = "") -> None:
     """Show whether the circuit breaker is open, or close it.
 
-    While it is open, because too many trusted nodes failed audits at once, no verdict is given and nothing is trained on.
+    While it is open, because too many trusted nodes failed audits at once, no verdict is given and no step trained.
 
     Parameters
     ----------

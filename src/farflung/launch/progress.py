@@ -25,7 +25,6 @@ class Waits:
         self._thread = threading.Thread(target=self._repeat, name="waits", daemon=True)
 
     def __enter__(self) -> "Waits":
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -35,6 +34,8 @@ class Waits:
         """From here on this is waited for."""
         self._what = what
         self._tell(f"{what} …")
+        if self._thread.ident is None:  # not before: it would say again what was not said yet
+            self._thread.start()
 
     def over(self) -> None:
         """Nothing more is waited for, or others say so."""

@@ -15,6 +15,7 @@ from farflung.config import Config
 from farflung.queries.redact import Redaction
 from farflung.store import ledger
 from farflung.store.tables import AUDIT_COUNTS, AUDITS, LEASES, NODES, ROLLOUT_COUNTS
+from farflung.trust import evidence
 from farflung.trust.record import NodeRecord
 
 PAID = ("accepted", "batched", "trained", "dropped")
@@ -141,7 +142,7 @@ def lines(
             rejected=counts.bad.get(row.node, 0),
             audits=audits.get(row.node, 0),
             record=redaction.record(msgspec.msgpack.decode(row.record, type=NodeRecord)),
-            limit=1 / config.trust.false_ejection_probability,
+            limit=evidence.limit(config.trust.false_ejection_probability),
             credit=accounts.get(ledger.credit(row.node), 0),
             escrow=accounts.get(ledger.escrow(row.node), 0),
             lease=leases.get(row.node, ""),

@@ -135,7 +135,7 @@ class MarginBudget(Attack):
         total = evidence.submission_log_ratios([evidence.log_ratios(self.judged_by, one) for one in seen])
         e = evidence.e_values(total, self.trust.cap, self.trust.arbitrary_share)
         m, k = evidence.fold(self.m, self.k, e)
-        limit = 0.01 / self.trust.false_ejection_probability
+        limit = 0.01 * evidence.limit(self.trust.false_ejection_probability)
         if m.mean() >= limit or total.max() >= np.log(self.trust.cap) - 1:
             return False
         self.m, self.k = m, k

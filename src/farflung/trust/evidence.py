@@ -80,6 +80,9 @@ ODD: Final = 10.0
 """Likelihood ratio at which a rollout is not trained on, though nothing else follows: 1 in 10 of the honest at most."""
 ETA: Final = 3e-4
 ALPHA: Final = 1e-6
+ALPHA_SHARE: Final = 0.8
+"""Share of α that this test has. The test of where flips go (`farflung.trust.watch`) may eject too and has the rest; with more
+for it, three submissions at the cap that one alternative alone explains would no longer eject a new key."""
 
 Probabilities = Annotated[tuple[float, ...], Meta(min_length=1, max_length=64)]
 Counts = Annotated[tuple[int, ...], Meta(min_length=1, max_length=64)]
@@ -350,6 +353,6 @@ def fold(m: np.ndarray, k: int, e: np.ndarray) -> tuple[np.ndarray, int]:
     return np.minimum(e * (m + 1 / (k * (k + 1))), HIGHEST), k
 
 
-def is_ejected(m: float, alpha: float = ALPHA) -> bool:
-    """Whether M ≥ 1/α, which an honest key ever reaches with probability at most α (Ville; see above)."""
-    return m >= 1 / alpha
+def limit(alpha: float = ALPHA) -> float:
+    """Where M ejects: an honest key ever reaches it with probability at most `ALPHA_SHARE` α (Ville; see above)."""
+    return 1 / (ALPHA_SHARE * alpha)

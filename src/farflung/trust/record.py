@@ -24,7 +24,7 @@ class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How much is audited and what follows from it."""
 
     false_ejection_probability: Annotated[float, Meta(gt=0, lt=1)] = evidence.ALPHA
-    """Bound α on the probability that an honest key is ever ejected, however long it stays."""
+    """Bound α on the probability that an honest key is ever ejected, by any test, however long it stays."""
     arbitrary_share: Share = evidence.ETA
     """Share η of honest submissions that may be arbitrarily bad."""
     cap: Annotated[float, Meta(gt=1)] = evidence.CAP
@@ -37,6 +37,16 @@ class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Share of a trusted node's rollouts that is audited for ever, if the budget affords it."""
     audit_least: Share = 0.002
     """The same whatever the budget."""
+
+    @property
+    def limit(self) -> float:
+        """Where the evidence of audits ejects."""
+        return evidence.limit(self.false_ejection_probability)
+
+    @property
+    def serving_limit(self) -> float:
+        """Where the evidence that flips serve a node ejects it."""
+        return watch.limit(self.false_ejection_probability)
 
 
 class Watched(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -161,7 +171,7 @@ def fold(
         return record, _already(record, settings)
     total = _total(findings)
     after = _count(_advance(record, total, settings, was_trusted=was_trusted), findings, was_trusted=was_trusted)
-    if evidence.is_ejected(after.statistic, settings.false_ejection_probability):
+    if after.statistic >= settings.limit:
         after = msgspec.structs.replace(demote(after), status="quarantined")
         after = msgspec.structs.replace(after, m_before=record.m, m_trusted_before=record.m_trusted)
         return after, _exceed("quarantine", after, findings, settings)
@@ -207,7 +217,7 @@ def confirm(
     after = _advance(before, total, settings, was_trusted=was_trusted)
     milder = {name: tuple(map(min, getattr(after, name), getattr(record, name))) for name in ("m", "m_trusted")}
     after = msgspec.structs.replace(after, m_before=(), m_trusted_before=(), **milder)
-    if evidence.is_ejected(after.statistic, settings.false_ejection_probability):
+    if after.statistic >= settings.limit:
         return msgspec.structs.replace(after, status="ejected"), _exceed("eject", after, findings, settings)
     released = msgspec.structs.replace(after, status="probation")
     if evidence.is_void(total, settings.cap):
@@ -241,7 +251,7 @@ def watch_groups(
 
 
 def _watchful(record: NodeRecord, after: NodeRecord, settings: TrustSettings) -> tuple[NodeRecord, Outcome]:
-    watched, limit = after.watched, 1 / settings.false_ejection_probability
+    watched, limit = after.watched, settings.serving_limit
     serving, m = watched.serving, watched.statistic
     text = (
         f"{watched.flips} flips in {watched.rollouts} replayed rollouts, {watched.allowed:.3g} allowed, "
@@ -249,7 +259,7 @@ def _watchful(record: NodeRecord, after: NodeRecord, settings: TrustSettings) ->
     )
     if serving >= limit:
         follow = "reward" if _mean(watched.steering) > _mean(watched.leaning) else "what the policy likes"
-        reason = f"its flips follow {follow}: M = {serving:.3g}, not below {limit:.3g}; {text}"
+        reason = f"its flips follow {follow}: M = {serving:.3g}, the limit is {limit:.3g}; {text}"
         return msgspec.structs.replace(after, status="ejected"), Outcome("eject", serving, limit, reason)
     if m >= watch.WARY and record.status == "trusted":
         reason = f"its flips are too many or serve it: M = {m:.3g}, above {watch.WARY:.3g} all is audited; {text}"
@@ -306,7 +316,7 @@ def needed(record: NodeRecord, settings: TrustSettings) -> int:
 
 def _pass(record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings) -> Outcome:
     tokens = sum(finding.tokens for finding in findings)
-    limit, m = 1 / settings.false_ejection_probability, record.statistic
+    limit, m = settings.limit, record.statistic
     reason = f"{len(findings)} audited rollouts of {tokens} tokens pass; M = {m:.3g}, ejection is at {limit:.3g}"
     return Outcome("ok", m, limit, reason)
 
@@ -323,23 +333,23 @@ def _void(log_ratios: np.ndarray, findings: Sequence[Finding], settings: TrustSe
 def _exceed(
     kind: Literal["quarantine", "eject"], record: NodeRecord, findings: Sequence[Finding], settings: TrustSettings
 ) -> Outcome:
-    alpha, m = settings.false_ejection_probability, record.statistic
+    limit, m, alpha = settings.limit, record.statistic, settings.false_ejection_probability
     reason = (
-        f"the evidence of {record.audited_submissions} audited submissions against this key is M = {m:.3g}, not below "
-        f"{1 / alpha:.3g}, where an honest key ever comes with probability {alpha:.3g} at most; {_flips(findings)}; "
+        f"the evidence of {record.audited_submissions} audited submissions against this key is M = {m:.3g}, the limit "
+        f"is {limit:.3g}; an honest key is ever ejected with probability {alpha:.3g} at most; {_flips(findings)}; "
         f"most like {record.suspicion}"
     )
-    return Outcome(kind, m, 1 / alpha, reason)
+    return Outcome(kind, m, limit, reason)
 
 
 def _release(record: NodeRecord, settings: TrustSettings) -> Outcome:
-    limit, m = 1 / settings.false_ejection_probability, record.statistic
+    limit, m = settings.limit, record.statistic
     reason = f"a second opinion does not confirm the first: with it M = {m:.3g}, ejection is at {limit:.3g}"
     return Outcome("release", m, limit, reason)
 
 
 def _already(record: NodeRecord, settings: TrustSettings) -> Outcome:
-    limit, m = 1 / settings.false_ejection_probability, record.statistic
+    limit, m = settings.limit, record.statistic
     return Outcome("void", m, limit, f"this key was ejected before, with M = {m:.3g}; its work is void")
 
 

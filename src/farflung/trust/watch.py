@@ -89,6 +89,11 @@ def bits(profile: Profile, seen: Seen) -> float:
     return float(-(near0 * np.log2(near0) + (1 - near0) * np.log2(1 - near0)).sum())
 
 
+def limit(alpha: float) -> float:
+    """Where the mean of steering and leaning ejects a key: this test has what that of audits leaves of α."""
+    return 1 / ((1 - evidence.ALPHA_SHARE) * alpha)
+
+
 def group_ratios(looks: Sequence[WatchedRollout]) -> Ratios:
     """The ratios from a node's samples of one task."""
     flipped, liked, allowed, reward, likely = np.array(looks, float).reshape(-1, len(WatchedRollout._fields)).T
