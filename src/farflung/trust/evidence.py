@@ -81,8 +81,8 @@ ODD: Final = 10.0
 ETA: Final = 3e-4
 ALPHA: Final = 1e-6
 ALPHA_SHARE: Final = 0.8
-"""Share of α that this test has. The test of where flips go (`farflung.trust.watch`) may eject too and has the rest: with
-more for it, three submissions at the cap that one alternative alone explains would no longer eject a new key."""
+"""Share of α that this test has. The test of where flips go (`farflung.trust.watch`) may eject too and has the rest:
+with more for it, three submissions at the cap that one alternative alone explains would no longer eject a new key."""
 
 Probabilities = Annotated[tuple[float, ...], Meta(min_length=1, max_length=64)]
 Counts = Annotated[tuple[int, ...], Meta(min_length=1, max_length=64)]
