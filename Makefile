@@ -13,15 +13,16 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/installed
 	$(BIN)/farflung run examples/demo.toml --fresh --run.seed $(SEED)
 
-# Two lanes of like length, whole swarms in one of them, and beside them what reads the code.
+# Two lanes of like length, whole swarms in one of them, and beside them what reads the code. Each has a folder of its
+# own for what tests write: pytest tidies a common one up while the other lane adds to it.
 test: .venv/installed
 	@$(MAKE) --no-print-directory -j3 check test-swarm test-rest
 
 test-swarm: .venv/installed
-	$(BIN)/pytest --durations 6 tests/swarm tests/contract tests/property
+	$(BIN)/pytest --basetemp $$(mktemp -d)/swarm --durations 6 tests/swarm tests/contract tests/property
 
 test-rest: .venv/installed
-	$(BIN)/pytest --durations 12 tests/unit tests/integration tests/web
+	$(BIN)/pytest --basetemp $$(mktemp -d)/rest --durations 12 tests/unit tests/integration tests/web
 	$(OLDER) $(BIN)/pytest --quiet tests/unit/test_matmul.py tests/integration/test_engine_local.py
 
 check: .venv/installed

@@ -107,6 +107,8 @@ from farflung.envs import answers
         ("1" * 65, ""),
         ("9^999999999", ""),
         ("1e999999", ""),
+        ("1e5:3", ""),
+        ("0e0:0", ""),
     ],
 )
 def test_last_number(reply, found):

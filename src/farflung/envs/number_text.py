@@ -34,6 +34,7 @@ CHAIN = re.compile(rf"(?<![\w.^])(?<![\w^][-'.])(?:[-+±]\ ?)?(?:{ATOM})(?:{JOIN
 NAME = re.compile(r"[a-zA-Z](?:_?\d+)?")
 UNIT = re.compile(r"\ ?([^\W\d_]+)(?:\ ?\^\ ?-?\d|\d)?(?:\ ?/\ ?[^\W\d_]+(?:\ ?\^\ ?-?\d|\d)?)?")
 """A unit behind a number, as in `9.8 m/s^2`."""
+EXPONENT = re.compile(r"[-+]?\d+")
 PLAIN = re.compile(r"\d+|\d*\.\d+")
 GROUPED = re.compile(r"[1-9]\d{0,2}(?:(?:,\d{3})+|(?:'\d{3})+|(?:_\d{3})+|(?:,\d\d)+,\d{3})(?:\.\d+)?")
 CONTINENTAL = re.compile(r"[1-9]\d{0,2}(?:(?:\.\d{3}){2,}|(?:\.\d{3})+,\d+)")
@@ -202,7 +203,7 @@ def digits(text: str) -> Fraction | None:
     """The value of digits with separators and an exponent, or None if they group no number."""
     mantissa, _, exponent = text.lower().partition("e")
     if exponent:
-        return scaled(digits(mantissa), Fraction(10), exponent)
+        return scaled(digits(mantissa), Fraction(10), exponent) if EXPONENT.fullmatch(exponent) else None
     if PLAIN.fullmatch(mantissa):
         return Fraction(mantissa)
     if GROUPED.fullmatch(mantissa):
