@@ -20,6 +20,7 @@ from farflung.learner.ranks import Ranks
 from farflung.learner.warning import WINDOW, Sign, warn
 from farflung.net.client import Client
 from farflung.net.session import Session
+from farflung.numerics.devices import pick
 from farflung.protocol import probe
 from farflung.protocol.errors import BadSignature, Conflict, StepTaken, WeightsError
 from farflung.protocol.identity import Key
@@ -95,7 +96,8 @@ class Trainer:
 
     async def _arm(self) -> None:
         """Open the check of batches: a second engine, and the published versions."""
-        engine = await empty_engine(self.session, threads=self.config.learn.threads)
+        learn = self.config.learn
+        engine = await empty_engine(self.session, threads=learn.threads, device=pick(learn.device))
         folder = self.config.folder / "nodes" / "trainer" / "weights"
         self._loaded = Loaded(engine, Versions(self.session, folder, use_relays=False, patch=patch))
         self.checker = Checker(self.session, self.config, self._loaded, self._bodies, self._retry_when_disk_full)

@@ -13,7 +13,8 @@ from farflung.engine.arithmetic import rounded
 from farflung.engine.base import Completion
 from farflung.engine.local import LocalEngine
 from farflung.net.client import Client
-from farflung.net.session import Session
+from farflung.net.session import Session, hardware
+from farflung.numerics.devices import accelerator, pick, say
 from farflung.protocol.errors import FailedCanary, LeaseGone, Malformed, NotFound, WeightsError, WrongWeights
 from farflung.protocol.identity import Key, Signed
 from farflung.protocol.messages import AuditJob, Evidence, Lease, LeaseAnswer, LeaseRequest
@@ -65,10 +66,12 @@ class Validator:
 
     async def open(self) -> None:
         """Join and build the empty model."""
-        self.session = await Session.open(
-            self.client, "validator", run=self._run, root=self._root, name=self.name, engine="local"
-        )
-        self.engine = await empty_engine(self.session, threads=self.settings.threads, max_rows=self.settings.slots)
+        device = pick(self.settings.device)
+        say("validator", device, self.settings.device)
+        names = {"run": self._run, "root": self._root, "name": self.name, "machine": hardware(*accelerator(device))}
+        self.session = await Session.open(self.client, "validator", engine="local", **names)
+        rows, threads = self.settings.slots, self.settings.threads
+        self.engine = await empty_engine(self.session, threads=threads, max_rows=rows, device=device)
         self.weights = Versions(self.session, self.folder / "weights", use_relays=False, patch=patch)
         self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
 

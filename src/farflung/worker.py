@@ -17,7 +17,8 @@ from farflung.engine.loading import model_bytes
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.net.client import Client
-from farflung.net.session import Session
+from farflung.net.session import Session, hardware
+from farflung.numerics.devices import accelerator, pick, say
 from farflung.protocol.errors import (
     BadSignature,
     ConfigError,
@@ -44,6 +45,8 @@ from farflung.weights.tensors import fetch_model_config, fetch_stops
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
+MOST_OF_ACCELERATOR = 0.8
+"""Share of an accelerator's memory that weights may take; caches and logits need the rest."""
 SEATINGS = 2
 """Most rollouts of a lease, as a multiple of those generated at once: as some end, others join."""
 CATCH_UP_S = 10.0
@@ -51,9 +54,9 @@ CATCH_UP_S = 10.0
 Wrap = Callable[[Engine], Engine]
 
 
-def refuse_oversize(config: bytes, dtype: torch.dtype, memory_gb: float) -> None:
-    """Raise WeightsError before memory is taken for a model that this machine should not hold."""
-    limit = memory_gb * 1e9 or psutil.virtual_memory().total / 2
+def refuse_oversize(config: bytes, dtype: torch.dtype, memory_gb: float, accelerator_bytes: int = 0) -> None:
+    """Raise WeightsError before memory is taken for a model that this machine, or its accelerator, should not hold."""
+    limit = memory_gb * 1e9 or accelerator_bytes * MOST_OF_ACCELERATOR or psutil.virtual_memory().total / 2
     model_bytes(config, dtype, limit)
 
 
@@ -100,6 +103,9 @@ class Worker:
 
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""
+        self.device = pick("cpu" if self.settings.engine == "vllm" else self.settings.device)
+        if self.settings.engine == "local":
+            say("worker", self.device, self.settings.device)
         self.session = await Session.open(
             self.client,
             "worker",
@@ -109,10 +115,11 @@ class Worker:
             engine=self.settings.engine,
             invite=self._invite,
             profile=self.settings.profile,
+            machine=hardware(*accelerator(self.device)),
         )
         dtype, bits = arithmetic(self.settings.profile or self.session.info.profile)
         config = await fetch_model_config(self.session)
-        refuse_oversize(config, dtype, self.settings.memory_gb)
+        refuse_oversize(config, dtype, self.settings.memory_gb, accelerator(self.device).memory_bytes)
         self.engine = self.wrap(self._engine(config, dtype, await fetch_stops(self.session)))
         self.weights = Versions(
             self.session,
@@ -132,7 +139,13 @@ class Worker:
             folder = self.folder / "vllm"
             return VllmEngine(settings.engine_url, folder, eos_ids=eos_ids, stops=stops, max_rows=settings.slots)
         return LocalEngine.from_folder(
-            config, dtype=dtype, threads=settings.threads, eos_ids=eos_ids, stops=stops, max_rows=settings.slots
+            config,
+            dtype=dtype,
+            threads=settings.threads,
+            device=self.device,
+            eos_ids=eos_ids,
+            stops=stops,
+            max_rows=settings.slots,
         )
 
     async def _prepare(self) -> None:

@@ -110,6 +110,8 @@ class Generating:
         Rollouts generated at once.
     threads
         Torch threads.
+    device
+        What it computes on: auto for the best there is, cpu, cuda, cuda:N, mps or xpu.
     engine
         The engine that generates: this process, or a vLLM server.
     engine_url
@@ -124,6 +126,7 @@ class Generating:
 
     slots: int = 64
     threads: int = 1
+    device: str = "auto"
     engine: Literal["local", "vllm"] = "local"
     engine_url: str = WorkerSection().engine_url
     profile: str = ""

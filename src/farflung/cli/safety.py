@@ -76,6 +76,7 @@ def calibrate(
     temperature: float = 1.0,
     max_new_tokens: int = 32,
     threads: int = 1,
+    device: str = "auto",
     engine_url: str = "",
 ) -> None:
     """Measure numerical noise on this trusted machine, and write a numerics profile.
@@ -101,6 +102,8 @@ def calibrate(
         Most tokens of a completion in these runs.
     threads
         Torch threads.
+    device
+        What verifiers, and the generator of this process, compute on: auto for the best there is, cpu, cuda:N, mps.
     engine_url
         A vLLM server that generates, whose arithmetic the profile then is; empty for this process.
     """
@@ -114,6 +117,7 @@ def calibrate(
         prompts,
         tokens=tokens,
         threads=threads,
+        device=device,
         engine_url=engine_url,
         temperature=temperature,
         max_new_tokens=max_new_tokens,

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from farflung.config.section import Section, setting
+from farflung.config.section import DEVICE, Section, setting
 
 MOST_STOPS, STOP_BYTES = 4, 32
 
@@ -127,6 +127,11 @@ class LearnSection(Section):
     max_grad_norm: float = setting(1.0, "Gradient clipping.", gt=0, is_advanced=True)
     weight_decay: float = setting(0.0, "AdamW weight decay.", ge=0, is_advanced=True)
     microbatch_tokens: int = setting(8192, "Tokens per forward pass, padding included.", ge=1)
+    device: str = setting(
+        "auto",
+        "What training computes on: auto for the best there is, cpu, cuda, cuda:N, mps or xpu.",
+        pattern=DEVICE,
+    )
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
         "Arithmetic of training; masters are float32. `auto` is bfloat16 where the machine has it, else float32.",

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from farflung.config.section import Section, setting
+from farflung.config.section import DEVICE, Section, setting
 
 
 class RelaySection(Section):
@@ -31,6 +31,9 @@ class WorkerSection(Section):
     pace_tokens_per_s: float = setting(
         0.0, "Most tokens generated in a second, on average; 0 for no limit.", ge=0, is_advanced=True
     )
+    device: str = setting(
+        "auto", "What it computes on: auto for the best there is, cpu, cuda, cuda:N, mps or xpu.", pattern=DEVICE
+    )
     threads: int = setting(1, "Torch threads.", ge=1)
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1, is_advanced=True)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
@@ -46,6 +49,9 @@ class WorkerSection(Section):
 
 
 class ValidatorSection(Section):
+    device: str = setting(
+        "auto", "What it computes on: auto for the best there is, cpu, cuda, cuda:N, mps or xpu.", pattern=DEVICE
+    )
     threads: int = setting(1, "Torch threads.", ge=1)
     claim: int = setting(32, "Audits claimed at once.", ge=1, le=1024, is_advanced=True)
     linger_s: float = setting(

@@ -5,6 +5,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+DEVICE = r"^(auto|[a-z]{3,8}(:\d{1,3})?)$"
+"""What a setting may call a device; whether it is there is asked where it is used."""
+
 
 class Section(BaseModel):
     """Base of every section."""

@@ -6,6 +6,7 @@ For 64 rows of 49,152 scores on two cores torch's `argmax` takes 3 to 4 ms where
 Legend: B rows, V vocabulary.
 """
 
+import numpy as np
 import torch
 
 
@@ -13,6 +14,20 @@ def tempered(logits_BV: torch.Tensor, divisor_B1: torch.Tensor) -> torch.Tensor:
     """Logits in float32, divided by each row's temperature; the logits themselves where that changes nothing."""
     score_BV = logits_BV.float()
     return score_BV / divisor_B1 if (divisor_B1 != 1).any() else score_BV
+
+
+def policy_scores(logits_BV: torch.Tensor, temperature_B: np.ndarray) -> torch.Tensor:
+    """The same for temperatures that are known here, so that no device is asked; the logits where one is 0."""
+    divisor_B = np.where(temperature_B > 0, temperature_B, 1).astype(np.float32)
+    score_BV = logits_BV.float()
+    return score_BV if (divisor_B == 1).all() else score_BV / torch.from_numpy(divisor_B).to(score_BV.device)[:, None]
+
+
+def with_noise(noise_BV: torch.Tensor, policy_BV: torch.Tensor, temperature_B: np.ndarray) -> torch.Tensor:
+    """Scores with noise, in the place of the noise; without it for rows of temperature 0."""
+    if not (temperature_B > 0).all():
+        noise_BV *= torch.from_numpy((temperature_B > 0).astype(np.float32)).to(noise_BV.device)[:, None]
+    return noise_BV.add_(policy_BV)
 
 
 def silenced(noise_BV: torch.Tensor, is_sampled_B1: torch.Tensor, silence: float = 0.0) -> torch.Tensor:

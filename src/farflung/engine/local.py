@@ -48,7 +48,7 @@ class LocalEngine:
         *,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         eos_ids: Iterable[int] | None = None,
         stops: Stops | None = None,
         max_rows: int = 64,

@@ -19,13 +19,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from farflung.numerics.devices import blocks
+
 Integers = Sequence[int] | np.ndarray | torch.Tensor
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 _ROW_SALTS = (0x9E3779B9, 0x85EBCA6B)
-_BLOCK = 1 << 18
-"""Elements hashed at a time, so that both buffers stay in the caches: 64 x 49,152 at once take twice as long. In small
-blocks threads wait for each other (to choose takes two cores 10.1, 7.7 and 7.2 ms with 2^17, 2^18 and 2^19)."""
 
 
 def row_keys(seed_B: Integers, position_B: Integers | int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +117,7 @@ def _hashed_blocks(seed_B: Integers, position_B: Integers | int, vocab: int, dev
     """
     a_B1, b_B1 = (torch.from_numpy(key.view(np.int32)).to(device)[:, None] for key in row_keys(seed_B, position_B))
     token_V = torch.arange(vocab, dtype=torch.int32, device=device)
-    height = min(len(seed_B), max(1, _BLOCK // vocab))
+    height = min(len(seed_B), max(1, blocks(device).noise // vocab))
     x_RV, spare_RV = torch.empty(2, height, vocab, dtype=torch.int32, device=device)
     for start in range(0, len(seed_B), height):
         rows = slice(start, min(start + height, len(seed_B)))

@@ -11,10 +11,11 @@ from inspect import signature
 from itertools import groupby
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from farflung.engine.argmax import best, silenced, tempered
+from farflung.engine.argmax import best, policy_scores, with_noise
 from farflung.engine.base import Completion, Request
 from farflung.engine.noise import gumbel
 from farflung.protocol.stops import DONE, Stops
@@ -33,7 +34,7 @@ class PlainBatch:
         """Read the prompts. Without a cache each token takes a pass over the whole text: for rows of one length."""
         self._model, self._cache_name, self._cache = model, cache_name(type(model)) if is_cached else "", None
         prompts, device = [one.prompt_ids for one in requests], model.device
-        width = max(map(len, prompts))
+        width, self._is_padded = max(map(len, prompts)), len(set(map(len, prompts))) > 1
         length_B1 = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
         self._ids_BT = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         self._is_seen_BT = torch.arange(width, device=device) >= width - length_B1
@@ -60,7 +61,7 @@ class PlainBatch:
         options: dict[str, Any] = {"use_cache": False}
         if self._cache_name:
             options = {"use_cache": True, "logits_to_keep": 1, self._cache_name: self._cache}
-        if not self._is_seen_BT.all():
+        if self._is_padded:
             options["attention_mask"] = self._is_seen_BT.long()
             options["position_ids"] = (self._is_seen_BT.cumsum(1) - 1).clamp_(min=0)[:, -fed_BT.shape[1] :]
         out = self._model(input_ids=fed_BT, **options)
@@ -118,16 +119,17 @@ def _complete(
     done: list[Completion | None] = [None] * len(requests)
     while live and not (should_stop is not None and should_stop()):
         token_B, logp_B = pick(rows.logits_BV, [requests[index] for index in live], len(said[live[0]]))
-        for index, token, logp in zip(live, token_B.tolist(), logp_B.tolist(), strict=True):
+        for index, token, logp in zip(live, *_brought(token_B, logp_B), strict=True):
             said[index].append((token, logp))
             state[index] = 0 if stops is None else int(stops.moves_SV[state[index], token])
             is_full = len(said[index]) == requests[index].max_new_tokens
             if token in eos_ids or state[index] == DONE or is_full:
                 done[index] = Completion(*zip(*said[index], strict=True))
-        going_B = torch.tensor([row for row, index in enumerate(live) if done[index] is None], device=rows.device)
-        if len(going_B) < len(live):
-            live, token_B = [live[row] for row in going_B.tolist()], token_B[going_B.long()]
-            rows.keep(going_B.long())
+        going = [row for row, index in enumerate(live) if done[index] is None]
+        if len(going) < len(live):
+            going_B = torch.tensor(going, dtype=torch.long, device=rows.device)
+            live, token_B = [live[row] for row in going], token_B[going_B]
+            rows.keep(going_B)
         if live:
             rows.advance(token_B)
     return done
@@ -135,11 +137,17 @@ def _complete(
 
 def pick(logits_BV: torch.Tensor, requests: Sequence[Request], position: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token of each row and its log-probability at the sampling temperature (1 where greedy)."""
-    temperature_B1 = torch.tensor([[one.temperature] for one in requests], device=logits_BV.device)
-    policy_BV = tempered(logits_BV, torch.where(temperature_B1 > 0, temperature_B1, 1.0))
+    temperature_B = np.array([one.temperature for one in requests], np.float32)
+    policy_BV = policy_scores(logits_BV, temperature_B)
     noise_BV = gumbel([one.seed for one in requests], position, policy_BV.shape[1], policy_BV.device)
-    token_B = best(silenced(noise_BV, temperature_B1 > 0).add_(policy_BV))
+    token_B = best(with_noise(noise_BV, policy_BV, temperature_B))
     return token_B, policy_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
+
+
+def _brought(token_B: torch.Tensor, logp_B: torch.Tensor) -> tuple[list[int], list[float]]:
+    """Both in one copy from the device: each copy waits for all that was asked of it."""
+    both_2B = torch.stack([token_B.int(), logp_B.view(torch.int32)]).cpu()
+    return both_2B[0].tolist(), both_2B[1].view(torch.float32).tolist()
 
 
 @once

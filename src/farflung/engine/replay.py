@@ -14,18 +14,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from farflung.engine.argmax import best, log_sum_exp, silenced, tempered
+from farflung.engine.argmax import best, log_sum_exp, policy_scores, with_noise
 from farflung.engine.base import Replay, Request
 from farflung.engine.noise import gumbel
+from farflung.numerics.devices import blocks
 from farflung.numerics.packing import ROW_TOKENS, PackedRows, Text, Tree, rows_of, trees
 
 Item = tuple[Request, Sequence[int]]
 Reading = Literal["shared", "padded", "alone"]
 """Completions of a prompt in one row, each in a row of its own, or one row at a time."""
-
-_LOGITS_AT_ONCE = 1 << 26
-"""Logits of one prefill (128 MiB in bf16); scored in float32 in slices of `_SCORES_AT_ONCE`."""
-_SCORES_AT_ONCE = 1 << 20
 
 
 def replay(
@@ -39,7 +36,7 @@ def replay(
     _refuse_strangers(items, vocab)
     found = [Replay(*np.zeros((5, 0), np.float32)) for _ in items]
     most_tokens = 0 if reading == "alone" else tokens_per_chunk
-    for chunk in _chunks(_trees(items, reading), most_tokens, _LOGITS_AT_ONCE // vocab):
+    for chunk in _chunks(_trees(items, reading), most_tokens, blocks(model.device).logits // vocab):
         members = [index for tree in chunk for index in tree.members]
         for index, part in zip(members, _replay_chunk(model, chunk, items, reading), strict=True):
             found[index] = part
@@ -49,7 +46,7 @@ def replay(
 def read(model: PreTrainedModel, items: Sequence[Item], reading: Reading) -> Iterator[tuple[int, torch.Tensor]]:
     """The logits (tokens, V) of some items as `replay` sees them, each with its place, in any order."""
     most_tokens = 0 if reading == "alone" else sum(len(request.prompt_ids) + len(ids) for request, ids in items) ** 2
-    for chunk in _chunks(_trees(items, reading), most_tokens, _LOGITS_AT_ONCE):
+    for chunk in _chunks(_trees(items, reading), most_tokens, blocks(model.device).logits):
         members = [index for tree in chunk for index in tree.members]
         logits_KV, which_N = _kept_logits(model, _rows(chunk, items), reading)
         yield from zip(members, logits_KV[which_N].split([len(items[index][1]) for index in members]), strict=True)
@@ -125,10 +122,9 @@ def _compare(logits_NV: torch.Tensor, items: Sequence[Item], sizes: Sequence[int
     token_N = torch.tensor([token for _, ids in items for token in ids], device=logits_NV.device)
     seed_N = np.repeat(np.array([request.seed & 0xFFFFFFFFFFFFFFFF for request, _ in items], np.uint64), sizes)
     position_N = np.concatenate([np.arange(size) for size in sizes])
-    temperature_N = torch.tensor(np.repeat(np.array([r.temperature for r, _ in items], np.float32), sizes))
-    temperature_N = temperature_N.to(logits_NV.device)
+    temperature_N = np.repeat(np.array([request.temperature for request, _ in items], np.float32), sizes)
     seen_5N = torch.empty(5, len(token_N))
-    height = max(1, _SCORES_AT_ONCE // logits_NV.shape[1])
+    height = max(1, blocks(logits_NV.device).scores // logits_NV.shape[1])
     for start in range(0, len(token_N), height):
         part = slice(start, start + height)
         seen_5N[:, part] = compare(logits_NV[part], token_N[part], seed_N[part], position_N[part], temperature_N[part])
@@ -136,13 +132,12 @@ def _compare(logits_NV: torch.Tensor, items: Sequence[Item], sizes: Sequence[int
 
 
 def compare(
-    logits_NV: torch.Tensor, token_N: torch.Tensor, seed_N: np.ndarray, position_N: np.ndarray, t_N: torch.Tensor
+    logits_NV: torch.Tensor, token_N: torch.Tensor, seed_N: np.ndarray, position_N: np.ndarray, t_N: np.ndarray
 ) -> torch.Tensor:
     """Gap, margin, pick, lead and logp (5, N) of tokens under `logits / T + noise`; without noise and T where T = 0."""
-    is_sampled_N1 = (t_N > 0)[:, None]
-    policy_NV = tempered(logits_NV, torch.where(is_sampled_N1, t_N[:, None], 1.0))
+    policy_NV = policy_scores(logits_NV, t_N)
     noise_NV = gumbel(seed_N, position_N, logits_NV.shape[1], logits_NV.device)
-    score_NV = silenced(noise_NV, is_sampled_N1).add_(policy_NV)
+    score_NV = with_noise(noise_NV, policy_NV, t_N)
     pick_N1 = best(score_NV)[:, None]
     first_N = score_NV.gather(-1, pick_N1)[:, 0]
     margin_N = first_N - score_NV.gather(-1, token_N[:, None])[:, 0]
@@ -150,5 +145,6 @@ def compare(
     second_N = score_NV.gather(-1, next_N1)[:, 0]
     of_N3 = policy_NV.gather(-1, torch.cat([token_N[:, None], pick_N1, next_N1], dim=-1))
     sent_N, best_N, next_N = (of_N3 - log_sum_exp(policy_NV, score_NV)[:, None]).unbind(-1)
-    pick_N = torch.where(t_N > 0, best_N.exp(), 1.0)
+    is_sampled_N = torch.from_numpy(t_N > 0).to(best_N.device)
+    pick_N = torch.where(is_sampled_N, best_N.exp(), 1.0)
     return torch.stack([first_N - second_N, margin_N, pick_N, next_N - best_N, sent_N])

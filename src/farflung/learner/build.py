@@ -11,6 +11,7 @@ from farflung.learner.loss import Objective
 from farflung.learner.optimise import Learner, Optimisation
 from farflung.learner.policy import Policy
 from farflung.learner.ranks import Ranks
+from farflung.numerics.devices import pick, say
 from farflung.numerics.train_precision import compute_dtype
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,14 @@ def build(config: Config, ranks: Ranks) -> Learner:
     learn, path = config.learn, config.model.path
     torch.manual_seed(config.run.seed)
     torch.set_num_threads(learn.threads)
-    dtype, why = compute_dtype(learn.precision)
+    device = pick(learn.device, ranks.local_rank)
+    say("learn", device, learn.device)
+    dtype, why = compute_dtype(learn.precision, device)
     log.info("training in=%s because=%s rank=%d of=%d", dtype, why, ranks.rank, ranks.world)
     policy = Policy.from_pretrained(
         path,
         compute_dtype=dtype,
+        device=device,
         is_checkpointed=learn.checkpointing,
         is_dithered=learn.rounding == "dithered",
         ranks=ranks,
@@ -52,7 +56,7 @@ def build(config: Config, ranks: Ranks) -> Learner:
         lora_scale=learn.lora_scale,
         is_lora_alone=learn.lora_publish == "adapters",
     )
-    reference = Policy.from_pretrained(path, compute_dtype=dtype) if learn.kl else None
+    reference = Policy.from_pretrained(path, compute_dtype=dtype, device=device) if learn.kl else None
     return Learner(policy, optimisation(config), reference=reference)
 
 

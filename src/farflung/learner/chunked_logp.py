@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_LOGITS_AT_ONCE = 1 << 23
-"""Logits of one slice (32 MiB in float32): tall enough for a fast product, small enough to stay near the caches."""
+from farflung.numerics.devices import blocks
+
 _PROBABILITIES_KEPT = 1 << 26
 """Probabilities that are kept for the backward pass (256 MiB); of more tokens they are computed again."""
 
@@ -46,7 +46,7 @@ class _TokenLogp(torch.autograd.Function):
         is_kept = any(ctx.needs_input_grad) and len(token_N) * len(weight_VD) <= _PROBABILITIES_KEPT
         ctx.kept = [] if is_kept else None
         ctx.cast_VD = cast_VD = weight_VD.to(hidden_ND.dtype) if rounding_VD is None else rounding_VD
-        for part in _slices(len(token_N), len(weight_VD)):
+        for part in _slices(len(token_N), weight_VD):
             score_SV = _log_softmax(hidden_ND[part], cast_VD, bias_V, temperature_N[part])
             logp_N[part] = score_SV.gather(1, token_N[part, None])[:, 0]
             pick_SV = score_SV.exp()
@@ -64,7 +64,7 @@ class _TokenLogp(torch.autograd.Function):
         of_hidden_ND = torch.empty_like(hidden_ND)
         of_weight_VD: torch.Tensor | None = None
         of_bias_V = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
-        for number, part in enumerate(_slices(len(token_N), len(weight_VD))):
+        for number, part in enumerate(_slices(len(token_N), weight_VD)):
             if ctx.kept is None:
                 pick_SV = _log_softmax(hidden_ND[part], cast_VD, bias_V, temperature_N[part]).exp_()
             else:
@@ -108,7 +108,7 @@ def _of_scores(
     return pick_SV.mul_(pull_SV.neg_()).scatter_add_(1, token_S[:, None], of_token_S1)
 
 
-def _slices(tokens: int, vocab: int) -> Iterator[slice]:
-    height = max(1, _LOGITS_AT_ONCE // vocab)
+def _slices(tokens: int, weight_VD: torch.Tensor) -> Iterator[slice]:
+    height = max(1, blocks(weight_VD.device).head // len(weight_VD))
     for start in range(0, tokens, height):
         yield slice(start, min(start + height, tokens))

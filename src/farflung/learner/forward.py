@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 from farflung.learner.chunked_logp import token_logp
 from farflung.learner.pack import MicroBatch, Rollout, Segment, pack
 from farflung.learner.straight_through import rounding_of
+from farflung.numerics.devices import blocks
 from farflung.numerics.packing import PackedRows
 from farflung.numerics.trying import Text, Trial, first_that_holds, remembers_all, tried
 
-_LOGITS_AT_ONCE = 1 << 25
-"""float32 logits held at once (128 MiB), where the model's own head makes them: more are softmaxed in slices."""
+_OWN_HEAD = 4
+"""Where the model's own head makes the logits, so many times as many are held at once; more are softmaxed in slices."""
 _PLAIN_SCORES = 1 << 17
 """Scores of one head up to which attention in bfloat16 is taken by plain products on a CPU. For rows of 60 to 140
 tokens torch's flash kernel takes 3 ms a layer backwards; a step of SmolLM2 takes 3.3 instead of 4.7 s without it."""
@@ -131,7 +132,7 @@ def _sliced_logp(
     logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of N tokens, in slices where the float32 copy is large."""
-    height = max(1, _LOGITS_AT_ONCE // logits_NV.shape[1])
+    height = max(1, _OWN_HEAD * blocks(logits_NV.device).head // logits_NV.shape[1])
     if len(token_N) <= height:
         return _logp(logits_NV, token_N, temperature_N)
     parts = [

@@ -24,8 +24,8 @@ class Adapter(torch.nn.Module):
     def __init__(self, weight: torch.Tensor, rank: int, scale: float, *, is_rounded: bool = False) -> None:
         super().__init__()
         self.scale, self.is_rounded = scale, is_rounded
-        self.A = torch.nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
-        self.B = torch.nn.Parameter(torch.zeros(weight.shape[0], rank))
+        self.A = torch.nn.Parameter(torch.randn(rank, weight.shape[1]).to(weight.device) / weight.shape[1] ** 0.5)
+        self.B = torch.nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The matrix with its adapter; under autocast as it is published, if so asked (see `mixed.py`)."""

@@ -73,7 +73,7 @@ class Policy:
         *,
         compute_dtype: torch.dtype = torch.float32,
         is_checkpointed: bool = False,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         is_dithered: bool = False,
         ranks: Ranks | None = None,
         lora_rank: int = 0,

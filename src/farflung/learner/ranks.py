@@ -30,6 +30,11 @@ class Ranks:
     def is_alone(self) -> bool:
         return self.world == 1
 
+    @property
+    def local_rank(self) -> int:
+        """Which process of this machine it is: the number of its device."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
 
 def join() -> Ranks:
     """Meet the other processes that torchrun started; alone if it started none."""

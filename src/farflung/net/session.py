@@ -63,12 +63,14 @@ async def greet(client: Client) -> Index:
     return index
 
 
-def hardware() -> Hardware:
-    """This machine, as it is shown to people."""
+def hardware(accelerator: str = "", accelerator_bytes: int = 0) -> Hardware:
+    """This machine, as it is shown to people, with the accelerator that is used if one is."""
     return Hardware(
         cpu=_shown(platform.processor() or platform.machine()),
         cores=psutil.cpu_count() or 0,
         memory_bytes=psutil.virtual_memory().total,
+        accelerator=_shown(accelerator),
+        accelerator_bytes=accelerator_bytes,
     )
 
 
@@ -138,6 +140,7 @@ class Session:
         url: str = "",
         invite: str = "",
         profile: str = "",
+        machine: Hardware | None = None,
     ) -> "Session":
         """Register and learn the run. Raises Refusal, BadSignature or ConfigError."""
         index = await greet(client)
@@ -156,7 +159,7 @@ class Session:
             role=role,
             engine=engine,
             profile=profile or info.profile,
-            hardware=hardware(),
+            hardware=machine or hardware(),
             url=url,
             invite=invite,
         )

@@ -13,15 +13,16 @@ _NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Torch's names for bfloat16 arithmetic in CPUs."""
 
 
-def compute_dtype(precision: Precision, device: str = "cpu") -> tuple[torch.dtype, str]:
+def compute_dtype(precision: Precision, device: torch.device | str = "cpu") -> tuple[torch.dtype, str]:
     """The type of the arithmetic, and in one line why."""
     if precision != "auto":
         return getattr(torch, precision), f"learn.precision = {precision!r}"
-    if torch.device(device).type == "cuda":
-        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+    kind = torch.device(device).type
+    if kind == "cpu":
         capabilities = torch.cpu.get_capabilities()
         has_it = any(capabilities.get(name) for name in _NATIVE)
+    else:
+        has_it = kind != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if has_it:
-        return torch.bfloat16, "this machine computes in bfloat16; masters stay float32"
-    return torch.float32, "this machine only emulates bfloat16, which is several times slower than float32"
+        return torch.bfloat16, f"{kind} computes in bfloat16; master weights stay float32"
+    return torch.float32, f"{kind} only emulates bfloat16, which is several times slower than float32"

@@ -31,6 +31,7 @@ from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
 from farflung.launch.logs import start_logging
 from farflung.launch.restarts import REFUSED
+from farflung.numerics.devices import pick
 from farflung.ops.older_engine import OlderEngine
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.shown import one_line
@@ -113,6 +114,7 @@ def write_profile(
     *,
     tokens: int,
     threads: int,
+    device: str = "auto",
     engine_url: str = "",
     temperature: float = 1.0,
     max_new_tokens: int = 32,
@@ -127,7 +129,7 @@ def write_profile(
         temperature, max_new_tokens = generate.temperature, generate.max_new_tokens
     found = Model(model)
     under = Conditions(found, _prompt_ids(found, prompts), temperature, max_new_tokens)
-    profile = make_profile(under, name, tokens=tokens, threads=threads, engine_url=engine_url)
+    profile = make_profile(under, name, tokens=tokens, threads=threads, device=device, engine_url=engine_url)
     out.write_bytes(to_json(profile) + b"\n")
     return profile
 
@@ -148,13 +150,14 @@ def make_profile(
     *,
     tokens: int,
     threads: int,
+    device: str = "auto",
     engine_url: str = "",
     kinds: Sequence[Kind] = KINDS,
     cheats: Sequence[str] = tuple(CHEATS),
 ) -> Profile:
     """The profile of one kind of arithmetic under some conditions."""
     dtype = "bfloat16" if "bf16" in name else "float32"
-    engines = {kind: engine_of(under.model, kind, threads) for kind in VERIFIERS[dtype]}
+    engines = {kind: engine_of(under.model, kind, threads, pick(device)) for kind in VERIFIERS[dtype]}
     verifiers = list(engines.values())
     with tempfile.TemporaryDirectory() as folder:
         served = _served(under.model, engine_url, Path(folder)) if engine_url else None
@@ -200,8 +203,10 @@ def _env(config: Path | None) -> Env:
     return load_env(env.name, env.args)
 
 
-def engine_of(model: Model, dtype: str, threads: int) -> LocalEngine:
-    engine = LocalEngine.from_folder(model.path, dtype=getattr(torch, dtype), threads=threads, eos_ids=model.eos_ids)
+def engine_of(model: Model, dtype: str, threads: int, device: torch.device) -> LocalEngine:
+    engine = LocalEngine.from_folder(
+        model.path, dtype=getattr(torch, dtype), threads=threads, eos_ids=model.eos_ids, device=device
+    )
     engine.load(_published(model.path))
     return engine
 

@@ -19,6 +19,7 @@ from farflung.engine.base import Completion, Request
 from farflung.engine.local import LocalEngine
 from farflung.envs.child import Prompt, ScorerChild
 from farflung.learner.difficulty import RIGHT
+from farflung.numerics.devices import pick
 from farflung.protocol.errors import ConfigError, ScoreFault
 from farflung.protocol.seeds import encode, sample_seed
 from farflung.rollouts.archive import text_of
@@ -69,6 +70,7 @@ def _engine(config: Config, model: Model) -> LocalEngine:
         path,
         dtype=getattr(torch, config.model.dtype),
         threads=worker.threads,
+        device=pick(worker.device),
         eos_ids=model.eos_ids,
         stops=stops_of(model, config.generate.stop),
         max_rows=worker.slots,

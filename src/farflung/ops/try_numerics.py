@@ -6,6 +6,7 @@ from farflung.audits import self_test
 from farflung.engine.arithmetic import arithmetic
 from farflung.engine.local import LocalEngine
 from farflung.net.session import Session
+from farflung.numerics.devices import accelerator, pick
 from farflung.protocol.messages import SelfTest
 from farflung.weights.cache import Versions
 from farflung.weights.loaded import Loaded
@@ -27,9 +28,10 @@ async def attempt(session: Session, folder: Path, manifest: str) -> self_test.Tr
             return None
         dtype, _ = arithmetic(profile.name)
         config = await fetch_model_config(session)
-        refuse_oversize(config, dtype, 0.0)
+        device = pick("auto")
+        refuse_oversize(config, dtype, 0.0, accelerator(device).memory_bytes)
         ending = {"eos_ids": session.info.eos_ids, "stops": await fetch_stops(session)}
-        engine = LocalEngine.from_folder(config, dtype=dtype, **ending)
+        engine = LocalEngine.from_folder(config, dtype=dtype, device=device, **ending)
         Loaded(engine, versions).ensure(manifest)
         return self_test.attempt(engine, test, profile)
     finally:

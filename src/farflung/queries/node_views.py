@@ -167,7 +167,7 @@ def _audited(connection: Connection, run: str, redaction: Redaction) -> Counter[
 def describe(hardware: str) -> str:
     """A node's account of its machine, in a few words."""
     said = json.loads(hardware or "{}")
-    memory = said.get("memory_bytes", 0) / 2**30
+    memory = (said.get("accelerator_bytes") or said.get("memory_bytes", 0)) / 2**30
     parts = [said.get("accelerator", ""), said.get("cpu", "") if not said.get("accelerator") else ""]
     parts += [f"{said['cores']} cores" if said.get("cores") else "", f"{memory:.0f} GiB" if memory >= 0.5 else ""]
     return ", ".join(part for part in parts if part)

@@ -26,7 +26,12 @@ async def fetch_model_config(session: Session) -> bytes:
 
 
 async def empty_engine(
-    session: Session, *, dtype: torch.dtype | None = None, threads: int = 1, max_rows: int = 64
+    session: Session,
+    *,
+    dtype: torch.dtype | None = None,
+    threads: int = 1,
+    max_rows: int = 64,
+    device: torch.device | str = "cpu",
 ) -> LocalEngine:
     """The run's model in an engine, by default in the type that the run is judged in; its weights are yet to come.
 
@@ -36,6 +41,7 @@ async def empty_engine(
         await fetch_model_config(session),
         dtype=dtype or getattr(torch, session.info.dtype),
         threads=threads,
+        device=device,
         eos_ids=session.info.eos_ids,
         stops=await fetch_stops(session),
         max_rows=max_rows,

@@ -14,6 +14,7 @@ class Hardware(Message, frozen=True):
     cores: Annotated[int, Meta(ge=0, le=100_000)] = 0
     memory_bytes: Count = 0
     accelerator: Name = ""
+    accelerator_bytes: Count = 0
 
 
 class Register(Message, frozen=True):

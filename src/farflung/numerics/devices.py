@@ -1,0 +1,99 @@
+"""Devices: the one that a setting names, what a machine has, and how much to do at once on each kind."""
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from farflung.protocol.errors import ConfigError
+
+log = logging.getLogger(__name__)
+BACKENDS = ("cuda", "xpu", "mps")
+"""Accelerators that a setting may name, as torch calls them, and more that a build of torch was given."""
+
+
+class Blocks(NamedTuple):
+    """How many values are made at once where all of them would take too much memory, or miss the caches."""
+
+    noise: int
+    """Of the noise: hashed in one go."""
+    scores: int
+    """Of scores with noise in a replay, float32."""
+    logits: int
+    """Of logits of one prefill in a replay, in the model's type."""
+    head: int
+    """Of logits that the learner takes from its output head at once, float32."""
+
+
+_OF_CPU = Blocks(noise=1 << 18, scores=1 << 20, logits=1 << 26, head=1 << 23)
+"""As many as stay in or near a processor's caches: to hash 64 x 49,152 at once takes twice as long. In small blocks
+threads wait for each other (to choose takes two cores 10.1, 7.7 and 7.2 ms with 2^17, 2^18 and 2^19)."""
+_OF_ACCELERATOR = Blocks(noise=1 << 28, scores=1 << 28, logits=1 << 29, head=1 << 27)
+"""A kernel takes as long to start as to work through a million values, so as many as memory can well spare: 1 GiB."""
+
+
+def blocks(device: torch.device | str) -> Blocks:
+    """The sizes for one kind of device."""
+    return _OF_CPU if torch.device(device).type == "cpu" else _OF_ACCELERATOR
+
+
+def pick(setting: str, index: int | None = None) -> torch.device:
+    """The device that a setting names: `auto` is the best there is, `index` the one of several that is meant.
+
+    Raises ConfigError for one that this machine, or this build of torch, has not.
+    """
+    kind = best() if setting == "auto" else setting
+    try:
+        device = torch.device(kind)
+        is_there = device.type == "cpu" or torch.get_device_module(device).is_available()
+    except (RuntimeError, AttributeError) as error:
+        raise ConfigError(f"torch knows no device {setting!r}; choose auto, cpu, cuda, cuda:N, mps or xpu") from error
+    if not is_there:
+        raise ConfigError(f"device {setting!r} is not there: torch {torch.__version__} finds {', '.join(found())}")
+    if device.type == "cpu" or device.type == "mps":
+        return torch.device(device.type)
+    number = device.index if device.index is not None else (index or 0)
+    count = torch.get_device_module(device).device_count()
+    if number >= count:
+        raise ConfigError(f"device {setting!r} is not there: of {device.type} this machine has {count}, counted from 0")
+    return torch.device(device.type, number)
+
+
+def best() -> str:
+    """The kind of the fastest device here."""
+    return next((kind for kind in BACKENDS if torch.get_device_module(kind).is_available()), "cpu")
+
+
+def found() -> list[str]:
+    """The devices of this machine by the names that a setting may give them."""
+    there = [kind for kind in BACKENDS if torch.get_device_module(kind).is_available()]
+    return ["cpu", *(f"{kind}:{n}" for kind in there for n in range(torch.get_device_module(kind).device_count()))]
+
+
+class Accelerator(NamedTuple):
+    """A device as people know it."""
+
+    name: str
+    memory_bytes: int
+
+
+def accelerator(device: torch.device) -> Accelerator:
+    """Name and memory of a device; nothing of a processor."""
+    if device.type == "mps":
+        return Accelerator("Apple GPU (mps)", torch.mps.recommended_max_memory())
+    if device.type == "cpu":
+        return Accelerator("", 0)
+    module = torch.get_device_module(device)
+    if not hasattr(module, "get_device_properties"):
+        return Accelerator(str(device), 0)
+    properties = module.get_device_properties(device)
+    return Accelerator(f"{properties.name} ({device})", properties.total_memory)
+
+
+def say(role: str, device: torch.device, setting: str) -> None:
+    """Log what a role computes on, and loudly what it leaves unused."""
+    name, memory_bytes = accelerator(device)
+    log.info("%s computes on=%s %s", role, device, f"{name} memory_gb={memory_bytes / 1e9:.1f}" if name else "")
+    others = [other for other in found() if not other.startswith(device.type)]
+    if device.type == "cpu" and others:
+        log.warning("%s leaves %s unused because=%s.device is %r", role, " and ".join(others), role, setting)
