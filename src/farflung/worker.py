@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from farflung.protocol.errors import (
     BadSignature,
     ConfigError,
     Ejected,
+    EngineAway,
     FarflungError,
     LeaseGone,
     Malformed,
@@ -45,6 +47,10 @@ from farflung.weights.tensors import fetch_model_config, fetch_stops
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
+USED, LONG_S = 0.95, 60.0
+"""So much of a lease's time is used, then complete rollouts are handed in; of a short one all, for clocks differ."""
+AWAY_S, MOST_AWAY_S = 2.0, 60.0
+"""Waits for an engine that does not answer, at first and at most."""
 MOST_OF_ACCELERATOR = 0.8
 """Share of an accelerator's memory that weights may take; caches and logits need the rest."""
 SEATINGS = 2
@@ -86,7 +92,7 @@ class Worker:
         self.weights: Versions
         self.loaded: Loaded
         self._paced_at = time.monotonic()
-        self._idle_because, self._is_tried = "", False
+        self._idle_because, self._is_tried, self._away_s = "", False, AWAY_S
 
     async def run(self) -> None:
         """Work until the run ends, the node is ejected, or the worker is told to stop."""
@@ -212,9 +218,15 @@ class Worker:
             await self.load(lease.manifest)
             await self.try_numerics(lease.manifest)
             await self._hand_in(lease)
+            self._away_s = AWAY_S
         except ConfigError:
             await self._return(lease)
             raise
+        except EngineAway as error:
+            log.error("returning lease=%s waiting_s=%.0f because=%s", lease.lease, self._away_s, error)
+            self.loaded.invalidate()
+            await self._return(lease)
+            await self._wait_for_engine()
         except WrongWeights as error:
             log.error("loading the weights anew because=%s", error)
             self.loaded.invalidate()
@@ -223,6 +235,13 @@ class Worker:
         except (WeightsError, BadSignature, NotFound, Malformed, TooLarge) as error:
             log.error("refusing lease=%s because=%s", lease.lease, error)
             await self._return(lease)
+
+    async def _wait_for_engine(self) -> None:
+        """Longer each time, until it has worked again."""
+        until = time.monotonic() + self._away_s
+        self.session.stats.phase, self._away_s = "waiting for its engine", min(2 * self._away_s, MOST_AWAY_S)
+        while time.monotonic() < until and not self.is_stopping:
+            await asyncio.sleep(0.1)
 
     async def load(self, manifest_digest: str) -> None:
         """Have these weights in the engine; the pause is only the swap when they were fetched before."""
@@ -270,7 +289,13 @@ class Worker:
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
         with self.session.stats.working():
-            return generate(self.engine, lease, lambda: self.is_stopping or lease.lease in self.session.lost)
+            left_s = lease.expires_at - time.time()
+            until = time.monotonic() + (left_s * USED if left_s > LONG_S else math.inf)
+            return generate(self.engine, lease, lambda: self._is_over(lease, until))
+
+    def _is_over(self, lease: Lease, until: float) -> bool:
+        """Whether what is complete is to be handed in, the rest left to others."""
+        return self.is_stopping or time.monotonic() > until or lease.lease in self.session.lost
 
     async def _return(self, lease: Lease) -> None:
         await self.session.client.post(self.session.path(f"leases/{lease.lease}/return"), Empty(), Done)

@@ -26,7 +26,7 @@ from farflung.engine.base import Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.engine.seeded_rows import SEED, TEMPERATURE  # noqa: E402
 from farflung.engine.vllm import VllmEngine  # noqa: E402
-from farflung.protocol.errors import ConfigError, Unreachable, WeightsError, WrongWeights  # noqa: E402
+from farflung.protocol.errors import ConfigError, EngineAway, Unreachable, WeightsError, WrongWeights  # noqa: E402
 from farflung.protocol.probe import Slice  # noqa: E402
 from farflung.protocol.stops import DONE, Stops  # noqa: E402
 
@@ -43,6 +43,10 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.engine, self.lock = engine, threading.Lock()
         self.label, self.is_seeded, self.is_developing, self.longest, self.delay_s = "default", True, True, 99, 0.0
+        self.breaks: set[tuple[int, ...]] = set()
+        """Prompts at which it answers with an error."""
+        self.hangs_up_after: int | None = None
+        """Answers until it closes every connection instead."""
 
     @property
     def url(self) -> str:
@@ -71,9 +75,15 @@ class StandIn(ThreadingHTTPServer):
         if not isinstance(seeded.get(SEED, 0), int):
             seeded = {}
         time.sleep(self.delay_s)
+        if tuple(prompt) in self.breaks:
+            return 500, {"error": "out of memory"}
         max_new_tokens = min(sampling["max_tokens"], self.longest)
         request = Request(tuple(prompt), seeded.get(SEED, 0), seeded.get(TEMPERATURE, 0.0), max_new_tokens)
         with self.lock:
+            if self.hangs_up_after is not None:
+                self.hangs_up_after -= 1
+            if (self.hangs_up_after or 0) < 0:
+                return 0, {}
             self.engine.eos_ids = frozenset(sampling.get("stop_token_ids", ()))
             [said] = self.engine.generate([request])
         assert said is not None
@@ -95,6 +105,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _say(self, status: int, body: Any) -> None:
         data = json.dumps(body).encode()
+        if not status:
+            self.close_connection = True
+            return
         with contextlib.suppress(BrokenPipeError):  # who stops does not wait for an answer
             self.send_response(status)
             self.send_header("content-length", str(len(data)))
@@ -190,6 +203,31 @@ def test_stopping_leaves_what_is_under_way(server: StandIn, engine: VllmEngine) 
     asked_at = time.monotonic()
     assert engine.generate(ASKED, lambda: time.monotonic() > asked_at + 0.2) == [None] * len(ASKED)
     assert time.monotonic() < asked_at + 0.9
+
+
+def test_a_request_that_fails_costs_itself_alone(server: StandIn, engine: VllmEngine) -> None:
+    engine.load(tensors(server.engine.model).items())
+    expected = engine.generate(ASKED)
+    server.breaks = {tuple(ASKED[1].prompt_ids)}
+    found = engine.generate(ASKED)
+    broken = [request.prompt_ids in server.breaks for request in ASKED]
+    assert 0 < sum(broken) < len(broken)
+    assert [one is None for one in found] == broken
+    assert all(one is None or one.ids == other.ids for one, other in zip(found, expected, strict=True))
+    server.breaks = {request.prompt_ids for request in ASKED}
+    with pytest.raises(EngineAway, match="failed at a request"):
+        engine.generate(ASKED)
+
+
+def test_a_server_that_dies_in_the_middle_costs_what_was_under_way(server: StandIn, engine: VllmEngine) -> None:
+    engine.load(tensors(server.engine.model).items())
+    server.hangs_up_after = 2
+    found = engine.generate(ASKED)
+    assert sum(one is not None for one in found) == 2
+    with pytest.raises(EngineAway, match="does not answer"):
+        engine.generate(ASKED)
+    server.hangs_up_after = None
+    assert all(engine.generate(ASKED)), "once it is back, all goes on"
 
 
 def test_it_does_not_replay(engine: VllmEngine) -> None:

@@ -97,3 +97,8 @@ def test_a_profile_that_was_made_for_a_run_moves_with_it(run: Path, tmp_path: Pa
     here = str(moved / "profiles" / made.name)
     assert load_run(moved).model.profile == here
     assert load_run(moved).model.profiles == ("other", here)
+
+
+@pytest.mark.parametrize(("most", "deadline_s"), [(256, 300), (750, 300), (4096, 1638.4), (32_768, 13_107.2)])
+def test_a_lease_is_long_enough_for_the_longest_answer_of_the_slowest_node(most: int, deadline_s: float) -> None:
+    assert Config.model_validate({"generate": {"max_new_tokens": most}}).deadline_s == pytest.approx(deadline_s)

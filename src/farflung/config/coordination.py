@@ -9,7 +9,13 @@ Role = Literal["trainer", "validator", "scorer"]
 
 class LeaseSection(Section):
     rollouts: int = setting(16, "Rollouts per lease.", ge=1, le=4096)
-    lease_s: float = setting(300.0, "Seconds until a lease expires.", gt=0)
+    lease_s: float = setting(300.0, "Seconds until a lease expires, at least.", gt=0)
+    slowest_tokens_per_s: float = setting(
+        5.0,
+        "Tokens a second of one rollout on the slowest node that is waited for: long answers extend leases.",
+        gt=0,
+        is_advanced=True,
+    )
     heartbeat_s: float = setting(5.0, "Seconds between heartbeats.", gt=0, is_advanced=True)
     lost_s: float = setting(
         20.0, "Seconds without a heartbeat until a node's leases go to others.", gt=0, is_advanced=True

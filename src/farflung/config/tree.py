@@ -13,6 +13,9 @@ from farflung.config.learning import EnvSection, EvalSection, GenerateSection, L
 from farflung.config.machines import RelaySection, ScorerSection, ValidatorSection, WorkerSection
 from farflung.config.section import Section
 
+WAVES = 2
+"""A lease may hold twice as many rollouts as a node generates at once."""
+
 
 class Config(Section):
     """Everything that can be set."""
@@ -44,6 +47,11 @@ class Config(Section):
                 f"env.lengths {self.env.lengths} go beyond generate.max_new_tokens = {self.generate.max_new_tokens}"
             )
         return self
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds until a lease expires: as long as the slowest node takes for the longest rollouts, in two waves."""
+        return max(self.lease.lease_s, WAVES * self.generate.max_new_tokens / self.lease.slowest_tokens_per_s)
 
     def lockstep_groups(self, policy: int) -> int:
         """Groups that are generated with the policy of a step, in lockstep: the first ones train on the base model."""

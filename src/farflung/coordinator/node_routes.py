@@ -70,7 +70,7 @@ def _note_heartbeats(
 ) -> list[m.HeartbeatReply | Refusal]:
     now, nodes = ctx.clock(), {node for node, _ in heartbeats}
     rows = node_rows(connection, nodes)
-    lost = lease.lost_leases(connection, nodes, now - 2 * ctx.config.lease.lease_s)
+    lost = lease.lost_leases(connection, nodes, now - 2 * ctx.config.deadline_s)
     latest, heard = (
         ctx.run_ctx.latest(connection),
         [(rows[node], heartbeat) for node, heartbeat in heartbeats if node in rows],

@@ -100,7 +100,7 @@ class Sweeper:
 
     async def tidy_once(self, now: float) -> int:
         """Once; `now` by the clock of the blob store."""
-        keep_s = UNREFERENCED_S + self._ctx.config.lease.lease_s
+        keep_s = UNREFERENCED_S + self._ctx.config.deadline_s
         count = await blob_gc.delete_unreferenced(self._ctx.archive.blobs, self._ctx.database, now - keep_s)
         if count:
             log.info("collected bodies=%d of refused submissions", count)

@@ -6,6 +6,7 @@ server puts on each answer, so that one that was started again, and holds its fi
 """
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,12 +20,15 @@ from safetensors.torch import save_file
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.loading import read_slices
 from farflung.engine.seeded_rows import SEED, TEMPERATURE
-from farflung.protocol.errors import ConfigError, Unreachable, WeightsError, WrongWeights
+from farflung.protocol.errors import ConfigError, EngineAway, Unreachable, WeightsError, WrongWeights
 from farflung.protocol.probe import Slice
 from farflung.protocol.stops import Stops
 
+log = logging.getLogger(__name__)
 _FILE = "model.safetensors"
 _TIMEOUT_S = 600.0
+"""For calls that load weights or ask for settings. A rollout takes as long as it takes: its lease has the deadline."""
+_CONNECT_S = 10.0
 _LOOK_S = 0.1
 """Seconds between two looks whether to stop."""
 _HOW = (
@@ -80,7 +84,8 @@ class VllmEngine:
     ) -> list[Completion | None]:
         """Generate every request, in order. Once `should_stop` says yes, requests under way are aborted and stay None.
 
-        Raises WrongWeights if the server does not hold what was loaded, ConfigError if it cuts a completion short.
+        So do those that fail, unless all do: then raises EngineAway if the server does not answer, WrongWeights if it
+        does not hold what was loaded. Raises ConfigError if it refuses, or cuts a completion short.
         """
         self._refuse_unloaded()
         return asyncio.run(self._generate(requests, should_stop))
@@ -93,7 +98,7 @@ class VllmEngine:
         self, requests: Sequence[Request], should_stop: Callable[[], bool] | None
     ) -> list[Completion | None]:
         limits = httpx2.Limits(max_connections=self.max_rows)
-        timeout = httpx2.Timeout(_TIMEOUT_S, pool=None)
+        timeout = httpx2.Timeout(None, connect=_CONNECT_S)
         async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=timeout, trust_env=False) as client:
             tasks = [asyncio.create_task(self._complete(client, request)) for request in requests]
             try:
@@ -102,13 +107,15 @@ class VllmEngine:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-            return [None if task.cancelled() else task.result() for task in tasks]
+            return _results(tasks)
 
     async def _complete(self, client: httpx2.AsyncClient, request: Request) -> Completion:
         try:
             answer = await client.post("/inference/v1/generate", json=self._body(request))
         except httpx2.TransportError as error:
-            raise Unreachable(f"vLLM at {self.url} does not answer: {error!r}") from error
+            raise EngineAway(f"vLLM at {self.url} does not answer: {error!r}") from error
+        if answer.status_code >= 500:
+            raise EngineAway(f"vLLM at {self.url} failed at a request ({answer.status_code}): {answer.text[:300]}")
         if answer.status_code != 200:
             raise ConfigError(f"vLLM at {self.url} refuses to generate ({answer.status_code}): {answer.text[:300]}")
         return self._completion(request, answer.json()["choices"][0])
@@ -154,7 +161,7 @@ class VllmEngine:
         try:
             answer = httpx2.post(self.url + path, json=body or {}, timeout=_TIMEOUT_S)
         except httpx2.TransportError as error:
-            raise Unreachable(f"vLLM at {self.url} does not answer: {error!r}") from error
+            raise EngineAway(f"vLLM at {self.url} does not answer: {error!r}") from error
         if answer.status_code != 200:
             raise WeightsError(f"vLLM at {self.url} answers {path} with {answer.status_code}: {answer.text[:300]}")
         return answer
@@ -178,9 +185,21 @@ class VllmEngine:
 
 
 async def _until(tasks: Sequence[asyncio.Task[Completion]], should_stop: Callable[[], bool] | None) -> None:
-    """Wait until all are done, one fails, or `should_stop` says so."""
+    """Wait until all are done, one shows that the settings are wrong, or `should_stop` says so."""
     left: Iterable[asyncio.Task[Completion]] = tasks
     while left and not (should_stop is not None and should_stop()):
         done, left = await asyncio.wait(left, timeout=_LOOK_S)
         for task in done:
-            task.result()
+            if not isinstance(task.exception(), EngineAway | WrongWeights):
+                task.result()
+
+
+def _results(tasks: Sequence[asyncio.Task[Completion]]) -> list[Completion | None]:
+    """The completions; a request that failed costs itself alone, unless none came to anything."""
+    failed = [error for task in tasks if not task.cancelled() and (error := task.exception())]
+    found = [None if task.cancelled() or task.exception() else task.result() for task in tasks]
+    if failed and not any(found):
+        raise failed[0]
+    if failed:
+        log.warning("%d of %d requests failed because=%s", len(failed), len(tasks), failed[0])
+    return found

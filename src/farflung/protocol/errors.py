@@ -6,6 +6,7 @@
     ├── WeightsError           weights that do not match their manifest or their model
     ├── ScoreFault             a scorer that timed out, crashed or spoke nonsense
     ├── Unreachable            a peer that does not answer
+    ├── EngineAway             an engine in another process that does not answer
     └── Refusal                an answer to a request, sent as application/problem+json
         ├── Malformed          400
         ├── BadSignature       401
@@ -59,6 +60,10 @@ class ScoreFault(FarflungError):
 
 class Unreachable(FarflungError):
     """The peer does not answer."""
+
+
+class EngineAway(FarflungError):
+    """The engine does not answer; it is asked again."""
 
 
 class Refusal(FarflungError):

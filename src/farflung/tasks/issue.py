@@ -114,7 +114,7 @@ def _draft(
         max_new_tokens=config.generate.max_new_tokens,
         nonce=hashlib.sha256(seeds.derive(secret, "lease nonce", lease)).hexdigest(),
         probe=seeds.probe_key(secret).hex(),
-        expires_at=now + config.lease.lease_s,
+        expires_at=now + config.deadline_s,
         groups=[_lease_group(secret, share, prompts) for share in plan.shares],
     )
 

@@ -64,7 +64,7 @@ class _NodeFacts:
     """The facts on the nodes of a set: the leases that they hold, and how often they gave one up."""
 
     def __init__(self, connection: Connection, run_ctx: RunContext, nodes: Sequence[str], now: float) -> None:
-        self._most_s, self._now = run_ctx.config.lease.lease_s, now
+        self._most_s, self._now = run_ctx.config.deadline_s, now
         self.held = {row.node: row.document for row in connection.execute(_HELD, {"ids": nodes, "of": run_ctx.run})}
         since = now - 2 * self._most_s
         self._given_up = {row[0]: row[1:] for row in connection.execute(_ABANDONED, {"ids": nodes, "since": since})}

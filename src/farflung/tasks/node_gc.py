@@ -21,7 +21,7 @@ SILENT_S = 3600.0
 def forget(connection: Connection, run_ctx: RunContext, now: float) -> int:
     """Forget up to AT_ONCE leases that came to nothing, then as many nodes; gives how many rows of both."""
     mine = sa.and_(LEASES.c.run == run_ctx.run, LEASES.c.status.in_(("returned", "expired")))
-    mine = sa.and_(mine, LEASES.c.opened_at < now - 3 * run_ctx.config.lease.lease_s)
+    mine = sa.and_(mine, LEASES.c.opened_at < now - 3 * run_ctx.config.deadline_s)
     query = sa.select(LEASES.c.lease).join(NODES, NODES.c.node == LEASES.c.node).where(mine, *_never_paid(run_ctx))
     leases = list(connection.execute(query.limit(AT_ONCE)).scalars())
     rollouts = list(connection.execute(sa.select(ROLLOUTS.c.rollout).where(ROLLOUTS.c.lease.in_(leases))).scalars())
