@@ -62,7 +62,9 @@ class Trainer:
         self._waited_s = self._checked_s = 0.0
         self._signs: list[Sign] = []
         self._sinks = Sinks(config)
-        self._publisher = Publisher(self.client, key, config.run.name, config.learn.anchor_every)
+        learn = config.learn
+        in_parts = not learn.is_adapters_alone
+        self._publisher = Publisher(self.client, key, config.run.name, learn.anchor_every, in_parts=in_parts)
 
     async def run(self) -> None:
         """Train until the last step is committed or the trainer is told to stop."""
@@ -239,7 +241,7 @@ class Trainer:
         self._loaded.ensure(digest, lambda: self._publisher.published.items() or self.distributed.tensors())
 
     async def _check_replay(self, batch: Batch) -> None:
-        digest = await asyncio.to_thread(weights_digest, self.distributed.tensors())
+        digest = await asyncio.to_thread(weights_digest, self.distributed.tensors(), in_parts=self._publisher.in_parts)
         if digest != batch.committed:
             raise WeightsError(
                 f"replayed step {batch.step} comes to {digest[:12]}, it was committed with {batch.committed[:12]}; "

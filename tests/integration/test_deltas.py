@@ -15,7 +15,7 @@ import torch
 from farflung.net.client import Client
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import Manifest
-from farflung.weights import delta
+from farflung.weights import delta, parts
 from farflung.weights import publish as publishing
 from farflung.weights.manifest import manifest_digest, open_manifest
 from farflung.weights.mirror import Mirror
@@ -120,6 +120,28 @@ def test_a_node_that_follows_fetches_differences_only(tmp_path: Path) -> None:
                 assert same(versions, of, step)
             assert of.origin.sent_bytes - whole_bytes < whole_bytes
             assert not list(tmp_path.glob("*.draft"))
+
+    asyncio.run(scene())
+
+
+def test_tensors_larger_than_a_body_travel_in_parts(tmp_path: Path, monkeypatch) -> None:
+    for module, name in ((publishing, "SHARD_BYTES"), (parts, "PART_BYTES")):
+        monkeypatch.setattr(module, name, 2_000)
+
+    async def scene() -> None:
+        async with run(anchor_every=4, steps=3) as of, node(of, tmp_path) as versions:
+            largest = max(tensor.nbytes for tensor in of.published[0].values())
+            assert largest > 10_000
+            for step in range(3):
+                manifest = await versions.fetch(of.digests[step])
+                assert max(shard.size_bytes for shard in manifest.shards or manifest.deltas) < 4_000
+                assert same(versions, of, step)
+            of.publisher = Publisher(of.client, TRAINER, "test", 4)
+            await of.publisher.rebase(cast(of.weights), of.digests[2])
+            assert not (await of.step()).shards
+            await versions.fetch(of.digests[3])
+            assert same(versions, of, 3)
+            assert set(of.publisher.published) == set(of.weights)
 
     asyncio.run(scene())
 

@@ -126,7 +126,7 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence(setting: str) -> No
 def test_auto_takes_the_best_there_is_and_says_what_it_leaves(monkeypatch, caplog) -> None:
     assert devices.pick("auto") == torch.device(devices.best())
     assert devices.pick("cpu") == torch.device("cpu")
-    monkeypatch.setattr(devices, "found", lambda: ["cpu", "cuda:0", "cuda:1"])
+    monkeypatch.setattr(devices, "present", lambda: ["cpu", "cuda:0", "cuda:1"])
     with caplog.at_level("INFO"):
         devices.say("worker", torch.device("cpu"), "cpu")
     assert "worker leaves cuda:0 and cuda:1 unused because=worker.device is 'cpu'" in caplog.text

@@ -73,7 +73,7 @@ def test_logp_and_entropy_are_those_of_the_whole_softmax(tiny_qwen, monkeypatch,
     policy = Policy(tiny_qwen())
     assert policy.can_share
     for module in (chunked_logp, forward):
-        monkeypatch.setattr(module, "blocks", lambda device: devices.blocks(device)._replace(head=slicing))
+        monkeypatch.setattr(module, "blocks", lambda device: devices.blocks(device)._replace(head_logits=slicing))
     monkeypatch.setattr(policy, "_kind", forward.Kind(has_linear_head=kind == "linear head", can_share=True))
     batch = [replace(one, temperature=0.7) for one in (*rollouts(), *in_groups())]
     for micro in pack(batch, 64, is_shared=is_shared):

@@ -169,6 +169,11 @@ class LearnSection(Section):
     )
     metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535, is_advanced=True)
 
+    @property
+    def is_adapters_alone(self) -> bool:
+        """Whether a step travels as adapters beside its base."""
+        return self.lora_rank > 0 and self.lora_publish == "adapters"
+
 
 class EvalSection(Section):
     tasks: int = setting(512, "Held-out tasks per evaluation; 0 for none.", ge=0)

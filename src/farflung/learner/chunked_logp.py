@@ -109,6 +109,6 @@ def _of_scores(
 
 
 def _slices(tokens: int, weight_VD: torch.Tensor) -> Iterator[slice]:
-    height = max(1, blocks(weight_VD.device).head // len(weight_VD))
+    height = max(1, blocks(weight_VD.device).head_logits // len(weight_VD))
     for start in range(0, tokens, height):
         yield slice(start, min(start + height, tokens))

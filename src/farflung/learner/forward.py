@@ -132,7 +132,7 @@ def _sliced_logp(
     logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of N tokens, in slices where the float32 copy is large."""
-    height = max(1, _OWN_HEAD * blocks(logits_NV.device).head // logits_NV.shape[1])
+    height = max(1, _OWN_HEAD * blocks(logits_NV.device).head_logits // logits_NV.shape[1])
     if len(token_N) <= height:
         return _logp(logits_NV, token_N, temperature_N)
     parts = [

@@ -21,14 +21,14 @@ class Blocks(NamedTuple):
     """Of scores with noise in a replay, float32."""
     logits: int
     """Of logits of one prefill in a replay, in the model's type."""
-    head: int
+    head_logits: int
     """Of logits that the learner takes from its output head at once, float32."""
 
 
-_OF_CPU = Blocks(noise=1 << 18, scores=1 << 20, logits=1 << 26, head=1 << 23)
+_OF_CPU = Blocks(noise=1 << 18, scores=1 << 20, logits=1 << 26, head_logits=1 << 23)
 """As many as stay in or near a processor's caches: to hash 64 x 49,152 at once takes twice as long. In small blocks
 threads wait for each other (to choose takes two cores 10.1, 7.7 and 7.2 ms with 2^17, 2^18 and 2^19)."""
-_OF_ACCELERATOR = Blocks(noise=1 << 28, scores=1 << 28, logits=1 << 29, head=1 << 27)
+_OF_ACCELERATOR = Blocks(noise=1 << 28, scores=1 << 28, logits=1 << 29, head_logits=1 << 27)
 """A kernel takes as long to start as to work through a million values, so as many as memory can well spare: 1 GiB."""
 
 
@@ -49,7 +49,7 @@ def pick(setting: str, index: int | None = None) -> torch.device:
     except (RuntimeError, AttributeError) as error:
         raise ConfigError(f"torch knows no device {setting!r}; choose auto, cpu, cuda, cuda:N, mps or xpu") from error
     if not is_there:
-        raise ConfigError(f"device {setting!r} is not there: torch {torch.__version__} finds {', '.join(found())}")
+        raise ConfigError(f"device {setting!r} is not there: torch {torch.__version__} finds {', '.join(present())}")
     if device.type == "cpu" or device.type == "mps":
         return torch.device(device.type)
     number = device.index if device.index is not None else (index or 0)
@@ -64,7 +64,7 @@ def best() -> str:
     return next((kind for kind in BACKENDS if torch.get_device_module(kind).is_available()), "cpu")
 
 
-def found() -> list[str]:
+def present() -> list[str]:
     """The devices of this machine by the names that a setting may give them."""
     there = [kind for kind in BACKENDS if torch.get_device_module(kind).is_available()]
     return ["cpu", *(f"{kind}:{n}" for kind in there for n in range(torch.get_device_module(kind).device_count()))]
@@ -94,6 +94,6 @@ def say(role: str, device: torch.device, setting: str) -> None:
     """Log what a role computes on, and loudly what it leaves unused."""
     name, memory_bytes = accelerator(device)
     log.info("%s computes on=%s %s", role, device, f"{name} memory_gb={memory_bytes / 1e9:.1f}" if name else "")
-    others = [other for other in found() if not other.startswith(device.type)]
+    others = [other for other in present() if not other.startswith(device.type)]
     if device.type == "cpu" and others:
         log.warning("%s leaves %s unused because=%s.device is %r", role, " and ".join(others), role, setting)

@@ -15,6 +15,7 @@ from farflung.net.session import NodeStats
 from farflung.protocol import probe
 from farflung.protocol.errors import WeightsError
 from farflung.weights.cache import Versions
+from farflung.weights.parts import whole_shapes
 from farflung.weights.tensors import tensors
 
 NOTHING = ""
@@ -30,7 +31,7 @@ class Loaded:
     """
 
     def __init__(self, engine: Engine, versions: Versions, *, bits: int = 0, stats: NodeStats | None = None) -> None:
-        self.engine, self._versions, self._bits, self._figures = engine, versions, bits, stats
+        self.engine, self._versions, self._bits, self._stats = engine, versions, bits, stats
         self._digest = NOTHING
         self._values: dict[str, bytes] = {}
         """By probe key, the values of its slices in the engine."""
@@ -70,11 +71,11 @@ class Loaded:
         if self._digest == NOTHING:
             raise WeightsError("the engine holds no whole version, so none can be shown; load one first")
         if key not in self._values:
-            shapes = ((one.name, one.shape) for one in self._versions.known(self._digest).tensors)
+            shapes = whole_shapes((one.name, one.shape) for one in self._versions.known(self._digest).tensors)
             self._values[key] = self.engine.values(probe.slices(shapes, bytes.fromhex(key)))
         return probe.answer(nonce, self._values[key])
 
     def _count_as(self, digest: str, step: int) -> None:
         self._digest = digest
-        if self._figures is not None:
-            self._figures.loaded_step = step
+        if self._stats is not None:
+            self._stats.loaded_step = step

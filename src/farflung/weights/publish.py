@@ -23,6 +23,7 @@ from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Adapter, Manifest, Shard, Tensor
 from farflung.weights import adapters, delta
 from farflung.weights.manifest import KIND, open_manifest, target_digest
+from farflung.weights.parts import joined, split
 
 SHARD_BYTES = 32 << 20
 AT_ONCE = 2
@@ -52,9 +53,9 @@ def describe(name: str, tensor: torch.Tensor, shard: int) -> Tensor:
     return Tensor(name=name, dtype=_dtype(tensor), shape=list(tensor.shape), digest=digest, shard=shard)
 
 
-def weights_digest(tensors: Iterable[Named]) -> str:
-    """The digest that these tensors come to."""
-    return target_digest(describe(name, tensor, 0) for name, tensor in tensors)
+def weights_digest(tensors: Iterable[Named], *, in_parts: bool = True) -> str:
+    """The digest that these tensors come to, the large ones in parts if they travel so."""
+    return target_digest(describe(name, tensor, 0) for name, tensor in (split(tensors) if in_parts else tensors))
 
 
 class Publisher:
@@ -64,8 +65,10 @@ class Publisher:
     digest of the last manifest, so a difference is always to what nodes really have.
     """
 
-    def __init__(self, client: Client, key: Key, run: str, anchor_every: int) -> None:
+    def __init__(self, client: Client, key: Key, run: str, anchor_every: int, *, in_parts: bool = True) -> None:
+        """`in_parts` unless adapters are to travel: they are added to whole matrices."""
         self.client, self.key, self.run, self.anchor_every = client, key, run, anchor_every
+        self.in_parts = in_parts
         self.trusted: Collection[bytes] = (key.public,)
         """Whose manifests this trainer builds on: its own, and those of the keys that its own key followed."""
         self._base: dict[str, torch.Tensor] = {}
@@ -83,8 +86,8 @@ class Publisher:
 
     @property
     def published(self) -> Mapping[str, torch.Tensor]:
-        """The tensors of the last step as they were published; none where they travel as adapters."""
-        return self._base
+        """The tensors of the last step as they were published, whole; none where they travel as adapters."""
+        return dict(joined(self._base.items()))
 
     def forget(self) -> None:
         """The version published last was not committed: the next step is an anchor."""
@@ -92,9 +95,9 @@ class Publisher:
 
     async def rebase(self, tensors: Iterable[Named], last: str) -> None:
         """Take these tensors for the last published step, whose manifest is `last`. Raises WeightsError."""
-        self._base = dict(tensors)
+        self._base = dict(self._split(tensors))
         lineage = [await self._manifest(last)]
-        found = await asyncio.to_thread(weights_digest, self._base.items())
+        found = await asyncio.to_thread(weights_digest, self._base.items(), in_parts=False)
         if found != lineage[0].digest:
             raise WeightsError(
                 f"the trainer holds {found[:12]} where step {lineage[0].step} was published as {lineage[0].digest[:12]}"
@@ -138,7 +141,7 @@ class Publisher:
 
     async def _differing(self, tensors: Iterable[Named], step: int) -> tuple[list[Tensor], dict[str, Any]]:
         """Tensors, which replace those of the step before, as difference or whole; taken a few shards at a time."""
-        is_based, numbered = bool(self._base), enumerate(_chunks(tensors))
+        is_based, numbered = bool(self._base), enumerate(_chunks(self._split(tensors)))
         described_chunks: list[tuple[list[Tensor], Shard | None]] = []
         while some := await asyncio.to_thread(list, islice(numbered, AT_ONCE)):
             described_chunks += await asyncio.gather(*(self._tell(chunk, number, is_based) for number, chunk in some))
@@ -176,6 +179,9 @@ class Publisher:
             ]
             shards.append(await self._upload(await asyncio.to_thread(adapters.pack, chunk)))
         return described, {"shards": shards, "adapters": named}
+
+    def _split(self, tensors: Iterable[Named]) -> Iterable[Named]:
+        return split(tensors) if self.in_parts else tensors
 
     def _difference(self, chunk: list[Named]) -> bytes:
         return delta.encode([_ints(self._base[name]) for name, _ in chunk], [_ints(tensor) for _, tensor in chunk])

@@ -12,6 +12,7 @@ from farflung.protocol.messages import Tensor
 from farflung.protocol.stops import MOST_BYTES, STOPS, Stops
 from farflung.weights.cache import Versions
 from farflung.weights.manifest import check_shard
+from farflung.weights.parts import joined
 from farflung.weights.patch import check_tensor, stored
 
 CONFIG_BYTES = 1 << 20
@@ -67,16 +68,20 @@ async def _fetch(session: Session, name: str, most_bytes: int) -> bytes | None:
 
 def tensors(versions: Versions, digest: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a fetched version, its bytes checked against their digest. Raises WeightsError."""
-    manifest = versions.known(digest)
     try:
-        for pieces in stored(digest, manifest, versions.whole, versions.path):
-            for tensor, values in pieces:
-                check_tensor(tensor, values, manifest.step)
-                yield tensor.name, _as_torch(tensor, values)
+        yield from joined(_checked(versions, digest))
     except WeightsError as error:
         versions.session.stats.last_error = str(error)
         versions.discard(digest)
         raise
+
+
+def _checked(versions: Versions, digest: str) -> Iterator[tuple[str, torch.Tensor]]:
+    manifest = versions.known(digest)
+    for pieces in stored(digest, manifest, versions.whole, versions.path):
+        for tensor, values in pieces:
+            check_tensor(tensor, values, manifest.step)
+            yield tensor.name, _as_torch(tensor, values)
 
 
 def _as_torch(tensor: Tensor, values: np.ndarray) -> torch.Tensor:

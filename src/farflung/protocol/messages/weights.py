@@ -11,7 +11,7 @@ _WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1, "float
 
 
 class Tensor(Message, frozen=True):
-    """One tensor of a step, and the shard that carries it."""
+    """One tensor of a step, or a part of one (`NAME[0]`, `NAME[1]`, … along its first dimension), and its shard."""
 
     name: Annotated[str, Meta(max_length=300)]
     dtype: Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
