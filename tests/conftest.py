@@ -5,6 +5,7 @@
 
 import asyncio
 import hashlib
+import math
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -479,11 +480,14 @@ class House:
         """What is kept count of is what the rows add up to."""
         with self.ctx.database.engine.connect() as connection:
             assert list(counts.differences(connection)) == []
-        again = ROLLOUTS.alias()
-        same = sa.and_(again.c.group == ROLLOUTS.c.group, again.c.sample == ROLLOUTS.c.sample, again.c.is_reissue)
-        had = sa.select(ROLLOUTS.c.lease).join(again, sa.and_(same, again.c.lease != ROLLOUTS.c.lease))
-        ended = LEASES.c.status.in_(("expired", "returned"))
-        left = {row[0] for row in self.rows(sa.select(LEASES.c.lease).where(ended, LEASES.c.lease.in_(had)))}
+        events = self.rows(sa.select(EVENTS.c.id, EVENTS.c.subject, EVENTS.c.after).where(EVENTS.c.noun == "lease"))
+        opened = {row.subject: row.id for row in events if row.after == "open"}
+        ended = {row.subject: row.id for row in events if row.after in ("expired", "returned")}
+        again: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        rollouts = self.rows(sa.select(ROLLOUTS))
+        for row in rollouts:
+            again[row.group, row.sample] += [opened[row.lease]] if row.is_reissue else []
+        left = {r.lease for r in rollouts if any(at > ended.get(r.lease, math.inf) for at in again[r.group, r.sample])}
         assert {row[0] for row in self.rows(sa.select(LEASES.c.lease).where(LEASES.c.is_reissued))} == left
 
     def _check_ledger(self) -> None:
