@@ -1,4 +1,7 @@
-"""An environment: tasks, prompts and scores. Five members, and nothing else to learn."""
+"""An environment: tasks, prompts and scores. Five members, and nothing else to learn.
+
+`envs/child_main.py` calls `score` in a process of its own; `rollouts/accept.py:take_scores` keeps the reward.
+"""
 
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol

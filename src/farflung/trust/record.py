@@ -1,4 +1,7 @@
-"""A node's record as a value, and its change by the findings of an audit. Pure; no SQL, no clock."""
+"""A node's record as a value, and its change by the findings of an audit. Pure; no SQL, no clock.
+
+`fold` quarantines and `confirm` ejects; `audits/verdict.py` asks them, `audits/penalties.py` carries an ejection out.
+"""
 
 import math
 from collections.abc import Sequence
