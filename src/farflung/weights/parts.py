@@ -1,6 +1,7 @@
 """Large tensors in parts: slices along the first dimension that each fit a shard, and are joined where they are loaded.
 
-They are named `NAME[0]`, `NAME[1]`, … So no body that crosses a machine grows with the model: the embedding of a 32B model has 1.6 GB.
+They are named `NAME[0]`, `NAME[1]`, … So no body that crosses a machine grows with the model: the embedding of a 32B
+model has 1.6 GB.
 """
 
 import re
