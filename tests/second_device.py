@@ -102,7 +102,6 @@ class _Everywhere(TorchDispatchMode):
 @contextmanager
 def second_device() -> Iterator[str]:
     """Have the device for as long as this lasts; gives its name."""
-    _register()
     made = torch.tensor
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:  # copies below all modes
@@ -166,3 +165,6 @@ def _lowered(operation: Any, *args: Any, **kwargs: Any) -> Any:
 
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
         return operation(*tree_map(low, args), **tree_map(low, kwargs))
+
+
+_register()  # as it is imported: what torch has a queue for is settled by the first backward pass of a process
