@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farflung.audits.tripwire import tripped
+from farflung.engine.argmax import policy_scores
 from farflung.engine.arithmetic import arithmetic, rounded
 from farflung.engine.base import Request
 from farflung.engine.cpu import decode
@@ -405,7 +406,7 @@ class Ordinary(decode._Sampler):
     """Sampling as everybody does it: softmax and multinomial."""
 
     def pick(self, logits_BV: torch.Tensor, position_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        score_BV = logits_BV.float() / self._divisor_B1
+        score_BV = policy_scores(logits_BV, self._temperature_B)
         logp_BV = score_BV.log_softmax(dim=-1)
         token_B = torch.multinomial(logp_BV.exp(), 1)[:, 0]
         return token_B, logp_BV.gather(-1, token_B[:, None])[:, 0]

@@ -12,6 +12,7 @@ import torch
 
 from farflung.audits import self_test
 from farflung.config import WorkerSection
+from farflung.config.tree import WAVES
 from farflung.engine.arithmetic import arithmetic
 from farflung.engine.base import Completion, Engine
 from farflung.engine.loading import model_bytes
@@ -53,8 +54,6 @@ AWAY_S, MOST_AWAY_S = 2.0, 60.0
 """Waits for an engine that does not answer, at first and at most."""
 MOST_OF_ACCELERATOR = 0.8
 """Share of an accelerator's memory that weights may take; caches and logits need the rest."""
-SEATINGS = 2
-"""Most rollouts of a lease, as a multiple of those generated at once: as some end, others join."""
 CATCH_UP_S = 10.0
 """How far a paced worker may have fallen behind its pace, by faults not its own, and still make up for it."""
 Wrap = Callable[[Engine], Engine]
@@ -195,7 +194,7 @@ class Worker:
         """One lease, from asking to handing in."""
         self.session.stats.phase = "waiting"
         figures = self.session.stats
-        slots = min(SEATINGS * self.settings.slots, MAX_SAMPLES)
+        slots = min(WAVES * self.settings.slots, MAX_SAMPLES)
         ask = LeaseRequest(loaded_step=figures.loaded_step, slots=slots, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest

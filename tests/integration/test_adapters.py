@@ -163,7 +163,7 @@ def test_a_damaged_base_is_fetched_anew_and_a_sound_one_kept(tmp_path: Path) -> 
             data[-3] ^= 0x40
             versions.path(first).write_bytes(data)
             of.origin.sent.clear()
-            with pytest.raises(WeightsError, match="fetch it from somebody else"):
+            with pytest.raises(WeightsError, match="download it from another source"):
                 await versions.fetch(of.digests[2])
             await versions.fetch(of.digests[2])
             assert same(versions, of, 2)

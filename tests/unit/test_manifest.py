@@ -138,7 +138,7 @@ def test_a_shard_is_checked_by_size_and_content() -> None:
     check_shard(DATA, digest, len(DATA))
     with pytest.raises(WeightsError, match="has 4 bytes, its manifest says 5"):
         check_shard(DATA[:-1], digest, len(DATA))
-    with pytest.raises(WeightsError, match="fetch it from somebody else"):
+    with pytest.raises(WeightsError, match="download it from another source"):
         check_shard(b"sharp", digest, len(DATA))
 
 

@@ -31,16 +31,12 @@ def afford(connection: Connection, run_ctx: RunContext) -> float:
     validators = [node for node, role in run_ctx.granted.items() if role == "validator"]
     rows = connection.execute(_HEARTBEATS, {"ids": validators})
     heartbeats = [msgspec.msgpack.decode(heartbeat, type=Heartbeat) for heartbeat in rows.scalars()]
-    audited, made = (
-        sum(one.recent_tokens for one in heartbeats),
-        sum(one.made_tokens for one in heartbeats),
-    )
+    audited = sum(one.recent_tokens for one in heartbeats)
+    made = sum(one.made_tokens for one in heartbeats)
     if not audited or not made:
         return 1.0
-    audit_s, generate_s = (
-        sum(one.recent_cpu_s for one in heartbeats) / audited,
-        sum(one.made_cpu_s for one in heartbeats) / made,
-    )
+    audit_s = sum(one.recent_cpu_s for one in heartbeats) / audited
+    generate_s = sum(one.made_cpu_s for one in heartbeats) / made
     return affordable(run_ctx.config.trust.audit_budget, audit_s, generate_s)
 
 

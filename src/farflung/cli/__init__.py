@@ -32,8 +32,8 @@ def main() -> None:
 
 
 def _refuse_renamed(command: list[str]) -> None:
-    for old, name in renamed.COMMANDS.items():
-        if command == [old]:
+    for old in command:
+        if name := renamed.COMMANDS.get(old):
             raise ConfigError(f"unknown command {old!r}; it is called `farflung {name}`")
 
 

@@ -18,7 +18,8 @@ def status(url: Address, *, run: WhichRun = "") -> None:
 def weights(url: Address, *, run: WhichRun = "") -> None:
     """List the versions of a run's weights.
 
-    For each: bytes whole and as a difference, how many nodes have it, its age."""
+    For each: bytes whole and as a difference, how many nodes have it, its age.
+    """
     from farflung.ops.show import show_weights
 
     asyncio.run(show_weights(url, run))
@@ -60,7 +61,8 @@ def view(folder: RunFolder, *, host: str = "127.0.0.1", port: int = 0) -> None:
 def report(folder: RunFolder) -> None:
     """Write a run's report.html again.
 
-    It is made from the run's database and metrics.jsonl."""
+    It is made from the run's database and metrics.jsonl.
+    """
     from farflung.launch.report import write_report
     from farflung.launch.summary import summarise
 
@@ -71,7 +73,8 @@ def report(folder: RunFolder) -> None:
 def summary(folder: RunFolder) -> None:
     """Recompute a run's figures and print them.
 
-    They are made from the run's database and metrics.jsonl, as summary.json is at the end of a run."""
+    They are made from the run's database and metrics.jsonl, as summary.json is at the end of a run.
+    """
     import json as json_module
 
     from farflung.launch.summary import summarise

@@ -53,7 +53,8 @@ def coordinator(config: Path, *flags: Flags, json: Json = False) -> None:
 def trainer(config: RunFile, *flags: Flags, url: Url = "", json: Json = False) -> None:
     """Claim batches, take steps, publish weights.
 
-    Started by torchrun it trains over all of its processes."""
+    Started by torchrun it trains over all of its processes.
+    """
     from farflung.learner.build import follow
     from farflung.learner.ranks import join as meet
     from farflung.learner.ranks import leave
@@ -189,12 +190,12 @@ def worker(
         asyncio.run(Worker(url, key, folder, settings, patience_s=patience_s, **options).run())
 
 
-def _enter(settings: Config, leave: str = "") -> None:
-    """Share the folder of a run with its other roles, and have one part of it alone. Raises ConfigError."""
+def _enter(settings: Config, role: str = "") -> None:
+    """Share the folder of a run with its other roles, and have one role of it alone. Raises ConfigError."""
     settings.folder.mkdir(parents=True, exist_ok=True)
     owner.own(settings.folder, is_shared=True)
-    if leave:
-        owner.own(settings.folder, leave)
+    if role:
+        owner.own(settings.folder, role)
 
 
 def _key_in(folder: Path) -> Key:

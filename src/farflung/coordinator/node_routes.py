@@ -71,10 +71,8 @@ def _note_heartbeats(
     now, nodes = ctx.clock(), {node for node, _ in heartbeats}
     rows = node_rows(connection, nodes)
     lost = lease.lost_leases(connection, nodes, now - 2 * ctx.config.deadline_s)
-    latest, heard = (
-        ctx.run_ctx.latest(connection),
-        [(rows[node], heartbeat) for node, heartbeat in heartbeats if node in rows],
-    )
+    latest = ctx.run_ctx.latest(connection)
+    heard = [(rows[node], heartbeat) for node, heartbeat in heartbeats if node in rows]
     for row, heartbeat in heard:
         if row.receipt or row.role != "worker":  # a key that handed nothing in costs the run nothing
             ctx.metrics.note_node(row.node, row.role, row.registered_at, heartbeat, now)

@@ -58,7 +58,7 @@ def refuse_guessable(config: Config) -> None:
 
 
 async def open_coordinator(config: Config, *, is_first: bool = True) -> Coordinator:
-    """Everything a coordinator needs, from a configuration; the run is founded if it is new.
+    """Everything a coordinator needs, from a configuration; the run is created if it is new.
 
     The first process of a coordinator looks for damage, which takes a pass over the weights.
     """

@@ -10,14 +10,8 @@ import numpy as np
 import torch
 
 
-def tempered(logits_BV: torch.Tensor, divisor_B1: torch.Tensor) -> torch.Tensor:
-    """Logits in float32, divided by each row's temperature; the logits themselves where that changes nothing."""
-    score_BV = logits_BV.float()
-    return score_BV / divisor_B1 if (divisor_B1 != 1).any() else score_BV
-
-
 def policy_scores(logits_BV: torch.Tensor, temperature_B: np.ndarray) -> torch.Tensor:
-    """The same for temperatures that are known here, so that no device is asked; the logits where one is 0."""
+    """Logits in float32, divided by each row's temperature, or as they are where it is 0; no device is asked."""
     divisor_B = np.where(temperature_B > 0, temperature_B, 1).astype(np.float32)
     score_BV = logits_BV.float()
     return score_BV if (divisor_B == 1).all() else score_BV / torch.from_numpy(divisor_B).to(score_BV.device)[:, None]
@@ -30,9 +24,11 @@ def with_noise(noise_BV: torch.Tensor, policy_BV: torch.Tensor, temperature_B: n
     return noise_BV.add_(policy_BV)
 
 
-def silenced(noise_BV: torch.Tensor, is_sampled_B1: torch.Tensor, silence: float = 0.0) -> torch.Tensor:
-    """Noise, in place, with `silence` for that of greedy rows."""
-    return noise_BV if is_sampled_B1.all() else noise_BV.masked_fill_(~is_sampled_B1, silence)
+def silenced(exponential_BV: torch.Tensor, temperature_B: np.ndarray) -> torch.Tensor:
+    """exp(-noise), in place, 1 for rows of temperature 0 (or for K positions of each row, KBV)."""
+    if not (temperature_B > 0).all():
+        exponential_BV.masked_fill_(torch.from_numpy(temperature_B <= 0).to(exponential_BV.device)[:, None], 1.0)
+    return exponential_BV
 
 
 def best(score_BV: torch.Tensor) -> torch.Tensor:

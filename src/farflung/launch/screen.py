@@ -81,9 +81,9 @@ class Screen:
         self._tell_warnings(status)
         if self._live is not None:
             notes = Text("\n".join(self._notes[-NOTES:]))
-            warn = [Text(self._warning, style="yellow")] if self._warning else []
+            warning = [Text(self._warning, style="yellow")] if self._warning else []
             panel = run_panel(status, time.monotonic() - self._since)
-            self._live.update(Group(panel, nodes_table(status, self.console.width), *warn, notes))
+            self._live.update(Group(panel, nodes_table(status, self.console.width), *warning, notes))
         elif time.monotonic() - self._lined_at >= LINE_EVERY_S:
             self._lined_at = time.monotonic()
             self.note(one_line(status) + (f" · {self._warning}" if self._is_warned else ""))

@@ -54,7 +54,7 @@ def build(config: Config, ranks: Ranks) -> Learner:
         ranks=ranks,
         lora_rank=learn.lora_rank,
         lora_scale=learn.lora_scale,
-        is_lora_alone=learn.lora_publish == "adapters",
+        is_lora_alone=learn.is_adapters_alone,
     )
     reference = Policy.from_pretrained(path, compute_dtype=dtype, device=device) if learn.kl else None
     return Learner(policy, optimisation(config), reference=reference)

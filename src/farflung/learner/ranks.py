@@ -59,7 +59,7 @@ def split(parts: Sequence[Any], ranks: Ranks) -> list[tuple[Any, bool]]:
 
     All ranks get equally many, or the others would wait for ever: some get one that another rank counts.
     """
-    own = [(leave, True) for leave in parts[ranks.rank :: ranks.world]]
+    own = [(part, True) for part in parts[ranks.rank :: ranks.world]]
     return own if len(own) == -(-len(parts) // ranks.world) else [*own, (parts[0], False)]
 
 

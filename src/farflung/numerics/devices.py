@@ -1,6 +1,7 @@
 """Devices: the one that a setting names, what a machine has, and how much to do at once on each kind."""
 
 import logging
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from farflung.protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
 BACKENDS = ("cuda", "xpu", "mps")
-"""Accelerators that a setting may name, as torch calls them, and more that a build of torch was given."""
+"""The kinds of accelerator that `auto` looks for, as torch calls them, the fastest first."""
 
 
 class Blocks(NamedTuple):
@@ -61,13 +62,18 @@ def pick(setting: str, index: int | None = None) -> torch.device:
 
 def best() -> str:
     """The kind of the fastest device here."""
-    return next((kind for kind in BACKENDS if torch.get_device_module(kind).is_available()), "cpu")
+    return next(_accelerators(), "cpu")
 
 
 def present() -> list[str]:
     """The devices of this machine by the names that a setting may give them."""
-    there = [kind for kind in BACKENDS if torch.get_device_module(kind).is_available()]
-    return ["cpu", *(f"{kind}:{n}" for kind in there for n in range(torch.get_device_module(kind).device_count()))]
+    counts = {kind: torch.get_device_module(kind).device_count() for kind in _accelerators()}
+    return ["cpu", *(f"{kind}:{n}" for kind, count in counts.items() for n in range(count))]
+
+
+def _accelerators() -> Iterator[str]:
+    """The kinds of accelerator here, the fastest first."""
+    return (kind for kind in BACKENDS if torch.get_device_module(kind).is_available())
 
 
 class Accelerator(NamedTuple):

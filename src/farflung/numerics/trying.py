@@ -25,7 +25,7 @@ _LOGP_TOLERANCE, _SHORT_LOGP_TOLERANCE = 1e-3, 0.1
 """Most nats by which the log-probabilities of a text's own tokens may be off, in float32 and in shorter types."""
 _SHORT = 4
 """Positions that no rope changes because a text is longer than so many tokens."""
-Mode = TypeVar("Way")
+Mode = TypeVar("Mode")
 
 
 class Text(NamedTuple):
@@ -157,7 +157,7 @@ def whole_numbers(config: PretrainedConfig) -> Iterator[int]:
 def remembers_all(config: PretrainedConfig) -> bool:
     """Whether a model looks back at every token of a row of several completions: no shorter window, no state.
 
-    Story by what it would have a cache remember. Weights that are nearly nothing may hide either from being tried.
+    Told by what it would have a cache remember. Weights that are nearly nothing may hide either from being tried.
     """
     try:
         layers = DynamicCache(config=config).layers

@@ -234,9 +234,8 @@ def _play(
 ) -> Iterator[Played]:
     """Each verifier's view of each rollout. Generated as `kind` says, replayed many at a time."""
     generator.max_rows = kind.rows
-    at_once = (
-        int(2 * tokens / under.max_new_tokens) if kind.is_older else REPLAYED_AT_LEAST
-    )  # a process is slow to start
+    # A process is slow to start, so an older one is asked for all at once.
+    at_once = int(2 * tokens / under.max_new_tokens) if kind.is_older else REPLAYED_AT_LEAST
     chunk = max(kind.rows, at_once)
     endless = zip(itertools.cycle(under.prompts), itertools.cycle(under.budgets), strict=False)
     seen, said, threads = 0, time.monotonic(), torch.get_num_threads()

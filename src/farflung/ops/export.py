@@ -40,10 +40,8 @@ def export(folder: Path, out: Path, step: int | None = None) -> int:
     chosen = fitting[-1]
     found = dict(checkpoint.published(chosen.path, is_dithered=config.learn.rounding == "dithered"))
     tensors = {name: found[name] for name in _names(chosen.path) if name in found}  # a digest depends on the order
-    digest, recorded = (
-        weights_digest(tensors.items(), in_parts=not config.learn.is_adapters_alone),
-        _recorded(folder, config, chosen.step),
-    )
+    digest = weights_digest(tensors.items(), in_parts=not config.learn.is_adapters_alone)
+    recorded = _recorded(folder, config, chosen.step)
     if recorded and digest != recorded:
         raise WeightsError(f"step {chosen.step} comes to {digest[:12]}, it was published as {recorded[:12]}")
     out.mkdir(parents=True)

@@ -36,9 +36,9 @@ class OlderEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Generate every request, in order. Raises ConfigError where such a process ends in an error."""
-        ask = msgspec.msgpack.encode(Job(self.model, self.dtype, self.max_rows, list(requests)))
+        job = msgspec.msgpack.encode(Job(self.model, self.dtype, self.max_rows, list(requests)))
         command = [sys.executable, "-m", "farflung.ops.older_engine"]
-        done = subprocess.run(command, input=ask, capture_output=True, env=os.environ | OLDER, timeout=TIMEOUT_S)
+        done = subprocess.run(command, input=job, capture_output=True, env=os.environ | OLDER, timeout=TIMEOUT_S)
         if done.returncode:
             why = (done.stderr.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
             raise ConfigError(f"generating with older instructions ({OLDER}) failed: {why}")
@@ -46,14 +46,14 @@ class OlderEngine:
 
 
 def _main() -> None:
-    """Read an `Job`, write completions."""
+    """Read a `Job`, write completions."""
     from farflung.ops.calibrate import engine_of
     from farflung.tasks.create_run import Model
 
-    ask = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job)
-    engine = engine_of(Model(ask.model), ask.dtype, threads=1)
-    engine.max_rows = ask.rows
-    sys.stdout.buffer.write(msgspec.msgpack.encode(engine.generate(ask.requests)))
+    job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job)
+    engine = engine_of(Model(job.model), job.dtype, threads=1)
+    engine.max_rows = job.rows
+    sys.stdout.buffer.write(msgspec.msgpack.encode(engine.generate(job.requests)))
 
 
 if __name__ == "__main__":

@@ -85,17 +85,8 @@ def _columns(redaction: Redaction) -> Any:
     r = ROLLOUTS.c
     return (
         sa.select(
-            *(
-                r.rollout,
-                r.group,
-                r.sample,
-                r.lease,
-                r.node,
-                redaction.status(),
-                r.is_reissue,
-                r.submission,
-                r.position,
-            ),
+            *(r.rollout, r.group, r.sample, r.lease, r.node, redaction.status()),
+            *(r.is_reissue, r.submission, r.position),
             *(r.tokens, r.reward, r.parts, r.answer, LEASES.c.step, LEASES.c.purpose, LEASES.c.opened_at),
             *(GROUPS.c.task, GROUPS.c.batch_step, TASKS.c.prompt, NODES.c.name),
         )

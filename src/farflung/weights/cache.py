@@ -27,7 +27,7 @@ SPARE_BYTES = 256 << 20
 LONGEST_CHAIN = 1000
 WHOLE = ".whole"
 Patch = Callable[[FetchPlan, Callable[[str], Path], Callable[[str], Path]], None]
-"""Makes the last version of a way; given where patched versions and where shards are. Raises WeightsError."""
+"""Makes the last version of a plan; given where patched versions and where shards are. Raises WeightsError."""
 
 
 class Versions:
@@ -150,7 +150,7 @@ class Versions:
             yield self.whole(plan.start[0]).name
 
     def _leading(self, plan: FetchPlan) -> list[Shard]:
-        """The deltas that lead to where a way starts: a relay has them for nodes that come from the step before."""
+        """The deltas that lead to where a plan starts: a relay has them for nodes that come from the step before."""
         return plan.start[1].deltas if self._patch is None else []
 
     def _is_held(self, digest: str, manifest: Manifest) -> bool:
@@ -196,7 +196,7 @@ class Versions:
         return lineage[0][1]
 
     async def _follow(self, plan: FetchPlan) -> None:
-        """Fetch what a way needs and, unless this is a relay, patch the version together."""
+        """Fetch what a plan needs and, unless this is a relay, patch the version together."""
         digest, manifest = plan.last
         is_patched = self._patch is not None and plan.is_put_together
         self._plans[digest] = plan
@@ -223,7 +223,7 @@ class Versions:
                 del self._plans[digest]
 
     async def _lineage(self, digest: str, *, uses_held: bool = True) -> list[Link]:
-        """The version and its ancestors, as far back as a better way could begin. Raises WeightsError at a gap."""
+        """The version and its ancestors, as far back as a better plan could begin. Raises WeightsError at a gap."""
         lineage = [(digest, await self._manifest(digest))]
         known = dict(lineage)
 

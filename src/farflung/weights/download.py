@@ -30,6 +30,7 @@ from farflung.protocol.errors import (
 )
 from farflung.protocol.messages import Relays, Shard
 from farflung.weights import ranges, sources
+from farflung.weights.manifest import check_hash
 from farflung.weights.url_policy import check_url
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Downloads:
         await self._from(self.session.client, shard)
 
     async def _from_many(self, urls: Sequence[str], shard: Shard) -> dict[int, str]:
-        """Ranges from several relays. Gives each piece's relay, if they do not come to the shard."""
+        """Ranges from several relays. Gives each range's relay, if they do not come to the shard."""
         part = self.folder / f"{shard.digest}{PART}"
         try:
             with part.open("ab", buffering=0) as file:
@@ -235,9 +236,4 @@ class Downloads:
 
 def _check(file: Path, shard: Shard) -> None:
     """Raises WeightsError unless the file is that shard."""
-    size = file.stat().st_size
-    if size != shard.size_bytes:
-        raise WeightsError(f"shard {shard.digest[:12]} has {size} bytes, its manifest says {shard.size_bytes}")
-    found = file_digest(file)
-    if found != shard.digest:
-        raise WeightsError(f"shard {shard.digest[:12]} hashes to {found[:12]}; fetch it from somebody else")
+    check_hash(shard.digest, shard.size_bytes, file.stat().st_size, lambda: file_digest(file))

@@ -1,6 +1,6 @@
 """The manifest of a version: digests, and the checks that make an untrusted copy safe to load. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 from farflung.protocol.digest import digest_of
@@ -102,8 +102,12 @@ def _adapter_bytes(adapter: Adapter, tensor: Tensor) -> int:
 
 def check_shard(data: bytes, digest: str, size_bytes: int) -> None:
     """Raises WeightsError unless these are the bytes of that shard."""
-    if len(data) != size_bytes:
-        raise WeightsError(f"shard {digest[:12]} has {len(data)} bytes, its manifest says {size_bytes}")
-    found = digest_of(data)
-    if found != digest:
-        raise WeightsError(f"shard {digest[:12]} hashes to {found[:12]}; fetch it from somebody else")
+    check_hash(digest, size_bytes, len(data), lambda: digest_of(data))
+
+
+def check_hash(digest: str, size_bytes: int, size: int, hashed: Callable[[], str]) -> None:
+    """The same for bytes that are elsewhere: their size, and their digest, asked for if the size is right."""
+    if size != size_bytes:
+        raise WeightsError(f"shard {digest[:12]} has {size} bytes, its manifest says {size_bytes}")
+    if (actual := hashed()) != digest:
+        raise WeightsError(f"shard {digest[:12]} hashes to {actual[:12]}; download it from another source")

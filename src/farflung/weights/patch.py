@@ -24,7 +24,7 @@ Piece = tuple[Tensor, np.ndarray]
 
 
 def patch(plan: FetchPlan, whole: Callable[[str], Path], path: ShardPath) -> None:
-    """Write the last version of a way. Memory: one shard of the start, its adapters, and what one tensor becomes.
+    """Write the last version of a plan. Memory: one shard of the start, its adapters, and what one tensor becomes.
 
     Raises WeightsError, and leaves nothing behind, where a tensor does not come to its digest.
     """

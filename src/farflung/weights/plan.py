@@ -43,7 +43,7 @@ class FetchPlan:
 
 
 def best_plan(lineage: Sequence[Link], is_held: Callable[[str], bool]) -> FetchPlan | None:
-    """The way with the fewest bytes along a chain that leads from the wanted version back to its ancestors."""
+    """The plan with the fewest bytes along a chain that leads from the wanted version back to its ancestors."""
     plans: list[FetchPlan] = []
     for index, (digest, manifest) in enumerate(lineage):
         steps = tuple(reversed(lineage[:index]))
@@ -57,7 +57,7 @@ def best_plan(lineage: Sequence[Link], is_held: Callable[[str], bool]) -> FetchP
 
 
 def wants_more(lineage: Sequence[Link], is_held: Callable[[str], bool], *, may_hold: bool) -> str:
-    """Digest of the manifest to look at next, empty when nothing further back can be a better way.
+    """Digest of the manifest to look at next, empty when nothing further back can be a better plan.
 
     Beyond an anchor only a version at hand can be better, so without any (`may_hold`) the walk ends there.
     """

@@ -23,14 +23,13 @@ from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Adapter, Manifest, Shard, Tensor
 from farflung.weights import adapters, delta
 from farflung.weights.manifest import KIND, open_manifest, target_digest
-from farflung.weights.parts import joined, split
+from farflung.weights.parts import PART_BYTES, Named, joined, split
 
-SHARD_BYTES = 32 << 20
+SHARD_BYTES = PART_BYTES
 AT_ONCE = 2
 """Shards that are compared with those before at a time, by a thread each."""
 EXPIRES_S = 30 * 24 * 3600.0
 
-Named = tuple[str, torch.Tensor]
 T = TypeVar("T")
 
 

@@ -5,10 +5,11 @@ Legend: R requests, B live rows, T positions, V vocabulary, K positions of noise
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from farflung.engine.argmax import best, silenced, tempered
+from farflung.engine.argmax import best, policy_scores, silenced
 from farflung.engine.base import Completion, Request
 from farflung.engine.cpu.attention import is_worth_sharing
 from farflung.engine.cpu.kv_cache import compacted
@@ -71,7 +72,7 @@ def _decode(
     stops: Stops | None,
 ) -> list[Completion | None]:
     record = _Record(requests, _Ending(eos_ids, stops, rows.device), rows.device)
-    sampler, joined, idle = _Sampler(rows.device), 0, 0
+    sampler, joined, idle = _Sampler(), 0, 0
     while not (should_stop is not None and should_stop()):
         idle += slots - len(rows)
         if count := _joining(rows, slots, len(requests) - joined, idle):
@@ -110,9 +111,9 @@ class _Sampler:
     The noise of several positions is made at once where the vocabulary is small.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self._seeds: list[int] = []
-        self._temperature_B = torch.empty(0, device=device)
+        self._temperature_B = np.empty(0, np.float32)
         self._noise_KBV: torch.Tensor | None = None
         self._used = 0
         """Positions of the noise made ahead that were picked from."""
@@ -121,33 +122,27 @@ class _Sampler:
 
     def join(self, requests: Sequence[Request]) -> None:
         """Rows of these requests come behind those that are here."""
-        temperatures = torch.tensor([request.temperature for request in requests], device=self._temperature_B.device)
         self._seeds = [*self._seeds, *(request.seed for request in requests)]
-        self._temperature_B, self._noise_KBV = torch.cat([self._temperature_B, temperatures]), None
-        self._note_temperatures()
+        temperatures = np.array([request.temperature for request in requests], np.float32)
+        self._temperature_B, self._noise_KBV = np.concatenate([self._temperature_B, temperatures]), None
 
     def pick(self, logits_BV: torch.Tensor, position_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token of each row and its log-probability at the sampling temperature (1 where greedy)."""
-        score_BV = tempered(logits_BV, self._divisor_B1)
+        score_BV = policy_scores(logits_BV, self._temperature_B)
         if self._buffers_2BV is None or self._buffers_2BV.shape[1] < len(score_BV):
             self._buffers_2BV = torch.empty(2, *score_BV.shape, device=score_BV.device)
         made_BV, buffer_BV = self._buffers_2BV[:, : len(score_BV)]
         chance_BV = torch.softmax(score_BV, -1, out=buffer_BV)
-        if not self._is_greedy:
+        if (self._temperature_B > 0).any():
             score_BV = torch.div(chance_BV, self._noise(position_B, made_BV), out=made_BV)
         token_B = best(score_BV)
         return token_B, chance_BV.gather(-1, token_B[:, None])[:, 0].log()
 
     def keep(self, live_B: torch.Tensor) -> None:
-        self._seeds, self._temperature_B = [self._seeds[row] for row in live_B.tolist()], self._temperature_B[live_B]
-        self._note_temperatures()
+        live = live_B.tolist()
+        self._seeds, self._temperature_B = [self._seeds[row] for row in live], self._temperature_B[live]
         if self._noise_KBV is not None:
             self._noise_KBV = self._noise_KBV[:, live_B]
-
-    def _note_temperatures(self) -> None:
-        self._is_sampled_B1 = (self._temperature_B > 0)[:, None]
-        self._divisor_B1 = torch.where(self._temperature_B > 0, self._temperature_B, 1.0)[:, None]
-        self._is_greedy = not self._is_sampled_B1.any()
 
     def _noise(self, position_B: torch.Tensor, buffer_BV: torch.Tensor) -> torch.Tensor:
         """exp(-noise) of each row's position (B, V), 1 where a row is greedy; of one at a time it is in the room."""
@@ -155,11 +150,11 @@ class _Sampler:
         ahead = _NOISE_AHEAD // (rows * vocab)
         if ahead <= 1 and self._noise_KBV is None:
             noise_BV = exponential(self._seeds, position_B, vocab, buffer_BV.device, out=buffer_BV)
-            return silenced(noise_BV, self._is_sampled_B1, silence=1.0)
+            return silenced(noise_BV, self._temperature_B)
         if self._noise_KBV is None or self._used == len(self._noise_KBV):
             position_KB = position_B + torch.arange(ahead, device=position_B.device)[:, None]
             flat = exponential(self._seeds * ahead, position_KB.flatten(), vocab, buffer_BV.device)
-            self._noise_KBV, self._used = silenced(flat.view(ahead, rows, vocab), self._is_sampled_B1, silence=1.0), 0
+            self._noise_KBV, self._used = silenced(flat.view(ahead, rows, vocab), self._temperature_B), 0
         self._used += 1
         return self._noise_KBV[self._used - 1]
 
