@@ -8,6 +8,7 @@ import pytest
 from farflung.config import Config
 from farflung.coordinator import load_profiles
 from farflung.launch import profile_fit
+from farflung.ops import calibrate
 from farflung.protocol.errors import ConfigError
 from farflung.tasks.create_run import Model
 from farflung.trust.profiles import load_profile, names
@@ -53,6 +54,15 @@ def test_a_profile_is_made_before_a_run_that_none_fits(tmp_path: Path, monkeypat
     again = asyncio.run(profile_fit.calibrated(config(tmp_path, temperature=0.5), said.append))
     assert again == found, "resumed, it is there"
     assert len(said) == 1
+
+
+def test_a_profile_counts_processors_with_older_instructions() -> None:
+    model = Model(str(BASE))
+    asked = [tuple(model.prompt_ids(prompt)) for prompt in ("12+34=", "7+8=")]
+    older = [kind for kind in calibrate.KINDS if kind.is_older]
+    under = calibrate.Conditions(model, asked, temperature=1.0, max_new_tokens=8)
+    found = calibrate.make_profile(under, "torch-cpu-fp32", tokens=1600, threads=1, kinds=older, cheats=())
+    assert sum(found.honest.positions) >= 100, "a sixteenth of the tokens is generated so"
 
 
 def test_every_profile_of_the_package_says_for_what_it_is() -> None:

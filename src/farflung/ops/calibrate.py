@@ -203,7 +203,7 @@ def _env(config: Path | None) -> Env:
     return load_env(env.name, env.args)
 
 
-def engine_of(model: Model, dtype: str, threads: int, device: torch.device) -> LocalEngine:
+def engine_of(model: Model, dtype: str, threads: int, device: torch.device | str = "cpu") -> LocalEngine:
     engine = LocalEngine.from_folder(
         model.path, dtype=getattr(torch, dtype), threads=threads, eos_ids=model.eos_ids, device=device
     )
