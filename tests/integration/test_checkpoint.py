@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from farflung.learner.optimise import Learner, Optimisation  # noqa: E402
 from farflung.learner.pack import Rollout, Segment, pack  # noqa: E402
 from farflung.learner.policy import Policy  # noqa: E402
 from farflung.protocol.errors import ConfigError  # noqa: E402
+from small_disk import small_disk  # noqa: E402
 
 
 @pytest.fixture
@@ -167,33 +167,28 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(learner, tmp_path: Pat
 def test_a_full_disk_is_waited_out(learner, tmp_path: Path, monkeypatch) -> None:
     """A real file system that the first checkpoint fits, the second does not, until it is larger."""
     small = tmp_path / "disk"
-    small.mkdir()
     one = learner()
     one.step(batch(1))
     size_bytes = sum(file.stat().st_size for file in checkpoint.save(one, 1, tmp_path / "free").path.iterdir())
-    options = f"size={size_bytes * 3 // 2}"
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
     monkeypatch.setattr(disk_full, "PAUSE_S", 0.05)
     said: list[str] = []
-
-    def hear(error: str) -> None:
-        said.append(error)
-        assert [path.name for path in small.iterdir()] == ["step-000001"] or not error, "half a checkpoint stays"
-        if len(said) == 3:
-            subprocess.run(["mount", "-o", f"remount,size={size_bytes * 4}", str(small)], check=True)
 
     async def write(step: int) -> checkpoint.Checkpoint:
         return await asyncio.to_thread(checkpoint.save, one, step, small)
 
-    try:
+    with small_disk(small, size_bytes * 3 // 2) as resize:
+
+        def hear(error: str) -> None:
+            said.append(error)
+            assert [path.name for path in small.iterdir()] == ["step-000001"] or not error, "half a checkpoint stays"
+            if len(said) == 3:
+                resize(size_bytes * 4)
+
         checkpoint.save(one, 1, small)
         saved = asyncio.run(disk_full.retry_when_disk_full("a checkpoint", lambda: write(2), hear, lambda: False))
         assert said[0].startswith("waits for room on its disk to write a checkpoint: ")
         assert (len(said), said[-1]) == (4, "")
         assert checkpoint.latest(small) == saved
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_a_checkpoint_of_another_model_is_refused(learner, tmp_path: Path) -> None:

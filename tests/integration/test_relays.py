@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -29,6 +28,7 @@ from farflung.weights.manifest import KIND, manifest_digest, target_digest
 from farflung.weights.mirror import Mirror
 from farflung.weights.publish import describe
 from farflung.weights.tensors import tensors
+from small_disk import small_disk
 from standin import TRAINER, Source, descriptor, served, session_with
 
 EMPTY_FRAME = zstd.compress(b"")
@@ -399,11 +399,8 @@ def test_a_disk_that_fills_up_on_the_way_is_said_so_and_blames_nobody(tmp_path: 
     """A real file system of 64 kB, which is larger the second time."""
     monkeypatch.setattr(cache, "SPARE_BYTES", -(1 << 30))  # as if it was filled after the look at what is free
     small = tmp_path / "disk"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
 
-    async def scene() -> None:
+    async def scene(resize: Callable[[int], None]) -> None:
         signed, shard = version()
         async with AsyncExitStack() as stack:
             origin, honest = Source(signed, shard), Source(signed, shard)
@@ -415,14 +412,12 @@ def test_a_disk_that_fills_up_on_the_way_is_said_so_and_blames_nobody(tmp_path: 
             assert "No space left" in versions.session.stats.last_error
             assert url not in versions._downloads.scores
             assert not list(small.iterdir())
-            subprocess.run(["mount", "-o", "remount,size=1m", str(small)], check=True)
+            resize(1 << 20)
             await versions.fetch(manifest_digest(signed))
             assert dict(tensors(versions, manifest_digest(signed))).keys() == WEIGHTS.keys()
 
-    try:
-        asyncio.run(scene())
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    with small_disk(small, 64 << 10) as resize:
+        asyncio.run(scene(resize))
 
 
 def test_an_older_version_makes_room_for_a_newer_one(tmp_path: Path) -> None:
