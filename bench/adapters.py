@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.functional import kl_div
 
-from farflung.learner.lora import merged, published
+from farflung.learner.lora import layer_of, published
 from farflung.learner.optimise import Learner, Optimisation
 from farflung.learner.pack import Rollout, Segment, pack
 from farflung.learner.policy import Policy
@@ -73,14 +73,17 @@ def adapted_names(policy: Policy) -> list[str]:
 
 
 def from_masters(policy: Policy, name: str) -> torch.Tensor:
-    """As with `learn.lora_publish = "merged"`."""
-    return dithered(merged(policy.model, name))
+    """Of the product in float32."""
+    layer = layer_of(policy.model, name)
+    assert layer is not None, "only matrices with an adapter are asked for"
+    return dithered((layer.weight + layer.scale * (layer.lora_B @ layer.lora_A)).detach())
 
 
 def as_bfloat16(policy: Policy, name: str) -> torch.Tensor:
-    layer = policy.model.get_submodule(name.removesuffix(".weight")).parametrizations["weight"]
-    product = layer[0].B.bfloat16().float() @ layer[0].A.bfloat16().float()
-    return dithered((layer.original + layer[0].scale * product).detach())
+    layer = layer_of(policy.model, name)
+    assert layer is not None, "only matrices with an adapter are asked for"
+    product = layer.lora_B.bfloat16().float() @ layer.lora_A.bfloat16().float()
+    return dithered((layer.weight + layer.scale * product).detach())
 
 
 def as_whole_numbers(bits: int) -> Callable[[Policy, str], torch.Tensor]:
@@ -89,7 +92,9 @@ def as_whole_numbers(bits: int) -> Callable[[Policy, str], torch.Tensor]:
     def form(policy: Policy, name: str) -> torch.Tensor:
         before, merging.BITS = merging.BITS, bits
         try:
-            return published(policy.model, name)
+            layer = layer_of(policy.model, name)
+            assert layer is not None, "only matrices with an adapter are asked for"
+            return published(layer, name)
         finally:
             merging.BITS = before
 
@@ -154,7 +159,7 @@ def published_merged(policy: Policy, names: list[str]) -> Weights:
 def row(rank: int, lr: float, count: int) -> dict[str, Any]:
     model, rng = Model(str(SMOL)), np.random.default_rng(1)
     torch.manual_seed(0)
-    policy = Policy.from_pretrained(SMOL, is_dithered=True, lora_rank=rank, is_lora_alone=True)
+    policy = Policy.from_pretrained(SMOL, is_dithered=True, lora_rank=rank)
     base, adapters = dict(policy.base()), policy.factors()
     timed = {str(threads): merge_s(base, adapters, threads) for threads in THREADS}
     say(f"rank {rank}: merged in {json.dumps(timed)}")

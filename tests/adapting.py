@@ -1,5 +1,7 @@
 """A model of two small layers with adapters, and batches to train it on."""
 
+from typing import Any
+
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -11,7 +13,7 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 MORE = {"vocab_size": 32, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
 
 
-def learner(rank: int, **options: bool) -> Learner:
+def learner(rank: int, **options: Any) -> Learner:
     torch.manual_seed(0)
     policy = Policy(Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE)), lora_rank=rank, **options)
     return Learner(policy, Optimisation(lr=3e-3))

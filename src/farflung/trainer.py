@@ -252,14 +252,14 @@ class Trainer:
     async def _publish(self, batch: Batch, trained: StepMetrics | None, train_s: float, held: bytes) -> None:
         self.session.stats.phase = f"publishing step {batch.step}"
         before = time.monotonic()
-        policy = self.distributed.learner.policy
+        adapted = await asyncio.to_thread(self._adapted)
         signed = await self._publisher.publish(
             self.distributed.tensors(),
             step=batch.step,
             parent=self.session.latest.manifest,
             commitment=batch.secret_commitment,
             now=time.time(),
-            adapted=Adapted(policy.base, policy.factors()) if policy.is_lora_alone else None,
+            adapted=adapted,
         )
         canaries = await asyncio.to_thread(self._answer, batch, manifest_digest(signed)) if batch.canaries else []
         metrics = self._metrics(batch, trained) | {"train_s": train_s, "publish_s": time.monotonic() - before}
@@ -279,6 +279,11 @@ class Trainer:
         self._waited_s = 0.0
         fields = batch.step, batch.seen_reward, len(batch.groups), batch.seen_groups, manifest_digest(signed)[:12]
         log.info("committed step=%d reward=%.3f groups=%d/%d manifest=%s", *fields)
+
+    def _adapted(self) -> Adapted | None:
+        """What the weights are made of, where that travels instead of them."""
+        is_alone = self.config.learn.is_adapters_alone
+        return Adapted(self.distributed.base, self.distributed.factors()) if is_alone else None
 
     def _answer(self, batch: Batch, digest: str) -> list[bytes]:
         """The present weights' completions of the batch's canaries; the tripwire finds those weights loaded."""

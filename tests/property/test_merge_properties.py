@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farflung.numerics import merge as merging
-from farflung.numerics.merge import Factors, factors, merge
+from farflung.numerics.merge import Factors, factors, merge, merged
 from farflung.numerics.rounding import dithered
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import WeightsError
@@ -64,17 +64,18 @@ def test_it_comes_to_the_bits_of_the_definition(height, width, rank, exponent, s
 @given(st.integers(1, 50), st.integers(1, 700), st.integers(1, 300), EXPONENTS, st.integers(0, 10**6))
 def test_blocks_threads_and_the_order_of_ranks_change_nothing(height, width, rank, exponent, seed) -> None:
     base, adapter = some(height, width, rank, exponent, seed)
-    expected, before, block = merge(base, adapter), torch.get_num_threads(), merging.BLOCK
+    expected, before, sizes = merge(base, adapter), torch.get_num_threads(), merging.blocks
     order = torch.randperm(rank, generator=torch.Generator().manual_seed(seed))
     other = Factors("w", exponent, adapter.B[:, order], adapter.A[order])
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for merging.BLOCK in (1, 5_000, 1 << 20):
+            for size in (1, 5_000, 1 << 20):
+                merging.blocks = lambda device, size=size: sizes(device)._replace(merged=size)
                 assert torch.equal(merge(base, other).view(torch.int16), expected.view(torch.int16))
     finally:
         torch.set_num_threads(before)
-        merging.BLOCK = block
+        merging.blocks = sizes
 
 
 def test_the_longest_sums_are_exact() -> None:
@@ -168,3 +169,13 @@ def test_a_changed_shard_is_refused(tmp_path_factory, data) -> None:
         adapters.read(manifest, path)
     with pytest.raises(WeightsError, match="cannot be read"):
         adapters.read(msgspec.structs.replace(manifest, shards=[manifest.shards[0]] * 2), lambda _: Path("/none"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 8), st.integers(-40, 40), st.integers(0, 10**6))
+def test_it_is_merged_to_the_same_bits_where_nobody_waits_for_the_device(height, width, rank, scale, seed) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    base = torch.randn(height, width, generator=draw).bfloat16()
+    B, A = (torch.randn(*shape, generator=draw) * 2.0**scale for shape in ((height, rank), (rank, width)))
+    for one in (B, torch.zeros_like(B)):
+        assert torch.equal(merged(base, one, A, 1.7), merge(base, factors("w", one, A, 1.7)))

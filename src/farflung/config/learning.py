@@ -151,6 +151,10 @@ class LearnSection(Section):
         is_advanced=True,
     )
     checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    moments: Literal["device", "host"] = setting(
+        "device",
+        "Where AdamW's moments live: on the device, or in host memory, which takes half of training off the device.",
+    )
     checkpoint_every: int = setting(
         1, "Steps between checkpoints; those between are replayed after a crash.", ge=1, is_advanced=True
     )

@@ -54,9 +54,8 @@ def build(config: Config, ranks: Ranks) -> Learner:
         ranks=ranks,
         lora_rank=learn.lora_rank,
         lora_scale=learn.lora_scale,
-        is_lora_alone=learn.is_adapters_alone,
     )
-    reference = Policy.from_pretrained(path, compute_dtype=dtype, device=device) if learn.kl else None
+    reference = Policy.from_pretrained(path, compute_dtype=dtype, device=device, ranks=ranks) if learn.kl else None
     return Learner(policy, optimisation(config), reference=reference)
 
 
@@ -72,6 +71,7 @@ def optimisation(config: Config) -> Optimisation:
         max_grad_norm=learn.max_grad_norm,
         minibatches=learn.minibatches,
         importance_cap=learn.importance_cap,
+        are_moments_on_host=learn.moments == "host",
         objective=Objective(
             kind=learn.loss,
             epsilon=learn.epsilon,

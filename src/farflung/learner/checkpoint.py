@@ -20,18 +20,20 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from farflung.learner.lora import adapters
+from farflung.learner.moments import HostAdamW
 from farflung.learner.optimise import Learner
-from farflung.learner.ranks import Ranks, broadcast_text, local, meet, share_of
+from farflung.learner.pieces import Pieces
+from farflung.learner.ranks import Ranks, broadcast_text, like, local, meet, own_rows, whole
 from farflung.numerics.rounding import publishable
 from farflung.protocol.digest import file_digest
 from farflung.protocol.errors import ConfigError
@@ -82,7 +84,7 @@ def load(learner: Learner, path: Path) -> int:
     _refuse_incomplete(path)
     try:
         _fill(learner, path)
-        _fill_optimizer(learner, _read(path, "optimizer"))
+        _fill_optimizer(learner, path)
     except (KeyError, RuntimeError) as error:
         raise ConfigError(f"checkpoint {path} is of another model: {error}") from error
     state = json.loads((path / "state.json").read_text())
@@ -96,8 +98,9 @@ def published(path: Path, *, is_dithered: bool) -> Iterator[tuple[str, torch.Ten
     _refuse_incomplete(path)
     if fault := _damage(path):
         raise ConfigError(f"checkpoint {path} is damaged: {fault}; name another step")
-    for name, tensor in _read(path, "model").items():
-        yield name, publishable(tensor, is_dithered=is_dithered)
+    with _pieces(path, "model") as saved:
+        for name in saved.shapes:
+            yield name, publishable(saved.rows(name), is_dithered=is_dithered)
 
 
 def complete(root: Path) -> list[Checkpoint]:
@@ -127,7 +130,8 @@ def newest(root: Path, most: int) -> Checkpoint | None:
 def _write_tensors(learner: Learner, folder: Path, ranks: Ranks) -> None:
     part = "" if ranks.is_alone else f"-{ranks.rank:05d}-of-{ranks.world:05d}"
     masters = {name: local(tensor).cpu().contiguous() for name, tensor in learner.policy.shards()}
-    if own := {name: parameter.detach().cpu() for name, parameter in adapters(learner.policy.model)}:
+    own = {name: whole(parameter.detach()).cpu() for name, parameter in adapters(learner.policy.model)}
+    if own and ranks.rank == 0:
         save_file(own, folder / "adapter.safetensors")
     # The metadata is what Hugging Face asks of a file of weights.
     save_file(masters, folder / f"model{part}.safetensors", metadata={"format": "pt"})
@@ -148,14 +152,9 @@ def _write_rest(learner: Learner, step: int, folder: Path) -> None:
     _sync(folder)
 
 
-def _read(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Whole tensors by name, the shards of several ranks put together in their order; counters are everybody's."""
-    parts: dict[str, list[torch.Tensor]] = {}
-    for path in sorted(folder.glob(f"{kind}*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                parts.setdefault(name, []).append(file.get_tensor(name))
-    return {name: found[0] if found[0].ndim == 0 else torch.cat(found) for name, found in parts.items()}
+def _pieces(folder: Path, kind: str) -> Pieces:
+    """The tensors of one kind, of which several ranks wrote pieces; counters are the same in each."""
+    return Pieces(sorted(folder.glob(f"{kind}*.safetensors")))
 
 
 def _optimizer_tensors(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
@@ -167,33 +166,43 @@ def _optimizer_tensors(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
 @torch.no_grad()
 def _fill(learner: Learner, path: Path) -> None:
     """Masters, or adapters where nothing else is trained: then the learner has the base model in it already."""
-    own, saved = dict(adapters(learner.policy.model)), _read(path, "adapter")
-    if own.keys() != saved.keys():
-        raise KeyError(f"it has {len(saved)} adapter tensors, learn.lora_rank asks for {len(own)}")
-    for name, parameter in own.items():
-        parameter.copy_(saved[name])
-    if not own:
-        _fill_masters(learner, _read(path, "model"))
+    own = dict(adapters(learner.policy.model))
+    with _pieces(path, "adapter") as saved:
+        if own.keys() != saved.shapes.keys():
+            raise KeyError(f"it has {len(saved.shapes)} adapter tensors, learn.lora_rank asks for {len(own)}")
+        _take(own, saved)
+    if own:
+        return
+    masters = dict(learner.policy.shards())
+    with _pieces(path, "model") as saved:
+        if masters.keys() != saved.shapes.keys():
+            raise KeyError(f"tensors differ, one of them is {min(masters.keys() ^ saved.shapes.keys())}")
+        _take(masters, saved)
+
+
+def _take(places: Mapping[str, torch.Tensor], saved: Pieces) -> None:
+    """Fill this rank's shares."""
+    for name, place in places.items():
+        if saved.shapes[name] != place.shape:
+            raise KeyError(f"tensor {name} has shape {saved.shapes[name]}, the model {tuple(place.shape)}")
+        local(place.detach()).copy_(saved.rows(name, *own_rows(place)))
 
 
 @torch.no_grad()
-def _fill_masters(learner: Learner, saved: dict[str, torch.Tensor]) -> None:
-    masters = dict(learner.policy.shards())
-    if masters.keys() != saved.keys():
-        raise KeyError(f"tensors differ, one of them is {min(masters.keys() ^ saved.keys())}")
-    for name, tensor in masters.items():
-        tensor.copy_(share_of(saved[name], tensor))
-
-
-def _fill_optimizer(learner: Learner, saved: dict[str, torch.Tensor]) -> None:
-    parameters = dict(learner.policy.model.named_parameters())
+def _fill_optimizer(learner: Learner, path: Path) -> None:
+    parameters, is_on_host = dict(learner.policy.model.named_parameters()), isinstance(learner.optimizer, HostAdamW)
     learner.optimizer.state.clear()
-    for key, value in saved.items():
-        state, name = key.split("/", 1)
-        # The step counter stays a scalar where AdamW keeps it; the moments live with their parameter.
-        place = parameters[name]
-        value = value if value.ndim == 0 else share_of(value.to(place.device), place)
-        learner.optimizer.state[place][state] = value
+    with _pieces(path, "optimizer") as saved:
+        for key, shape in saved.shapes.items():
+            state, name = key.split("/", 1)
+            place = parameters[name]
+            # All of it lives with its parameter, the step counter too: the fused optimizer reads it there.
+            if not shape:
+                value = saved.rows(key).to(place.device)
+            else:
+                value = saved.rows(key, *own_rows(place))
+                value = value if is_on_host else like(value.to(place.device), place)
+            learner.optimizer.state[place][state] = value
 
 
 def _checkpoints(root: Path) -> Iterator[Checkpoint]:

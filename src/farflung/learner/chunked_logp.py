@@ -22,13 +22,15 @@ def token_logp(
     token_N: torch.Tensor,
     temperature_N: torch.Tensor,
     rounding_VD: torch.Tensor | None = None,
+    *,
+    is_entropy_trained: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden W' + b) / T at each token, and the entropy of each distribution in nats; float32 (N,) each.
 
-    Both have gradients. The product is taken in the type of `hidden_ND`, with W as it is rounded if that is given,
-    everything after it in float32.
+    Both have gradients, the entropy only where it is asked for, which costs a pass over the scores. The product is
+    taken in the type of `hidden_ND`, with W as it is rounded if that is given, everything after it in float32.
     """
-    return _TokenLogp.apply(hidden_ND, weight_VD, bias_V, token_N, temperature_N, rounding_VD)
+    return _TokenLogp.apply(hidden_ND, weight_VD, bias_V, token_N, temperature_N, rounding_VD, is_entropy_trained)
 
 
 class _TokenLogp(torch.autograd.Function):
@@ -41,6 +43,7 @@ class _TokenLogp(torch.autograd.Function):
         token_N: torch.Tensor,
         temperature_N: torch.Tensor,
         rounding_VD: torch.Tensor | None,
+        is_entropy_trained: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logp_N, entropy_N = torch.empty(2, len(token_N), device=hidden_ND.device)
         is_kept = any(ctx.needs_input_grad) and len(token_N) * len(weight_VD) <= _PROBABILITIES_KEPT
@@ -53,6 +56,9 @@ class _TokenLogp(torch.autograd.Function):
             entropy_N[part] = -torch.linalg.vecdot(pick_SV, score_SV)
             if ctx.kept is not None:
                 ctx.kept.append(pick_SV)
+        ctx.set_materialize_grads(False)
+        if not is_entropy_trained:
+            ctx.mark_non_differentiable(entropy_N)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N, temperature_N, entropy_N)
         return logp_N, entropy_N
 
@@ -60,6 +66,8 @@ class _TokenLogp(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, token_N, temperature_N, entropy_N = ctx.saved_tensors
         of_logp_N, of_entropy_N = grads
+        if of_logp_N is None:
+            of_logp_N = torch.zeros_like(entropy_N)
         cast_VD = ctx.cast_VD
         of_hidden_ND = torch.empty_like(hidden_ND)
         of_weight_VD: torch.Tensor | None = None
@@ -69,15 +77,17 @@ class _TokenLogp(torch.autograd.Function):
                 pick_SV = _log_softmax(hidden_ND[part], cast_VD, bias_V, temperature_N[part]).exp_()
             else:
                 pick_SV, ctx.kept[number] = ctx.kept[number], None
-            of_score_SV = _of_scores(pick_SV, token_N[part], of_logp_N[part], of_entropy_N[part], entropy_N[part])
+            of_entropy_S = None if of_entropy_N is None else of_entropy_N[part]
+            of_score_SV = _of_scores(pick_SV, token_N[part], of_logp_N[part], of_entropy_S, entropy_N[part])
             of_logits_SV = of_score_SV.div_(temperature_N[part, None]).to(hidden_ND.dtype)
             of_hidden_ND[part] = of_logits_SV @ cast_VD
             if ctx.needs_input_grad[1]:
-                more_VD = (of_logits_SV.t() @ hidden_ND[part]).to(weight_VD.dtype)
+                more_VD = (of_logits_SV.t() @ hidden_ND[part]).float()
                 of_weight_VD = more_VD if of_weight_VD is None else of_weight_VD.add_(more_VD)
             if of_bias_V is not None:
                 of_bias_V += of_logits_SV.float().sum(0)
-        return of_hidden_ND, of_weight_VD, of_bias_V, None, None, None
+        of_weight_VD = None if of_weight_VD is None else of_weight_VD.to(weight_VD.dtype)
+        return of_hidden_ND, of_weight_VD, of_bias_V, None, None, None, None
 
 
 def _log_softmax(
@@ -93,7 +103,7 @@ def _of_scores(
     pick_SV: torch.Tensor,
     token_S: torch.Tensor,
     of_logp_S: torch.Tensor,
-    of_entropy_S: torch.Tensor,
+    of_entropy_S: torch.Tensor | None,
     entropy_S: torch.Tensor,
 ) -> torch.Tensor:
     """Gradient of the scores, in the place of `pick_SV`.
@@ -101,7 +111,7 @@ def _of_scores(
     d log p(token) / d score_v = [v = token] - p_v;  d entropy / d score_v = -p_v (log p_v + entropy).
     """
     of_token_S1 = of_logp_S[:, None]
-    if not of_entropy_S.any():
+    if of_entropy_S is None:
         return pick_SV.mul_(-of_token_S1).scatter_add_(1, token_S[:, None], of_token_S1)
     pull_SV = pick_SV.clamp_min(torch.finfo(torch.float32).tiny).log_().add_(entropy_S[:, None])
     pull_SV.mul_(of_entropy_S[:, None]).add_(of_token_S1)

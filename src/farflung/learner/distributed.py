@@ -4,6 +4,7 @@ Ranks exchange msgpack of the structs below, never a pickle: rank 0 made it of b
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -14,9 +15,11 @@ from farflung.learner import checkpoint
 from farflung.learner.optimise import Learner, StepMetrics
 from farflung.learner.pack import Rollout, lay, pack
 from farflung.learner.ranks import Ranks, broadcast
+from farflung.numerics.merge import Factors
 from farflung.protocol.probe import Slice
 
 Logp = dict[int, torch.Tensor]
+Named = tuple[str, torch.Tensor]
 
 
 class Command(msgspec.Struct, frozen=True, tag=True):
@@ -49,6 +52,12 @@ class Gather(Command, frozen=True):
     names: tuple[str, ...]
 
 
+class Adapters(Command, frozen=True):
+    """Put adapters together, or the base that they are added to."""
+
+    is_base: bool
+
+
 class Save(Command, frozen=True):
     """Write a checkpoint."""
 
@@ -59,7 +68,7 @@ class End(Command, frozen=True):
     """Leave."""
 
 
-Commands = Command | Begin | Resume | Train | Gather | Save | End
+Commands = Command | Begin | Resume | Train | Gather | Adapters | Save | End
 
 
 class DistributedLearner:
@@ -92,14 +101,24 @@ class DistributedLearner:
         """A checkpoint of this step, among the newest few."""
         self._do(Save(step))
 
-    def masters(self, names: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    def masters(self, names: Collection[str] = ()) -> Iterator[Named]:
         """(name, tensor) of the float32 masters, whole; take all of them before anything else is asked."""
         self._tell(Gather(tuple(names)))
         return self.learner.policy.masters(names)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The published weights: the masters in bfloat16."""
-        return ((name, self.learner.policy.rounded(tensor)) for name, tensor in self.masters())
+    def tensors(self) -> Iterator[Named]:
+        """The published weights, in host memory: the masters in bfloat16."""
+        return ((name, self.learner.policy.rounded(tensor).cpu()) for name, tensor in self.masters())
+
+    def base(self) -> Iterator[Named]:
+        """The published weights without their adapters; take all of them before anything else is asked."""
+        self._tell(Adapters(is_base=True))
+        return ((name, tensor.cpu()) for name, tensor in self.learner.policy.base())
+
+    def factors(self) -> list[Factors]:
+        """The adapters as they are published. Raises WeightsError where one is not finite."""
+        self._tell(Adapters(is_base=False))
+        return [replace(one, A=one.A.cpu(), B=one.B.cpu()) for one in self.learner.policy.factors()]
 
     def parts(self, slices: Sequence[Slice]) -> list[torch.Tensor]:
         """Slices of what is published, flat, in their order."""
@@ -138,6 +157,11 @@ class DistributedLearner:
             case Gather(names=names):
                 for _ in self.learner.policy.masters(names):
                     continue
+            case Adapters(is_base=True):
+                for _ in self.learner.policy.base():
+                    continue
+            case Adapters():
+                self.learner.policy.factors()
             case _:
                 return None
         return None

@@ -7,10 +7,11 @@ whether rows of several lengths may be padded.
 Legend: B rollouts, T positions of completions, R rows of W tokens, N trained tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,42 +51,70 @@ _KINDS: WeakKeyDictionary[PreTrainedModel, Kind] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def find_kind(model: PreTrainedModel, trial: Trial | None = None) -> Kind:
-    """Try a model on a few texts, once. A `trial` of it that is at hand need not be made again."""
+def find_kind(model: PreTrainedModel, trial: Trial | None = None, dtype: torch.dtype | None = None) -> Kind:
+    """Try a model on a few texts, once. A `trial` of it that is at hand need not be made again.
+
+    A sharded model computes in another `dtype` than its masters have.
+    """
     if model not in _KINDS:
         kind = Kind(_has_linear_head(model), can_share=False, can_pad=False)
-        if (trial := tried(model, trial)) is None:
+        if (trial := tried(model, trial, dtype)) is None:
             return kind
         kinds = [replace(kind, can_share=True, can_pad=True), replace(kind, can_pad=True), kind]
         _KINDS[model] = first_that_holds(kinds if remembers_all(model.config) else kinds[1:], partial(_holds, trial))
     return _KINDS[model]
 
 
+class Asked(NamedTuple):
+    """The tokens whose log-probabilities are wanted: by what place of all rows each is predicted, and at what heat."""
+
+    predictor_N: torch.Tensor
+    token_N: torch.Tensor
+    temperature_N: torch.Tensor
+    is_entropy_trained: bool
+
+    def of_row(self, row: int, width: int) -> "Asked":
+        """Those of one row, which is then the only one."""
+        is_own_N = self.predictor_N // width == row
+        here = self.predictor_N[is_own_N] - row * width
+        return Asked(here, self.token_N[is_own_N], self.temperature_N[is_own_N], self.is_entropy_trained)
+
+
 def logp_entropy_BT(
-    model: PreTrainedModel, micro: MicroBatch, kind: Kind, autocast: Callable[[], AbstractContextManager[None]]
+    model: PreTrainedModel,
+    micro: MicroBatch,
+    kind: Kind,
+    autocast: Callable[[], AbstractContextManager[None]],
+    *,
+    is_entropy_trained: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(logits / T) of each trained token and the entropy of its distribution, float32 (B, T), 0 off mask.
 
     Prompts and padding cost the output head nothing.
     """
     micro = micro.to(model.device)
-    token_N = micro.token_BT[micro.mask_BT]
     temperature_N = micro.temperature_B[:, None].expand_as(micro.mask_BT)[micro.mask_BT]
-    if kind.has_linear_head:
-        head = model.get_output_embeddings()
-        with autocast():
-            hidden_ND = _hidden(model, micro.rows, kind).flatten(0, 1)[micro.rows.predictor_N]
-            rounding_VD = None
-            if torch.is_autocast_enabled(model.device.type):
-                hidden_ND = hidden_ND.to(torch.get_autocast_dtype(model.device.type))
-                rounding_VD = rounding_of(head)
-        logp_N, entropy_N = token_logp(hidden_ND, head.weight, head.bias, token_N, temperature_N, rounding_VD)
-    else:
-        with autocast():
-            logits_NV = _own_logits(model, micro.rows, kind)
-        logp_N, entropy_N = _sliced_logp(logits_NV, token_N, temperature_N)
+    asked = Asked(micro.rows.predictor_N, micro.token_BT[micro.mask_BT], temperature_N, is_entropy_trained)
+    logp_N, entropy_N = logp_entropy_N(model, micro.rows, kind, autocast, asked)
     zeros_BT = torch.zeros(micro.mask_BT.shape, device=model.device)
     return zeros_BT.masked_scatter(micro.mask_BT, logp_N), zeros_BT.masked_scatter(micro.mask_BT, entropy_N)
+
+
+def logp_entropy_N(
+    model: PreTrainedModel,
+    rows: PackedRows,
+    kind: Kind,
+    autocast: Callable[[], AbstractContextManager[None]],
+    asked: Asked,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of tokens one after the other, float32 (N,)."""
+    if kind.has_linear_head:
+        with autocast():
+            logp_N, entropy_N = _by_head(model, rows, kind, asked)
+        return logp_N, entropy_N
+    with autocast():
+        logits_NV = _own_logits(model, rows, kind)
+    return _sliced_logp(logits_NV, asked.token_N, asked.temperature_N)
 
 
 def _fed(rows: PackedRows) -> dict[str, torch.Tensor]:
@@ -93,12 +122,48 @@ def _fed(rows: PackedRows) -> dict[str, torch.Tensor]:
     return fed if rows.is_plain else fed | {"attention_mask": rows.mask(), "position_ids": rows.place_RW}
 
 
-def _hidden(model: PreTrainedModel, rows: PackedRows, kind: Kind) -> torch.Tensor:
-    """Last hidden states (R, W, D), after the final norm."""
-    if not kind.can_pad:
-        return _one_by_one(rows, lambda ids_1W: model.base_model(input_ids=ids_1W, use_cache=False).last_hidden_state)
-    with _attention(model, rows):
-        return model.base_model(**_fed(rows), use_cache=False).last_hidden_state
+def _by_head(model: PreTrainedModel, rows: PackedRows, kind: Kind, asked: Asked) -> torch.Tensor:
+    """Log-probability and entropy of each token (2, N): the head gives them in place of logits, which are never whole.
+
+    It does so within the model's own pass: the weights of a sharded one are there only as long as that lasts.
+    """
+    if kind.can_pad:
+        with _attention(model, rows), _head_answers(model, asked):
+            return model(**_fed(rows), use_cache=False).logits
+    found = []
+    for row, (ids_W, tree_W) in enumerate(zip(rows.ids_RW, rows.tree_RW, strict=True)):
+        with _head_answers(model, asked.of_row(row, len(ids_W))):
+            found.append(model(input_ids=ids_W[None, : int((tree_W >= 0).sum())], use_cache=False).logits)
+    return torch.cat(found, 1)
+
+
+@contextmanager
+def _head_answers(model: PreTrainedModel, asked: Asked) -> Iterator[None]:
+    """Have a linear head give log-probabilities and entropies, as `_by_head` says, for as long as this lasts."""
+    head = model.get_output_embeddings()
+
+    def answer(hidden_RWD: torch.Tensor) -> torch.Tensor:
+        kind = hidden_RWD.device.type
+        hidden_ND, rounding_VD = hidden_RWD.flatten(0, 1)[asked.predictor_N], None
+        if torch.is_autocast_enabled(kind):
+            hidden_ND, rounding_VD = hidden_ND.to(torch.get_autocast_dtype(kind)), rounding_of(head)
+        with torch.autocast(kind, enabled=False):
+            found = token_logp(
+                hidden_ND,
+                head.weight,
+                head.bias,
+                asked.token_N,
+                asked.temperature_N,
+                rounding_VD,
+                is_entropy_trained=asked.is_entropy_trained,
+            )
+            return torch.stack(found)
+
+    head.forward = answer
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def _one_by_one(rows: PackedRows, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -153,30 +218,37 @@ def _logp(
 
 
 def _has_linear_head(model: PreTrainedModel) -> bool:
-    """Whether logits = head(last hidden state): no scale, no cap, and a base model that gives its states."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or model.base_model is model:
-        return False
-    ids_RW = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    found = getattr(model.base_model(input_ids=ids_RW, use_cache=False), "last_hidden_state", None)
-    if found is None:
-        return False
-    return all(_is_linear(model, ids_RW, found * size) for size in (1.0, _LOUD / found.std().clamp_min(_QUIET).item()))
+    """Whether the logits are what a linear head makes of its input: no scale and no cap comes after it.
 
-
-def _is_linear(model: PreTrainedModel, ids_RW: torch.Tensor, hidden_RWD: torch.Tensor) -> bool:
-    """Whether the head makes of these states what the model makes of its own text, whose states are put in their place.
-
-    Loud ones show a cap that the weights as they are do not come near.
+    Loud states show a cap that the weights as they are do not come near.
     """
     head = model.get_output_embeddings()
-    hidden_RWD = hidden_RWD.to(head.weight.dtype)
-    hook = head.register_forward_pre_hook(lambda *_: (hidden_RWD,))
+    if not isinstance(head, torch.nn.Linear):
+        return False
+    states: list[torch.Tensor] = []
+    own = _is_linear(model, lambda hidden_RWD: states.append(hidden_RWD) or hidden_RWD)
+    if not own or not states:
+        return own
+    louder = _LOUD / states[0].std().clamp_min(_QUIET).item()
+    return _is_linear(model, lambda hidden_RWD: hidden_RWD * louder)
+
+
+def _is_linear(model: PreTrainedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether a text's logits are what came out of the head, whose input is changed on its way."""
+    head, ids_RW = model.get_output_embeddings(), torch.arange(4, device=model.device)[None]
+    came: list[torch.Tensor] = []
+    hooks = [
+        head.register_forward_pre_hook(lambda _, given: (change(given[0]),)),
+        head.register_forward_hook(lambda _, given, out: came.append(out)),
+    ]
     try:
-        own_RWV = model(input_ids=ids_RW, use_cache=False).logits
+        own_RWV = model(input_ids=ids_RW % model.config.get_text_config().vocab_size, use_cache=False).logits
     finally:
-        hook.remove()
-    return torch.allclose(head(hidden_RWD).float(), own_RWV.float(), atol=_TOLERANCE, rtol=_TOLERANCE)
+        for hook in hooks:
+            hook.remove()
+    if len(came) != 1 or came[0].shape != own_RWV.shape:
+        return False
+    return torch.allclose(came[0].float(), own_RWV.float(), atol=_TOLERANCE, rtol=_TOLERANCE)
 
 
 def _holds(trial: Trial, kind: Kind) -> bool:

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from farflung.learner.loss import LossParts, Objective, Sample, denominator, importance, mismatch_kl, policy_loss
+from farflung.learner.moments import HostAdamW
 from farflung.learner.pack import MicroBatch, fill
 from farflung.learner.policy import Policy
 from farflung.learner.ranks import Ranks, add_up, split, whole
@@ -31,6 +32,8 @@ class Optimisation:
     """Optimizer updates per step; each takes its share of the micro-batches, dealt out in turn."""
     importance_cap: float = 2.0
     """Most that a stale token counts, where its behaviour log-probability is given."""
+    are_moments_on_host: bool = False
+    """Whether AdamW's moments live in host memory, and come to the device one parameter after the other."""
     objective: Objective = field(default_factory=Objective)
 
 
@@ -68,7 +71,8 @@ class Learner:
         self.policy, self.reference = policy, reference
         self.settings = settings or Optimisation()
         self.updates = 0
-        self.optimizer = torch.optim.AdamW(
+        kind = HostAdamW if self.settings.are_moments_on_host else torch.optim.AdamW
+        self.optimizer = kind(
             [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
             lr=self.settings.lr,
             betas=(self.settings.beta1, self.settings.beta2),
@@ -139,7 +143,7 @@ class Learner:
         tally: "_Tally",
     ) -> torch.Tensor:
         objective = self.settings.objective
-        logp_BT, entropy_BT = self.policy.logp_entropy_BT(micro)
+        logp_BT, entropy_BT = self.policy.logp_entropy_BT(micro, is_entropy_trained=objective.entropy > 0)
         old_BT = logp_BT.detach() if old_logp_BT is None else old_logp_BT
         weight_BT = None if behaviour_BT is None else importance(old_BT, behaviour_BT, self.settings.importance_cap)
         sample = Sample(

@@ -5,7 +5,7 @@ Legend: B rollouts, T positions of their completions.
 
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 
 from farflung.learner.checkpointing import checkpoint_calmly
 from farflung.learner.forward import find_kind, logp_entropy_BT
-from farflung.learner.lora import adapt, base, factors_of, merged, published
+from farflung.learner.lora import adapt, factors_of, frozen, layer_of, published
 from farflung.learner.pack import MicroBatch
-from farflung.learner.pretrained import load_pretrained
+from farflung.learner.pretrained import fill_shares, load_pretrained, skeleton
 from farflung.learner.ranks import Ranks, shard, whole
 from farflung.learner.straight_through import compute_as_published
 from farflung.numerics.merge import Factors
 from farflung.numerics.rounding import publishable
-from farflung.protocol.errors import ConfigError
 
 
 class Policy:
@@ -36,14 +35,15 @@ class Policy:
         ranks: Ranks | None = None,
         lora_rank: int = 0,
         lora_scale: float = 2.0,
-        is_lora_alone: bool = False,
+        device: torch.device | str | None = None,
+        source: str | Path = "",
     ) -> None:
         """Take a model; its parameters become float32. `is_checkpointed` trades a second forward pass for memory.
 
-        Dropout stays off, or the ratio of the first update would not be 1. With several `ranks` the model is sharded,
-        and every rank must do the same with it in the same order. With a `lora_rank` only adapters are trained; not on
-        several ranks. With `is_lora_alone` they travel without the rest: then frozen matrices are rounded as they were
-        published, and adapted ones are merged as others merge them. Raises ConfigError.
+        Dropout stays off, or the ratio of the first update would not be 1. With several `ranks` the model is sharded
+        over their devices of the kind of `device`, and every rank must do the same with it in the same order; if it
+        came without weights, each then reads its own from `source`. With a `lora_rank` only adapters are trained, and
+        all else is as it was published, in `compute_dtype`. Raises ConfigError.
         """
         self.model = model.float().eval()
         self.compute_dtype, self.is_dithered = compute_dtype, is_dithered
@@ -51,20 +51,18 @@ class Policy:
             checkpoint_calmly(model)
         self.ranks = ranks or Ranks()
         self._names = list(model.state_dict())
-        is_rounded = is_dithered and compute_dtype == torch.bfloat16 and self.ranks.is_alone
-        if lora_rank:
-            if not self.ranks.is_alone:
-                raise ConfigError(
-                    f"learn.lora_rank = {lora_rank} works in one process; start the trainer without torchrun"
-                )
-            adapt(model, lora_rank, lora_scale, is_alone=is_lora_alone, is_rounded=is_rounded)
-        if is_rounded:
+        self.is_adapted = lora_rank > 0
+        on = torch.device(device or model.device)
+        if self.is_adapted:
+            is_held = self.ranks.is_alone and on.type == "cpu"
+            adapt(model, lora_rank, lora_scale, compute_dtype, is_empty=bool(source), is_held=is_held)
+        elif is_dithered and compute_dtype == torch.bfloat16 and self.ranks.is_alone:
             compute_as_published(model)
-        self.is_lora_alone = is_lora_alone and lora_rank > 0
-        self._kind = find_kind(model)
         if not self.ranks.is_alone:
-            shard(model)  # a sharded head has weights only while the whole model runs
-            self._kind = replace(self._kind, has_linear_head=False)
+            shard(model, on, compute_dtype, is_dithered=is_dithered)
+        if source:
+            fill_shares(model, source, partial(frozen, dtype=compute_dtype) if self.is_adapted else None)
+        self._kind = find_kind(model, dtype=None if self.ranks.is_alone else compute_dtype)
 
     @classmethod
     def from_pretrained(
@@ -78,18 +76,22 @@ class Policy:
         ranks: Ranks | None = None,
         lora_rank: int = 0,
         lora_scale: float = 2.0,
-        is_lora_alone: bool = False,
     ) -> "Policy":
-        """Load a folder or a hub id, strictly, as `learner/pretrained.py` says. Raises ConfigError."""
+        """Load a folder or a hub id, strictly, as `learner/pretrained.py` says. Raises ConfigError.
+
+        Of several ranks each reads its share and holds no more.
+        """
+        is_alone = ranks is None or ranks.is_alone
         return cls(
-            load_pretrained(source, torch.float32).to(device),
+            load_pretrained(source, torch.float32).to(device) if is_alone else skeleton(source),
             compute_dtype=compute_dtype,
             is_checkpointed=is_checkpointed,
             is_dithered=is_dithered,
             ranks=ranks,
             lora_rank=lora_rank,
             lora_scale=lora_scale,
-            is_lora_alone=is_lora_alone,
+            device=device,
+            source="" if is_alone else source,
         )
 
     @property
@@ -100,9 +102,12 @@ class Policy:
         """log softmax(logits / T) of each trained token given what precedes it, float32 (B, T); 0 off the mask."""
         return self.logp_entropy_BT(micro)[0]
 
-    def logp_entropy_BT(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `logp_BT`, and the entropy in nats of each of those distributions, (B, T); both with gradient."""
-        return logp_entropy_BT(self.model, micro, self._kind, self._autocast)
+    def logp_entropy_BT(
+        self, micro: MicroBatch, *, is_entropy_trained: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `logp_BT`, and the entropy in nats of each of those distributions, (B, T); with gradient if asked for."""
+        kind, autocast = self._kind, self._autocast
+        return logp_entropy_BT(self.model, micro, kind, autocast, is_entropy_trained=is_entropy_trained)
 
     @property
     def can_share(self) -> bool:
@@ -121,44 +126,42 @@ class Policy:
     def masters(self, names: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the float32 masters, whole, tied twins once, in the model's order; of some names or all.
 
-        Matrices whose adapters travel alone are not float32 but as published.
+        Where adapters alone are trained, tensors are as published and not float32.
         """
         for name, tensor in self.shards(names):
             yield name, whole(tensor)
 
     def shards(self, names: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same as this rank holds them, adapters merged."""
+        """The same as this rank holds them, adapters merged; every rank must ask."""
         for name, tensor in self._slots():
             if not names or name in names:
-                yield name, self._merged(name) if tensor is None else tensor.detach()
+                layer = layer_of(self.model, name)
+                yield name, tensor.detach() if layer is None else published(layer, name)
 
     def shapes(self) -> Iterator[tuple[str, torch.Size]]:
         """(name, shape) of all that is published."""
-        for name, tensor in self._slots():
-            yield name, base(self.model, name).shape if tensor is None else tensor.shape
+        return ((name, tensor.shape) for name, tensor in self._slots())
 
     def base(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Published tensors of the model without its adapters, bfloat16."""
-        for name, tensor in self._slots():
-            yield name, base(self.model, name) if tensor is None else self.rounded(tensor.detach())
+        """Published tensors of the model without its adapters, bfloat16; every rank must ask."""
+        return ((name, self.rounded(whole(tensor.detach()))) for name, tensor in self._slots())
 
     def factors(self) -> list[Factors]:
-        """The adapters as they are published. Raises WeightsError where one is not finite."""
-        return [factors_of(self.model, name) for name, tensor in self._slots() if tensor is None]
+        """The adapters as they are published; every rank must ask. Raises WeightsError where one is not finite."""
+        layers = [(name, layer_of(self.model, name)) for name, _ in self._slots()]
+        return [factors_of(layer, name) for name, layer in layers if layer is not None]
 
-    def _slots(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """(name, tensor) in the model's order, tied twins once; None for what has an adapter."""
+    def _slots(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) in the model's order, tied twins once."""
         seen: set[int] = set()
         state = self.model.state_dict(keep_vars=True)
         for name in self._names:
-            tensor = state.get(name)
-            if tensor is None or id(tensor) not in seen:
+            tensor = state[name]
+            if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield name, tensor
 
-    def _merged(self, name: str) -> torch.Tensor:
-        return published(self.model, name) if self.is_lora_alone else merged(self.model, name)
-
     def _autocast(self) -> AbstractContextManager[None]:
-        is_mixed = self.compute_dtype != torch.float32
+        """Where weights come in the short type, of a frozen model or gathered of several ranks, nothing is cast."""
+        is_mixed = self.compute_dtype != torch.float32 and self.ranks.is_alone and not self.is_adapted
         return torch.autocast(self.device.type, self.compute_dtype if is_mixed else torch.bfloat16, enabled=is_mixed)

@@ -1,19 +1,26 @@
 """The base model with its own weights, loaded as strictly as strangers' are: nothing of it is drawn at random."""
 
 import logging
+import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
+from farflung.learner.lora import adapters
+from farflung.learner.pieces import Pieces
+from farflung.learner.ranks import Ranks, add_up, local, own_rows, share_of
 from farflung.numerics import making
 from farflung.numerics.model_files import is_cut_off, read_json
-from farflung.numerics.weight_files import NOT_FINITE, entries, refuse_quantised
+from farflung.numerics.weight_files import NOT_FINITE, entries, files, refuse_quantised
 from farflung.protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -44,6 +51,68 @@ def load_pretrained(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def skeleton(source: Path | str) -> PreTrainedModel:
+    """A model of a folder's or hub id's config.json, float32, whose weights are what lay in memory.
+
+    On a CPU memory that nobody has touched costs addresses alone, so it may be larger than the machine.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=is_cut_off(str(source)))
+        with no_init_weights():
+            model = making.with_attention(
+                partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32, trust_remote_code=False)
+            )
+        model.tie_weights()  # part of what was left out
+    except ODD as error:
+        raise _cannot_load(source, str(error)) from error
+    return model.eval()
+
+
+@torch.no_grad()
+def fill_shares(
+    model: PreTrainedModel, source: Path | str, change: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+) -> None:
+    """Give a sharded model its weights; every rank reads its own rows from the files. Raises ConfigError.
+
+    `change` makes of some values of a tensor, and of how many come before them, those that are kept. Files whose names
+    or shapes are not the model's are left to `load_pretrained`, which says why, or knows how.
+    """
+    own = {name for name, _ in adapters(model)}
+    slots = {name: slot for name, slot in model.state_dict(keep_vars=True).items() if name not in own}
+    renamed = {name: re.sub("|".join(PREFIXES), _short, name) for name in entries(source)}
+    with Pieces(files(source), renamed) as pieces:
+        shapes = pieces.shapes
+        given = {id(slot) for name, slot in slots.items() if shapes.get(name) == slot.shape}
+        if all(id(slot) in given and shapes.get(name, slot.shape) == slot.shape for name, slot in slots.items()):
+            mine = {name: slot for name, slot in slots.items() if name in shapes}
+            return _fill(mine, lambda name: pieces.rows(name, *own_rows(slots[name])), source, change)
+    whole = load_pretrained(source, torch.float32).state_dict()
+    return _fill(slots, lambda name: local(share_of(whole[name], slots[name])), source, change)
+
+
+def _short(match: re.Match[str]) -> str:
+    return "." if match[0].startswith(".") else ""
+
+
+def _fill(
+    slots: Mapping[str, torch.Tensor],
+    share: Callable[[str], torch.Tensor],
+    source: Path | str,
+    change: Callable[[torch.Tensor, int], torch.Tensor] | None,
+) -> None:
+    """Copy this rank's share of each tensor into its place; all ranks are told of one that is not finite."""
+    odd = -1.0
+    for number, (name, slot) in enumerate(slots.items()):
+        values = share(name)
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            odd = float(number)
+        before = own_rows(slot)[0] * math.prod(slot.shape[1:])
+        local(slot.detach()).copy_(values if change is None else change(values, before))
+    (odd,) = add_up((odd,), Ranks(0, dist.get_world_size()), is_most=True)
+    if odd >= 0:
+        raise ConfigError(NOT_FINITE.format(name=list(slots)[int(odd)], place=f"model {str(source)!r}"))
+
+
 def check_pretrained(source: Path | str) -> None:
     """Raise ConfigError for weights and a config.json that do not belong together; nothing is said of the hub's.
 
@@ -63,13 +132,17 @@ def _loaded(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if "auto_map" in fields:
             reason = [f"a {fields.get('model_type')} wants code of its own, auto_map in config.json, that is never run"]
-        raise ConfigError(
-            f"model {str(source)!r} cannot be loaded ({reason[0]}); name a folder of a Hugging Face causal LM that "
-            "transformers knows without code of its own, or its hub id"
-        ) from error
+        raise _cannot_load(source, reason[0]) from error
     _refuse_gaps(source, said)
     _refuse_torn(source, model)
     return model
+
+
+def _cannot_load(source: Path | str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"model {str(source)!r} cannot be loaded ({reason}); name a folder of a Hugging Face causal LM that "
+        "transformers knows without code of its own, or its hub id"
+    )
 
 
 def _filled(source: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -3,17 +3,21 @@
 Every rank packs the same micro-batches and takes its share of them; gradients add up in the reduction.
 """
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+
+from farflung.numerics.rounding import dithered
 
 PATIENCE_H = 6.0
 """How long ranks wait for rank 0, which may be uploading weights; one that dies ends the others at once."""
@@ -46,12 +50,46 @@ def join() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def shard(model: PreTrainedModel) -> None:
-    """Shard a model over all ranks, layer by layer, in place."""
+def shard(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, is_dithered: bool) -> None:
+    """Shard a model over all ranks, layer by layer, in place; in a shorter type it computes with what is published.
+
+    All of it is a shard again after each pass: a root that stays whole would give its weights for its masters.
+    """
+    mesh, is_mixed = init_device_mesh(device.type, (dist.get_world_size(),)), dtype != torch.float32
+    policy = MixedPrecisionPolicy(dtype, torch.float32) if is_mixed else MixedPrecisionPolicy()
     layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
-    for layer in layers:
-        fully_shard(layer)
-    fully_shard(model)
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if not is_mixed:
+        return
+    for name, parameter in model.named_parameters():
+        shard = parameter._local_tensor  # the tensor itself, which FSDP asks; no copy, no view
+        if "lora_" in name:
+            _gather_as(lambda values, start: values, shard)
+        elif parameter.dtype == torch.float32 and is_dithered:
+            _gather_as(dithered, shard)
+
+
+def _gather_as(change: Callable[[torch.Tensor, int], torch.Tensor], shard: torch.Tensor) -> None:
+    """Have FSDP send a shard as a function of it and of how many values come before, not rounded to the nearest.
+
+    FSDP asks a shard for both functions here, and wants what the last ranks send to be as long as the first one's.
+    """
+
+    def before(
+        mesh: DeviceMesh, shape: torch.Size, stride: Any, module: Any, policy: Any
+    ) -> tuple[tuple[torch.Tensor], None]:
+        rows, width = -(-shape[0] // mesh.size()), math.prod(shape[1:])
+        sent = change(shard.detach(), mesh.get_local_rank() * rows * width)
+        missing = rows - len(sent)
+        return (torch.cat([sent, sent.new_zeros(missing, *shape[1:])]) if missing else sent,), None
+
+    def after(
+        gathered: tuple[torch.Tensor], metadata: None, dtype: torch.dtype, *, out: torch.Tensor | None = None
+    ) -> Any:
+        return None if out is not None else (gathered[0], gathered)
+
+    shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = before, after
 
 
 def split(parts: Sequence[Any], ranks: Ranks) -> list[tuple[Any, bool]]:
@@ -68,11 +106,28 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_rows(tensor: torch.Tensor) -> tuple[int, int | None]:
+    """Which rows of a tensor this rank has; all of one that is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return 0, None
+    each = -(-tensor.shape[0] // tensor.device_mesh.size())
+    start = min(tensor.device_mesh.get_local_rank() * each, tensor.shape[0])
+    return start, min(start + each, tensor.shape[0])
+
+
 def share_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor cut as another one is."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def like(share: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """This rank's share of a tensor that is cut as another one of its shape is; the share itself if that is whole."""
+    if not isinstance(other, DTensor):
+        return share
+    mesh, shape = other.device_mesh, other.shape
+    return DTensor.from_local(share, mesh, other.placements, run_check=False, shape=shape, stride=other.stride())
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -44,11 +44,6 @@ class _Roundings:
         return found
 
 
-def as_published(master: torch.Tensor) -> torch.Tensor:
-    """A weight as it is published, bfloat16, with its gradient."""
-    return _Rounded.apply(master, dithered(master.detach()))
-
-
 class _Rounded(torch.autograd.Function):
     """The rounding, whose gradient is the master's."""
 

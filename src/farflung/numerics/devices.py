@@ -24,12 +24,14 @@ class Blocks(NamedTuple):
     """Of logits of one prefill in a replay, in the model's type."""
     head_logits: int
     """Of logits that the learner takes from its output head at once, float32."""
+    merged: int
+    """Of a matrix that takes its adapter, float64."""
 
 
-_OF_CPU = Blocks(noise=1 << 18, scores=1 << 20, logits=1 << 26, head_logits=1 << 23)
+_OF_CPU = Blocks(noise=1 << 18, scores=1 << 20, logits=1 << 26, head_logits=1 << 23, merged=1 << 18)
 """As many as stay in or near a processor's caches: to hash 64 x 49,152 at once takes twice as long. In small blocks
 threads wait for each other (to choose takes two cores 10.1, 7.7 and 7.2 ms with 2^17, 2^18 and 2^19)."""
-_OF_ACCELERATOR = Blocks(noise=1 << 28, scores=1 << 28, logits=1 << 29, head_logits=1 << 27)
+_OF_ACCELERATOR = Blocks(noise=1 << 28, scores=1 << 28, logits=1 << 29, head_logits=1 << 27, merged=1 << 24)
 """A kernel takes as long to start as to work through a million values, so as many as memory can well spare: 1 GiB."""
 
 

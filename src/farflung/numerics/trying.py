@@ -38,9 +38,12 @@ class Text(NamedTuple):
 class Trial:
     """Texts with which a model is tried, and what one plain pass over each of them says."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Takes a pass over each text. Raises what the model raises if it takes none."""
-        self.model, length = model, prompt_length(model)
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+        """Takes a pass over each text. Raises what the model raises if it takes none.
+
+        `dtype` is what the model computes in, which decides how near is near; its own if none is given.
+        """
+        self.model, self.dtype, length = model, dtype or model.dtype, prompt_length(model)
         while True:
             try:
                 self.texts = texts(model, length)
@@ -73,13 +76,13 @@ class Trial:
         except FAULTS:  # it takes no such mask, no places, or no cache
             return False
         pairs = zip(found, expected, strict=True)
-        return all(is_same(one, other[: len(one)], self.model.dtype) for one, other in pairs)
+        return all(is_same(one, other[: len(one)], self.dtype) for one, other in pairs)
 
 
-def tried(model: PreTrainedModel, trial: Trial | None = None) -> Trial | None:
+def tried(model: PreTrainedModel, trial: Trial | None = None, dtype: torch.dtype | None = None) -> Trial | None:
     """A trial of a model, the one that is at hand if there is one; None if it takes no text."""
     try:
-        return trial or Trial(model)
+        return trial or Trial(model, dtype)
     except FAULTS:
         return None
 

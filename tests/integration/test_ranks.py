@@ -1,0 +1,48 @@
+"""Several processes of one learner: they compute with what is published, train as one does, and resume as any."""
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from farflung.learner.ranks import Ranks  # noqa: E402
+from ranked import compute_as_published, on_ranks, train  # noqa: E402
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 49, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+"""49 rows are shared by no number of ranks here."""
+
+
+@pytest.fixture
+def model(tmp_path: Path):
+    def build(*, is_tied: bool, vocab: int = 33) -> Path:
+        torch.manual_seed(0)
+        config = transformers.Qwen3Config(
+            **SHAPE, vocab_size=vocab, num_key_value_heads=2, tie_word_embeddings=is_tied, initializer_range=0.2
+        )
+        transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return build
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("world", "is_tied", "lora_rank"), [(2, False, 0), (4, True, 0), (3, True, 0), (2, False, 3)])
+def test_all_ranks_compute_with_what_is_published(model, world: int, is_tied: bool, lora_rank: int) -> None:
+    on_ranks(world, compute_as_published, model(is_tied=is_tied), lora_rank)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("lora_rank", [0, 3])
+def test_they_train_as_one_and_any_number_goes_on_from_any_checkpoint(model, tmp_path: Path, lora_rank: int) -> None:
+    folder, alone, many = model(is_tied=False), tmp_path / "alone", tmp_path / "many"
+    for root in (alone, many):
+        root.mkdir()
+    train(Ranks(), folder, lora_rank, torch.float32, alone, 0, 5)
+    on_ranks(4, train, folder, lora_rank, torch.float32, many, 0, 1)
+    on_ranks(2, train, folder, lora_rank, torch.float32, many, 2, 3)
+    train(Ranks(), folder, lora_rank, torch.float32, many, 4, 5)
+    expected = torch.load(alone / "losses-5")
+    found = [losses for last in (1, 3, 5) for losses in torch.load(many / f"losses-{last}")]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=2e-3, atol=1e-4)
