@@ -190,10 +190,10 @@ def _fill_optimizer(learner: Learner, saved: dict[str, torch.Tensor]) -> None:
     learner.optimizer.state.clear()
     for key, value in saved.items():
         state, name = key.split("/", 1)
-        # The step counter stays a scalar where AdamW keeps it; the moments live with their parameter.
+        # All of it lives with its parameter, the step counter too: the fused optimizer reads it there.
         place = parameters[name]
-        value = value if value.ndim == 0 else share_of(value.to(place.device), place)
-        learner.optimizer.state[place][state] = value
+        value = value.to(place.device)
+        learner.optimizer.state[place][state] = value if value.ndim == 0 else share_of(value, place)
 
 
 def _checkpoints(root: Path) -> Iterator[Checkpoint]:
