@@ -131,7 +131,10 @@ def _wrapped(out: Any, back: dict[int, Far]) -> Any:
         return type(out)(_wrapped(one, back) for one in out)
     if not isinstance(out, torch.Tensor) or type(out) is Far:
         return out
-    return back[id(out)] if id(out) in back else Far(out)
+    if id(out) in back:
+        return back[id(out)]
+    with torch.inference_mode(out.is_inference()):  # views in inference mode are what their base is
+        return Far(out)
 
 
 DEVICES = ["cpu", FAR, *(["cuda"] if torch.cuda.is_available() else [])]
