@@ -24,6 +24,8 @@ from farflung.numerics import devices  # noqa: E402
 from farflung.protocol.errors import ConfigError  # noqa: E402
 from farflung.protocol.probe import Slice  # noqa: E402
 from farflung.protocol.stops import DONE, Stops  # noqa: E402
+from farflung.redteam import other_weights, picks  # noqa: E402
+from farflung.redteam.adversary import Cheating  # noqa: E402
 from second_device import DEVICES, FAR, calls  # noqa: E402
 
 
@@ -170,6 +172,24 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence(setting: str) -> No
         devices.pick(setting)
 
 
+def test_a_device_that_torch_was_given_is_taken(far) -> None:
+    assert devices.pick("far") == devices.pick("far", 0) == devices.pick(far) == torch.device(far)
+    with pytest.raises(ConfigError, match="of far this machine has 1, counted from 0"):
+        devices.pick("far:1")
+    assert devices.blocks(far) == devices.blocks("cuda")
+
+
+@pytest.mark.parametrize("attack", [picks.Greedy, other_weights.OneLayer])
+def test_an_adversary_cheats_where_its_engine_is(tiny_qwen, far, attack) -> None:
+    asked, said = requests(4), []
+    for place in ("cpu", far):
+        engine = Cheating(LocalEngine(tiny_qwen().to(place), eos_ids=[1]), attack())
+        engine.load((name, tensor) for name, tensor in tiny_qwen().named_parameters())
+        said.append([one.ids for one in engine.generate(asked)])
+        assert said[-1] != [one.ids for one in engine.truth.generate(asked)]
+    assert said[0] == said[1]
+
+
 def test_auto_takes_the_best_there_is_and_says_what_it_leaves(monkeypatch, caplog) -> None:
     assert devices.pick("auto") == torch.device(devices.best())
     assert devices.pick("cpu") == torch.device("cpu")
@@ -179,13 +199,16 @@ def test_auto_takes_the_best_there_is_and_says_what_it_leaves(monkeypatch, caplo
     assert "worker leaves cuda:0 and cuda:1 unused because=worker.device is 'cpu'" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["float32", "bfloat16", "lora", "kl", "checkpointed"])
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "lora", "kl", "stale, checkpointed"])
 def test_a_learner_takes_the_same_steps_there(tiny_qwen, far, how: str) -> None:
     here, there = (learner_of(copy.deepcopy(tiny_qwen()), device, how) for device in ("cpu", far))
     batch = [rollout(k) for k in range(12)]
+    behaviour = [torch.full(micro.mask_BT.shape, -3.0) for micro in pack(batch, 64)] if "stale" in how else None
     for _ in range(2):
-        expected, found = (learner.step(pack(batch, 64)) for learner in (here, there))
+        expected, found = (learner.step(pack(batch, 64), behaviour) for learner in (here, there))
         assert found.loss == pytest.approx(expected.loss, abs=1e-5 if how != "bfloat16" else 2e-3)
+        assert found.importance == pytest.approx(expected.importance, abs=1e-4)
+        assert found.mismatch_kl == pytest.approx(expected.mismatch_kl, abs=1e-4 if how != "bfloat16" else 0.1)
     other = dict(there.policy.tensors())
     for name, tensor in here.policy.tensors():
         found = other[name].cpu().float()
@@ -198,7 +221,7 @@ def learner_of(model, device: str, how: str) -> Learner:
     base = copy.deepcopy(model).to(device)
     dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
     options = {"compute_dtype": dtype, "is_dithered": True, "lora_rank": 4 * (how == "lora")}
-    policy = Policy(model.to(device), is_checkpointed=how == "checkpointed", **options)
+    policy = Policy(model.to(device), is_checkpointed="checkpointed" in how, **options)
     reference = Policy(base, compute_dtype=dtype) if how == "kl" else None
     objective = Objective(kl=0.1 if how == "kl" else 0.0)
     return Learner(policy, Optimisation(lr=1e-3, objective=objective), reference=reference)
@@ -207,4 +230,4 @@ def learner_of(model, device: str, how: str) -> Learner:
 def rollout(k: int) -> Rollout:
     rng = np.random.default_rng(k)
     prompt, said = (tuple(map(int, rng.integers(2, 32, size))) for size in (4 + k % 3, 5 + k % 5))
-    return Rollout((Segment("prompt", prompt), Segment("model", said)), float(rng.normal()), 1.0, None)
+    return Rollout((Segment("prompt", prompt), Segment("model", said)), float(rng.normal()), 1.0, (-2.0,) * len(said))
