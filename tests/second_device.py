@@ -133,8 +133,10 @@ def _wrapped(out: Any, back: dict[int, Far]) -> Any:
         return out
     if id(out) in back:
         return back[id(out)]
-    with torch.inference_mode(out.is_inference()):  # views in inference mode are what their base is
-        return Far(out)
+    if torch.is_inference_mode_enabled() and not out.is_inference():  # a view, which is what its base is
+        with torch.inference_mode(False):
+            return Far(out)
+    return Far(out)
 
 
 DEVICES = ["cpu", FAR, *(["cuda"] if torch.cuda.is_available() else [])]
