@@ -13,9 +13,9 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 MORE = {"vocab_size": 32, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
 
 
-def learner(rank: int, **options: Any) -> Learner:
+def learner(rank: int, device: str = "cpu", **options: Any) -> Learner:
     torch.manual_seed(0)
-    policy = Policy(Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE)), lora_rank=rank, **options)
+    policy = Policy(Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE)).to(device), lora_rank=rank, **options)
     return Learner(policy, Optimisation(lr=3e-3))
 
 

@@ -52,6 +52,14 @@ START = 1_800_000_000.0
 PATH = f"/v1/runs/{RUN}"
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes a `device` runs on the CPU, on the second one that stands for a GPU, and on a GPU if any."""
+    if "device" in metafunc.fixturenames:
+        from second_device import DEVICES  # torch takes seconds, and most tests do without
+
+        metafunc.parametrize("device", DEVICES)
+
+
 def named(name: str) -> Key:
     """A key that follows from its name."""
     return Key(hashlib.sha256(name.encode()).digest())

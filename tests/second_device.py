@@ -1,28 +1,29 @@
 """A second device for machines that have none: tensors on `far:0` are computed on the CPU but may not meet its tensors.
 
-Wrapper tensors on torch's device for others (PrivateUse1), with autograd. What CUDA refuses is refused: operations on
-tensors of two devices (but for scalars and indices of the CPU), `.numpy()`, and generators of the CPU.
+Wrapper tensors on torch's device for others (PrivateUse1), with autograd, in every thread. What CUDA refuses is
+refused: operations on tensors of two devices (but for scalars and indices of the CPU), `.numpy()`, generators of the
+CPU, and tensors of the CPU made of a list of the device's. It has random numbers of its own.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 FAR = "far:0"
-MEET = {
-    f"aten::{name}"
-    for name in ("_to_copy", "copy_", "index.Tensor", "index", "index_put", "index_put_", "_index_put_impl_", "set_")
-}
-"""Operations that may take tensors of both devices: copies, and an index from the CPU."""
+COPIES = {f"aten::{name}" for name in ("_to_copy", "copy_", "set_", "_has_compatible_shallow_copy_type")}
+"""Operations that may take tensors of both devices."""
+INDEXED = {f"aten::{name}" for name in ("index", "index_put", "index_put_", "_index_put_impl_")}
+"""Operations whose second argument, the indices, may be the CPU's."""
+SYNCS = {f"aten::{name}" for name in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select")}
+"""Operations that wait for a value of the device."""
 calls: Counter[str] = Counter()
-"""Operations on the device, by name; `sync` counts those that wait for a value of it."""
+"""Operations on the device, by name; `sync` counts those that wait for it, copies to the CPU among them."""
+RANDOM = torch.Generator()
+"""The device's own random numbers: what is drawn there changes no state of the CPU."""
 
 
 class Far(torch.Tensor):
@@ -49,6 +50,19 @@ class Far(torch.Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"Far({self.inner!r})"
 
+    def __tensor_flatten__(self) -> tuple[list[str], None]:  # so that a module moves in place and ties stay
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, torch.Tensor], *_: Any) -> "Far":
+        return Far(parts["inner"])
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError(f"can't convert {FAR} device type tensor to numpy. Use Tensor.cpu() first")
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        return self.numpy()
+
     def tolist(self) -> Any:
         calls["sync"] += 1
         return self.inner.tolist()
@@ -59,68 +73,74 @@ class Far(torch.Tensor):
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    flat, spec = tree_flatten((args, kwargs))
-    name = func._schema.name
-    far = [one for one in flat if isinstance(one, Far)]
-    near = [one for one in flat if isinstance(one, torch.Tensor) and not isinstance(one, Far)]
-    if far and name not in MEET and any(one.dim() for one in near):
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found far:0 and cpu ({name})")
-    if far and name == "aten::index" and not isinstance(args[0], Far):
-        raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor ({name})")
-    kinds = {one.type for one in flat if isinstance(one, torch.device)}
-    back = {id(one.inner): one for one in far}
-    out = func(*_near(flat, spec)[0], **_near(flat, spec)[1])
-    if "cpu" in kinds and "far" not in kinds:
+    name, flat = func._schema.name, [*_each(args), *_each(kwargs.values())]
+    far = [one for one in flat if type(one) is Far]
+    kinds = {one.type for one in flat if type(one) is torch.device}
+    if far and name not in COPIES:
+        _refuse_mixed(name, args, flat)
+    is_far = type(args[0]) is Far if name == "aten::copy_" else "far" in kinds or (bool(far) and "cpu" not in kinds)
+    if is_far and torch.Tag.nondeterministic_seeded in func.tags:
+        kwargs = _with_own_numbers(func, flat, kwargs)
+    calls[name] += is_far
+    calls["sync"] += name in SYNCS or (bool(far) and not is_far)
+    out = func(*_mapped(_near, args), **dict(zip(kwargs, _mapped(_near, kwargs.values()), strict=True)))
+    return _wrapped(out, {id(one.inner): one for one in far}) if is_far else out
+
+
+def _refuse_mixed(name: str, args: Any, flat: list[Any]) -> None:
+    """Scalars of the CPU may come as such, not in a list of tensors."""
+    indices: set[int] = set()
+    if name in INDEXED:
+        if type(args[0]) is not Far and any(type(one) is Far for one in args[1]):
+            raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor ({name})")
+        indices = {id(one) for one in args[1]}
+    near = [one for one in flat if isinstance(one, torch.Tensor) and type(one) is not Far and id(one) not in indices]
+    listed = {id(one) for several in args if isinstance(several, list | tuple) for one in several} if near else ()
+    if any(one.dim() or id(one) in listed for one in near):
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {FAR} and cpu ({name})")
+
+
+def _with_own_numbers(func: Any, flat: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if any(isinstance(one, torch.Generator) for one in flat):
+        raise RuntimeError(f"Expected a 'far' device type for generator but found 'cpu' ({func})")
+    takes_one = any(argument.name == "generator" for argument in func._schema.arguments)
+    return kwargs | ({"generator": RANDOM} if takes_one else {})
+
+
+def _each(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and those of lists among them."""
+    for one in values:
+        if isinstance(one, list | tuple):
+            yield from one
+        else:
+            yield one
+
+
+def _mapped(change: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
+    return [[change(part) for part in one] if isinstance(one, list | tuple) else change(one) for one in values]
+
+
+def _near(one: Any) -> Any:
+    if type(one) is Far:
+        return one.inner
+    return torch.device("cpu") if type(one) is torch.device and one.type == "far" else one
+
+
+def _wrapped(out: Any, back: dict[int, Far]) -> Any:
+    if isinstance(out, list | tuple):
+        return type(out)(_wrapped(one, back) for one in out)
+    if not isinstance(out, torch.Tensor) or type(out) is Far:
         return out
-    calls["sync" if name == "aten::_local_scalar_dense" else name] += bool(far) or "far" in kinds
-    is_far = isinstance(args[0], Far) if name == "aten::copy_" else bool(far) or "far" in kinds
-    return tree_map(lambda one: _wrapped(one, back), out) if is_far else out
+    if id(out) in back:
+        return back[id(out)]
+    if torch.is_inference_mode_enabled() and not out.is_inference():  # a view, which is what its base is
+        with torch.inference_mode(False):
+            return Far(out)
+    return Far(out)
 
 
-def _near(flat: list[Any], spec: Any) -> tuple[Any, Any]:
-    def near(one: Any) -> Any:
-        if isinstance(one, Far):
-            return one.inner
-        return torch.device("cpu") if isinstance(one, torch.device) and one.type == "far" else one
-
-    return tree_unflatten([near(one) for one in flat], spec)
-
-
-def _wrapped(one: Any, back: dict[int, Far]) -> Any:
-    if not isinstance(one, torch.Tensor) or isinstance(one, Far):
-        return one
-    return back[id(one)] if id(one) in back else Far(one)
-
-
-class _Everywhere(TorchDispatchMode):
-    """New tensors go where they are asked to."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
-
-
-@contextmanager
-def second_device() -> Iterator[str]:
-    """Have the device for as long as this lasts; gives its name."""
-    made = torch.tensor
-
-    def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:  # copies below all modes
-        found = made(data, *args, **kwargs)
-        return found if device is None else found.to(device)
-
-    torch.tensor = tensor
-    try:
-        with _Everywhere():
-            yield FAR
-    finally:
-        torch.tensor = made
-
-
-def moved(model: Any, device: str) -> Any:
-    """A model on a device, in place; tied weights are tied again, for tensors of another class cannot move in place."""
-    model.to(device)
-    model.tie_weights()
-    return model
+DEVICES = ["cpu", FAR, *(["cuda"] if torch.cuda.is_available() else [])]
+"""Where tests run that ask for a `device`."""
 
 
 def _register() -> None:
@@ -130,17 +150,18 @@ def _register() -> None:
     module: Any = torch.get_device_module("far")
     fields: dict[str, Any] = {
         "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16],
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "is_initialized": lambda: True,
         "set_device": lambda *_: None,
+        "get_rng_state": lambda *_: RANDOM.get_state(),
+        "set_rng_state": lambda state, *_: RANDOM.set_state(state),
+        "manual_seed_all": RANDOM.manual_seed,
     }
     for name, value in fields.items():
-        try:
-            setattr(module, name, value)
-        except AttributeError:
-            setattr(type(module), name, staticmethod(value))
+        setattr(module, name, value)
+    here = torch.library.Library("_", "IMPL", "PrivateUse1")
+    here.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs))  # what is made there of nothing
+    copying = torch.library.Library("aten", "IMPL", "PrivateUse1")  # lists of numbers are copied below all dispatch
+    copying.impl("copy_", lambda *args, **kwargs: _run(torch.ops.aten.copy_.default, args, kwargs))
+    LIBRARIES.extend((here, copying))
     _autocast()
 
 
@@ -164,7 +185,7 @@ def _lowered(operation: Any, *args: Any, **kwargs: Any) -> Any:
         return one.to(dtype) if isinstance(one, torch.Tensor) and one.dtype == torch.float32 else one
 
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
-        return operation(*tree_map(low, args), **tree_map(low, kwargs))
+        return operation(*map(low, args), **kwargs)
 
 
 _register()  # as it is imported: what torch has a queue for is settled by the first backward pass of a process

@@ -33,15 +33,15 @@ RANK = 4
 """On matrices of 16 × 32 to 48 × 32: half their numbers."""
 
 
-def adapted_learner() -> Learner:
-    return learner(RANK)
+def adapted_learner(device: str = "cpu") -> Learner:
+    return learner(RANK, device)
 
 
 class Run:
     """A trainer's side: adapters in training, and what was published of them."""
 
-    def __init__(self, origin: Source, url: str) -> None:
-        self.origin, self.learner = origin, adapted_learner()
+    def __init__(self, origin: Source, url: str, device: str) -> None:
+        self.origin, self.learner = origin, adapted_learner(device)
         self.client = Client(url, TRAINER, patience_s=1.0)
         self.publisher = Publisher(self.client, TRAINER, "test", 16)
         self.digests: list[str] = []
@@ -55,7 +55,7 @@ class Run:
             policy.tensors(), step=step, parent=self.digests[-1] if step else "", commitment="0" * 64, now=1.0,
             adapted=None if is_merged else Adapted(policy.base, policy.factors()),
         )  # fmt: skip
-        self.published.append({name: tensor.clone() for name, tensor in policy.tensors()})
+        self.published.append({name: tensor.cpu().clone() for name, tensor in policy.tensors()})
         return self.add(signed)
 
     def add(self, signed: Any) -> Manifest:
@@ -66,10 +66,10 @@ class Run:
 
 
 @asynccontextmanager
-async def run(steps: int = 0) -> AsyncIterator[Run]:
+async def run(steps: int = 0, device: str = "cpu") -> AsyncIterator[Run]:
     origin = Source()
     async with served(origin.app()) as url:
-        found = Run(origin, url)
+        found = Run(origin, url, device)
         for _ in range(steps):
             await found.step()
         yield found
@@ -227,13 +227,13 @@ def test_a_node_without_room_for_base_and_version_says_so(tmp_path: Path) -> Non
     asyncio.run(scene())
 
 
-def test_a_trainer_that_comes_back_goes_on_and_sends_no_base_again(tmp_path: Path) -> None:
+def test_a_trainer_that_comes_back_goes_on_and_sends_no_base_again(tmp_path: Path, device) -> None:
     async def scene() -> None:
-        async with run(steps=3) as of, node(of, tmp_path / "node") as versions:
+        async with run(steps=3, device=device) as of, node(of, tmp_path / "node") as versions:
             saved = checkpoint.save(of.learner, 2, tmp_path / "checkpoints")
             kept = dict(checkpoint.published(saved.path, is_dithered=True))
             assert all(torch.equal(tensor, kept[name]) for name, tensor in of.published[2].items())
-            of.learner = adapted_learner()
+            of.learner = adapted_learner(device)
             checkpoint.load(of.learner, saved.path)
             of.publisher = Publisher(of.client, TRAINER, "test", 16)
             await of.publisher.rebase(of.learner.policy.tensors(), of.digests[-1])
@@ -244,7 +244,7 @@ def test_a_trainer_that_comes_back_goes_on_and_sends_no_base_again(tmp_path: Pat
             of.origin.blobs |= held
             await versions.fetch(of.digests[3])
             assert same(versions, of, 3)
-            of.learner = adapted_learner()
+            of.learner = adapted_learner(device)
             with pytest.raises(WeightsError, match="resume on the hardware"):
                 await of.publisher.rebase(of.learner.policy.tensors(), of.digests[-1])
 
@@ -271,9 +271,9 @@ def test_adapters_and_differences_take_turns(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-def test_what_is_merged_is_what_a_policy_of_plain_weights_would_publish() -> None:
+def test_what_is_merged_is_what_a_policy_of_plain_weights_would_publish(device) -> None:
     """Within one place of bfloat16, of what the trainer computes with."""
-    one = adapted_learner()
+    one = adapted_learner(device)
     for number in range(3):
         one.step(batch(number))
     state = one.policy.model.state_dict()

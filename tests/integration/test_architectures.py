@@ -20,6 +20,7 @@ from farflung.numerics import trying  # noqa: E402
 from farflung.numerics.trying import steady_tokens  # noqa: E402
 from farflung.protocol.errors import ConfigError  # noqa: E402
 from farflung.rollouts.agreement import agree  # noqa: E402
+from second_device import DEVICES  # noqa: E402
 
 torch.set_num_threads(1)
 VOCAB, NEAR = 32, 1e-3
@@ -99,9 +100,8 @@ def asked() -> list[Request]:
 @torch.no_grad()
 def plain(model, request: Request, ids) -> tuple[np.ndarray, np.ndarray]:
     """Log-probability of each token by one pass over all, and how far its score is below the best."""
-    logits = model(torch.tensor([[*request.prompt_ids, *ids[:-1]]]), use_cache=False).logits[
-        0, len(request.prompt_ids) - 1 :
-    ]
+    fed = torch.tensor([[*request.prompt_ids, *ids[:-1]]], device=model.device)
+    logits = model(fed, use_cache=False).logits[0, len(request.prompt_ids) - 1 :].cpu()
     policy = logits / request.temperature
     scores = policy + noise.gumbel([request.seed] * len(ids), range(len(ids)), VOCAB)
     token = torch.tensor(ids)[:, None]
@@ -130,7 +130,7 @@ def check(engine: LocalEngine, policy: Policy | None = None) -> None:
         np.testing.assert_allclose(replay.logp, logp, atol=NEAR)
     policy = policy or Policy(engine.model)
     for micro in pack(rollouts_of(requests, said), 4096, is_shared=policy.can_share):
-        found = policy.logp_BT(micro).detach()
+        found = policy.logp_BT(micro).detach().cpu()
         for row, index in enumerate(micro.index):
             np.testing.assert_allclose(found[row, : len(said[index].ids)], expected[index][0], atol=NEAR)
 
@@ -152,6 +152,14 @@ def test_the_plain_loop_of_other_devices_agrees_too(name: str, monkeypatch) -> N
     engine = LocalEngine(model_of(name), eos_ids=[2], max_rows=3)
     assert engine.ways.batching != "whole", "a cache that holds is taken"
     check(engine)
+
+
+@pytest.mark.parametrize("name", ["plain", "window"])
+@pytest.mark.parametrize("place", DEVICES[1:])
+def test_all_who_compute_with_a_model_agree_elsewhere(name: str, place: str) -> None:
+    engine = LocalEngine(model_of(name).to(place), eos_ids=[2])
+    check(engine)
+    assert "decoding=whole" not in str(agree(engine))
 
 
 def test_a_plain_model_keeps_every_fast_way() -> None:

@@ -15,6 +15,7 @@ from farflung.learner.optimise import Learner, Optimisation  # noqa: E402
 from farflung.learner.pack import Rollout, Segment, pack  # noqa: E402
 from farflung.learner.policy import Policy  # noqa: E402
 from farflung.protocol.errors import ConfigError  # noqa: E402
+from second_device import DEVICES  # noqa: E402
 from small_disk import small_disk  # noqa: E402
 
 
@@ -22,8 +23,8 @@ from small_disk import small_disk  # noqa: E402
 def learner(tiny_qwen):
     """A builder of learners that all start alike."""
 
-    def build(**changes: object) -> Learner:
-        return Learner(Policy(tiny_qwen(**changes)), Optimisation(lr=1e-3, warmup_steps=4, minibatches=2))
+    def build(place: str = "cpu", **changes: object) -> Learner:
+        return Learner(Policy(tiny_qwen(**changes).to(place)), Optimisation(lr=1e-3, warmup_steps=4, minibatches=2))
 
     return build
 
@@ -39,24 +40,48 @@ def digest(learner: Learner) -> str:
     """Over the masters and the optimizer's whole state."""
     sha = hashlib.sha256()
     for name, tensor in sorted((*learner.policy.masters(), *checkpoint._optimizer_tensors(learner))):
-        sha.update(name.encode() + tensor.numpy().tobytes())
+        sha.update(name.encode() + tensor.cpu().numpy().tobytes())
     return sha.hexdigest()
 
 
-def test_a_resumed_run_ends_in_the_same_bits(learner, tmp_path: Path) -> None:
-    unbroken, first = learner(), learner()
+def test_a_resumed_run_ends_in_the_same_bits(learner, device, tmp_path: Path) -> None:
+    unbroken, first = learner(device), learner(device)
     for step in range(4):
         unbroken.step(batch(step))
     for step in range(2):
         first.step(batch(step))
     saved = checkpoint.save(first, 2, tmp_path)
-    resumed = learner(seed=7)
+    resumed = learner(device, seed=7)
     assert checkpoint.load(resumed, saved.path) == 2
     assert resumed.updates == first.updates == 4
     assert digest(resumed) == digest(first)
+    states = [value for state in resumed.optimizer.state.values() for value in state.values()]
+    assert {value.device.type for value in states} == {resumed.policy.device.type}, "the step counters too"
     for step in range(2, 4):
         resumed.step(batch(step))
     assert digest(resumed) == digest(unbroken)
+
+
+@pytest.mark.parametrize("place", DEVICES[1:])
+def test_a_run_goes_on_elsewhere(learner, place: str, tmp_path: Path) -> None:
+    """To another device and back: what is saved is the same wherever it came from."""
+    here, there = learner(), learner(place, seed=7)
+    here.step(batch(0))
+    checkpoint.load(there, checkpoint.save(here, 1, tmp_path / "here").path)
+    assert digest(there) == digest(here)
+    back = learner(seed=8)
+    checkpoint.load(back, checkpoint.save(there, 1, tmp_path / "there").path)
+    assert digest(back) == digest(here)
+    assert back.step(batch(1)).loss == pytest.approx(there.step(batch(1)).loss, abs=1e-5)
+
+
+def test_no_step_draws_a_random_number(learner, device) -> None:
+    """So no state of a device has to come back with a checkpoint."""
+    one = learner(device)
+    kinds = [torch, *([torch.get_device_module(device)] if device != "cpu" else [])]
+    before = [kind.get_rng_state() for kind in kinds]
+    one.step(batch(0))
+    assert all(torch.equal(kind.get_rng_state(), state) for kind, state in zip(kinds, before, strict=True))
 
 
 def test_the_random_state_comes_back(learner, tmp_path: Path) -> None:
@@ -67,13 +92,13 @@ def test_the_random_state_comes_back(learner, tmp_path: Path) -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_the_folder_is_a_model_that_can_be_loaded(learner, tmp_path: Path) -> None:
-    one = learner()
+def test_the_folder_is_a_model_that_can_be_loaded(learner, device, tmp_path: Path) -> None:
+    one = learner(device)
     one.step(batch(0))
     saved = checkpoint.save(one, 12, tmp_path)
     assert saved.path.name == "step-000012"
     reloaded = dict(Policy.from_pretrained(saved.path).masters())
-    assert all(torch.equal(tensor, reloaded[name]) for name, tensor in one.policy.masters())
+    assert all(torch.equal(tensor.cpu(), reloaded[name]) for name, tensor in one.policy.masters())
 
 
 def test_the_newest_are_kept_and_found(learner, tmp_path: Path) -> None:

@@ -43,15 +43,15 @@ def moved(weights: Weights, lr: float = 1e-4) -> Weights:
     return {name: tensor - lr * torch.randn(tensor.shape).sign() for name, tensor in weights.items()}
 
 
-def cast(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, tensor.bfloat16()) for name, tensor in weights.items())
+def cast(weights: Weights, device: str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, tensor.to(device).bfloat16()) for name, tensor in weights.items())
 
 
 class Run:
     """A trainer's side: weights that move, step after step, and what was published of them."""
 
-    def __init__(self, origin: Source, url: str, anchor_every: int = 16) -> None:
-        self.origin, self.weights = origin, first_weights()
+    def __init__(self, origin: Source, url: str, anchor_every: int = 16, device: str = "cpu") -> None:
+        self.origin, self.weights, self.device = origin, first_weights(), device
         self.client = Client(url, TRAINER, patience_s=1.0)
         self.publisher = Publisher(self.client, TRAINER, "test", anchor_every)
         self.digests: list[str] = []
@@ -63,7 +63,7 @@ class Run:
         parent = self.digests[-1] if self.digests else ""
         step = len(self.digests)
         signed = await self.publisher.publish(
-            cast(self.weights), step=step, parent=parent, commitment="0" * 64, now=1.0
+            cast(self.weights, self.device), step=step, parent=parent, commitment="0" * 64, now=1.0
         )
         digest = manifest_digest(signed)
         self.origin.manifests[digest] = signed
@@ -73,10 +73,10 @@ class Run:
 
 
 @asynccontextmanager
-async def run(anchor_every: int = 16, steps: int = 0) -> AsyncIterator[Run]:
+async def run(anchor_every: int = 16, steps: int = 0, device: str = "cpu") -> AsyncIterator[Run]:
     origin = Source()
     async with served(origin.app()) as url:
-        found = Run(origin, url, anchor_every)
+        found = Run(origin, url, anchor_every, device)
         for _ in range(steps):
             await found.step()
         yield found
@@ -105,6 +105,18 @@ def test_shards_told_in_another_order_hold_what_the_manifest_says(tmp_path: Path
 
     asyncio.run(scene())
     assert told[0] != 0, "the first shard was told later than another"
+
+
+def test_what_is_kept_of_a_step_takes_no_memory_of_the_device(tmp_path: Path, device: str) -> None:
+    async def scene() -> None:
+        async with run(steps=2, device=device) as of, node(of, tmp_path) as versions:
+            await versions.fetch(of.digests[1])
+            assert same(versions, of, 1)
+            kept = of.publisher.published
+            assert kept.keys() == of.weights.keys()
+            assert {tensor.device.type for tensor in kept.values()} == {"cpu"}
+
+    asyncio.run(scene())
 
 
 def test_a_node_that_follows_fetches_differences_only(tmp_path: Path) -> None:

@@ -24,13 +24,14 @@ from farflung.numerics import devices  # noqa: E402
 from farflung.protocol.errors import ConfigError  # noqa: E402
 from farflung.protocol.probe import Slice  # noqa: E402
 from farflung.protocol.stops import DONE, Stops  # noqa: E402
-from second_device import calls, moved, second_device  # noqa: E402
+from farflung.redteam import other_weights, picks  # noqa: E402
+from farflung.redteam.adversary import Cheating  # noqa: E402
+from second_device import DEVICES, FAR, calls  # noqa: E402
 
 
 @pytest.fixture
-def far():
-    with second_device() as name:
-        yield name
+def far() -> str:
+    return FAR
 
 
 def requests(count: int) -> list[Request]:
@@ -39,20 +40,68 @@ def requests(count: int) -> list[Request]:
     return [Request(prompt, 2**40 + i, t, 24) for i, (prompt, t) in enumerate(zip(prompts, temperatures, strict=False))]
 
 
-def test_the_device_refuses_what_a_gpu_refuses(far) -> None:
-    there = torch.ones(3, device=far)
-    with pytest.raises(RuntimeError, match="same device"):
-        there + torch.ones(3)
+REFUSED = {
+    "a sum of both": lambda far: far + torch.ones(3),
+    "a choice of both": lambda far: torch.where(far > 0, far, torch.zeros(3)),
+    "a result on the CPU": lambda far: torch.add(far, far, out=torch.empty(3)),
+    "both joined": lambda far: torch.cat([far, torch.ones(3)]),
+    "both stacked": lambda far: torch.stack([far[0], torch.tensor(1.0)]),
+    "a mask of the device for the CPU": lambda far: torch.ones(3)[far > 0],
+    "values of the CPU under a mask": lambda far: far.index_put_([far > 0], torch.ones(3)),
+    "weights of the CPU": lambda far: torch.nn.Linear(3, 3)(far),
+    "numpy": lambda far: far.numpy(),
+    "numpy by another name": lambda far: np.asarray(far),
+    "a tensor of a list of its values": lambda far: torch.tensor([far[0], far[1]]),
+    "a generator of the CPU": lambda far: torch.randn(3, device=far.device, generator=torch.Generator()),
+    "a generator of the CPU, in place": lambda far: far.normal_(generator=torch.Generator()),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("place", DEVICES[1:])
+def test_a_device_refuses(place: str, what: str) -> None:
+    """As CUDA does, and there is CUDA itself where a machine has it."""
+    if (place, what) == ("cuda", "a tensor of a list of its values"):
+        return  # it fetches each, and waits for each
+    there = torch.ones(3, device=place)
     with pytest.raises((RuntimeError, TypeError)):
-        there.numpy()
-    assert (there + 1).cpu().tolist() == [2.0, 2.0, 2.0]
+        REFUSED[what](there)
+    assert there.cpu().tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("place", DEVICES[1:])
+def test_a_device_allows(place: str) -> None:
+    """Scalars and indices of the CPU, copies that are asked for, random numbers of its own."""
+    there, here = torch.arange(3.0, device=place), torch.zeros(3)
+    assert (there + torch.tensor(1.0)).cpu().tolist() == [1.0, 2.0, 3.0]
+    assert there[torch.tensor([2, 0])].tolist() == there[[2, 0]].tolist() == [2.0, 0.0]
+    here[1:] = there[1:]
+    assert here.tolist() == there.cpu().tolist() == [0.0, 1.0, 2.0]
+    state = torch.get_rng_state()
+    drawn = torch.randn(3, device=place)
+    assert torch.equal(torch.get_rng_state(), state), "what is drawn there is not drawn here"
+    torch.manual_seed(1)
+    assert not torch.equal(torch.randn(3, device=place), drawn)
+    first = torch.randn(3, device=place)
+    torch.manual_seed(1)
+    torch.randn(3, device=place)
+    assert torch.equal(torch.randn(3, device=place), first)
+
+
+def test_waits_for_the_device_are_counted(far) -> None:
+    there = torch.ones(3, device=far)
+    waits = [lambda: bool(there[0] > 0), there.tolist, there.cpu, lambda: torch.equal(there, there), there.nonzero]
+    for wait in waits:
+        before = calls["sync"]
+        wait()
+        assert calls["sync"] == before + 1
 
 
 def test_an_engine_says_and_replays_the_same_there(tiny_qwen, far) -> None:
     moves = np.zeros((2, 32), np.uint8)
     moves[0, 4:12], moves[1, 4:12] = 1, DONE
     here = LocalEngine(tiny_qwen(), eos_ids=[1], stops=Stops(moves))
-    there = LocalEngine(moved(copy.deepcopy(here.model), far), eos_ids=[1], stops=Stops(moves), max_rows=5)
+    there = LocalEngine(copy.deepcopy(here.model).to(far), eos_ids=[1], stops=Stops(moves), max_rows=5)
     asked = requests(12)
     expected, said = here.generate(asked), there.generate(asked)
     assert [one.ids for one in said] == [one.ids for one in expected]
@@ -65,13 +114,13 @@ def test_an_engine_says_and_replays_the_same_there(tiny_qwen, far) -> None:
 
 
 def test_a_decoding_step_waits_for_the_device_only_to_say_its_tokens(tiny_qwen, far) -> None:
-    model = moved(tiny_qwen().eval(), far)
+    model = tiny_qwen().eval().to(far)
     asked = [replace(one, temperature=1.0) for one in requests(6)]
     with torch.inference_mode():
         plain.decode(model, asked, frozenset(), slots=6)
         before = calls["sync"]
         plain.decode(model, [replace(one, max_new_tokens=48) for one in asked], frozenset(), slots=6)
-    assert calls["sync"] - before <= 48 * 2, "one copy, of which two lists are made"
+    assert calls["sync"] - before <= 48 * 2 + 1, "one copy a token, and transformers asks whether a mask hides anything"
 
 
 FREE = re.findall(
@@ -123,6 +172,24 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence(setting: str) -> No
         devices.pick(setting)
 
 
+def test_a_device_that_torch_was_given_is_taken(far) -> None:
+    assert devices.pick("far") == devices.pick("far", 0) == devices.pick(far) == torch.device(far)
+    with pytest.raises(ConfigError, match="of far this machine has 1, counted from 0"):
+        devices.pick("far:1")
+    assert devices.blocks(far) == devices.blocks("cuda")
+
+
+@pytest.mark.parametrize("attack", [picks.Greedy, other_weights.OneLayer])
+def test_an_adversary_cheats_where_its_engine_is(tiny_qwen, far, attack) -> None:
+    asked, said = requests(4), []
+    for place in ("cpu", far):
+        engine = Cheating(LocalEngine(tiny_qwen().to(place), eos_ids=[1]), attack())
+        engine.load((name, tensor) for name, tensor in tiny_qwen().named_parameters())
+        said.append([one.ids for one in engine.generate(asked)])
+        assert said[-1] != [one.ids for one in engine.truth.generate(asked)]
+    assert said[0] == said[1]
+
+
 def test_auto_takes_the_best_there_is_and_says_what_it_leaves(monkeypatch, caplog) -> None:
     assert devices.pick("auto") == torch.device(devices.best())
     assert devices.pick("cpu") == torch.device("cpu")
@@ -132,13 +199,16 @@ def test_auto_takes_the_best_there_is_and_says_what_it_leaves(monkeypatch, caplo
     assert "worker leaves cuda:0 and cuda:1 unused because=worker.device is 'cpu'" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["float32", "bfloat16", "lora", "kl", "checkpointed"])
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "lora", "kl", "stale, checkpointed"])
 def test_a_learner_takes_the_same_steps_there(tiny_qwen, far, how: str) -> None:
     here, there = (learner_of(copy.deepcopy(tiny_qwen()), device, how) for device in ("cpu", far))
     batch = [rollout(k) for k in range(12)]
+    behaviour = [torch.full(micro.mask_BT.shape, -3.0) for micro in pack(batch, 64)] if "stale" in how else None
     for _ in range(2):
-        expected, found = (learner.step(pack(batch, 64)) for learner in (here, there))
+        expected, found = (learner.step(pack(batch, 64), behaviour) for learner in (here, there))
         assert found.loss == pytest.approx(expected.loss, abs=1e-5 if how != "bfloat16" else 2e-3)
+        assert found.importance == pytest.approx(expected.importance, abs=1e-4)
+        assert found.mismatch_kl == pytest.approx(expected.mismatch_kl, abs=1e-4 if how != "bfloat16" else 0.1)
     other = dict(there.policy.tensors())
     for name, tensor in here.policy.tensors():
         found = other[name].cpu().float()
@@ -148,10 +218,10 @@ def test_a_learner_takes_the_same_steps_there(tiny_qwen, far, how: str) -> None:
 
 def learner_of(model, device: str, how: str) -> Learner:
     torch.manual_seed(1)
-    base = moved(copy.deepcopy(model), device)
+    base = copy.deepcopy(model).to(device)
     dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
     options = {"compute_dtype": dtype, "is_dithered": True, "lora_rank": 4 * (how == "lora")}
-    policy = Policy(moved(model, device), is_checkpointed=how == "checkpointed", **options)
+    policy = Policy(model.to(device), is_checkpointed="checkpointed" in how, **options)
     reference = Policy(base, compute_dtype=dtype) if how == "kl" else None
     objective = Objective(kl=0.1 if how == "kl" else 0.0)
     return Learner(policy, Optimisation(lr=1e-3, objective=objective), reference=reference)
@@ -160,4 +230,4 @@ def learner_of(model, device: str, how: str) -> Learner:
 def rollout(k: int) -> Rollout:
     rng = np.random.default_rng(k)
     prompt, said = (tuple(map(int, rng.integers(2, 32, size))) for size in (4 + k % 3, 5 + k % 5))
-    return Rollout((Segment("prompt", prompt), Segment("model", said)), float(rng.normal()), 1.0, None)
+    return Rollout((Segment("prompt", prompt), Segment("model", said)), float(rng.normal()), 1.0, (-2.0,) * len(said))

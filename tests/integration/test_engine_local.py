@@ -1,5 +1,6 @@
 """The local engine against its own definition: cache, padding, batching and replay change nothing but rounding."""
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -20,6 +21,7 @@ from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.engine.ways import attends_plainly  # noqa: E402
 from farflung.protocol.errors import ConfigError, WeightsError  # noqa: E402
 from farflung.protocol.stops import DONE, Stops  # noqa: E402
+from second_device import DEVICES  # noqa: E402
 
 NEAR_TIE = 1e-3
 """Scores of float32 models closer than this may change places by rounding."""
@@ -73,9 +75,9 @@ def other_families() -> dict[str, object]:
     }
 
 
-def test_a_mixed_batch_says_what_the_definition_says(tiny_qwen) -> None:
+def test_a_mixed_batch_says_what_the_definition_says(tiny_qwen, device) -> None:
     model = tiny_qwen().eval()
-    engine = LocalEngine(model)
+    engine = LocalEngine(tiny_qwen().to(device))
     asked = [
         Request(r.prompt_ids, r.seed, temperature, max_new_tokens)
         for r, temperature, max_new_tokens in zip(
@@ -88,13 +90,16 @@ def test_a_mixed_batch_says_what_the_definition_says(tiny_qwen) -> None:
         assert len(completion.ids) == request.max_new_tokens or completion.ids[-1] in engine.eos_ids
 
 
+FAMILIES = ("llama-untied", "mistral-sliding", "gpt2-absolute-positions", "gemma2-softcapped-head")
+
+
 @pytest.mark.parametrize(
-    "family", ["llama-untied", "mistral-sliding", "gpt2-absolute-positions", "gemma2-softcapped-head"]
+    ("family", "place"), [*((name, "cpu") for name in FAMILIES), *itertools.product(FAMILIES[1:3], DEVICES[1:])]
 )
-def test_other_families_of_models(family: str) -> None:
+def test_other_families_of_models(family: str, place: str) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(other_families()[family]).eval()
-    engine = LocalEngine(model, eos_ids=[1])
+    engine = LocalEngine(copy.deepcopy(model).to(place), eos_ids=[1])
     asked = requests(5, max_new_tokens=16)
     said = engine.generate(asked)
     assert [list(completion.ids) for completion in said] == [by_definition(model, r, engine.eos_ids) for r in asked]
@@ -120,9 +125,9 @@ def test_the_plain_loop_says_what_the_decoder_for_cpus_says(tiny_qwen) -> None:
     assert None in some
 
 
-def test_alone_and_in_a_batch_the_same_tokens(tiny_qwen) -> None:
-    engine = LocalEngine(tiny_qwen(), eos_ids=[])
-    asked = requests(8, max_new_tokens=40)
+def test_alone_and_in_a_batch_the_same_tokens(tiny_qwen, device) -> None:
+    engine = LocalEngine(tiny_qwen().to(device), eos_ids=[])
+    asked = requests(8, max_new_tokens=40 if device == "cpu" else 5)
     together = engine.generate(asked)
     alone = [engine.generate([request])[0] for request in asked]
     if [c.ids for c in together] != [c.ids for c in alone]:
@@ -146,9 +151,9 @@ def test_a_row_ends_with_the_token_that_completes_a_stop_string_and_nobody_else_
     assert margins(kept, asked, said).max() < NEAR_TIE
 
 
-def test_a_group_that_shares_its_prompt_says_what_its_members_say_alone(tiny_qwen) -> None:
+def test_a_group_that_shares_its_prompt_says_what_its_members_say_alone(tiny_qwen, device) -> None:
     model = tiny_qwen().eval()
-    engine = LocalEngine(model)
+    engine = LocalEngine(tiny_qwen().to(device))
     asked = [Request((3, 4, 5), seed, 1.0, 12) for seed in range(6)] + [Request((6, 7), 6, 1.0, 12)]
     said = engine.generate(asked)
     assert len({completion.ids for completion in said}) > 3
@@ -270,29 +275,29 @@ def test_a_model_that_bends_attention_shares_no_prompts(tiny_qwen, monkeypatch) 
     assert not attends_plainly(tiny_qwen().eval())
 
 
-def test_logp_is_that_of_the_sampling_temperature(tiny_qwen) -> None:
+def test_logp_is_that_of_the_sampling_temperature(tiny_qwen, device) -> None:
     model = tiny_qwen().eval()
     request = Request((3, 4, 5), 11, 0.5, 6)
-    (said,) = LocalEngine(model, eos_ids=[]).generate([request])
+    (said,) = LocalEngine(tiny_qwen().to(device), eos_ids=[]).generate([request])
     with torch.no_grad():
         logits = model(torch.tensor([request.prompt_ids + said.ids])).logits[0, 2:-1]
     expected = (logits / 0.5).log_softmax(-1)[range(6), list(said.ids)]
     assert torch.allclose(torch.tensor(said.logp), expected, atol=1e-4)
 
 
-def test_honest_work_replays_without_margin_and_unseeded_work_does_not(tiny_qwen) -> None:
-    engine = LocalEngine(tiny_qwen(), eos_ids=[])
-    asked = requests(16, max_new_tokens=32)
+def test_honest_work_replays_without_margin_and_unseeded_work_does_not(tiny_qwen, device) -> None:
+    engine = LocalEngine(tiny_qwen().to(device), eos_ids=[])
+    asked = requests(16, max_new_tokens=32 if device == "cpu" else 8)
     honest = engine.generate(asked)
     assert margins(engine, asked, honest).max() < NEAR_TIE
     unseeded = engine.generate([Request(r.prompt_ids, r.seed + 1, r.temperature, r.max_new_tokens) for r in asked])
     assert (margins(engine, asked, unseeded) > NEAR_TIE).mean() > 0.3
-    other = LocalEngine(tiny_qwen(seed=1), eos_ids=[])
+    other = LocalEngine(tiny_qwen(seed=1).to(device), eos_ids=[])
     assert (margins(other, asked, honest) > NEAR_TIE).mean() > 0.3
 
 
-def test_replay_finds_the_logp_that_generation_gave(tiny_qwen) -> None:
-    engine = LocalEngine(tiny_qwen())
+def test_replay_finds_the_logp_that_generation_gave(tiny_qwen, device) -> None:
+    engine = LocalEngine(tiny_qwen().to(device))
     asked = [Request((3, 5 + i, 8), i, 0.7, 9) for i in range(5)]
     done = engine.generate(asked)
     replays = engine.replay([(request, item.ids) for request, item in zip(asked, done, strict=True)])
@@ -300,16 +305,16 @@ def test_replay_finds_the_logp_that_generation_gave(tiny_qwen) -> None:
         assert replay.logp == pytest.approx(np.array(item.logp), abs=1e-4)
 
 
-def test_greedy_replay_needs_no_noise(tiny_qwen) -> None:
-    engine = LocalEngine(tiny_qwen(), eos_ids=[])
+def test_greedy_replay_needs_no_noise(tiny_qwen, device) -> None:
+    engine = LocalEngine(tiny_qwen().to(device), eos_ids=[])
     asked = requests(3, temperature=0.0)
     assert margins(engine, asked, engine.generate(asked)).max() < NEAR_TIE
 
 
-def test_gap_and_margin_by_hand(tiny_qwen) -> None:
+def test_gap_and_margin_by_hand(tiny_qwen, device) -> None:
     model = tiny_qwen().eval()
     request, sent = Request((2, 3), 5, 0.8, 9), (7, 8)
-    (replay,) = LocalEngine(model).replay([(request, sent)])
+    (replay,) = LocalEngine(tiny_qwen().to(device)).replay([(request, sent)])
     with torch.no_grad():
         logits = model(torch.tensor([[2, 3, 7]])).logits[0, 1:]
     scores = (logits / 0.8 + noise.gumbel([5, 5], [0, 1], 32)).numpy()
@@ -319,10 +324,10 @@ def test_gap_and_margin_by_hand(tiny_qwen) -> None:
     assert replay.gap.dtype == replay.margin.dtype == np.float32
 
 
-def test_scores_are_float32_even_where_logits_are_bfloat16() -> None:
+def test_scores_are_float32_even_where_logits_are_bfloat16(device) -> None:
     request, sent = Request((2,), 5, 0.7, 9), (7, 8, 9)
     logits = (torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 8).bfloat16()
-    gap, margin, pick, lead, logp = replay_module._compare(logits, [(request, sent)], [3])
+    gap, margin, pick, lead, logp = replay_module._compare(logits.to(device), [(request, sent)], [3])
     scores = (logits.float() / 0.7 + noise.gumbel([5] * 3, [0, 1, 2], 32)).numpy()
     np.testing.assert_allclose(margin, scores.max(axis=1) - scores[range(3), list(sent)], atol=1e-5)
     assert (gap >= 0).all()
@@ -333,8 +338,8 @@ def test_scores_are_float32_even_where_logits_are_bfloat16() -> None:
     np.testing.assert_allclose(np.exp(lead), chance[range(3), second] / chance[range(3), first], rtol=1e-4)
 
 
-def test_replay_does_not_depend_on_its_chunks_and_takes_empty_rows(tiny_qwen) -> None:
-    model = tiny_qwen()
+def test_replay_does_not_depend_on_its_chunks_and_takes_empty_rows(tiny_qwen, device) -> None:
+    model = tiny_qwen().to(device)
     asked = requests(9, max_new_tokens=15)
     items = [(request, tuple(range(2, 2 + k))) for k, request in enumerate(asked)]
     wide = LocalEngine(model).replay(items)
@@ -349,8 +354,8 @@ def test_replay_refuses_ids_that_the_model_does_not_have(tiny_qwen) -> None:
         LocalEngine(tiny_qwen()).replay([(requests(1)[0], (3, 32))])
 
 
-def test_stopping_early_gives_only_what_is_complete(tiny_qwen) -> None:
-    engine = LocalEngine(tiny_qwen(), eos_ids=[])
+def test_stopping_early_gives_only_what_is_complete(tiny_qwen, device) -> None:
+    engine = LocalEngine(tiny_qwen().to(device), eos_ids=[])
     asked = [Request((3, 4), 1, 1.0, 3), Request((3, 4, 5), 2, 1.0, 50), Request((5,), 3, 1.0, 5)]
     ticks = itertools.count()
     said = engine.generate(asked, should_stop=lambda: next(ticks) >= 10)
@@ -372,26 +377,26 @@ def test_end_tokens_come_from_the_configuration(tiny_qwen) -> None:
     assert LocalEngine(tiny_qwen(), eos_ids=[9]).eos_ids == {9}
 
 
-def test_an_engine_built_from_its_configuration_speaks_like_the_original(tiny_qwen, tmp_path) -> None:
+def test_an_engine_built_from_its_configuration_speaks_like_the_original(tiny_qwen, device, tmp_path) -> None:
     model = tiny_qwen()
     model.config.save_pretrained(tmp_path)
     asked = requests(4)
     expected = LocalEngine(model).generate(asked)
     for source in (tmp_path, (tmp_path / "config.json").read_bytes()):
-        engine = LocalEngine.from_folder(source)
+        engine = LocalEngine.from_folder(source, device=device)
         with pytest.raises(WeightsError, match="no complete weights"):
             engine.generate(asked)
         engine.load(model.state_dict().items())
         assert [c.ids for c in engine.generate(asked)] == [c.ids for c in expected]
 
 
-def test_tied_weights_may_come_once_or_twice(tiny_qwen) -> None:
+def test_tied_weights_may_come_once_or_twice(tiny_qwen, device) -> None:
     tensors = dict(tiny_qwen(seed=3).state_dict())
     assert tensors["lm_head.weight"].data_ptr() == tensors["model.embed_tokens.weight"].data_ptr()
-    engine = LocalEngine(tiny_qwen())
+    engine = LocalEngine(tiny_qwen().to(device))
     for absent in ("lm_head.weight", "model.embed_tokens.weight", ""):
         engine.load((name, tensor) for name, tensor in tensors.items() if name != absent)
-        assert torch.equal(engine.model.lm_head.weight, tensors["lm_head.weight"])
+        assert torch.equal(engine.model.lm_head.weight.cpu(), tensors["lm_head.weight"])
     with pytest.raises(WeightsError, match="differs"):
         engine.load((tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}).items())
 
@@ -407,15 +412,15 @@ def test_tied_weights_may_come_once_or_twice(tiny_qwen) -> None:
     ],
     ids=["missing", "twice", "unknown", "shape", "type"],
 )
-def test_weights_that_do_not_fit_are_refused_and_the_engine_stops(tiny_qwen, spoil, complaint: str) -> None:
-    engine = LocalEngine(tiny_qwen())
+def test_weights_that_do_not_fit_are_refused_and_the_engine_stops(tiny_qwen, device, spoil, complaint: str) -> None:
+    engine = LocalEngine(tiny_qwen().to(device))
     pairs = [(name, tensor.clone()) for name, tensor in engine.model.state_dict().items() if name != "lm_head.weight"]
     with pytest.raises(WeightsError, match=complaint):
         engine.load(spoil(pairs))
     with pytest.raises(WeightsError, match="no complete weights"):
         engine.replay([])
     engine.load(pairs)
-    assert engine.generate(requests(1))
+    assert engine.replay([(requests(1)[0], (3, 4))])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The learner: right log-probabilities, right gradients, the same bits twice, and nothing a worker says counts."""
 
 import hashlib
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -19,6 +20,7 @@ from farflung.learner.pack import Rollout, Segment, pack  # noqa: E402
 from farflung.learner.policy import Policy  # noqa: E402
 from farflung.numerics import devices  # noqa: E402
 from farflung.protocol.errors import ConfigError  # noqa: E402
+from second_device import DEVICES  # noqa: E402
 
 
 def rollouts(count: int = 12, *, claim=None, temperature: float = 1.0) -> list[Rollout]:
@@ -41,13 +43,13 @@ def rollouts(count: int = 12, *, claim=None, temperature: float = 1.0) -> list[R
 def digest(learner: Learner) -> str:
     sha = hashlib.sha256()
     for name, tensor in learner.policy.masters():
-        sha.update(name.encode() + tensor.numpy().tobytes())
+        sha.update(name.encode() + tensor.cpu().numpy().tobytes())
     return sha.hexdigest()
 
 
 def plain_logp(policy: Policy, rollout: Rollout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of each model token, by the model's own logits over one rollout alone."""
-    ids = torch.tensor([[token for segment in rollout.segments for token in segment.ids]])
+    ids = torch.tensor([[token for segment in rollout.segments for token in segment.ids]], device=policy.device)
     is_model = torch.tensor([segment.source == "model" for segment in rollout.segments for _ in segment.ids])[1:]
     whole = (policy.model(ids).logits[0] / temperature).log_softmax(-1)[:-1]
     logp = whole.gather(-1, ids[0, 1:, None])[:, 0]
@@ -66,20 +68,26 @@ def in_groups(count: int = 3, size: int = 4) -> list[Rollout]:
     return found
 
 
-@pytest.mark.parametrize("slicing", [1 << 25, 32 * 3])
-@pytest.mark.parametrize("is_shared", [True, False])
-@pytest.mark.parametrize("kind", ["linear head", "own head"])
-def test_logp_and_entropy_are_those_of_the_whole_softmax(tiny_qwen, monkeypatch, slicing, is_shared, kind) -> None:
-    policy = Policy(tiny_qwen())
+WAYS = list(itertools.product((1 << 25, 32 * 3), (True, False), ("linear head", "own head")))
+
+
+@pytest.mark.parametrize(
+    ("slicing", "is_shared", "kind", "place"),
+    [*((*way, "cpu") for way in WAYS), *((*way, place) for way in (WAYS[4], WAYS[7]) for place in DEVICES[1:])],
+)
+def test_logp_and_entropy_are_those_of_the_whole_softmax(
+    tiny_qwen, monkeypatch, slicing, is_shared, kind, place
+) -> None:
+    policy = Policy(tiny_qwen().to(place))
     assert policy.can_share
     for module in (chunked_logp, forward):
         monkeypatch.setattr(module, "blocks", lambda device: devices.blocks(device)._replace(head_logits=slicing))
     monkeypatch.setattr(policy, "_kind", forward.Kind(has_linear_head=kind == "linear head", can_share=True))
     batch = [replace(one, temperature=0.7) for one in (*rollouts(), *in_groups())]
     for micro in pack(batch, 64, is_shared=is_shared):
-        logp_BT, entropy_BT = policy.logp_entropy_BT(micro)
+        logp_BT, entropy_BT = (found.detach().cpu() for found in policy.logp_entropy_BT(micro))
         for b, index in enumerate(micro.index):
-            logp, entropy = plain_logp(policy, batch[index], 0.7)
+            logp, entropy = (found.detach().cpu() for found in plain_logp(policy, batch[index], 0.7))
             torch.testing.assert_close(logp_BT[b][micro.mask_BT[b]], logp, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(entropy_BT[b][micro.mask_BT[b]], entropy, atol=1e-4, rtol=1e-4)
         assert not logp_BT[~micro.mask_BT].any()
@@ -103,15 +111,17 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradient(tiny_qwen, monkeypatc
         torch.testing.assert_close(gradient, plain, atol=1e-5, rtol=1e-3)
 
 
-def test_the_gradient_is_that_of_the_plain_softmax(tiny_qwen) -> None:
+def test_the_gradient_is_that_of_the_plain_softmax(tiny_qwen, device) -> None:
     batch = in_groups()
 
     def gradient(logp_of) -> torch.Tensor:
-        policy = Policy(tiny_qwen())
+        policy = Policy(tiny_qwen().to(device))
         logp_of(policy).backward()
         return torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()])
 
-    fused = gradient(lambda policy: sum((policy.logp_BT(m) * m.adv_B[:, None]).sum() for m in pack(batch, 100)))
+    fused = gradient(
+        lambda policy: sum((policy.logp_BT(m) * m.adv_B[:, None].to(device)).sum() for m in pack(batch, 100))
+    )
     plain = gradient(lambda policy: sum(plain_logp(policy, one, 0.7)[0].sum() * one.advantage for one in batch))
     torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-3)
 
@@ -154,9 +164,9 @@ def test_a_recurrent_model_is_fed_one_rollout_a_row() -> None:
     assert not policy.can_share
 
 
-def test_two_runs_from_the_same_state_end_in_the_same_bits(tiny_qwen) -> None:
+def test_two_runs_from_the_same_state_end_in_the_same_bits(tiny_qwen, device) -> None:
     def run() -> str:
-        learner = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3, warmup_steps=2, minibatches=2))
+        learner = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-3, warmup_steps=2, minibatches=2))
         for _ in range(3):
             learner.step(pack(rollouts(), 64))
         return digest(learner)
@@ -245,13 +255,13 @@ def test_microbatches_do_not_change_the_step(tiny_qwen) -> None:
     assert gradient(40) == pytest.approx(gradient(10_000), rel=1e-4)
 
 
-def test_rewarded_tokens_become_likelier(tiny_qwen) -> None:
-    learner = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3, warmup_steps=3))
+def test_rewarded_tokens_become_likelier(tiny_qwen, device) -> None:
+    learner = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-3, warmup_steps=3))
     packed = pack(rollouts(), 200)
 
     def gain() -> float:
         with torch.no_grad():
-            return sum(float((learner.policy.logp_BT(m) * m.adv_B[:, None]).sum()) for m in packed)
+            return sum(float((learner.policy.logp_BT(m) * m.adv_B[:, None].to(device)).sum()) for m in packed)
 
     before = gain()
     rates = [learner.step(packed).lr for _ in range(5)]
@@ -266,8 +276,8 @@ def test_nothing_to_train_on_leaves_the_weights_alone(tiny_qwen) -> None:
     assert digest(learner) == before
 
 
-def test_what_is_published_is_what_an_engine_loads(tiny_qwen) -> None:
-    policy = Policy(tiny_qwen(seed=4))
+def test_what_is_published_is_what_an_engine_loads(tiny_qwen, device) -> None:
+    policy = Policy(tiny_qwen(seed=4).to(device))
     published = dict(policy.tensors())
     assert "lm_head.weight" not in published
     assert {tensor.dtype for tensor in published.values()} == {torch.bfloat16}

@@ -39,7 +39,9 @@ class World:
         self.loaded = Loaded(engine, versions, stats=self.stats)
 
     def holds(self, weights: Weights) -> bool:
-        return all(torch.equal(self.engine.model.state_dict()[name].bfloat16(), one) for name, one in weights.items())
+        return all(
+            torch.equal(self.engine.model.state_dict()[name].bfloat16().cpu(), one) for name, one in weights.items()
+        )
 
     def answer(self, version: int) -> str:
         """What a node with a version in its engine answers."""
@@ -69,7 +71,7 @@ def version_of(weights: Weights, step: int, source: Source) -> str:
 
 
 @pytest.fixture
-def play(tiny_qwen, tmp_path: Path) -> Callable[[Callable[[World], Awaitable[None]]], None]:
+def play(tiny_qwen, device: str, tmp_path: Path) -> Callable[[Callable[[World], Awaitable[None]]], None]:
     """Runs a scene in such a world."""
 
     @asynccontextmanager
@@ -82,7 +84,7 @@ def play(tiny_qwen, tmp_path: Path) -> Callable[[Callable[[World], Awaitable[Non
             for digest in digests:
                 await versions.fetch(digest)
             try:
-                yield World(versions, LocalEngine(tiny_qwen(2)), weights, digests)
+                yield World(versions, LocalEngine(tiny_qwen(2).to(device)), weights, digests)
             finally:
                 await versions.close()
 

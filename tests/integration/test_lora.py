@@ -33,22 +33,22 @@ def test_it_begins_as_the_base_model_and_trains_nothing_but_adapters() -> None:
     assert gain > 0, "what was rewarded is likelier"
 
 
-def test_a_checkpoint_goes_on_bit_for_bit_and_holds_what_is_published(tmp_path: Path) -> None:
-    one = learner(4)
+def test_a_checkpoint_goes_on_bit_for_bit_and_holds_what_is_published(tmp_path: Path, device) -> None:
+    one = learner(4, device)
     one.step(batch(1))
     saved = checkpoint.save(one, 1, tmp_path)
-    two = learner(4)
+    two = learner(4, device)
     assert checkpoint.load(two, saved.path) == 1
     for each in (one, two):
         each.step(batch(2))
     pairs = zip(one.policy.masters(), two.policy.masters(), strict=True)
     assert all(torch.equal(first, second) for (_, first), (_, second) in pairs)
     whole = dict(checkpoint.published(saved.path, is_dithered=False))
-    three = learner(4)
+    three = learner(4, device)
     checkpoint.load(three, saved.path)
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in three.policy.tensors())
+    assert all(torch.equal(tensor.cpu(), whole[name]) for name, tensor in three.policy.tensors())
     with pytest.raises(ConfigError, match="adapter tensors"):
-        checkpoint.load(learner(0), saved.path)
+        checkpoint.load(learner(0, device), saved.path)
 
 
 @pytest.mark.parametrize("is_held", [True, False])

@@ -1,6 +1,7 @@
 """Text that its seed does not give leaves the batch before it is trained on, whoever sent it."""
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx2
@@ -10,11 +11,13 @@ import sqlalchemy as sa
 from tests.conftest import tokens_of
 
 from farflung.audits import node_record
-from farflung.audits.tripwire import tripped
+from farflung.audits.tripwire import Suspect, inspect, tripped
+from farflung.engine.base import Request
 from farflung.protocol import errors
 from farflung.protocol import messages as m
 from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS, VERDICTS
-from farflung.trust.evidence import CHEATS
+from farflung.trust.evidence import CHEATS, Profiles
+from farflung.trust.profiles import load_profile
 
 
 async def batched(house) -> m.Batch:
@@ -96,6 +99,22 @@ def test_one_bad_rollout_trips_its_whole_submission() -> None:
     good, bad = np.full(len(CHEATS), -2.0), np.full(len(CHEATS), 9.0)
     assert tripped([("a", good), ("b", good), ("b", bad), ("c", good)]) == ["b"]
     assert tripped([]) == []
+
+
+def test_text_that_its_seed_does_not_give_trips_wherever_it_is_replayed(tiny_qwen, device) -> None:
+    engine_of = pytest.importorskip("farflung.engine.local").LocalEngine
+    engine = engine_of(tiny_qwen().to(device), eos_ids=[])
+    suspects = []
+    for name, shift in (("honest", 0), ("unseeded", 1000)):
+        asked = [Request((3, 4 + seed, 5), seed, 1.0, 16) for seed in range(4)]
+        said = engine.generate([replace(one, seed=one.seed + shift) for one in asked])
+        for one, done in zip(asked, said, strict=True):
+            text = one.prompt_ids, one.seed, done.ids
+            suspects.append(Suspect(f"{name}-{one.seed}", "0" * 64, name, *text, False, "torch-cpu-fp32"))
+    found = inspect(engine, suspects, 1.0, 16, Profiles(load_profile("torch-cpu-fp32")))
+    assert tripped((one.submission, one.log_ratios) for one in found) == ["unseeded"]
+    assert {one.logp.device.type for one in found} == {"cpu"}
+    assert [len(one.logp) for one in found] == [16] * 8
 
 
 # --- what all replays add up to --------------------------------------------------------------------------------------

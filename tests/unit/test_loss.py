@@ -1,6 +1,7 @@
 """Advantages and losses, worked by hand, and against each other where they must agree."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ from farflung.learner.loss import (
 )
 
 
+@pytest.fixture(autouse=True)
+def made_there(device: str) -> Iterator[None]:
+    """Tensors are made on each device in turn."""
+    with torch.device(device):
+        yield
+
+
 def loss_of(logp, old, adv, mask, *, total: float | None = None, **settings) -> tuple[torch.Tensor, LossParts]:
     return policy_loss(Sample(logp, old, adv, mask), Objective(**settings), total)
 
@@ -34,8 +42,11 @@ def one_token_loss(ratio: float, advantage: float, **settings) -> tuple[float, f
 def random_batch(seed: int = 3, spread: float = 1.0) -> tuple[torch.Tensor, ...]:
     """logp, old logp, advantages and mask of six rollouts."""
     generator = torch.Generator().manual_seed(seed)
-    logp, old = torch.randn(2, 6, 5, generator=generator) * spread
-    return logp, old, torch.randn(6, generator=generator), torch.rand(6, 5, generator=generator) < 0.5
+    logp, old = torch.randn(2, 6, 5, generator=generator, device="cpu") * spread
+    adv = torch.randn(6, generator=generator, device="cpu")
+    mask = torch.rand(6, 5, generator=generator, device="cpu") < 0.5
+    place = torch.get_default_device()
+    return logp.to(place), old.to(place), adv.to(place), mask.to(place)
 
 
 def gradient(logp, old, adv, mask, **settings) -> torch.Tensor:

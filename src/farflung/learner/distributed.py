@@ -107,13 +107,13 @@ class DistributedLearner:
         return self.learner.policy.masters(names)
 
     def tensors(self) -> Iterator[Named]:
-        """The published weights, in host memory: the masters in bfloat16."""
-        return ((name, self.learner.policy.rounded(tensor).cpu()) for name, tensor in self.masters())
+        """The published weights: the masters in bfloat16."""
+        return ((name, self.learner.policy.rounded(tensor)) for name, tensor in self.masters())
 
     def base(self) -> Iterator[Named]:
         """The published weights without their adapters; take all of them before anything else is asked."""
         self._tell(Adapters(is_base=True))
-        return ((name, tensor.cpu()) for name, tensor in self.learner.policy.base())
+        return self.learner.policy.base()
 
     def factors(self) -> list[Factors]:
         """The adapters as they are published. Raises WeightsError where one is not finite."""

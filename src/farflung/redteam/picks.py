@@ -30,7 +30,8 @@ def steer(model: Any, requests: Sequence[Request], ends: Callable[[list[int]], b
         for row, ids in enumerate(rows):
             ids_BT[row, : len(ids)] = torch.tensor(ids)  # what lies right of a position cannot reach it
         last_B = torch.tensor([len(ids) - 1 for ids in rows])
-        logits_BV = model(input_ids=ids_BT, use_cache=False).logits[torch.arange(len(rows)), last_B].float()
+        logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
+        logits_BV = logits_BTV[torch.arange(len(rows)), last_B].float().cpu()
         temperature_B1 = torch.tensor([max(requests[i].temperature, 1e-6) for i in live])[:, None]
         seeds, places = [requests[i].seed for i in live], [len(said[i]) for i in live]
         scores_BV = logits_BV / temperature_B1 + gumbel(seeds, places, logits_BV.shape[1])

@@ -8,6 +8,7 @@ Legend: B rollouts of a micro-batch, T positions of their completions, N tokens 
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from farflung.learner.pack import Rollout, pack
 from farflung.protocol.errors import WeightsError
 
 Logp = dict[int, torch.Tensor]
-"""By the index of a rollout, the log-probability of each of its model tokens, float32 (N,)."""
+"""By the index of a rollout, the log-probability of each of its model tokens, float32 (N,), on the CPU."""
 
 
 def stale(rollouts: Sequence[Rollout], present: int) -> dict[int, list[int]]:
@@ -37,7 +38,7 @@ def behaviour(model: PreTrainedModel, rollouts: Sequence[Rollout], which: Sequen
     """Log-probabilities of some rollouts under a model, `tokens` at a time."""
     kind, found = find_kind(model), {}
     for micro in pack([rollouts[index] for index in which], tokens, is_shared=kind.can_share):
-        logp_BT, _ = logp_entropy_BT(model, micro, kind, lambda: torch.autocast("cpu", enabled=False))
+        logp_BT = logp_entropy_BT(model, micro, kind, nullcontext)[0].cpu()
         for b, place in enumerate(micro.index):
             found[which[place]] = logp_BT[b][micro.mask_BT[b]]
     return found

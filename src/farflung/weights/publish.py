@@ -180,7 +180,9 @@ class Publisher:
         return described, {"shards": shards, "adapters": named}
 
     def _split(self, tensors: Iterable[Named]) -> Iterable[Named]:
-        return split(tensors) if self.in_parts else tensors
+        """On the CPU, each copied there once: what is kept of a step takes no memory of the trainer's device."""
+        here = ((name, tensor.cpu()) for name, tensor in tensors)
+        return split(here) if self.in_parts else here
 
     def _difference(self, chunk: list[Named]) -> bytes:
         return delta.encode([_ints(self._base[name]) for name, _ in chunk], [_ints(tensor) for _, tensor in chunk])
@@ -199,7 +201,7 @@ class Publisher:
 async def _whole(tensors: Iterable[Named]) -> AsyncIterator[bytes]:
     """The shards of whole tensors."""
     for chunk in _chunks(tensors):
-        yield await asyncio.to_thread(save, {name: tensor.contiguous() for name, tensor in chunk})
+        yield await asyncio.to_thread(save, {name: tensor.cpu().contiguous() for name, tensor in chunk})
 
 
 def _describe_all(chunk: list[Named], shard: int) -> list[Tensor]:
