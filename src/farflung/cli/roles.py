@@ -108,7 +108,7 @@ class Generating:
     Parameters
     ----------
     slots
-        Rollouts generated at once.
+        Rollouts generated at once; 0 for as many as the device has room for.
     threads
         Torch threads.
     device
@@ -125,7 +125,7 @@ class Generating:
         Port on 127.0.0.1 for Prometheus; 0 for none.
     """
 
-    slots: int = 64
+    slots: int = 0
     threads: int = 1
     device: str = "auto"
     engine: Literal["local", "vllm"] = "local"
@@ -253,7 +253,7 @@ def join(
     disk_gb
         Most disk for weights; 0 for no bound but what is free.
     memory_gb
-        Most memory for the model; 0 for half of the machine's.
+        Most memory of the device; 0 for half of a machine's, 0.9 of a card's that is free.
     context
         Longest prompt and completion taken, in tokens; 0 for no limit.
     unchecked

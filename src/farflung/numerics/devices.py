@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from farflung.protocol.errors import ConfigError
@@ -29,8 +30,11 @@ class Blocks(NamedTuple):
 _OF_CPU = Blocks(noise=1 << 18, scores=1 << 20, logits=1 << 26, head_logits=1 << 23)
 """As many as stay in or near a processor's caches: to hash 64 x 49,152 at once takes twice as long. In small blocks
 threads wait for each other (to choose takes two cores 10.1, 7.7 and 7.2 ms with 2^17, 2^18 and 2^19)."""
-_OF_ACCELERATOR = Blocks(noise=1 << 28, scores=1 << 28, logits=1 << 29, head_logits=1 << 27)
-"""A kernel takes as long to start as to work through a million values, so as many as memory can well spare: 1 GiB."""
+_OF_ACCELERATOR = Blocks(noise=1 << 26, scores=1 << 26, logits=1 << 28, head_logits=1 << 27)
+"""A kernel takes as long to start as to work through a million values, and seven buffers of scores are there at once:
+so 256 MiB each, which holds a decoding step of 256 rows of 152,064 and which a card of 12 GB can spare."""
+OF_PROCESSOR, OF_ACCELERATOR = 0.5, 0.9
+"""Share of a machine's memory, and of what is free on an accelerator, that a node takes at most by default."""
 
 
 def blocks(device: torch.device | str) -> Blocks:
@@ -94,6 +98,23 @@ def accelerator(device: torch.device) -> Accelerator:
         return Accelerator(str(device), 0)
     properties = module.get_device_properties(device)
     return Accelerator(f"{properties.name} ({device})", properties.total_memory)
+
+
+def room_bytes(device: torch.device, memory_gb: float = 0.0) -> int:
+    """Memory of a device that a node may take: `memory_gb`, or a share of it, and no more than is free now."""
+    asked = int(memory_gb * 1e9)
+    if device.type == "cpu":
+        memory = psutil.virtual_memory()
+        return min(asked or int(memory.total * OF_PROCESSOR), memory.available)
+    free = int(_free_bytes(device) * OF_ACCELERATOR)
+    return min(asked, free) if asked else free
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    module = torch.get_device_module(device)
+    return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else accelerator(device).memory_bytes
 
 
 def say(role: str, device: torch.device, setting: str) -> None:

@@ -56,7 +56,7 @@ async def join(
         f"{machine.cpu}, {machine.cores} cores, {machine.memory_bytes / 1e9:.1f} GB, {benchmark(settings):.0f} GFLOP/s"
     )
     if is_checked:
-        await _preflight(console, url, folder, root)
+        await _preflight(console, url, folder, root, settings)
     worker = Worker(url, key, folder, settings, run=run, root=root, name=name, invite=invite)
     try:
         await worker.run()
@@ -64,9 +64,9 @@ async def join(
         await tell_earnings(console, url, key.id)
 
 
-async def _preflight(console: Console, url: str, folder: Path, root: bytes | None) -> None:
+async def _preflight(console: Console, url: str, folder: Path, root: bytes | None, settings: WorkerSection) -> None:
     ill = 0
-    async for finding in doctor.examine(url, folder, root, is_joining=True):
+    async for finding in doctor.examine(url, folder, root, settings, is_joining=True):
         doctor.show(console, finding)
         ill += not finding.is_well
     if ill:
