@@ -72,10 +72,12 @@ class Worker:
         wrap: Wrap = lambda engine: engine,
         patience_s: float = 60.0,
         invite: str = "",
+        expected_tokens_per_s: float = 0.0,
     ) -> None:
         self.client = Client(url, key, patience_s=patience_s)
         self.key, self.folder, self.settings, self.name, self.wrap = key, folder, settings, name, wrap
         self._run, self._root, self._invite = run, root, invite
+        self._expected = expected_tokens_per_s
         self.is_stopping = False
         self.slots = 0
         self.session: Session
@@ -112,7 +114,7 @@ class Worker:
             engine=self.settings.engine,
             invite=self._invite,
             profile=self.settings.profile,
-            machine=hardware(*accelerator(self.device)),
+            machine=hardware(*accelerator(self.device), self._expected),
         )
         dtype, bits = arithmetic(self.settings.profile or self.session.info.profile)
         config = await fetch_model_config(self.session)

@@ -22,7 +22,7 @@ from farflung.engine.config_check import BUILD_S, metered
 from farflung.engine.cpu.attention import HELD_IN
 from farflung.engine.cpu.matmul import MOST_PACKED
 from farflung.engine.loading import build
-from farflung.numerics.devices import accelerator, blocks, present, room_bytes
+from farflung.numerics.devices import accelerator, blocks, name_of, present, room_bytes
 from farflung.numerics.trying import FAULTS
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.messages import RunInfo
@@ -83,8 +83,7 @@ class Place(NamedTuple):
 
 def place(device: torch.device, memory_gb: float = 0.0) -> Place:
     """A device of this machine as it is now; `memory_gb` is the most that may be taken of it, 0 for a share."""
-    name, _ = accelerator(device)
-    return Place(name or "this machine's memory", str(device), room_bytes(device, memory_gb))
+    return Place(accelerator(device).name or "this machine's memory", str(device), room_bytes(device, memory_gb))
 
 
 def elsewhere(device: torch.device) -> Iterator[Place]:
@@ -253,7 +252,7 @@ def slots_on(
 
 def _misfit(size: Size, place: Place, text: Text, rows: int) -> str:
     return (
-        f"the run's model takes {_gb(held_bytes(size, place.kind))} in {_name(size.dtype)}, and with {rows} "
+        f"the run's model takes {_gb(held_bytes(size, place.kind))} in {name_of(size.dtype)}, and with {rows} "
         f"rollout{'s' * (rows > 1)} of {text.tokens:,} tokens at once {_gb(needed_bytes(size, place.kind, text, rows))}"
         f"; {place.name} has {_gb(place.bytes)} for it"
     )
@@ -294,10 +293,6 @@ def _longest(size: Size, place: Place, text: Text) -> int:
 
 def _has_room(size: Size, place: Place, text: Text, tokens: int) -> bool:
     return tokens < text.tokens and most_rows(size, place, shortened(text, tokens)) > 0
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _gb(size_bytes: int) -> str:

@@ -63,7 +63,13 @@ async def greet(client: Client) -> Index:
     return index
 
 
-def hardware(accelerator: str = "", accelerator_bytes: int = 0) -> Hardware:
+def hardware(
+    accelerator: str = "",
+    accelerator_bytes: int = 0,
+    driver: str = "",
+    precision: str = "",
+    expected_tokens_per_s: float = 0.0,
+) -> Hardware:
     """This machine, as it is shown to people, with the accelerator that is used if one is."""
     return Hardware(
         cpu=_shown(platform.processor() or platform.machine()),
@@ -71,6 +77,9 @@ def hardware(accelerator: str = "", accelerator_bytes: int = 0) -> Hardware:
         memory_bytes=psutil.virtual_memory().total,
         accelerator=_shown(accelerator),
         accelerator_bytes=accelerator_bytes,
+        driver=_shown(driver),
+        precision=_shown(precision),
+        expected_tokens_per_s=expected_tokens_per_s,
     )
 
 

@@ -1,12 +1,14 @@
 """Devices: the one that a setting names, what a machine has, and how much to do at once on each kind."""
 
 import logging
+import platform
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import psutil
 import torch
 
+from farflung.numerics.train_precision import compute_dtype
 from farflung.protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -85,19 +87,44 @@ class Accelerator(NamedTuple):
 
     name: str
     memory_bytes: int
+    driver: str
+    precision: str
 
 
 def accelerator(device: torch.device) -> Accelerator:
-    """Name and memory of a device; nothing of a processor."""
+    """A device with its driver and precision; of a processor only the precision."""
+    return Accelerator(*_named(device), _driver(device), name_of(compute_dtype("auto", device)[0]))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A type as people write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _named(device: torch.device) -> tuple[str, int]:
     if device.type == "mps":
-        return Accelerator("Apple GPU (mps)", torch.mps.recommended_max_memory())
+        return "Apple GPU (mps)", torch.mps.recommended_max_memory()
     if device.type == "cpu":
-        return Accelerator("", 0)
+        return "", 0
     module = torch.get_device_module(device)
     if not hasattr(module, "get_device_properties"):
-        return Accelerator(str(device), 0)
+        return str(device), 0
     properties = module.get_device_properties(device)
-    return Accelerator(f"{properties.name} ({device})", properties.total_memory)
+    return f"{properties.name} ({device})", properties.total_memory
+
+
+def _driver(device: torch.device) -> str:
+    """What torch is built for, and what the driver here is good for."""
+    if device.type == "mps":
+        return f"macOS {platform.mac_ver()[0]}"
+    if device.type == "xpu":
+        return f"oneAPI, driver {torch.xpu.get_device_properties(device).driver_version}"
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    known = torch._C._cuda_getDriverVersion()  # 12080 for CUDA 12.8
+    return f"CUDA {torch.version.cuda}, driver for {known // 1000}.{known % 1000 // 10}"
 
 
 def room_bytes(device: torch.device, memory_gb: float = 0.0) -> int:
@@ -119,7 +146,7 @@ def _free_bytes(device: torch.device) -> int:
 
 def say(role: str, device: torch.device, setting: str) -> None:
     """Log what a role computes on, and loudly what it leaves unused."""
-    name, memory_bytes = accelerator(device)
+    name, memory_bytes, *_ = accelerator(device)
     log.info("%s computes on=%s %s", role, device, f"{name} memory_gb={memory_bytes / 1e9:.1f}" if name else "")
     others = [other for other in present() if not other.startswith(device.type)]
     if device.type == "cpu" and others:

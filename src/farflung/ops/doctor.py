@@ -34,6 +34,8 @@ class Finding:
     is_well: bool
     text: str
     mend: str = ""
+    figure: float = 0.0
+    """Tokens a second that are expected, if that is what was found."""
 
 
 async def doctor(url: str, folder: Path, root: bytes | None) -> bool:
@@ -61,10 +63,12 @@ async def examine(
 
     A node that joins tries its arithmetic as a worker, and not here.
     """
-    for check in (_python, _torch, lambda: _key(folder), lambda: _disk(folder, 0), _ports):
+    settings = settings or WorkerSection()
+    checks = (_python, _torch, lambda: _device(settings), lambda: _key(folder), lambda: _disk(folder, 0), _ports)
+    for check in checks:
         yield check()
     if url:
-        async for finding in _remote(url, folder, root, settings or WorkerSection(), is_joining=is_joining):
+        async for finding in _remote(url, folder, root, settings, is_joining=is_joining):
             yield finding
 
 
@@ -80,6 +84,17 @@ def _torch() -> Finding:
     except PackageNotFoundError as error:
         return Finding("torch", False, f"{error.name} is missing", "pip install 'farflung[learn]'")
     return Finding("torch", True, found)
+
+
+def _device(settings: WorkerSection) -> Finding:
+    try:
+        from farflung.ops.machine import device  # torch takes seconds, and may be missing
+
+        return Finding("device", True, device(settings))
+    except ImportError as error:
+        return Finding("device", False, f"cannot be looked at without {error.name}", "pip install 'farflung[learn]'")
+    except FarflungError as error:
+        return Finding("device", False, str(error), "choose another with --device")
 
 
 def _key(folder: Path) -> Finding:
@@ -164,7 +179,8 @@ async def _run(
         return
     yield Finding("descriptor", True, f"run {run!r} is vouched for by root {node_id(answer.root)}")
     session = Session(client, run, answer.root, checked)
-    yield await _capacity(session, settings)
+    async for finding in _capacity(session, settings):
+        yield finding
     if not status.latest.manifest:
         yield Finding("weights", True, "none published yet")
         return
@@ -177,14 +193,20 @@ async def _run(
         yield await _numerics(session, folder, status.latest.manifest)
 
 
-async def _capacity(session: Session, settings: WorkerSection) -> Finding:
-    """Whether the run's model fits this machine, before anything of it is fetched."""
-    from farflung.ops.machine import capacity  # torch takes seconds
+async def _capacity(session: Session, settings: WorkerSection) -> AsyncIterator[Finding]:
+    """Whether the run's model fits this machine, and how fast it would be, before anything of it is fetched."""
+    from farflung.ops.machine import Machine  # torch takes seconds
 
+    machine = Machine(session, settings)
     try:
-        return Finding("room", True, await capacity(session, settings))
+        yield Finding("room", True, await machine.capacity())
+        expected = await machine.expected_tokens_per_s()
     except FarflungError as error:
-        return Finding("room", False, str(error), "choose what would fit, or join another run")
+        yield Finding("room", False, str(error), "choose what would fit, or join another run")
+        return
+    if expected:
+        sentence = f"{expected:,.0f} tokens/s expected, as measured for short answers with weights that are made up"
+        yield Finding("speed", True, sentence, figure=expected)
 
 
 async def _numerics(session: Session, folder: Path, manifest: str) -> Finding:

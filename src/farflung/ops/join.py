@@ -55,22 +55,25 @@ async def join(
     console.print(
         f"{machine.cpu}, {machine.cores} cores, {machine.memory_bytes / 1e9:.1f} GB, {benchmark(settings):.0f} GFLOP/s"
     )
-    if is_checked:
-        await _preflight(console, url, folder, root, settings)
-    worker = Worker(url, key, folder, settings, run=run, root=root, name=name, invite=invite)
+    expected = await _preflight(console, url, folder, root, settings) if is_checked else 0.0
+    options = {"run": run, "root": root, "name": name, "invite": invite, "expected_tokens_per_s": expected}
+    worker = Worker(url, key, folder, settings, **options)
     try:
         await worker.run()
     finally:
         await tell_earnings(console, url, key.id)
 
 
-async def _preflight(console: Console, url: str, folder: Path, root: bytes | None, settings: WorkerSection) -> None:
-    ill = 0
+async def _preflight(console: Console, url: str, folder: Path, root: bytes | None, settings: WorkerSection) -> float:
+    """Show every finding; gives the tokens a second that are expected. Raises ConfigError if one is in the way."""
+    ill, expected = 0, 0.0
     async for finding in doctor.examine(url, folder, root, settings, is_joining=True):
         doctor.show(console, finding)
         ill += not finding.is_well
+        expected = max(expected, finding.figure)
     if ill:
         raise ConfigError(f"{ill} checks failed; mend them, or join all the same with --unchecked")
+    return expected
 
 
 def benchmark(settings: WorkerSection) -> float:

@@ -15,6 +15,12 @@ class Hardware(Message, frozen=True):
     memory_bytes: Count = 0
     accelerator: Name = ""
     accelerator_bytes: Count = 0
+    driver: Name = ""
+    """The driver of the accelerator, and what torch is built for."""
+    precision: Name = ""
+    """The shortest type that the device computes in without emulation."""
+    expected_tokens_per_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    """As the node measured it for short answers before it worked; 0 if it did not."""
 
 
 class Register(Message, frozen=True):
