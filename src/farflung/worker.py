@@ -57,7 +57,10 @@ Wrap = Callable[[Engine], Engine]
 
 
 class Worker:
-    """One worker. `wrap` may replace its engine, which is how adversaries are made for tests."""
+    """One worker. `wrap` may replace its engine, which is how adversaries are made for tests.
+
+    `part` numbers the processes that work under one key and share a folder; None for a worker alone.
+    """
 
     def __init__(
         self,
@@ -73,11 +76,13 @@ class Worker:
         patience_s: float = 60.0,
         invite: str = "",
         expected_tokens_per_s: float = 0.0,
+        part: int | None = None,
     ) -> None:
         self.client = Client(url, key, patience_s=patience_s)
         self.key, self.folder, self.settings, self.name, self.wrap = key, folder, settings, name, wrap
         self._run, self._root, self._invite = run, root, invite
-        self._expected = expected_tokens_per_s
+        self._expected, self._part = expected_tokens_per_s, part
+        self._devices = 1 if part is None else max(1, settings.processes)
         self.is_stopping = False
         self.slots = 0
         self.session: Session
@@ -114,8 +119,9 @@ class Worker:
             engine=self.settings.engine,
             invite=self._invite,
             profile=self.settings.profile,
-            machine=hardware(*accelerator(self.device), self._expected),
+            machine=hardware(*accelerator(self.device), self._expected, self._devices),
         )
+        self.session.device = self._part or 0
         dtype, bits = arithmetic(self.settings.profile or self.session.info.profile)
         config = await fetch_model_config(self.session)
         info, settings = self.session.info, self.settings
@@ -129,9 +135,10 @@ class Worker:
             limit_bytes=int(self.settings.disk_gb * 1e9),
             upstream=self.settings.upstream,
             patch=patch,
+            share=self._part,
         )
         self.loaded = Loaded(self.engine, self.weights, bits=bits, stats=self.session.stats)
-        self._receipts = Receipts(self.folder)
+        self._receipts = Receipts(self.folder, self._part)
         await self.session.heartbeat()
 
     def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
@@ -191,7 +198,8 @@ class Worker:
         self.session.stats.phase = "waiting"
         figures = self.session.stats
         slots = min(WAVES * self.slots, MAX_SAMPLES)
-        ask = LeaseRequest(loaded_step=figures.loaded_step, slots=slots, context=self.settings.context, wait_s=WAIT_S)
+        fields = {"loaded_step": figures.loaded_step, "slots": slots, "device": self.session.device}
+        ask = LeaseRequest(**fields, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
         self.weights.prefetch()

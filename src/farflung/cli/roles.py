@@ -113,6 +113,8 @@ class Generating:
         Torch threads.
     device
         What it computes on: auto for the best there is, cpu, cuda, cuda:N, mps or xpu.
+    processes
+        Processes under one key, each on a device; 0 for one on each accelerator of the machine.
     engine
         The engine that generates: this process, or a vLLM server.
     engine_url
@@ -128,6 +130,7 @@ class Generating:
     slots: int = 0
     threads: int = 1
     device: str = "auto"
+    processes: int = 0
     engine: Literal["local", "vllm"] = "local"
     engine_url: str = WorkerSection().engine_url
     profile: str = ""
@@ -173,7 +176,7 @@ def worker(
     start_computing(json)
     key = _key_in(folder)
     asyncio.run(_meet(url, key, patience_s))
-    from farflung.worker import Worker
+    from farflung.ops.several import run_node
 
     pinned = bytes.fromhex(root) if root else None
     settings = WorkerSection(**asdict(how))
@@ -187,7 +190,7 @@ def worker(
             own = RelaySection(host="0.0.0.0", port=relay_port, public_url=relay_url)
             address = stack.enter_context(relay_beside(url, folder, own, **options))
             settings = settings.model_copy(update={"upstream": (address,)})
-        asyncio.run(Worker(url, key, folder, settings, patience_s=patience_s, **options).run())
+        asyncio.run(run_node(url, key, folder, settings, {"patience_s": patience_s} | options, is_json=json))
 
 
 def _enter(settings: Config, role: str = "") -> None:
@@ -265,7 +268,8 @@ def join(
 
     start_computing(json)
     settings = WorkerSection(**asdict(how), disk_gb=disk_gb, memory_gb=memory_gb, context=context)
-    asyncio.run(join_run(address, folder, settings, name=name, run=run, invite=invite, is_checked=not unchecked))
+    options = {"name": name, "run": run, "invite": invite, "is_json": json}
+    asyncio.run(join_run(address, folder, settings, **options, is_checked=not unchecked))
 
 
 @app.command(group=ROLES)

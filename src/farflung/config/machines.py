@@ -38,6 +38,9 @@ class WorkerSection(Section):
     device: str = setting(
         "auto", "What it computes on: auto for the best there is, cpu, cuda, cuda:N, mps or xpu.", pattern=DEVICE
     )
+    processes: int = setting(
+        0, "Processes that work under one key, each on a device; 0 for one on each accelerator here.", ge=0, le=64
+    )
     threads: int = setting(1, "Torch threads.", ge=1)
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1, is_advanced=True)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)

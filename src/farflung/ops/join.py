@@ -13,11 +13,11 @@ from farflung.launch.terminal import Terminal
 from farflung.net.client import Client
 from farflung.net.session import Index, hardware
 from farflung.ops import doctor
+from farflung.ops.several import run_node
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import KEY_BYTES, Key, readable_name
 from farflung.protocol.messages import NodeView, Status
 from farflung.protocol.shown import one_line
-from farflung.worker import Worker
 
 BENCHMARK_S = 0.5
 SIZE = 768
@@ -42,7 +42,15 @@ def parse(address: str) -> tuple[str, bytes | None]:
 
 
 async def join(
-    address: str, folder: Path, settings: WorkerSection, *, name: str, run: str, invite: str, is_checked: bool
+    address: str,
+    folder: Path,
+    settings: WorkerSection,
+    *,
+    name: str,
+    run: str,
+    invite: str,
+    is_checked: bool,
+    is_json: bool = False,
 ) -> None:
     """Check, work, and tell what came of it. Raises ConfigError if the machine cannot take part."""
     url, root = parse(address)
@@ -57,9 +65,8 @@ async def join(
     )
     expected = await _preflight(console, url, folder, root, settings) if is_checked else 0.0
     options = {"run": run, "root": root, "name": name, "invite": invite, "expected_tokens_per_s": expected}
-    worker = Worker(url, key, folder, settings, **options)
     try:
-        await worker.run()
+        await run_node(url, key, folder, settings, options, is_json=is_json)
     finally:
         await tell_earnings(console, url, key.id)
 
