@@ -431,7 +431,7 @@ ALIASES = {
 """Names that the messages give to types, with what they stand for."""
 NO_LINE_FEED = r"(?!\n)$"
 """How Python says that nothing follows; elsewhere `$` says it."""
-LIMITS = {name: getattr(messages, name) for name in ("MAX_TOKENS", "MAX_SAMPLES", "MOST_END_TOKENS")}
+LIMITS = {name: getattr(messages, name) for name in ("MAX_TOKENS", "MAX_SAMPLES", "MOST_END_TOKENS", "MOST_DEVICES")}
 
 
 def message_types() -> dict[str, ast.ClassDef]:

@@ -458,8 +458,8 @@ class House:
     def _check_owners(self) -> None:
         live = self.rows(sa.select(ROLLOUTS.c.group, ROLLOUTS.c.sample).where(ROLLOUTS.c.status.in_(LIVE_ROLLOUT)))
         assert max(Counter(tuple(row) for row in live).values(), default=1) == 1, "a sample has two live rollouts"
-        holders = self.rows(sa.select(LEASES.c.node).where(LEASES.c.status == "open"))
-        assert max(Counter(row[0] for row in holders).values(), default=1) == 1, "a node has two open leases"
+        holders = self.rows(sa.select(LEASES.c.node, LEASES.c.device).where(LEASES.c.status == "open"))
+        assert max(Counter(map(tuple, holders)).values(), default=1) == 1, "a device has two open leases"
         leased = self.rows(
             sa.select(ROLLOUTS.c.rollout, LEASES.c.status)
             .join(LEASES, LEASES.c.lease == ROLLOUTS.c.lease)

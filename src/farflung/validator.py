@@ -7,10 +7,13 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from farflung.audits import replay_audits
 from farflung.config import ValidatorSection
 from farflung.engine.arithmetic import rounded
 from farflung.engine.base import Completion
+from farflung.engine.fit import longest, slots_on
 from farflung.engine.local import LocalEngine
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
@@ -22,7 +25,7 @@ from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
-from farflung.weights.tensors import empty_engine, tensors
+from farflung.weights.tensors import empty_engine, fetch_model_config, tensors
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.5
@@ -70,7 +73,10 @@ class Validator:
         say("validator", device, self.settings.device)
         names = {"run": self._run, "root": self._root, "name": self.name, "machine": hardware(*accelerator(device))}
         self.session = await Session.open(self.client, "validator", engine="local", **names)
-        rows, threads = self.settings.slots, self.settings.threads
+        config, info = await fetch_model_config(self.session), self.session.info
+        text, most = longest(info), self.settings.slots
+        rows = await asyncio.to_thread(slots_on, device, config, getattr(torch, info.dtype), text, most=most)
+        threads = self.settings.threads
         self.engine = await empty_engine(self.session, threads=threads, max_rows=rows, device=device)
         self.weights = Versions(self.session, self.folder / "weights", use_relays=False, patch=patch)
         self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)

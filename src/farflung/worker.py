@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 
 from farflung.audits import self_test
@@ -15,7 +14,7 @@ from farflung.config import WorkerSection
 from farflung.config.tree import WAVES
 from farflung.engine.arithmetic import arithmetic
 from farflung.engine.base import Completion, Engine
-from farflung.engine.loading import model_bytes
+from farflung.engine.fit import node_slots
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.net.client import Client
@@ -52,21 +51,16 @@ USED, LONG_S = 0.95, 60.0
 """So much of a lease's time is used, then complete rollouts are handed in; of a short one all, for clocks differ."""
 AWAY_S, MOST_AWAY_S = 2.0, 60.0
 """Waits for an engine that does not answer, at first and at most."""
-MOST_OF_ACCELERATOR = 0.8
-"""Share of an accelerator's memory that weights may take; caches and logits need the rest."""
 CATCH_UP_S = 10.0
 """How far a paced worker may have fallen behind its pace, by faults not its own, and still make up for it."""
 Wrap = Callable[[Engine], Engine]
 
 
-def refuse_oversize(config: bytes, dtype: torch.dtype, memory_gb: float, accelerator_bytes: int = 0) -> None:
-    """Raise WeightsError before memory is taken for a model that this machine, or its accelerator, should not hold."""
-    limit = memory_gb * 1e9 or accelerator_bytes * MOST_OF_ACCELERATOR or psutil.virtual_memory().total / 2
-    model_bytes(config, dtype, limit)
-
-
 class Worker:
-    """One worker. `wrap` may replace its engine, which is how adversaries are made for tests."""
+    """One worker. `wrap` may replace its engine, which is how adversaries are made for tests.
+
+    `part` numbers the processes that work under one key and share a folder; None for a worker alone.
+    """
 
     def __init__(
         self,
@@ -81,11 +75,16 @@ class Worker:
         wrap: Wrap = lambda engine: engine,
         patience_s: float = 60.0,
         invite: str = "",
+        expected_tokens_per_s: float = 0.0,
+        part: int | None = None,
     ) -> None:
         self.client = Client(url, key, patience_s=patience_s)
         self.key, self.folder, self.settings, self.name, self.wrap = key, folder, settings, name, wrap
         self._run, self._root, self._invite = run, root, invite
+        self._expected, self._part = expected_tokens_per_s, part
+        self._devices = 1 if part is None else max(1, settings.processes)
         self.is_stopping = False
+        self.slots = 0
         self.session: Session
         self.engine: Engine
         self.weights: Versions
@@ -120,11 +119,14 @@ class Worker:
             engine=self.settings.engine,
             invite=self._invite,
             profile=self.settings.profile,
-            machine=hardware(*accelerator(self.device)),
+            machine=hardware(*accelerator(self.device), self._expected, self._devices),
         )
+        self.session.device = self._part or 0
         dtype, bits = arithmetic(self.settings.profile or self.session.info.profile)
         config = await fetch_model_config(self.session)
-        refuse_oversize(config, dtype, self.settings.memory_gb, accelerator(self.device).memory_bytes)
+        info, settings = self.session.info, self.settings
+        self.slots = await asyncio.to_thread(node_slots, settings, info, self.device, config, dtype)
+        log.info("room for slots=%d", self.slots)
         self.engine = self.wrap(self._engine(config, dtype, await fetch_stops(self.session)))
         self.weights = Versions(
             self.session,
@@ -133,16 +135,17 @@ class Worker:
             limit_bytes=int(self.settings.disk_gb * 1e9),
             upstream=self.settings.upstream,
             patch=patch,
+            share=self._part,
         )
         self.loaded = Loaded(self.engine, self.weights, bits=bits, stats=self.session.stats)
-        self._receipts = Receipts(self.folder)
+        self._receipts = Receipts(self.folder, self._part)
         await self.session.heartbeat()
 
     def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         settings, eos_ids = self.settings, self.session.info.eos_ids
         if settings.engine == "vllm":
             folder = self.folder / "vllm"
-            return VllmEngine(settings.engine_url, folder, eos_ids=eos_ids, stops=stops, max_rows=settings.slots)
+            return VllmEngine(settings.engine_url, folder, eos_ids=eos_ids, stops=stops, max_rows=self.slots)
         return LocalEngine.from_folder(
             config,
             dtype=dtype,
@@ -150,7 +153,7 @@ class Worker:
             device=self.device,
             eos_ids=eos_ids,
             stops=stops,
-            max_rows=settings.slots,
+            max_rows=self.slots,
         )
 
     async def _prepare(self) -> None:
@@ -194,8 +197,9 @@ class Worker:
         """One lease, from asking to handing in."""
         self.session.stats.phase = "waiting"
         figures = self.session.stats
-        slots = min(WAVES * self.settings.slots, MAX_SAMPLES)
-        ask = LeaseRequest(loaded_step=figures.loaded_step, slots=slots, context=self.settings.context, wait_s=WAIT_S)
+        slots = min(WAVES * self.slots, MAX_SAMPLES)
+        fields = {"loaded_step": figures.loaded_step, "slots": slots, "device": self.session.device}
+        ask = LeaseRequest(**fields, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
         self.weights.prefetch()

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from farflung.engine.config_check import metered
-from farflung.engine.loading import model_bytes, read_config
+from farflung.engine.fit import measure
+from farflung.engine.loading import read_config
 from farflung.protocol.errors import ConfigError, FarflungError, WeightsError
-from farflung.worker import refuse_oversize
 
 BASE = Path(__file__).parents[2] / "examples" / "base"
 SMALL = json.loads((BASE / "config.json").read_text())
@@ -23,10 +23,9 @@ def config(**changes: Any) -> bytes:
 
 
 def test_an_honest_config_is_measured() -> None:
-    model_bytes(BASE, torch.float32)
-    need = model_bytes(config(), torch.float32)
-    assert 0 < need == 2 * model_bytes(config(), torch.bfloat16)
-    refuse_oversize(config(), torch.float32, 1.0)
+    measure(BASE, torch.float32)
+    whole, half = (measure(config(), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert 0 < 4 * whole.parameters == 2 * 2 * half.parameters <= whole.weights_bytes
 
 
 @pytest.mark.parametrize(
@@ -46,7 +45,7 @@ def test_an_honest_config_is_measured() -> None:
 def test_a_config_beyond_all_models_is_refused_before_anything_is_built(changes: dict[str, Any], word: str) -> None:
     since = time.monotonic()
     with pytest.raises(ConfigError, match=word):
-        refuse_oversize(config(**changes), torch.float32, 4.0)
+        measure(config(**changes), torch.float32)
     assert time.monotonic() - since < 1
 
 
@@ -64,19 +63,19 @@ def test_nested_json_is_one_sentence(depth: int, brackets: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_hidden_layers": 500, "layer_types": None, "hidden_size": 8192, "intermediate_size": 65536},
+        {"num_hidden_layers": 500, "layer_types": None, "hidden_size": 16384, "intermediate_size": 131072},
         {"vocab_size": 2**31 - 1, "hidden_size": 8192},
     ],
 )
 def test_a_model_too_large_is_refused_while_it_grows(changes: dict[str, Any]) -> None:
     since = time.monotonic()
-    with pytest.raises(WeightsError, match="allow more with --memory-gb"):
-        refuse_oversize(config(**changes), torch.float32, 1.0)
+    with pytest.raises(WeightsError, match="more than any that is known"):
+        measure(config(**changes), torch.float32)
     assert time.monotonic() - since < 5
 
 
 def test_tables_that_are_no_parameters_count_too() -> None:
-    with pytest.raises(WeightsError, match="allow more"), metered(1000), torch.device("meta"):
+    with pytest.raises(WeightsError, match="more than any"), metered(1000), torch.device("meta"):
         torch.nn.Module().register_buffer("mask", torch.empty(1000))
 
 
@@ -91,4 +90,4 @@ def test_tables_that_are_no_parameters_count_too() -> None:
 )  # fmt: skip
 def test_an_odd_config_builds_or_is_an_error_of_ours(changes: dict[str, Any]) -> None:
     with contextlib.suppress(FarflungError):
-        refuse_oversize(config(**changes), torch.float32, 1.0)
+        measure(config(**changes), torch.float32)

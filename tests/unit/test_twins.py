@@ -51,3 +51,14 @@ def test_a_flood_of_keys_takes_no_more_memory() -> None:
     for number in range(MOST_NODES + 5):
         told(twins, (1.0, 0.0), node=f"n{number}")
     assert len(twins._lives) == MOST_NODES
+
+
+def test_processes_on_devices_of_their_own_are_no_twins_but_two_on_one_are() -> None:
+    twins, refused = Twins(), []
+    for number in range(12):
+        start, at = 1 + number % 3, 5.0 * number
+        try:
+            twins.check("n1", Heartbeat(started_at=float(start), phase="working", device=min(start, 2)), at)
+        except Conflict:
+            refused.append(start)
+    assert set(refused) == {2, 3}

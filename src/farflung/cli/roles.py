@@ -108,11 +108,13 @@ class Generating:
     Parameters
     ----------
     slots
-        Rollouts generated at once.
+        Rollouts generated at once; 0 for as many as the device has room for.
     threads
         Torch threads.
     device
         What it computes on: auto for the best there is, cpu, cuda, cuda:N, mps or xpu.
+    processes
+        Processes under one key, each on a device; 0 for one on each accelerator of the machine.
     engine
         The engine that generates: this process, or a vLLM server.
     engine_url
@@ -125,9 +127,10 @@ class Generating:
         Port on 127.0.0.1 for Prometheus; 0 for none.
     """
 
-    slots: int = 64
+    slots: int = 0
     threads: int = 1
     device: str = "auto"
+    processes: int = 0
     engine: Literal["local", "vllm"] = "local"
     engine_url: str = WorkerSection().engine_url
     profile: str = ""
@@ -173,7 +176,7 @@ def worker(
     start_computing(json)
     key = _key_in(folder)
     asyncio.run(_meet(url, key, patience_s))
-    from farflung.worker import Worker
+    from farflung.ops.several import run_node
 
     pinned = bytes.fromhex(root) if root else None
     settings = WorkerSection(**asdict(how))
@@ -187,7 +190,7 @@ def worker(
             own = RelaySection(host="0.0.0.0", port=relay_port, public_url=relay_url)
             address = stack.enter_context(relay_beside(url, folder, own, **options))
             settings = settings.model_copy(update={"upstream": (address,)})
-        asyncio.run(Worker(url, key, folder, settings, patience_s=patience_s, **options).run())
+        asyncio.run(run_node(url, key, folder, settings, {"patience_s": patience_s} | options, is_json=json))
 
 
 def _enter(settings: Config, role: str = "") -> None:
@@ -253,7 +256,7 @@ def join(
     disk_gb
         Most disk for weights; 0 for no bound but what is free.
     memory_gb
-        Most memory for the model; 0 for half of the machine's.
+        Most memory of the device; 0 for half of a machine's, 0.9 of a card's that is free.
     context
         Longest prompt and completion taken, in tokens; 0 for no limit.
     unchecked
@@ -265,7 +268,8 @@ def join(
 
     start_computing(json)
     settings = WorkerSection(**asdict(how), disk_gb=disk_gb, memory_gb=memory_gb, context=context)
-    asyncio.run(join_run(address, folder, settings, name=name, run=run, invite=invite, is_checked=not unchecked))
+    options = {"name": name, "run": run, "invite": invite, "is_json": json}
+    asyncio.run(join_run(address, folder, settings, **options, is_checked=not unchecked))
 
 
 @app.command(group=ROLES)

@@ -26,7 +26,11 @@ class WorkerSection(Section):
         "", "Numerics profile to compute in, one that the run admits; empty for the run's own.", is_advanced=True
     )
     slots: int = setting(
-        64, "Rollouts generated at once; a lease holds up to twice as many, which join as others end.", ge=1, le=4096
+        0,
+        "Rollouts generated at once, 0 for as many as its device has room for, at most 64 on a processor and 256 "
+        "elsewhere; a lease holds up to twice as many, which join as others end.",
+        ge=0,
+        le=4096,
     )
     pace_tokens_per_s: float = setting(
         0.0, "Most tokens generated in a second, on average; 0 for no limit.", ge=0, is_advanced=True
@@ -34,10 +38,15 @@ class WorkerSection(Section):
     device: str = setting(
         "auto", "What it computes on: auto for the best there is, cpu, cuda, cuda:N, mps or xpu.", pattern=DEVICE
     )
+    processes: int = setting(
+        0, "Processes that work under one key, each on a device; 0 for one on each accelerator here.", ge=0, le=64
+    )
     threads: int = setting(1, "Torch threads.", ge=1)
     keep_versions: int = setting(3, "Versions of the weights kept on disk.", ge=1, is_advanced=True)
     disk_gb: float = setting(0.0, "Most disk for weights; 0 for no bound but what is free.", ge=0)
-    memory_gb: float = setting(0.0, "Most memory for the model; 0 for half of the machine's.", ge=0)
+    memory_gb: float = setting(
+        0.0, "Most memory of its device that it takes; 0 for half of a machine's, 0.9 of a card's that is free.", ge=0
+    )
     upstream: tuple[str, ...] = setting(
         (), "Relays to fetch weights from; empty for those that the run lists.", is_advanced=True
     )

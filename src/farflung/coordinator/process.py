@@ -73,7 +73,8 @@ async def open_coordinator(config: Config, *, is_first: bool = True) -> Coordina
     database, blobs = Database(config.database_url), Blobs(config.blobs_url)
     options = {"receipts": signers["receipts"], "verdicts": signers["verdicts"]}
     run_ctx = await create_run(config, database, model, key, time.time(), **options)
-    descriptor = await seal_descriptor(config, blobs, model, key, ring, profiles.digests, run_ctx.stops)
+    longest = max((tokens for _, tokens in run_ctx.tasks), default=0)
+    descriptor = await seal_descriptor(config, blobs, model, key, ring, profiles.digests, run_ctx.stops, longest)
     archive = Archive(Blobs(config.submissions_url), model.tokenizer, config.generate.stop)
     if is_first:
         await damage.mend(database, run_ctx, blobs, archive.blobs, time.time())

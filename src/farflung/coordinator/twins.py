@@ -1,5 +1,7 @@
 """One key at work on two machines: the coordinator sees it by the heartbeats, which each process marks with its start.
 
+A machine of several devices has a process for each, which says which one it is.
+
 A process that is started again takes the place of the one before, for good. Where the one before comes back, both live:
 they do each piece of work twice, for one pay. Both are told, now and then, instead of an answer to a heartbeat.
 """
@@ -31,14 +33,14 @@ class Twins:
     """The traces of each node that this coordinator has seen."""
 
     def __init__(self) -> None:
-        self._lives: OrderedDict[str, _Lives] = OrderedDict()
+        self._lives: OrderedDict[tuple[str, int], _Lives] = OrderedDict()
 
     def check(self, node: str, heartbeat: Heartbeat, at: float) -> None:
         """Raises Conflict, once in a while, for each of two processes that share a key."""
         if heartbeat.phase == "gone":  # the last word of one that is replaced may come late
             return
-        lives = self._lives.setdefault(node, _Lives(heartbeat.started_at))
-        self._lives.move_to_end(node)
+        lives = self._lives.setdefault((node, heartbeat.device), _Lives(heartbeat.started_at))
+        self._lives.move_to_end((node, heartbeat.device))
         if len(self._lives) > MOST_NODES:
             self._lives.popitem(last=False)
         if heartbeat.started_at != lives.now:

@@ -74,8 +74,8 @@ def metered(limit_bytes: float) -> Iterator[Meter]:
         meter.bytes += tensor.numel() * tensor.element_size()
         if meter.bytes > limit_bytes:
             raise WeightsError(
-                f"the run's model takes more than the {limit_bytes / 1e9:.1f} GB of memory that this node allows; "
-                "allow more with --memory-gb, or join another run"
+                f"the run's model takes more than {limit_bytes / 1e9:,.1f} GB, more than any that is known; "
+                "join another run"
             )
         if meter.tensors > TENSORS or time.monotonic() - since > BUILD_S:
             raise WeightsError(

@@ -1,16 +1,18 @@
 """Builds a model from its configuration alone and fills it strictly from named tensors."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules import module
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from farflung.engine.config_check import check_config, metered
+from farflung.engine.config_check import check_config
 from farflung.numerics.making import ODD, with_attention
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
@@ -19,23 +21,45 @@ _NEVER = ("auto_map", "quantization_config")
 """Keys that would make transformers look for foreign Python code or repack the weights."""
 
 
-def build(config: Path | str | bytes, dtype: torch.dtype) -> PreTrainedModel:
+def build(config: Path | str | bytes, dtype: torch.dtype, device: torch.device | str | None = None) -> PreTrainedModel:
     """A model of the architecture that `config.json` (its bytes, or the folder it is in) describes.
 
-    Its weights are whatever lay in memory: drawing 135 million takes two seconds, and others come in their place. Only
-    classes inside transformers are considered: no remote code. Raises ConfigError.
+    Its weights are whatever lay in memory: drawing 135 million takes two seconds, and others come in their place. They
+    are on `device` from the start. Only classes inside transformers are considered: no remote code. Raises ConfigError.
     """
     fields = read_config(config)
     try:
         settings = AutoConfig.for_model(**{key: value for key, value in fields.items() if key not in _NEVER})
-        with no_init_weights():
+        with no_init_weights(), _placing(device):
             model = with_attention(
                 partial(AutoModelForCausalLM.from_config, settings, dtype=dtype, trust_remote_code=False)
             )
         model.tie_weights()  # part of what was left out
     except ODD as error:
         raise ConfigError(f"config.json describes no causal language model that transformers knows: {error}") from error
-    return model.eval().requires_grad_(False)
+    return (model if device is None else model.to(device)).eval().requires_grad_(False)
+
+
+@contextmanager
+def _placing(device: torch.device | str | None) -> Iterator[None]:
+    """Each parameter goes to the device as it is made, so that this machine's memory never holds the model.
+
+    Tables of rotations are computed here, to the same bits for every device.
+    """
+    if device is None or torch.device(device).type == "cpu":
+        yield
+        return
+
+    def place(_: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return torch.nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+
+    handle = module.register_module_parameter_registration_hook(place)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def read_config(config: Path | str | bytes) -> dict[str, Any]:
@@ -54,16 +78,6 @@ def read_config(config: Path | str | bytes) -> dict[str, Any]:
 def _plain(fields: dict[str, Any]) -> Any:
     """A value that JSON has no number for is written by transformers as {"__float__": "Infinity"}."""
     return float(fields["__float__"]) if fields.keys() == {"__float__"} else fields
-
-
-def model_bytes(config: Path | str | bytes, dtype: torch.dtype, limit_bytes: float = float("inf")) -> int:
-    """Bytes that the parameters of a `config.json` would take, found without taking them.
-
-    Raises WeightsError once they and the buffers come to more than `limit_bytes`, without building the rest.
-    """
-    with torch.device("meta"), metered(limit_bytes):
-        model = build(config, dtype)
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:

@@ -59,7 +59,7 @@ class LocalEngine:
         Sets this process's number of torch threads. Raises ConfigError.
         """
         torch.set_num_threads(threads)
-        model = build(config, dtype).to(device)
+        model = build(config, dtype, device)
         engine = cls(model, eos_ids=eos_ids, stops=stops, max_rows=max_rows, replay_tokens=replay_tokens)
         engine._is_loaded = False
         return engine

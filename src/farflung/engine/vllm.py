@@ -6,6 +6,7 @@ server puts on each answer, so that one that was started again, and holds its fi
 """
 
 import asyncio
+import json
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,6 @@ from typing import Any
 import httpx2
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.loading import read_slices
@@ -26,6 +26,9 @@ from farflung.protocol.stops import Stops
 
 log = logging.getLogger(__name__)
 _FILE = "model.safetensors"
+_HEADER = 16 << 20
+"""Bytes before the first value in a file of weights: some 100,000 names."""
+_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _TIMEOUT_S = 600.0
 """For calls that load weights or ask for settings. A rollout takes as long as it takes: its lease has the deadline."""
 _CONNECT_S = 10.0
@@ -56,7 +59,7 @@ class VllmEngine:
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights; no prefix that the server keeps outlives them. Raises WeightsError.
 
-        Takes memory for one copy beside the server's. The server must be able to read the folder at the same path.
+        Takes memory for one tensor, and disk for all. The server must be able to read the folder at the same path.
         """
         self._label = ""
         self._write(tensors)
@@ -148,13 +151,8 @@ class VllmEngine:
         return Completion(ids, logp)
 
     def _write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        held: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors:
-            if name in held:
-                raise WeightsError(f"tensor {name} came twice")
-            held[name] = tensor.contiguous()
         part = self._folder / (_FILE + ".part")
-        save_file(held, part)
+        save_one_by_one(part, tensors)
         part.replace(self._folder / _FILE)
 
     def _tell(self, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
@@ -182,6 +180,28 @@ class VllmEngine:
     def _refuse_unloaded(self) -> None:
         if not self._label:
             raise WeightsError("the engine holds no complete weights; load all tensors of one step first")
+
+
+def save_one_by_one(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """A safetensors file of tensors that are never in memory together. Raises WeightsError for one that comes twice.
+
+    The header comes first and is known last: room is left for it, and filled with blanks, as the format has it.
+    """
+    header: dict[str, Any] = {}
+    with path.open("wb") as file:
+        file.seek(_HEADER)
+        for name, tensor in tensors:
+            if name in header:
+                raise WeightsError(f"tensor {name} came twice")
+            start = file.tell() - _HEADER
+            file.write(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
+            offsets = [start, file.tell() - _HEADER]
+            header[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        text = json.dumps(header).encode()
+        if len(text) > _HEADER - 8:
+            raise WeightsError(f"the names of {len(header):,} tensors take {len(text):,} bytes; {_HEADER - 8:,} work")
+        file.seek(0)
+        file.write((_HEADER - 8).to_bytes(8, "little") + text.ljust(_HEADER - 8))
 
 
 async def _until(tasks: Sequence[asyncio.Task[Completion]], should_stop: Callable[[], bool] | None) -> None:

@@ -167,7 +167,8 @@ def nodes_table(status: Status, width: int) -> Table:
     """The nodes that are here and how they do; a narrow terminal gets fewer columns rather than cut ones."""
     table = Table(box=None, header_style="dim", padding=(0, 2 if width >= WIDE else 1, 0, 0))
     rows = [_node_cells(node) for node in status.nodes]
-    shown = [name for name in COLUMNS if width >= WIDE or name not in SPARED]
+    spared = () if width >= WIDEST else ("machine",) if width >= WIDE else SPARED
+    shown = [name for name in COLUMNS if name not in spared]
     for name in shown:
         table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
     for node, cells in zip(status.nodes, rows, strict=True):
@@ -175,10 +176,10 @@ def nodes_table(status: Status, width: int) -> Table:
     return table
 
 
-COLUMNS = ("node", "role", "status", "step", "phase", "tok/s", "accepted", "rejected", "audits", "credit")
+COLUMNS = ("node", "role", "status", "step", "phase", "tok/s", "accepted", "rejected", "audits", "credit", "machine")
 NUMBERS = ("step", "tok/s", "accepted", "rejected", "audits", "credit")
-SPARED = ("role", "tok/s", "audits")
-WIDE = 100
+SPARED = ("role", "tok/s", "audits", "machine")
+WIDE, WIDEST = 100, 180
 
 
 def _node_cells(node: NodeView) -> dict[str, str | Text]:
@@ -197,6 +198,7 @@ def _node_cells(node: NodeView) -> dict[str, str | Text]:
         "rejected": f"{node.rejected:,}" if is_worker else "",
         "audits": str(node.audits) if is_worker else "",
         "credit": f"{node.credit + node.escrow:,}" if is_worker else "",
+        "machine": node.hardware,
     }
 
 

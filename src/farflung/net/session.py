@@ -63,7 +63,14 @@ async def greet(client: Client) -> Index:
     return index
 
 
-def hardware(accelerator: str = "", accelerator_bytes: int = 0) -> Hardware:
+def hardware(
+    accelerator: str = "",
+    accelerator_bytes: int = 0,
+    driver: str = "",
+    precision: str = "",
+    expected_tokens_per_s: float = 0.0,
+    devices: int = 1,
+) -> Hardware:
     """This machine, as it is shown to people, with the accelerator that is used if one is."""
     return Hardware(
         cpu=_shown(platform.processor() or platform.machine()),
@@ -71,6 +78,10 @@ def hardware(accelerator: str = "", accelerator_bytes: int = 0) -> Hardware:
         memory_bytes=psutil.virtual_memory().total,
         accelerator=_shown(accelerator),
         accelerator_bytes=accelerator_bytes,
+        devices=devices,
+        driver=_shown(driver),
+        precision=_shown(precision),
+        expected_tokens_per_s=expected_tokens_per_s,
     )
 
 
@@ -126,6 +137,8 @@ class Session:
         self.lost: set[str] = set()
         """Leases that the coordinator has given to others."""
         self.node_status = NodeStatus()
+        self.device = 0
+        """Which of the node's devices this process works on."""
 
     @classmethod
     async def open(
@@ -210,6 +223,7 @@ class Session:
             proof_cpu_s=stats.proof_cpu_s,
             sync_pause_s=stats.sync_pause_s,
             started_at=stats.started_at,
+            device=self.device,
             last_error=stats.last_error[:ERROR_CHARS],
         )
         reply = await self.client.post(self.path("heartbeat"), message, HeartbeatReply)

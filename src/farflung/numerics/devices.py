@@ -1,11 +1,14 @@
 """Devices: the one that a setting names, what a machine has, and how much to do at once on each kind."""
 
 import logging
+import platform
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import psutil
 import torch
 
+from farflung.numerics.train_precision import compute_dtype
 from farflung.protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -31,8 +34,11 @@ class Blocks(NamedTuple):
 _OF_CPU = Blocks(noise=1 << 18, scores=1 << 20, logits=1 << 26, head_logits=1 << 23, merged=1 << 18)
 """As many as stay in or near a processor's caches: to hash 64 x 49,152 at once takes twice as long. In small blocks
 threads wait for each other (to choose takes two cores 10.1, 7.7 and 7.2 ms with 2^17, 2^18 and 2^19)."""
-_OF_ACCELERATOR = Blocks(noise=1 << 28, scores=1 << 28, logits=1 << 29, head_logits=1 << 27, merged=1 << 24)
-"""A kernel takes as long to start as to work through a million values, so as many as memory can well spare: 1 GiB."""
+_OF_ACCELERATOR = Blocks(noise=1 << 26, scores=1 << 26, logits=1 << 28, head_logits=1 << 27, merged=1 << 24)
+"""A kernel takes as long to start as to work through a million values, and seven buffers of scores are there at once:
+so 256 MiB each, which holds a decoding step of 256 rows of 152,064 and which a card of 12 GB can spare."""
+OF_PROCESSOR, OF_ACCELERATOR = 0.5, 0.9
+"""Share of a machine's memory, and of what is free on an accelerator, that a node takes at most by default."""
 
 
 def blocks(device: torch.device | str) -> Blocks:
@@ -83,24 +89,66 @@ class Accelerator(NamedTuple):
 
     name: str
     memory_bytes: int
+    driver: str
+    precision: str
 
 
 def accelerator(device: torch.device) -> Accelerator:
-    """Name and memory of a device; nothing of a processor."""
+    """A device with its driver and precision; of a processor only the precision."""
+    return Accelerator(*_named(device), _driver(device), name_of(compute_dtype("auto", device)[0]))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A type as people write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _named(device: torch.device) -> tuple[str, int]:
     if device.type == "mps":
-        return Accelerator("Apple GPU (mps)", torch.mps.recommended_max_memory())
+        return "Apple GPU (mps)", torch.mps.recommended_max_memory()
     if device.type == "cpu":
-        return Accelerator("", 0)
+        return "", 0
     module = torch.get_device_module(device)
     if not hasattr(module, "get_device_properties"):
-        return Accelerator(str(device), 0)
+        return str(device), 0
     properties = module.get_device_properties(device)
-    return Accelerator(f"{properties.name} ({device})", properties.total_memory)
+    return f"{properties.name} ({device})", properties.total_memory
+
+
+def _driver(device: torch.device) -> str:
+    """What torch is built for, and what the driver here is good for."""
+    if device.type == "mps":
+        return f"macOS {platform.mac_ver()[0]}"
+    if device.type == "xpu":
+        return f"oneAPI, driver {torch.xpu.get_device_properties(device).driver_version}"
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    known = torch._C._cuda_getDriverVersion()  # 12080 for CUDA 12.8
+    return f"CUDA {torch.version.cuda}, driver for {known // 1000}.{known % 1000 // 10}"
+
+
+def room_bytes(device: torch.device, memory_gb: float = 0.0) -> int:
+    """Memory of a device that a node may take: `memory_gb`, or a share of it, and no more than is free now."""
+    asked = int(memory_gb * 1e9)
+    if device.type == "cpu":
+        memory = psutil.virtual_memory()
+        return min(asked or int(memory.total * OF_PROCESSOR), memory.available)
+    free = int(_free_bytes(device) * OF_ACCELERATOR)
+    return min(asked, free) if asked else free
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    module = torch.get_device_module(device)
+    return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else accelerator(device).memory_bytes
 
 
 def say(role: str, device: torch.device, setting: str) -> None:
     """Log what a role computes on, and loudly what it leaves unused."""
-    name, memory_bytes = accelerator(device)
+    name, memory_bytes, *_ = accelerator(device)
     log.info("%s computes on=%s %s", role, device, f"{name} memory_gb={memory_bytes / 1e9:.1f}" if name else "")
     others = [other for other in present() if not other.startswith(device.type)]
     if device.type == "cpu" and others:

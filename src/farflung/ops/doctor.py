@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.text import Text
 
+from farflung.config import WorkerSection
 from farflung.launch.terminal import Terminal
 from farflung.net.client import Client
 from farflung.net.server import listen
@@ -24,8 +24,6 @@ from farflung.protocol.messages import VERSION, Run, Status
 from farflung.weights.manifest import open_manifest
 
 SPARE_BYTES = 1 << 30
-RUN_TIME_FACTOR = 3
-"""Memory to run a model, as a multiple of its weights: the weights, a shard on its way, caches."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,8 @@ class Finding:
     is_well: bool
     text: str
     mend: str = ""
+    figure: float = 0.0
+    """Tokens a second that are expected, if that is what was found."""
 
 
 async def doctor(url: str, folder: Path, root: bytes | None) -> bool:
@@ -56,15 +56,19 @@ def show(console: Console, finding: Finding) -> None:
         console.print(Text(f"  {finding.mend}", "yellow"), soft_wrap=True)
 
 
-async def examine(url: str, folder: Path, root: bytes | None, *, is_joining: bool = False) -> AsyncIterator[Finding]:
-    """This machine first, then the way to the coordinator and what its run needs.
+async def examine(
+    url: str, folder: Path, root: bytes | None, settings: WorkerSection | None = None, *, is_joining: bool = False
+) -> AsyncIterator[Finding]:
+    """This machine first, then the way to the coordinator and what its run needs of a node with these settings.
 
     A node that joins tries its arithmetic as a worker, and not here.
     """
-    for check in (_python, _torch, lambda: _key(folder), lambda: _disk(folder, 0), _ports):
+    settings = settings or WorkerSection()
+    checks = (_python, _torch, lambda: _device(settings), lambda: _key(folder), lambda: _disk(folder, 0), _ports)
+    for check in checks:
         yield check()
     if url:
-        async for finding in _remote(url, folder, root, is_joining=is_joining):
+        async for finding in _remote(url, folder, root, settings, is_joining=is_joining):
             yield finding
 
 
@@ -80,6 +84,17 @@ def _torch() -> Finding:
     except PackageNotFoundError as error:
         return Finding("torch", False, f"{error.name} is missing", "pip install 'farflung[learn]'")
     return Finding("torch", True, found)
+
+
+def _device(settings: WorkerSection) -> Finding:
+    try:
+        from farflung.ops.machine import device  # torch takes seconds, and may be missing
+
+        return Finding("device", True, device(settings))
+    except ImportError as error:
+        return Finding("device", False, f"cannot be looked at without {error.name}", "pip install 'farflung[learn]'")
+    except FarflungError as error:
+        return Finding("device", False, str(error), "choose another with --device")
 
 
 def _key(folder: Path) -> Finding:
@@ -114,7 +129,9 @@ def _ports() -> Finding:
 # --- the coordinator and its run -------------------------------------------------------------------------------------
 
 
-async def _remote(url: str, folder: Path, root: bytes | None, *, is_joining: bool) -> AsyncIterator[Finding]:
+async def _remote(
+    url: str, folder: Path, root: bytes | None, settings: WorkerSection, *, is_joining: bool
+) -> AsyncIterator[Finding]:
     client = Client(url, Key.make(), patience_s=0.0)
     try:
         index = await client.get("/v1", Index)
@@ -122,7 +139,7 @@ async def _remote(url: str, folder: Path, root: bytes | None, *, is_joining: boo
         for run in index.runs:
             status = await client.get(f"/v1/runs/{run}/status", Status)
             yield _clock(status.now)
-            async for finding in _run(client, run, folder, root, status, is_joining=is_joining):
+            async for finding in _run(client, run, folder, root, status, settings, is_joining=is_joining):
                 yield finding
     except FarflungError as error:
         yield Finding("coordinator", False, str(error), f"check the address {url}, this machine's network and a proxy")
@@ -145,7 +162,14 @@ def _clock(theirs: float) -> Finding:
 
 
 async def _run(
-    client: Client, run: str, folder: Path, root: bytes | None, status: Status, *, is_joining: bool
+    client: Client,
+    run: str,
+    folder: Path,
+    root: bytes | None,
+    status: Status,
+    settings: WorkerSection,
+    *,
+    is_joining: bool,
 ) -> AsyncIterator[Finding]:
     answer = await client.get(f"/v1/runs/{run}", Run)
     try:
@@ -154,6 +178,9 @@ async def _run(
         yield Finding("descriptor", False, str(error), "ask the operator for the right address; do not join")
         return
     yield Finding("descriptor", True, f"run {run!r} is vouched for by root {node_id(answer.root)}")
+    session = Session(client, run, answer.root, checked)
+    async for finding in _capacity(session, settings):
+        yield finding
     if not status.latest.manifest:
         yield Finding("weights", True, "none published yet")
         return
@@ -162,9 +189,24 @@ async def _run(
     size_bytes = manifest.full_bytes
     yield Finding("weights", True, f"step {manifest.step}, {size_bytes / 1e9:.3f} GB, signature and digest are right")
     yield _disk(folder, size_bytes)
-    yield _memory(size_bytes)
     if not is_joining:
-        yield await _numerics(Session(client, run, answer.root, checked), folder, status.latest.manifest)
+        yield await _numerics(session, folder, status.latest.manifest)
+
+
+async def _capacity(session: Session, settings: WorkerSection) -> AsyncIterator[Finding]:
+    """Whether the run's model fits this machine, and how fast it would be, before anything of it is fetched."""
+    from farflung.ops.machine import Machine  # torch takes seconds
+
+    machine = Machine(session, settings)
+    try:
+        yield Finding("room", True, await machine.capacity())
+        expected = await machine.expected_tokens_per_s()
+    except FarflungError as error:
+        yield Finding("room", False, str(error), "choose what would fit, or join another run")
+        return
+    if expected:
+        sentence = f"{expected:,.0f} tokens/s expected, as measured for short answers with weights that are made up"
+        yield Finding("speed", True, sentence, figure=expected)
 
 
 async def _numerics(session: Session, folder: Path, manifest: str) -> Finding:
@@ -178,9 +220,3 @@ async def _numerics(session: Session, folder: Path, manifest: str) -> Finding:
     if tried is None:
         return Finding("numerics", True, "no version here has a self-test; a worker makes one when one has")
     return Finding("numerics", tried.is_forgiven, tried.text, "a worker would refuse to start")
-
-
-def _memory(size_bytes: int) -> Finding:
-    free, need = psutil.virtual_memory().available, RUN_TIME_FACTOR * size_bytes
-    sentence = f"{free / 1e9:.1f} GB free, {need / 1e9:.2f} GB needed"
-    return Finding("memory", free > need, sentence, "close other programs, or join with a machine that has more")

@@ -16,6 +16,7 @@ import torch
 
 from farflung.config import Config
 from farflung.engine.base import Completion, Request
+from farflung.engine.fit import UNKNOWN, Text, slots_on
 from farflung.engine.local import LocalEngine
 from farflung.envs.child import Prompt, ScorerChild
 from farflung.learner.difficulty import RIGHT
@@ -66,14 +67,16 @@ def _engine(config: Config, model: Model) -> LocalEngine:
     from farflung.learner.policy import Policy
 
     path, worker = config.model.path, config.worker
+    dtype, device = getattr(torch, config.model.dtype), pick(worker.device)
+    text = Text(UNKNOWN.prompt, config.generate.max_new_tokens)
     engine = LocalEngine.from_folder(
         path,
-        dtype=getattr(torch, config.model.dtype),
+        dtype=dtype,
         threads=worker.threads,
-        device=pick(worker.device),
+        device=device,
         eos_ids=model.eos_ids,
         stops=stops_of(model, config.generate.stop),
-        max_rows=worker.slots,
+        max_rows=slots_on(device, path, dtype, text, worker.slots, memory_gb=worker.memory_gb),
     )
     engine.load(Policy.from_pretrained(path).tensors())
     return engine
@@ -84,7 +87,7 @@ async def _measure(
 ) -> AsyncIterator[task_filter.FilteredTask]:
     """One count per task that could be scored, in order."""
     begun = said = time.monotonic()
-    at_once = max(1, 4 * config.worker.slots // samples)
+    at_once = max(1, 4 * engine.max_rows // samples)
     for start in range(0, len(tasks), at_once):
         some = tasks[start : start + at_once]
         done = engine.generate([one for task in some for one in _requests(config, model, task, samples)])

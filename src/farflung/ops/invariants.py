@@ -107,16 +107,18 @@ def _one_owner(connection: Connection) -> Iterator[str]:
 
 
 def _one_lease(connection: Connection) -> Iterator[str]:
-    """A node's next lease is opened only after the one before ended."""
-    query = sa.select(EVENTS.c.subject, EVENTS.c.after, LEASES.c.node).join(LEASES, LEASES.c.lease == EVENTS.c.subject)
+    """The next lease of each of a node's devices is opened only after the one before ended."""
+    query = sa.select(EVENTS.c.subject, EVENTS.c.after, LEASES.c.node, LEASES.c.device).join(
+        LEASES, LEASES.c.lease == EVENTS.c.subject
+    )
     held: dict[str, set[str]] = defaultdict(set)
-    for lease, after, node in connection.execute(query.where(EVENTS.c.noun == "lease").order_by(EVENTS.c.id)):
+    for lease, after, node, device in connection.execute(query.where(EVENTS.c.noun == "lease").order_by(EVENTS.c.id)):
         if after != "open":
-            held[node].discard(lease)
+            held[node, device].discard(lease)
             continue
-        if held[node]:
-            yield f"node {node} was given lease {lease} while it held {held[node]}"
-        held[node].add(lease)
+        if held[node, device]:
+            yield f"device {device} of node {node} was given lease {lease} while it held {held[node, device]}"
+        held[node, device].add(lease)
 
 
 def _receipts(connection: Connection, folder: Path) -> Iterator[str]:

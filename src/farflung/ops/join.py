@@ -13,11 +13,11 @@ from farflung.launch.terminal import Terminal
 from farflung.net.client import Client
 from farflung.net.session import Index, hardware
 from farflung.ops import doctor
+from farflung.ops.several import run_node
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import KEY_BYTES, Key, readable_name
 from farflung.protocol.messages import NodeView, Status
 from farflung.protocol.shown import one_line
-from farflung.worker import Worker
 
 BENCHMARK_S = 0.5
 SIZE = 768
@@ -42,7 +42,15 @@ def parse(address: str) -> tuple[str, bytes | None]:
 
 
 async def join(
-    address: str, folder: Path, settings: WorkerSection, *, name: str, run: str, invite: str, is_checked: bool
+    address: str,
+    folder: Path,
+    settings: WorkerSection,
+    *,
+    name: str,
+    run: str,
+    invite: str,
+    is_checked: bool,
+    is_json: bool = False,
 ) -> None:
     """Check, work, and tell what came of it. Raises ConfigError if the machine cannot take part."""
     url, root = parse(address)
@@ -55,22 +63,24 @@ async def join(
     console.print(
         f"{machine.cpu}, {machine.cores} cores, {machine.memory_bytes / 1e9:.1f} GB, {benchmark(settings):.0f} GFLOP/s"
     )
-    if is_checked:
-        await _preflight(console, url, folder, root)
-    worker = Worker(url, key, folder, settings, run=run, root=root, name=name, invite=invite)
+    expected = await _preflight(console, url, folder, root, settings) if is_checked else 0.0
+    options = {"run": run, "root": root, "name": name, "invite": invite, "expected_tokens_per_s": expected}
     try:
-        await worker.run()
+        await run_node(url, key, folder, settings, options, is_json=is_json)
     finally:
         await tell_earnings(console, url, key.id)
 
 
-async def _preflight(console: Console, url: str, folder: Path, root: bytes | None) -> None:
-    ill = 0
-    async for finding in doctor.examine(url, folder, root, is_joining=True):
+async def _preflight(console: Console, url: str, folder: Path, root: bytes | None, settings: WorkerSection) -> float:
+    """Show every finding; gives the tokens a second that are expected. Raises ConfigError if one is in the way."""
+    ill, expected = 0, 0.0
+    async for finding in doctor.examine(url, folder, root, settings, is_joining=True):
         doctor.show(console, finding)
         ill += not finding.is_well
+        expected = max(expected, finding.figure)
     if ill:
         raise ConfigError(f"{ill} checks failed; mend them, or join all the same with --unchecked")
+    return expected
 
 
 def benchmark(settings: WorkerSection) -> float:

@@ -4,15 +4,15 @@ from pathlib import Path
 
 from farflung.audits import self_test
 from farflung.engine.arithmetic import arithmetic
+from farflung.engine.fit import longest, slots_on
 from farflung.engine.local import LocalEngine
 from farflung.net.session import Session
-from farflung.numerics.devices import accelerator, pick
+from farflung.numerics.devices import pick
 from farflung.protocol.messages import SelfTest
 from farflung.weights.cache import Versions
 from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
 from farflung.weights.tensors import fetch_model_config, fetch_stops
-from farflung.worker import refuse_oversize
 
 
 async def attempt(session: Session, folder: Path, manifest: str) -> self_test.Tried | None:
@@ -29,7 +29,7 @@ async def attempt(session: Session, folder: Path, manifest: str) -> self_test.Tr
         dtype, _ = arithmetic(profile.name)
         config = await fetch_model_config(session)
         device = pick("auto")
-        refuse_oversize(config, dtype, 0.0, accelerator(device).memory_bytes)
+        slots_on(device, config, dtype, longest(session.info))
         ending = {"eos_ids": session.info.eos_ids, "stops": await fetch_stops(session)}
         engine = LocalEngine.from_folder(config, dtype=dtype, device=device, **ending)
         Loaded(engine, versions).ensure(manifest)

@@ -168,8 +168,12 @@ def describe(hardware: str) -> str:
     """A node's account of its machine, in a few words."""
     said = json.loads(hardware or "{}")
     memory = (said.get("accelerator_bytes") or said.get("memory_bytes", 0)) / 2**30
-    parts = [said.get("accelerator", ""), said.get("cpu", "") if not said.get("accelerator") else ""]
+    parts = [f"{said['devices']} devices" if said.get("devices", 1) > 1 else ""]
+    parts += [said.get("accelerator", ""), said.get("cpu", "") if not said.get("accelerator") else ""]
     parts += [f"{said['cores']} cores" if said.get("cores") else "", f"{memory:.0f} GiB" if memory >= 0.5 else ""]
+    parts += [said.get("precision", ""), said.get("driver", "")]
+    expected = said.get("expected_tokens_per_s", 0)
+    parts += [f"{expected:,.0f} tok/s expected" if expected else ""]
     return ", ".join(part for part in parts if part)
 
 

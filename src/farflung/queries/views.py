@@ -170,6 +170,7 @@ def _view(line: NodeLine) -> NodeView:
         lease=line.lease,
         seen_s_ago=line.seen_s_ago,
         is_online=line.is_online,
+        hardware=line.hardware,
     )
 
 

@@ -17,8 +17,9 @@ FILE = "receipts.jsonl"
 class Receipts:
     """The receipts that this node was given, one sealed receipt a line, across restarts."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+    def __init__(self, folder: Path, part: int | None = None) -> None:
+        """`part` numbers the processes of one node, each of which keeps those that it is given itself."""
+        self.path, self._is_part = folder / (FILE if part is None else f"receipts-{part}.jsonl"), part is not None
         self._waiting = b""
         """Lines for which there was no room on the disk yet."""
         self._last = ""
@@ -33,7 +34,7 @@ class Receipts:
         receipt, digest = unseal(signed, "receipt", Receipt, public=trusted), _digest(signed)
         if digest == self._last:
             return True
-        is_next = not self._last or receipt.before == self._last
+        is_next = not self._last or receipt.before == self._last or (self._is_part and bool(receipt.before))
         if not is_next:
             log.error(
                 "receipts do not chain lease=%s before=%s last_kept=%s: an answer was lost here, or accepted work was "

@@ -92,7 +92,7 @@ class Metrics:
     def __init__(self, path: Path, uptime: Callable[[], float] | None = None) -> None:
         """`uptime` is a clock that is never set, the same for all processes of this machine; readers need none."""
         self.path, self._uptime = path, uptime
-        self._nodes: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._nodes: OrderedDict[tuple[str, int], dict[str, Any]] = OrderedDict()
         """Nodes' figures since their last line, those first that have waited longest for one."""
         self._evals, self._tail = set[int](), Tail(path)
         """Steps whose evaluation has a line, as far as the file was read."""
@@ -139,7 +139,7 @@ class Metrics:
 
     def note_node(self, node: str, role: str, since: float, heartbeat: Heartbeat, now: float) -> None:
         """A node's own word of its CPU time and pauses."""
-        self._nodes[node] = {
+        self._nodes[node, heartbeat.device] = {
             "node": node,
             "role": role,
             "started_at": heartbeat.started_at,

@@ -110,6 +110,7 @@ async def seal_descriptor(
     ring: Keyring,
     profiles: Mapping[str, str] | None = None,
     stops: Stops | None = None,
+    longest_prompt: int = 0,
 ) -> Run:
     """The documents that nodes check before they join: the root's delegations and the sealed description of the run.
 
@@ -131,6 +132,8 @@ async def seal_descriptor(
         model_files=[await _store(blobs, name, data) for name, data in files.items() if data is not None],
         max_staleness=config.learn.max_staleness,
         heartbeat_s=config.lease.heartbeat_s,
+        longest_prompt=longest_prompt,
+        max_new_tokens=config.generate.max_new_tokens,
     )
     return Run(root=ring.root, delegations=ring.live_signed(time.time()), info=seal(key, "run", info))
 

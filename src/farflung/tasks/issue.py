@@ -22,19 +22,27 @@ from farflung.tasks.assign import Plan, Share
 from farflung.tasks.candidates import Samples
 
 KIND = "lease"
+Asking = tuple[str, int]
+"""A node and the device of it that asks."""
 
 
 def write(
-    connection: Connection, run_ctx: RunContext, plans: Mapping[str, Plan], purpose: str, now: float, reopened: Samples
-) -> dict[str, Signed]:
-    """Open the groups, the leases and their rollouts, and seal the documents: for every node, its lease."""
+    connection: Connection,
+    run_ctx: RunContext,
+    plans: Mapping[Asking, Plan],
+    purpose: str,
+    now: float,
+    reopened: Samples,
+) -> dict[Asking, Signed]:
+    """Open the groups, the leases and their rollouts, and seal the documents: for every device of a node, its lease."""
     if not plans:
         return {}
     _open(connection, run_ctx, plans.values(), purpose, now)
     prompts = _prompts(connection, {share.task for plan in plans.values() for share in plan.shares})
-    drafts = [_draft(connection, run_ctx, node, plan, purpose, prompts, now) for node, plan in plans.items()]
-    signed = {draft.node: seal(run_ctx.key, KIND, draft) for draft in drafts}
-    insert_rows(connection, LEASES, [_lease_row(draft, signed[draft.node], now) for draft in drafts])
+    drafts = [_draft(connection, run_ctx, node, plan, purpose, prompts, now) for (node, _), plan in plans.items()]
+    signed = {asking: seal(run_ctx.key, KIND, draft) for asking, draft in zip(plans, drafts, strict=True)}
+    documents = zip(drafts, signed.items(), strict=True)
+    insert_rows(connection, LEASES, [_lease_row(draft, device, one, now) for draft, ((_, device), one) in documents])
     rows = [row for draft in drafts for row in _rollout_rows(draft, reopened)]
     insert_rows(connection, ROLLOUTS, rows)
     _mark_reissued(connection, [row["rollout"] for row in rows if row["is_reissue"]])
@@ -127,8 +135,14 @@ def _lease_group(secret: bytes, share: Share, prompts: Mapping[str, bytes]) -> L
     return LeaseGroup(group=str(share.group), prompt_ids=prompts[share.task], samples=samples)
 
 
-def _lease_row(draft: Lease, signed: Signed, now: float) -> dict[str, Any]:
-    row = {"lease": draft.lease, "run": draft.run, "node": draft.node, "step": draft.step, "purpose": draft.purpose}
+def _lease_row(draft: Lease, device: int, signed: Signed, now: float) -> dict[str, Any]:
+    row = {"device": device} | {
+        "lease": draft.lease,
+        "run": draft.run,
+        "node": draft.node,
+        "step": draft.step,
+        "purpose": draft.purpose,
+    }
     row |= {"status": "open", "opened_at": now, "expires_at": draft.expires_at}
     return row | {"document": msgspec.msgpack.encode(signed)}
 

@@ -1,8 +1,10 @@
 """Coordinator: lease samples to nodes, take lapsed ones back. `assign.py` chooses; here the choice becomes rows.
 
-A node has at most one open lease. Asking again, after a lost answer or a crash, gives the same one.
+A node has at most one open lease for each of its devices, and on probation one in all. Asking again, after a lost
+answer or a crash, gives the same one.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
-from farflung.protocol.errors import Refusal
+from farflung.protocol.errors import Forbidden, Refusal
 from farflung.protocol.identity import Signed
 from farflung.protocol.messages import Latest, LeaseRequest
 from farflung.store import evaluations
@@ -24,7 +26,7 @@ from farflung.store.transitions import end_leases
 from farflung.tasks.allocator import Allocator
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.candidates import Samples, groups_now, next_tasks, open_groups, open_samples, owners
-from farflung.tasks.issue import write
+from farflung.tasks.issue import Asking, write
 from farflung.tasks.probation import Probation
 
 ANY_CONTEXT = 1 << 40
@@ -42,22 +44,28 @@ class WorkRequest:
     node: Row[Any]
     wish: LeaseRequest
 
+    @property
+    def asking(self) -> Asking:
+        """The node and its device."""
+        return self.node.node, self.wish.device
+
 
 def issue(connection: Connection, run_ctx: RunContext, asks: Sequence[WorkRequest], now: float) -> list[Answer]:
     """For each, in order: a sealed lease, why there is none now, or a refusal. A repeated ask gets the same answer."""
-    asking = {ask.node.node: ask for ask in reversed(asks)}
-    latest, facts = run_ctx.latest(connection), _NodeFacts(connection, run_ctx, list(asking), now)
-    known = {node: _without_work(ask.node, latest, facts) for node, ask in asking.items()}
-    answers: dict[str, Answer] = {node: answer for node, answer in known.items() if answer is not None}
-    left = [ask for node, ask in asking.items() if node not in answers]
+    asking = {ask.asking: ask for ask in reversed(asks)}
+    nodes = sorted({ask.node.node for ask in asks})
+    latest, facts = run_ctx.latest(connection), _NodeFacts(connection, run_ctx, nodes, now)
+    known = {one: _without_work(ask, latest, facts) for one, ask in asking.items()}
+    answers: dict[Asking, Answer] = {one: answer for one, answer in known.items() if answer is not None}
+    left = [ask for one, ask in asking.items() if one not in answers]
     for ask in left:
         if ask.node.role == "validator":
-            answers[ask.node.node] = _issue_eval(connection, run_ctx, ask.node, ask.wish, latest.step, now)
+            answers[ask.asking] = _issue_eval(connection, run_ctx, ask, latest.step, now)
     workers = [ask for ask in left if ask.node.role == "worker"]
     # in lockstep one lease may fill a step, so that the next is of another
     for part in ([ask] for ask in workers) if run_ctx.config.learn.lockstep else [workers] if workers else ():
         answers |= _issue_train(connection, run_ctx, part, latest.step, now)
-    return [answers[ask.node.node] for ask in asks]
+    return [answers[ask.asking] for ask in asks]
 
 
 class _NodeFacts:
@@ -65,9 +73,25 @@ class _NodeFacts:
 
     def __init__(self, connection: Connection, run_ctx: RunContext, nodes: Sequence[str], now: float) -> None:
         self._most_s, self._now = run_ctx.config.deadline_s, now
-        self.held = {row.node: row.document for row in connection.execute(_HELD, {"ids": nodes, "of": run_ctx.run})}
+        held = connection.execute(_HELD, {"ids": nodes, "of": run_ctx.run})
+        self.held = {(row.node, row.device): row.document for row in held}
+        self._busy, self._most = {node for node, _ in self.held}, run_ctx.config.lease.devices
         since = now - 2 * self._most_s
         self._given_up = {row[0]: row[1:] for row in connection.execute(_ABANDONED, {"ids": nodes, "since": since})}
+
+    def refuse(self, ask: WorkRequest) -> Answer | None:
+        """The answer to a device that is to have no lease: one too many, or of a node on probation that has one."""
+        node, device = ask.asking
+        most = min(self._most, json.loads(ask.node.hardware or "{}").get("devices", 1))
+        if device >= most:
+            return Forbidden(
+                f"device {device} of node {node} gets no lease: it has {most} that may; join with --processes {most}"
+            )
+        if ask.node.status == "probation":
+            if node in self._busy:
+                return Wait(f"node {node} is on probation and has a lease for another device; one at a time until then")
+            self._busy.add(node)
+        return None
 
     def pause_s(self, node: str) -> float:
         """How long a node that hands leases back, whole or in part, or lets them lapse has to wait: 1 s, and twice that
@@ -80,7 +104,7 @@ class _NodeFacts:
         return last + min(2.0 ** min(count - 1, 30), self._most_s) - self._now if count else 0.0
 
 
-_HELD = sa.select(LEASES.c.node, LEASES.c.document).where(
+_HELD = sa.select(LEASES.c.node, LEASES.c.device, LEASES.c.document).where(
     LEASES.c.node.in_(sa.bindparam("ids", expanding=True)),
     LEASES.c.run == sa.bindparam("of"),
     LEASES.c.status == "open",
@@ -97,11 +121,12 @@ _ABANDONED = (
 )
 
 
-def _without_work(node: Row[Any], latest: Latest, facts: _NodeFacts) -> Answer | None:
+def _without_work(ask: WorkRequest, latest: Latest, facts: _NodeFacts) -> Answer | None:
     """The answer to a node for which no new lease is to be looked for."""
+    node = ask.node
     if node.status == "ejected":
         return ejected(node.node)
-    if (document := facts.held.get(node.node)) is not None:
+    if (document := facts.held.get(ask.asking)) is not None:
         return msgspec.msgpack.decode(document, type=Signed)
     if latest.step < 0:
         return Wait("the trainer has not published the first weights yet")
@@ -111,7 +136,7 @@ def _without_work(node: Row[Any], latest: Latest, facts: _NodeFacts) -> Answer |
         return Wait(f"node {node.node} left samples of a lease to others; the next one comes in {pause_s:.0f} s")
     if latest.status != "running" or node.role != "worker" or node.status == "quarantined":
         return Wait(f"the run is {latest.status} and node {node.node} is a {node.status} {node.role}")
-    return None
+    return facts.refuse(ask)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -119,14 +144,14 @@ def _without_work(node: Row[Any], latest: Latest, facts: _NodeFacts) -> Answer |
 
 def _issue_train(
     connection: Connection, run_ctx: RunContext, asks: Sequence[WorkRequest], latest: int, now: float
-) -> dict[str, Answer]:
+) -> dict[Asking, Answer]:
     """Lease training work to nodes, one after the other; none under a policy that the next step takes back."""
     restored = connection.execute(
         _RESTORED, {"run": run_ctx.run, "since": latest - run_ctx.config.lease.max_lag}
     ).scalar()
     if restored == latest + 1:
         wait = Wait(f"step {restored} restores an earlier one; there is work again once it is committed")
-        return {ask.node.node: wait for ask in asks}
+        return {ask.asking: wait for ask in asks}
     if run_ctx.config.learn.lockstep:
         latest = _unfilled(connection, run_ctx, latest)
     settings = assign_settings(run_ctx, latest, is_last_taken=_is_last_taken(connection, run_ctx, latest))
@@ -142,9 +167,9 @@ def _issue_train(
     )
     is_any_new = any(ask.node.status == "probation" for ask in asks)
     probation = Probation(connection, run_ctx, settings.groups_ahead, now) if is_any_new else None
-    found = {ask.node.node: _plan(allocator, probation, ask, restored or 0, now) for ask in asks}
-    plans = {node: plan for node, plan in found.items() if isinstance(plan, Plan)}
-    waits = {node: wait for node, wait in found.items() if isinstance(wait, Wait)}
+    found = {ask.asking: _plan(allocator, probation, ask, restored or 0, now) for ask in asks}
+    plans = {one: plan for one, plan in found.items() if isinstance(plan, Plan)}
+    waits = {one: wait for one, wait in found.items() if isinstance(wait, Wait)}
     return waits | write(connection, run_ctx, plans, "train", now, had.reopened)
 
 
@@ -208,15 +233,15 @@ def _unfilled(connection: Connection, run_ctx: RunContext, latest: int) -> int:
 
 
 def _issue_eval(
-    connection: Connection, run_ctx: RunContext, node: Row[Any], ask: LeaseRequest, latest: int, now: float
+    connection: Connection, run_ctx: RunContext, ask: WorkRequest, latest: int, now: float
 ) -> Signed | Wait:
-    size = min(ask.slots, run_ctx.config.eval.rollouts)
+    size = min(ask.wish.slots, run_ctx.config.eval.rollouts)
     for step, part in evaluations.left(connection, run_ctx.config, latest):
         shares, reopened = _eval_shares(connection, run_ctx, step, part, max(1, size // part.samples))
         if shares:
             old, new = (tuple(s for s in shares if bool(s.group) is is_open) for is_open in (True, False))
             plan = Plan(step, old, tuple(replace(share, group=new_id("g")) for share in new))
-            return write(connection, run_ctx, {node.node: plan}, part.purpose, now, reopened)[node.node]
+            return write(connection, run_ctx, {ask.asking: plan}, part.purpose, now, reopened)[ask.asking]
     return Wait("nothing to evaluate")
 
 

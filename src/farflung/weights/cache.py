@@ -10,6 +10,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from farflung.net.session import Session
@@ -20,6 +21,7 @@ from farflung.protocol.messages import Manifest, Shard
 from farflung.weights.download import PART, Downloads
 from farflung.weights.manifest import check_follows, open_manifest
 from farflung.weights.plan import FetchPlan, Link, best_plan, wants_more
+from farflung.weights.sharing import FETCHING, WANTED, Sharing
 
 log = logging.getLogger(__name__)
 SPARE_BYTES = 256 << 20
@@ -35,7 +37,8 @@ class Versions:
 
     `limit_bytes` bounds what the folder may hold: older versions go to make room for a newer one, and one that would
     need more by itself is refused before a byte is fetched. `upstream` are relays to fetch from instead of those that
-    the run lists. Without `patch` shards are kept and none is applied: that is a relay.
+    the run lists. Without `patch` shards are kept and none is applied: that is a relay. `share` numbers the processes
+    of one machine that use the same folder.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Versions:
         use_relays: bool = True,
         upstream: Sequence[str] = (),
         patch: Patch | None = None,
+        share: int | None = None,
     ) -> None:
         self.session, self.folder, self.keep, self.limit_bytes = session, folder, keep, limit_bytes
         self._patch = patch
@@ -57,9 +61,11 @@ class Versions:
         self._locks: dict[str, asyncio.Lock] = {}
         self._ahead: asyncio.Task[None] | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        for draft in folder.glob("*.draft"):
-            session.stats.last_error = f"a crash left version {draft.name[:12]} half patched; it is patched anew"
-            draft.unlink()
+        self._sharing = None if share is None else Sharing(folder, share)
+        with self._alone_or_not() as is_alone:
+            for draft in folder.glob("*.draft") if is_alone else ():
+                session.stats.last_error = f"a crash left version {draft.name[:12]} half patched; it is patched anew"
+                draft.unlink()
         self._downloads = Downloads(session, folder, use_relays=use_relays, upstream=upstream)
 
     async def fetch(self, digest: str) -> Manifest:
@@ -67,11 +73,28 @@ class Versions:
         async with self._locks.setdefault(digest, asyncio.Lock()):
             if digest not in self._known:
                 try:
-                    self._known[digest] = await self._fetch(digest)
+                    async with self._sharing.alone() if self._sharing else nullcontext():
+                        self._known[digest] = await self._fetch(digest)
+                        self._say_wanted()
                 except (WeightsError, BadSignature) as error:
                     self.session.stats.last_error = str(error)
                     raise
         return self._use(digest)
+
+    @contextmanager
+    def _alone_or_not(self) -> Iterator[bool]:
+        """Whether no other process changes the folder meanwhile."""
+        is_alone = self._sharing is None or self._sharing.try_alone()
+        try:
+            yield is_alone
+        finally:
+            if is_alone and self._sharing is not None:
+                self._sharing.let_go()
+
+    def _say_wanted(self) -> None:
+        """Tell the other processes what must stay."""
+        if self._sharing is not None:
+            self._sharing.want(self._wanted())
 
     def prefetch(self) -> None:
         """Start fetching the run's latest version beside what the node does, unless one is on its way."""
@@ -88,6 +111,11 @@ class Versions:
     async def close(self) -> None:
         """Hang up on all relays."""
         await self._downloads.close()
+        if self._sharing is not None:
+            if self._ahead is not None:
+                self._ahead.cancel()
+                await asyncio.gather(self._ahead, return_exceptions=True)
+            self._sharing.close()
 
     def known(self, digest: str) -> Manifest:
         """A manifest that was fetched. Raises WeightsError."""
@@ -174,10 +202,17 @@ class Versions:
         self._plans.pop(digest, None)
 
     def _sweep(self) -> None:
-        """Delete the files of versions that are not here any more."""
-        wanted = set(self._wanted())
+        """Delete the files of versions that are not here any more, unless another process is about to add some."""
+        self._say_wanted()
+        with self._alone_or_not() as is_alone:
+            if is_alone:
+                self._delete_unwanted()
+
+    def _delete_unwanted(self) -> None:
+        wanted = {*self._wanted(), *(self._sharing.wanted_by_others() if self._sharing else ())}
         for path in self.folder.iterdir():
-            if path.suffix != ".draft" and path.name.removesuffix(PART) not in wanted:
+            is_ours = path.suffix == ".draft" or path.name.startswith((FETCHING, WANTED))
+            if not is_ours and path.name.removesuffix(PART) not in wanted:
                 path.unlink(missing_ok=True)
 
     # --- ways --------------------------------------------------------------------------------------------------------
@@ -200,6 +235,7 @@ class Versions:
         digest, manifest = plan.last
         is_patched = self._patch is not None and plan.is_put_together
         self._plans[digest] = plan
+        self._say_wanted()
         try:
             self._evict(digest, manifest, plan)
         except WeightsError:

@@ -52,6 +52,10 @@ class RunInfo(Message, frozen=True):
     model_files: Annotated[list[File], Meta(max_length=64)]
     max_staleness: Count
     heartbeat_s: Seconds
+    longest_prompt: Count = 0
+    """Tokens of the longest prompt; 0 if it is not told."""
+    max_new_tokens: Count = 0
+    """Most tokens of a completion, by which nodes judge whether they have room; 0 if it is not told."""
 
 
 class Run(Message, frozen=True):

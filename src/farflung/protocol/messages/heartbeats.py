@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from farflung.protocol.messages.limits import Count, Id, Line, MaybeDigest, Message, Name, Seconds
+from farflung.protocol.messages.limits import Count, Device, Id, Line, MaybeDigest, Message, Name, Seconds
 from farflung.protocol.messages.weights import Latest
 
 
@@ -27,6 +27,8 @@ class Heartbeat(Message, frozen=True):
     """CPU-seconds that a worker spent on proof beyond generation."""
     sync_pause_s: Seconds = 0.0
     started_at: Seconds = 0.0
+    device: Device = 0
+    """The device of the process that is still here."""
     last_error: Line = ""
     """The last fault with weights on this node, such as a relay that lied, in its own words."""
 

@@ -8,6 +8,7 @@ from farflung.protocol.identity import Signed
 from farflung.protocol.messages.limits import (
     MAX_SAMPLES,
     Count,
+    Device,
     Digest,
     Id,
     Ids,
@@ -66,6 +67,8 @@ class LeaseRequest(Message, frozen=True):
     context: Count = 0
     """Longest prompt plus completion the node can hold, 0 for no limit."""
     wait_s: Annotated[float, Meta(ge=0, le=30)] = 0.0
+    device: Device = 0
+    """The device that asks; each holds a lease of its own."""
 
 
 class LeaseAnswer(Message, frozen=True):

@@ -15,6 +15,7 @@ VERSION = 3
 MAX_TOKENS = 131_072
 MAX_SAMPLES = 4_096
 MOST_END_TOKENS = 64
+MOST_DEVICES = 64
 TRANSCRIPT_CHARS = 8 * MAX_TOKENS
 
 Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}(?!\n)$")]
@@ -34,6 +35,8 @@ Seed = Annotated[int, Meta(ge=0)]
 Temperature = Annotated[float, Meta(ge=0, le=10)]
 TokenLimit = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 """Most new tokens of a rollout."""
+Device = Annotated[int, Meta(ge=0, lt=MOST_DEVICES)]
+"""Which of a node's devices, counted from 0."""
 Purpose = Literal["train", "eval", "data"]
 Role = Literal["worker", "relay", "trainer", "validator", "scorer"]
 Url = Annotated[

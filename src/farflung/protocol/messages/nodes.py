@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from farflung.protocol.messages.limits import Count, Id, Message, Name, Role, Url
+from farflung.protocol.messages.limits import MOST_DEVICES, Count, Id, Message, Name, Role, Url
 
 
 class Hardware(Message, frozen=True):
@@ -15,6 +15,14 @@ class Hardware(Message, frozen=True):
     memory_bytes: Count = 0
     accelerator: Name = ""
     accelerator_bytes: Count = 0
+    devices: Annotated[int, Meta(ge=1, le=MOST_DEVICES)] = 1
+    """Of this kind, each with a process that works under the node's key."""
+    driver: Name = ""
+    """The driver of the accelerator, and what torch is built for."""
+    precision: Name = ""
+    """The shortest type that the device computes in without emulation."""
+    expected_tokens_per_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    """As the node measured it for short answers before it worked; 0 if it did not."""
 
 
 class Register(Message, frozen=True):

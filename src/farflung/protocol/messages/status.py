@@ -26,6 +26,8 @@ class NodeView(Message, frozen=True):
     """The lease it holds, empty for none."""
     seen_s_ago: float
     is_online: bool
+    hardware: Line = ""
+    """The machine in its own words: accelerator, memory, precision, driver, tokens a second that it expects."""
 
 
 class StepView(Message, frozen=True):

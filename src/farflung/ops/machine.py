@@ -1,0 +1,80 @@
+"""What this machine has for a run: a device, room on it for the run's model, and how fast it would make tokens."""
+
+import asyncio
+import gc
+import time
+
+import torch
+
+from farflung.config import WorkerSection
+from farflung.engine.arithmetic import arithmetic
+from farflung.engine.base import Request
+from farflung.engine.fit import longest, node_slots
+from farflung.engine.local import LocalEngine
+from farflung.net.session import Session
+from farflung.numerics.devices import accelerator, pick
+from farflung.weights.tensors import fetch_model_config
+
+PROMPT, NEW = 32, 32
+"""Tokens of the texts by which speed is measured."""
+MOST_S = 10.0
+
+
+def device(settings: WorkerSection) -> str:
+    """The device that a node with these settings computes on, in words. Raises ConfigError."""
+    if settings.engine == "vllm":
+        return f"the vLLM server at {settings.engine_url} has its own"
+    chosen = pick(settings.device)
+    name, memory_bytes, driver, precision = accelerator(chosen)
+    memory = f"{memory_bytes / 1e9:.1f} GB" if memory_bytes else ""
+    return ", ".join(part for part in (name or str(chosen), memory, driver, f"computes in {precision}") if part)
+
+
+class Machine:
+    """This machine as a node of one run, with a node's settings, before anything is fetched but `config.json`."""
+
+    def __init__(self, session: Session, settings: WorkerSection) -> None:
+        self._session, self._settings = session, settings
+        self._slots = 0
+
+    async def capacity(self) -> str:
+        """The room for the run, in words. Raises WeightsError, which says what would fit, or ConfigError."""
+        info, settings = self._session.info, self._settings
+        device = pick("cpu" if settings.engine == "vllm" else settings.device)
+        dtype, _ = arithmetic(settings.profile or info.profile)
+        config = await fetch_model_config(self._session)
+        self._slots = await asyncio.to_thread(node_slots, settings, info, device, config, dtype)
+        where = "the vLLM server" if settings.engine == "vllm" else str(device)
+        return f"{self._slots} rollouts of {longest(info, settings.context).tokens:,} tokens at once on {where}"
+
+    async def expected_tokens_per_s(self) -> float:
+        """Tokens a second for which there was room, in short answers; 0 where a server generates."""
+        if self._settings.engine == "vllm":
+            return 0.0
+        dtype, _ = arithmetic(self._settings.profile or self._session.info.profile)
+        config = await fetch_model_config(self._session)
+        return await asyncio.to_thread(self._measured, config, dtype)
+
+    def _measured(self, config: bytes, dtype: torch.dtype) -> float:
+        chosen, threads = pick(self._settings.device), self._settings.threads
+        options = {"threads": threads, "device": chosen, "eos_ids": (), "max_rows": self._slots}
+        found = measured(LocalEngine.from_folder(config, dtype=dtype, **options), self._slots)
+        gc.collect()
+        if chosen.type not in ("cpu", "mps"):
+            torch.get_device_module(chosen).empty_cache()  # the worker measures what is free
+        return found
+
+
+def measured(engine: LocalEngine, rows: int) -> float:
+    """Tokens a second of a batch of rows, by an engine whose weights are yet to come: they are made up."""
+    engine.load((name, torch.full_like(tensor, 0.01)) for name, tensor in engine.model.state_dict().items())
+    prompt, steps = (1,) * PROMPT, list[float]()
+    engine.find_ways()
+
+    def is_over() -> bool:
+        steps.append(time.monotonic())
+        return steps[-1] - steps[0] > MOST_S and len(steps) > 2
+
+    engine.generate([Request(prompt, seed, 1.0, NEW) for seed in range(rows)], is_over)
+    first = min(1, len(steps) - 2)  # before the second token the prompts were read
+    return rows * (len(steps) - 1 - first) / (steps[-1] - steps[first])

@@ -1,0 +1,20 @@
+"""Migration: a node holds a lease for each of its devices."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+ONE = {"sqlite_where": sa.text("status = 'open'"), "postgresql_where": sa.text("status = 'open'")}
+
+
+def upgrade() -> None:
+    op.add_column("leases", sa.Column("device", sa.Integer(), nullable=False, server_default=sa.text("0")))
+    op.drop_index("one_open_lease", "leases")
+    op.create_index("one_open_lease", "leases", ["run", "node", "device"], unique=True, **ONE)
+
+
+def downgrade() -> None:
+    op.drop_index("one_open_lease", "leases")
+    op.drop_column("leases", "device")
+    op.create_index("one_open_lease", "leases", ["run", "node"], unique=True, **ONE)
