@@ -20,6 +20,7 @@ from farflung.store.tables import GROUPS, LEASES, ROLLOUTS, STEPS, TASKS
 from farflung.store.transitions import record
 from farflung.tasks.assign import Plan, Share
 from farflung.tasks.candidates import Samples
+from farflung.tasks.deadline import first_lives
 
 KIND = "lease"
 
@@ -32,7 +33,10 @@ def write(
         return {}
     _open(connection, run_ctx, plans.values(), purpose, now)
     prompts = _prompts(connection, {share.task for plan in plans.values() for share in plan.shares})
-    drafts = [_draft(connection, run_ctx, node, plan, purpose, prompts, now) for node, plan in plans.items()]
+    samples = {node: sum(len(share.samples) for share in plan.shares) for node, plan in plans.items()}
+    most = {node: count * run_ctx.config.generate.max_new_tokens for node, count in samples.items()}
+    ends = {node: now + life_s for node, life_s in first_lives(connection, run_ctx, most, now).items()}
+    drafts = [_draft(connection, run_ctx, node, plan, purpose, prompts, ends[node]) for node, plan in plans.items()]
     signed = {draft.node: seal(run_ctx.key, KIND, draft) for draft in drafts}
     insert_rows(connection, LEASES, [_lease_row(draft, signed[draft.node], now) for draft in drafts])
     rows = [row for draft in drafts for row in _rollout_rows(draft, reopened)]
@@ -98,7 +102,7 @@ def _draft(
     plan: Plan,
     purpose: str,
     prompts: Mapping[str, bytes],
-    now: float,
+    expires_at: float,
 ) -> Lease:
     config, lease, secret = run_ctx.config, new_id("l"), run_ctx.step_secret(plan.step)
     temperature = next((part.temperature for part in evaluations.parts(config) if part.purpose == purpose), None)
@@ -114,7 +118,7 @@ def _draft(
         max_new_tokens=config.generate.max_new_tokens,
         nonce=hashlib.sha256(seeds.derive(secret, "lease nonce", lease)).hexdigest(),
         probe=seeds.probe_key(secret).hex(),
-        expires_at=now + config.deadline_s,
+        expires_at=expires_at,
         groups=[_lease_group(secret, share, prompts) for share in plan.shares],
     )
 
