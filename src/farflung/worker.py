@@ -241,9 +241,9 @@ class Worker:
 
     async def _wait_for_engine(self) -> None:
         """Longer each time, until it has worked again."""
-        until = time.monotonic() + self._away_s
+        until = self.client.clock() + self._away_s
         self.session.stats.phase, self._away_s = "waiting for its engine", min(2 * self._away_s, MOST_AWAY_S)
-        while time.monotonic() < until and not self.is_stopping:
+        while self.client.clock() < until and not self.is_stopping:
             await asyncio.sleep(0.1)
 
     async def load(self, manifest_digest: str) -> None:
