@@ -60,9 +60,11 @@ class Validator:
         await self.open()
         port = self.settings.metrics_port
         async with self.session.running("validator", self.stop, metrics_port=port, on_heartbeat=self.weights.prefetch):
-            while not self.is_stopping and not self.session.is_over:
-                await self.step()
-        await self.weights.close()
+            try:
+                while not self.is_stopping and not self.session.is_over:
+                    await self.step()
+            finally:
+                await self.weights.close()
 
     async def open(self) -> None:
         """Join and build the empty model."""

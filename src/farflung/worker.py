@@ -104,7 +104,8 @@ class Worker:
                     await self.step()
             except Ejected as error:
                 log.error("leaving because=%s", error)
-        await self.weights.close()
+            finally:
+                await self.weights.close()
 
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""

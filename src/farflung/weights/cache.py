@@ -86,7 +86,9 @@ class Versions:
             log.warning("prefetch failed manifest=%s because=%s", digest[:12], error)
 
     async def close(self) -> None:
-        """Hang up on all relays."""
+        """Leave off fetching ahead, and hang up on all relays."""
+        if self._ahead is not None:
+            self._ahead.cancel()
         await self._downloads.close()
 
     def known(self, digest: str) -> Manifest:
