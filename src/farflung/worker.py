@@ -301,7 +301,7 @@ class Worker:
         """Whether what is complete is to be handed in, the rest left to others."""
         until = self.session.lapses_at
         is_late = until - began > LONG_S and self.client.clock() > until - spared_s
-        return self.is_stopping or is_late or lease.lease in self.session.lost
+        return self.is_stopping or is_late or self.session.is_over or lease.lease in self.session.lost
 
     async def _return(self, lease: Lease) -> None:
         await self.session.client.post(self.session.path(f"leases/{lease.lease}/return"), Empty(), Done)
