@@ -19,7 +19,7 @@ from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
 from farflung.protocol.errors import FailedCanary, LeaseGone, Malformed, NotFound, WeightsError, WrongWeights
-from farflung.protocol.identity import Key, Signed
+from farflung.protocol.identity import Key
 from farflung.protocol.messages import AuditJob, Evidence, Lease, LeaseAnswer, LeaseRequest
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
@@ -63,9 +63,11 @@ class Validator:
         await self.open()
         port = self.settings.metrics_port
         async with self.session.running("validator", self.stop, metrics_port=port, on_heartbeat=self.weights.prefetch):
-            while not self.is_stopping and not self.session.is_over:
-                await self.step()
-        await self.weights.close()
+            try:
+                while not self.is_stopping and not self.session.is_over:
+                    await self.step()
+            finally:
+                await self.weights.close()
 
     async def open(self) -> None:
         """Join and build the empty model."""
@@ -150,17 +152,18 @@ class Validator:
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
         if answer.lease is not None:
-            await self._hand_in(answer.lease)
+            lease = await open_lease(self.session, answer.lease)
+            with self.session.holding(lease):
+                await self._hand_in(lease)
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
         figures = self.session.stats
         with figures.working("made"):
-            done = generate(self.engine, lease, lambda: False)
+            done = generate(self.engine, lease, lambda: False, figures)
         figures.made_tokens += sum(len(completion.ids) for _, completion in done)
         return done
 
-    async def _hand_in(self, signed: Signed) -> None:
-        lease = await open_lease(self.session, signed)
+    async def _hand_in(self, lease: Lease) -> None:
         self.session.stats.phase = "evaluating"
         await self.weights.fetch(lease.manifest)
         before = time.monotonic()

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,8 +46,9 @@ from farflung.weights.tensors import fetch_model_config, fetch_stops
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
-USED, LONG_S = 0.95, 60.0
-"""So much of a lease's time is used, then complete rollouts are handed in; of a short one all, for clocks differ."""
+SPARED, LONG_S = 0.05, 60.0
+"""This share of a lease's first time is left at its end to hand in complete rollouts; of a short one none, for clocks
+differ."""
 AWAY_S, MOST_AWAY_S = 2.0, 60.0
 """Waits for an engine that does not answer, at first and at most."""
 CATCH_UP_S = 10.0
@@ -103,7 +103,8 @@ class Worker:
                     await self.step()
             except Ejected as error:
                 log.error("leaving because=%s", error)
-        await self.weights.close()
+            finally:
+                await self.weights.close()
 
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""
@@ -208,7 +209,11 @@ class Worker:
             await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
             return
         self._idle_because = ""
-        await self._work(await open_lease(self.session, answer.lease))
+        lease = await open_lease(self.session, answer.lease)
+        with self.session.holding(lease):
+            if lease.expires_at < self.client.clock():  # given again after a crash: it was extended since
+                await self.session.heartbeat()
+            await self._work(lease)
 
     def _say_why(self, reason: str) -> None:
         """That there is no work, once for each reason, so that no node idles without a word."""
@@ -241,9 +246,9 @@ class Worker:
 
     async def _wait_for_engine(self) -> None:
         """Longer each time, until it has worked again."""
-        until = time.monotonic() + self._away_s
+        until = self.client.clock() + self._away_s
         self.session.stats.phase, self._away_s = "waiting for its engine", min(2 * self._away_s, MOST_AWAY_S)
-        while time.monotonic() < until and not self.is_stopping:
+        while self.client.clock() < until and not self.is_stopping:
             await asyncio.sleep(0.1)
 
     async def load(self, manifest_digest: str) -> None:
@@ -292,13 +297,15 @@ class Worker:
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
         with self.session.stats.working():
-            left_s = lease.expires_at - time.time()
-            until = time.monotonic() + (left_s * USED if left_s > LONG_S else math.inf)
-            return generate(self.engine, lease, lambda: self._is_over(lease, until))
+            began = self.client.clock()
+            spared_s = SPARED * (self.session.lapses_at - began)
+            return generate(self.engine, lease, lambda: self._is_over(lease, began, spared_s), self.session.stats)
 
-    def _is_over(self, lease: Lease, until: float) -> bool:
+    def _is_over(self, lease: Lease, began: float, spared_s: float) -> bool:
         """Whether what is complete is to be handed in, the rest left to others."""
-        return self.is_stopping or time.monotonic() > until or lease.lease in self.session.lost
+        until = self.session.lapses_at
+        is_late = until - began > LONG_S and self.client.clock() > until - spared_s
+        return self.is_stopping or is_late or self.session.is_over or lease.lease in self.session.lost
 
     async def _return(self, lease: Lease) -> None:
         await self.session.client.post(self.session.path(f"leases/{lease.lease}/return"), Empty(), Done)

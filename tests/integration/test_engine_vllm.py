@@ -5,13 +5,9 @@
 The real server holds other weights afterwards.
 """
 
-import contextlib
-import json
 import os
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,109 +20,20 @@ from safetensors.torch import load_file  # noqa: E402
 
 from farflung.engine.base import Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
-from farflung.engine.seeded_rows import SEED, TEMPERATURE  # noqa: E402
 from farflung.engine.vllm import VllmEngine  # noqa: E402
 from farflung.protocol.errors import ConfigError, EngineAway, Unreachable, WeightsError, WrongWeights  # noqa: E402
 from farflung.protocol.probe import Slice  # noqa: E402
 from farflung.protocol.stops import DONE, Stops  # noqa: E402
+from vllm_server import StandIn, vllm_server  # noqa: E402
 
 REAL_URL, REAL_MODEL = os.environ.get("FARFLUNG_VLLM_URL", ""), os.environ.get("FARFLUNG_VLLM_MODEL", "")
 ASKED = [Request((5, 6, 7 + i), 2**63 + i, 0.8, 6) for i in range(5)]
 
 
-class StandIn(ThreadingHTTPServer):
-    """As much of a vLLM server as the engine speaks to; a local engine computes."""
-
-    daemon_threads = False  # one that computes while the interpreter ends would abort it; closing waits for all
-
-    def __init__(self, engine: LocalEngine) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.engine, self.lock = engine, threading.Lock()
-        self.label, self.is_seeded, self.is_developing, self.longest, self.delay_s = "default", True, True, 99, 0.0
-        self.breaks: set[tuple[int, ...]] = set()
-        """Prompts at which it answers with an error."""
-        self.hangs_up_after: int | None = None
-        """Answers until it closes every connection instead."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        if path != "/inference/v1/generate" and not self.is_developing:
-            return 404, {"detail": "Not Found"}
-        match path:
-            case "/inference/v1/generate":
-                return self._generate(body["token_ids"], body["sampling_params"])
-            case "/collective_rpc":
-                folder = Path(body["kwargs"]["weights_path"])
-                self.engine.load(load_file(folder / "model.safetensors").items())
-                return 200, {"results": [None]}
-            case "/reset_prefix_cache":
-                return 200, {"success": True}
-            case "/update_weight_version":
-                self.label = body["new_version"]
-        return 200, {"weight_version": self.label}
-
-    def _generate(self, prompt: list[int], sampling: dict[str, Any]) -> tuple[int, Any]:
-        seeded = sampling["extra_args"]
-        if self.is_seeded and not isinstance(seeded.get(SEED, 0), int):
-            return 400, {"error": {"message": f"{SEED} is nonsense"}}
-        if not isinstance(seeded.get(SEED, 0), int):
-            seeded = {}
-        time.sleep(self.delay_s)
-        if tuple(prompt) in self.breaks:
-            return 500, {"error": "out of memory"}
-        max_new_tokens = min(sampling["max_tokens"], self.longest)
-        request = Request(tuple(prompt), seeded.get(SEED, 0), seeded.get(TEMPERATURE, 0.0), max_new_tokens)
-        with self.lock:
-            if self.hangs_up_after is not None:
-                self.hangs_up_after -= 1
-            if (self.hangs_up_after or 0) < 0:
-                return 0, {}
-            self.engine.eos_ids = frozenset(sampling.get("stop_token_ids", ()))
-            [said] = self.engine.generate([request])
-        assert said is not None
-        logp = {"content": [{"logprob": value} for value in said.logp]}
-        spans = [{"version": self.label, "start": 0, "end": len(said.ids)}]
-        choice = {"token_ids": said.ids, "logprobs": logp, "weight_versions": spans, "finish_reason": "length"}
-        return 200, {"choices": [choice]}
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: StandIn
-
-    def do_POST(self) -> None:
-        size = int(self.headers["content-length"])
-        self._say(*self.server.answer(self.path, json.loads(self.rfile.read(size))))
-
-    def do_GET(self) -> None:
-        self._say(*self.server.answer(self.path, {}))
-
-    def _say(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
-        if not status:
-            self.close_connection = True
-            return
-        with contextlib.suppress(BrokenPipeError):  # who stops does not wait for an answer
-            self.send_response(status)
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-
 @pytest.fixture
 def server(tiny_qwen) -> Iterator[StandIn]:
-    stand_in = StandIn(LocalEngine(tiny_qwen()))
-    thread = threading.Thread(target=stand_in.serve_forever, args=(0.01,))
-    thread.start()
-    yield stand_in
-    stand_in.shutdown()
-    thread.join()
-    stand_in.server_close()
+    with vllm_server(LocalEngine(tiny_qwen())) as stand_in:
+        yield stand_in
 
 
 def tensors(model: Any) -> dict[str, torch.Tensor]:

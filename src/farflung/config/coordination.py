@@ -9,10 +9,10 @@ Role = Literal["trainer", "validator", "scorer"]
 
 class LeaseSection(Section):
     rollouts: int = setting(16, "Rollouts per lease.", ge=1, le=4096)
-    lease_s: float = setting(300.0, "Seconds until a lease expires, at least.", gt=0)
+    lease_s: float = setting(300.0, "Seconds that a lease lasts at least, and after a sign of progress.", gt=0)
     slowest_tokens_per_s: float = setting(
         5.0,
-        "Tokens a second of one rollout on the slowest node that is waited for: long answers extend leases.",
+        "Tokens a second of one rollout on the slowest node that is waited for; progress extends a lease no longer.",
         gt=0,
         is_advanced=True,
     )

@@ -50,7 +50,7 @@ class Config(Section):
 
     @property
     def deadline_s(self) -> float:
-        """Seconds until a lease expires: as long as the slowest node takes for the longest rollouts, in two waves."""
+        """Seconds that a lease may last: as long as the slowest node takes for the longest rollouts, in two waves."""
         return max(self.lease.lease_s, WAVES * self.generate.max_new_tokens / self.lease.slowest_tokens_per_s)
 
     def lockstep_groups(self, policy: int) -> int:

@@ -22,7 +22,7 @@ from farflung.rollouts import blob_gc, intake, validate
 from farflung.store.bulk import update_rows
 from farflung.store.run import RunContext, ejected, node_rows, unknown_node
 from farflung.store.tables import NODES
-from farflung.tasks import admit, lease
+from farflung.tasks import admit, deadline, lease
 from farflung.tasks.assign import Wait
 from farflung.weights import origin
 
@@ -58,7 +58,7 @@ async def run(ctx: Context, call: Call) -> m.Run:
 
 
 async def heartbeat(ctx: Context, call: Call) -> m.HeartbeatReply:
-    """Keep a node's leases alive; tells it where the run stands, or now and then that its key is in use elsewhere."""
+    """Keep a node's lease, and extend it by progress; tells where the run stands, or that a key is in use elsewhere."""
     ctx.here(call)
     reply = await ctx.write_together(_note_heartbeats, (call.node, call.message))
     ctx.twins.check(call.node, call.message, ctx.clock())
@@ -78,20 +78,30 @@ def _note_heartbeats(
             ctx.metrics.note_node(row.node, row.role, row.registered_at, heartbeat, now)
         if row.node in ctx.access.roles:
             audit.renew(connection, ctx.run_ctx, row.node, now)
+    left_s = deadline.renew(connection, ctx.run_ctx, heard, now)
     last = {row.node: _heartbeat_values(row.node, heartbeat, now) for row, heartbeat in heard}
     update_rows(connection, NODES, list(last.values()))
     judged = rulings.rulings(connection, ctx.run_ctx, rows.values())
-    replies = {
-        node: _reply(ctx.run_ctx, row, latest, lost.get(node, []), judged.get(node, [])) for node, row in rows.items()
-    }
-    return [replies.get(node) or unknown_node(node) for node, _ in heartbeats]
+    return [
+        _reply(
+            ctx.run_ctx,
+            rows[node],
+            latest,
+            lost.get(node, []),
+            judged.get(node, []),
+            left_s.get(heartbeat.lease, 0.0),
+        )
+        if node in rows
+        else unknown_node(node)
+        for node, heartbeat in heartbeats
+    ]
 
 
 def _reply(
-    run_ctx: RunContext, row: Row[Any], latest: m.Latest, lost: list[str], judged: list[m.Ruling]
+    run_ctx: RunContext, row: Row[Any], latest: m.Latest, lost: list[str], judged: list[m.Ruling], left_s: float
 ) -> m.HeartbeatReply:
     clean, needed = rulings.progress(run_ctx, row)
-    fields = {"clean": clean, "needed": needed, "rulings": judged}
+    fields = {"clean": clean, "needed": needed, "rulings": judged, "lease_left_s": left_s}
     return m.HeartbeatReply(latest=latest, status=row.status, lost_leases=lost[:MOST_LOST], **fields)
 
 

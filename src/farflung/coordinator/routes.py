@@ -21,7 +21,9 @@ from farflung.protocol.identity import Signed
 
 T = TypeVar("T")
 BLOB_BYTES = 1 << 30
+"""Of a shard: 32 MiB, or one whole matrix where adapters travel alone."""
 MANY_BYTES = 256 << 20
+"""Of scores, evidence, and a manifest that names every tensor."""
 
 
 class Coordinator:
@@ -67,7 +69,7 @@ def routes(ctx: Context) -> list[Route]:
 
     run, admin, leased = "/v1/runs/{run}", "/v1/admin/runs/{run}", to(node_routes.submission_gate)
     scorer, validator = ctx.gate("scorer", MANY_BYTES), ctx.gate("validator", MANY_BYTES)
-    trainer = ctx.gate("trainer", BLOB_BYTES)
+    trainer, publisher = ctx.gate("trainer", MANY_BYTES), ctx.gate("trainer", BLOB_BYTES)
     return [
         Route("GET", "/metrics", to(node_routes.prometheus), signed=False),
         Route("GET", "/v1", to(node_routes.index), None, Index, signed=False),
@@ -81,7 +83,7 @@ def routes(ctx: Context) -> list[Route]:
         Route("GET", f"{run}/relays", to(node_routes.relays), None, m.Relays, signed=False),
         Route("GET", f"{run}/manifests/{{digest}}", to(node_routes.manifest), None, Signed, signed=False),
         Route("GET", "/v1/blobs/{digest}", to(node_routes.get_blob), signed=False),
-        Route("PUT", f"{run}/blobs/{{digest}}", to(step_routes.put_blob), None, m.Done, gate=trainer, raw=True),
+        Route("PUT", f"{run}/blobs/{{digest}}", to(step_routes.put_blob), None, m.Done, gate=publisher, raw=True),
         Route(
             "GET", f"{run}/manifests/{{digest}}/self-test", to(node_routes.self_test), None, m.SelfTest, signed=False
         ),

@@ -60,6 +60,8 @@ class Engine(Protocol):
 
     eos_ids: frozenset[int]
     stops: Stops | None
+    made: int
+    """Rises while it generates, with every token or every token of a batch; what it counts from is of no account."""
 
     def load(self, tensors: Iterable[tuple[str, Any]]) -> None:
         """Replace the weights by (name, tensor) pairs; every parameter must be given exactly once.
@@ -77,8 +79,8 @@ class Engine(Protocol):
     ) -> list[Completion | None]:
         """Generate every request, in order; results do not depend on how requests are batched but for rounding.
 
-        `should_stop` is asked between tokens, so it may also beat a heart; once it returns True, generation ends
-        and requests that are not complete are None. Without it no answer is None.
+        `should_stop` is asked every now and then; once it returns True, generation ends and requests that are not
+        complete are None.
         """
         ...
 

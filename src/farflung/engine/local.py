@@ -1,6 +1,7 @@
 """The embedded engine: any Hugging Face causal LM, generation and replay in this process, no compiler needed."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ class LocalEngine:
         self.stops = stops
         self.max_rows = max_rows
         self.replay_tokens = replay_tokens
+        self.made = 0
         self._is_loaded = True
         self._ways: Ways | None = None
 
@@ -102,7 +104,7 @@ class LocalEngine:
             return []
         ways = self.ways
         refuse_unsteady(ways.most_tokens, max(len(one.prompt_ids) + one.max_new_tokens for one in requests))
-        asked = self.model, requests, self.eos_ids, should_stop
+        asked = self.model, requests, self.eos_ids, partial(self._count, should_stop)
         if is_for_cpu(self.model, ways.batching):
             return cpu.decode(*asked, ways.is_plain, self.max_rows, ways.batching, self.stops)
         return plain.decode(*asked, self.max_rows, ways.batching, self.stops)
@@ -112,6 +114,10 @@ class LocalEngine:
         """Prefill each (request, completion ids) once and compare each token with the seeded pick."""
         self._refuse_unloaded()
         return replay(self.model, items, self.replay_tokens, "alone" if alone else self.ways.reading)
+
+    def _count(self, should_stop: Callable[[], bool] | None) -> bool:
+        self.made += 1
+        return should_stop is not None and should_stop()
 
     def _refuse_unloaded(self) -> None:
         if not self._is_loaded:

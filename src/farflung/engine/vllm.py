@@ -6,8 +6,10 @@ server puts on each answer, so that one that was started again, and holds its fi
 """
 
 import asyncio
+import contextlib
 import json
 import logging
+import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -34,6 +36,9 @@ _TIMEOUT_S = 600.0
 _CONNECT_S = 10.0
 _LOOK_S = 0.1
 """Seconds between two looks whether to stop."""
+_COUNT_S = 5.0
+"""Seconds between two looks at the number of tokens that the server has made."""
+_COUNTED = re.compile(r"^vllm:generation_tokens_total(?:\{[^\n]*\})? (\d[\d.e+]*)", re.MULTILINE)
 _HOW = (
     "start it as docs/run.md says: VLLM_SERVER_DEV_MODE=1, --tokens-only and "
     "--logits-processors farflung.engine.vllm_noise:SeededNoise"
@@ -52,7 +57,7 @@ class VllmEngine:
         """
         self.url, self.eos_ids, self.max_rows = url.rstrip("/"), frozenset(eos_ids), max_rows
         self.stops, self._enders = stops, sorted(self.eos_ids.union(stops.at_once() if stops else ()))
-        self._folder, self._label = folder.resolve(), ""
+        self._folder, self._label, self.made = folder.resolve(), "", 0
         self._folder.mkdir(parents=True, exist_ok=True)
         self._refuse_unseeded_server()
 
@@ -104,13 +109,25 @@ class VllmEngine:
         timeout = httpx2.Timeout(None, connect=_CONNECT_S)
         async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=timeout, trust_env=False) as client:
             tasks = [asyncio.create_task(self._complete(client, request)) for request in requests]
+            counting = asyncio.create_task(self._count())
             try:
                 await _until(tasks, should_stop)
             finally:
-                for task in tasks:
+                for task in (*tasks, counting):
                     task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.gather(*tasks, counting, return_exceptions=True)
             return _results(tasks)
+
+    async def _count(self) -> None:
+        """Follow how many tokens the server makes: a request under way says nothing before its end."""
+        before: float | None = None
+        async with httpx2.AsyncClient(base_url=self.url, timeout=_TIMEOUT_S, trust_env=False) as client:
+            while True:
+                with contextlib.suppress(httpx2.TransportError):  # the requests themselves tell that it is away
+                    made = _tokens_made((await client.get("/metrics")).text)
+                    self.made += max(0, int(made - (made if before is None else before)))
+                    before = made
+                await asyncio.sleep(_COUNT_S)
 
     async def _complete(self, client: httpx2.AsyncClient, request: Request) -> Completion:
         try:
@@ -121,7 +138,9 @@ class VllmEngine:
             raise EngineAway(f"vLLM at {self.url} failed at a request ({answer.status_code}): {answer.text[:300]}")
         if answer.status_code != 200:
             raise ConfigError(f"vLLM at {self.url} refuses to generate ({answer.status_code}): {answer.text[:300]}")
-        return self._completion(request, answer.json()["choices"][0])
+        completion = self._completion(request, answer.json()["choices"][0])
+        self.made += len(completion.ids)
+        return completion
 
     def _body(self, request: Request) -> dict[str, Any]:
         seeded = {SEED: request.seed & 0xFFFFFFFFFFFFFFFF, TEMPERATURE: request.temperature}
@@ -170,12 +189,15 @@ class VllmEngine:
         try:
             seeded = httpx2.post(f"{self.url}/inference/v1/generate", json=nonsense, timeout=_TIMEOUT_S)
             labels = httpx2.get(f"{self.url}/weight_info", timeout=_TIMEOUT_S)
+            counts = httpx2.get(f"{self.url}/metrics", timeout=_TIMEOUT_S).text
         except httpx2.TransportError as error:
             raise Unreachable(f"no vLLM answers at {self.url} ({error!r}); {_HOW}") from error
         if seeded.status_code != 400 or SEED not in seeded.text:
             raise ConfigError(f"vLLM at {self.url} adds no seeded noise (it answered {seeded.status_code}); {_HOW}")
         if labels.status_code != 200:
             raise ConfigError(f"vLLM at {self.url} lets nobody load weights; {_HOW}")
+        if not _COUNTED.search(counts):
+            log.warning("vLLM at %s does not count its tokens, so a long answer may outlast its lease", self.url)
 
     def _refuse_unloaded(self) -> None:
         if not self._label:
@@ -202,6 +224,11 @@ def save_one_by_one(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
             raise WeightsError(f"the names of {len(header):,} tensors take {len(text):,} bytes; {_HEADER - 8:,} work")
         file.seek(0)
         file.write((_HEADER - 8).to_bytes(8, "little") + text.ljust(_HEADER - 8))
+
+
+def _tokens_made(metrics: str) -> float:
+    """Over all of its engines, since the server started."""
+    return sum(float(value) for value in _COUNTED.findall(metrics))
 
 
 async def _until(tasks: Sequence[asyncio.Task[Completion]], should_stop: Callable[[], bool] | None) -> None:

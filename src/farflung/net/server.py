@@ -40,8 +40,8 @@ from farflung.protocol.identity import CLOCK_SKEW_S, Signer, check_digest, verif
 log = logging.getLogger(__name__)
 BODY_BYTES = 64 * 1024
 """Default cap of a body; routes that carry tokens or blobs say more."""
-BODY_S = 60.0
-"""A body that takes longer than this to arrive is cut off."""
+BODY_S, SLOWEST_BYTES_PER_S = 60.0, 100_000
+"""A body has so long to arrive, and longer while it comes at this speed: the rollouts of a long lease are megabytes."""
 
 
 @dataclass(frozen=True)
@@ -282,18 +282,26 @@ async def _read(request: Request, headers: Mapping[str, str], limit: int, grow: 
     parts: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(BODY_S):
+        async with asyncio.timeout(BODY_S) as patience:
             async for part in request.stream():
+                patience.reschedule(later(patience.when() or 0.0, asyncio.get_running_loop().time(), len(part)))
                 size += len(part)
                 if size > limit:
                     raise TooLarge(f"the body has more than the {limit} bytes this route takes")
                 grow(len(part))
                 parts.append(part)
     except TimeoutError:
-        raise Malformed(f"the body did not arrive within {BODY_S:.0f} s; send it faster") from None
+        raise Malformed(
+            f"{size} bytes of the body arrived, then none within {BODY_S:.0f} s or too few; send it faster"
+        ) from None
     except ClientDisconnect:
         raise Malformed("the connection ended before the body did") from None
     return b"".join(parts)
+
+
+def later(deadline: float, now: float, size_bytes: int) -> float:
+    """When a body is cut off after so many bytes more: speed buys time, but no right to idle for longer than BODY_S."""
+    return min(now + BODY_S, deadline + size_bytes / SLOWEST_BYTES_PER_S)
 
 
 def _content_type(headers: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +25,7 @@ from farflung.protocol.messages import (
     Heartbeat,
     HeartbeatReply,
     Latest,
+    Lease,
     Register,
     Role,
     Run,
@@ -112,6 +113,11 @@ class NodeStats:
     made_tokens: int = 0
     proof_cpu_s: float = 0.0
     sync_pause_s: float = 0.0
+    lease: str = ""
+    """The lease at work."""
+    made: int = 0
+    """Rises while it is generated."""
+    fetched_bytes: int = 0
     last_error: str = ""
     """The last fault with weights."""
     started_at: float = field(default_factory=time.time)
@@ -136,6 +142,8 @@ class Session:
         self.latest = Latest(status=info.status, step=-1, manifest="")
         self.lost: set[str] = set()
         """Leases that the coordinator has given to others."""
+        self.lapses_at = 0.0
+        """When the lease at work lapses, by this machine's clock."""
         self.node_status = NodeStatus()
         self.device = 0
         """Which of the node's devices this process works on."""
@@ -224,12 +232,26 @@ class Session:
             sync_pause_s=stats.sync_pause_s,
             started_at=stats.started_at,
             device=self.device,
+            lease=stats.lease,
+            made=stats.made,
+            fetched_bytes=stats.fetched_bytes,
             last_error=stats.last_error[:ERROR_CHARS],
         )
         reply = await self.client.post(self.path("heartbeat"), message, HeartbeatReply)
         self.latest = reply.latest
         self.lost.update(reply.lost_leases)
+        if reply.lease_left_s and message.lease == stats.lease:
+            self.lapses_at = self.client.clock() + reply.lease_left_s
         self.node_status.hear(reply)
+
+    @contextlib.contextmanager
+    def holding(self, lease: Lease) -> Generator[None]:
+        """While this lease is worked on: heartbeats tell of progress, and their answers when it lapses."""
+        self.stats.lease, self.stats.made, self.lapses_at = lease.lease, 0, lease.expires_at
+        try:
+            yield
+        finally:
+            self.stats.lease = ""
 
     async def keep_heartbeats(self, on_heartbeat: Callable[[], None] = lambda: None) -> None:
         """Heartbeats until cancelled; a coordinator that is away is waited for."""

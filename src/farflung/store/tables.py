@@ -138,6 +138,8 @@ LEASES = Table(
     *_status("lease"),
     Column("opened_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
+    Column("made", BigInteger, nullable=False, server_default=sa.text("0")),  # by its node's word, when last extended
+    Column("fetched_bytes", BigInteger, nullable=False, server_default=sa.text("0")),
     Column("document", LargeBinary, nullable=False),
     Column("submission", Text),
     Column("receipt", LargeBinary),

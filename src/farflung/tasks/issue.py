@@ -20,6 +20,7 @@ from farflung.store.tables import GROUPS, LEASES, ROLLOUTS, STEPS, TASKS
 from farflung.store.transitions import record
 from farflung.tasks.assign import Plan, Share
 from farflung.tasks.candidates import Samples
+from farflung.tasks.deadline import first_lives
 
 KIND = "lease"
 Asking = tuple[str, int]
@@ -39,14 +40,20 @@ def write(
         return {}
     _open(connection, run_ctx, plans.values(), purpose, now)
     prompts = _prompts(connection, {share.task for plan in plans.values() for share in plan.shares})
-    drafts = [_draft(connection, run_ctx, node, plan, purpose, prompts, now) for (node, _), plan in plans.items()]
-    signed = {asking: seal(run_ctx.key, KIND, draft) for asking, draft in zip(plans, drafts, strict=True)}
-    documents = zip(drafts, signed.items(), strict=True)
-    insert_rows(connection, LEASES, [_lease_row(draft, device, one, now) for draft, ((_, device), one) in documents])
-    rows = [row for draft in drafts for row in _rollout_rows(draft, reopened)]
+    samples = {asking: sum(len(share.samples) for share in plan.shares) for asking, plan in plans.items()}
+    most = {asking: count * run_ctx.config.generate.max_new_tokens for asking, count in samples.items()}
+    lives = first_lives(connection, run_ctx, most, now)
+    drafts = {
+        asking: _draft(connection, run_ctx, asking[0], plan, purpose, prompts, now + lives[asking])
+        for asking, plan in plans.items()
+    }
+    signed = {asking: seal(run_ctx.key, KIND, draft) for asking, draft in drafts.items()}
+    rows = [_lease_row(draft, asking[1], signed[asking], now) for asking, draft in drafts.items()]
+    insert_rows(connection, LEASES, rows)
+    rows = [row for draft in drafts.values() for row in _rollout_rows(draft, reopened)]
     insert_rows(connection, ROLLOUTS, rows)
     _mark_reissued(connection, [row["rollout"] for row in rows if row["is_reissue"]])
-    for draft in drafts:
+    for draft in drafts.values():
         rollouts = [sample.rollout for group in draft.groups for sample in group.samples]
         record(
             connection,
@@ -106,7 +113,7 @@ def _draft(
     plan: Plan,
     purpose: str,
     prompts: Mapping[str, bytes],
-    now: float,
+    expires_at: float,
 ) -> Lease:
     config, lease, secret = run_ctx.config, new_id("l"), run_ctx.step_secret(plan.step)
     temperature = next((part.temperature for part in evaluations.parts(config) if part.purpose == purpose), None)
@@ -122,7 +129,7 @@ def _draft(
         max_new_tokens=config.generate.max_new_tokens,
         nonce=hashlib.sha256(seeds.derive(secret, "lease nonce", lease)).hexdigest(),
         probe=seeds.probe_key(secret).hex(),
-        expires_at=now + config.deadline_s,
+        expires_at=expires_at,
         groups=[_lease_group(secret, share, prompts) for share in plan.shares],
     )
 

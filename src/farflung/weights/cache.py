@@ -109,7 +109,9 @@ class Versions:
             log.warning("prefetch failed manifest=%s because=%s", digest[:12], error)
 
     async def close(self) -> None:
-        """Hang up on all relays."""
+        """Leave off fetching ahead, and hang up on all relays."""
+        if self._ahead is not None:
+            self._ahead.cancel()
         await self._downloads.close()
         if self._sharing is not None:
             if self._ahead is not None:

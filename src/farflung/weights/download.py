@@ -80,6 +80,7 @@ class Downloads:
         async with self._limit, lock:
             if not (self.folder / shard.digest).exists():
                 await self._from_anyone(shard)
+                self.session.stats.fetched_bytes += shard.size_bytes
         if not lock.locked():
             self._locks.pop(shard.digest, None)
 

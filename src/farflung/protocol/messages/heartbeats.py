@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from farflung.protocol.messages.limits import Count, Device, Id, Line, MaybeDigest, Message, Name, Seconds
+from farflung.protocol.messages.limits import Count, Device, Id, Line, MaybeDigest, MaybeId, Message, Name, Seconds
 from farflung.protocol.messages.weights import Latest
 
 
 class Heartbeat(Message, frozen=True):
-    """Still here. Figures are metrics."""
+    """Still here. Figures are metrics, but for those of the lease at work, which put off its end for a while."""
 
     phase: Name = ""
     loaded_step: Annotated[int, Meta(ge=-1, le=10**9)] = -1
@@ -29,6 +29,12 @@ class Heartbeat(Message, frozen=True):
     started_at: Seconds = 0.0
     device: Device = 0
     """The device of the process that is still here."""
+    lease: MaybeId = ""
+    """The lease that it works on, empty for none."""
+    made: Count = 0
+    """Rises while that lease is generated, at best with every token."""
+    fetched_bytes: Count = 0
+    """Bytes of weights that it fetched since it started."""
     last_error: Line = ""
     """The last fault with weights on this node, such as a relay that lied, in its own words."""
 
@@ -58,4 +64,6 @@ class HeartbeatReply(Message, frozen=True):
     """How many end probation; 0 for roles of which no trust is kept."""
     rulings: Annotated[list[Ruling], Meta(max_length=8)] = []
     """The latest verdicts on the node, oldest first."""
+    lease_left_s: Seconds = 0.0
+    """Until the lease that the heartbeat names lapses, unless it makes progress; 0 for one that is not open."""
     lost_leases: Annotated[list[Id], Meta(max_length=1000)] = []

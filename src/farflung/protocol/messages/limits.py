@@ -19,6 +19,7 @@ MOST_DEVICES = 64
 TRANSCRIPT_CHARS = 8 * MAX_TOKENS
 
 Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}(?!\n)$")]
+MaybeId = Annotated[str, Meta(pattern=r"^([a-z0-9][a-z0-9-]{0,63})?(?!\n)$")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
 MaybeDigest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?(?!\n)$")]
 Name = Annotated[str, Meta(max_length=80, pattern=r"^[\w .:/+@()-]*(?!\n)$")]
