@@ -13,11 +13,11 @@ import torch
 from farflung.audits import self_test
 from farflung.config import WorkerSection
 from farflung.config.tree import WAVES
-from farflung.engine.arithmetic import arithmetic
+from farflung.engine.arithmetic import PUBLISHED, Own, choose, dtype_of
 from farflung.engine.base import Completion, Engine
 from farflung.engine.loading import model_bytes
 from farflung.engine.local import LocalEngine
-from farflung.engine.vllm import VllmEngine
+from farflung.engine.vllm import VllmEngine, server_numerics
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
@@ -36,7 +36,18 @@ from farflung.protocol.errors import (
     WrongWeights,
 )
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, SelfTest, Submission
+from farflung.protocol.messages import (
+    MAX_SAMPLES,
+    Done,
+    Empty,
+    Lease,
+    LeaseAnswer,
+    LeaseRequest,
+    RunInfo,
+    SelfTest,
+    Submission,
+)
+from farflung.protocol.numerics import Numerics
 from farflung.protocol.stops import Stops
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
@@ -109,20 +120,24 @@ class Worker:
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""
         self.device = pick("cpu" if self.settings.engine == "vllm" else self.settings.device)
-        if self.settings.engine == "local":
+        if self.settings.engine == "torch":
             say("worker", self.device, self.settings.device)
+        self.own = await self._own()
         self.session = await Session.open(
             self.client,
             "worker",
             run=self._run,
             root=self._root,
             name=self.name,
-            engine=self.settings.engine,
+            engine=self.own.engine,
+            device=self.own.device,
             invite=self._invite,
-            profile=self.settings.profile,
+            profile=self._profile,
             machine=hardware(*accelerator(self.device)),
         )
-        dtype, bits = arithmetic(self.settings.profile or self.session.info.profile)
+        self.profile = self._profile(self.session.info)
+        dtype, bits = self._arithmetic(self.session.info.profiles[self.profile])
+        log.info("judged by profile=%s for=%s", self.profile, self.session.info.profiles[self.profile].text)
         config = await fetch_model_config(self.session)
         refuse_oversize(config, dtype, self.settings.memory_gb, accelerator(self.device).memory_bytes)
         self.engine = self.wrap(self._engine(config, dtype, await fetch_stops(self.session)))
@@ -137,6 +152,22 @@ class Worker:
         self.loaded = Loaded(self.engine, self.weights, bits=bits, stats=self.session.stats)
         self._receipts = Receipts(self.folder)
         await self.session.heartbeat()
+
+    async def _own(self) -> Own:
+        """The numerics of this node, as far as they are known before it has a profile."""
+        if self.settings.engine == "torch":
+            return Own("torch", self.device.type)
+        found = await asyncio.to_thread(server_numerics, self.settings.engine_url)
+        kind = self.settings.device.partition(":")[0].replace("auto", "")
+        return found._replace(device=found.device or kind)
+
+    def _profile(self, info: RunInfo) -> str:
+        """The run's profile that is this node's own. Raises ConfigError."""
+        return choose(info, self.own, self.settings.profile)
+
+    def _arithmetic(self, numerics: Numerics) -> tuple[torch.dtype, int]:
+        """What this process holds weights in, and bits that it rounds them to; a server sees to both itself."""
+        return (torch.bfloat16, PUBLISHED) if numerics.engine == "vllm" else (dtype_of(numerics), numerics.bits)
 
     def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         settings, eos_ids = self.settings, self.session.info.eos_ids
@@ -168,7 +199,7 @@ class Worker:
     async def try_numerics(self, manifest: str) -> None:
         """Once, with the first version that has a self-test. Raises ConfigError where the noise is not forgiven."""
         test = None if self._is_tried else await self_test.fetch_or_none(self.session, manifest)
-        profile = self_test.profile_in(self.session, test, self.settings.profile) if test else None
+        profile = self_test.profile_in(self.session, test, self.profile) if test else None
         if test is None or profile is None:
             return
         self._is_tried, self.session.stats.phase = True, "self-test"

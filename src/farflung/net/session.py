@@ -137,12 +137,13 @@ class Session:
         root: bytes | None = None,
         name: str = "",
         engine: str = "",
+        device: str = "",
         url: str = "",
         invite: str = "",
-        profile: str = "",
+        profile: Callable[[RunInfo], str] = lambda info: "",
         machine: Hardware | None = None,
     ) -> "Session":
-        """Register and learn the run. Raises Refusal, BadSignature or ConfigError."""
+        """Learn the run, choose a numerics profile of it, register. Raises Refusal, BadSignature or ConfigError."""
         index = await greet(client)
         client.tag = index.coordinator
         run = run or _only(index.runs)
@@ -158,7 +159,8 @@ class Session:
             name=name,
             role=role,
             engine=engine,
-            profile=profile or info.profile,
+            device=device,
+            profile=profile(info),
             hardware=machine or hardware(),
             url=url,
             invite=invite,

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from farflung.protocol.errors import ConfigError
@@ -94,6 +95,19 @@ def accelerator(device: torch.device) -> Accelerator:
         return Accelerator(str(device), 0)
     properties = module.get_device_properties(device)
     return Accelerator(f"{properties.name} ({device})", properties.total_memory)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nothing has taken, as far as it can tell."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return accelerator(device).memory_bytes
+    free, _ = module.mem_get_info(device)
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
 def say(role: str, device: torch.device, setting: str) -> None:

@@ -26,6 +26,7 @@ from farflung.rollouts.archive import text_of
 from farflung.tasks import task_filter
 from farflung.tasks.create_run import Model, with_length
 from farflung.tasks.stop_table import stops_of
+from farflung.trust.profiles import load_profiles
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 10.0
@@ -68,7 +69,7 @@ def _engine(config: Config, model: Model) -> LocalEngine:
     path, worker = config.model.path, config.worker
     engine = LocalEngine.from_folder(
         path,
-        dtype=getattr(torch, config.model.dtype),
+        dtype=getattr(torch, load_profiles(config.model).dtype),
         threads=worker.threads,
         device=pick(worker.device),
         eos_ids=model.eos_ids,
