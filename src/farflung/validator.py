@@ -47,8 +47,8 @@ class Validator:
         self.key, self.folder, self.settings, self.name = key, folder, settings, name
         self._run, self._root = run, root
         self.is_stopping = False
-        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
-        """CPU-seconds and tokens of the latest claims."""
+        self._recent: deque[tuple[float, float, int]] = deque(maxlen=RECENT)
+        """CPU-seconds, device-seconds and tokens of the latest claims."""
         self.session: Session
         self.engines: Engines
         self.weights: Versions
@@ -73,6 +73,7 @@ class Validator:
         build = await builder(self.session, config, **options)
         self.weights = Versions(self.session, self.folder / "weights", use_relays=False, patch=patch)
         first, stats = self.session.info.dtype, self.session.stats
+        stats.accelerators = int(device.type != "cpu")
         self.engines = Engines(build, config, device, self.weights, first, stats)
 
     def stop(self) -> None:
@@ -106,12 +107,13 @@ class Validator:
         log.info("audited step=%d audits=%d", jobs[0].step, len(jobs))
 
     def _replay(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
-        figures, before = self.session.stats, time.thread_time()
-        with figures.working():
+        figures = self.session.stats
+        with figures.working() as used:
             found = [one for part in replay_audits.by_arithmetic(jobs) for one in self._replay_in(part)]
             tokens = sum(len(one.gap) // 4 for evidence in found for one in evidence.rollouts)
-            self._recent.append((time.thread_time() - before, tokens))
-            figures.recent_cpu_s, figures.recent_tokens = (sum(column) for column in zip(*self._recent, strict=True))
+            self._recent.append((*used(), tokens))
+            cpu_s, device_s, tokens_ = (sum(column) for column in zip(*self._recent, strict=True))
+            figures.recent_cpu_s, figures.recent_device_s, figures.recent_tokens = cpu_s, device_s, int(tokens_)
             suspects = {job.audit: job for job in jobs if job.is_suspect}
             return [self._explain(suspects[e.audit], e) if e.audit in suspects else e for e in found]
 

@@ -137,6 +137,7 @@ class Worker:
         )
         self.profile = self._profile(self.session.info)
         dtype, bits = self._arithmetic(self.session.info.profiles[self.profile])
+        self._count(self.session.info.profiles[self.profile])
         log.info("judged by profile=%s for=%s", self.profile, self.session.info.profiles[self.profile].text)
         config = await fetch_model_config(self.session)
         refuse_oversize(config, dtype, self.settings.memory_gb, accelerator(self.device).memory_bytes)
@@ -164,6 +165,11 @@ class Worker:
     def _profile(self, info: RunInfo) -> str:
         """The run's profile that is this node's own. Raises ConfigError."""
         return choose(info, self.own, self.settings.profile)
+
+    def _count(self, numerics: Numerics) -> None:
+        """Have the seconds of what computes counted."""
+        self.session.stats.accelerators = int(numerics.device != "cpu")
+        self.session.stats.is_served = (numerics.engine, numerics.device) == ("vllm", "cpu")
 
     def _arithmetic(self, numerics: Numerics) -> tuple[torch.dtype, int]:
         """What this process holds weights in, and bits that it rounds them to; a server sees to both itself."""
