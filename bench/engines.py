@@ -33,11 +33,14 @@ from farflung.engine.base import Completion, Request
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.protocol.errors import Unreachable
+from farflung.protocol.numerics import Numerics
 from farflung.tasks.create_run import Model
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import Profile, Seen
 
 NAME = "vllm-cpu-bf16"
+BF16 = Numerics(engine="vllm", device="cpu", arithmetic="bfloat16", bits=16)
+ABOUT: dict[str, Any] = {"numerics": BF16, "verified_in": ["bfloat16", "float32"]}
 BUDGET, ROWS = 32, 64
 QUICK_BUDGET = 8
 """New tokens per rollout where only speed is measured."""
@@ -216,7 +219,7 @@ def _seen(verifier: LocalEngine, made: Sequence[Made]) -> Iterator[Seen]:
 def verdicts(views: Views, tolerance: float) -> dict[str, Any]:
     """Calibrated on every other honest rollout, judged on the others and on the cheats."""
     honest = views.fp32["honest"]
-    profile = bounds.calibrate(NAME, [*honest[::2], *views.bf16[::2]], tolerance=tolerance)
+    profile = bounds.calibrate(NAME, [*honest[::2], *views.bf16[::2]], tolerance=tolerance, **ABOUT)
     judged = {"honest": honest[1::2], "honest, bf16 verifier": views.bf16[1::2]}
     judged |= {kind: seen for kind, seen in views.fp32.items() if kind != "honest"}
     rng = np.random.default_rng(1)
@@ -245,7 +248,7 @@ def _row(profile: Profile, seen: Sequence[Seen], rng: np.random.Generator) -> di
 def write(views: Views, path: Path, tolerance: float) -> dict[str, Any]:
     """The profile that all honest rollouts give."""
     honest = [*views.fp32["honest"], *views.bf16]
-    profile = bounds.calibrate(NAME, honest, {"unseeded": views.fp32["unseeded"]}, tolerance=tolerance)
+    profile = bounds.calibrate(NAME, honest, {"unseeded": views.fp32["unseeded"]}, tolerance=tolerance, **ABOUT)
     path.write_bytes(evidence.to_json(msgspec.structs.replace(profile, holds_published=False)) + b"\n")
     return {"positions": profile.honest.positions, "flips": profile.honest.flips, "q0": profile.q0}
 

@@ -121,7 +121,7 @@ def ours(folder: Path, seed: int, most_steps: int, until: float, threads: int, m
     say(f"farflung, seed {seed}, {name}: {why}")
     config = {
         "run": {"name": "learn", "dir": str(folder), "steps": most_steps, "seed": seed, "reproducible": True},
-        "model": {"path": str(SMOL), "dtype": str(dtype).removeprefix("torch."), "profile": f"torch-cpu-{name}"},
+        "model": {"path": str(SMOL), "profile": f"torch-cpu-{name}"},
         "env": {"name": "reasoning_gym:chain_sum", "args": TASK, "train_tasks": 1000, "eval_tasks": 1},
         "generate": {"samples": SAMPLES, "max_new_tokens": BUDGET},
         "learn": {

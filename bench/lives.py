@@ -21,6 +21,7 @@ import torch
 from farflung.engine.base import Request
 from farflung.engine.local import LocalEngine
 from farflung.ops.calibrate import TOLERANCE, engine_of
+from farflung.protocol.numerics import Numerics
 from farflung.tasks.create_run import Model
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import Profile, Seen
@@ -31,6 +32,7 @@ WORDS = ("gravity", "a cell", "rain", "love", "Paris", "jazz", "salt", "a verb",
 TEMPERATURES, FACTORS = (1.0, 0.7, 0.3), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BUDGET, SIZE, SUBMISSIONS, DRAWS = 24, 16, 200, 8
 SETTINGS = TrustSettings()
+BF16 = Numerics(engine="torch", device="cpu", arithmetic="bfloat16", bits=16)
 
 
 def say(text: str) -> None:
@@ -97,7 +99,8 @@ def main() -> None:
     for t in TEMPERATURES:
         seen, noise = record(generator, verifier, prompts, t, 48 if is_quick else 192)
         known, judged, of_all = seen[::2], seen[1::2], np.concatenate(noise)
-        profile = bounds.calibrate("torch-cpu-bf16", known, noise=of_all, tolerance=TOLERANCE["bfloat16"] / t)
+        about = {"tolerance": TOLERANCE["bfloat16"] / t, "numerics": BF16, "verified_in": ["float32"]}
+        profile = bounds.calibrate("torch-cpu-bf16", known, noise=of_all, **about)
         flipped = sum(map(evidence.flips, seen)) / sum(len(one.gap) for one in seen)
         say(f"temperature={t} tokens={len(of_all)} flipped={flipped:.4f} noise={profile.noise:.4f}")
         for factor in ("recorded", *FACTORS):

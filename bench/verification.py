@@ -28,13 +28,14 @@ from safetensors.torch import load_file, save_file
 
 from farflung.audits.tripwire import tripped
 from farflung.engine.argmax import policy_scores
-from farflung.engine.arithmetic import arithmetic, rounded
+from farflung.engine.arithmetic import rounded
 from farflung.engine.base import Request
 from farflung.engine.cpu import decode
 from farflung.engine.loading import build
 from farflung.engine.local import LocalEngine
 from farflung.envs.sums import Sums
 from farflung.learner import checkpoint
+from farflung.protocol.numerics import Numerics
 from farflung.tasks.create_run import Model
 from farflung.trust import bounds, evidence
 from farflung.trust.audit_policy import audit_probability
@@ -48,6 +49,11 @@ SIZE = 16
 SMOL_ROLLOUTS = 2000
 SETTINGS = TrustSettings()
 Tensors = dict[str, torch.Tensor]
+ARITHMETIC = {"torch-cpu-fp32": (torch.float32, 32), "torch-cpu-bf16": (torch.bfloat16, 16)} | {
+    "torch-cpu-int8": (torch.float32, 8)
+}
+"""What each kind of node computes in, and bits of its weights."""
+BF16 = Numerics(engine="torch", device="cpu", arithmetic="bfloat16", bits=16)
 
 
 def say(text: str) -> None:
@@ -59,7 +65,7 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a node computes: the numerics profile, rows at once, threads."""
+    """How a node computes: the kind of arithmetic, rows at once, threads."""
 
     profile: str
     rows: int = 64
@@ -76,7 +82,7 @@ def tensors(folder: Path) -> Tensors:
 
 
 def engine(folder: Path, weights: Tensors, kind: Kind, eos: Sequence[int]) -> LocalEngine:
-    dtype, bits = arithmetic(kind.profile)
+    dtype, bits = ARITHMETIC[kind.profile]
     found = LocalEngine.from_folder(folder, dtype=dtype, threads=1, eos_ids=eos, max_rows=kind.rows)
     found.load(rounded(weights.items(), bits))
     return found
@@ -112,7 +118,8 @@ def calibrated(name: str, *played: Any, **tricks: Any) -> tuple[Profile, list[Se
     """The profile that honest rollouts give (`play` gets the rest), and what the verifier saw of them."""
     noise: list[np.ndarray] = []
     known = list(play(*played, noise=noise, **tricks))
-    return bounds.calibrate(name, known, noise=np.concatenate(noise), tolerance=2e-3), known
+    about = {"numerics": BF16, "verified_in": ["float32"]}
+    return bounds.calibrate(name, known, noise=np.concatenate(noise), tolerance=2e-3, **about), known
 
 
 def findings(profile: Profile, seen: Sequence[Seen]) -> list[Finding]:

@@ -20,6 +20,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 from farflung import config
@@ -29,7 +30,7 @@ from farflung.coordinator.routes import routes as routes_of
 from farflung.engine import noise
 from farflung.net import session
 from farflung.net.server import Route
-from farflung.protocol import errors, identity, messages, seeds, states
+from farflung.protocol import errors, identity, messages, numerics, seeds, states
 from farflung.tasks.assign import task_order
 
 ROOT = Path(__file__).parents[1]
@@ -411,6 +412,7 @@ def _lifecycles() -> str:
 SUBJECTS = (
     messages.limits,
     messages.nodes,
+    numerics,
     messages.descriptor,
     messages.weights,
     messages.leases,
@@ -423,6 +425,7 @@ SUBJECTS = (
 )
 """The files of the messages, in the order in which the page tells of them."""
 STATEMENTS = [node for module in SUBJECTS for node in ast.parse(inspect.getsource(module)).body]
+EXTENDED = {node.name: node for node in STATEMENTS if isinstance(node, ast.ClassDef) and node.name == "Numerics"}
 ALIASES = {
     node.targets[0].id: node.value
     for node in STATEMENTS
@@ -443,7 +446,10 @@ def message_types() -> dict[str, ast.ClassDef]:
 
 
 def message_fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr, ast.expr | None, str]]:
-    """Name, type, default and documentation of each field."""
+    """Name, type, default and documentation of each field, those of another wire type that it extends first."""
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in EXTENDED:
+            yield from message_fields(EXTENDED[base.id])
     for field, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             yield field.target.id, field.annotation, field.value, _text_of(after)
@@ -491,6 +497,10 @@ def wire_type(kind: ast.expr) -> str:
         case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[inner, ast.Call(keywords=bounds)])):
             return f"{wire_type(inner)} ({', '.join(map(_bound, bounds))})"
         case ast.Subscript(value=ast.Name(id="list"), slice=inner):
+            return f"list of {wire_type(inner)}"
+        case ast.Subscript(
+            value=ast.Name(id="tuple"), slice=ast.Tuple(elts=[inner, ast.Constant(value=EllipsisType())])
+        ):
             return f"list of {wire_type(inner)}"
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, value])):
             return f"map from {wire_type(key)} to {wire_type(value)}"

@@ -72,7 +72,11 @@ def ring(config: Config) -> Keyring:
     return Keyring(root.public, tuple(delegate(root, run, purpose, publics[purpose], 4e9) for purpose in PURPOSES))
 
 
-PROFILE = Profiles(Profile("torch-cpu-fp32", (1.0,), (0.5, 0.001), Tally((1, 1), (0, 0))))
+CPU = {"numerics": m.Numerics(engine="torch", device="cpu", arithmetic="float32", bits=32), "verified_in": ("float32",)}
+"""What a calibration is of."""
+FP32 = CPU["numerics"].fields | {"verified_in": ("float32",)}
+"""The same as the fields of a profile."""
+PROFILE = Profiles(Profile("torch-cpu-fp32", (1.0,), (0.5, 0.001), Tally((1, 1), (0, 0)), **FP32))
 """Beyond a gap of 1 a flip is worth a factor of 500."""
 GRANTS = {"trainer": "trainer", "scorer": "scorer", "val-1": "validator", "val-2": "validator"}
 
@@ -106,7 +110,7 @@ def found_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     async def make() -> None:
         database, model = Database(config.database_url), Model(config.model.path)
         await create_run(config, database, model, named("coordinator"), START)
-        await seal_descriptor(config, Blobs(config.blobs_url), model, named("coordinator"), ring(config))
+        await seal_descriptor(config, Blobs(config.blobs_url), model, named("coordinator"), ring(config), PROFILE)
         database.close()
 
     asyncio.run(make())
@@ -179,7 +183,7 @@ def evidence(job: m.AuditJob, bad: Callable[[str], bool], **changes: Any) -> m.E
         }
         seen.append(m.RolloutEvidence(rollout=rollout.rollout, **floats))
     fields = {"run": RUN, "audit": job.audit, "manifest": job.manifest, "profile": "torch-cpu-fp32", "rollouts": seen}
-    return m.Evidence(**fields | changes)
+    return m.Evidence(**fields | {"arithmetic": job.verify_in[0]} | changes)
 
 
 @dataclass
@@ -214,7 +218,7 @@ class House:
             migrate(config.database_url)
         database, blobs = Database(config.database_url), Blobs(config.blobs_url)
         run_ctx: RunContext = await create_run(config, database, model, key, clock())
-        descriptor = await seal_descriptor(config, blobs, model, key, ring(config))
+        descriptor = await seal_descriptor(config, blobs, model, key, ring(config), PROFILE)
         archive = Archive(Blobs(config.submissions_url), model.tokenizer)
         metrics = Metrics(config.folder / "metrics.jsonl")
         parts = (run_ctx, descriptor, weights_key(config), PROFILE, archive, database, blobs, metrics, clock)

@@ -34,6 +34,8 @@ class StandIn(ThreadingHTTPServer):
         """Tokens and rollouts that it counts, and whether it hangs up on everybody, in the middle of a rollout too."""
         self.breaks: set[tuple[int, ...]] = set()
         """Prompts at which it answers with an error."""
+        self.settings: Any = None
+        """What it says of its numerics, if anything."""
         self.hangs_up_after: int | None = None
         """Answers until it closes every connection instead."""
 
@@ -59,6 +61,8 @@ class StandIn(ThreadingHTTPServer):
                 return 200, {"results": [None]}
             case "/reset_prefix_cache":
                 return 200, {"success": True}
+            case "/server_info?config_format=json":
+                return (200, {"vllm_config": self.settings}) if self.settings is not None else (404, {})
             case "/update_weight_version":
                 self.label = body["new_version"]
             case "/metrics":

@@ -90,7 +90,7 @@ def _sample(kind: Any) -> Any:
     match kind:
         case inspect.StructType():
             return {field.encode_name: _sample(field.type) for field in kind.fields}
-        case inspect.ListType():
+        case inspect.ListType() | inspect.VarTupleType():
             return [_sample(kind.item_type)]
         case inspect.DictType():
             return {_sample(kind.key_type): _sample(kind.value_type)}

@@ -56,7 +56,7 @@ assert.ok(keys.coordinator && keys.weights)
 const info = unseal(descriptor.info, 'run', keys.coordinator)
 assert.deepEqual([info.run, info.coordinator, nodeId(keys.coordinator)], [run, index.coordinator, index.coordinator])
 async function lease(node, name) {
-  await ask(signed(node, '/v1/nodes', { version: index.version, name, engine: 'none' }))
+  await ask(signed(node, '/v1/nodes', { version: index.version, name }))
   setInterval(() => send(signed(node, `/v1/runs/${run}/heartbeat`, {})), info.heartbeat_s * 1000).unref()
   const answer = await ask(signed(node, `/v1/runs/${run}/leases`, { slots: 4, wait_s: 20 }))
   const work = unseal(answer.lease ?? assert.fail('there is no work'), 'lease', keys.coordinator)

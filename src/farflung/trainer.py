@@ -58,7 +58,7 @@ class Trainer:
         self.checker: Checker
         self._loaded: Loaded
         self._bodies: Bodies
-        self.distributed = learner_of(config, ranks or Ranks())
+        self.distributed, self._processes = learner_of(config, ranks or Ranks()), (ranks or Ranks()).world
         self._waited_s = self._checked_s = 0.0
         self._signs: list[Sign] = []
         self._sinks = Sinks(config)
@@ -99,7 +99,9 @@ class Trainer:
     async def _arm(self) -> None:
         """Open the check of batches: a second engine, and the published versions."""
         learn = self.config.learn
-        engine = await empty_engine(self.session, threads=learn.threads, device=pick(learn.device))
+        device = pick(learn.device)
+        self.session.stats.accelerators = self._processes if device.type != "cpu" else 0
+        engine = await empty_engine(self.session, threads=learn.threads, device=device)
         folder = self.config.folder / "nodes" / "trainer" / "weights"
         self._loaded = Loaded(engine, Versions(self.session, folder, use_relays=False, patch=patch))
         self.checker = Checker(self.session, self.config, self._loaded, self._bodies, self._retry_when_disk_full)

@@ -12,9 +12,8 @@ import torch
 from farflung.audits import replay_audits
 from farflung.config import ValidatorSection
 from farflung.engine.arithmetic import rounded
-from farflung.engine.base import Completion
+from farflung.engine.base import Completion, Engine
 from farflung.engine.fit import longest, slots_on
-from farflung.engine.local import LocalEngine
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
@@ -23,9 +22,9 @@ from farflung.protocol.identity import Key
 from farflung.protocol.messages import AuditJob, Evidence, Lease, LeaseAnswer, LeaseRequest
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
-from farflung.weights.loaded import Loaded
+from farflung.weights.engines import Engines
 from farflung.weights.patch import patch
-from farflung.weights.tensors import empty_engine, fetch_model_config, tensors
+from farflung.weights.tensors import builder, fetch_model_config, tensors
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.5
@@ -51,12 +50,11 @@ class Validator:
         self.key, self.folder, self.settings, self.name = key, folder, settings, name
         self._run, self._root = run, root
         self.is_stopping = False
-        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
-        """CPU-seconds and tokens of the latest claims."""
+        self._recent: deque[tuple[float, float, int]] = deque(maxlen=RECENT)
+        """CPU-seconds, device-seconds and tokens of the latest claims."""
         self.session: Session
-        self.engine: LocalEngine
+        self.engines: Engines
         self.weights: Versions
-        self.loaded: Loaded
 
     async def run(self) -> None:
         """Work until the run ends or the validator is told to stop."""
@@ -70,18 +68,20 @@ class Validator:
                 await self.weights.close()
 
     async def open(self) -> None:
-        """Join and build the empty model."""
+        """Join and build the empty model, in the arithmetic that evaluates."""
         device = pick(self.settings.device)
         say("validator", device, self.settings.device)
         names = {"run": self._run, "root": self._root, "name": self.name, "machine": hardware(*accelerator(device))}
-        self.session = await Session.open(self.client, "validator", engine="local", **names)
+        self.session = await Session.open(self.client, "validator", engine="torch", device=device.type, **names)
         config, info = await fetch_model_config(self.session), self.session.info
         text, most = longest(info), self.settings.slots
         rows = await asyncio.to_thread(slots_on, device, config, getattr(torch, info.dtype), text, most=most)
-        threads = self.settings.threads
-        self.engine = await empty_engine(self.session, threads=threads, max_rows=rows, device=device)
+        options = {"max_rows": rows, "threads": self.settings.threads, "device": device}
+        build = await builder(self.session, config, **options)
         self.weights = Versions(self.session, self.folder / "weights", use_relays=False, patch=patch)
-        self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
+        first, stats = self.session.info.dtype, self.session.stats
+        stats.accelerators = int(device.type != "cpu")
+        self.engines = Engines(build, config, device, self.weights, first, stats)
 
     def stop(self) -> None:
         """Stop after the work in hand."""
@@ -108,36 +108,41 @@ class Validator:
                 await replay_audits.testify(self.session, self.key, evidence)
             except (WrongWeights, FailedCanary) as error:
                 log.error("loading the weights anew because=%s", error)
-                self.loaded.invalidate()
+                self.engines.invalidate()
             except (Malformed, NotFound) as error:  # one odd audit must not stop the others
                 log.error("evidence refused audit=%s because=%s", evidence.audit, error)
         log.info("audited step=%d audits=%d", jobs[0].step, len(jobs))
 
     def _replay(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
-        figures, before = self.session.stats, time.thread_time()
-        with figures.working():
-            self.loaded.ensure(jobs[0].manifest)
-            about = (self.session.run, self.session.info.profile)
-            found = replay_audits.replay(self.engine, jobs, *about, self.loaded.possession)
+        figures = self.session.stats
+        with figures.working() as used:
+            found = [one for part in replay_audits.by_arithmetic(jobs) for one in self._replay_in(part)]
             tokens = sum(len(one.gap) // 4 for evidence in found for one in evidence.rollouts)
-            self._recent.append((time.thread_time() - before, tokens))
-            figures.recent_cpu_s, figures.recent_tokens = (sum(column) for column in zip(*self._recent, strict=True))
-            return [
-                self._explain(job, evidence) if job.is_suspect else evidence
-                for job, evidence in zip(jobs, found, strict=True)
-            ]
+            self._recent.append((*used(), tokens))
+            cpu_s, device_s, tokens_ = (sum(column) for column in zip(*self._recent, strict=True))
+            figures.recent_cpu_s, figures.recent_device_s, figures.recent_tokens = cpu_s, device_s, int(tokens_)
+            suspects = {job.audit: job for job in jobs if job.is_suspect}
+            return [self._explain(suspects[e.audit], e) if e.audit in suspects else e for e in found]
+
+    def _replay_in(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
+        """Evidence on audits that are all to be replayed in one arithmetic."""
+        arithmetic, loaded = self.engines.loaded_in(jobs[0].verify_in)
+        loaded.ensure(jobs[0].manifest)
+        return replay_audits.replay(loaded.engine, jobs, self.session.run, arithmetic, loaded.possession)
 
     def _explain(self, job: AuditJob, evidence: Evidence) -> Evidence:
         """Try what else could have made a suspect's rollouts; the engine ends with other weights than the leased."""
-        self.loaded.ensure(job.manifest)
-        self.loaded.invalidate()
+        _, loaded = self.engines.loaded_in((evidence.arithmetic,))
+        engine = loaded.engine
+        loaded.ensure(job.manifest)
+        loaded.invalidate()
         named = list(tensors(self.weights, job.manifest))
-        loads = [("weights rounded to int8", lambda: self.engine.load(rounded(named, 8)))]
+        loads = [("weights rounded to int8", lambda: engine.load(rounded(named, 8)))]
         if job.manifest_before and self.weights.has(job.manifest_before):
             before = self.weights.known(job.manifest_before)
             name = f"the weights of step {before.step}: a weight update was missed"
-            loads.append((name, lambda: self.engine.load(tensors(self.weights, job.manifest_before))))
-        return replay_audits.explain(self.engine, evidence, job, loads)
+            loads.append((name, lambda: engine.load(tensors(self.weights, job.manifest_before))))
+        return replay_audits.explain(engine, evidence, job, loads)
 
     async def _fetch_earlier(self, digest: str) -> None:
         """The weights of the step before, if they can still be had."""
@@ -156,10 +161,10 @@ class Validator:
             with self.session.holding(lease):
                 await self._hand_in(lease)
 
-    def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
+    def _generate(self, lease: Lease, engine: Engine) -> list[tuple[str, Completion]]:
         figures = self.session.stats
         with figures.working("made"):
-            done = generate(self.engine, lease, lambda: False, figures)
+            done = generate(engine, lease, lambda: False, figures)
         figures.made_tokens += sum(len(completion.ids) for _, completion in done)
         return done
 
@@ -168,15 +173,16 @@ class Validator:
         await self.weights.fetch(lease.manifest)
         before = time.monotonic()
         try:
-            await asyncio.to_thread(self.loaded.ensure, lease.manifest)
-            done = await asyncio.to_thread(self._generate, lease)
+            _, loaded = await asyncio.to_thread(self.engines.loaded_in, (self.session.info.dtype,))
+            await asyncio.to_thread(loaded.ensure, lease.manifest)
+            done = await asyncio.to_thread(self._generate, lease, loaded.engine)
             assigned = sum(len(group.samples) for group in lease.groups)
             taken_s = time.monotonic() - before
-            shown = self.loaded.possession(lease.nonce, lease.probe)
+            shown = loaded.possession(lease.nonce, lease.probe)
             submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
             await submit(self.session, lease, submission)
         except WrongWeights as error:
             log.error("loading the weights anew because=%s", error)
-            self.loaded.invalidate()
+            self.engines.invalidate()
         except (LeaseGone, WeightsError) as error:
             log.warning("lost lease=%s because=%s", lease.lease, error)

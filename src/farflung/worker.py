@@ -11,11 +11,11 @@ import torch
 from farflung.audits import self_test
 from farflung.config import WorkerSection
 from farflung.config.tree import WAVES
-from farflung.engine.arithmetic import arithmetic
+from farflung.engine.arithmetic import PUBLISHED, Own, choose, dtype_of
 from farflung.engine.base import Completion, Engine
 from farflung.engine.fit import node_slots
 from farflung.engine.local import LocalEngine
-from farflung.engine.vllm import VllmEngine
+from farflung.engine.vllm import VllmEngine, server_numerics
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
@@ -34,7 +34,18 @@ from farflung.protocol.errors import (
     WrongWeights,
 )
 from farflung.protocol.identity import Key
-from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, SelfTest, Submission
+from farflung.protocol.messages import (
+    MAX_SAMPLES,
+    Done,
+    Empty,
+    Lease,
+    LeaseAnswer,
+    LeaseRequest,
+    RunInfo,
+    SelfTest,
+    Submission,
+)
+from farflung.protocol.numerics import Numerics
 from farflung.protocol.stops import Stops
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
@@ -54,6 +65,20 @@ AWAY_S, MOST_AWAY_S = 2.0, 60.0
 CATCH_UP_S = 10.0
 """How far a paced worker may have fallen behind its pace, by faults not its own, and still make up for it."""
 Wrap = Callable[[Engine], Engine]
+
+
+async def own_numerics(settings: WorkerSection, device: torch.device) -> Own:
+    """The numerics of a node, as far as they are known before it has a profile. Raises Unreachable."""
+    if settings.engine == "torch":
+        return Own("torch", device.type)
+    found = await asyncio.to_thread(server_numerics, settings.engine_url)
+    kind = settings.device.partition(":")[0].replace("auto", "")
+    return found._replace(device=found.device or kind)
+
+
+def held_in(numerics: Numerics) -> tuple[torch.dtype, int]:
+    """What this process holds weights in, and bits that it rounds them to; a server sees to both itself."""
+    return (torch.bfloat16, PUBLISHED) if numerics.engine == "vllm" else (dtype_of(numerics), numerics.bits)
 
 
 class Worker:
@@ -109,21 +134,26 @@ class Worker:
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""
         self.device = pick("cpu" if self.settings.engine == "vllm" else self.settings.device)
-        if self.settings.engine == "local":
+        if self.settings.engine == "torch":
             say("worker", self.device, self.settings.device)
+        self.own = await own_numerics(self.settings, self.device)
         self.session = await Session.open(
             self.client,
             "worker",
             run=self._run,
             root=self._root,
             name=self.name,
-            engine=self.settings.engine,
+            engine=self.own.engine,
+            device=self.own.device,
             invite=self._invite,
-            profile=self.settings.profile,
+            profile=self._profile,
             machine=hardware(*accelerator(self.device), self._expected, self._devices),
         )
         self.session.device = self._part or 0
-        dtype, bits = arithmetic(self.settings.profile or self.session.info.profile)
+        self.profile = self._profile(self.session.info)
+        dtype, bits = held_in(self.session.info.profiles[self.profile])
+        self._count(self.session.info.profiles[self.profile])
+        log.info("judged by profile=%s for=%s", self.profile, self.session.info.profiles[self.profile].text)
         config = await fetch_model_config(self.session)
         info, settings = self.session.info, self.settings
         self.slots = await asyncio.to_thread(node_slots, settings, info, self.device, config, dtype)
@@ -141,6 +171,15 @@ class Worker:
         self.loaded = Loaded(self.engine, self.weights, bits=bits, stats=self.session.stats)
         self._receipts = Receipts(self.folder, self._part)
         await self.session.heartbeat()
+
+    def _profile(self, info: RunInfo) -> str:
+        """The run's profile that is this node's own. Raises ConfigError."""
+        return choose(info, self.own, self.settings.profile)
+
+    def _count(self, numerics: Numerics) -> None:
+        """Have the seconds of what computes counted."""
+        self.session.stats.accelerators = int(numerics.device != "cpu")
+        self.session.stats.is_served = (numerics.engine, numerics.device) == ("vllm", "cpu")
 
     def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         settings, eos_ids = self.settings, self.session.info.eos_ids
@@ -172,7 +211,7 @@ class Worker:
     async def try_numerics(self, manifest: str) -> None:
         """Once, with the first version that has a self-test. Raises ConfigError where the noise is not forgiven."""
         test = None if self._is_tried else await self_test.fetch_or_none(self.session, manifest)
-        profile = self_test.profile_in(self.session, test, self.settings.profile) if test else None
+        profile = self_test.profile_in(self.session, test, self.profile) if test else None
         if test is None or profile is None:
             return
         self._is_tried, self.session.stats.phase = True, "self-test"

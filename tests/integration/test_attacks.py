@@ -648,6 +648,7 @@ def test_evidence_must_be_about_what_was_drawn(house) -> None:
         for odd in (
             house.evidence(job, lambda rollout: False, manifest="0" * 64),
             house.evidence(job, lambda rollout: False, profile="int8"),
+            house.evidence(job, lambda rollout: False, arithmetic="bfloat16"),
             house.evidence(job, lambda rollout: False, rollouts=[one]),
             house.evidence(job, lambda rollout: False, rollouts=[one, one, *others[1:]]),
             house.evidence(job, lambda rollout: False, rollouts=[nan, *others]),

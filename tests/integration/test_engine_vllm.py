@@ -5,25 +5,33 @@
 The real server holds other weights afterwards.
 """
 
+import asyncio
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file  # noqa: E402
+from tests.standin import INFO  # noqa: E402
 
+from farflung.config import WorkerSection  # noqa: E402
 from farflung.engine.base import Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
-from farflung.engine.vllm import VllmEngine  # noqa: E402
+from farflung.engine.vllm import VllmEngine, server_numerics  # noqa: E402
 from farflung.protocol.errors import ConfigError, EngineAway, Unreachable, WeightsError, WrongWeights  # noqa: E402
+from farflung.protocol.identity import Key  # noqa: E402
 from farflung.protocol.probe import Slice  # noqa: E402
 from farflung.protocol.stops import DONE, Stops  # noqa: E402
+from farflung.tasks.create_run import admitted  # noqa: E402
+from farflung.trust.profiles import load_profile  # noqa: E402
+from farflung.worker import Worker  # noqa: E402
 from vllm_server import StandIn, vllm_server  # noqa: E402
 
 REAL_URL, REAL_MODEL = os.environ.get("FARFLUNG_VLLM_URL", ""), os.environ.get("FARFLUNG_VLLM_MODEL", "")
@@ -159,6 +167,45 @@ def test_a_server_that_is_not_there_is_said_to_be_unreachable(tmp_path: Path) ->
 
 
 # --- a real server ---------------------------------------------------------------------------------------------------
+
+
+CPU = {"model_config": {"dtype": "float32"}, "device_config": {"device_type": "cpu"}}
+BFLOAT = {"model_config": {"dtype": "torch.bfloat16", "quantization": None}, "device_config": {"device_type": "cuda"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        (BFLOAT, ("vllm", "cuda", "bfloat16", 16)),
+        (
+            {"model_config": {"dtype": "float32"}, "device_config": {"device_type": "cpu"}},
+            ("vllm", "cpu", "float32", 32),
+        ),
+        (BFLOAT | {"model_config": {"dtype": "torch.bfloat16", "quantization": "fp8"}}, ("vllm", "cuda", "fp8", 8)),
+        (BFLOAT | {"cache_config": {"cache_dtype": "fp8_e4m3"}}, ("vllm", "cuda", "fp8", 16)),
+        (BFLOAT | {"model_config": {"dtype": "torch.float16", "quantization": "awq"}}, ("vllm", "cuda", "", 0)),
+        (None, ("vllm", "", "", 0)),
+        ("nonsense", ("vllm", "", "", 0)),
+        ({"model_config": {"dtype": 7}, "device_config": []}, ("vllm", "", "", 0)),
+    ],
+)
+def test_a_server_says_what_it_computes_in(server: StandIn, settings: Any, own: tuple[Any, ...]) -> None:
+    server.settings = settings
+    assert server_numerics(f"{server.url}/") == own
+
+
+def test_a_worker_takes_the_profile_of_its_server_and_is_not_judged_by_another(server: StandIn, tmp_path: Path) -> None:
+    """The run's own profile is for torch on CPUs; a worker that named none was judged by it, and ejected."""
+    own = load_profile("torch-cpu-fp32")
+    of_server = {"engine": "vllm", "device": "cuda", "arithmetic": "bfloat16", "bits": 16}
+    served = msgspec.structs.replace(own, name="v", **of_server)
+    server.settings = BFLOAT
+    worker = Worker("http://h:1", Key.make(), tmp_path, WorkerSection(engine="vllm", engine_url=server.url))
+    worker.own = asyncio.run(worker._own())
+    both = {one.name: admitted(one) for one in (own, served)}
+    assert worker._profile(msgspec.structs.replace(INFO, profile=own.name, profiles=both)) == "v"
+    with pytest.raises(ConfigError, match="no numerics profile for vllm on cuda in bfloat16"):
+        worker._profile(msgspec.structs.replace(INFO, profile=own.name, profiles={own.name: admitted(own)}))
 
 
 @pytest.mark.timeout(900)

@@ -5,6 +5,7 @@ import hashlib
 import logging
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from farflung.net.session import NodeStats
 from farflung.protocol import errors, seeds, wire
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Key
+from farflung.tasks.create_run import admitted
 from farflung.trust.evidence import to_json
 from farflung.trust.profiles import load_profile
 from farflung.worker import Worker
@@ -67,13 +69,12 @@ def worker_with(engine, tmp_path, test: m.SelfTest | None, **settings) -> Worker
             raise errors.NotFound("none")
         return test
 
-    digests = {PROFILE.name: hashlib.sha256(to_json(PROFILE)).hexdigest()}
-    info = SimpleNamespace(profile=PROFILE.name, profiles=digests)
+    info = SimpleNamespace(profile=PROFILE.name, profiles={PROFILE.name: admitted(PROFILE)})
     worker.session = SimpleNamespace(
         info=info, client=SimpleNamespace(get=get), path=lambda rest: rest,
         stats=NodeStats(),
     )  # fmt: skip
-    worker.engine = engine
+    worker.engine, worker.profile = engine, PROFILE.name
     return worker
 
 
@@ -98,7 +99,7 @@ def test_without_a_self_test_or_with_a_profile_that_the_papers_do_not_name_it_wo
     engine, test = LocalEngine(noisy(tiny_qwen(), 0.3)), made_by(LocalEngine(tiny_qwen()))
     asyncio.run(worker_with(engine, tmp_path, None).try_numerics("0" * 64))
     worker = worker_with(engine, tmp_path, test)
-    worker.session.info.profiles = {PROFILE.name: "0" * 64}
+    worker.session.info.profiles = {PROFILE.name: msgspec.structs.replace(admitted(PROFILE), digest="0" * 64)}
     asyncio.run(worker.try_numerics("0" * 64))
 
 
@@ -126,7 +127,7 @@ def test_a_coordinator_serves_it_with_seeds_that_derive_from_no_secret(make_hous
         first = int.from_bytes(seeds.derive(public, "self-test seed", 0, 0)[:8], "big")
         assert test.items[0].seed == first, "anybody can compute it"
         (name,) = test.profiles
-        assert hashlib.sha256(test.profiles[name]).hexdigest() == house.ctx.profiles.digests[name]
+        assert hashlib.sha256(test.profiles[name]).hexdigest() == admitted(house.ctx.profiles.of(name)).digest
         with pytest.raises(errors.NotFound):
             await line.get(f"{house.path}/manifests/{'0' * 64}/self-test", m.SelfTest)
 

@@ -8,18 +8,20 @@ import msgspec
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from tests.conftest import FP32
 
 from farflung.adversity.faults import full_disk
 from farflung.audits import canary
+from farflung.audits.audit import open_audit
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Signed, seal
 from farflung.queries import views
 from farflung.rollouts.receipts import Receipts
 from farflung.store import ledger
-from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS, RUNS, STEPS, VERDICTS
+from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS, RUNS, STEPS, SUBMISSIONS, VERDICTS
 from farflung.trust.diagnose import UNSEEDED, diagnose
-from farflung.trust.evidence import Profile, Seen, Tally
+from farflung.trust.evidence import Profile, Profiles, Seen, Tally, from_json
 
 
 async def status(house) -> m.Status:
@@ -88,6 +90,56 @@ def test_a_broken_validator_ejects_nobody_and_is_named(house, finds, words: str)
     house.run(scenario)
 
 
+def test_each_arithmetic_has_canaries_of_its_own_and_a_second_opinion_the_other_one(house) -> None:
+    """A node in bfloat16 beside one in float32: what replays the one says nothing of what replays the other."""
+    both = ("bfloat16", "float32")
+    half = msgspec.structs.replace(house.ctx.profiles.run, name="half", arithmetic="bfloat16", verified_in=both)
+    house.ctx.profiles = Profiles(house.ctx.profiles.run, (half,))
+
+    async def scenario(house) -> None:
+        await house.commit(await house.claim_step(0), canaries=True)
+        await house.work("ada")
+        ben = await house.client("ben")
+        await ben.post("/v1/nodes", m.Register(version=m.VERSION, profile="half"), m.Welcome)
+        await house.work("ben")
+        jobs = await house.claim_audits()
+        tried = [job for job in jobs if is_spoiled(house, job) is not None]
+        assert [(job.verify_in, from_json(job.profile).name) for job in tried] == [
+            (("float32",), "torch-cpu-fp32"),
+            (("float32",), "torch-cpu-fp32"),
+            (both, "half"),
+            (both, "half"),
+        ]
+        await answer(house, [job for job in jobs if job.verify_in == ("float32",)], lambda spoiled: spoiled)
+        (of_ben,) = [job for job in jobs if job.verify_in == both and is_spoiled(house, job) is None]
+        found = house.evidence(of_ben, lambda rollout: True, profile="half")
+        with pytest.raises(errors.FailedCanary):
+            await told(house, found)
+        await answer(house, [job for job in tried if job.verify_in == both], lambda spoiled: spoiled)
+        with pytest.raises(errors.Malformed, match="'half' was verified in bfloat16 or float32"):
+            await told(house, msgspec.structs.replace(found, arithmetic="float16"))
+        assert (await told(house, msgspec.structs.replace(found, arithmetic="float32"))).changed == 1
+        row = house.rows(sa.select(AUDITS).where(AUDITS.c.audit == of_ben.audit))[0]
+        await house.ctx.write(lambda c: open_audit(c, house.ctx.run_ctx, submission(c, row), ["r"], "confirm", 2e9))
+        with house.ctx.database.engine.connect() as connection:
+            (second,) = connection.execute(sa.select(AUDITS).where(AUDITS.c.kind == "confirm")).all()
+            again = canary.jobs(connection, house.ctx.run_ctx, house.ctx.profiles, house.named("val-2").id, [second])
+        assert {job.verify_in for job in again} == {both[::-1]}, "a second opinion, and so its canaries"
+
+    house.run(scenario)
+
+
+def submission(connection, audit):
+    """The submission that an audit is of."""
+    return connection.execute(sa.select(SUBMISSIONS).where(SUBMISSIONS.c.submission == audit.submission)).one()
+
+
+async def told(house, found: m.Evidence) -> m.Done:
+    """Evidence of the first validator."""
+    signed = seal(house.named("val-1"), "evidence", found)
+    return await house.tell("val-1", f"audits/{found.audit}/evidence", signed, m.Done)
+
+
 def test_canaries_differ_by_validator_and_a_spoiled_one_is_never_the_original() -> None:
     ids = wire.pack_ids(list(range(3, 20)))
     found = {canary.spoiled(ids, 32, name) for name in ("a1", "a2", "a3")}
@@ -137,7 +189,7 @@ def test_when_many_good_nodes_fail_at_once_nothing_is_judged_until_the_operator_
 
 # --- diagnosis -------------------------------------------------------------------------------------------------------
 
-PROFILE = Profile("p", (0.1, 1.0), (0.3, 0.01, 1e-4), Tally((1, 1, 1), (0, 0, 0)))
+PROFILE = Profile("p", (0.1, 1.0), (0.3, 0.01, 1e-4), Tally((1, 1, 1), (0, 0, 0)), **FP32)
 
 
 def seen(flipped: int, of: int = 20) -> list[Seen]:
@@ -181,7 +233,7 @@ def noisier(rng, pick, gap):
     return np.where(rng.normal(0, 0.15, len(gap)) > gap, gap, 0.0)
 
 
-NARROW = Profile("p", (0.01, 0.05, 0.2), (0.3, 0.05, 1e-3, 1e-4), Tally((1,) * 4, (0,) * 4))
+NARROW = Profile("p", (0.01, 0.05, 0.2), (0.3, 0.05, 1e-3, 1e-4), Tally((1,) * 4, (0,) * 4), **FP32)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.conftest import FP32
 
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import CHEATS, Profile, Seen, Tally
@@ -78,7 +79,7 @@ def test_the_bound_fails_if_bad_submissions_are_folded_first() -> None:
 
 # --- hypothesis ------------------------------------------------------------------------------------------------------
 
-PROFILE = Profile("three bins", edges=(0.01, 0.5), q0=(0.4, 0.05, 0.002), honest=Tally((1, 1, 1), (0, 0, 0)))
+PROFILE = Profile("three bins", edges=(0.01, 0.5), q0=(0.4, 0.05, 0.002), honest=Tally((1, 1, 1), (0, 0, 0)), **FP32)
 positions = st.tuples(
     st.floats(0, 20, width=32), st.floats(0, 20, width=32), st.floats(0, 1, width=32), st.floats(-20, 20, width=32)
 )

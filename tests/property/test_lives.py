@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from tests.conftest import FP32
 
 from farflung.tasks.allocator import Allocator
 from farflung.tasks.assign import Asker, AssignSettings, OpenSamples, Plan
@@ -33,6 +34,7 @@ PROFILE = Profile(
     EDGES,
     tuple(max(flip_probability(low), 1e-4) for low in (0.0, *EDGES)),
     Tally((1,) * (len(EDGES) + 1), (0,) * (len(EDGES) + 1)),
+    **FP32,
 )
 """Its bound is what these nodes do at every edge, and hardly more between two of them: nothing is forgiven besides."""
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tests.conftest import CPU
 
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import Profile, Scope, Seen, Tally
@@ -28,7 +29,7 @@ def truth(gap: np.ndarray, factor: float) -> np.ndarray:
 def profile() -> Profile:
     rng = np.random.default_rng(1)
     noise = rng.normal(0, SCALE / 2**0.5, 20_000)
-    return bounds.calibrate("gaussian", [honest(rng, 20_000)], noise=noise, tolerance=2e-3)
+    return bounds.calibrate("gaussian", [honest(rng, 20_000)], noise=noise, tolerance=2e-3, **CPU)
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 3.0])
@@ -59,9 +60,9 @@ def test_each_alternatives_mean_ratio_is_at_most_one(profile: Profile, factor: f
 
 def test_more_data_never_loosens_and_no_data_forgives_everything() -> None:
     rng = np.random.default_rng(5)
-    small, large = (bounds.calibrate("p", [honest(rng, n)]) for n in (500, 50_000))
+    small, large = (bounds.calibrate("p", [honest(rng, n)], **CPU) for n in (500, 50_000))
     assert np.mean(large.q0) < np.mean(small.q0)
-    assert set(bounds.calibrate("p", [honest(rng, 0)]).q0) == {evidence.CEILING}
+    assert set(bounds.calibrate("p", [honest(rng, 0)], **CPU).q0) == {evidence.CEILING}
 
 
 def test_counts_in_coarser_bins_bound_as_well() -> None:

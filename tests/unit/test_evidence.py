@@ -5,12 +5,13 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from tests.conftest import CPU, FP32
 
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import ALTERNATIVES, CHEATS, Profile, Seen, Tally
 from farflung.trust.record import WHOLE, TrustSettings
 
-PROFILE = Profile("two bins", edges=(0.1,), q0=(0.3, 0.01), honest=Tally((100, 1000), (20, 0)))
+PROFILE = Profile("two bins", edges=(0.1,), q0=(0.3, 0.01), honest=Tally((100, 1000), (20, 0)), **FP32)
 ROUNDING = 1e-4
 """Noise of the scores in nats."""
 UNSEEDED = list(CHEATS).index("other noise at 1 of tokens")
@@ -43,7 +44,7 @@ def total(profile: Profile, rollouts: list[Seen]) -> np.ndarray:
 @pytest.fixture(scope="module")
 def profile() -> Profile:
     rng = np.random.default_rng(1)
-    return bounds.calibrate("simulated", play(rng, 400, 30, seeded=True), noise=rng.normal(0, ROUNDING, 12_000))
+    return bounds.calibrate("simulated", play(rng, 400, 30, seeded=True), noise=rng.normal(0, ROUNDING, 12_000), **CPU)
 
 
 def test_the_ratio_by_hand() -> None:
@@ -76,7 +77,7 @@ def test_a_far_flip_weighs_however_sure_the_policy_was() -> None:
 
 def test_far_begins_well_above_what_honest_machines_show() -> None:
     def calibrated(margin: float) -> float:
-        return bounds.calibrate("p", [arrays([0.1, 5.0], [margin, 0.0], [0.5, 0.5])], noise=noise).far
+        return bounds.calibrate("p", [arrays([0.1, 5.0], [margin, 0.0], [0.5, 0.5])], noise=noise, **CPU).far
 
     noise: list[float] = []
     assert (calibrated(0.0), calibrated(0.2), calibrated(0.5)) == (1.0, 1.0, pytest.approx(2.0))
@@ -206,7 +207,7 @@ def test_calibration_on_the_same_machine_forgives_others(profile: Profile) -> No
 def test_power_is_measured_on_the_cheats_that_are_given() -> None:
     rng = np.random.default_rng(4)
     cheats = {"unseeded": play(rng, 20, 30, seeded=False), "none": play(rng, 20, 30, seeded=True)}
-    found = bounds.calibrate("x", play(rng, 400, 30, seeded=True), cheats, noise=rng.normal(0, ROUNDING, 12_000))
+    found = bounds.calibrate("x", play(rng, 400, 30, seeded=True), cheats, noise=rng.normal(0, ROUNDING, 12_000), **CPU)
     assert found.power["unseeded"] > 1
     assert found.power["none"] == 0
 
@@ -255,7 +256,7 @@ def test_another_temperature_is_told_from_noise_of_its_size(factor: float, name:
     """Noise of a tenth of a nat flips as many tokens; only a temperature flips just those that it must."""
     rng = np.random.default_rng(5)
     honest = [tempered(rng, 1.0, noise=0.1)]
-    profile = bounds.calibrate("noisy", honest, noise=rng.normal(0, 0.1, 4000), tolerance=2e-3, margin=1.0)
+    profile = bounds.calibrate("noisy", honest, noise=rng.normal(0, 0.1, 4000), tolerance=2e-3, margin=1.0, **CPU)
     weighs = dict(zip(CHEATS, evidence.log_ratios(profile, tempered(rng, factor, noise=0.1)), strict=True))
     assert max(weighs, key=lambda cheat: weighs[cheat]) == name
     assert weighs[name] > math.log(1e6)

@@ -3,12 +3,13 @@
 import msgspec
 import numpy as np
 import pytest
+from tests.conftest import FP32
 
 from farflung.trust.evidence import Profile, Seen, Tally
 from farflung.trust.machine_noise import BEYOND, GRID, compared, expectation, noise_factor
 
 EDGES = (0.001, 0.01, 0.1, 0.5, 1.0)
-PROFILE = Profile("p", EDGES, (0.5, 0.2, 0.05, 0.002, 1e-4, 1e-4), Tally((1,) * 6, (0,) * 6))
+PROFILE = Profile("p", EDGES, (0.5, 0.2, 0.05, 0.002, 1e-4, 1e-4), Tally((1,) * 6, (0,) * 6), **FP32)
 """Of a machine with score noise of some 0.01 nats."""
 
 

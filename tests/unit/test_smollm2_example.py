@@ -38,8 +38,7 @@ def test_the_script_refuses_another_wheel(script: ModuleType, tmp_path: Path):
 def test_the_example_judges_by_a_profile_of_its_own_arithmetic():
     config = load(EXAMPLE, environ={})
     profile = load_profile(config.model.profile)
-    assert config.model.dtype == "float32"
-    assert profile.name == "torch-cpu-fp32"
+    assert (profile.name, profile.arithmetic) == ("torch-cpu-fp32", "float32")
     assert profile.honest.tokens > 10_000
 
 

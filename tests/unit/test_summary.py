@@ -3,7 +3,10 @@
 import pytest
 import sqlalchemy as sa
 
+from farflung.config import Config, PricesSection
 from farflung.launch.summary import first_and_last, steady
+from farflung.net import session
+from farflung.queries.cost import overhead, used
 from farflung.store.tables import EVENTS, metadata
 
 
@@ -26,6 +29,41 @@ def line(role, heard_at, work, started_at=0.0):
             "work_cpu_s": work, "proof_cpu_s": 0.0}  # fmt: skip
 
 
+def on_device(role, work_s, proof_s=0.0):
+    return line(role, 1, 0.1) | {"work_device_s": work_s, "proof_device_s": proof_s}
+
+
+def test_overhead_is_in_what_was_used():
+    """Accelerators alone, processors alone, and a mix that is compared by what they cost."""
+    prices = PricesSection(accelerator_cores=20.0)
+    assert overhead([on_device("worker", 8.0, 1.0), on_device("validator", 3.0)], prices) == pytest.approx(0.5)
+    assert overhead([line("worker", 1, 8.0), line("validator", 1, 4.0)], prices) == pytest.approx(0.5)
+    assert overhead([on_device("worker", 2.0), line("worker", 1, 10.0), line("validator", 1, 5.0)], prices) == 0.1
+    assert overhead([on_device("validator", 2.0)], prices) is None
+    assert used(on_device("worker", 5.0), "work", prices, since=on_device("worker", 2.0)) == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize("accelerators", [0, 1, 4])
+def test_a_role_counts_the_time_of_each_accelerator_and_its_own_of_the_processor(accelerators, monkeypatch):
+    clock = iter([100.0, 103.0, 107.0])
+    monkeypatch.setattr(session.time, "monotonic", lambda: next(clock))
+    stats = session.NodeStats(accelerators=accelerators)
+    with stats.working("made") as so_far:
+        assert so_far()[1] == 3.0 * accelerators
+    assert stats.made_device_s == 7.0 * accelerators
+    assert 0 <= stats.made_cpu_s < 1.0, "this thread did next to nothing"
+    assert (stats.work_device_s, stats.proof_device_s) == (0.0, 0.0)
+
+
+def test_a_server_on_the_processor_costs_a_core_while_it_computes(monkeypatch):
+    clock = iter([100.0, 107.0])
+    monkeypatch.setattr(session.time, "monotonic", lambda: next(clock))
+    stats = session.NodeStats(is_served=True)
+    with stats.working():
+        pass
+    assert (stats.work_cpu_s, stats.work_device_s) == (7.0, 0.0)
+
+
 def move(at, subject, after):
     return {"at": at, "noun": "node", "subject": subject, "before": "", "after": after, "detail": ""}
 
@@ -38,7 +76,7 @@ def test_the_steady_overhead_leaves_out_what_was_done_for_nodes_on_probation():
     lines += [line("validator", 1, 1.0), line("worker", 1, 5.0), line("validator", 21, 4.0), line("worker", 22, 10.0)]
     lines += [line("validator", 99, 5.0), line("worker", 99, 110.0), line("worker", 99, 10.0, started_at=50.0)]
     with engine.connect() as connection:
-        assert steady(connection, "run", lines) is None, "nobody is trusted yet"
+        assert steady(connection, Config(), lines) is None, "nobody is trusted yet"
         moves = [move(9, "good", "trusted"), move(15, "turned", "trusted"), move(20, "cheat", "ejected")]
         connection.execute(EVENTS.insert(), [*moves, move(98, "turned", "ejected")])
-        assert steady(connection, "run", lines) == pytest.approx(1 / 110, abs=1e-4)
+        assert steady(connection, Config(), lines) == pytest.approx(1 / 110, abs=1e-4)

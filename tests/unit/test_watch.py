@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from tests.conftest import FP32
 
 from farflung.trust import watch
 from farflung.trust.evidence import LIKED, Profile, Seen, Tally
 from farflung.trust.record import NodeRecord, TrustSettings, watch_groups
 from farflung.trust.watch import WatchedRollout
 
-PROFILE = Profile("p", (0.1, 1.0), (0.3, 0.05, 1e-4), Tally((1, 1, 1), (0, 0, 0)))
+PROFILE = Profile("p", (0.1, 1.0), (0.3, 0.05, 1e-4), Tally((1, 1, 1), (0, 0, 0)), **FP32)
 SETTINGS = TrustSettings()
 
 

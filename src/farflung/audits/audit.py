@@ -13,6 +13,7 @@ from farflung.audits import breaker
 from farflung.protocol import seeds
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import AuditJob, AuditRollout, Lease, SubmissionBody
+from farflung.protocol.numerics import Dtype
 from farflung.store.bulk import insert_rows
 from farflung.store.run import RunContext, new_id
 from farflung.store.tables import AUDITS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, SUBMISSIONS, TASKS
@@ -173,6 +174,7 @@ def job(
 ) -> AuditJob:
     """One audit as a validator gets it: only the tokens are the node's, all else is the coordinator's own."""
     sent = {rollout.rollout: rollout for rollout in body.rollouts}
+    profile = profile_of(connection, profiles, audit.submission)
     drawn = msgspec.json.decode(audit.rollouts, type=list[str])
     others = [name for name in sent if name not in drawn][:OTHERS] if audit.kind == "confirm" else []
     secret = run_ctx.step_secret(audit.step)
@@ -202,13 +204,19 @@ def job(
         max_new_tokens=lease.max_new_tokens,
         nonce=audit_nonce(audit.audit),
         probe=seeds.probe_key(secret).hex(),
-        profile=to_json(profile_of(connection, profiles, audit.submission)),
+        profile=to_json(profile),
+        verify_in=verify_in(profile, audit.kind),
         cap=0.0 if audit.kind == "confirm" else run_ctx.config.trust.cap,
         is_suspect=audit.kind == "confirm",
         manifest_before=_manifest_before(connection, run_ctx, audit.step) if audit.kind == "confirm" else "",
         rollouts=[one for one in sent_rollouts if one.rollout in drawn],
         others=[one for one in sent_rollouts if one.rollout not in drawn],
     )
+
+
+def verify_in(profile: Profile, kind: str) -> tuple[Dtype, ...]:
+    """Arithmetics for a validator to replay in: a second opinion begins with the one that the first ended with."""
+    return profile.verified_in[::-1] if kind == "confirm" else profile.verified_in
 
 
 def profile_of(connection: Connection, profiles: Profiles, submission: str) -> Profile:

@@ -1,7 +1,7 @@
 """Coordinator: how much of trusted nodes' work can be audited for the operator's budget.
 
 Both costs are measured on the operator's own validators, which replay and, when no audit waits, generate: no number of
-a worker's is in it.
+a worker's is in it. They are seconds of accelerators where a validator has one, of its processor else.
 """
 
 import msgspec
@@ -35,8 +35,9 @@ def afford(connection: Connection, run_ctx: RunContext) -> float:
     made = sum(one.made_tokens for one in heartbeats)
     if not audited or not made:
         return 1.0
-    audit_s = sum(one.recent_cpu_s for one in heartbeats) / audited
-    generate_s = sum(one.made_cpu_s for one in heartbeats) / made
+    core_s = run_ctx.config.prices.core_s
+    audit_s = sum(core_s(one.recent_cpu_s, one.recent_device_s) for one in heartbeats) / audited
+    generate_s = sum(core_s(one.made_cpu_s, one.made_device_s) for one in heartbeats) / made
     return affordable(run_ctx.config.trust.audit_budget, audit_s, generate_s)
 
 

@@ -6,17 +6,19 @@ spoiled. A validator that finds fault with the first or none with the second has
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from farflung.audits import self_test as selftest
-from farflung.audits.audit import audit_nonce
+from farflung.audits.audit import audit_nonce, profile_of, verify_in
 from farflung.audits.possession import warn
 from farflung.protocol import seeds, wire
 from farflung.protocol.errors import Malformed, NotFound
 from farflung.protocol.messages import AuditJob, AuditRollout, Canary, Evidence, Ids, SelfTest, SelfTestItem
+from farflung.protocol.numerics import Dtype
 from farflung.store.run import RunContext
 from farflung.store.tables import CHECKS, STEPS, TASKS
 from farflung.trust.evidence import TIE, Profile, Profiles, Seen, is_bad, log_ratios, mean_log_ratio, to_json
@@ -26,6 +28,8 @@ TOKENS = 8
 """Most tokens of a canary."""
 SPOILED_EVERY = 4
 """One token in so many is another one in a spoiled canary, the first among them."""
+Arithmetics = tuple[Dtype, ...]
+"""What an audit is to be replayed in, as `AuditJob.verify_in`."""
 
 
 class Made(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -102,7 +106,7 @@ def self_test(connection: Connection, run_ctx: RunContext, profiles: Profiles, d
     return SelfTest(
         step=row.step,
         temperature=run_ctx.config.generate.temperature,
-        profiles={one.name: to_json(one) for one in (profiles.run, *profiles.others)},
+        profiles={one.name: to_json(one) for one in profiles.every},
         items=[
             SelfTestItem(
                 prompt_ids=k.canary.prompt_ids, seed=k.canary.seed, max_new_tokens=k.canary.max_new_tokens, ids=k.ids
@@ -115,10 +119,25 @@ def self_test(connection: Connection, run_ctx: RunContext, profiles: Profiles, d
 # --- trying a validator ----------------------------------------------------------------------------------------------
 
 
-def jobs(connection: Connection, run_ctx: RunContext, profile: Profile, validator: str, step: int) -> list[AuditJob]:
-    """Canaries that this validator has to answer before its evidence on this step counts."""
-    if has_passed(connection, run_ctx, validator, step):
-        return []
+def jobs(
+    connection: Connection, run_ctx: RunContext, profiles: Profiles, validator: str, audits: Sequence[Row[Any]]
+) -> list[AuditJob]:
+    """Canaries that this validator has to answer before its evidence on these audits, all of one step, counts.
+
+    They are to be replayed as each kind of audit among them is, so that no engine of the validator goes untried.
+    """
+    asked = {verify_in(profile_of(connection, profiles, audit.submission), audit.kind): audit.step for audit in audits}
+    return [
+        job
+        for arithmetics, step in asked.items()
+        if not has_passed(connection, run_ctx, validator, step, arithmetics)
+        for job in _jobs(connection, run_ctx, profiles, validator, step, arithmetics)
+    ]
+
+
+def _jobs(
+    connection: Connection, run_ctx: RunContext, profiles: Profiles, validator: str, step: int, arithmetics: Arithmetics
+) -> list[AuditJob]:
     manifest = run_ctx.manifest_of(connection, step)
     probe = seeds.probe_key(run_ctx.step_secret(step)).hex()
     return [
@@ -130,7 +149,8 @@ def jobs(connection: Connection, run_ctx: RunContext, profile: Profile, validato
             max_new_tokens=kept.canary.max_new_tokens,
             nonce=audit_nonce(name),
             probe=probe,
-            profile=to_json(profile),
+            profile=to_json(_judged_by(profiles, arithmetics)),
+            verify_in=arithmetics,
             cap=0.0,
             rollouts=[
                 AuditRollout(
@@ -141,8 +161,15 @@ def jobs(connection: Connection, run_ctx: RunContext, profile: Profile, validato
                 )
             ],
         )
-        for name, kept, is_spoiled in _named(connection, run_ctx, validator, step)
+        for name, kept, is_spoiled in _named(
+            _canaries_of(connection, run_ctx, step), run_ctx, validator, step, arithmetics
+        )
     ]
+
+
+def _judged_by(profiles: Profiles, arithmetics: Arithmetics) -> Profile:
+    """The first profile whose audits are replayed in these arithmetics."""
+    return next(one for one in profiles.every if set(one.verified_in) == set(arithmetics))
 
 
 def spoiled(ids: bytes, vocab: int, name: str) -> bytes:
@@ -154,9 +181,12 @@ def spoiled(ids: bytes, vocab: int, name: str) -> bytes:
     return wire.pack_ids(found)
 
 
-def has_passed(connection: Connection, run_ctx: RunContext, validator: str, step: int) -> bool:
-    """Whether this validator judged all canaries of a step rightly, or there are none."""
-    asked = {name for name, _, _ in _named(connection, run_ctx, validator, step)}
+def has_passed(
+    connection: Connection, run_ctx: RunContext, validator: str, step: int, arithmetics: Arithmetics
+) -> bool:
+    """Whether this validator judged all canaries of a step rightly, replayed so, or there are none."""
+    kept = _canaries_of(connection, run_ctx, step)
+    asked = {name for name, _, _ in _named(kept, run_ctx, validator, step, arithmetics)}
     return asked <= set(_checks(connection, run_ctx, validator, step, is_passed=True))
 
 
@@ -169,15 +199,16 @@ def has_failed(connection: Connection, run_ctx: RunContext, validator: str, sinc
 
 
 def take(
-    connection: Connection, run_ctx: RunContext, profile: Profile, validator: str, evidence: Evidence, now: float
+    connection: Connection, run_ctx: RunContext, profiles: Profiles, validator: str, evidence: Evidence, now: float
 ) -> int | None:
     """Take evidence on a canary; gives 1, or None if it is about no canary of this validator's."""
     query = sa.select(STEPS.c.step).where(STEPS.c.run == run_ctx.run, STEPS.c.manifest_digest == evidence.manifest)
     step = connection.execute(query).scalar()
-    named = {} if step is None else {name: s for name, _, s in _named(connection, run_ctx, validator, step)}
+    named = {} if step is None else _asked(connection, run_ctx, profiles, validator, step)
     if evidence.audit not in named:
         return None
-    fault = _fault(profile, evidence, is_spoiled=named[evidence.audit])
+    profile, is_spoiled = named[evidence.audit]
+    fault = _fault(profile, evidence, is_spoiled=is_spoiled)
     connection.execute(CHECKS.delete().where(CHECKS.c.check == evidence.audit))
     row = {"check": evidence.audit, "run": run_ctx.run, "step": step, "validator": validator, "at": now}
     connection.execute(CHECKS.insert().values(row | {"is_passed": not fault}))
@@ -185,6 +216,18 @@ def take(
         why = f"validator {validator} failed a canary of step {step}: {fault}; its evidence on this step does not count"
         warn(connection, validator, why, now)
     return 1
+
+
+def _asked(
+    connection: Connection, run_ctx: RunContext, profiles: Profiles, validator: str, step: int
+) -> dict[str, tuple[Profile, bool]]:
+    """By its name as an audit, the profile that a canary of this validator's is judged by and whether it is spoiled."""
+    kept, found = _canaries_of(connection, run_ctx, step), dict[str, tuple[Profile, bool]]()
+    for arithmetics in {order for one in profiles.every for order in (one.verified_in, one.verified_in[::-1])}:
+        profile = _judged_by(profiles, arithmetics)
+        for name, _, is_spoiled in _named(kept, run_ctx, validator, step, arithmetics):
+            found[name] = profile, is_spoiled
+    return found
 
 
 def _fault(profile: Profile, evidence: Evidence, *, is_spoiled: bool) -> str:
@@ -201,16 +244,19 @@ def _fault(profile: Profile, evidence: Evidence, *, is_spoiled: bool) -> str:
     return "it takes an honest rollout for a cheat's" if is_bad(weight, 1000.0) else ""
 
 
+def _canaries_of(connection: Connection, run_ctx: RunContext, step: int) -> list[StoredCanary]:
+    query = sa.select(STEPS.c.canaries).where(STEPS.c.run == run_ctx.run, STEPS.c.step == step)
+    return made(connection.execute(query).scalar()).canaries
+
+
 def _named(
-    connection: Connection, run_ctx: RunContext, validator: str, step: int
+    canaries: Sequence[StoredCanary], run_ctx: RunContext, validator: str, step: int, arithmetics: Arithmetics
 ) -> Iterator[tuple[str, StoredCanary, bool]]:
     """(name as an audit, canary, whether it is spoiled) of each canary as this validator gets it."""
-    query = sa.select(STEPS.c.canaries).where(STEPS.c.run == run_ctx.run, STEPS.c.step == step)
-    stored = connection.execute(query).scalar()
     key = seeds.canary_key(run_ctx.step_secret(step))
-    for i, kept in enumerate(made(stored).canaries):
+    for i, kept in enumerate(canaries):
         for is_spoiled in (False, True):
-            name = seeds.derive(key, "canary name", validator, i, int(is_spoiled))[:6].hex()
+            name = seeds.derive(key, "canary name", validator, i, int(is_spoiled), *arithmetics)[:6].hex()
             yield f"a{name}", kept, is_spoiled
 
 

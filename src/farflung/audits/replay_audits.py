@@ -19,6 +19,7 @@ from farflung.protocol.messages import (
     Explanation,
     RolloutEvidence,
 )
+from farflung.protocol.numerics import Dtype
 from farflung.trust.diagnose import AS_LEASED
 from farflung.trust.evidence import Seen, from_json, further, log_ratios, submission_log_ratios
 
@@ -35,10 +36,18 @@ async def claim(session: Session, limit: int, wait_s: float, linger_s: float) ->
     return jobs.jobs
 
 
+def by_arithmetic(jobs: Sequence[AuditJob]) -> list[list[AuditJob]]:
+    """Audits that are to be replayed in the same way, together; those that came first lead."""
+    found: dict[Sequence[Dtype], list[AuditJob]] = {}
+    for job in jobs:
+        found.setdefault(job.verify_in, []).append(job)
+    return list(found.values())
+
+
 def replay(
-    engine: Engine, jobs: Sequence[AuditJob], run: str, profile: str, possession: Callable[[str, str], str]
+    engine: Engine, jobs: Sequence[AuditJob], run: str, arithmetic: Dtype, possession: Callable[[str, str], str]
 ) -> list[Evidence]:
-    """Evidence for every audit, as much of it as it needs. The engine holds the audits' step.
+    """Evidence for every audit, as much of it as it needs. The engine holds the audits' step, in this arithmetic.
 
     `possession` answers for it, given nonce and probe key in hex (`weights/loaded.py`).
     """
@@ -54,7 +63,8 @@ def replay(
             run=run,
             audit=job.audit,
             manifest=job.manifest,
-            profile=profile,
+            profile=from_json(job.profile).name,
+            arithmetic=arithmetic,
             rollouts=list(_evidence(job.rollouts, found)),
             possession=possession(job.nonce, job.probe),
         )

@@ -74,9 +74,8 @@ async def fetch(session: Session, manifest: str) -> SelfTest | None:
 
 def profile_in(session: Session, test: SelfTest, name: str) -> Profile | None:
     """A profile that comes with a self-test, if its bytes are those of the run's sealed descriptor."""
-    name = name or session.info.profile
-    data, digest = test.profiles.get(name, b""), session.info.profiles.get(name, "")
-    if not digest or hashlib.sha256(data).hexdigest() != digest:
+    data, sealed = test.profiles.get(name, b""), session.info.profiles.get(name)
+    if sealed is None or hashlib.sha256(data).hexdigest() != sealed.digest:
         log.warning("no self-test because=the run's descriptor does not name the profile %r that comes with it", name)
         return None
     return from_json(data)

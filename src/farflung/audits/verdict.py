@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.audits import breaker, canary, node_record, penalties, steering
-from farflung.audits.audit import open_audit, profile_of
+from farflung.audits.audit import open_audit, profile_of, verify_in
 from farflung.audits.pronounce import pronounce
 from farflung.protocol import wire
 from farflung.protocol.errors import FailedCanary, Malformed, NotFound
@@ -51,16 +51,17 @@ def take_evidence(
     Raises FailedCanary for a validator that has not passed the canaries of the audit's step; anybody may answer then.
     """
     evidence = unseal(signed, KIND, Evidence)
-    if (taken := canary.take(connection, run_ctx, profiles.run, validator, evidence, now)) is not None:
+    if (taken := canary.take(connection, run_ctx, profiles, validator, evidence, now)) is not None:
         return taken
     audit = connection.execute(sa.select(AUDITS).where(AUDITS.c.audit == evidence.audit)).first()
     if audit is None or audit.run != run_ctx.run:
         raise NotFound(f"run {run_ctx.run!r} has no audit {evidence.audit}")
     if audit.status != "claimed" or audit.claimed_by != validator:
         return 0
-    if not canary.has_passed(connection, run_ctx, validator, audit.step):
+    profile = profile_of(connection, profiles, audit.submission)
+    if not canary.has_passed(connection, run_ctx, validator, audit.step, verify_in(profile, audit.kind)):
         raise FailedCanary(f"validator {validator} has not passed the canaries of step {audit.step}; claim again")
-    _check(connection, run_ctx, audit, evidence, profiles)
+    _check(connection, run_ctx, audit, evidence, profile)
     connection.execute(
         AUDITS.update().where(AUDITS.c.audit == audit.audit).values(evidence=msgspec.msgpack.encode(signed))
     )
@@ -69,10 +70,9 @@ def take_evidence(
     return 1
 
 
-def _check(
-    connection: Connection, run_ctx: RunContext, audit: Row[Any], evidence: Evidence, profiles: Profiles
-) -> None:
-    """Evidence must be about the drawn rollouts, every token of them, under the leased weights and the run's profile.
+def _check(connection: Connection, run_ctx: RunContext, audit: Row[Any], evidence: Evidence, profile: Profile) -> None:
+    """Evidence must be about the drawn rollouts, every token of them, under the leased weights, in an arithmetic that
+    the node's profile was calibrated with: in any other the honest look like cheats.
 
     Of a submission whose first rollouts void it already, the rest may be left out.
     """
@@ -80,11 +80,14 @@ def _check(
     found = [one.rollout for one in evidence.rollouts]
     if found != drawn[: len(found)]:
         raise Malformed(f"audit {audit.audit} drew {drawn}; the evidence is about {found}")
-    if evidence.manifest != run_ctx.manifest_of(connection, audit.step) or evidence.profile != profiles.run.name:
-        raise Malformed(f"audit {audit.audit} is of other weights or another profile than {profiles.run.name!r}")
+    if evidence.manifest != run_ctx.manifest_of(connection, audit.step) or evidence.profile != profile.name:
+        raise Malformed(f"audit {audit.audit} is of other weights or another profile than {profile.name!r}")
+    if evidence.arithmetic not in profile.verified_in:
+        known = " or ".join(profile.verified_in)
+        raise Malformed(f"profile {profile.name!r} was verified in {known}; this evidence is in {evidence.arithmetic}")
     query = sa.select(ROLLOUTS.c.rollout, ROLLOUTS.c.tokens).where(ROLLOUTS.c.rollout.in_(drawn))
     tokens: dict[str, int] = {row.rollout: row.tokens for row in connection.execute(query)}
-    findings = [finding(profile_of(connection, profiles, audit.submission), one) for one in evidence.rollouts]
+    findings = [finding(profile, one) for one in evidence.rollouts]
     for one in findings:
         if one.tokens != tokens[one.rollout]:
             raise Malformed(f"rollout {one.rollout} has {tokens[one.rollout]} tokens, its evidence {one.tokens}")

@@ -112,15 +112,16 @@ class Generating:
     threads
         Torch threads.
     device
-        What it computes on: auto for the best there is, cpu, cuda, cuda:N, mps or xpu.
+        What it computes on: auto for the best there is, cpu, cuda, cuda:N, mps or xpu; with vLLM, what the server
+        does, where it does not say.
     processes
         Processes under one key, each on a device; 0 for one on each accelerator of the machine.
     engine
-        The engine that generates: this process, or a vLLM server.
+        The engine that generates: torch in this process, or a vLLM server.
     engine_url
         Where the vLLM server is; it must read this node's files.
     profile
-        Numerics profile to be judged by, one that the run admits; empty for the run's own.
+        Numerics profile to compute in and be judged by, one that the run admits; empty for one that fits.
     ignore_self_test
         Work even if this machine's arithmetic is noisier than its profile allows.
     metrics_port
@@ -131,7 +132,7 @@ class Generating:
     threads: int = 1
     device: str = "auto"
     processes: int = 0
-    engine: Literal["local", "vllm"] = "local"
+    engine: Literal["torch", "vllm"] = "torch"
     engine_url: str = WorkerSection().engine_url
     profile: str = ""
     ignore_self_test: bool = False

@@ -69,7 +69,7 @@ def keys(
 def calibrate(
     model: str,
     *,
-    profile: str = "torch-cpu-fp32",
+    profile: str = "",
     out: Path,
     prompts: Path | None = None,
     tokens: int = 80_000,
@@ -77,6 +77,8 @@ def calibrate(
     max_new_tokens: int = 32,
     threads: int = 1,
     device: str = "auto",
+    arithmetic: Literal["", "float32", "bfloat16", "float16", "fp8"] = "",
+    bits: int = 0,
     engine_url: str = "",
 ) -> None:
     """Measure numerical noise on this trusted machine, and write a numerics profile.
@@ -88,7 +90,7 @@ def calibrate(
     model
         Folder of a Hugging Face causal LM.
     profile
-        Name of the profile; it names the arithmetic.
+        Name of the profile; empty for one made of engine, device and arithmetic.
     out
         JSON file to write.
     prompts
@@ -104,6 +106,10 @@ def calibrate(
         Torch threads.
     device
         What verifiers, and the generator of this process, compute on: auto for the best there is, cpu, cuda:N, mps.
+    arithmetic
+        What nodes generate in; empty for float32 on a CPU and bfloat16 elsewhere, or what the vLLM server says.
+    bits
+        Of a weight, if nodes round them to fewer than their arithmetic has; 0 for as many.
     engine_url
         A vLLM server that generates, whose arithmetic the profile then is; empty for this process.
     """
@@ -118,6 +124,8 @@ def calibrate(
         tokens=tokens,
         threads=threads,
         device=device,
+        arithmetic=arithmetic,
+        bits=bits,
         engine_url=engine_url,
         temperature=temperature,
         max_new_tokens=max_new_tokens,

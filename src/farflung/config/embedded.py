@@ -27,6 +27,16 @@ class PricesSection(Section):
     trainer_usd_per_hour: float = setting(2.0, "The trainer: one data-centre accelerator as rented in 2026.", ge=0)
     validator_usd_per_hour: float = setting(0.22, "One validator.", ge=0)
     coordinator_usd_per_hour: float = setting(0.05, "The coordinator with its scorer: a small virtual machine.", ge=0)
+    accelerator_cores: float = setting(
+        10.0,
+        "Cores that cost as much as an accelerator: audit budget and overhead compare seconds of both by it.",
+        gt=0,
+        is_advanced=True,
+    )
+
+    def core_s(self, cpu_s: float, device_s: float) -> float:
+        """What some work used, in seconds of a core: by the accelerator's seconds where it had one, else its own."""
+        return device_s * self.accelerator_cores if device_s else cpu_s
 
 
 class SinksSection(Section):

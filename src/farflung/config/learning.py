@@ -26,7 +26,6 @@ class RunSection(Section):
 
 class ModelSection(Section):
     path: str = setting("", "Folder of a Hugging Face causal LM, or its hub id.")
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "Arithmetic of generation and replay.")
     profile: str = setting(
         "torch-cpu-fp32", "Numerics profile of nodes that pick none: a name or a JSON file.", is_advanced=True
     )

@@ -20,10 +20,10 @@ class RelaySection(Section):
 
 
 class WorkerSection(Section):
-    engine: Literal["local", "vllm"] = setting("local", "The engine that generates: this process, or a vLLM server.")
+    engine: Literal["torch", "vllm"] = setting("torch", "The engine that generates: torch here, or a vLLM server.")
     engine_url: str = setting("http://127.0.0.1:8000", "Where the vLLM server is; it must read this node's files.")
     profile: str = setting(
-        "", "Numerics profile to compute in, one that the run admits; empty for the run's own.", is_advanced=True
+        "", "Numerics profile to compute in, one that the run admits; empty for one that fits.", is_advanced=True
     )
     slots: int = setting(
         0,

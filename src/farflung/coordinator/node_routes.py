@@ -46,7 +46,7 @@ async def index(ctx: Context, call: Call) -> Index:
 async def register(ctx: Context, call: Call) -> m.Welcome:
     """Make a key known. The role it asks for must be one the operator granted it; a worker needs none."""
     ask: m.Register = call.message
-    admit.check(ctx.config.coordinator, ctx.access.roles.get(call.node, ""), call.node, ask, ctx.profiles.names)
+    admit.check(ctx.config.coordinator, ctx.access.roles.get(call.node, ""), call.node, ask, ctx.profiles)
     status = await ctx.write(lambda c: admit.admit(c, call.node, call.public, ask, ctx.clock()))
     return m.Welcome(node=call.node, role=ask.role, status=status, runs=[ctx.run_ctx.run])
 

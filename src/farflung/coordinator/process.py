@@ -26,8 +26,8 @@ from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.tasks import keyring
 from farflung.tasks.create_run import Model, create_run, local_grants, refuse_misfit, seal_descriptor, weights_key
+from farflung.trust import profiles as trust_profiles
 from farflung.trust.evidence import Profiles
-from farflung.trust.profiles import load_profile
 
 log = logging.getLogger(__name__)
 BACKLOG = 2048
@@ -40,10 +40,10 @@ GARBAGE = 20_000
 
 def load_profiles(config: Config) -> Profiles:
     """The numerics profiles that a run admits. Raises ConfigError for one that was made for other runs."""
-    run, *others = (load_profile(name) for name in (config.model.profile, *config.model.profiles))
-    for profile in (run, *others):
+    found = trust_profiles.load_profiles(config.model)
+    for profile in found.every:
         refuse_misfit(config, profile)
-    return Profiles(run, tuple(others))
+    return found
 
 
 def refuse_guessable(config: Config) -> None:
@@ -74,7 +74,7 @@ async def open_coordinator(config: Config, *, is_first: bool = True) -> Coordina
     options = {"receipts": signers["receipts"], "verdicts": signers["verdicts"]}
     run_ctx = await create_run(config, database, model, key, time.time(), **options)
     longest = max((tokens for _, tokens in run_ctx.tasks), default=0)
-    descriptor = await seal_descriptor(config, blobs, model, key, ring, profiles.digests, run_ctx.stops, longest)
+    descriptor = await seal_descriptor(config, blobs, model, key, ring, profiles, run_ctx.stops, longest)
     archive = Archive(Blobs(config.submissions_url), model.tokenizer, config.generate.stop)
     if is_first:
         await damage.mend(database, run_ctx, blobs, archive.blobs, time.time())

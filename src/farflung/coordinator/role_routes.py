@@ -53,7 +53,7 @@ async def claim_audits(ctx: Context, call: Call) -> m.AuditJobs:
         if canary.has_failed(connection, ctx.run_ctx, call.node, now - ctx.config.coordinator.claim_s):
             return (), [], latest
         rows = audit.claim_audits(connection, ctx.run_ctx, call.node, ask.limit, ask.linger_s, now)
-        known = canary.jobs(connection, ctx.run_ctx, ctx.profiles.run, call.node, rows[0].step) if rows else []
+        known = canary.jobs(connection, ctx.run_ctx, ctx.profiles, call.node, rows)
         return rows, known, latest
 
     rows, known, latest = await ctx.long_poll.poll(

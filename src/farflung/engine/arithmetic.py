@@ -1,34 +1,97 @@
-"""Arithmetic by the name of a numerics profile: `torch-cpu-int8` computes in float32 with int8 weights."""
+"""Arithmetic of numerics profiles: the one that is a node's own, and how torch computes in it."""
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple, get_args
 
 import torch
 
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.messages import RunInfo
+from farflung.protocol.numerics import Dtype, Numerics
 
-ARITHMETIC: dict[str, tuple[torch.dtype, int]] = {
-    "fp32": (torch.float32, 0),
-    "bf16": (torch.bfloat16, 0),
-    "int8": (torch.float32, 8),
-}
-"""Last part of a profile's name → (type that it computes in, bits that its weights are rounded to, 0 for none)."""
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8}
+"""Of a weight, by arithmetic, where it is not rounded to fewer."""
+PUBLISHED = 16
+"""Bits of a weight as it is published; fewer have to be rounded to."""
 
 
-def arithmetic(profile: str) -> tuple[torch.dtype, int]:
-    """The embedded engine's arithmetic for a profile. Raises ConfigError for one that it cannot do."""
-    kind = profile.rpartition("-")[2]
-    if kind not in ARITHMETIC:
-        raise ConfigError(f"this engine cannot compute as profile {profile!r}; it can do {', '.join(ARITHMETIC)}")
-    return ARITHMETIC[kind]
+class Own(NamedTuple):
+    """What a node can say of its numerics before it picks a profile."""
+
+    engine: str
+    device: str
+    """Empty for a server that does not say; so is the next."""
+    arithmetic: str = ""
+    """Empty as well for torch, which computes in whichever is asked."""
+    bits: int = 0
+    """Of a weight; 0 as well."""
+
+    @property
+    def text(self) -> str:
+        """All of it in words."""
+        end = f" in {self.arithmetic}" if self.arithmetic else ""
+        return f"{self.engine} on {self.device or 'an unknown device'}{end}" + (
+            f" with weights of {self.bits} bits" if self.bits else ""
+        )
+
+    def fits(self, numerics: Numerics) -> bool:
+        """Whether this node computes, or can compute, so."""
+        can = numerics.engine != "torch" or numerics.arithmetic in get_args(Dtype)
+        said = zip(self, (numerics.engine, numerics.device, numerics.arithmetic, numerics.bits), strict=True)
+        return can and all(own in ("", 0, other) for own, other in said)
+
+    @property
+    def is_vague(self) -> bool:
+        """Whether it may be other than the first profile that fits."""
+        return self.engine != "torch" and not all(self)
+
+
+def choose(info: RunInfo, own: Own, named: str = "") -> str:
+    """The profile of a run that a node computes in: the one named, else the run's own or the first that fits.
+
+    Raises ConfigError where that is not its own: judged by it, an honest node would be ejected.
+    """
+    if named and named not in info.profiles:
+        raise ConfigError(f"this run admits no numerics profile {named!r}; choose one of {', '.join(info.profiles)}")
+    fitting = [name for name, one in info.profiles.items() if own.fits(one)]
+    fitting.sort(key=lambda name: name != info.profile)
+    if named and named not in fitting:
+        others = f"choose one of {', '.join(fitting)}, or " if fitting else ""
+        raise ConfigError(
+            f"numerics profile {named!r} is for {info.profiles[named].text}, and this node is {own.text}; "
+            f"{others}{_how(own)}"
+        )
+    if not fitting:
+        kinds = "; ".join(f"{name}: {one.text}" for name, one in info.profiles.items())
+        raise ConfigError(f"this run admits no numerics profile for {own.text} ({kinds}); {_how(own)}")
+    if not named and len(fitting) > 1 and own.is_vague:
+        raise ConfigError(f"{own.text} may be any of {', '.join(fitting)}; name the right one with --profile")
+    return named or fitting[0]
+
+
+def _how(own: Own) -> str:
+    device = (own.device or "cuda") + (" --engine-url URL" if own.engine == "vllm" else "")
+    return (
+        f"compute on another --device, or measure this one: `farflung calibrate MODEL --device {device} "
+        "--prompts RUN.toml --out FILE.json`, and have the run's operator name FILE.json in model.profiles"
+    )
+
+
+def dtype_of(numerics: Numerics) -> torch.dtype:
+    """The type that torch computes in. Raises ConfigError for arithmetic that it cannot do."""
+    if numerics.arithmetic not in get_args(Dtype):
+        raise ConfigError(f"torch cannot compute in {numerics.arithmetic}; it can do {', '.join(get_args(Dtype))}")
+    return getattr(torch, numerics.arithmetic)
 
 
 def rounded(tensors: Iterable[tuple[str, torch.Tensor]], bits: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Matrices rounded to signed integers of so many bits with one scale a row, given back as float32.
 
-    Embeddings and everything that is no matrix stay as they are, as usual.
+    Embeddings and everything that is no matrix stay as they are, as usual; so does all of it at the bits published.
     """
     for name, tensor in tensors:
-        yield name, _round(tensor.float(), bits) if bits and tensor.ndim == 2 and "embed" not in name else tensor
+        is_rounded = bits < PUBLISHED and tensor.ndim == 2 and "embed" not in name
+        yield name, _round(tensor.float(), bits) if is_rounded else tensor
 
 
 def _round(weight_RC: torch.Tensor, bits: int) -> torch.Tensor:

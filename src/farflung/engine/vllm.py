@@ -19,6 +19,7 @@ import httpx2
 import torch
 from safetensors import safe_open
 
+from farflung.engine.arithmetic import BITS, Own
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.loading import read_slices
 from farflung.engine.seeded_rows import SEED, TEMPERATURE
@@ -229,6 +230,34 @@ def save_one_by_one(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
 def _tokens_made(metrics: str) -> float:
     """Over all of its engines, since the server started."""
     return sum(float(value) for value in _COUNTED.findall(metrics))
+
+
+def server_numerics(url: str) -> Own:
+    """What a server says of its numerics; nothing of what it leaves out. Raises Unreachable."""
+    try:
+        answer = httpx2.get(f"{url.rstrip('/')}/server_info", params={"config_format": "json"}, timeout=_TIMEOUT_S)
+    except httpx2.TransportError as error:
+        raise Unreachable(f"no vLLM answers at {url} ({error!r}); {_HOW}") from error
+    found = answer.json() if answer.status_code == 200 else {}
+    return Own("vllm", _at(found, "device_config", "device_type"), *_arithmetic(found))
+
+
+def _arithmetic(found: Any) -> tuple[str, int]:
+    """Arithmetic and bits of a weight by a server's settings; unknown for ways to quantise that have no name here."""
+    dtype = _at(found, "model_config", "dtype").removeprefix("torch.")
+    quantised, cached = _at(found, "model_config", "quantization"), _at(found, "cache_config", "cache_dtype")
+    if quantised and not quantised.startswith("fp8"):
+        return "", 0
+    if quantised or cached.startswith("fp8"):
+        return "fp8", BITS["fp8" if quantised else "bfloat16"]
+    return (dtype, BITS[dtype]) if dtype in BITS else ("", 0)
+
+
+def _at(found: Any, section: str, name: str) -> str:
+    """One of a server's settings, empty where it says none."""
+    for key in ("vllm_config", section, name):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 async def _until(tasks: Sequence[asyncio.Task[Completion]], should_stop: Callable[[], bool] | None) -> None:

@@ -6,7 +6,7 @@ Names are a contract; docs/metrics.md says what each means and how it is measure
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from farflung.config import Config, load_run
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import EvalView
 from farflung.queries import evals, views
-from farflung.queries.cost import Worked, cost_usd, last_per_process
+from farflung.queries.cost import Worked, cost_usd, last_per_process, overhead, used
 from farflung.store.metrics import Metrics
 from farflung.store.sql_connections import reading
 from farflung.store.tables import AUDITS, EVENTS, NODES, ROLLOUTS, SUBMISSIONS, VERDICTS
@@ -65,7 +65,7 @@ def _summary(connection: Connection, config: Config, lines: list[Line]) -> dict[
         **_tokens(connection, run),
         **_rollouts(connection, run),
         **_audits(connection, run),
-        **_work(connection, run, lines),
+        **_work(connection, config, lines),
         **_nodes(connection, config),
         "leases_reissued": views.reissued(connection, run),
         **_trainer(steps),
@@ -161,31 +161,35 @@ def _audits(connection: Connection, run: str) -> dict[str, Any]:
 # --- time and money --------------------------------------------------------------------------------------------------
 
 
-def _work(connection: Connection, run: str, lines: list[Line]) -> dict[str, Any]:
-    cpu: dict[str, float] = defaultdict(float)
-    work: dict[str, float] = defaultdict(float)
-    for line in last_per_process(lines).values():
-        cpu[line["role"]] += line["cpu_s"]
-        work[line["role"]] += line["work_cpu_s"]
-        work["proof"] += line["proof_cpu_s"]
+def _work(connection: Connection, config: Config, lines: list[Line]) -> dict[str, Any]:
+    lives = last_per_process(lines).values()
+    share = overhead(lives, config.prices)
     return {
-        "cpu_s_by_role": {role: round(seconds, 2) for role, seconds in sorted(cpu.items())},
-        "verification_overhead": _ratio(work["validator"] + work["proof"], work["worker"]),
-        "verification_overhead_steady": steady(connection, run, lines),
+        "cpu_s_by_role": _by_role((line["role"], line["cpu_s"]) for line in lives),
+        "device_s_by_role": _by_role((line["role"], line.get("work_device_s", 0.0)) for line in lives),
+        "verification_overhead": None if share is None else round(share, 4),
+        "verification_overhead_steady": steady(connection, config, lines),
     }
+
+
+def _by_role(seconds: Iterable[tuple[str, float]]) -> dict[str, float]:
+    found: dict[str, float] = defaultdict(float)
+    for role, one in seconds:
+        found[role] += one
+    return {role: round(one, 2) for role, one in sorted(found.items()) if one}
 
 
 def _ratio(part: float, whole: float) -> float | None:
     return round(part / whole, 4) if whole > 0 else None
 
 
-def steady(connection: Connection, run: str, lines: list[Line]) -> float | None:
+def steady(connection: Connection, config: Config, lines: list[Line]) -> float | None:
     """The overhead since the last node that was on probation came to be trusted, or ejected; None if none is trusted.
 
     A process's work until then stands in its first heartbeat after that.
     """
     waiting = sa.select(sa.func.count()).where(NODES.c.role == "worker", NODES.c.status == "probation")
-    seen_alive = waiting.where(NODES.c.phase != "", NODES.c.node.in_(_submitters(run)))
+    seen_alive = waiting.where(NODES.c.phase != "", NODES.c.node.in_(_submitters(config.run.name)))
     killed = {line["node"] for line in lines if line["kind"] == "kill"}
     if connection.execute(seen_alive.where(NODES.c.node.not_in(killed))).scalar_one():
         return None
@@ -201,8 +205,8 @@ def steady(connection: Connection, run: str, lines: list[Line]) -> float | None:
     after = last_per_process(late)
     gained: dict[str, float] = defaultdict(float)
     for key, line in after.items():
-        gained[line["role"]] += line["work_cpu_s"] - (before[key]["work_cpu_s"] if key in before else 0.0)
-        gained["proof"] += line["proof_cpu_s"] - (before[key]["proof_cpu_s"] if key in before else 0.0)
+        for kind, name in (("work", line["role"]), ("proof", "proof")):
+            gained[name] += used(line, kind, config.prices, before.get(key))
     return _ratio(gained["validator"] + gained["proof"], gained["worker"])
 
 

@@ -37,6 +37,7 @@ class RoleFigures(Collector):
         counters = (
             ("farflung_cpu_seconds", "CPU-seconds of this process and its children.", cpu_s()),
             ("farflung_work_cpu_seconds", "CPU-seconds of this role's own work.", figures.work_cpu_s),
+            ("farflung_work_device_seconds", "Seconds of its accelerators, the same.", figures.work_device_s),
         )
         for name, text, value in counters:
             counter = CounterMetricFamily(name, text, labels=["run", "role"])

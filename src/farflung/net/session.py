@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -118,19 +118,36 @@ class NodeStats:
     made: int = 0
     """Rises while it is generated."""
     fetched_bytes: int = 0
+    work_device_s: float = 0.0
+    recent_device_s: float = 0.0
+    made_device_s: float = 0.0
+    proof_device_s: float = 0.0
+    accelerators: int = 0
+    """Accelerators that this role computes on; their seconds are counted beside the processor's."""
+    is_served: bool = False
+    """Whether a server on the processor computes for it: the thread that waits uses no CPU-seconds, the server does."""
     last_error: str = ""
     """The last fault with weights."""
     started_at: float = field(default_factory=time.time)
 
     @contextlib.contextmanager
-    def working(self, kind: Literal["work", "made", "proof"] = "work"):
-        """Count the CPU-seconds of this thread inside the block as work, or as generation or proof beside it."""
-        before = time.thread_time()
+    def working(self, kind: Literal["work", "made", "proof"] = "work") -> Iterator[Callable[[], tuple[float, float]]]:
+        """Count what the block uses as work, or as generation or proof beside it; gives what it has used so far.
+
+        That is CPU-seconds of this thread, of a server at least one core's; and device-seconds, the time it takes on
+        each accelerator.
+        """
+        cpu_s, began_s = time.thread_time(), time.monotonic()
+
+        def used() -> tuple[float, float]:
+            taken_s = time.monotonic() - began_s
+            return taken_s if self.is_served else time.thread_time() - cpu_s, taken_s * self.accelerators
+
         try:
-            yield
+            yield used
         finally:
-            name = f"{kind}_cpu_s"
-            setattr(self, name, getattr(self, name) + time.thread_time() - before)
+            for clock, seconds in zip(("cpu_s", "device_s"), used(), strict=True):
+                setattr(self, f"{kind}_{clock}", getattr(self, f"{kind}_{clock}") + seconds)
 
 
 class Session:
@@ -158,12 +175,13 @@ class Session:
         root: bytes | None = None,
         name: str = "",
         engine: str = "",
+        device: str = "",
         url: str = "",
         invite: str = "",
-        profile: str = "",
+        profile: Callable[[RunInfo], str] = lambda info: "",
         machine: Hardware | None = None,
     ) -> "Session":
-        """Register and learn the run. Raises Refusal, BadSignature or ConfigError."""
+        """Learn the run, choose a numerics profile of it, register. Raises Refusal, BadSignature or ConfigError."""
         index = await greet(client)
         client.tag = index.coordinator
         run = run or _only(index.runs)
@@ -179,7 +197,8 @@ class Session:
             name=name,
             role=role,
             engine=engine,
-            profile=profile or info.profile,
+            device=device,
+            profile=profile(info),
             hardware=machine or hardware(),
             url=url,
             invite=invite,
@@ -229,6 +248,10 @@ class Session:
             made_cpu_s=stats.made_cpu_s,
             made_tokens=stats.made_tokens,
             proof_cpu_s=stats.proof_cpu_s,
+            work_device_s=stats.work_device_s,
+            recent_device_s=stats.recent_device_s,
+            made_device_s=stats.made_device_s,
+            proof_device_s=stats.proof_device_s,
             sync_pause_s=stats.sync_pause_s,
             started_at=stats.started_at,
             device=self.device,

@@ -135,15 +135,21 @@ def room_bytes(device: torch.device, memory_gb: float = 0.0) -> int:
     if device.type == "cpu":
         memory = psutil.virtual_memory()
         return min(asked or int(memory.total * OF_PROCESSOR), memory.available)
-    free = int(_free_bytes(device) * OF_ACCELERATOR)
+    free = int(free_bytes(device) * OF_ACCELERATOR)
     return min(asked, free) if asked else free
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nothing has taken, as far as it can tell."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     module = torch.get_device_module(device)
-    return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else accelerator(device).memory_bytes
+    if not hasattr(module, "mem_get_info"):
+        return accelerator(device).memory_bytes
+    free, _ = module.mem_get_info(device)
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
 def say(role: str, device: torch.device, setting: str) -> None:

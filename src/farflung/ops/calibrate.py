@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from farflung.config import Config, load
+from farflung.engine.arithmetic import BITS, PUBLISHED, Own, rounded
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.local import LocalEngine
-from farflung.engine.vllm import VllmEngine
+from farflung.engine.vllm import VllmEngine, server_numerics
 from farflung.envs.base import Env
 from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
@@ -34,11 +35,13 @@ from farflung.launch.restarts import REFUSED
 from farflung.numerics.devices import pick
 from farflung.ops.older_engine import OlderEngine
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.numerics import Dtype, Numerics
 from farflung.protocol.shown import one_line
 from farflung.tasks.create_run import Model
 from farflung.tasks.model_check import refuse_long
 from farflung.trust.bounds import calibrate, growth
 from farflung.trust.evidence import ALPHA, Profile, Scope, Seen, flips, to_json
+from farflung.trust.profiles import load_profile
 
 log = logging.getLogger(__name__)
 SHORT = (1, 2, 4, 8)
@@ -52,9 +55,16 @@ CHEATS: dict[str, Callable[[Request], Request]] = {
     "temperature 1.1": lambda request: replace(request, temperature=1.1 * request.temperature),
 }
 """Cheats that a profile must still tell from honest work: it widens with the noise that it forgives."""
-TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-3}
+TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-3, "float16": 2e-3, "fp8": 2e-3}
 """Score noise, in nats at temperature 1, that is forgiven on the best of machines."""
-VERIFIERS = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32")}
+VERIFIERS: dict[str, tuple[Dtype, ...]] = {
+    "float32": ("float32",),
+    "bfloat16": ("bfloat16", "float32"),
+    "float16": ("float16", "float32"),
+    "fp8": ("bfloat16", "float32"),
+}
+"""Arithmetics of the verifiers of each: the cheaper in front, then one for second opinions."""
+SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 PROGRESS_S = 3.0
 
 
@@ -115,11 +125,15 @@ def write_profile(
     tokens: int,
     threads: int,
     device: str = "auto",
+    arithmetic: str = "",
+    bits: int = 0,
     engine_url: str = "",
     temperature: float = 1.0,
     max_new_tokens: int = 32,
 ) -> Profile:
     """Generate, replay, calibrate, write. `tokens` are generated at the largest batch, parts of it in other ways.
+
+    Empty for name, arithmetic and bits is what follows from the device, or what a vLLM server says of itself.
 
     `prompts` may be the TOML of a run: then temperature and max_new_tokens are that run's. With the URL of a vLLM
     server that generates; it no longer holds the values that were published.
@@ -129,43 +143,73 @@ def write_profile(
         temperature, max_new_tokens = generate.temperature, generate.max_new_tokens
     found = Model(model)
     under = Conditions(found, _prompt_ids(found, prompts), temperature, max_new_tokens)
-    profile = make_profile(under, name, tokens=tokens, threads=threads, device=device, engine_url=engine_url)
+    where = pick(device)
+    numerics = numerics_of(where.type, arithmetic, bits, engine_url)
+    options = {"tokens": tokens, "threads": threads, "device": where, "engine_url": engine_url}
+    profile = make_profile(under, name or name_of(numerics), numerics, **options)
     out.write_bytes(to_json(profile) + b"\n")
     return profile
 
 
+def numerics_of(device: str, arithmetic: str = "", bits: int = 0, engine_url: str = "") -> Numerics:
+    """The numerics that are meant. Raises ConfigError for what torch cannot do, or a server says it does not."""
+    own = server_numerics(engine_url) if engine_url else Own("torch", device)
+    device, natural = own.device or device, own.arithmetic or ("float32" if device == "cpu" else "bfloat16")
+    fields = {"engine": own.engine, "device": device, "arithmetic": arithmetic or natural}
+    if fields["arithmetic"] not in BITS:
+        raise ConfigError(f"there is no arithmetic {arithmetic!r}; choose one of {', '.join(BITS)}")
+    found = msgspec.convert(fields | {"bits": bits or own.bits or BITS[fields["arithmetic"]]}, Numerics)
+    if not own.fits(found):
+        raise ConfigError(f"asked to measure {found.text}, but this is {own.text}; leave out --arithmetic and --bits")
+    return found
+
+
+def name_of(numerics: Numerics) -> str:
+    """A name for a profile, such as torch-cuda-bf16."""
+    own_bits = BITS[numerics.arithmetic]
+    short = SHORT_NAMES.get(numerics.arithmetic, numerics.arithmetic)
+    return f"{numerics.engine}-{numerics.device}-{short}" + ("" if numerics.bits == own_bits else f"-w{numerics.bits}")
+
+
 def profile_of_run(config: Config, name: str, tokens: int) -> Profile:
-    """A profile for just this run, made on the machine that is to trust it; in seconds, so of few kinds."""
+    """A profile for just this run in place of one that does not fit, made on the machine that is to trust it.
+
+    In seconds, so of few kinds. Its arithmetic is that of the one named, its device that of the run's own nodes.
+    """
+    device = pick(config.worker.device)
+    numerics = numerics_of(device.type, load_profile(name).arithmetic, load_profile(name).bits)
     model, env = Model(config.model.path), load_env(config.env.name, config.env.args)
     prompts = [env.prompt(task) for task in itertools.islice(env.tasks("train"), PROMPTS)]
     asked = [tuple(model.prompt_ids(prompt)) for prompt in prompts]
     refuse_long(model, map(len, asked), config.generate.max_new_tokens)
     under = Conditions(model, asked, config.generate.temperature, config.generate.max_new_tokens)
-    return make_profile(under, name, tokens=tokens, threads=1, kinds=KINDS[:3], cheats=())
+    options = {"tokens": tokens, "threads": 1, "device": device, "kinds": KINDS[:3], "cheats": ()}
+    return make_profile(under, name_of(numerics), numerics, **options)
 
 
 def make_profile(
     under: Conditions,
     name: str,
+    numerics: Numerics,
     *,
     tokens: int,
     threads: int,
-    device: str = "auto",
+    device: torch.device | str = "cpu",
     engine_url: str = "",
     kinds: Sequence[Kind] = KINDS,
     cheats: Sequence[str] = tuple(CHEATS),
 ) -> Profile:
     """The profile of one kind of arithmetic under some conditions."""
-    dtype = "bfloat16" if "bf16" in name else "float32"
-    engines = {kind: engine_of(under.model, kind, threads, pick(device)) for kind in VERIFIERS[dtype]}
-    verifiers = list(engines.values())
+    arithmetic, bits, verified_in = numerics.arithmetic, numerics.bits, VERIFIERS[numerics.arithmetic]
+    verifiers = [engine_of(under.model, kind, threads, device) for kind in verified_in]
+    kinds = [kind for kind in kinds if not kind.is_older or (numerics.engine, numerics.device) == ("torch", "cpu")]
     with tempfile.TemporaryDirectory() as folder:
         served = _served(under.model, engine_url, Path(folder)) if engine_url else None
-        generator = served or engines[dtype]
+        is_own = not served and bits < PUBLISHED
+        own = engine_of(under.model, arithmetic, threads, device, bits) if is_own else verifiers[0]
+        generator = served or own
         of_kind = [
-            (OlderEngine(under.model.path, dtype) if kind.is_older else generator, kind)
-            for kind in kinds
-            if not (served and kind.is_older)
+            (OlderEngine(under.model.path, arithmetic, bits) if kind.is_older else generator, kind) for kind in kinds
         ]
         honest = [
             one for made_by, kind in of_kind for one in _play(made_by, verifiers, under, kind, tokens * kind.share)
@@ -177,8 +221,8 @@ def make_profile(
             for cheat in cheats
         }
     seen, noise = [one.seen for one in honest], np.concatenate([one.noise for one in honest])
-    tolerance = TOLERANCE[dtype] / under.temperature
-    profile = calibrate(name, seen, tried, noise=noise, tolerance=tolerance, scope=under.scope)
+    about = {"numerics": numerics, "verified_in": verified_in, "scope": under.scope}
+    profile = calibrate(name, seen, tried, noise=noise, tolerance=TOLERANCE[arithmetic] / under.temperature, **about)
     profile = msgspec.structs.replace(profile, holds_published=not engine_url)
     _report(profile, {"honest": seen, **tried})
     return profile
@@ -203,11 +247,14 @@ def _env(config: Path | None) -> Env:
     return load_env(env.name, env.args)
 
 
-def engine_of(model: Model, dtype: str, threads: int, device: torch.device | str = "cpu") -> LocalEngine:
+def engine_of(
+    model: Model, dtype: str, threads: int, device: torch.device | str = "cpu", bits: int = PUBLISHED
+) -> LocalEngine:
+    """The model with its weights as they are published, rounded to fewer bits if asked."""
     engine = LocalEngine.from_folder(
         model.path, dtype=getattr(torch, dtype), threads=threads, eos_ids=model.eos_ids, device=device
     )
-    engine.load(_published(model.path))
+    engine.load(rounded(_published(model.path), bits))
     return engine
 
 
@@ -268,7 +315,7 @@ def _report(profile: Profile, played: Mapping[str, Sequence[Seen]]) -> None:
         flipped = sum(map(flips, samples)) / tokens
         needed = f"{math.log(1 / ALPHA) / nats:.0f}" if nats else "none suffice"
         log.info("%s tokens=%d flipped=%.4f nats_per_token=%.3f ejection=%s", name, tokens, flipped, nats, needed)
-    noise, choice = profile.noise, profile.bits
+    noise, choice = profile.noise, profile.choice_bits
     log.info("margin=%g noise=%.3g far=%.3g choice_bits_per_token=%.3g", profile.margin, noise, profile.far, choice)
     log.info("liked=%.3g", profile.liked)
     untold = [cheat for cheat in CHEATS if not profile.power.get(cheat)]

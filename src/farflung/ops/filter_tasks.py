@@ -27,6 +27,7 @@ from farflung.rollouts.archive import text_of
 from farflung.tasks import task_filter
 from farflung.tasks.create_run import Model, with_length
 from farflung.tasks.stop_table import stops_of
+from farflung.trust.profiles import load_profiles
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 10.0
@@ -67,7 +68,7 @@ def _engine(config: Config, model: Model) -> LocalEngine:
     from farflung.learner.policy import Policy
 
     path, worker = config.model.path, config.worker
-    dtype, device = getattr(torch, config.model.dtype), pick(worker.device)
+    dtype, device = getattr(torch, load_profiles(config.model).dtype), pick(worker.device)
     text = Text(UNKNOWN.prompt, config.generate.max_new_tokens)
     engine = LocalEngine.from_folder(
         path,

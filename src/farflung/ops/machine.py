@@ -7,13 +7,14 @@ import time
 import torch
 
 from farflung.config import WorkerSection
-from farflung.engine.arithmetic import arithmetic
+from farflung.engine.arithmetic import choose
 from farflung.engine.base import Request
 from farflung.engine.fit import longest, node_slots
 from farflung.engine.local import LocalEngine
 from farflung.net.session import Session
 from farflung.numerics.devices import accelerator, pick
 from farflung.weights.tensors import fetch_model_config
+from farflung.worker import held_in, own_numerics
 
 PROMPT, NEW = 32, 32
 """Tokens of the texts by which speed is measured."""
@@ -40,8 +41,7 @@ class Machine:
     async def capacity(self) -> str:
         """The room for the run, in words. Raises WeightsError, which says what would fit, or ConfigError."""
         info, settings = self._session.info, self._settings
-        device = pick("cpu" if settings.engine == "vllm" else settings.device)
-        dtype, _ = arithmetic(settings.profile or info.profile)
+        device, dtype = pick("cpu" if settings.engine == "vllm" else settings.device), await self._dtype()
         config = await fetch_model_config(self._session)
         self._slots = await asyncio.to_thread(node_slots, settings, info, device, config, dtype)
         where = "the vLLM server" if settings.engine == "vllm" else str(device)
@@ -51,9 +51,14 @@ class Machine:
         """Tokens a second for which there was room, in short answers; 0 where a server generates."""
         if self._settings.engine == "vllm":
             return 0.0
-        dtype, _ = arithmetic(self._settings.profile or self._session.info.profile)
         config = await fetch_model_config(self._session)
-        return await asyncio.to_thread(self._measured, config, dtype)
+        return await asyncio.to_thread(self._measured, config, await self._dtype())
+
+    async def _dtype(self) -> torch.dtype:
+        """What weights are held in by the profile that is this machine's own. Raises ConfigError, Unreachable."""
+        info, settings = self._session.info, self._settings
+        own = await own_numerics(settings, pick("cpu" if settings.engine == "vllm" else settings.device))
+        return held_in(info.profiles[choose(info, own, settings.profile)])[0]
 
     def _measured(self, config: bytes, dtype: torch.dtype) -> float:
         chosen, threads = pick(self._settings.device), self._settings.threads

@@ -24,6 +24,7 @@ class Job(msgspec.Struct):
 
     model: str
     dtype: str
+    bits: int
     rows: int
     requests: list[Request]
 
@@ -31,12 +32,12 @@ class Job(msgspec.Struct):
 class OlderEngine:
     """Generates only."""
 
-    def __init__(self, model: str, dtype: str) -> None:
-        self.model, self.dtype, self.max_rows = model, dtype, 16
+    def __init__(self, model: str, dtype: str, bits: int) -> None:
+        self.model, self.dtype, self.bits, self.max_rows = model, dtype, bits, 16
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Generate every request, in order. Raises ConfigError where such a process ends in an error."""
-        job = msgspec.msgpack.encode(Job(self.model, self.dtype, self.max_rows, list(requests)))
+        job = msgspec.msgpack.encode(Job(self.model, self.dtype, self.bits, self.max_rows, list(requests)))
         command = [sys.executable, "-m", "farflung.ops.older_engine"]
         done = subprocess.run(command, input=job, capture_output=True, env=os.environ | OLDER, timeout=TIMEOUT_S)
         if done.returncode:
@@ -51,7 +52,7 @@ def _main() -> None:
     from farflung.tasks.create_run import Model
 
     job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job)
-    engine = engine_of(Model(job.model), job.dtype, threads=1)
+    engine = engine_of(Model(job.model), job.dtype, threads=1, bits=job.bits)
     engine.max_rows = job.rows
     sys.stdout.buffer.write(msgspec.msgpack.encode(engine.generate(job.requests)))
 

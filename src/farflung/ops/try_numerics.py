@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from farflung.audits import self_test
-from farflung.engine.arithmetic import arithmetic
+from farflung.engine.arithmetic import Own, choose, dtype_of
 from farflung.engine.fit import longest, slots_on
 from farflung.engine.local import LocalEngine
 from farflung.net.session import Session
@@ -23,16 +23,17 @@ async def attempt(session: Session, folder: Path, manifest: str) -> self_test.Tr
     versions = Versions(session, folder / "weights", patch=patch)
     try:
         test, manifest = await _newest(session, versions, manifest)
-        profile = self_test.profile_in(session, test, "") if test else None
+        device = pick("auto")
+        name = choose(session.info, Own("torch", device.type))
+        profile = self_test.profile_in(session, test, name) if test else None
         if test is None or profile is None:
             return None
-        dtype, _ = arithmetic(profile.name)
+        dtype = dtype_of(profile)
         config = await fetch_model_config(session)
-        device = pick("auto")
         slots_on(device, config, dtype, longest(session.info))
         ending = {"eos_ids": session.info.eos_ids, "stops": await fetch_stops(session)}
         engine = LocalEngine.from_folder(config, dtype=dtype, device=device, **ending)
-        Loaded(engine, versions).ensure(manifest)
+        Loaded(engine, versions, bits=profile.bits).ensure(manifest)
         return self_test.attempt(engine, test, profile)
     finally:
         await versions.close()

@@ -3,9 +3,9 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from farflung.config import Config
+from farflung.config import Config, PricesSection
 from farflung.store.metrics import Tail
 
 Line = dict[str, Any]
@@ -75,12 +75,19 @@ def cost_usd(lives: Iterable[tuple[str, float]], wall_s: float, config: Config) 
     return (paid + wall_s * prices.coordinator_usd_per_hour) / 3600
 
 
-def overhead(lives: Iterable[Line]) -> float | None:
-    """CPU-seconds of replay, and of proof on workers, over those of generation; None before the first."""
+def used(line: Line, kind: Literal["work", "proof"], prices: PricesSection, since: Line | None = None) -> float:
+    """What a process used for its work or for proof, since an earlier line of it if one is given, in seconds of a core
+    (`PricesSection.core_s`)."""
+    clocks = [f"{kind}_{clock}" for clock in ("cpu_s", "device_s")]
+    return prices.core_s(*(line.get(clock, 0.0) - (since or {}).get(clock, 0.0) for clock in clocks))
+
+
+def overhead(lives: Iterable[Line], prices: PricesSection) -> float | None:
+    """What replay used, and proof on workers, over what generation did; None before the first."""
     work: dict[str, float] = defaultdict(float)
     for line in lives:
-        work[line["role"]] += line["work_cpu_s"]
-        work["proof"] += line["proof_cpu_s"]
+        work[line["role"]] += used(line, "work", prices)
+        work["proof"] += used(line, "proof", prices)
     return (work["validator"] + work["proof"]) / work["worker"] if work["worker"] > 0 else None
 
 
@@ -101,4 +108,4 @@ class Meter:
             self._lives |= last_per_process([line])
         lives = [(line["role"], self._worked.lived_s[process]) for process, line in self._lives.items()]
         wall_s = self._worked.seconds
-        return cost_usd(lives, wall_s, self._config), overhead(self._lives.values()), wall_s
+        return cost_usd(lives, wall_s, self._config), overhead(self._lives.values(), self._config.prices), wall_s

@@ -49,7 +49,7 @@ GALLERY: dict[str, Callable[[], Attack]] = {
     "near-tie": lambda: picks.NearTie(0.02),
     "teacher": lambda: picks.Teacher(0.02),
     "teacher-wide": lambda: picks.Teacher(1.0),
-    "teacher-bf16": lambda: picks.Teacher(0.2, "torch-cpu-bf16"),
+    "teacher-bf16": lambda: picks.Teacher(0.2, "bfloat16"),
     "margin-budget": picks.MarginBudget,
 }
 """Name → how to make the attack."""

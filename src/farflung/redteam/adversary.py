@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from farflung.engine.arithmetic import Own
 from farflung.engine.base import Completion, Engine, Request
 from farflung.protocol import wire
 from farflung.protocol.errors import Ejected, FarflungError, LeaseGone, Unreachable
@@ -45,7 +46,7 @@ class Attack:
     judged_by: Profile
     """The run's own numerics profile."""
     declares: str = ""
-    """Numerics profile that it says it computes by, whatever it does; the run's own if empty."""
+    """Arithmetic whose numerics profile it is judged by, whatever it does; empty for one that fits."""
 
     def load(self, tensors: Sequence[tuple[str, Any]]) -> None:
         """Look at the weights that `truth` holds from now on."""
@@ -97,9 +98,11 @@ class Adversary(Worker):
         super().__init__(*arguments, wrap=lambda engine: Cheating(engine, attack), **options)
         self.attack, self._tries, self._cpu_s = attack, 0, 0.0
         attack.trust, attack.judged_by = trust, judged_by
-        if attack.declares:
-            self.settings = self.settings.model_copy(update={"profile": attack.declares})
         self._seeded: dict[str, tuple[int, ...]] = {}
+
+    async def _own(self) -> Own:
+        own = await super()._own()
+        return own._replace(arithmetic=self.attack.declares) if self.attack.declares else own
 
     def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         return super()._engine(config, torch.float32 if self.attack.declares else dtype, stops)

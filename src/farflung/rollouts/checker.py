@@ -22,8 +22,7 @@ from farflung.protocol.messages import Batch, RolloutLook
 from farflung.rollouts import stale
 from farflung.rollouts.agreement import Agreement, agree
 from farflung.rollouts.batch import Bodies, Suspect, suspects, trip
-from farflung.trust.evidence import Profiles
-from farflung.trust.profiles import load_profile
+from farflung.trust.profiles import load_profiles
 
 log = logging.getLogger(__name__)
 Retry = Callable[[str, Callable[[], Awaitable[object]]], Awaitable[None]]
@@ -55,9 +54,7 @@ class Checker:
         self._session, self._held, self._bodies, self._retry = session, held, bodies, retry
         self._learn, self._max_new_tokens = config.learn, config.generate.max_new_tokens
         self._folder = config.folder / "checkpoints" / "behaviour"
-        self._profiles = Profiles(
-            load_profile(config.model.profile), tuple(load_profile(name) for name in config.model.profiles)
-        )
+        self._profiles = load_profiles(config.model)
         self._seen: dict[str, torch.Tensor] = {}
         """By rollout of the batch looked at last, what its tokens were worth, float32 (N,)."""
 

@@ -138,7 +138,7 @@ class Metrics:
         yield from Tail(self.path).lines()
 
     def note_node(self, node: str, role: str, since: float, heartbeat: Heartbeat, now: float) -> None:
-        """A node's own word of its CPU time and pauses."""
+        """A node's own word of its pauses, and of the time that its processor and accelerators worked."""
         self._nodes[node, heartbeat.device] = {
             "node": node,
             "role": role,
@@ -146,6 +146,8 @@ class Metrics:
             "cpu_s": heartbeat.cpu_s,
             "work_cpu_s": heartbeat.work_cpu_s,
             "proof_cpu_s": heartbeat.proof_cpu_s,
+            "work_device_s": heartbeat.work_device_s,
+            "proof_device_s": heartbeat.proof_device_s,
             "sync_pause_s": heartbeat.sync_pause_s,
             "heard_at": now,
             "registered_at": since,

@@ -2,7 +2,6 @@
 
 import hmac
 import json
-from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -17,21 +16,24 @@ from farflung.protocol.states import first
 from farflung.store.run import ejected
 from farflung.store.tables import LEASES, NODES
 from farflung.store.transitions import move, record
+from farflung.trust.evidence import Profiles
 from farflung.trust.record import NodeRecord
 
 UNTRUSTED = ("worker", "relay")
 """Roles that need no grant."""
 
 
-def check(settings: CoordinatorSection, granted: str, node: str, ask: Register, profiles: Collection[str] = ()) -> None:
-    """Whether a key may register as what it asks to be. Raises TooOld or Forbidden."""
+def check(
+    settings: CoordinatorSection, granted: str, node: str, ask: Register, profiles: Profiles | None = None
+) -> None:
+    """Whether a key may register as what it asks to be, a worker with its profile. Raises TooOld or Forbidden."""
     if ask.version < settings.minimum_version:
         raise TooOld(
             f"this node speaks protocol {ask.version}, {settings.minimum_version} is the oldest that may join; "
             "upgrade with: pip install -U farflung"
         )
-    if ask.role == "worker" and ask.profile and ask.profile not in profiles:
-        raise Forbidden(f"this run admits no numerics profile {ask.profile!r}; choose one of {', '.join(profiles)}")
+    if ask.role == "worker" and profiles is not None:
+        _refuse_misfit(profiles, ask)
     if ask.role not in UNTRUSTED:
         if granted != ask.role:
             raise Forbidden(f"node {node} is not granted the role {ask.role!r}; the operator grants it by config")
@@ -39,6 +41,25 @@ def check(settings: CoordinatorSection, granted: str, node: str, ask: Register, 
         raise Forbidden(f"this run admits listed nodes only; ask its operator to add {node} to coordinator.allow")
     elif settings.admission == "invite" and not _is_invited(settings, ask.invite):
         raise Forbidden("this run admits invited nodes only; join with --invite TOKEN, as its operator gave it to you")
+
+
+def _refuse_misfit(profiles: Profiles, ask: Register) -> None:
+    """Raise Forbidden for other numerics than a worker's profile is for: judged by it, an honest one would be ejected.
+
+    An engine or device of which it says nothing is taken to be the profile's.
+    """
+    if ask.profile and ask.profile not in profiles.names:
+        names = ", ".join(profiles.names)
+        raise Forbidden(f"this run admits no numerics profile {ask.profile!r}; choose one of {names}")
+    profile = profiles.of(ask.profile)
+    if (ask.engine or profile.engine, ask.device or profile.device) != (profile.engine, profile.device):
+        kinds = "; ".join(f"{one.name}: {one.text}" for one in profiles.every)
+        device = ask.device or "an unknown device"
+        raise Forbidden(
+            f"numerics profile {profile.name!r} is for {profile.text}, but this node says it is "
+            f"{ask.engine or profile.engine} on {device}; choose one that is its own ({kinds}), or measure one with "
+            "`farflung calibrate --device` and have the operator name it in model.profiles"
+        )
 
 
 def _is_invited(settings: CoordinatorSection, token: str) -> bool:

@@ -25,7 +25,7 @@ from farflung.learner.difficulty import Count, add
 from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, seal
-from farflung.protocol.messages import VERSION, File, Run, RunInfo
+from farflung.protocol.messages import VERSION, AdmittedProfile, File, Run, RunInfo
 from farflung.protocol.stops import STOPS, Stops
 from farflung.store.blobs import Blobs
 from farflung.store.db import Database
@@ -37,7 +37,7 @@ from farflung.tasks.keyring import Keyring
 from farflung.tasks.model import Model
 from farflung.tasks.model_check import refuse_long, refuse_unfit
 from farflung.tasks.stop_table import stops_of
-from farflung.trust.evidence import Profile
+from farflung.trust.evidence import Profile, Profiles, to_json
 
 MODEL_FILES = ("config.json", "generation_config.json")
 MOST_PROMPT_TOKENS = 131_072
@@ -48,8 +48,8 @@ def refuse_misfit(config: Config, profile: Profile) -> None:
     if why := misfit(config, profile):
         raise ConfigError(
             f"numerics profile {profile.name!r} was calibrated for {why}; on a machine that you trust run `farflung "
-            f"calibrate {config.model.path} --profile {profile.name} --prompts RUN.toml --out FILE.json` and name the "
-            "file in model.profile or model.profiles"
+            f"calibrate {config.model.path} --device {profile.device} --arithmetic {profile.arithmetic} "
+            "--prompts RUN.toml --out FILE.json` and name the file in model.profile or model.profiles"
         )
 
 
@@ -108,25 +108,21 @@ async def seal_descriptor(
     model: Model,
     key: Key,
     ring: Keyring,
-    profiles: Mapping[str, str] | None = None,
+    profiles: Profiles,
     stops: Stops | None = None,
     longest_prompt: int = 0,
 ) -> Run:
-    """The documents that nodes check before they join: the root's delegations and the sealed description of the run.
-
-    `profiles` are the admitted numerics profiles, the run's own first: name → digest.
-    """
+    """The documents that nodes check before they join: the root's delegations and the sealed description of the run."""
     files = {name: model.file(name) for name in MODEL_FILES} | {STOPS: stops.pack() if stops else None}
     run = config.run.name
-    profiles = profiles or {config.model.profile: ""}
     info = RunInfo(
         run=run,
         coordinator=key.id,
         status="running",
         version=VERSION,
-        profile=next(iter(profiles)),
-        profiles=dict(profiles),
-        dtype=config.model.dtype,
+        profile=profiles.run.name,
+        profiles={one.name: admitted(one) for one in profiles.every},
+        dtype=profiles.dtype,
         vocab=model.vocab,
         eos_ids=sorted(model.eos_ids),
         model_files=[await _store(blobs, name, data) for name, data in files.items() if data is not None],
@@ -136,6 +132,11 @@ async def seal_descriptor(
         max_new_tokens=config.generate.max_new_tokens,
     )
     return Run(root=ring.root, delegations=ring.live_signed(time.time()), info=seal(key, "run", info))
+
+
+def admitted(profile: Profile) -> AdmittedProfile:
+    """A profile as the run's descriptor names it."""
+    return AdmittedProfile(**profile.fields, digest=hashlib.sha256(to_json(profile)).hexdigest())
 
 
 def weights_key(config: Config) -> bytes:

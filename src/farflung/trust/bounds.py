@@ -29,6 +29,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from farflung.protocol.numerics import Dtype, Numerics
 from farflung.trust.evidence import (
     CEILING,
     CHEATS,
@@ -70,6 +71,8 @@ def calibrate(
     honest: Iterable[Seen],
     cheats: Mapping[str, Sequence[Seen]] | None = None,
     *,
+    numerics: Numerics,
+    verified_in: Sequence[Dtype],
     noise: Sequence[float] | np.ndarray = (),
     edges: tuple[float, ...] = EDGES,
     margin: float = MARGIN,
@@ -80,6 +83,7 @@ def calibrate(
 ) -> Profile:
     """Make a profile from replays of trusted nodes; `cheats`, by name, only measure what it can tell.
 
+    They generated with these `numerics`, and were replayed in each of `verified_in`.
     `noise` are differences d between the generator's and the verifier's log-probability of tokens that were sent, in
     nats. Each q₀ is exceeded with probability `error`, and is `_floor` if that is higher: machines of a kind that was
     tried may all round alike. `tolerance` is the score noise, in nats, that must be forgiven whatever was seen.
@@ -92,10 +96,11 @@ def calibrate(
     q0 = tuple(accumulate(map(max, bounds, floors), min, initial=CEILING))[1:]
     scale = float(np.sqrt((size**2).mean())) if len(size) else 0.0
     far = max(FAR, FAR_FACTOR * worst, FAR_FACTOR * 2 * float(size.max(initial=0.0)))
-    profile = Profile(name, edges, q0, seen, far=far, margin=margin, noise=scale, scope=scope)
+    about = {"verified_in": tuple(verified_in), **numerics.fields}
+    profile = Profile(name, edges, q0, seen, far=far, margin=margin, noise=scale, scope=scope, **about)
     profile = msgspec.structs.replace(profile, liked=liked_bound([count_flips(profile, one) for one in honest], error))
     tokens = max(1, seen.tokens)
-    profile = msgspec.structs.replace(profile, bits=sum(bits(profile, one) for one in honest) / tokens)
+    profile = msgspec.structs.replace(profile, choice_bits=sum(bits(profile, one) for one in honest) / tokens)
     power = {cheat: growth(profile, samples) for cheat, samples in (cheats or {}).items()}
     return msgspec.structs.replace(profile, power=power)
 

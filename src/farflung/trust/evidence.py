@@ -40,14 +40,15 @@ Sources: Shafer, Shen, Vereshchagin & Vovk, Test martingales, Bayes factors and 
 & Shafer, Game-theoretic statistics and safe anytime-valid inference, 2023; Clopper & Pearson 1934 for the bound on q₀.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Final, NamedTuple
 
 import msgspec
 import numpy as np
-from msgspec import Meta
+from msgspec import Meta, field
+
+from farflung.protocol.numerics import Dtype, Numerics, Verifiers
 
 TIE: Final = 1e-5
 """A margin up to this is no flip: it is the rounding of the noise itself in float32."""
@@ -130,8 +131,8 @@ class Scope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"completions of up to {self.tokens} tokens, the run allows {tokens}" if tokens > self.tokens else ""
 
 
-class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How honest nodes of one kind of arithmetic flip."""
+class Profile(Numerics, frozen=True):
+    """How honest nodes of one kind of arithmetic flip. The name is but a name: the fields of `Numerics` say whose."""
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     edges: Annotated[tuple[float, ...], Meta(max_length=63)]
@@ -140,6 +141,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Upper bound on the honest flip probability, per bin."""
     honest: Tally
     """The counts that `q0` was calibrated on."""
+    verified_in: Verifiers
+    """Arithmetics of the verifier that it was calibrated with; a validator takes the first that it has room for."""
     far: Annotated[float, Meta(ge=FAR)] = FAR
     """Margin above which a flip is no rounding."""
     q_far: Annotated[float, Meta(gt=0, le=1e-3)] = Q_FAR
@@ -150,13 +153,13 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many times the calibrated noise `q0` forgives."""
     noise: Annotated[float, Meta(ge=0)] = 0.0
     """Root mean square of what log-probabilities of honest nodes differ by, in nats; 0 if that was not measured."""
-    bits: Annotated[float, Meta(ge=0)] = 0.0
+    choice_bits: Annotated[float, Meta(ge=0)] = 0.0
     """The most that a node can choose unseen within what `q0` allows, in bits a token of the calibration's rollouts."""
     liked: Annotated[float, Meta(gt=0, le=1)] = LIKED
     """The largest share of honest flips that sends a token which the policy likes better; at 1 nothing follows of it
     (`farflung.trust.watch`)."""
     scope: Scope | None = None
-    power: Annotated[dict[str, float], Meta(max_length=32)] = {}
+    power: Annotated[dict[str, float], Meta(max_length=32)] = field(default_factory=dict)
     """Measured nats per token of the best alternative, by the cheat that was tried; 0 where it cannot be told."""
 
     def __post_init__(self) -> None:
@@ -184,12 +187,21 @@ class Profiles(NamedTuple):
     @property
     def names(self) -> list[str]:
         """All of their names, the run's own first."""
-        return list(self.digests)
+        return [one.name for one in self.every]
 
     @property
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of each one's JSON by its name, the run's own first."""
-        return {one.name: hashlib.sha256(to_json(one)).hexdigest() for one in (self.run, *self.others)}
+    def every(self) -> tuple[Profile, ...]:
+        """All of them, the run's own first."""
+        return (self.run, *self.others)
+
+    @property
+    def dtype(self) -> Dtype:
+        """The first arithmetic of a verifier that all of them were calibrated with. Raises ValueError for none."""
+        for dtype in self.run.verified_in:
+            if all(dtype in one.verified_in for one in self.others):
+                return dtype
+        found = ", ".join(f"{one.name} in {' and '.join(one.verified_in)}" for one in self.every)
+        raise ValueError(f"no arithmetic of a verifier is common to all numerics profiles: {found}")
 
 
 def to_json(profile: Profile) -> bytes:

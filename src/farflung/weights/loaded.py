@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from farflung.engine.arithmetic import rounded
+from farflung.engine.arithmetic import PUBLISHED, rounded
 from farflung.engine.base import Engine
 from farflung.net.session import NodeStats
 from farflung.protocol import probe
@@ -26,11 +26,13 @@ Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 class Loaded:
     """The version of the weights in one engine, by the digest of its manifest.
 
-    Matrices are rounded to `bits` on their way there, 0 for none (`engine/arithmetic.py`). The `stats` of a session
-    are told which step it is, -1 for none, as the node's heartbeats say it.
+    Matrices are rounded to `bits` on their way there if these are fewer than published (`engine/arithmetic.py`). The
+    `stats` of a session are told which step it is, -1 for none, as the node's heartbeats say it.
     """
 
-    def __init__(self, engine: Engine, versions: Versions, *, bits: int = 0, stats: NodeStats | None = None) -> None:
+    def __init__(
+        self, engine: Engine, versions: Versions, *, bits: int = PUBLISHED, stats: NodeStats | None = None
+    ) -> None:
         self.engine, self._versions, self._bits, self._stats = engine, versions, bits, stats
         self._digest = NOTHING
         self._values: dict[str, bytes] = {}

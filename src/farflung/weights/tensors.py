@@ -1,6 +1,7 @@
 """Worker and validator: the tensors of a version that is on disk, for an engine to load."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,27 +27,19 @@ async def fetch_model_config(session: Session) -> bytes:
     return data
 
 
-async def empty_engine(
-    session: Session,
-    *,
-    dtype: torch.dtype | None = None,
-    threads: int = 1,
-    max_rows: int = 64,
-    device: torch.device | str = "cpu",
-) -> LocalEngine:
-    """The run's model in an engine, by default in the type that the run is judged in; its weights are yet to come.
+async def empty_engine(session: Session, *, threads: int = 1, device: torch.device | str = "cpu") -> LocalEngine:
+    """The run's model in an engine, in the type that all profiles were verified in; its weights are yet to come.
 
     Raises WeightsError, ConfigError.
     """
-    return LocalEngine.from_folder(
-        await fetch_model_config(session),
-        dtype=dtype or getattr(torch, session.info.dtype),
-        threads=threads,
-        device=device,
-        eos_ids=session.info.eos_ids,
-        stops=await fetch_stops(session),
-        max_rows=max_rows,
-    )
+    build = await builder(session, await fetch_model_config(session), threads=threads, device=device)
+    return build(getattr(torch, session.info.dtype))
+
+
+async def builder(session: Session, config: bytes, **options: Any) -> Callable[[torch.dtype], LocalEngine]:
+    """Makes engines of the run's model, which ends where the run says; their weights are yet to come."""
+    options |= {"eos_ids": session.info.eos_ids, "stops": await fetch_stops(session)}
+    return lambda dtype: LocalEngine.from_folder(config, dtype=dtype, **options)
 
 
 async def fetch_stops(session: Session) -> Stops | None:

@@ -19,6 +19,7 @@ from farflung.protocol.messages.limits import (
     Step,
 )
 from farflung.protocol.messages.weights import Latest
+from farflung.protocol.numerics import Dtype, Verifiers
 
 
 class AuditRollout(Message, frozen=True):
@@ -42,6 +43,9 @@ class AuditJob(Message, frozen=True):
     probe: Digest
     profile: Annotated[bytes, Meta(max_length=1 << 16)]
     """The node's numerics profile as JSON."""
+    verify_in: Verifiers
+    """Arithmetics to replay in: the first that there is room for. A second opinion has another one than the first,
+    where the profile was verified in several."""
     cap: float
     """Likelihood ratio at which the evidence is decisive, so that the rest need not be replayed; 0 to replay all."""
     rollouts: Annotated[list[AuditRollout], Meta(min_length=1, max_length=MAX_SAMPLES)]
@@ -86,6 +90,9 @@ class Evidence(Message, frozen=True):
     audit: Id
     manifest: Digest
     profile: Name
+    """Of the node that is audited."""
+    arithmetic: Dtype
+    """What the replay was computed in, one of those that the profile was verified in."""
     rollouts: Annotated[list[RolloutEvidence], Meta(min_length=1, max_length=MAX_SAMPLES)]
     """The drawn rollouts in their order; only the first ones where these are decisive."""
     possession: MaybeDigest = ""

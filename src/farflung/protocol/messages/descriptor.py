@@ -16,6 +16,7 @@ from farflung.protocol.messages.limits import (
     Public,
     Seconds,
 )
+from farflung.protocol.numerics import Dtype, Numerics
 
 
 class Delegation(Message, frozen=True):
@@ -35,6 +36,12 @@ class File(Message, frozen=True):
     size_bytes: Count
 
 
+class AdmittedProfile(Numerics, frozen=True):
+    """A numerics profile that a run admits: whose it is, and SHA-256 of its JSON."""
+
+    digest: MaybeDigest
+
+
 class RunInfo(Message, frozen=True):
     """The facts of a run that a node must know; sealed by the coordinator's key."""
 
@@ -43,10 +50,11 @@ class RunInfo(Message, frozen=True):
     status: Name
     version: int
     profile: Name
-    profiles: Annotated[dict[Name, MaybeDigest], Meta(max_length=64)]
-    """Numerics profiles that a node may pick, the run's own among them: name and SHA-256 of its JSON, so that
-    the operator cannot judge by other numbers than it signed."""
-    dtype: Literal["float32", "bfloat16"]
+    profiles: Annotated[dict[Name, AdmittedProfile], Meta(max_length=64)]
+    """Numerics profiles that a node may pick by name, the run's own among them. Their digests keep the operator from
+    judging by other numbers than it signed."""
+    dtype: Dtype
+    """Arithmetic of evaluation and of the trainer's own replays; every profile was verified in it."""
     vocab: Count
     eos_ids: Annotated[list[int], Meta(max_length=MOST_END_TOKENS)]
     model_files: Annotated[list[File], Meta(max_length=64)]

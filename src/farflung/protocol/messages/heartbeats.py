@@ -25,6 +25,11 @@ class Heartbeat(Message, frozen=True):
     made_tokens: Count = 0
     proof_cpu_s: Seconds = 0.0
     """CPU-seconds that a worker spent on proof beyond generation."""
+    work_device_s: Seconds = 0.0
+    """Seconds that accelerators took for the same as `work_cpu_s`; so are the next three. 0 without one."""
+    recent_device_s: Seconds = 0.0
+    made_device_s: Seconds = 0.0
+    proof_device_s: Seconds = 0.0
     sync_pause_s: Seconds = 0.0
     started_at: Seconds = 0.0
     device: Device = 0

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-VERSION = 3
+VERSION = 4
 """Spoken protocol version; a node with another is told what to do."""
 
 MAX_TOKENS = 131_072

@@ -32,7 +32,10 @@ class Register(Message, frozen=True):
     name: Name = ""
     role: Role = "worker"
     engine: Name = ""
+    device: Name = ""
+    """Kind of device that it computes on. A worker's engine and device must be those of its profile, where it says."""
     profile: Name = ""
+    """Numerics profile that a worker computes in; the run's own if empty."""
     hardware: Hardware = Hardware()
     url: Url = ""
     """Where a relay is reached."""

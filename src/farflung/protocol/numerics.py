@@ -1,0 +1,32 @@
+"""Numerics of a node: what computes, on which kind of device, in which arithmetic. A profile is for one of these."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""What a verifier can compute in."""
+Verifiers = Annotated[tuple[Dtype, ...], Meta(min_length=1, max_length=3)]
+"""Arithmetics of a verifier, the one to take first in front."""
+DeviceKind = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9]{0,15}(?!\n)$")]
+"""As torch calls it: cpu, cuda, xpu, mps."""
+
+
+class Numerics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What generates, on which kind of device, in which arithmetic, with weights of how many bits."""
+
+    engine: Literal["torch", "vllm"]
+    device: DeviceKind
+    arithmetic: Literal["float32", "bfloat16", "float16", "fp8"]
+    bits: Annotated[int, Meta(ge=2, le=32)]
+    """Of a weight in its matrices."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """These four by name, whatever else a subclass has."""
+        return {name: getattr(self, name) for name in Numerics.__struct_fields__}
+
+    @property
+    def text(self) -> str:
+        """All of it in words."""
+        return f"{self.engine} on {self.device} in {self.arithmetic} with weights of {self.bits} bits"
