@@ -136,7 +136,7 @@ class Worker:
         self.device = pick("cpu" if self.settings.engine == "vllm" else self.settings.device)
         if self.settings.engine == "torch":
             say("worker", self.device, self.settings.device)
-        self.own = await own_numerics(self.settings, self.device)
+        self.own = await self._own()
         self.session = await Session.open(
             self.client,
             "worker",
@@ -171,6 +171,9 @@ class Worker:
         self.loaded = Loaded(self.engine, self.weights, bits=bits, stats=self.session.stats)
         self._receipts = Receipts(self.folder, self._part)
         await self.session.heartbeat()
+
+    async def _own(self) -> Own:
+        return await own_numerics(self.settings, self.device)
 
     def _profile(self, info: RunInfo) -> str:
         """The run's profile that is this node's own. Raises ConfigError."""

@@ -20,6 +20,7 @@ from farflung.queries import views
 from farflung.rollouts.receipts import Receipts
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, GROUPS, NODES, ROLLOUTS, RUNS, STEPS, SUBMISSIONS, VERDICTS
+from farflung.tasks import admit
 from farflung.trust.diagnose import UNSEEDED, diagnose
 from farflung.trust.evidence import Profile, Profiles, Seen, Tally, from_json
 
@@ -125,6 +126,22 @@ def test_each_arithmetic_has_canaries_of_its_own_and_a_second_opinion_the_other_
             (second,) = connection.execute(sa.select(AUDITS).where(AUDITS.c.kind == "confirm")).all()
             again = canary.jobs(connection, house.ctx.run_ctx, house.ctx.profiles, house.named("val-2").id, [second])
         assert {job.verify_in for job in again} == {both[::-1]}, "a second opinion, and so its canaries"
+
+    house.run(scenario)
+
+
+def test_a_run_goes_on_admitting_the_profiles_that_its_nodes_compute_in(house) -> None:
+    """Judged by another profile than its own, an honest node would be ejected."""
+    both = Profiles(house.ctx.profiles.run, (msgspec.structs.replace(house.ctx.profiles.run, name="half"),))
+    house.ctx.profiles, alone = both, house.ctx.profiles
+
+    async def scenario(house) -> None:
+        await house.client("ada")
+        await house.ctx.database.read(lambda c: admit.refuse_forgotten(c, alone))
+        await (await house.client("ben")).post("/v1/nodes", m.Register(version=m.VERSION, profile="half"), m.Welcome)
+        await house.ctx.database.read(lambda c: admit.refuse_forgotten(c, both))
+        with pytest.raises(errors.ConfigError, match="compute in the numerics profile 'half'"):
+            await house.ctx.database.read(lambda c: admit.refuse_forgotten(c, alone))
 
     house.run(scenario)
 

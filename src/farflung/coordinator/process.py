@@ -25,6 +25,7 @@ from farflung.store.blobs import Blobs
 from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.tasks import keyring
+from farflung.tasks.admit import refuse_forgotten
 from farflung.tasks.create_run import Model, create_run, local_grants, refuse_misfit, seal_descriptor, weights_key
 from farflung.trust import profiles as trust_profiles
 from farflung.trust.evidence import Profiles
@@ -73,6 +74,7 @@ async def open_coordinator(config: Config, *, is_first: bool = True) -> Coordina
     database, blobs = Database(config.database_url), Blobs(config.blobs_url)
     options = {"receipts": signers["receipts"], "verdicts": signers["verdicts"]}
     run_ctx = await create_run(config, database, model, key, time.time(), **options)
+    await database.read(lambda c: refuse_forgotten(c, profiles))
     longest = max((tokens for _, tokens in run_ctx.tasks), default=0)
     descriptor = await seal_descriptor(config, blobs, model, key, ring, profiles, run_ctx.stops, longest)
     archive = Archive(Blobs(config.submissions_url), model.tokenizer, config.generate.stop)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from farflung.config import CoordinatorSection
-from farflung.protocol.errors import Conflict, Forbidden, TooOld
+from farflung.protocol.errors import ConfigError, Conflict, Forbidden, TooOld
 from farflung.protocol.identity import readable_name
 from farflung.protocol.messages import Register
 from farflung.protocol.states import first
@@ -59,6 +59,18 @@ def _refuse_misfit(profiles: Profiles, ask: Register) -> None:
             f"numerics profile {profile.name!r} is for {profile.text}, but this node says it is "
             f"{ask.engine or profile.engine} on {device}; choose one that is its own ({kinds}), or measure one with "
             "`farflung calibrate --device` and have the operator name it in model.profiles"
+        )
+
+
+def refuse_forgotten(connection: Connection, profiles: Profiles) -> None:
+    """Raise ConfigError for a profile that workers compute in and the run admits no more: by another one they would be
+    judged wrongly, and the honest ejected."""
+    is_at_work = sa.and_(NODES.c.role == "worker", NODES.c.status != "ejected")
+    found = sa.select(NODES.c.profile).where(is_at_work, NODES.c.profile.not_in(["", *profiles.names])).distinct()
+    if left := sorted(connection.execute(found).scalars()):
+        raise ConfigError(
+            f"nodes of this run compute in the numerics profile {left[0]!r}, which it admits no more; name it in "
+            "model.profiles again"
         )
 
 
