@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from farflung.learner.lora import adapters
 from farflung.learner.moments import HostAdamW
 from farflung.learner.optimise import Learner
-from farflung.learner.pieces import Pieces
 from farflung.learner.ranks import Ranks, broadcast_text, like, local, meet, own_rows, whole
+from farflung.learner.row_reader import RowReader
 from farflung.numerics.rounding import publishable
 from farflung.protocol.digest import file_digest
 from farflung.protocol.errors import ConfigError
@@ -98,7 +98,7 @@ def published(path: Path, *, is_dithered: bool) -> Iterator[tuple[str, torch.Ten
     _refuse_incomplete(path)
     if fault := _damage(path):
         raise ConfigError(f"checkpoint {path} is damaged: {fault}; name another step")
-    with _pieces(path, "model") as saved:
+    with _reader(path, "model") as saved:
         for name in saved.shapes:
             yield name, publishable(saved.rows(name), is_dithered=is_dithered)
 
@@ -152,9 +152,9 @@ def _write_rest(learner: Learner, step: int, folder: Path) -> None:
     _sync(folder)
 
 
-def _pieces(folder: Path, kind: str) -> Pieces:
+def _reader(folder: Path, kind: str) -> RowReader:
     """The tensors of one kind, of which several ranks wrote pieces; counters are the same in each."""
-    return Pieces(sorted(folder.glob(f"{kind}*.safetensors")))
+    return RowReader(sorted(folder.glob(f"{kind}*.safetensors")))
 
 
 def _optimizer_tensors(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
@@ -167,20 +167,20 @@ def _optimizer_tensors(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
 def _fill(learner: Learner, path: Path) -> None:
     """Masters, or adapters where nothing else is trained: then the learner has the base model in it already."""
     own = dict(adapters(learner.policy.model))
-    with _pieces(path, "adapter") as saved:
+    with _reader(path, "adapter") as saved:
         if own.keys() != saved.shapes.keys():
             raise KeyError(f"it has {len(saved.shapes)} adapter tensors, learn.lora_rank asks for {len(own)}")
         _take(own, saved)
     if own:
         return
     masters = dict(learner.policy.shards())
-    with _pieces(path, "model") as saved:
+    with _reader(path, "model") as saved:
         if masters.keys() != saved.shapes.keys():
             raise KeyError(f"tensors differ, one of them is {min(masters.keys() ^ saved.shapes.keys())}")
         _take(masters, saved)
 
 
-def _take(places: Mapping[str, torch.Tensor], saved: Pieces) -> None:
+def _take(places: Mapping[str, torch.Tensor], saved: RowReader) -> None:
     """Fill this rank's shares."""
     for name, place in places.items():
         if saved.shapes[name] != place.shape:
@@ -192,7 +192,7 @@ def _take(places: Mapping[str, torch.Tensor], saved: Pieces) -> None:
 def _fill_optimizer(learner: Learner, path: Path) -> None:
     parameters, is_on_host = dict(learner.policy.model.named_parameters()), isinstance(learner.optimizer, HostAdamW)
     learner.optimizer.state.clear()
-    with _pieces(path, "optimizer") as saved:
+    with _reader(path, "optimizer") as saved:
         for key, shape in saved.shapes.items():
             state, name = key.split("/", 1)
             place = parameters[name]

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from farflung.learner.lora import adapters
-from farflung.learner.pieces import Pieces
 from farflung.learner.ranks import Ranks, add_up, local, own_rows, share_of
+from farflung.learner.row_reader import RowReader
 from farflung.numerics import making
 from farflung.numerics.model_files import is_cut_off, read_json
 from farflung.numerics.weight_files import NOT_FINITE, entries, files, refuse_quantised
@@ -80,12 +80,12 @@ def fill_shares(
     own = {name for name, _ in adapters(model)}
     slots = {name: slot for name, slot in model.state_dict(keep_vars=True).items() if name not in own}
     renamed = {name: re.sub("|".join(PREFIXES), _short, name) for name in entries(source)}
-    with Pieces(files(source), renamed) as pieces:
-        shapes = pieces.shapes
+    with RowReader(files(source), renamed) as reader:
+        shapes = reader.shapes
         given = {id(slot) for name, slot in slots.items() if shapes.get(name) == slot.shape}
         if all(id(slot) in given and shapes.get(name, slot.shape) == slot.shape for name, slot in slots.items()):
             mine = {name: slot for name, slot in slots.items() if name in shapes}
-            return _fill(mine, lambda name: pieces.rows(name, *own_rows(slots[name])), source, change)
+            return _fill(mine, lambda name: reader.rows(name, *own_rows(slots[name])), source, change)
     whole = load_pretrained(source, torch.float32).state_dict()
     return _fill(slots, lambda name: local(share_of(whole[name], slots[name])), source, change)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 
-class Pieces:
+class RowReader:
     """The tensors of some files; pieces of one name follow each other in the order of the files."""
 
     def __init__(self, files: Iterable[Path], rename: Mapping[str, str] | None = None) -> None:
