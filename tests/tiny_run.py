@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from farflung.config import ValidatorSection
 from farflung.store.db import migrate
+from farflung.store.tables import STEPS
 from farflung.trainer import Trainer
 from farflung.validator import Validator
 
@@ -46,20 +47,24 @@ def tiny_run(folder: Path, model: Path, **changes: dict[str, Any]) -> Iterator[S
 
 @contextlib.asynccontextmanager
 async def living(*roles: Any) -> AsyncIterator[None]:
-    """While all of these live; each must end well by itself."""
-    tasks = [asyncio.create_task(role.run()) for role in roles]
-    yield
-    await asyncio.gather(*tasks)
+    """While all of these live; each must end well by itself, and one that fails ends all."""
+    async with asyncio.TaskGroup() as group:
+        for role in roles:
+            group.create_task(role.run())
+        yield
 
 
 def play(site: Served, folder: Path, *workers: Any, may_score: Callable[[], bool] = lambda: True) -> None:
     """The whole run with these workers, a trainer and a validator; every second sample of a group is right."""
     trainer = Trainer(site.url, named("trainer"), site.house.config)
     validator = Validator(site.url, named("val-1"), folder / "val-1", ValidatorSection(linger_s=0), name="val-1")
-    training = threading.Thread(target=lambda: asyncio.run(trainer.run()))
+    training = threading.Thread(target=lambda: asyncio.run(trainer.run()), daemon=True)
 
     async def scenario(house: House) -> None:
         training.start()
+        while not house.statuses(STEPS)["committed"]:  # transformers makes models with state that all threads share
+            assert training.is_alive()
+            await asyncio.sleep(0.05)
         async with living(*workers, validator):
             while training.is_alive():
                 if may_score():

@@ -40,3 +40,19 @@ def test_each_lease_that_came_to_nothing_halves_the_longest_life_down_to_that_wi
 def test_progress_is_tokens_or_weights_before_the_first_of_them(before, after, is_so) -> None:
     lease = SimpleNamespace(**({"made": 0, "fetched_bytes": 0} | before))
     assert has_gone_on(lease, Heartbeat(lease="l1", **after)) is is_so
+
+
+def test_a_liar_that_asks_again_at_once_holds_little_in_the_long_run() -> None:
+    """Lapsed leases count for twice the longest life; those of that time also make a pause (`tasks/lease.py`)."""
+    now, opened, held = 0.0, list[float](), list[float]()
+    while now < 40 * LONG.deadline_s:
+        lately = [at for at in opened if at > now - 2 * LONG.deadline_s]
+        pause_s = lately[-1] + min(2.0 ** (len(lately) - 1), LONG.deadline_s) - now if lately else 0.0
+        now += max(0.0, pause_s)
+        life_s = longest_s(LONG, sum(at > now - 2 * LONG.deadline_s for at in opened))
+        opened.append(now)
+        held.append(life_s)
+        now += life_s
+    late = held[len(held) // 2 :]
+    assert sum(held) / now < 0.2
+    assert sum(late) / len(late) < 1.2 * LONG.lease.lease_s
