@@ -10,8 +10,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import torch
+
 from farflung.config import Config
-from farflung.engine.loading import in_bfloat16
+from farflung.engine.loading import in_bfloat16, read_slices
 from farflung.learner import checkpoint, disk_full
 from farflung.learner.build import learner_of
 from farflung.learner.optimise import StepMetrics
@@ -34,12 +36,15 @@ from farflung.tasks.longest import longest_text
 from farflung.weights.cache import Versions
 from farflung.weights.loaded import Loaded
 from farflung.weights.manifest import manifest_digest
+from farflung.weights.nearness import share_differing
 from farflung.weights.patch import patch
 from farflung.weights.publish import Adapted, Publisher, weights_digest
 from farflung.weights.tensors import empty_engine
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
+NEAR_SHARE = 0.01
+"""Of the weights that may differ after a replay: a step moves more of them."""
 
 
 class Trainer:
@@ -61,6 +66,8 @@ class Trainer:
         self.distributed, self._processes = learner_of(config, ranks or Ranks()), (ranks or Ranks()).world
         self._waited_s = self._checked_s = 0.0
         self._signs: list[Sign] = []
+        self._off_share = 0.0
+        """Share of the weights in memory that differ from the last version published."""
         self._sinks = Sinks(config)
         learn = config.learn
         in_parts = not learn.is_adapters_alone
@@ -192,7 +199,7 @@ class Trainer:
     async def _take(self, batch: Batch) -> None:
         self.session.stats.phase = f"training step {batch.step}"
         before = time.monotonic()
-        held = self._show(batch)
+        held = await self._held(batch)
         if batch.step and not batch.committed and batch.restores < 0 and not self._publisher.has_base:
             await self._rebase()
         trained = await self._learn(batch)
@@ -207,7 +214,9 @@ class Trainer:
             )
 
     async def _rebase(self) -> None:
-        """Publish differences to the last version, unless its key is revoked: then the next one is an anchor."""
+        """Publish differences to the last version, unless its key is revoked or it is not to the bit what is held."""
+        if self._off_share:
+            return self._publisher.forget()
         self._publisher.trusted = self.session.run_keys.keys("weights", time.time())
         try:
             await self._publisher.rebase(self.distributed.tensors(), self.session.latest.manifest)
@@ -243,13 +252,33 @@ class Trainer:
         self._loaded.ensure(digest, lambda: self._publisher.published.items() or self.distributed.tensors())
 
     async def _check_replay(self, batch: Batch) -> None:
+        """A step that was done again must come to what was published, or near it. Raises WeightsError."""
         digest = await asyncio.to_thread(weights_digest, self.distributed.tensors(), in_parts=self._publisher.in_parts)
-        if digest != batch.committed:
+        if digest == batch.committed:
+            log.info("replayed step=%d digest=%s", batch.step, digest[:12])
+        elif batch.step < self.session.latest.step:
+            log.warning("replayed step=%d comes to other bits; where the last of them ends counts", batch.step)
+        else:
+            await self._take_for(batch, digest)
+
+    async def _take_for(self, batch: Batch, digest: str) -> None:
+        """Go on from weights that are near what was published; the next step is an anchor. Raises WeightsError."""
+        published = await self._published()
+        share = await asyncio.to_thread(share_differing, published, self.distributed.tensors())
+        if share > NEAR_SHARE:
             raise WeightsError(
-                f"replayed step {batch.step} comes to {digest[:12]}, it was committed with {batch.committed[:12]}; "
+                f"replayed step {batch.step} comes to {digest[:12]}, it was committed with {batch.committed[:12]}, and "
+                f"{share:.1%} of the weights differ ({NEAR_SHARE:.0%} may); "
                 "resume on the hardware, torch and thread count that the run was trained with"
             )
-        log.info("replayed step=%d digest=%s", batch.step, digest[:12])
+        self._off_share = share
+        log.warning("replayed step=%d with weights that differ=%.3f%%; the next is an anchor", batch.step, 100 * share)
+
+    async def _published(self) -> dict[str, torch.Tensor]:
+        """The latest version as nodes have it."""
+        digest = self.session.latest.manifest
+        await self._retry_when_disk_full("weights", lambda: self._loaded.fetch(digest))
+        return dict(await asyncio.to_thread(self._loaded.stored, digest))
 
     async def _publish(self, batch: Batch, trained: StepMetrics | None, train_s: float, held: bytes) -> None:
         self.session.stats.phase = f"publishing step {batch.step}"
@@ -278,7 +307,7 @@ class Trainer:
         if self.config.learn.tripwire and not self.config.learn.max_staleness:
             await asyncio.to_thread(self._hold_own, manifest_digest(signed))
         self._sinks.log(batch.step, metrics)
-        self._waited_s = 0.0
+        self._waited_s = self._off_share = 0.0
         fields = batch.step, batch.seen_reward, len(batch.groups), batch.seen_groups, manifest_digest(signed)[:12]
         log.info("committed step=%d reward=%.3f groups=%d/%d manifest=%s", *fields)
 
@@ -292,13 +321,20 @@ class Trainer:
         self._hold_own(digest)
         return self.checker.answer(batch)
 
+    async def _held(self, batch: Batch) -> bytes:
+        """The slices that the batch's probe chooses, of what nodes have until this step is published."""
+        if not self._off_share:
+            return self._show(batch)
+        slices = probe.slices(self.distributed.learner.policy.shapes(), bytes.fromhex(batch.probe))
+        return read_slices(await self._published(), slices)
+
     def _show(self, batch: Batch) -> bytes:
         """The slices that the batch's probe chooses, of the weights as they are now."""
         slices = probe.slices(self.distributed.learner.policy.shapes(), bytes.fromhex(batch.probe))
         return in_bfloat16(self.distributed.parts(slices))
 
     def _metrics(self, batch: Batch, trained: StepMetrics | None) -> dict[str, float]:
-        figures = {"wait_s": self._waited_s, "tripwire_s": self._checked_s}
+        figures = {"wait_s": self._waited_s, "tripwire_s": self._checked_s, "replay_off": self._off_share}
         if batch.seen_groups:
             share = len(batch.groups) / batch.seen_groups
             figures |= {"reward": batch.seen_reward, "informative_share": share}

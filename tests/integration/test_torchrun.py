@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
@@ -22,9 +23,11 @@ from tests.served import Served
 from farflung.config import Config, save
 from farflung.protocol import messages as m
 from farflung.protocol import probe
-from farflung.protocol.identity import seal
+from farflung.protocol.errors import WeightsError
+from farflung.protocol.identity import Signed, seal, unseal
 from farflung.store.tables import STEPS
 from farflung.trainer import Trainer
+from farflung.weights.manifest import KIND
 
 WAIT_S = 240.0
 METRICS = ("loss", "grad_norm", "entropy", "ratio_mean", "tokens", "importance", "reward")
@@ -117,7 +120,7 @@ def port() -> int:
 def sites(make_house) -> Iterator[Any]:
     made: list[Site] = []
 
-    def make() -> Site:
+    def make(**learn: Any) -> Site:
         house = make_house(
             run={"steps": 4},
             eval={"tasks": 0},
@@ -130,7 +133,8 @@ def sites(make_house) -> Iterator[Any]:
                 "lockstep": True,
                 "precision": "float32",  # bfloat16 rounds by more than the bounds below
                 "max_staleness": 0,
-            },
+            }
+            | learn,
         )
         made.append(Site(house))
         return made[-1]
@@ -155,6 +159,36 @@ def test_two_processes_train_as_one_and_go_on_from_its_checkpoint_as_it_does_fro
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-3, msg=name)
+
+
+async def refused(trainer: Trainer) -> None:
+    with pytest.raises(WeightsError, match="of the weights differ"):
+        await trainer.run()
+    await trainer._loaded._versions.close()
+    await trainer.client.close()
+
+
+@pytest.mark.parametrize(("factor", "goes_on"), [(1.00005, True), (3.0, False)])
+def test_a_step_that_is_not_repeated_to_the_bit_is_taken_for_it_if_near(sites, factor: float, goes_on: bool) -> None:
+    """The trainer ends without a checkpoint of step 1, and comes back on a machine that computes a little otherwise."""
+    site = sites(checkpoint_every=2)
+    alone(site, 1)
+    learn = site.house.config.learn
+    other = learn.model_copy(update={"lr": learn.lr * factor})
+    config = site.config(2).model_copy(update={"learn": other})
+    trainer = Trainer(site.url, named("trainer"), config)
+    if not goes_on:
+        return asyncio.run(refused(trainer))
+    thread = threading.Thread(target=lambda: asyncio.run(trainer.run()), daemon=True)
+    thread.start()
+    site.play(2)
+    thread.join(WAIT_S)
+    last = steps_of(site.house)[-1]
+    assert last["step"] == 2
+    assert 0 < last["replay_off"] < 0.01
+    (row,) = site.house.rows(sa.select(STEPS.c.manifest).where(STEPS.c.step == 2))
+    signed = msgspec.msgpack.decode(row.manifest, type=Signed)
+    assert unseal(signed, KIND, m.Manifest).shards, "it is an anchor"
 
 
 def test_a_trainer_that_waits_for_its_batch_leaves_when_told(sites, monkeypatch) -> None:

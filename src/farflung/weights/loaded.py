@@ -60,6 +60,10 @@ class Loaded:
         self.engine.load(rounded(tensors(self._versions, digest), self._bits) if own is None else own())
         self._count_as(digest, step)
 
+    def stored(self, digest: str) -> Iterable[tuple[str, torch.Tensor]]:
+        """The tensors of a version that was fetched. Raises WeightsError."""
+        return tensors(self._versions, digest)
+
     def invalidate(self) -> None:
         """Forget what the engine holds: it is about to change, or has been found to be another."""
         self._values.clear()
