@@ -1,4 +1,4 @@
-"""Check farflung on your GPU: ten minutes, then a table to send back.
+"""Check farflung on your GPU: about ten minutes, then a table to send back.
 
     python scripts/check_gpu.py                      # the best device here
     python scripts/check_gpu.py --device cuda:1 --only noise flips
