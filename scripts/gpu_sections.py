@@ -172,7 +172,7 @@ def _strictness(is_strict: bool) -> Iterator[None]:
 
 def step(setup: Setup) -> Iterator[Row]:
     """Time and memory of a step of the learner, the second one, when moments are there."""
-    own = learner(policy(setup, is_checkpointed=True))
+    own = learner(policy(setup))
     batch = pack(rollouts(setup, 1, setup.amounts.trained), MICROBATCH_TOKENS)
     fed = sum(micro.rows.ids_RW.numel() for micro in batch)
     own.step(batch)

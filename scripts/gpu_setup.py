@@ -173,10 +173,10 @@ def rollouts(setup: Setup, groups: int, new: int, samples: int = 4) -> list[Roll
     return found
 
 
-def policy(setup: Setup, *, is_checkpointed: bool = False) -> Policy:
-    """A policy as a run on this device has it."""
+def policy(setup: Setup) -> Policy:
+    """A policy as a run on this device has it, activations checkpointed."""
     model = drawn(setup, torch.float32).requires_grad_(True)
-    return Policy(model, compute_dtype=setup.dtype, is_dithered=True, is_checkpointed=is_checkpointed)
+    return Policy(model, compute_dtype=setup.dtype, is_dithered=True, is_checkpointed=True)
 
 
 def learner(policy: Policy) -> Learner:
@@ -198,17 +198,20 @@ def seconds(device: torch.device, action: Callable[[], Any]) -> float:
 
 def _finish(device: torch.device) -> None:
     module = torch.get_device_module(device)
-    if device.type != "cpu" and hasattr(module, "synchronize"):
+    if device.type == "mps":
         module.synchronize()
+    elif device.type != "cpu" and hasattr(module, "synchronize"):
+        module.synchronize(device)
 
 
 def clear(device: torch.device) -> None:
     """Give back what nobody holds any more, and count the peak from here."""
     gc.collect()
     module = torch.get_device_module(device)
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        if device.type != "cpu" and hasattr(module, name):
-            getattr(module, name)()
+    if device.type != "cpu" and hasattr(module, "empty_cache"):
+        module.empty_cache()
+    if device.type != "cpu" and hasattr(module, "reset_peak_memory_stats"):
+        module.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:
