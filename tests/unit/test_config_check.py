@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from farflung.engine.config_check import metered
 from farflung.engine.fit import measure
@@ -38,6 +39,11 @@ def test_an_honest_config_is_measured() -> None:
         ({"text_config": {"n_routed_experts": 10**6}}, "n_routed_experts"),
         ({"num_local_experts": 5000}, "num_local_experts"),
         ({"hidden_size": 10**12}, "hidden_size"),
+        ({"time_step_limit": [0.0, float("nan")]}, "time_step_limit = nan"),
+        ({"time_step_limit": [{"__float__": "NaN"}, 1.0]}, "time_step_limit = nan"),
+        ({"time_step_limit": [float("-inf"), 1.0]}, "time_step_limit = -inf"),
+        ({"rope_theta": float("inf")}, "rope_theta = inf"),
+        ({"attention_chunks": [0.0, float("inf")]}, "attention_chunks = inf"),
         ({"layer_types": ["full_attention"] * 30_000}, "fields"),
         ({"x": json.loads("[" * 100 + "]" * 100)}, "nested"),
     ],
@@ -47,6 +53,25 @@ def test_a_config_beyond_all_models_is_refused_before_anything_is_built(changes:
     with pytest.raises(ConfigError, match=word):
         measure(config(**changes), torch.float32)
     assert time.monotonic() - since < 1
+
+
+SMALL_RANGES = {
+    "mamba2": {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2},
+    "falcon_h1": {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+                  "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", SMALL_RANGES)
+def test_a_range_without_an_upper_end_is_taken_as_transformers_writes_it(model_type: str) -> None:
+    sizes = {"num_hidden_layers": 1, "vocab_size": 64, **SMALL_RANGES[model_type]}
+    written = AutoConfig.for_model(model_type, **sizes).to_json_string(use_diff=False)
+    assert '"__float__": "Infinity"' in written
+    plain = json.dumps(read_config(written.encode()))
+    assert "Infinity]" in plain
+    for text in (written, plain):
+        assert read_config(text.encode())["time_step_limit"] == [0.0, float("inf")]
+        assert 0 < measure(text.encode(), torch.float32).parameters < 100_000
 
 
 @pytest.mark.parametrize("depth", [10_000, 500_000])

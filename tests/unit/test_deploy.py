@@ -1,5 +1,6 @@
 """The container and compose files, as far as that goes without a container runtime: every name in them exists."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -120,15 +121,46 @@ def test_services_volumes_and_addresses_hang_together() -> None:
     assert "ports" not in services["coordinator"], "proxies = * is right only if nothing else reaches it"
 
 
-def test_the_image_is_built_from_files_and_extras_that_exist() -> None:
-    text = (DEPLOY / "Containerfile").read_text()
+IMAGES = ("Containerfile", "Containerfile.cuda")
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_is_built_from_files_and_extras_that_exist(image: str) -> None:
+    text = (DEPLOY / image).read_text()
     for line in re.findall(r"(?m)^COPY (.+)$", text):
         for source in line.split()[:-1]:
             assert (ROOT / source).exists(), source
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [re.search(r"ARG EXTRAS=(\S+)", text)[1]]
-    asked += [one["build"]["args"]["EXTRAS"] for one in OURS.values() if "args" in one["build"]]
+    files = [one["build"] for one in OURS.values() if one["build"]["dockerfile"] == f"deploy/{image}"]
+    asked += [one["args"]["EXTRAS"] for one in files if "args" in one]
     assert {extra for one in asked for extra in one.split(",")} <= set(project["optional-dependencies"])
-    assert 'ENTRYPOINT ["farflung"]' in text
-    assert "farflung" in project["scripts"]
+    program, *_ = entry(text)
+    assert program in project["scripts"]
     assert "USER farflung" in text
+
+
+def entry(text: str) -> list[str]:
+    """The command that an image starts."""
+    return json.loads(re.search(r"(?m)^ENTRYPOINT (.+)$", text)[1])
+
+
+def test_the_image_for_cards_starts_a_worker_in_a_folder_that_outlives_it() -> None:
+    """It cannot be built here: what it names exists, and it takes torch from the index that has the build for CUDA."""
+    text = (DEPLOY / "Containerfile.cuda").read_text()
+    _, command, option, folder = entry(text)
+    assert option in {argument.name for argument in app[command].assemble_argument_collection()}
+    assert folder in json.loads(re.search(r"(?m)^VOLUME (.+)$", text)[1])
+    assert folder in re.search(r"install -d -o farflung (.+)", text)[1].split(), "else its user cannot write there"
+    assert "--index-url https://pypi.org/simple -c constraints.txt" in text
+    assert re.search(r"(?m)^torch==[\d.]+$", (ROOT / "constraints.txt").read_text()), "pinned to no build for CPUs"
+
+
+def test_the_page_on_cards_says_how_to_build_and_start_it() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    built = re.search(r"docker build -f (\S+) -t (\S+) \.", page)
+    assert (ROOT / built[1]).exists()
+    started = re.search(r"docker run (.*) (\S+) https://HOST:7000#ROOT", page)
+    assert started[2] == built[2]
+    assert "--gpus all" in started[1]
+    assert re.search(r"-v \S+:/node\b", started[1]), "its key is its account"

@@ -22,6 +22,8 @@ MOST = {"layer": 512, "block": 512, "depth": 512, "expert": 1024, "stage": 64}
 COUNTED = ("num_", "n_", "_layers", "_experts", "depth", "layers", "encoder_layers", "decoder_layers")
 """How names of fields that count something begin or end; others are sizes."""
 LARGEST = 2**31 - 1
+UNBOUNDED = ("time_step_limit",)
+"""Fields of a range whose upper end transformers itself writes as infinity: Mamba 2, Falcon H1, Bamba and others."""
 TENSORS, BUILD_S = 100_000, 20.0
 """Tensors of a model, and seconds to build it without memory: DeepSeek V3, of 61 layers, has 1,500 and takes 2 s."""
 
@@ -46,6 +48,8 @@ def check_config(fields: dict[str, Any]) -> None:
 
 def _check_number(name: str, value: float) -> None:
     most = min((most for word, most in MOST.items() if word in name and _counts(name)), default=LARGEST)
+    if name in UNBOUNDED and value == float("inf"):
+        return
     if not -LARGEST <= value <= most:  # a float that is none too
         raise ConfigError(f"config.json says {name} = {str(value)[:20]}; at most {most} are built here")
 
