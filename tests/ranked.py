@@ -7,15 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from adapting import batch
+from farflung.engine.base import Request
 from farflung.engine.loading import build
+from farflung.engine.local import LocalEngine
 from farflung.learner import checkpoint
+from farflung.learner.distributed import DistributedLearner
 from farflung.learner.optimise import Learner, Optimisation
+from farflung.learner.pack import Rollout, Segment
 from farflung.learner.policy import Policy
 from farflung.learner.ranks import Ranks
+from farflung.protocol.errors import WeightsError
+from farflung.protocol.probe import Slice
+from farflung.rollouts.agreement import agree
+from farflung.rollouts.sharded_engine import Follower, behaviour, maker
 
 WAIT_S = 280.0
 IDS = torch.arange(2, 32)[None]
@@ -103,3 +114,60 @@ def train(ranks: Ranks, folder: Path, lora_rank: int, dtype: torch.dtype, root: 
     checkpoint.save(one, last, root, keep=9)
     if ranks.rank == 0:
         torch.save(losses, root / f"losses-{last}")
+
+
+def check_as_one(ranks: Ranks, folder: Path) -> None:
+    """An engine over all ranks says what one process says, refuses bad weights and takes good ones after them."""
+    distributed = DistributedLearner(lambda: None, folder, microbatch_tokens=1, keep=1, ranks=ranks)
+    if ranks.rank:
+        return distributed.follow(Follower("cpu", ranks).execute)
+    options = {"dtype": torch.float32, "threads": 1, "device": torch.device("cpu"), "replay_tokens": 90, "max_rows": 3}
+    engine, alone = maker(distributed)(folder, **options), LocalEngine.from_folder(folder, **options)
+    weights = load_file(folder / "model.safetensors")
+    refuses_bad_weights(engine, weights)
+    for one in (engine, alone):
+        one.load(weights.items())
+    agreed, wanted = agree(engine), agree(alone)
+    assert agreed.kind == wanted.kind and agreed.ways.reading == wanted.ways.reading
+    says_the_same(engine, alone)
+    weights = {name: tensor + 0.02 for name, tensor in weights.items()}
+    for one in (engine, alone):
+        one.load(weights.items())
+    says_the_same(engine, alone)
+    distributed.end()
+
+
+def refuses_bad_weights(engine: LocalEngine, weights: dict[str, torch.Tensor]) -> None:
+    name, tensor = next(reversed(weights.items()))
+    bad = ({}, weights | {name: tensor[1:]}, weights | {"stranger": tensor})
+    bad += ({one: some for one, some in weights.items() if one != name},)
+    for some in bad:
+        with pytest.raises(WeightsError):
+            engine.load(some.items())
+        with pytest.raises(WeightsError):
+            engine.replay([(Request((3, 4), 1, 1.0, 2), (5, 6))])
+
+
+def says_the_same(engine: LocalEngine, alone: LocalEngine) -> None:
+    asked = [
+        Request(tuple(range(2, 5 + number % 4)), number, (1.0, 0.7, 0.0)[number % 3], 3 + number % 5)
+        for number in range(13)
+    ]
+    said = alone.generate(asked)
+    assert [one.ids for one in engine.generate(asked)] == [one.ids for one in said]
+    items = [(request, ((1 + number,) if number % 4 == 1 else ()) + one.ids) for number, (request, one) in enumerate(zip(asked, said))]
+    items[5] = (asked[5], ())
+    for is_alone in (False, True):
+        found, wanted = engine.replay(items, alone=is_alone), alone.replay(items, alone=is_alone)
+        for one, other in zip(found, wanted, strict=True):
+            for name in ("gap", "margin", "pick", "lead", "logp"):
+                np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-5, rtol=1e-5)
+            np.testing.assert_array_equal(one.margin > 0, other.margin > 0)
+    assert engine.replay([]) == []
+    rollouts = [Rollout((Segment("prompt", request.prompt_ids), Segment("model", ids)), 1.0, 1.0) for request, ids in items]
+    found, wanted = (behaviour(one, rollouts, range(1, len(rollouts)), 60) for one in (engine, alone))
+    assert found.keys() == wanted.keys()
+    for index, logp in wanted.items():
+        torch.testing.assert_close(found[index], logp, atol=1e-5, rtol=1e-5)
+    slices = [Slice(name, 3, 9) for name in alone.model.state_dict() if "norm" not in name]
+    assert engine.values(slices) == alone.values(slices)

@@ -1,6 +1,6 @@
 """Worker and validator: the tensors of a version that is on disk, for an engine to load."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -33,12 +33,13 @@ async def empty_engine(
     threads: int = 1,
     max_rows: int = 64,
     device: torch.device | str = "cpu",
+    make: Callable[..., LocalEngine] = LocalEngine.from_folder,
 ) -> LocalEngine:
     """The run's model in an engine, by default in the type that the run is judged in; its weights are yet to come.
 
     Raises WeightsError, ConfigError.
     """
-    return LocalEngine.from_folder(
+    return make(
         await fetch_model_config(session),
         dtype=dtype or getattr(torch, session.info.dtype),
         threads=threads,
