@@ -94,7 +94,8 @@ def load_strictly(
     """Copy every tensor into its place, cast to the model's precision; each must come exactly once.
 
     Tied weights (an output head that is the embedding) need one of their names; where several come they must agree.
-    `put` copies (name, place, tensor) where a place is not whole, `whole` gives all that is there. Raises WeightsError, after which the model holds a mixture and must not be used.
+    `put` copies (name, place, tensor) where a place is not whole, and `whole` gives all that is there. Raises
+    WeightsError, after which the model holds a mixture and must not be used.
     """
     slots = model.state_dict(keep_vars=True)
     given: set[str] = set()

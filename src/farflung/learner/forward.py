@@ -66,7 +66,7 @@ def find_kind(model: PreTrainedModel, trial: Trial | None = None, dtype: torch.d
 
 
 class Asked(NamedTuple):
-    """The tokens whose log-probabilities are wanted: by what place of all rows each is predicted, and at what heat."""
+    """The tokens whose log-probabilities are wanted: by what place of all rows each is predicted, and how hot."""
 
     predictor_N: torch.Tensor
     token_N: torch.Tensor

@@ -41,13 +41,13 @@ def behaviour(
     tokens: int,
     *,
     kind: Kind | None = None,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks | None = None,
 ) -> Logp:
     """Log-probabilities of some rollouts under a model, `tokens` at a time; zeros for those of other ranks."""
     kind = kind or find_kind(model)
     packed = pack([rollouts[index] for index in which], tokens, is_shared=kind.can_share)
     found = {which[place]: torch.zeros(len(mask_T[mask_T])) for micro in packed for place, mask_T in micro.masks()}
-    for micro, counts in split(packed, ranks):
+    for micro, counts in split(packed, ranks or Ranks()):
         logp_BT, _ = logp_entropy_BT(model, micro, kind, lambda: torch.autocast("cpu", enabled=False))
         for (place, mask_T), logp_T in zip(micro.masks(), logp_BT.cpu(), strict=True):
             found[which[place]] = logp_T[mask_T] if counts else found[which[place]]
