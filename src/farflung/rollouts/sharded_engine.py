@@ -201,8 +201,12 @@ class ShardedEngine(LocalEngine):
             return self._shards.read(told.items, told.tokens, told.reading)
 
     def behaviour(self, rollouts: Sequence[Rollout], tokens: int) -> stale.Logp:
-        """Log-probabilities of rollouts as the learner finds them, each on any rank."""
-        told = Weigh(tuple(rollouts), tokens, find_kind(self.model))
+        """Log-probabilities of rollouts as the learner finds them, each on any rank.
+
+        Where rows go through the model one by one, a micro-batch is one row: all ranks have equally many passes.
+        """
+        kind = find_kind(self.model)
+        told = Weigh(tuple(rollouts), tokens if kind.can_pad else 1, kind)
         with self._dealt(told):
             return self._shards.weigh(told.rollouts, told.tokens, told.kind)
 
