@@ -1,5 +1,6 @@
 """A learner on several processes of this machine, forked from one that has torch: what they come to, as files."""
 
+import math
 import multiprocessing
 import os
 import socket
@@ -7,18 +8,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from adapting import batch
+from farflung.engine.base import Request
 from farflung.engine.loading import build
+from farflung.engine.local import LocalEngine
 from farflung.learner import checkpoint
+from farflung.learner.distributed import DistributedLearner
+from farflung.learner.forward import _KINDS, find_kind
 from farflung.learner.optimise import Learner, Optimisation
+from farflung.learner.pack import Rollout, Segment
 from farflung.learner.policy import Policy
-from farflung.learner.ranks import Ranks
+from farflung.learner.ranks import Ranks, local
+from farflung.protocol.errors import WeightsError
+from farflung.protocol.probe import Slice
+from farflung.rollouts.agreement import agree
+from farflung.rollouts.sharded_engine import FIELDS, Follower, behaviour, maker
 
 WAIT_S = 280.0
 IDS = torch.arange(2, 32)[None]
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+OPTIONS = {
+    "dtype": torch.float32,
+    "threads": 1,
+    "device": torch.device("cpu"),
+    "replay_tokens": 90,  # several passes
+    "max_rows": 3,
+}
+SPARE = 3_000
+"""Values of rows that are shared by no number of ranks, and of what is no matrix."""
 
 
 def on_ranks(world: int, work: Callable[..., None], *given: Any) -> None:
@@ -103,3 +126,94 @@ def train(ranks: Ranks, folder: Path, lora_rank: int, dtype: torch.dtype, root: 
     checkpoint.save(one, last, root, keep=9)
     if ranks.rank == 0:
         torch.save(losses, root / f"losses-{last}")
+
+
+def check_as_one(ranks: Ranks, folder: Path) -> None:
+    """An engine over all ranks, each of which has its share of it alone, says what the engine of one process says."""
+    distributed = DistributedLearner(lambda: None, folder, microbatch_tokens=1, keep=1, ranks=ranks)  # never begun
+    if ranks.rank:
+        return distributed.follow(Follower("cpu", ranks).execute)
+    engine, alone = (make(folder, **OPTIONS) for make in (maker(distributed), LocalEngine.from_folder))
+    weights = load_file(folder / "model.safetensors")
+    refuses_bad_weights(engine, weights)
+    for change in (0.0, 0.02):
+        for one in (engine, alone):
+            one.load((name, tensor + change) for name, tensor in weights.items())
+        says_the_same(engine, alone)
+    assert passes(engine) == math.ceil(passes(alone) / ranks.world) < passes(alone)
+    agreed, wanted = agree(engine), agree(alone)
+    assert (agreed.kind, agreed.ways.reading) == (wanted.kind, wanted.ways.reading)
+    survives_a_fault(engine, alone)
+    held = sum(local(one).numel() for one in engine.model.parameters())
+    assert held <= sum(one.numel() for one in alone.model.parameters()) / ranks.world + SPARE
+    return distributed.end()
+
+
+def passes(engine: LocalEngine) -> int:
+    """How often this process goes through its model for some replays."""
+    went: list[int] = []
+    counting = engine.model.register_forward_hook(lambda *_: went.append(1))
+    engine.replay([(Request((2, 3, number), 1, 1.0, 40), range(2, 32)) for number in range(2, 7)], alone=True)
+    counting.remove()
+    return len(went)
+
+
+def refuses_bad_weights(engine: LocalEngine, weights: dict[str, torch.Tensor]) -> None:
+    """After each of them there is nothing to replay with."""
+    name, tensor = next(reversed(weights.items()))
+    lacking = {one: some for one, some in weights.items() if one != name}
+    every = [{}, lacking, weights | {name: tensor[1:]}, weights | {"stranger": tensor}]
+    if HEAD not in weights:
+        every.append(weights | {HEAD: weights[EMBEDDING] + 1})  # tied, and torn
+    for bad in every:
+        with pytest.raises(WeightsError):
+            engine.load(bad.items())
+        with pytest.raises(WeightsError, match="no complete weights"):
+            engine.replay([(Request((3, 4), 1, 1.0, 2), (5, 6))])
+
+
+def survives_a_fault(engine: LocalEngine, alone: LocalEngine) -> None:
+    """A model whose second layer takes one row at a time: ways that fail there, while others wait, are not taken."""
+
+    def refuse(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        if len(given[0]) > 1:
+            raise RuntimeError("one row at a time")
+
+    ways = engine.ways
+    fault = engine.model.model.layers[1].mlp.register_forward_pre_hook(refuse)
+    found = engine.find_ways()
+    assert (found.batching, found.reading) == ("alone", "alone")
+    del _KINDS[engine.model]  # to be found anew
+    assert not find_kind(engine.model).can_pad
+    says_the_same(engine, alone)
+    fault.remove()
+    says_the_same(engine, alone)
+    assert engine.find_ways() == ways
+
+
+def says_the_same(engine: LocalEngine, alone: LocalEngine) -> None:
+    """Ids, replays of them and of other ids, log-probabilities as the learner finds them, and slices of the weights."""
+    asked = [
+        Request(tuple(range(2, 5 + number % 4)), number, (1.0, 0.7, 0.0)[number % 3], 3 + number % 5)
+        for number in range(13)
+    ]
+    said = [one.ids for one in alone.generate(asked) if one is not None]
+    assert [one.ids for one in engine.generate(asked) if one is not None] == said
+    sent = [(), *((9, *ids) if len(ids) == 4 else ids for ids in said[1:])]
+    items = list(zip(asked, sent, strict=True))
+    for is_alone in (False, True):
+        found, wanted = (one.replay(items, alone=is_alone) for one in (engine, alone))
+        for one, other in zip(found, wanted, strict=True):
+            for name in FIELDS:
+                np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-5, rtol=1e-5)
+            np.testing.assert_array_equal(one.margin > 0, other.margin > 0)
+        assert sum((one.margin > 0).sum() for one in found) > 2, "some tokens are not what their seeds give"
+    assert engine.replay([]) == []
+    rollouts = [Rollout((Segment("prompt", one.prompt_ids), Segment("model", ids)), 1.0, 1.0) for one, ids in items]
+    known, expected = (behaviour(one, rollouts, range(len(rollouts)), 60) for one in (engine, alone))
+    assert known.keys() == expected.keys()
+    assert len(known) == len(rollouts) - 1
+    for index, logp in expected.items():
+        torch.testing.assert_close(known[index], logp, atol=1e-5, rtol=1e-5)
+    slices = [Slice(name, 3, 9) for name in alone.model.state_dict() if "norm" not in name]
+    assert engine.values(slices) == alone.values(slices)

@@ -31,6 +31,7 @@ from farflung.rollouts import stale
 from farflung.rollouts.agreement import refuse_long
 from farflung.rollouts.batch import Bodies, claim, fetch
 from farflung.rollouts.checker import Checker
+from farflung.rollouts.sharded_engine import maker
 from farflung.store.sinks import Sinks
 from farflung.tasks.longest import longest_text
 from farflung.weights.cache import Versions
@@ -106,9 +107,9 @@ class Trainer:
     async def _arm(self) -> None:
         """Open the check of batches: a second engine, and the published versions."""
         learn = self.config.learn
-        device = pick(learn.device)
+        device, make = pick(learn.device, self.distributed.ranks.local_rank), maker(self.distributed)
         self.session.stats.accelerators = self._processes if device.type != "cpu" else 0
-        engine = await empty_engine(self.session, threads=learn.threads, device=device)
+        engine = await empty_engine(self.session, threads=learn.threads, device=device, make=make)
         folder = self.config.folder / "nodes" / "trainer" / "weights"
         self._loaded = Loaded(engine, Versions(self.session, folder, use_relays=False, patch=patch))
         self.checker = Checker(self.session, self.config, self._loaded, self._bodies, self._retry_when_disk_full)

@@ -58,12 +58,13 @@ def trainer(config: RunFile, *flags: Flags, url: Url = "", json: Json = False) -
     from farflung.learner.build import follow
     from farflung.learner.ranks import join as meet
     from farflung.learner.ranks import leave
+    from farflung.rollouts.sharded_engine import Follower
 
     start_computing(json)
     settings = settings_of(config, flags)
     ranks = meet()
     if ranks.rank:
-        follow(settings, ranks)
+        follow(settings, ranks, Follower(settings.learn.device, ranks).execute)
     else:
         _enter(settings, "trainer")
         asyncio.run(role_makers.trainer(url_of(url, settings), settings, ranks).run())

@@ -1,7 +1,7 @@
 """Builds a model from its configuration alone and fills it strictly from named tensors."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -90,12 +90,26 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset()
 
 
+def _copy(_name: str, slot: torch.Tensor, tensor: torch.Tensor) -> None:
+    slot.copy_(tensor)
+
+
+def _itself(_name: str, slot: torch.Tensor) -> torch.Tensor:
+    return slot
+
+
 @torch.no_grad()
-def load_strictly(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def load_strictly(
+    model: PreTrainedModel,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    put: Callable[[str, torch.Tensor, torch.Tensor], None] = _copy,
+    whole: Callable[[str, torch.Tensor], torch.Tensor] = _itself,
+) -> None:
     """Copy every tensor into its place, cast to the model's precision; each must come exactly once.
 
     Tied weights (an output head that is the embedding) need one of their names; where several come they must agree.
-    Raises WeightsError, after which the model holds a mixture and must not be used.
+    `put` copies (name, place, tensor) where a place is not whole, and `whole` gives all that is there. Raises
+    WeightsError, after which the model holds a mixture and must not be used.
     """
     slots = model.state_dict(keep_vars=True)
     given: set[str] = set()
@@ -104,27 +118,40 @@ def load_strictly(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Ten
         _refuse_misfit(name, tensor, slots, given)
         given.add(name)
         slot = slots[name]
-        if id(slot) in filled and not torch.equal(slot, tensor.to(slot)):
-            raise WeightsError(f"tensor {name} is tied to another one of the checkpoint and differs from it")
-        slot.copy_(tensor)
+        if id(slot) in filled:
+            _refuse_torn(name, whole(name, slot), tensor)
+        else:
+            put(name, slot, tensor)
         filled.add(id(slot))
     missing = [name for name, slot in slots.items() if id(slot) not in filled]
     if missing:
         raise WeightsError(f"{len(missing)} tensors are missing from the weights, the first is {missing[0]}")
 
 
-def read_slices(tensors: Mapping[str, torch.Tensor], slices: Sequence[Slice]) -> bytes:
-    """The values of some slices in bfloat16, little-endian. Raises WeightsError for a tensor that is not there."""
+def read_slices(
+    tensors: Mapping[str, torch.Tensor],
+    slices: Sequence[Slice],
+    whole: Callable[[str, torch.Tensor], torch.Tensor] = _itself,
+) -> bytes:
+    """The values of some slices in bfloat16, little-endian. Raises WeightsError for a tensor that is not there.
+
+    `whole` puts together a tensor that is not whole.
+    """
     missing = [part.name for part in slices if part.name not in tensors]
     if missing:
         raise WeightsError(f"this model has no tensor {missing[0]}; weights and config.json belong to different models")
-    return in_bfloat16(tensors[name].detach().flatten()[start:stop] for name, start, stop in slices)
+    return in_bfloat16(whole(name, tensors[name]).detach().flatten()[start:stop] for name, start, stop in slices)
 
 
 def in_bfloat16(parts: Iterable[torch.Tensor]) -> bytes:
     """The values of some flat tensors, one after the other, as `read_slices` gives them."""
     found = [part.to(torch.bfloat16).cpu() for part in parts]
     return torch.cat(found).view(torch.int16).numpy().tobytes() if found else b""
+
+
+def _refuse_torn(name: str, held: torch.Tensor, tensor: torch.Tensor) -> None:
+    if not torch.equal(held, tensor.to(held)):
+        raise WeightsError(f"tensor {name} is tied to another one of the checkpoint and differs from it")
 
 
 def _refuse_misfit(name: str, tensor: torch.Tensor, slots: dict[str, torch.Tensor], given: set[str]) -> None:

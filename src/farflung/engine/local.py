@@ -13,7 +13,7 @@ from farflung.engine.cpu import decode as cpu
 from farflung.engine.cpu.matmul import optimise_linears
 from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
 from farflung.engine.replay import replay
-from farflung.engine.ways import Ways, find_ways, is_for_cpu
+from farflung.engine.ways import Ways, find_ways, is_for_cpu, is_whole_on_cpu
 from farflung.numerics.trying import Trial
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
@@ -34,7 +34,8 @@ class LocalEngine:
     ) -> None:
         """Take a model with its weights. `max_rows` bounds a decoding batch, `replay_tokens` a prefill."""
         self.model = model.eval().requires_grad_(False)
-        optimise_linears(model)
+        if is_whole_on_cpu(model):
+            optimise_linears(model)
         self.eos_ids = frozenset(end_tokens(model) if eos_ids is None else eos_ids)
         self.stops = stops
         self.max_rows = max_rows

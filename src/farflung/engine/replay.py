@@ -6,7 +6,7 @@ right, where nothing can be seen from the left.
 Legend: B rows, T positions, K kept positions of all rows, N completion tokens of all items, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -23,23 +23,34 @@ from farflung.numerics.packing import ROW_TOKENS, PackedRows, Text, Tree, rows_o
 Item = tuple[Request, Sequence[int]]
 Reading = Literal["shared", "padded", "alone"]
 """Completions of a prompt in one row, each in a row of its own, or one row at a time."""
+Chunk = list[Tree]
+"""Trees that go through the model at once, each a row."""
+
+
+def _every(chunks: list[Chunk]) -> list[tuple[Chunk, bool]]:
+    return [(chunk, True) for chunk in chunks]
 
 
 def replay(
-    model: PreTrainedModel, items: Sequence[Item], tokens_per_chunk: int, reading: Reading = "shared"
+    model: PreTrainedModel,
+    items: Sequence[Item],
+    tokens_per_chunk: int,
+    reading: Reading = "shared",
+    deal: Callable[[list[Chunk]], list[tuple[Chunk, bool]]] = _every,
 ) -> list[Replay]:
     """Gap, margin, pick, lead and logp at each completion token of each item, in order.
 
-    The `reading` that a model allows is found by `ways.py`. Raises ValueError for ids that the model does not have.
+    The `reading` that a model allows is found by `ways.py`. `deal` picks the chunks to read, and says which count;
+    items of others come back as zeros. Raises ValueError for ids that the model does not have.
     """
-    vocab = model.config.get_text_config().vocab_size
-    _refuse_strangers(items, vocab)
-    found = [Replay(*np.zeros((5, 0), np.float32)) for _ in items]
+    refuse_strangers(model, items)
+    found = [Replay(*np.zeros((5, len(ids)), np.float32)) for _, ids in items]
     most_tokens = 0 if reading == "alone" else tokens_per_chunk
-    for chunk in _chunks(_trees(items, reading), most_tokens, blocks(model.device).logits // vocab):
+    most_scored = blocks(model.device).logits // model.config.get_text_config().vocab_size
+    for chunk, counts in deal(list(_chunks(_trees(items, reading), most_tokens, most_scored))):
         members = [index for tree in chunk for index in tree.members]
         for index, part in zip(members, _replay_chunk(model, chunk, items, reading), strict=True):
-            found[index] = part
+            found[index] = part if counts else found[index]
     return found
 
 
@@ -52,7 +63,9 @@ def read(model: PreTrainedModel, items: Sequence[Item], reading: Reading) -> Ite
         yield from zip(members, logits_KV[which_N].split([len(items[index][1]) for index in members]), strict=True)
 
 
-def _refuse_strangers(items: Sequence[Item], vocab: int) -> None:
+def refuse_strangers(model: PreTrainedModel, items: Sequence[Item]) -> None:
+    """Raise ValueError for an item without a prompt, or with ids that the model does not have."""
+    vocab = model.config.get_text_config().vocab_size
     for index, (request, ids) in enumerate(items):
         strangers = [token for token in (*request.prompt_ids, *ids) if not 0 <= token < vocab]
         if strangers or not request.prompt_ids:
@@ -69,9 +82,9 @@ def _trees(items: Sequence[Item], reading: Reading) -> list[Tree]:
     return trees(texts, ROW_TOKENS if reading == "shared" else 0, are_long_joined=True)
 
 
-def _chunks(found: Sequence[Tree], most_tokens: int, most_scored: int) -> Iterator[list[Tree]]:
-    """Trees that go through the model at once, each a row; a chunk is as wide as its first, padding included."""
-    chunk: list[Tree] = []
+def _chunks(found: Sequence[Tree], most_tokens: int, most_scored: int) -> Iterator[Chunk]:
+    """Chunks as wide as their first tree, padding included."""
+    chunk: Chunk = []
     for tree in found:
         is_full = chunk and chunk[0].width * (len(chunk) + 1) > most_tokens
         if is_full or sum(one.predicted for one in chunk) + tree.predicted > most_scored:

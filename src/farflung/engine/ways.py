@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple, get_args
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from farflung.engine.base import Request
@@ -46,7 +47,7 @@ def find_ways(model: PreTrainedModel, trial: Trial | None = None) -> Ways:
 
 def attends_plainly(model: PreTrainedModel, trial: Trial | None = None) -> bool:
     """Whether a model's attention can be taken by plain products and in two parts, found by trying a few texts."""
-    if model.dtype not in _TYPES or model.device.type != "cpu" or (trial := tried(model, trial)) is None:
+    if model.dtype not in _TYPES or not is_whole_on_cpu(model) or (trial := tried(model, trial)) is None:
         return False
     return all(_decodes(trial, "padded", is_plain=True, is_shared=is_shared) for is_shared in (True, False))
 
@@ -77,7 +78,12 @@ def _rows(
 
 def is_for_cpu(model: PreTrainedModel, batching: Batching) -> bool:
     """Whether the decoder that is made for CPUs is the one to take."""
-    return model.device.type == "cpu" and batching != "whole"
+    return is_whole_on_cpu(model) and batching != "whole"
+
+
+def is_whole_on_cpu(model: PreTrainedModel) -> bool:
+    """Whether its weights may be read at any time, by what is made for CPUs: shards of several ranks are none."""
+    return model.device.type == "cpu" and not isinstance(model, FSDPModule)
 
 
 def _followed(rows: DecodeBatch | PlainBatch, texts: Sequence[Text]) -> list[torch.Tensor]:

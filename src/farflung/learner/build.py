@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from collections.abc import Callable
 
 import torch
 
@@ -29,11 +30,14 @@ def learner_of(config: Config, ranks: Ranks) -> DistributedLearner:
     )
 
 
-def follow(config: Config, ranks: Ranks) -> None:
-    """Train beside rank 0, which alone knows the coordinator, until it says that all is done."""
+def follow(config: Config, ranks: Ranks, beside: Callable[[bytes], None]) -> None:
+    """Train beside rank 0, which alone knows the coordinator, until it says that all is done.
+
+    `beside` does what it says of what is not the learner's.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # rank 0 is told too; it finishes its step, and needs us for that
-    learner_of(config, ranks).follow()
+    learner_of(config, ranks).follow(beside)
 
 
 def build(config: Config, ranks: Ranks) -> Learner:

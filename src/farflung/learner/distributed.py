@@ -47,9 +47,13 @@ class Train(Command, frozen=True):
 
 
 class Gather(Command, frozen=True):
-    """Put masters together; of all names if none is given."""
+    """Begin to put masters together; of all names if none is given."""
 
     names: tuple[str, ...]
+
+
+class Next(Command, frozen=True):
+    """Put the next of those masters together."""
 
 
 class Adapters(Command, frozen=True):
@@ -64,11 +68,17 @@ class Save(Command, frozen=True):
     step: int
 
 
+class Beside(Command, frozen=True):
+    """Work of what the ranks hold beside the learner, in its own words."""
+
+    data: bytes
+
+
 class End(Command, frozen=True):
     """Leave."""
 
 
-Commands = Command | Begin | Resume | Train | Gather | Adapters | Save | End
+Commands = Command | Begin | Resume | Train | Gather | Next | Adapters | Save | Beside | End
 
 
 class DistributedLearner:
@@ -79,6 +89,7 @@ class DistributedLearner:
     ) -> None:
         self._make, self._folder, self._tokens, self._keep, self.ranks = make, folder, microbatch_tokens, keep, ranks
         self.learner: Learner
+        self._gathering: Iterator[Named] = iter(())
 
     # --- what rank 0 calls -------------------------------------------------------------------------------------------
 
@@ -102,9 +113,13 @@ class DistributedLearner:
         self._do(Save(step))
 
     def masters(self, names: Collection[str] = ()) -> Iterator[Named]:
-        """(name, tensor) of the float32 masters, whole; take all of them before anything else is asked."""
-        self._tell(Gather(tuple(names)))
-        return self.learner.policy.masters(names)
+        """(name, tensor) of the float32 masters, whole; of the learner ask nothing else until all are taken."""
+        self._do(Gather(tuple(names)))
+        while True:
+            self._tell(Next())
+            if (named := next(self._gathering, None)) is None:
+                return
+            yield named
 
     def tensors(self) -> Iterator[Named]:
         """The published weights: the masters in bfloat16."""
@@ -125,6 +140,10 @@ class DistributedLearner:
         policy, masters = self.learner.policy, dict(self.masters(sorted({part.name for part in slices})))
         return [policy.rounded(masters[name].flatten()[start:stop], start) for name, start, stop in slices]
 
+    def tell_beside(self, data: bytes) -> None:
+        """Tell the others what to do with what they hold beside the learner."""
+        self._tell(Beside(data))
+
     def wait(self) -> None:
         """Nothing to do yet."""
         self._tell(Command())
@@ -135,10 +154,13 @@ class DistributedLearner:
 
     # --- what every rank does ----------------------------------------------------------------------------------------
 
-    def follow(self) -> None:
-        """Do what rank 0 says, to the end."""
+    def follow(self, beside: Callable[[bytes], None]) -> None:
+        """Do what rank 0 says, to the end; `beside` does what is not the learner's work."""
         while not isinstance(command := self._hear(), End):
-            self._execute(command)
+            if isinstance(command, Beside):
+                beside(command.data)
+            else:
+                self._execute(command)
 
     def _do(self, command: Commands) -> StepMetrics | int | None:
         self._tell(command)
@@ -155,8 +177,9 @@ class DistributedLearner:
             case Save(step=step):
                 checkpoint.save(self.learner, step, self._folder, keep=self._keep)
             case Gather(names=names):
-                for _ in self.learner.policy.masters(names):
-                    continue
+                self._gathering = self.learner.policy.masters(names)
+            case Next():
+                next(self._gathering, None)
             case Adapters(is_base=True):
                 for _ in self.learner.policy.base():
                     continue

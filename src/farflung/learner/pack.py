@@ -57,6 +57,10 @@ class MicroBatch:
     worker_logp_BT: torch.Tensor | None = None
     """float32, NaN where the worker sent none."""
 
+    def masks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Of each row its rollout, and which of its tokens the model wrote, (T,)."""
+        return zip(self.index, self.mask_BT, strict=True)
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         return replace(

@@ -50,8 +50,12 @@ def join() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def shard(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, is_dithered: bool) -> None:
+def shard(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype = torch.float32, *, is_dithered: bool = False
+) -> None:
     """Shard a model over all ranks, layer by layer, in place; in a shorter type it computes with what is published.
+
+    In float32 nothing is cast, so a model that has a shorter type computes in that.
 
     All of it is a shard again after each pass: a root that stays whole would give its weights for its masters.
     """
@@ -98,7 +102,7 @@ def split(parts: Sequence[Any], ranks: Ranks) -> list[tuple[Any, bool]]:
     All ranks get equally many, or the others would wait for ever: some get one that another rank counts.
     """
     own = [(part, True) for part in parts[ranks.rank :: ranks.world]]
-    return own if len(own) == -(-len(parts) // ranks.world) else [*own, (parts[0], False)]
+    return own if len(own) == -(-len(parts) // ranks.world) else [*own, (parts[-1], False)]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -120,6 +124,20 @@ def share_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def take(slot: torch.Tensor, tensor: torch.Tensor | None) -> None:
+    """Fill a parameter with a tensor that rank 0 has whole; the others give None, and all must ask."""
+    sent = torch.empty(slot.shape, dtype=slot.dtype, device=slot.device)
+    if tensor is not None:
+        sent.copy_(tensor)
+    if isinstance(slot, DTensor):
+        cut = distribute_tensor(sent, slot.device_mesh, slot.placements, src_data_rank=0)
+        slot.detach().to_local().copy_(cut.to_local())
+    else:
+        dist.broadcast(sent, 0)
+        slot.copy_(sent)
 
 
 def like(share: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from farflung.protocol.messages import Batch, RolloutLook
 from farflung.rollouts import stale
 from farflung.rollouts.agreement import Agreement, agree
 from farflung.rollouts.batch import Bodies, Suspect, suspects, trip
+from farflung.rollouts.sharded_engine import behaviour
 from farflung.trust.profiles import load_profiles
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class Checker:
     def _replayed(self, digest: str, rollouts: Sequence[Rollout], which: list[int]) -> stale.Logp:
         with self._session.stats.working():
             self._held.ensure(digest)
-            return stale.behaviour(self._held.engine.model, rollouts, which, self._learn.microbatch_tokens)
+            return behaviour(self._held.engine, rollouts, which, self._learn.microbatch_tokens)
 
     async def _fetch(self, digest: str) -> None:
         await self._retry("weights", lambda: self._held.fetch(digest))

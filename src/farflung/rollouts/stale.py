@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from farflung.learner.forward import find_kind, logp_entropy_BT
+from farflung.learner.forward import Kind, find_kind, logp_entropy_BT
 from farflung.learner.pack import Rollout, pack
+from farflung.learner.ranks import Ranks, split
 from farflung.protocol.errors import WeightsError
 
 Logp = dict[int, torch.Tensor]
@@ -34,13 +35,23 @@ def stale(rollouts: Sequence[Rollout], present: int) -> dict[int, list[int]]:
 
 
 @torch.no_grad()
-def behaviour(model: PreTrainedModel, rollouts: Sequence[Rollout], which: Sequence[int], tokens: int) -> Logp:
-    """Log-probabilities of some rollouts under a model, `tokens` at a time."""
-    kind, found = find_kind(model), {}
-    for micro in pack([rollouts[index] for index in which], tokens, is_shared=kind.can_share):
-        logp_BT = logp_entropy_BT(model, micro, kind, nullcontext)[0].cpu()
-        for b, place in enumerate(micro.index):
-            found[which[place]] = logp_BT[b][micro.mask_BT[b]]
+def behaviour(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    which: Sequence[int],
+    tokens: int,
+    *,
+    kind: Kind | None = None,
+    ranks: Ranks | None = None,
+) -> Logp:
+    """Log-probabilities of some rollouts under a model, `tokens` at a time; zeros for those of other ranks."""
+    kind = kind or find_kind(model)
+    packed = pack([rollouts[index] for index in which], tokens, is_shared=kind.can_share)
+    found = {which[place]: torch.zeros(len(mask_T[mask_T])) for micro in packed for place, mask_T in micro.masks()}
+    for micro, counts in split(packed, ranks or Ranks()):
+        logp_BT, _ = logp_entropy_BT(model, micro, kind, nullcontext)
+        for (place, mask_T), logp_T in zip(micro.masks(), logp_BT.cpu(), strict=True):
+            found[which[place]] = logp_T[mask_T] if counts else found[which[place]]
     return found
 
 

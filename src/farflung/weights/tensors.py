@@ -27,19 +27,27 @@ async def fetch_model_config(session: Session) -> bytes:
     return data
 
 
-async def empty_engine(session: Session, *, threads: int = 1, device: torch.device | str = "cpu") -> LocalEngine:
+async def empty_engine(
+    session: Session,
+    *,
+    threads: int = 1,
+    device: torch.device | str = "cpu",
+    make: Callable[..., LocalEngine] = LocalEngine.from_folder,
+) -> LocalEngine:
     """The run's model in an engine, in the type that all profiles were verified in; its weights are yet to come.
 
     Raises WeightsError, ConfigError.
     """
-    build = await builder(session, await fetch_model_config(session), threads=threads, device=device)
+    build = await builder(session, await fetch_model_config(session), make, threads=threads, device=device)
     return build(getattr(torch, session.info.dtype))
 
 
-async def builder(session: Session, config: bytes, **options: Any) -> Callable[[torch.dtype], LocalEngine]:
+async def builder(
+    session: Session, config: bytes, make: Callable[..., LocalEngine] = LocalEngine.from_folder, **options: Any
+) -> Callable[[torch.dtype], LocalEngine]:
     """Makes engines of the run's model, which ends where the run says; their weights are yet to come."""
     options |= {"eos_ids": session.info.eos_ids, "stops": await fetch_stops(session)}
-    return lambda dtype: LocalEngine.from_folder(config, dtype=dtype, **options)
+    return lambda dtype: make(config, dtype=dtype, **options)
 
 
 async def fetch_stops(session: Session) -> Stops | None:
