@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,26 @@ def train(ranks: Ranks, folder: Path, lora_rank: int, dtype: torch.dtype, root: 
     checkpoint.save(one, last, root, keep=9)
     if ranks.rank == 0:
         torch.save(losses, root / f"losses-{last}")
+
+
+def train_row_by_row(ranks: Ranks, folder: Path) -> None:
+    """A step with a model that takes one row at a time, on rows that no number of ranks shares evenly."""
+
+    def make() -> Learner:
+        one = learner(folder, ranks, 0, torch.float32)
+        one.policy._kind = replace(one.policy._kind, can_pad=False, can_share=False)
+        return one
+
+    distributed = DistributedLearner(make, folder, microbatch_tokens=15, keep=1, ranks=ranks)
+    if ranks.rank:
+        return distributed.follow(Follower("cpu", ranks).execute)
+    distributed.begin()
+    rollouts = [
+        Rollout((Segment("prompt", (2, 3, 4 + number)), Segment("model", (5, 6, 7))), 1.0 - number, 1.0)
+        for number in range(10)
+    ]
+    assert distributed.train(rollouts, {}, 0).tokens == 30
+    return distributed.end()
 
 
 def check_as_one(ranks: Ranks, folder: Path) -> None:

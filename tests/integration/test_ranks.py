@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from farflung.learner.ranks import Ranks  # noqa: E402
-from ranked import check_as_one, compute_as_published, on_ranks, train  # noqa: E402
+from ranked import check_as_one, compute_as_published, on_ranks, train, train_row_by_row  # noqa: E402
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 49, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 """49 rows are shared by no number of ranks here."""
@@ -55,3 +55,8 @@ def test_they_train_as_one_and_any_number_goes_on_from_any_checkpoint(
 @pytest.mark.parametrize(("world", "is_tied"), [(2, True), (3, False)])
 def test_an_engine_over_all_ranks_checks_as_one_process_does(model, world: int, is_tied: bool) -> None:
     on_ranks(world, check_as_one, model(is_tied=is_tied))
+
+
+@pytest.mark.timeout(300)
+def test_models_that_take_one_row_at_a_time_leave_no_rank_waiting(model) -> None:
+    on_ranks(2, train_row_by_row, model(is_tied=False))

@@ -190,8 +190,9 @@ class DistributedLearner:
         return None
 
     def _step(self, rollouts: Sequence[Rollout], logp: Logp, present: int) -> StepMetrics:
-        updates = self.learner.settings.minibatches
-        packed = pack(rollouts, self._tokens, is_shared=self.learner.policy.can_share, at_least=updates)
+        updates, policy = self.learner.settings.minibatches, self.learner.policy
+        tokens = self._tokens if policy.can_pad or self.ranks.is_alone else 1  # a row each: equally many passes
+        packed = pack(rollouts, tokens, is_shared=policy.can_share, at_least=updates)
         stale = {index: values for index, values in logp.items() if rollouts[index].step < present}
         fresh = {index: values for index, values in logp.items() if index not in stale}
         return self.learner.step(packed, lay(packed, stale), lay(packed, fresh))

@@ -114,6 +114,11 @@ class Policy:
         """Whether completions of one prompt may stand in one row: the model obeys an attention mask and places."""
         return self._kind.can_share
 
+    @property
+    def can_pad(self) -> bool:
+        """Whether rows of several lengths go through the model at once, and not one by one."""
+        return self._kind.can_pad
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Published tensors: (name, bfloat16) of each parameter and buffer, cast from the masters, tied twins once."""
         for name, tensor in self.masters():
