@@ -7,7 +7,8 @@ In bfloat16 each matrix is computed with exactly as it is published, merged anew
 and B are taken through their product: neither a float32 copy of the matrix nor its gradient ever exists.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,11 +96,17 @@ def adapt(
     if not linears:
         raise ConfigError(f"learn.lora_rank = {rank}: a {type(model).__name__} has no linear layers to adapt")
     model.requires_grad_(requires_grad=False)
-    for parameter in model.parameters():
-        data = parameter.data
-        parameter.data = torch.empty_like(data, dtype=dtype) if is_empty else frozen(data, dtype=dtype)
+    _replace(model, partial(torch.empty_like if is_empty else frozen, dtype=dtype))
     for linear in linears:
         _adapt(linear, rank, scale, is_held=is_held)
+
+
+def _replace(model: PreTrainedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put other values, without gradients, in the place of every parameter; tied ones stay tied."""
+    made = {one: nn.Parameter(change(one.detach()), requires_grad=False) for one in model.parameters()}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, made[parameter])
 
 
 def frozen(values: torch.Tensor, start: int = 0, *, dtype: torch.dtype) -> torch.Tensor:
