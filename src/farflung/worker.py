@@ -67,10 +67,10 @@ CATCH_UP_S = 10.0
 Wrap = Callable[[Engine], Engine]
 
 
-async def own_numerics(settings: WorkerSection, device: torch.device) -> Own:
-    """The numerics of a node, as far as they are known before it has a profile. Raises Unreachable."""
+async def own_numerics(settings: WorkerSection) -> Own:
+    """The numerics of a node, as far as they are known before it has a profile. Raises ConfigError, Unreachable."""
     if settings.engine == "torch":
-        return Own("torch", device.type)
+        return Own("torch", pick(settings.device).type)
     found = await asyncio.to_thread(server_numerics, settings.engine_url)
     kind = settings.device.partition(":")[0].replace("auto", "")
     return found._replace(device=found.device or kind)
@@ -173,7 +173,7 @@ class Worker:
         await self.session.heartbeat()
 
     async def _own(self) -> Own:
-        return await own_numerics(self.settings, self.device)
+        return await own_numerics(self.settings)
 
     def _profile(self, info: RunInfo) -> str:
         """The run's profile that is this node's own. Raises ConfigError."""

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import torch
 import transformers
+from tests import conftest
 from tests.conftest import BASE, House, named, settings
 from tests.served import Served
 
@@ -20,11 +22,12 @@ from farflung.config import Config, ValidatorSection, WorkerSection
 from farflung.store.db import migrate
 from farflung.store.tables import AUDITS, NODES, ROLLOUTS
 from farflung.trainer import Trainer
+from farflung.trust.evidence import Profiles
 from farflung.validator import Validator
 from farflung.worker import Worker
 from second_device import DEVICES
 
-WAIT_S = 240.0
+WAIT_S = 100.0
 TRUST = {"canaries": 1, "self_test": 0}
 LEARN = {"lr": 1e-3, "minibatches": 2, "kl": 0.1, "precision": "float32"}
 ADAPTERS = {"lr": 1e-3, "lora_rank": 4, "precision": "bfloat16", "rounding": "dithered"}
@@ -43,10 +46,12 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def served(small_model: Path, tmp_path: Path) -> Iterator[Any]:
+def served(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sites: list[Served] = []
 
     def serve(**learn: Any) -> Served:
+        own = msgspec.structs.replace(conftest.PROFILE.run, device=torch.device(learn["device"]).type)
+        monkeypatch.setattr(conftest, "PROFILE", Profiles(own))
         config = settings(tmp_path, model={"path": str(small_model)}, eval={"every": 1}, trust=TRUST, learn=learn)
         config.folder.mkdir()
         migrate(config.database_url)

@@ -19,7 +19,7 @@ from farflung.store.tables import LEASES, NODES, ROLLOUTS  # noqa: E402
 from farflung.worker import Worker  # noqa: E402
 from tiny_run import IDS, play, save, tiny_run  # noqa: E402
 
-TOKENS, LEASE_S = int(os.environ.get("FARFLUNG_LONG_TOKENS", "1024")), 10.0
+TOKENS, LEASE_S = int(os.environ.get("FARFLUNG_LONG_TOKENS", "2048")), 10.0
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 16}
 MORE = {"num_key_value_heads": 1, "tie_word_embeddings": False, "max_position_embeddings": 2 * TOKENS}
 

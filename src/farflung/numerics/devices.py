@@ -146,8 +146,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     module = torch.get_device_module(device)
-    if not hasattr(module, "mem_get_info"):
-        return accelerator(device).memory_bytes
+    if not hasattr(module, "mem_get_info"):  # one that does not say shares what the machine has
+        return accelerator(device).memory_bytes or psutil.virtual_memory().available
     free, _ = module.mem_get_info(device)
     return free + module.memory_reserved(device) - module.memory_allocated(device)
 

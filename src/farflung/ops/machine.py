@@ -57,7 +57,7 @@ class Machine:
     async def _dtype(self) -> torch.dtype:
         """What weights are held in by the profile that is this machine's own. Raises ConfigError, Unreachable."""
         info, settings = self._session.info, self._settings
-        own = await own_numerics(settings, pick("cpu" if settings.engine == "vllm" else settings.device))
+        own = await own_numerics(settings)
         return held_in(info.profiles[choose(info, own, settings.profile)])[0]
 
     def _measured(self, config: bytes, dtype: torch.dtype) -> float:
