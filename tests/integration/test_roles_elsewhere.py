@@ -94,7 +94,8 @@ def test_every_role_computes_where_its_setting_says(served, tmp_path, place, lea
             await asyncio.gather(*others)
 
     site.house.run(scenario)
-    engines = [worker.engine, validator.engine, *(trainer.checker._held.engine for trainer in trainers)]
+    judges = [loaded.engine for loaded in validator.engines._held.values()]
+    engines = [worker.engine, *judges, *(trainer.checker._held.engine for trainer in trainers)]
     models = [*(engine.model for engine in engines), *(one.distributed.learner.policy.model for one in trainers)]
     assert {tensor.device.type for model in models for tensor in model.state_dict().values()} == {
         torch.device(place).type
