@@ -5,7 +5,7 @@ from alembic import op
 
 revision = "0003"
 down_revision = "0002"
-ONE = {"sqlite_where": sa.text("status = 'open'"), "postgresql_where": sa.text("status = 'open'")}
+OPEN = sa.text("status = 'open'")
 
 
 def upgrade() -> None:
@@ -13,11 +13,13 @@ def upgrade() -> None:
     for name in ("made", "fetched_bytes"):
         op.add_column("leases", sa.Column(name, sa.BigInteger(), nullable=False, server_default=sa.text("0")))
     op.drop_index("one_open_lease", "leases")
-    op.create_index("one_open_lease", "leases", ["run", "node", "device"], unique=True, **ONE)
+    op.create_index(
+        "one_open_lease", "leases", ["run", "node", "device"], unique=True, sqlite_where=OPEN, postgresql_where=OPEN
+    )
 
 
 def downgrade() -> None:
     op.drop_index("one_open_lease", "leases")
     for name in ("device", "made", "fetched_bytes"):
         op.drop_column("leases", name)
-    op.create_index("one_open_lease", "leases", ["run", "node"], unique=True, **ONE)
+    op.create_index("one_open_lease", "leases", ["run", "node"], unique=True, sqlite_where=OPEN, postgresql_where=OPEN)
