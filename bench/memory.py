@@ -25,15 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from real_models import MODELS
 
-CONFIGS = {
-    "1.5B": (28, 1536, 8960, 151_936, 12, 2, 128, True),
-    "7B": (28, 3584, 18_944, 152_064, 28, 4, 128, False),
-    "14B": (48, 5120, 13_824, 152_064, 40, 8, 128, False),
-    "32B": (64, 5120, 27_648, 152_064, 40, 8, 128, False),
-    "70B": (80, 8192, 28_672, 128_256, 64, 8, 128, False),
-}
-"""Layers, sizes of hidden and inner layers, vocabulary, heads of queries and keys and their size, tied or not."""
 LORA_RANK = 16
 USABLE = 0.92
 """Of a device's memory, after the driver and what the allocator cannot use. Devices are sold by 2^30 bytes."""
@@ -55,17 +48,17 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("1.5B", 1, 24, 8192, "all host"),
-    Case("7B", 1, 24, 8192, "lora alone"),
-    Case("7B", 1, 48, 8192, "lora"),
-    Case("32B", 8, 80, 16_384, "lora"),
-    Case("7B", 2, 80, 8192, "all host"),
-    Case("7B", 4, 80, 8192, "all"),
-    Case("14B", 4, 80, 8192, "all host"),
-    Case("14B", 8, 80, 16_384, "all"),
-    Case("32B", 8, 80, 8192, "all host"),
-    Case("32B", 8, 80, 16_384, "all host"),
-    Case("70B", 16, 80, 8192, "all host"),
+    Case("Qwen2.5-1.5B", 1, 24, 8192, "all host"),
+    Case("Qwen2.5-7B", 1, 24, 8192, "lora alone"),
+    Case("Qwen2.5-7B", 1, 48, 8192, "lora"),
+    Case("Qwen2.5-32B", 8, 80, 16_384, "lora"),
+    Case("Qwen2.5-7B", 2, 80, 8192, "all host"),
+    Case("Qwen2.5-7B", 4, 80, 8192, "all"),
+    Case("Qwen2.5-14B", 4, 80, 8192, "all host"),
+    Case("Qwen2.5-14B", 8, 80, 16_384, "all"),
+    Case("Qwen2.5-32B", 8, 80, 8192, "all host"),
+    Case("Qwen2.5-32B", 8, 80, 16_384, "all host"),
+    Case("Llama-3.3-70B", 16, 80, 8192, "all host"),
 ]
 QUICK = [CASES[0], CASES[8]]
 
@@ -142,19 +135,9 @@ def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Ten
 
 
 def config_of(name: str) -> Any:
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
-    layers, hidden, inner, vocab, heads, kv_heads, head_dim, is_tied = CONFIGS[name]
-    return LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        vocab_size=vocab,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        tie_word_embeddings=is_tied,
-    )
+    return AutoConfig.for_model(**MODELS[name])
 
 
 def count(case: Case) -> dict[str, Any]:
@@ -200,19 +183,18 @@ def join_nobody(ranks: int) -> None:
 
 def learner_of(case: Case, live: Live) -> Any:
     """The real learner, of a model without values."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    from transformers import AttentionInterface
 
     from farflung.learner import moments, policy
     from farflung.learner.forward import Kind
     from farflung.learner.optimise import Learner, Optimisation
     from farflung.learner.ranks import Ranks
     from farflung.numerics import devices
+    from farflung.numerics.making import without_weights
 
     devices._OF_CPU = devices._OF_ACCELERATOR  # sizes of blocks as on what is predicted
     AttentionInterface.register("counted", attend)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config_of(case.model), dtype=torch.float32)
+    model = without_weights(config_of(case.model), torch.float32)
     model.config._attn_implementation = "counted"
     model.float = lambda: model  # it is, and tensors without values cannot be swapped
     policy.find_kind = lambda *_, **__: Kind(has_linear_head=True, can_share=True)  # no trial without values
@@ -279,10 +261,10 @@ def take_step(learner: Any, tokens: int, live: Live) -> None:
 
 def tripwire_bytes(case: Case) -> int:
     """A second model in bfloat16, a share of it on each rank, idle while the learner is at its peak."""
-    from transformers import AutoModelForCausalLM
+    from farflung.numerics.making import without_weights
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(case.model), dtype=torch.bfloat16)
+        model = without_weights(config_of(case.model), torch.bfloat16)
     return sum(parameter.nbytes for parameter in model.parameters()) // case.ranks
 
 
@@ -291,13 +273,13 @@ def tripwire_bytes(case: Case) -> int:
 
 def load(layers: int) -> dict[str, float]:
     """Two ranks load a real file; host memory of the one that takes more, against its share in float32."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of("1.5B")
+        config = config_of("Qwen2.5-1.5B")
         config.num_hidden_layers, config.vocab_size = layers, 20_000
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).bfloat16()
+        model = AutoModelForCausalLM.from_config(config).bfloat16()
         share = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2
         model.save_pretrained(folder)
         del model

@@ -64,7 +64,7 @@ class Trainer:
         self.checker: Checker
         self._loaded: Loaded
         self._bodies: Bodies
-        self.distributed, self._processes = learner_of(config, ranks or Ranks()), (ranks or Ranks()).world
+        self.distributed = learner_of(config, ranks or Ranks())
         self._waited_s = self._checked_s = 0.0
         self._signs: list[Sign] = []
         self._off_share = 0.0
@@ -107,8 +107,9 @@ class Trainer:
     async def _arm(self) -> None:
         """Open the check of batches: a second engine, and the published versions."""
         learn = self.config.learn
-        device, make = pick(learn.device, self.distributed.ranks.local_rank), maker(self.distributed)
-        self.session.stats.accelerators = self._processes if device.type != "cpu" else 0
+        ranks, make = self.distributed.ranks, maker(self.distributed)
+        device = pick(learn.device, ranks.local_rank)
+        self.session.stats.accelerators = ranks.world if device.type != "cpu" else 0
         engine = await empty_engine(self.session, threads=learn.threads, device=device, make=make)
         folder = self.config.folder / "nodes" / "trainer" / "weights"
         self._loaded = Loaded(engine, Versions(self.session, folder, use_relays=False, patch=patch))
@@ -279,7 +280,7 @@ class Trainer:
         """The latest version as nodes have it."""
         digest = self.session.latest.manifest
         await self._retry_when_disk_full("weights", lambda: self._loaded.fetch(digest))
-        return dict(await asyncio.to_thread(self._loaded.stored, digest))
+        return await asyncio.to_thread(lambda: dict(self._loaded.stored(digest)))
 
     async def _publish(self, batch: Batch, trained: StepMetrics | None, train_s: float, held: bytes) -> None:
         self.session.stats.phase = f"publishing step {batch.step}"

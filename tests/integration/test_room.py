@@ -2,13 +2,13 @@
 
 import json
 import re
-from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from real_models import config_json, shape  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 from farflung.engine.fit import (  # noqa: E402  # noqa: E402
@@ -32,26 +32,6 @@ from standin import INFO  # noqa: E402
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def shape(kind: str, *sizes: int, is_tied: bool = False, **more: Any) -> bytes:
-    names = (
-        "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
-        "num_key_value_heads",
-    )  # fmt: skip
-    fields = dict(zip(names, sizes, strict=True)) | {"model_type": kind, "tie_word_embeddings": is_tied}
-    return json.dumps(fields | {"max_position_embeddings": 32_768} | more).encode()
-
-
-MODELS = {
-    "SmolLM2-135M": shape("llama", 30, 576, 1536, 49_152, 9, 3, is_tied=True),
-    "Qwen2.5-1.5B": shape("qwen2", 28, 1536, 8960, 151_936, 12, 2, is_tied=True),
-    "Qwen2.5-3B": shape("qwen2", 36, 2048, 11_008, 151_936, 16, 2, is_tied=True),
-    "Qwen2.5-7B": shape("qwen2", 28, 3584, 18_944, 152_064, 28, 4),
-    "Qwen3-8B": shape("qwen3", 36, 4096, 12_288, 151_936, 32, 8, head_dim=128),
-    "Mistral-7B-v0.1": shape("mistral", 32, 4096, 14_336, 32_000, 32, 8, sliding_window=4096),
-    "Gemma-2-9B": shape("gemma2", 42, 3584, 14_336, 256_000, 16, 8, is_tied=True, head_dim=256, sliding_window=4096),
-    "Qwen2.5-32B": shape("qwen2", 64, 5120, 27_648, 152_064, 40, 8),
-    "Llama-3.3-70B": shape("llama", 80, 8192, 28_672, 128_256, 64, 8),
-}
 COUNTED = {
     "SmolLM2-135M": (134_515_008, 30 * 2 * 192),
     "Qwen2.5-1.5B": (1_543_714_304, 28 * 2 * 256),
@@ -69,11 +49,11 @@ sizes: dict[tuple[str, torch.dtype], Size] = {}
 
 def size_of(name: str, dtype: torch.dtype) -> Size:
     if (name, dtype) not in sizes:
-        sizes[name, dtype] = measure(MODELS[name], dtype)
+        sizes[name, dtype] = measure(config_json(name), dtype)
     return sizes[name, dtype]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COUNTED)
 def test_a_model_is_counted_as_its_makers_count_it(name: str) -> None:
     size, (parameters, kept) = size_of(name, BF16), COUNTED[name]
     assert (size.parameters, size.cached_values(1)) == (parameters, kept)
@@ -179,7 +159,7 @@ def test_texts_are_as_long_as_the_run_says_and_the_node_allows() -> None:
 
 
 def test_a_model_on_another_device_never_lies_in_memory_here() -> None:
-    config = shape("qwen2", 2, 64, 128, 64, 4, 2)
+    config = json.dumps(shape("qwen2", 2, 64, 128, 64, 4, 2)).encode()
     here = build(config, BF16)
     there = build(config, BF16, "meta")
     assert {name: one.shape for name, one in there.state_dict().items()} == {

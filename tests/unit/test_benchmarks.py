@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "bench").glob("*.py"))
-PARTS = {"learn_peer.py"}
+PARTS = {"learn_peer.py", "real_models.py"}
 """Parts of others, which run in environments of their own."""
 
 

@@ -3,26 +3,16 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from real_models import MODELS, config_json  # noqa: E402
 
+from farflung.engine.loading import build  # noqa: E402
 from farflung.protocol.errors import WeightsError  # noqa: E402
 from farflung.weights import parts, publish  # noqa: E402
 from farflung.weights.parts import joined, split, whole_shapes  # noqa: E402
-
-MODELS = {
-    "SmolLM2-135M": (30, 576, 1536, 49_152, 9, 3, 64, True),
-    "Qwen2.5-1.5B": (28, 1536, 8960, 151_936, 12, 2, 128, True),
-    "Qwen2.5-7B": (28, 3584, 18_944, 152_064, 28, 4, 128, False),
-    "Qwen3-8B": (36, 4096, 12_288, 151_936, 32, 8, 128, False),
-    "Llama-3.1-8B": (32, 4096, 14_336, 128_256, 32, 8, 128, False),
-    "Mistral-7B": (32, 4096, 14_336, 32_768, 32, 8, 128, False),
-    "Qwen2.5-32B": (64, 5120, 27_648, 152_064, 40, 8, 128, False),
-    "Llama-3.3-70B": (80, 8192, 28_672, 128_256, 64, 8, 128, False),
-}
-"""Layers, sizes of hidden and inner layers, vocabulary, heads of queries and keys and their size, tied or not."""
 
 
 @pytest.fixture
@@ -32,19 +22,8 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_real_models_travel_in_bodies_of_their_size_at_most(name: str) -> None:
-    layers, hidden, inner, vocab, heads, kv_heads, head_dim, is_tied = MODELS[name]
-    config = transformers.LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        vocab_size=vocab,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        tie_word_embeddings=is_tied,
-    )
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = build(config_json(name), torch.bfloat16)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     chunks = list(publish._chunks(split(model.named_parameters())))
     assert max(sum(tensor.nbytes for _, tensor in chunk) for chunk in chunks) <= publish.SHARD_BYTES

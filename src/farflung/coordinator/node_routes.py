@@ -82,19 +82,14 @@ def _note_heartbeats(
     last = {row.node: _heartbeat_values(row.node, heartbeat, now) for row, heartbeat in heard}
     update_rows(connection, NODES, list(last.values()))
     judged = rulings.rulings(connection, ctx.run_ctx, rows.values())
-    return [
-        _reply(
-            ctx.run_ctx,
-            rows[node],
-            latest,
-            lost.get(node, []),
-            judged.get(node, []),
-            left_s.get(heartbeat.lease, 0.0),
-        )
-        if node in rows
-        else unknown_node(node)
-        for node, heartbeat in heartbeats
-    ]
+
+    def answer(node: str, lease: str) -> m.HeartbeatReply | Refusal:
+        if (row := rows.get(node)) is None:
+            return unknown_node(node)
+        of_node = lost.get(node, []), judged.get(node, [])
+        return _reply(ctx.run_ctx, row, latest, *of_node, left_s.get(lease, 0.0))
+
+    return [answer(node, heartbeat.lease) for node, heartbeat in heartbeats]
 
 
 def _reply(

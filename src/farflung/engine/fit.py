@@ -22,6 +22,7 @@ from farflung.engine.config_check import BUILD_S, metered
 from farflung.engine.cpu.attention import HELD_IN
 from farflung.engine.cpu.matmul import MOST_PACKED
 from farflung.engine.loading import build
+from farflung.engine.replay import REPLAY_TOKENS
 from farflung.numerics.devices import accelerator, blocks, name_of, present, room_bytes
 from farflung.numerics.trying import FAULTS
 from farflung.protocol.errors import WeightsError
@@ -33,8 +34,6 @@ MOST_ROWS = {"cpu": 64}
 """Most rollouts at once that are chosen by kind of device; more gain nothing there."""
 MOST_ROWS_ELSEWHERE = 256
 """A vLLM server too takes so many by default."""
-REPLAY_TOKENS = 4096
-"""Tokens of a replay that are read at once (`LocalEngine`)."""
 SAMPLING_BYTES = 32
 """Of a value of the logits while a token is picked: its type and float32, noise, two buffers of hashes, softmax."""
 SCORING_BYTES = 28

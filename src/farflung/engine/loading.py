@@ -3,17 +3,15 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.modules import module
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, PreTrainedModel
 
 from farflung.engine.config_check import check_config
-from farflung.numerics.making import ODD, with_attention
+from farflung.numerics.making import ODD, ONE_AT_A_TIME, without_weights
 from farflung.protocol.errors import ConfigError, WeightsError
 from farflung.protocol.probe import Slice
 
@@ -24,17 +22,13 @@ _NEVER = ("auto_map", "quantization_config")
 def build(config: Path | str | bytes, dtype: torch.dtype, device: torch.device | str | None = None) -> PreTrainedModel:
     """A model of the architecture that `config.json` (its bytes, or the folder it is in) describes.
 
-    Its weights are whatever lay in memory: drawing 135 million takes two seconds, and others come in their place. They
-    are on `device` from the start. Only classes inside transformers are considered: no remote code. Raises ConfigError.
+    Its weights are whatever lay in memory, on `device` from the start. Raises ConfigError.
     """
     fields = read_config(config)
     try:
         settings = AutoConfig.for_model(**{key: value for key, value in fields.items() if key not in _NEVER})
-        with no_init_weights(), _placing(device):
-            model = with_attention(
-                partial(AutoModelForCausalLM.from_config, settings, dtype=dtype, trust_remote_code=False)
-            )
-        model.tie_weights()  # part of what was left out
+        with ONE_AT_A_TIME, _placing(device):
+            model = without_weights(settings, dtype)
     except ODD as error:
         raise ConfigError(f"config.json describes no causal language model that transformers knows: {error}") from error
     return (model if device is None else model.to(device)).eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.cpu import decode as cpu
 from farflung.engine.cpu.matmul import optimise_linears
 from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
-from farflung.engine.replay import replay
+from farflung.engine.replay import REPLAY_TOKENS, replay
 from farflung.engine.ways import Ways, find_ways, is_for_cpu, is_whole_on_cpu
 from farflung.numerics.trying import Trial
 from farflung.protocol.errors import ConfigError, WeightsError
@@ -30,7 +30,7 @@ class LocalEngine:
         eos_ids: Iterable[int] | None = None,
         stops: Stops | None = None,
         max_rows: int = 64,
-        replay_tokens: int = 4096,
+        replay_tokens: int = REPLAY_TOKENS,
     ) -> None:
         """Take a model with its weights. `max_rows` bounds a decoding batch, `replay_tokens` a prefill."""
         self.model = model.eval().requires_grad_(False)
@@ -55,7 +55,7 @@ class LocalEngine:
         eos_ids: Iterable[int] | None = None,
         stops: Stops | None = None,
         max_rows: int = 64,
-        replay_tokens: int = 4096,
+        replay_tokens: int = REPLAY_TOKENS,
     ) -> "LocalEngine":
         """Build the architecture of a `config.json` (a folder, or the file's bytes); `load` must bring the weights.
 

@@ -20,6 +20,8 @@ from farflung.engine.noise import gumbel
 from farflung.numerics.devices import blocks
 from farflung.numerics.packing import ROW_TOKENS, PackedRows, Text, Tree, rows_of, trees
 
+REPLAY_TOKENS = 4096
+"""Tokens that go through a model at once where nothing else is said."""
 Item = tuple[Request, Sequence[int]]
 Reading = Literal["shared", "padded", "alone"]
 """Completions of a prompt in one row, each in a row of its own, or one row at a time."""

@@ -47,19 +47,18 @@ class Train(Command, frozen=True):
 
 
 class Gather(Command, frozen=True):
-    """Begin to put masters together; of all names if none is given."""
+    """Begin to put masters together, of all names if none is given, or the base that adapters are added to."""
 
     names: tuple[str, ...]
+    is_base: bool = False
 
 
 class Next(Command, frozen=True):
-    """Put the next of those masters together."""
+    """Put the next of those together."""
 
 
 class Adapters(Command, frozen=True):
-    """Put adapters together, or the base that they are added to."""
-
-    is_base: bool
+    """Put adapters together."""
 
 
 class Save(Command, frozen=True):
@@ -114,25 +113,19 @@ class DistributedLearner:
 
     def masters(self, names: Collection[str] = ()) -> Iterator[Named]:
         """(name, tensor) of the float32 masters, whole; of the learner ask nothing else until all are taken."""
-        self._do(Gather(tuple(names)))
-        while True:
-            self._tell(Next())
-            if (named := next(self._gathering, None)) is None:
-                return
-            yield named
+        return self._gathered(Gather(tuple(names)))
 
     def tensors(self) -> Iterator[Named]:
         """The published weights: the masters in bfloat16."""
         return ((name, self.learner.policy.rounded(tensor)) for name, tensor in self.masters())
 
     def base(self) -> Iterator[Named]:
-        """The published weights without their adapters; take all of them before anything else is asked."""
-        self._tell(Adapters(is_base=True))
-        return self.learner.policy.base()
+        """The published weights without their adapters; of the learner ask nothing else until all are taken."""
+        return self._gathered(Gather((), is_base=True))
 
     def factors(self) -> list[Factors]:
         """The adapters as they are published. Raises WeightsError where one is not finite."""
-        self._tell(Adapters(is_base=False))
+        self._tell(Adapters())
         return [replace(one, A=one.A.cpu(), B=one.B.cpu()) for one in self.learner.policy.factors()]
 
     def parts(self, slices: Sequence[Slice]) -> list[torch.Tensor]:
@@ -162,6 +155,15 @@ class DistributedLearner:
             else:
                 self._execute(command)
 
+    def _gathered(self, command: Gather) -> Iterator[Named]:
+        """Each tensor is told of, for the ranks have other work beside the learner's."""
+        self._do(command)
+        while True:
+            self._tell(Next())
+            if (named := next(self._gathering, None)) is None:
+                return
+            yield named
+
     def _do(self, command: Commands) -> StepMetrics | int | None:
         self._tell(command)
         return self._execute(command)
@@ -176,13 +178,11 @@ class DistributedLearner:
                 return self._step(rollouts, {int(name): values for name, values in load(logp).items()}, present)
             case Save(step=step):
                 checkpoint.save(self.learner, step, self._folder, keep=self._keep)
-            case Gather(names=names):
-                self._gathering = self.learner.policy.masters(names)
+            case Gather(names=names, is_base=is_base):
+                policy = self.learner.policy
+                self._gathering = policy.base() if is_base else policy.masters(names)
             case Next():
                 next(self._gathering, None)
-            case Adapters(is_base=True):
-                for _ in self.learner.policy.base():
-                    continue
             case Adapters():
                 self.learner.policy.factors()
             case _:

@@ -66,7 +66,7 @@ def find_kind(model: PreTrainedModel, trial: Trial | None = None, dtype: torch.d
 
 
 class Asked(NamedTuple):
-    """The tokens whose log-probabilities are wanted: the places (of all rows) that predict them, their temperature."""
+    """The tokens whose log-probabilities are wanted, with the place, counted over all rows, that predicts each."""
 
     predictor_N: torch.Tensor
     token_N: torch.Tensor
@@ -258,12 +258,8 @@ def _holds(trial: Trial, kind: Kind) -> bool:
         rollouts = [Rollout((Segment("prompt", text.prompt), Segment("model", text.tail)), 1.0, 1.0) for text in texts]
         found: dict[int, torch.Tensor] = {}
         for micro in pack(rollouts, sum(map(len, rollouts)) ** 2, is_shared=kind.can_share):
-            logp_BT, _ = logp_entropy_BT(trial.model, micro, kind, _no_autocast)
+            logp_BT, _ = logp_entropy_BT(trial.model, micro, kind, nullcontext)
             found |= zip(micro.index, logp_BT, strict=True)
         return [found[index] for index in range(len(texts))]
 
     return trial.holds_logp(packed)
-
-
-def _no_autocast() -> AbstractContextManager[None]:
-    return torch.autocast("cpu", enabled=False)

@@ -61,7 +61,7 @@ class Policy:
         if not self.ranks.is_alone:
             shard(model, on, compute_dtype, is_dithered=is_dithered)
         if source:
-            fill_shares(model, source, partial(frozen, dtype=compute_dtype) if self.is_adapted else None)
+            fill_shares(model, source, self.ranks, partial(frozen, dtype=compute_dtype) if self.is_adapted else None)
         self._kind = find_kind(model, dtype=None if self.ranks.is_alone else compute_dtype)
 
     @classmethod

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from farflung.learner.lora import adapters
 from farflung.learner.ranks import Ranks, add_up, local, own_rows, share_of
@@ -58,19 +56,17 @@ def skeleton(source: Path | str) -> PreTrainedModel:
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=is_cut_off(str(source)))
-        with no_init_weights():
-            model = making.with_attention(
-                partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32, trust_remote_code=False)
-            )
-        model.tie_weights()  # part of what was left out
+        return making.without_weights(config, torch.float32).eval()
     except ODD as error:
         raise _cannot_load(source, str(error)) from error
-    return model.eval()
 
 
 @torch.no_grad()
 def fill_shares(
-    model: PreTrainedModel, source: Path | str, change: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    model: PreTrainedModel,
+    source: Path | str,
+    ranks: Ranks,
+    change: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> None:
     """Give a sharded model its weights; every rank reads its own rows from the files. Raises ConfigError.
 
@@ -79,25 +75,29 @@ def fill_shares(
     """
     own = {name for name, _ in adapters(model)}
     slots = {name: slot for name, slot in model.state_dict(keep_vars=True).items() if name not in own}
-    renamed = {name: re.sub("|".join(PREFIXES), _short, name) for name in entries(source)}
+    renamed = {name: _short(name) for name in entries(source)}
     with RowReader(files(source), renamed) as reader:
         shapes = reader.shapes
         given = {id(slot) for name, slot in slots.items() if shapes.get(name) == slot.shape}
         if all(id(slot) in given and shapes.get(name, slot.shape) == slot.shape for name, slot in slots.items()):
             mine = {name: slot for name, slot in slots.items() if name in shapes}
-            return _fill(mine, lambda name: reader.rows(name, *own_rows(slots[name])), source, change)
+            return _fill(mine, lambda name: reader.rows(name, *own_rows(slots[name])), source, ranks, change)
     whole = load_pretrained(source, torch.float32).state_dict()
-    return _fill(slots, lambda name: local(share_of(whole[name], slots[name])), source, change)
+    return _fill(slots, lambda name: local(share_of(whole[name], slots[name])), source, ranks, change)
 
 
-def _short(match: re.Match[str]) -> str:
-    return "." if match[0].startswith(".") else ""
+def _short(name: str) -> str:
+    """A name without what wrappers put into it."""
+    for pattern, text in PREFIXES.items():
+        name = re.sub(pattern, text, name)
+    return name
 
 
 def _fill(
     slots: Mapping[str, torch.Tensor],
     share: Callable[[str], torch.Tensor],
     source: Path | str,
+    ranks: Ranks,
     change: Callable[[torch.Tensor, int], torch.Tensor] | None,
 ) -> None:
     """Copy this rank's share of each tensor into its place; all ranks are told of one that is not finite."""
@@ -108,7 +108,7 @@ def _fill(
             odd = float(number)
         before = own_rows(slot)[0] * math.prod(slot.shape[1:])
         local(slot.detach()).copy_(values if change is None else change(values, before))
-    (odd,) = add_up((odd,), Ranks(0, dist.get_world_size()), is_most=True)
+    (odd,) = add_up((odd,), ranks, is_most=True)
     if odd >= 0:
         raise ConfigError(NOT_FINITE.format(name=list(slots)[int(odd)], place=f"model {str(source)!r}"))
 

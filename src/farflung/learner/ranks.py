@@ -83,8 +83,8 @@ def _gather_as(change: Callable[[torch.Tensor, int], torch.Tensor], shard: torch
     def before(
         mesh: DeviceMesh, shape: torch.Size, stride: Any, module: Any, policy: Any
     ) -> tuple[tuple[torch.Tensor], None]:
-        rows, width = -(-shape[0] // mesh.size()), math.prod(shape[1:])
-        sent = change(shard.detach(), mesh.get_local_rank() * rows * width)
+        rows, start = _rows(shape[0], mesh)
+        sent = change(shard.detach(), start * math.prod(shape[1:]))
         missing = rows - len(sent)
         return (torch.cat([sent, sent.new_zeros(missing, *shape[1:])]) if missing else sent,), None
 
@@ -114,9 +114,14 @@ def own_rows(tensor: torch.Tensor) -> tuple[int, int | None]:
     """Which rows of a tensor this rank has; all of one that is not sharded."""
     if not isinstance(tensor, DTensor):
         return 0, None
-    each = -(-tensor.shape[0] // tensor.device_mesh.size())
-    start = min(tensor.device_mesh.get_local_rank() * each, tensor.shape[0])
-    return start, min(start + each, tensor.shape[0])
+    rows, start = _rows(tensor.shape[0], tensor.device_mesh)
+    return start, min(start + rows, tensor.shape[0])
+
+
+def _rows(height: int, mesh: DeviceMesh) -> tuple[int, int]:
+    """How many rows of so many the first rank has, and the first row that this one has."""
+    rows = -(-height // mesh.size())
+    return rows, min(mesh.get_local_rank() * rows, height)
 
 
 def share_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Arithmetic in bfloat16 over float32 masters, with each weight as it is published.
 
 Autocast rounds masters to nearest, so for the first steps of 1e-5 it computes with the base model while what is
-published moves on (`dither.py`): gradients are those of weights that no worker generates with, and several updates of
-one step all go the same way. Here linear layers and embeddings take the published roundings, made once for every change
-of the masters, and gradients go to the masters as if nothing had been rounded (straight through, Bengio et al. 2013).
+published moves on (`numerics/rounding.py`): gradients are those of weights that no worker generates with, and several
+updates of one step all go the same way. Here linear layers and embeddings take the published roundings, made once for
+every change of the masters, and gradients go to the masters as if nothing had been rounded (straight through, Bengio et
+al. 2013).
 """
 
 from typing import Any

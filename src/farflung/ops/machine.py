@@ -37,33 +37,27 @@ class Machine:
     def __init__(self, session: Session, settings: WorkerSection) -> None:
         self._session, self._settings = session, settings
         self._slots = 0
+        self._config: bytes
+        self._dtype: torch.dtype
 
     async def capacity(self) -> str:
-        """The room for the run, in words. Raises WeightsError, which says what would fit, or ConfigError."""
+        """The room for the run, in words. Raises WeightsError, which says what would fit, ConfigError, Unreachable."""
         info, settings = self._session.info, self._settings
-        device, dtype = pick("cpu" if settings.engine == "vllm" else settings.device), await self._dtype()
-        config = await fetch_model_config(self._session)
-        self._slots = await asyncio.to_thread(node_slots, settings, info, device, config, dtype)
+        device = pick("cpu" if settings.engine == "vllm" else settings.device)
+        profile = info.profiles[choose(info, await own_numerics(settings), settings.profile)]
+        self._dtype, self._config = held_in(profile)[0], await fetch_model_config(self._session)
+        self._slots = await asyncio.to_thread(node_slots, settings, info, device, self._config, self._dtype)
         where = "the vLLM server" if settings.engine == "vllm" else str(device)
         return f"{self._slots} rollouts of {longest(info, settings.context).tokens:,} tokens at once on {where}"
 
     async def expected_tokens_per_s(self) -> float:
-        """Tokens a second for which there was room, in short answers; 0 where a server generates."""
-        if self._settings.engine == "vllm":
-            return 0.0
-        config = await fetch_model_config(self._session)
-        return await asyncio.to_thread(self._measured, config, await self._dtype())
+        """Tokens a second for which there was `capacity`, in short answers; 0 where a server generates."""
+        return 0.0 if self._settings.engine == "vllm" else await asyncio.to_thread(self._measured)
 
-    async def _dtype(self) -> torch.dtype:
-        """What weights are held in by the profile that is this machine's own. Raises ConfigError, Unreachable."""
-        info, settings = self._session.info, self._settings
-        own = await own_numerics(settings)
-        return held_in(info.profiles[choose(info, own, settings.profile)])[0]
-
-    def _measured(self, config: bytes, dtype: torch.dtype) -> float:
+    def _measured(self) -> float:
         chosen, threads = pick(self._settings.device), self._settings.threads
         options = {"threads": threads, "device": chosen, "eos_ids": (), "max_rows": self._slots}
-        found = measured(LocalEngine.from_folder(config, dtype=dtype, **options), self._slots)
+        found = measured(LocalEngine.from_folder(self._config, dtype=self._dtype, **options), self._slots)
         gc.collect()
         if chosen.type not in ("cpu", "mps"):
             torch.get_device_module(chosen).empty_cache()  # the worker measures what is free

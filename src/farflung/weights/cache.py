@@ -112,11 +112,9 @@ class Versions:
         """Leave off fetching ahead, and hang up on all relays."""
         if self._ahead is not None:
             self._ahead.cancel()
+            await asyncio.gather(self._ahead, return_exceptions=True)
         await self._downloads.close()
         if self._sharing is not None:
-            if self._ahead is not None:
-                self._ahead.cancel()
-                await asyncio.gather(self._ahead, return_exceptions=True)
             self._sharing.close()
 
     def known(self, digest: str) -> Manifest:

@@ -29,6 +29,8 @@ class Engines:
         self._build, self._config, self._device, self._versions = build, config, device, versions
         self._first, self._stats = first, stats
         self._held: dict[Dtype, Loaded] = {}
+        self._needed: dict[Dtype, int] = {}
+        """Bytes of the weights in an arithmetic, once they were counted."""
         self._make(first)
 
     def loaded_in(self, arithmetics: Sequence[Dtype]) -> tuple[Dtype, Loaded]:
@@ -56,5 +58,7 @@ class Engines:
         return self._held[arithmetic]
 
     def _has_room(self, arithmetic: Dtype) -> bool:
-        size = measure(self._config, getattr(torch, arithmetic))
-        return held_bytes(size, self._device.type) <= free_bytes(self._device) * MOST_OF_FREE
+        if arithmetic not in self._needed:
+            size = measure(self._config, getattr(torch, arithmetic))
+            self._needed[arithmetic] = held_bytes(size, self._device.type)
+        return self._needed[arithmetic] <= free_bytes(self._device) * MOST_OF_FREE

@@ -1,0 +1,44 @@
+"""Models made in several threads at once leave nothing of theirs in the process."""
+
+import sys
+import threading
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from farflung.engine.loading import build  # noqa: E402
+
+PATCHED = (
+    *((torch.nn.init, name) for name in ("normal_", "uniform_", "zeros_", "ones_", "kaiming_uniform_")),
+    *((transformers.PreTrainedModel, name) for name in ("init_weights", "tie_weights")),
+)
+"""What transformers replaces while it makes a model."""
+
+
+@pytest.fixture
+def put_back():
+    """What the process has, whatever a failing test leaves."""
+    switches, dtype = sys.getswitchinterval(), torch.get_default_dtype()
+    before = [getattr(where, name) for where, name in PATCHED]
+    yield before
+    sys.setswitchinterval(switches)
+    torch.set_default_dtype(dtype)
+    for (where, name), one in zip(PATCHED, before, strict=True):
+        setattr(where, name, one)
+
+
+def test_models_made_at_once_leave_the_process_as_it_was(tiny_qwen, put_back) -> None:
+    config = tiny_qwen().config.to_json_string(use_diff=False).encode()
+    sys.setswitchinterval(1e-5)
+    threads = [
+        threading.Thread(target=lambda dtype=dtype: [build(config, dtype) for _ in range(5)])
+        for dtype in (torch.float32, torch.bfloat16) * 2
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [getattr(where, name) for where, name in PATCHED] == put_back
+    assert torch.get_default_dtype() == torch.float32
