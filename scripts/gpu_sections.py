@@ -7,7 +7,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,25 +148,12 @@ def _trained(policy: Policy, batch: Sequence[MicroBatch], *, is_strict: bool) ->
     """The digest of a policy's weights two steps after it was drawn anew."""
     draw(policy.model)
     own = learner(policy)
-    with _strictness(is_strict):
-        own.step(batch)
-        own.step(batch)
+    own.determinism.is_strict = is_strict
+    own.step(batch)
+    own.step(batch)
+    if own.determinism.is_strict != is_strict:
+        raise RuntimeError("an operation has no deterministic kernel; the log names it")
     return weights_digest(policy.tensors())
-
-
-@contextmanager
-def _strictness(is_strict: bool) -> Iterator[None]:
-    """Where strict, an operation that has no deterministic kernel is an error for as long as this lasts."""
-    real = torch.use_deterministic_algorithms
-
-    def use(mode: bool, *, warn_only: bool = False) -> None:
-        real(mode, warn_only=warn_only and not is_strict)
-
-    torch.use_deterministic_algorithms = use
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms = real
 
 
 def step(setup: Setup) -> Iterator[Row]:

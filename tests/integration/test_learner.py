@@ -175,6 +175,25 @@ def test_two_runs_from_the_same_state_end_in_the_same_bits(tiny_qwen, device) ->
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def has_no_deterministic_kernel(_module: object, _args: object, hidden: torch.Tensor) -> torch.Tensor:
+    """An operation that is an error for torch where such kernels are insisted on; it changes nothing."""
+    place = torch.zeros((), dtype=torch.long, device=hidden.device)
+    return hidden + hidden.detach().clone().put_(place, hidden.detach().flatten()[0]) - hidden.detach()
+
+
+@pytest.mark.filterwarnings("ignore:put_ does not have a deterministic implementation")
+def test_an_operation_without_a_deterministic_kernel_stops_no_run(tiny_qwen, caplog) -> None:
+    """And the step that was begun anew counts once."""
+    learners = [Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3, minibatches=2)) for _ in range(2)]
+    learners[1].policy.model.lm_head.register_forward_hook(has_no_deterministic_kernel)
+    taken = [[learner.step(pack(rollouts(), 64)) for _ in range(2)] for learner in learners]
+    assert [learner.determinism.is_strict for learner in learners] == [True, False]
+    assert [learner.updates for learner in learners] == [4, 4]
+    assert [one.tokens for one in taken[0]] == [one.tokens for one in taken[1]]
+    assert taken[1][1].loss == pytest.approx(taken[0][1].loss, abs=1e-5)
+    assert caplog.text.count("may give other weights: put_ does not have") == 1
+
+
 def test_what_workers_claim_changes_no_weight(tiny_qwen) -> None:
     def run(claim) -> tuple[str, float]:
         learner = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3, minibatches=2))

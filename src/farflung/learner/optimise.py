@@ -3,13 +3,13 @@
 Legend: B rollouts, T positions of their completions.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
+from farflung.learner.determinism import Determinism
 from farflung.learner.loss import LossParts, Objective, Sample, denominator, importance, mismatch_kl, policy_loss
 from farflung.learner.moments import HostAdamW
 from farflung.learner.pack import MicroBatch, fill
@@ -71,6 +71,7 @@ class Learner:
         self.policy, self.reference = policy, reference
         self.settings = settings or Optimisation()
         self.updates = 0
+        self.determinism = Determinism(is_strict=policy.ranks.is_alone)  # several could not begin a step again
         kind = HostAdamW if self.settings.are_moments_on_host else torch.optim.AdamW
         self.optimizer = kind(
             [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
@@ -93,17 +94,23 @@ class Learner:
         policy as the step begins, so it is 1 in the first update. `before` (B, T) are log-probabilities under that
         policy as it was published; where all are given, later updates take them and no pass finds them again.
         """
-        tally, ranks = _Tally(), self.policy.ranks
+        ranks = self.policy.ranks
         count = min(self.settings.minibatches, len(microbatches))
         nothing = [None] * len(microbatches)
         known = before if before and all(map(_is_whole, before, microbatches)) else nothing
         given = list(zip(microbatches, behaviour or nothing, known, strict=True))
-        with _deterministic():
-            updates = [(split(given[k::count], ranks), self._total(microbatches[k::count])) for k in range(count)]
-            old = [self._before(parts) if k else [None] * len(parts) for k, (parts, _) in enumerate(updates)]
-            for (parts, total), old_logp in zip(updates, old, strict=True):
-                self._update(parts, old_logp, total, tally)
+        updates = [(split(given[k::count], ranks), self._total(microbatches[k::count])) for k in range(count)]
+        updates_before = self.updates
+        tally = self.determinism.run(partial(self._take, updates), lambda: self.updates == updates_before)
         return tally.metrics(self._lr(), fill(microbatches), ranks)
+
+    def _take(self, updates: Sequence[tuple[Sequence["_Part"], float]]) -> "_Tally":
+        """Take the updates of one step, each of some parts and the sum that its loss is divided by."""
+        tally = _Tally()
+        old = [self._before(parts) if k else [None] * len(parts) for k, (parts, _) in enumerate(updates)]
+        for (parts, total), old_logp in zip(updates, old, strict=True):
+            self._update(parts, old_logp, total, tally)
+        return tally
 
     def _total(self, microbatches: Sequence[MicroBatch]) -> float:
         objective = self.settings.objective
@@ -233,23 +240,3 @@ class _Tally:
             importance=weight / weighed if weighed else 1.0,
             fill=fill,
         )
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Deterministic kernels while a step runs; where one is missing torch warns instead of stopping the run.
-
-    torch would also fill every uninitialised tensor, which costs bandwidth and guards against nothing here.
-    """
-    was_on, was_warn = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was_on, warn_only=was_warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
