@@ -84,7 +84,7 @@ def test_every_role_computes_where_its_setting_says(served, tmp_path, place, lea
             for trainer in trainers:
                 running = asyncio.create_task(trainer.run())
                 while not running.done():
-                    if trainer.done_step >= 0 and not others:  # while it loads, transformers ties no weights
+                    if trainer.done_step >= 0 and not others:
                         others = [asyncio.create_task(role.run()) for role in (worker, validator)]
                     await house.score()
                     await asyncio.sleep(0.05)

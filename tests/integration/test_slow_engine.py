@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("torch")
 import sqlalchemy as sa
+from tests import conftest
 from tests.conftest import BASE, House, named
 from tests.served import Served
 
@@ -18,6 +20,7 @@ from farflung.config import WorkerSection
 from farflung.engine import vllm
 from farflung.engine.local import LocalEngine
 from farflung.store.tables import LEASES, ROLLOUTS
+from farflung.trust.evidence import Profiles
 from farflung.worker import AWAY_S, Worker
 from publishing import publish_base
 from vllm_server import StandIn, vllm_server
@@ -42,7 +45,9 @@ class Site(Served):
         await publish_base(self.house, BASE)
         running = asyncio.create_task(self.worker.run())
         while "loaded" not in vars(self.worker):  # it joins
-            await asyncio.sleep(0.01)
+            await asyncio.wait([running], timeout=0.01)
+            if running.done():
+                running.result()
         try:
             yield
         finally:
@@ -77,6 +82,7 @@ class Site(Served):
 @pytest.fixture
 def site(make_house, tmp_path: Path, monkeypatch) -> Iterator[Site]:
     monkeypatch.setattr(vllm, "_COUNT_S", 0.02)
+    monkeypatch.setattr(conftest, "PROFILE", Profiles(msgspec.structs.replace(conftest.PROFILE.run, engine="vllm")))
     lease = {"lease_s": LEASE_S, "slowest_tokens_per_s": 0.002, "heartbeat_s": 0.05, "lost_s": 4 * TURN_S}
     house = make_house(lease=lease, trust={"self_test": 0, "canaries": 0})
     with vllm_server(LocalEngine.from_folder(BASE)) as server:

@@ -45,8 +45,8 @@ def _placing(device: torch.device | str | None) -> Iterator[None]:
         return
 
     def place(_: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
-            return parameter
+        if parameter is None or parameter.is_meta or parameter.device.type != "cpu":
+            return parameter  # one that is there already is tied to another
         return torch.nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
 
     handle = module.register_module_parameter_registration_hook(place)

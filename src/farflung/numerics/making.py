@@ -42,7 +42,9 @@ def without_weights(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedM
 
     Only classes inside transformers are considered: no remote code. Raises `ODD`.
     """
-    with ONE_AT_A_TIME, no_init_weights():
-        model = with_attention(partial(AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=False))
-    model.tie_weights()  # part of what was left out
+    with ONE_AT_A_TIME:
+        with no_init_weights():
+            make = partial(AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=False)
+            model = with_attention(make)
+        model.tie_weights()  # part of what was left out
     return model
