@@ -16,7 +16,7 @@ LONG = (
     *("--swarm.cheats", "[]", "--swarm.relays", "0", "--generate.samples", "8", "--trust.probation_rollouts", "8"),
     *(
         "--worker.pace_tokens_per_s",
-        "60",
+        "200",
     ),
 )
 
