@@ -8,25 +8,22 @@ OLDER := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 # Where this is set, every process would compile torch and transformers anew: 22 s instead of 9.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-swarm test-parts test-together check bench clean compile-run
+.PHONY: demo test test-swarm test-rest check bench clean compile-run
 
 demo: .venv/installed
 	$(BIN)/farflung run examples/demo.toml --fresh --run.seed $(SEED)
 
-# Three lanes, whole swarms in one of them, for they often wait, and beside them what reads the code. Each has a folder
-# of its own for what tests write: pytest tidies a common one up while another lane adds to it.
+# Two lanes of like length, whole swarms in one of them, and beside them what reads the code. Each has a folder of its
+# own for what tests write: pytest tidies a common one up while the other lane adds to it.
 test: .venv/installed
-	@$(MAKE) --no-print-directory -j4 check test-swarm test-parts test-together
+	@$(MAKE) --no-print-directory -j3 check test-swarm test-rest
 
 test-swarm: .venv/installed
-	$(BIN)/pytest --basetemp $$(mktemp -d)/swarm --durations 6 tests/swarm
+	$(BIN)/pytest --basetemp $$(mktemp -d)/swarm --durations 6 tests/swarm tests/contract tests/property
 
-test-parts: .venv/installed
-	$(BIN)/pytest --basetemp $$(mktemp -d)/parts --durations 6 tests/unit tests/property tests/contract tests/web
+test-rest: .venv/installed
+	$(BIN)/pytest --basetemp $$(mktemp -d)/rest --durations 12 tests/unit tests/integration tests/web
 	$(OLDER) $(BIN)/pytest --basetemp $$(mktemp -d)/older --quiet -k 'not far' tests/unit/test_matmul.py tests/integration/test_engine_local.py
-
-test-together: .venv/installed
-	$(BIN)/pytest --basetemp $$(mktemp -d)/together --durations 12 tests/integration
 
 check: .venv/installed
 	$(BIN)/ruff check
