@@ -48,7 +48,7 @@ SPARE = 3_000
 def on_ranks(world: int, work: Callable[..., None], *given: Any) -> None:
     """Do `work(ranks, *given)` on so many processes; all must end well."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranked"])
+    context.set_forkserver_preload(["pytest", "farflung.trainer"])  # what takes seconds; this file is not on its path
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ranks = [context.Process(target=_rank, args=(rank, world, port, work, given)) for rank in range(world)]
