@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from real_models import MODELS
+from transformers import AutoModelForCausalLM
 
 LORA_RANK = 16
 USABLE = 0.92
@@ -273,11 +275,9 @@ def tripwire_bytes(case: Case) -> int:
 
 def load(layers: int) -> dict[str, float]:
     """Two ranks load a real file; host memory of the one that takes more, against its share in float32."""
-    from transformers import AutoModelForCausalLM
-
     with tempfile.TemporaryDirectory() as folder:
         config = config_of("Qwen2.5-1.5B")
-        config.num_hidden_layers, config.vocab_size = layers, 20_000
+        config.num_hidden_layers, config.layer_types, config.vocab_size = layers, ["full_attention"] * layers, 20_000
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).bfloat16()
         share = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2
@@ -286,24 +286,44 @@ def load(layers: int) -> dict[str, float]:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", __file__, "--loads", folder]
         said = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
-    host = max(json.loads(line) for line in said.stdout.decode().splitlines() if line.strip().isdigit())
+    host = max(json.loads(line) for line in said.stdout.decode().splitlines() if line.strip().lstrip("-").isdigit())
     return {"share_gb": round(share / 1e9, 3), "host_gb": round(host / 1e9, 3), "ratio": round(host / share, 3)}
 
 
 def loads(folder: str) -> None:
-    """As one of the ranks: print the bytes that loading took at most."""
-    import psutil
+    """As one of the ranks: print the bytes that loading took at most, until the weights are there.
 
-    from farflung.learner.policy import Policy
+    Pages of the mapped file are left out. The pass through the model that follows is the device's affair.
+    """
+    from farflung.learner import policy
     from farflung.learner.ranks import join, leave
 
-    ranks, before = join(), psutil.Process().memory_info().rss
-    Policy.from_pretrained(folder, compute_dtype=torch.bfloat16, is_dithered=True, ranks=ranks)
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024
-    sys.stdout.write(f"{peak - before}\n")
+    ranks, has_loaded, seen, find_kind = join(), threading.Event(), list[int](), policy.find_kind
+    small = config_of("Qwen2.5-1.5B")
+    small.num_hidden_layers, small.layer_types, small.hidden_size = 1, ["full_attention"], 96
+    policy.Policy(AutoModelForCausalLM.from_config(small), ranks=ranks)  # imports what takes memory of its own
+
+    def watch() -> None:
+        while not has_loaded.wait(0.002):
+            seen.append(own_bytes())
+
+    def found(*given: Any, **named: Any) -> Any:
+        has_loaded.set()
+        watching.join()
+        return find_kind(*given, **named)
+
+    policy.find_kind, before, watching = found, own_bytes(), threading.Thread(target=watch)
+    watching.start()
+    policy.Policy.from_pretrained(folder, compute_dtype=torch.bfloat16, is_dithered=True, ranks=ranks)
+    sys.stdout.write(f"{max(seen) - before}\n")
     sys.stdout.flush()
     leave(ranks)
+
+
+def own_bytes() -> int:
+    """Memory that is this process's alone: what is mapped from a file the machine takes back when it likes."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("RssAnon"))) * 1024
 
 
 # --- all -------------------------------------------------------------------------------------------------------------
