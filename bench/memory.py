@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from real_models import MODELS
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 LORA_RANK = 16
 USABLE = 0.92
@@ -136,10 +136,8 @@ def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     return Flash.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
-def config_of(name: str) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**MODELS[name])
+def config_of(name: str, **instead: Any) -> Any:
+    return AutoConfig.for_model(**MODELS[name] | instead)
 
 
 def count(case: Case) -> dict[str, Any]:
@@ -276,8 +274,7 @@ def tripwire_bytes(case: Case) -> int:
 def load(layers: int) -> dict[str, float]:
     """Two ranks load a real file; host memory of the one that takes more, against its share in float32."""
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of("Qwen2.5-1.5B")
-        config.num_hidden_layers, config.layer_types, config.vocab_size = layers, ["full_attention"] * layers, 20_000
+        config = config_of("Qwen2.5-1.5B", num_hidden_layers=layers, vocab_size=20_000)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).bfloat16()
         share = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2
@@ -286,7 +283,7 @@ def load(layers: int) -> dict[str, float]:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", __file__, "--loads", folder]
         said = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
-    host = max(json.loads(line) for line in said.stdout.decode().splitlines() if line.strip().lstrip("-").isdigit())
+    host = max(json.loads(line) for line in said.stdout.decode().splitlines() if line.strip().isdigit())
     return {"share_gb": round(share / 1e9, 3), "host_gb": round(host / 1e9, 3), "ratio": round(host / share, 3)}
 
 
@@ -299,8 +296,7 @@ def loads(folder: str) -> None:
     from farflung.learner.ranks import join, leave
 
     ranks, has_loaded, seen, find_kind = join(), threading.Event(), list[int](), policy.find_kind
-    small = config_of("Qwen2.5-1.5B")
-    small.num_hidden_layers, small.layer_types, small.hidden_size = 1, ["full_attention"], 96
+    small = config_of("Qwen2.5-1.5B", num_hidden_layers=1, hidden_size=96)
     policy.Policy(AutoModelForCausalLM.from_config(small), ranks=ranks)  # imports what takes memory of its own
 
     def watch() -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from real_models import config_json, shape  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
-from farflung.engine.fit import (  # noqa: E402  # noqa: E402
+from farflung.engine.fit import (  # noqa: E402
     Place,
     Size,
     Text,

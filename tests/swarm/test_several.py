@@ -14,10 +14,7 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(400)]
 LONG = (
     *("--run.steps", "400", "--learn.groups", "4", "--eval.tasks", "0", "--swarm.workers", "1", "--swarm.kill", "0"),
     *("--swarm.cheats", "[]", "--swarm.relays", "0", "--generate.samples", "8", "--trust.probation_rollouts", "8"),
-    *(
-        "--worker.pace_tokens_per_s",
-        "200",
-    ),
+    *("--worker.pace_tokens_per_s", "200"),
 )
 
 
