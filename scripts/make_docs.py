@@ -434,7 +434,8 @@ ALIASES = {
 """Names that the messages give to types, with what they stand for."""
 NO_LINE_FEED = r"(?!\n)$"
 """How Python says that nothing follows; elsewhere `$` says it."""
-LIMITS = {name: getattr(messages, name) for name in ("MAX_TOKENS", "MAX_SAMPLES", "MOST_END_TOKENS", "MOST_DEVICES")}
+LIMITED_BY = ("MAX_TOKENS", "MAX_SAMPLES", "MOST_END_TOKENS", "MOST_DEVICES")
+LIMITS = {name: getattr(messages, name) for name in LIMITED_BY} | {"SEED_BITS": seeds.SEED_BITS}
 
 
 def message_types() -> dict[str, ast.ClassDef]:
@@ -596,11 +597,11 @@ def _seeds() -> str:
 
 def _noise() -> str:
     lines: list[str] = []
-    for seed, position in ((0, 0), (8369429441646370278, 5), (2**64 - 1, 4095)):
-        a, b = (int(part[0]) for part in noise.row_keys([seed], [position]))
+    for seed, position in ((0, 0), (4086635469553891, 5), (2**53 - 1, 131_071)):
+        (state,) = noise.row_states([seed], [position])
         hashes = noise.bits_numpy([seed], [position], 3)[0]
         values = noise.gumbel_numpy(hashes)
-        lines.append(f"    seed {seed}, position {position}:  a = {a}, b = {b}")
+        lines.append(f"    seed {seed}, position {position}:  state = {state}")
         for token, (hash_, value) in enumerate(zip(hashes, values, strict=True)):
             lines.append(f"      token {token}   h = {hash_:>10}   g = {value:8.4f}")
     return "\n".join(lines) + "\n"

@@ -18,13 +18,14 @@ from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import NotFound
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Relays, RelayView, Run, RunInfo
+from farflung.protocol.numerics import NOISE
 from farflung.weights.manifest import manifest_digest
 from farflung.weights.origin import byte_range
 
 TRAINER, NODE, ROOT, OPERATOR = (Key(letter * 32) for letter in (b"t", b"s", b"r", b"o"))
 INFO = RunInfo(
     run="test", coordinator=OPERATOR.id, status="running", version=1, profile="", profiles={}, dtype="float32",
-    vocab=32, eos_ids=[2], model_files=[], max_staleness=2, heartbeat_s=1.0,
+    vocab=32, eos_ids=[2], model_files=[], max_staleness=2, heartbeat_s=1.0, noise=NOISE,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""As much of a vLLM server as the engine speaks to; a local engine computes, as slowly as a test's clock says."""
+"""As much of a vLLM server as the engine speaks to; a real model computes, as slowly as a test says."""
 
 import contextlib
 import json
@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from farflung.engine.base import Request
 from farflung.engine.local import LocalEngine
-from farflung.engine.seeded_rows import SEED, TEMPERATURE
+from farflung.engine.seeded_rows import SEED
+from vllm_sampler import Flaws, Sampler, told
 
 LOOK_S = 0.005
 
@@ -21,12 +21,16 @@ LOOK_S = 0.005
 class StandIn(ThreadingHTTPServer):
     """A server at `url`. Its flaws and its slowness are attributes, which a test sets."""
 
+    request_queue_size = 128
     daemon_threads = False  # one that computes while the interpreter ends would abort it; closing waits for all
 
     def __init__(self, engine: LocalEngine) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.engine, self.lock = engine, threading.Lock()
-        self.label, self.is_seeded, self.is_developing, self.longest, self.delay_s = "default", True, True, 99, 0.0
+        self.sampler = Sampler(engine.model)
+        self.label, self.is_developing, self.longest, self.delay_s = "default", True, 99, 0.0
+        self.rollouts = 0
+        """Requests that would have been rollouts: with end tokens, as no other is asked."""
         self.clock: Callable[[], float] = time.time
         self.rollout_s = 0.0
         """How long a rollout takes by that clock; it counts a token whenever that moves on."""
@@ -43,6 +47,10 @@ class StandIn(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    @property
+    def flaws(self) -> Flaws:
+        return self.sampler.flaws
+
     def start_again(self) -> None:
         """As a server that was killed comes back: with its first weights."""
         self.is_dead, self.label = False, "default"
@@ -54,12 +62,14 @@ class StandIn(ThreadingHTTPServer):
             return 404, {"detail": "Not Found"}
         match path:
             case "/inference/v1/generate":
-                return self._generate(body["token_ids"], body["sampling_params"])
+                return self._generate(body["token_ids"], body["sampling_params"], body.get("cache_salt"))
             case "/collective_rpc":
                 folder = Path(body["kwargs"]["weights_path"])
-                self.engine.load(load_file(folder / "model.safetensors").items())
+                if not self.flaws.keeps_weights:
+                    self.engine.load(load_file(folder / "model.safetensors").items())
                 return 200, {"results": [None]}
             case "/reset_prefix_cache":
+                self.sampler.reset()
                 return 200, {"success": True}
             case "/server_info?config_format=json":
                 return (200, {"vllm_config": self.settings}) if self.settings is not None else (404, {})
@@ -82,32 +92,41 @@ class StandIn(ThreadingHTTPServer):
             self.under_way -= 1
             self.finished += not self.is_dead
 
-    def _generate(self, prompt: list[int], sampling: dict[str, Any]) -> tuple[int, Any]:
-        seeded = sampling["extra_args"]
-        if self.is_seeded and not isinstance(seeded.get(SEED, 0), int):
+    def _generate(self, prompt: list[int], sampling: dict[str, Any], salt: str | None) -> tuple[int, Any]:
+        seed = (sampling.get("extra_args") or {}).get(SEED, 0)
+        if self.sampler.has_processor and not isinstance(seed, int):
             return 400, {"error": {"message": f"{SEED} is nonsense"}}
-        if not isinstance(seeded.get(SEED, 0), int):
-            seeded = {}
-        time.sleep(self.delay_s)
-        self._take_time()
+        is_rollout = bool(sampling.get("stop_token_ids"))
+        if is_rollout:
+            time.sleep(self.delay_s)
+            self._take_time()
         if self.is_dead:
             return 0, {}
         if tuple(prompt) in self.breaks:
             return 500, {"error": "out of memory"}
-        max_new_tokens = min(sampling["max_tokens"], self.longest)
-        request = Request(tuple(prompt), seeded.get(SEED, 0), seeded.get(TEMPERATURE, 0.0), max_new_tokens)
+        sampling["max_tokens"] = min(sampling["max_tokens"], self.longest) if is_rollout else sampling["max_tokens"]
         with self.lock:
-            if self.hangs_up_after is not None:
+            if is_rollout and self.hangs_up_after is not None:
                 self.hangs_up_after -= 1
             if (self.hangs_up_after or 0) < 0:
                 return 0, {}
-            self.engine.eos_ids = frozenset(sampling.get("stop_token_ids", ()))
-            [said] = self.engine.generate([request])
-        assert said is not None
-        logp = {"content": [{"logprob": value} for value in said.logp]}
-        spans = [{"version": self.label, "start": 0, "end": len(said.ids)}]
-        choice = {"token_ids": said.ids, "logprobs": logp, "weight_versions": spans, "finish_reason": "length"}
-        return 200, {"choices": [choice]}
+            if is_rollout:
+                self.rollouts += 1
+                self.engine.eos_ids = frozenset(sampling["stop_token_ids"])
+            return 200, self._answer(prompt, sampling, salt)
+
+    def _answer(self, prompt: list[int], sampling: dict[str, Any], salt: str | None) -> dict[str, Any]:
+        said = self.sampler.generate(prompt, sampling, salt)
+        content = [told(token, logp_V, sampling.get("logprobs") or 0) for token, logp_V in said]
+        spans = [{"version": self.label, "start": 0, "end": len(said)}]
+        choice = {"token_ids": [token for token, _ in said], "logprobs": {"content": content}}
+        choice |= {"weight_versions": spans, "finish_reason": "length"}
+        if not (count := sampling.get("prompt_logprobs")):
+            return {"choices": [choice]}
+        logp_TV = self.sampler.read(prompt)
+        read = [told(token, logp_V, count)["top_logprobs"] for token, logp_V in zip(prompt[1:], logp_TV, strict=False)]
+        seen = [{str(one["token_id"]): {"logprob": one["logprob"], "rank": one["rank"]} for one in p} for p in read]
+        return {"choices": [choice], "prompt_logprobs": [None, *seen]}
 
 
 class Handler(BaseHTTPRequestHandler):

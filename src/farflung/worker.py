@@ -15,7 +15,8 @@ from farflung.engine.arithmetic import PUBLISHED, Own, choose, dtype_of
 from farflung.engine.base import Completion, Engine
 from farflung.engine.fit import node_slots
 from farflung.engine.local import LocalEngine
-from farflung.engine.vllm import VllmEngine, server_numerics
+from farflung.engine.vllm import VllmEngine
+from farflung.engine.vllm_answers import server_numerics
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
@@ -188,7 +189,8 @@ class Worker:
         settings, eos_ids = self.settings, self.session.info.eos_ids
         if settings.engine == "vllm":
             folder = self.folder / "vllm"
-            return VllmEngine(settings.engine_url, folder, eos_ids=eos_ids, stops=stops, max_rows=self.slots)
+            vocab, rows = self.session.info.vocab, self.slots
+            return VllmEngine(settings.engine_url, folder, eos_ids=eos_ids, vocab=vocab, stops=stops, max_rows=rows)
         return LocalEngine.from_folder(
             config,
             dtype=dtype,
@@ -206,6 +208,8 @@ class Worker:
             if not manifest:
                 return
             await self.load(manifest)
+        except ConfigError:
+            raise
         except FarflungError as error:  # a lease will ask for it again
             log.warning("not loaded yet manifest=%s because=%s", manifest[:12], error)
             return

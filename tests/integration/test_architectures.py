@@ -103,7 +103,8 @@ def plain(model, request: Request, ids) -> tuple[np.ndarray, np.ndarray]:
     fed = torch.tensor([[*request.prompt_ids, *ids[:-1]]], device=model.device)
     logits = model(fed, use_cache=False).logits[0, len(request.prompt_ids) - 1 :].cpu()
     policy = logits / request.temperature
-    scores = policy + noise.gumbel([request.seed] * len(ids), range(len(ids)), VOCAB)
+    places = range(request.first_position, request.first_position + len(ids))
+    scores = policy + noise.gumbel([request.seed] * len(ids), places, VOCAB)
     token = torch.tensor(ids)[:, None]
     return policy.log_softmax(-1).gather(1, token)[:, 0].numpy(), (
         scores.amax(1) - scores.gather(1, token)[:, 0]

@@ -38,7 +38,7 @@ def requests(count: int, *, max_new_tokens: int = 24, temperature: float = 1.0) 
 def by_definition(model, request: Request, eos: frozenset[int]) -> list[int]:
     """Gumbel-max with whole forward passes, no cache, no padding, numpy's noise."""
     ids = list(request.prompt_ids)
-    for position in range(request.max_new_tokens):
+    for position in range(request.first_position, request.first_position + request.max_new_tokens):
         with torch.no_grad():
             scores = model(torch.tensor([ids])).logits[0, -1].float().numpy()
         if request.temperature > 0:
@@ -317,7 +317,7 @@ def test_gap_and_margin_by_hand(tiny_qwen, device) -> None:
     (replay,) = LocalEngine(tiny_qwen().to(device)).replay([(request, sent)])
     with torch.no_grad():
         logits = model(torch.tensor([[2, 3, 7]])).logits[0, 1:]
-    scores = (logits / 0.8 + noise.gumbel([5, 5], [0, 1], 32)).numpy()
+    scores = (logits / 0.8 + noise.gumbel([5, 5], [1, 2], 32)).numpy()
     ranked = np.sort(scores, axis=1)
     np.testing.assert_allclose(replay.gap, ranked[:, -1] - ranked[:, -2], atol=1e-4)
     np.testing.assert_allclose(replay.margin, ranked[:, -1] - scores[range(2), list(sent)], atol=1e-4)

@@ -22,9 +22,10 @@ from safetensors.torch import load_file  # noqa: E402
 from tests.standin import INFO  # noqa: E402
 
 from farflung.config import WorkerSection  # noqa: E402
-from farflung.engine.base import Request  # noqa: E402
+from farflung.engine.base import Replay, Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
-from farflung.engine.vllm import VllmEngine, server_numerics  # noqa: E402
+from farflung.engine.vllm import VllmEngine  # noqa: E402
+from farflung.engine.vllm_answers import server_numerics  # noqa: E402
 from farflung.protocol.errors import ConfigError, EngineAway, Unreachable, WeightsError, WrongWeights  # noqa: E402
 from farflung.protocol.identity import Key  # noqa: E402
 from farflung.protocol.probe import Slice  # noqa: E402
@@ -35,13 +36,29 @@ from farflung.worker import Worker  # noqa: E402
 from vllm_server import StandIn, vllm_server  # noqa: E402
 
 REAL_URL, REAL_MODEL = os.environ.get("FARFLUNG_VLLM_URL", ""), os.environ.get("FARFLUNG_VLLM_MODEL", "")
-ASKED = [Request((5, 6, 7 + i), 2**63 + i, 0.8, 6) for i in range(5)]
+VOCAB, WORDS = 32, 500
+ASKED = [Request((5, 6, 7 + i), 2**52 + i, 0.8, 6) for i in range(5)]
 
 
 @pytest.fixture
 def server(tiny_qwen) -> Iterator[StandIn]:
-    with vllm_server(LocalEngine(tiny_qwen())) as stand_in:
+    with vllm_server(LocalEngine(tiny_qwen().eval())) as stand_in:
         yield stand_in
+
+
+@pytest.fixture
+def wordy(tiny_qwen) -> Iterator[StandIn]:
+    """One whose model has more tokens than it tells of."""
+    with vllm_server(LocalEngine(tiny_qwen(vocab_size=WORDS).eval())) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(params=["stock", "processor"])
+def either(server: StandIn, request: pytest.FixtureRequest) -> StandIn:
+    """A server whose own noise is the run's, and one that needs our processor for it."""
+    server.sampler.has_processor = request.param == "processor"
+    server.flaws.noise = "another" if server.sampler.has_processor else "seeded"
+    return server
 
 
 def tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -50,17 +67,19 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def engine(server: StandIn, tmp_path: Path) -> VllmEngine:
-    return VllmEngine(server.url, tmp_path, eos_ids=server.engine.eos_ids, max_rows=2)
+    return VllmEngine(server.url, tmp_path, eos_ids=server.engine.eos_ids, vocab=VOCAB, max_rows=2)
 
 
-def test_it_generates_what_the_seeds_say_in_order(server: StandIn, engine: VllmEngine) -> None:
-    engine.load(tensors(server.engine.model).items())
+def test_it_generates_what_the_seeds_say_in_order(either: StandIn, engine: VllmEngine) -> None:
+    engine.load(tensors(either.engine.model).items())
     asked = [*ASKED, Request((3, 4), 0, 0.0, 5)]
-    for found, expected in zip(engine.generate(asked), server.engine.generate(asked), strict=True):
+    for found, expected in zip(engine.generate(asked), either.engine.generate(asked), strict=True):
         assert found is not None
         assert expected is not None
         assert found.ids == expected.ids
-        assert found.logp == pytest.approx(expected.logp, abs=1e-4)
+    at_one = [Request(one.prompt_ids, one.seed, 1.0, 6) for one in ASKED]
+    for found, expected in zip(engine.generate(at_one), either.engine.generate(at_one), strict=True):
+        assert found.logp == pytest.approx(expected.logp, abs=1e-4), "vLLM tells those at temperature 1"
 
 
 def test_stop_strings_end_in_the_server_where_one_token_has_them_and_else_here(server: StandIn, tmp_path: Path) -> None:
@@ -69,7 +88,7 @@ def test_stop_strings_end_in_the_server_where_one_token_has_them_and_else_here(s
     stops, local = Stops(moves), server.engine
     asked = [Request((3, 4, seed % 32), seed, 1.0, 30) for seed in range(12)]
     expected = LocalEngine(local.model, eos_ids=local.eos_ids, stops=stops).generate(asked)
-    engine = VllmEngine(server.url, tmp_path, eos_ids=local.eos_ids, stops=stops)
+    engine = VllmEngine(server.url, tmp_path, eos_ids=local.eos_ids, vocab=VOCAB, stops=stops)
     engine.load(tensors(local.model).items())
     assert [one.ids for one in engine.generate(asked)] == [one.ids for one in expected]
     assert local.eos_ids == {1, 20}, "the server was told of the token that is a stop string by itself"
@@ -145,25 +164,88 @@ def test_a_server_that_dies_in_the_middle_costs_what_was_under_way(server: Stand
     assert all(engine.generate(ASKED)), "once it is back, all goes on"
 
 
-def test_it_does_not_replay(engine: VllmEngine) -> None:
-    with pytest.raises(ConfigError, match="generates only"):
-        engine.replay([])
+def test_it_reads_a_text_by_what_the_server_tells(either: StandIn, engine: VllmEngine) -> None:
+    """Most tokens of the tiny vocabulary are told of, so that its view is the local engine's but for the rest."""
+    engine.load(tensors(either.engine.model).items())
+    asked = [Request(one.prompt_ids, one.seed, 1.0, 6) for one in ASKED]
+    items = [(one, [3, 4, 5, 6]) for one in asked]
+    for found, expected in zip(engine.replay(items), either.engine.replay(items), strict=True):
+        for one, other in zip(vars_of(found), vars_of(expected), strict=True):
+            assert np.isclose(one, other, atol=1e-3).mean() >= 0.75
+        assert np.allclose(found.logp, expected.logp, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("flaw", "says"), [({"is_seeded": False}, "no seeded noise"), ({"is_developing": False}, "nobody load weights")]
-)
-def test_a_server_without_what_is_needed_is_refused(
-    server: StandIn, tmp_path: Path, flaw: dict[str, bool], says: str
-) -> None:
-    vars(server).update(flaw)
-    with pytest.raises(ConfigError, match=says):
-        VllmEngine(server.url, tmp_path, eos_ids=[1])
+def vars_of(replay: Replay) -> list[np.ndarray]:
+    return [replay.gap, replay.margin, replay.pick, replay.lead]
+
+
+def test_a_server_where_nobody_may_load_is_refused(server: StandIn, tmp_path: Path) -> None:
+    server.is_developing = False
+    with pytest.raises(ConfigError, match="nobody load weights"):
+        VllmEngine(server.url, tmp_path, eos_ids=[1], vocab=VOCAB)
 
 
 def test_a_server_that_is_not_there_is_said_to_be_unreachable(tmp_path: Path) -> None:
     with pytest.raises(Unreachable, match="no vLLM answers"):
-        VllmEngine("http://127.0.0.1:9", tmp_path, eos_ids=[1])
+        VllmEngine("http://127.0.0.1:9", tmp_path, eos_ids=[1], vocab=VOCAB)
+
+
+# --- servers that sample in another way ------------------------------------------------------------------------------
+
+WRONG = {
+    "seeds ignored": ({"noise": "ignored"}, "ignores the seeds"),
+    "first runner": ({"noise": "another"}, "samples with another noise"),
+    "watermark, untold": ({"noise": "watermarked"}, "samples with another noise"),
+    "speculation, untold": ({"noise": "speculative"}, "samples with another noise"),
+    "temperature of generation_config": ({"temperature": 0.6}, "another temperature than asked"),
+    "top-k": ({"top_k": 5}, "likeliest tokens only"),
+    "top-p": ({"top_p": 0.8}, "likeliest tokens only"),
+    "penalty": ({"penalty": 3.0}, "penalises tokens that came before"),
+    "16-bit head": ({"head": torch.bfloat16}, "head_dtype"),
+    "prefixes kept": ({"keeps_prefixes": True}, "prefixes of the weights before"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_server_that_samples_otherwise_gets_no_rollout(wordy: StandIn, tmp_path: Path, name: str) -> None:
+    flaws, words = WRONG[name]
+    vars(wordy.flaws).update(flaws)
+    held = tensors(wordy.engine.model)
+    engine = VllmEngine(wordy.url, tmp_path, eos_ids=[1], vocab=WORDS)
+    with pytest.raises(ConfigError, match=words):
+        engine.load((key, value * 1.3) for key, value in held.items())
+    with pytest.raises(WeightsError):
+        engine.generate(ASKED)
+    assert wordy.rollouts == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"), [("speculative_config", "speculatively"), ("watermark_config", "waterm")]
+)
+def test_what_a_server_tells_of_itself_is_believed(server: StandIn, tmp_path: Path, setting: str, words: str) -> None:
+    server.settings = {setting: {"method": "ngram"}}
+    engine = VllmEngine(server.url, tmp_path, eos_ids=[1], vocab=VOCAB)
+    with pytest.raises(ConfigError, match=words):
+        engine.load(tensors(server.engine.model).items())
+
+
+def test_a_right_server_passes_at_every_load(wordy: StandIn, tmp_path: Path) -> None:
+    held = {name: value.clone() for name, value in tensors(wordy.engine.model).items()}
+    engine = VllmEngine(wordy.url, tmp_path, eos_ids=[1], vocab=WORDS)
+    for factor in (1.0, 1.01, 0.5, 2.0, 1.0):
+        engine.load((name, value * factor) for name, value in held.items())
+    assert all(engine.generate(ASKED))
+
+
+def test_a_fault_that_comes_with_a_restart_is_told_too(wordy: StandIn, tmp_path: Path) -> None:
+    engine = VllmEngine(wordy.url, tmp_path, eos_ids=[1], vocab=WORDS)
+    engine.load(tensors(wordy.engine.model).items())
+    wordy.start_again()
+    wordy.flaws.top_k = 5
+    with pytest.raises(WrongWeights):
+        engine.generate(ASKED)
+    with pytest.raises(ConfigError, match="likeliest"):
+        engine.load(tensors(wordy.engine.model).items())
 
 
 # --- a real server ---------------------------------------------------------------------------------------------------
@@ -215,8 +297,8 @@ def test_a_real_server_passes_replay_before_and_after_a_swap(tmp_path: Path) -> 
     made = torch.Generator().manual_seed(1)
     second = {n: (t.float() * (1 + 0.05 * torch.randn(t.shape, generator=made))).bfloat16() for n, t in first.items()}
     verifier = LocalEngine.from_folder(REAL_MODEL, threads=1)
-    engine = VllmEngine(REAL_URL, tmp_path, eos_ids=[2, 0])
-    asked = [Request((504, 253, 357 + i % 3), 2**64 - 1 - i, (1.0, 0.7)[i % 2], 8 + i % 5) for i in range(24)]
+    engine = VllmEngine(REAL_URL, tmp_path, eos_ids=[2, 0], vocab=verifier.model.config.vocab_size)
+    asked = [Request((504, 253, 357 + i % 3), 2**53 - 1 - i, (1.0, 0.7)[i % 2], 8 + i % 5) for i in range(24)]
 
     def flips(weights: dict[str, torch.Tensor]) -> float:
         verifier.load(weights.items())

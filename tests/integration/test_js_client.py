@@ -1,5 +1,7 @@
 """The client in another language against a real coordinator: refusals are as docs/protocol.md says."""
 
+import json
+import random
 import re
 import shutil
 import subprocess
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from tests.served import Served
+
+from farflung.engine import noise
 
 ROOT = Path(__file__).parents[2]
 CLIENT = ROOT / "examples" / "js_client" / "client.mjs"
@@ -58,3 +62,20 @@ def test_a_client_in_javascript_is_refused_as_the_protocol_says(url: str) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     got = dict(re.findall(r"^(.+?): (\d+ [a-z-]+): .+$", done.stdout, re.MULTILINE))
     assert got == REFUSALS
+
+
+def test_the_noise_in_javascript_is_the_runs() -> None:
+    if NODE is None:
+        pytest.skip("the noise in JavaScript needs `node` (20 or later) on the PATH")
+    rng = random.Random(0)
+    places = [(rng.randrange(2**53), rng.randrange(2**17), rng.randrange(2**18)) for _ in range(2000)]
+    script = f"""import {{ rowState, bits, gumbel }} from {json.dumps(str(CLIENT.with_name("noise.mjs")))}
+    const hashes = {json.dumps(places)}.map(([seed, position, token]) => bits(rowState(seed, position), token))
+    console.log(JSON.stringify([hashes, hashes.map(gumbel)]))"""
+    done = subprocess.run(
+        [NODE, "--input-type=module", "-e", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    hashes, values = json.loads(done.stdout)
+    expected = noise.bits_at(*zip(*places, strict=True))
+    assert hashes == expected.tolist()
+    assert values == pytest.approx(noise.gumbel_numpy(expected).tolist(), abs=3e-6)

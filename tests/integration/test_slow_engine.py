@@ -19,6 +19,7 @@ from tests.served import Served
 from farflung.config import WorkerSection
 from farflung.engine import vllm
 from farflung.engine.local import LocalEngine
+from farflung.protocol.errors import ConfigError
 from farflung.store.tables import LEASES, ROLLOUTS
 from farflung.trust.evidence import Profiles
 from farflung.worker import AWAY_S, Worker
@@ -102,6 +103,18 @@ def test_a_rollout_of_half_an_hour_in_a_lease_of_five_minutes_loses_nothing(site
         assert not first.is_partial
         assert site.of_first() == {"held": 4}
         assert first.expires_at - first.opened_at > 2 * HALF_AN_HOUR_S, "two at a time, two waves"
+
+    site.house.run(scenario)
+
+
+def test_a_server_with_another_noise_ends_the_worker_before_it_takes_a_lease(site: Site) -> None:
+    async def scenario(house: House) -> None:
+        site.server.flaws.noise = "another"
+        await publish_base(site.house, BASE)
+        with pytest.raises(ConfigError, match="another noise"):
+            await site.worker.run()
+        assert not site.leases()
+        assert site.server.rollouts == 0
 
     site.house.run(scenario)
 

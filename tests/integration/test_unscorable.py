@@ -13,7 +13,7 @@ from farflung.protocol.errors import ConfigError
 from farflung.queries.views import warnings
 from farflung.rollouts import unscorable
 from farflung.store.db import Database
-from farflung.store.tables import GROUPS
+from farflung.store.tables import GROUPS, RUNS
 from farflung.tasks.create_run import founded_in, refuse_another
 
 
@@ -124,6 +124,18 @@ def test_a_run_goes_on_only_with_its_environment_and_model(tmp_path) -> None:
             refuse_another(founded, settings(tmp_path, **{"model": {"path": "/here/tiny"}, **changes}))
     (tmp_path / "config.json").write_text("{")
     assert founded_in(tmp_path) == {}
+
+
+def test_a_run_that_began_with_another_noise_does_not_go_on(tmp_path) -> None:
+    config = settings(tmp_path, run={"name": "old"})
+    rows_of(config)
+    rows_of(config)
+    engine = sa.create_engine(config.database_url)
+    with engine.begin() as connection:
+        connection.execute(sa.update(RUNS).values(noise="farflung"))
+    engine.dispose()
+    with pytest.raises(ConfigError, match=r"noise 'farflung', this version of farflung with 'vllm-murmur3'.*export"):
+        rows_of(config)
 
 
 def test_a_run_without_held_out_tasks_says_so(tmp_path) -> None:

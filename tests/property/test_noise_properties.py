@@ -29,9 +29,10 @@ def test_torch_and_numpy_agree_bit_for_bit(pairs: list[tuple[int, int]], vocab: 
 
 @settings(max_examples=100)
 @given(seeds, seeds, positions)
-def test_different_seeds_have_different_keys(one: int, other: int, position: int) -> None:
-    a, b = noise.row_keys([one, other], position)
-    assert (one == other) == (a[0] == a[1] and b[0] == b[1])
+def test_a_row_of_noise_follows_from_its_state(one: int, other: int, position: int) -> None:
+    a, b = noise.row_states([one, other], position)
+    rows = noise.bits_numpy([one, other], position, 50)
+    assert (a == b) == np.array_equal(rows[0], rows[1])
 
 
 @settings(max_examples=100)

@@ -4,22 +4,24 @@ import asyncio
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from farflung.net.session import PURPOSES, RunKeys, Session, check_run, delegate
 from farflung.protocol.errors import BadSignature, ConfigError
 from farflung.protocol.identity import Key, Signed, seal
 from farflung.protocol.messages import Run, RunInfo
+from farflung.protocol.numerics import NOISE
 from farflung.tasks import keyring
 
 ROOT, OTHER, KEY = Key(b"r" * 32), Key(b"o" * 32), Key(b"k" * 32)
 NOW, DAY_S = time.time(), 86_400.0
 
 
-def info(run: str = "test") -> RunInfo:
+def info(noise: str = NOISE) -> RunInfo:
     return RunInfo(
-        run=run, coordinator=KEY.id, status="running", version=1, profile="", profiles={}, dtype="float32", vocab=32,
-        eos_ids=[2], model_files=[], max_staleness=2, heartbeat_s=1.0,
+        run="test", coordinator=KEY.id, status="running", version=1, profile="", profiles={}, dtype="float32", vocab=32,
+        eos_ids=[2], model_files=[], max_staleness=2, heartbeat_s=1.0, noise=noise,
     )  # fmt: skip
 
 
@@ -51,6 +53,12 @@ def test_what_the_root_does_not_say_is_refused(wrong: Signed, why: str) -> None:
 def test_another_root_is_refused() -> None:
     with pytest.raises(BadSignature, match="not by"):
         check_run(descriptor(root=OTHER), "test", ROOT.public)
+
+
+def test_a_run_with_another_noise_is_refused() -> None:
+    answer = msgspec.structs.replace(descriptor(), info=seal(KEY, "run", info("philox")))
+    with pytest.raises(ConfigError, match="noise 'philox', this version of farflung has 'vllm-murmur3'"):
+        check_run(answer, "test", ROOT.public)
 
 
 def test_a_key_expires_during_a_stay() -> None:

@@ -5,7 +5,6 @@ python -m pytest --noconftest tests/unit/test_vllm_noise.py
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -33,25 +32,24 @@ def expected(*places: tuple[int, int]) -> torch.Tensor:
 def test_the_first_runner_moves_requests_between_rows() -> None:
     noise = SeededNoise(None, torch.device("cpu"))
     noise.update_state(None)
-    told = [(0, params(7), [1], [4]), (1, SamplingParams(temperature=0), [1], []), (2, params(9), None, [4, 5])]
+    told = [(0, params(7), [1], [4]), (1, SamplingParams(temperature=0), [1], []), (2, params(9), [1, 1, 1], [4, 5])]
     noise.update_state(BatchUpdate(3, removed=[], added=told, moved=[]))
-    assert torch.equal(noise.apply(torch.zeros(3, VOCAB)), expected((7, 1), (-1, 0), (9, 2)))
+    assert torch.equal(noise.apply(torch.zeros(3, VOCAB)), expected((7, 1), (-1, 0), (9, 4)))
     noise.update_state(BatchUpdate(3, removed=[], added=[], moved=[(0, 1, MoveDirectionality.SWAP)]))
-    assert torch.equal(noise.apply(torch.zeros(3, VOCAB)), expected((-1, 0), (7, 1), (9, 2)))
+    assert torch.equal(noise.apply(torch.zeros(3, VOCAB)), expected((-1, 0), (7, 1), (9, 4)))
     noise.update_state(BatchUpdate(2, removed=[0], added=[], moved=[(2, 0, MoveDirectionality.UNIDIRECTIONAL)]))
-    assert torch.equal(noise.apply(torch.zeros(2, VOCAB)), expected((9, 2), (7, 1)))
+    assert torch.equal(noise.apply(torch.zeros(2, VOCAB)), expected((9, 4), (7, 1)))
 
 
 def test_the_second_runner_says_whose_each_row_is() -> None:
-    requests = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([3, 5, 2, 8])))
-    noise = SeededNoise(None, requests)
+    noise = SeededNoise(None, None)
     assert noise.add_request(3, params(7))
     assert noise.add_request(1, params(9, 0.5))
     assert not noise.add_request(0, SamplingParams(temperature=0))
     step = SimpleNamespace(expanded_idx_mapping=torch.tensor([1, 0, 3]), pos=torch.tensor([4, 9, 10]))
-    assert torch.equal(noise.apply(torch.zeros(3, VOCAB), step), expected((9, 0), (-1, 0), (7, 3)))
+    assert torch.equal(noise.apply(torch.zeros(3, VOCAB), step), expected((9, 4), (-1, 0), (7, 10)))
     assert not noise.add_request(3, SamplingParams(temperature=0))
-    assert torch.equal(noise.apply(torch.zeros(3, VOCAB), step), expected((9, 0), (-1, 0), (-1, 0)))
+    assert torch.equal(noise.apply(torch.zeros(3, VOCAB), step), expected((9, 4), (-1, 0), (-1, 0)))
 
 
 def test_a_seed_that_cannot_be_obeyed_is_refused() -> None:

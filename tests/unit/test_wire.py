@@ -25,7 +25,7 @@ LEASE = m.Lease(
     nonce=DIGEST,
     probe=DIGEST,
     expires_at=1e9,
-    groups=[m.LeaseGroup(group="g1", prompt_ids=b"\1\0\0\0", samples=[m.Sample(rollout=ID, index=0, seed=2**64 - 1)])],
+    groups=[m.LeaseGroup(group="g1", prompt_ids=b"\1\0\0\0", samples=[m.Sample(rollout=ID, index=0, seed=2**53 - 1)])],
 )
 MESSAGES = [
     m.Empty(),

@@ -73,7 +73,7 @@ def _prompt_of(connection: Connection, task: str) -> bytes:
 
 
 def _number(key: bytes, label: str, *parts: int) -> int:
-    return int.from_bytes(seeds.derive(key, f"canary {label}", *parts)[:8], "big")
+    return seeds.number(seeds.derive(key, f"canary {label}", *parts))
 
 
 def keep(connection: Connection, run_ctx: RunContext, step: int, answers: Sequence[bytes]) -> bytes | None:

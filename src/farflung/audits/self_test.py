@@ -58,7 +58,7 @@ def tasks(run_ctx: RunContext, step: int) -> list[str]:
 
 def _number(run_ctx: RunContext, step: int, label: str, i: int) -> int:
     public = hashlib.sha256(f"farflung self-test {run_ctx.run}".encode()).digest()
-    return int.from_bytes(seeds.derive(public, f"self-test {label}", step, i)[:8], "big")
+    return seeds.number(seeds.derive(public, f"self-test {label}", step, i))
 
 
 # --- node ------------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ class CoordinatorSection(Section):
         "PEM file of an authority that roles trust beside the usual ones; for join, FARFLUNG_CA_FILE names it.",
         is_advanced=True,
     )
-    minimum_version: int = setting(4, "Oldest protocol version that may join.", ge=0, is_advanced=True)
+    minimum_version: int = setting(5, "Oldest protocol version that may join.", ge=0, is_advanced=True)
     claim_s: float = setting(
         30.0, "Seconds that a scorer or validator may keep what it claimed.", gt=0, is_advanced=True
     )

@@ -70,7 +70,7 @@ class EnvSection(Section):
 
 class GenerateSection(Section):
     samples: int = setting(16, "Samples per group (G).", ge=2, le=4096)
-    temperature: float = setting(1.0, "Sampling temperature.", gt=0, le=10)
+    temperature: float = setting(1.0, "Sampling temperature; stock engines take 0.01 to 2.", ge=0.01, le=2)
     max_new_tokens: int = setting(256, "Most new tokens per rollout, the end token included.", ge=1, le=131_072)
     stop: tuple[str, ...] = setting(
         (), "Strings that end a rollout with the token that completes one; the scored text stands before it."

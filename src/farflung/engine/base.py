@@ -20,11 +20,16 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     seed: int
-    """64-bit seed of the sample; the noise is a pure function of (seed, position, token)."""
+    """Seed of the sample, of 53 bits; the noise is a pure function of (seed, position, token)."""
     temperature: float
     """0 is greedy: no noise at all."""
     max_new_tokens: int
     """Most tokens to generate, the end-of-sequence token included."""
+
+    @property
+    def first_position(self) -> int:
+        """Position of the noise of the first generated token: that of the prompt's last token, counted from 0."""
+        return len(self.prompt_ids) - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,8 +135,9 @@ def _kept_logits(model: PreTrainedModel, rows: PackedRows, reading: Reading) -> 
 def _compare(logits_NV: torch.Tensor, items: Sequence[Item], sizes: Sequence[int]) -> np.ndarray:
     """Gap, margin, pick, lead and logp of every completion token, (5, N)."""
     token_N = torch.tensor([token for _, ids in items for token in ids], device=logits_NV.device)
-    seed_N = np.repeat(np.array([request.seed & 0xFFFFFFFFFFFFFFFF for request, _ in items], np.uint64), sizes)
-    position_N = np.concatenate([np.arange(size) for size in sizes])
+    seed_N = np.repeat(np.array([request.seed for request, _ in items], np.uint64), sizes)
+    first = [request.first_position for request, _ in items]
+    position_N = np.concatenate([np.arange(at, at + size) for at, size in zip(first, sizes, strict=True)])
     temperature_N = np.repeat(np.array([request.temperature for request, _ in items], np.float32), sizes)
     seen_5N = torch.empty(5, len(token_N))
     height = max(1, blocks(logits_NV.device).scores // logits_NV.shape[1])

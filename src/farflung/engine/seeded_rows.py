@@ -19,7 +19,7 @@ class Asked(NamedTuple):
     """How one request wants to be sampled."""
 
     seed: int
-    """64 bits, not negative."""
+    """53 bits, not negative."""
     temperature: float
 
 
@@ -28,25 +28,25 @@ def asked(extra: Mapping[str, Any] | None) -> Asked | None:
     if not extra or SEED not in extra:
         return None
     seed, temperature = extra[SEED], extra.get(TEMPERATURE, 1.0)
-    if type(seed) is not int or not 0 <= seed < 1 << 64:
-        raise ValueError(f"{SEED} is {seed!r}; it must be a whole number of 64 bits, not negative")
-    if type(temperature) not in (int, float) or not 0 < temperature <= 100:
-        raise ValueError(f"{TEMPERATURE} is {temperature!r}; it must be above 0 and at most 100")
+    if type(seed) is not int or not 0 <= seed < 1 << 53:
+        raise ValueError(f"{SEED} is {seed!r}; it must be a whole number of 53 bits, not negative")
+    if type(temperature) not in (int, float) or not 0 < temperature <= 2:
+        raise ValueError(f"{TEMPERATURE} is {temperature!r}; it must be above 0 and at most 2")
     return Asked(seed, float(temperature))
 
 
 class SeededRows:
-    """The seeded rows of a batch; the next token's position in a completion is how many tokens it has."""
+    """The seeded rows of a batch; the noise of the next token has the position of the token before it."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, tuple[Asked, Sized]] = {}
+        self._rows: dict[int, tuple[Asked, int, Sized]] = {}
 
-    def put(self, row: int, wanted: Asked | None, output_ids: Sized) -> None:
-        """A request takes a row; `output_ids` is its list of tokens, which the engine goes on appending to."""
+    def put(self, row: int, wanted: Asked | None, prompt: int, output_ids: Sized) -> None:
+        """A request takes a row; its prompt has so many tokens, `output_ids` the engine goes on appending to."""
         if wanted is None:
             self.drop(row)
         else:
-            self._rows[row] = (wanted, output_ids)
+            self._rows[row] = (wanted, prompt, output_ids)
 
     def drop(self, row: int) -> None:
         """The request of a row has left."""
@@ -62,7 +62,7 @@ class SeededRows:
 
     def add_noise(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """float32 logits to `logits / T + noise`, in place, where there is a seed."""
-        places = [(row, wanted, len(ids)) for row, (wanted, ids) in sorted(self._rows.items())]
+        places = [(row, wanted, prompt - 1 + len(ids)) for row, (wanted, prompt, ids) in sorted(self._rows.items())]
         return add_noise(logits_BV, places)
 
 

@@ -31,7 +31,6 @@ class SeededNoise(LogitsProcessor, SlotLogitsProcessor):
         """`place` is the device for the first runner, the state of all slots for the second."""
         self._rows = SeededRows()
         self._slots: dict[int, Asked] = {}
-        self._requests = place
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -52,8 +51,8 @@ class SeededNoise(LogitsProcessor, SlotLogitsProcessor):
             return
         for row in batch_update.removed:
             self._rows.drop(row)
-        for row, params, _, output_ids in batch_update.added:
-            self._rows.put(row, asked(params.extra_args), output_ids)
+        for row, params, prompt_ids, output_ids in batch_update.added:
+            self._rows.put(row, asked(params.extra_args), len(prompt_ids or ()), output_ids)
         for source, target, how in batch_update.moved:
             self._rows.move(source, target, is_swap=how == MoveDirectionality.SWAP)
 
@@ -70,11 +69,6 @@ class SeededNoise(LogitsProcessor, SlotLogitsProcessor):
         return self._rows.add_noise(logits_BV) if ctx is None else add_noise(logits_BV, self._places(ctx))
 
     def _places(self, ctx: LogitsContext) -> list[tuple[int, Asked, int]]:
-        """(row, what it wants, position) of each seeded row. The token to be picked comes after the one at `pos`."""
+        """(row, what it wants, position) of each seeded row."""
         slots, position = ctx.expanded_idx_mapping.tolist(), ctx.pos.tolist()
-        begin = self._requests.prompt_len.np
-        return [
-            (row, self._slots[slot], position[row] + 1 - int(begin[slot]))
-            for row, slot in enumerate(slots)
-            if slot in self._slots
-        ]
+        return [(row, self._slots[slot], position[row]) for row, slot in enumerate(slots) if slot in self._slots]

@@ -33,6 +33,7 @@ from farflung.protocol.messages import (
     Welcome,
 )
 from farflung.protocol.node_status import NodeStatus
+from farflung.protocol.numerics import NOISE
 
 log = logging.getLogger(__name__)
 STOPPING_PATIENCE_S = 5.0
@@ -347,7 +348,7 @@ class RunKeys:
 
 
 def check_run(answer: Run, run: str, root: bytes | None) -> RunKeys:
-    """Follow root → delegations → info. Raises BadSignature."""
+    """Follow root → delegations → info. Raises BadSignature, or ConfigError for a run with another noise."""
     if root is not None and answer.root != root:
         raise BadSignature(
             f"run {run!r} is vouched for by root {node_id(answer.root)}, not by {node_id(root)} of the address"
@@ -363,6 +364,8 @@ def check_run(answer: Run, run: str, root: bytes | None) -> RunKeys:
     info = unseal(answer.info, "run", RunInfo, public=coordinators)
     if info.run != run:
         raise BadSignature(f"asked for run {run!r}, got the info of {info.run!r}")
+    if info.noise != NOISE:
+        raise ConfigError(f"run {run!r} samples with the noise {info.noise!r}, this version of farflung has {NOISE!r}")
     return RunKeys(info, live)
 
 

@@ -26,7 +26,8 @@ from farflung.config import Config, load
 from farflung.engine.arithmetic import BITS, PUBLISHED, Own, rounded
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.local import LocalEngine
-from farflung.engine.vllm import VllmEngine, server_numerics
+from farflung.engine.vllm import VllmEngine
+from farflung.engine.vllm_answers import server_numerics
 from farflung.envs.base import Env
 from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
@@ -36,6 +37,7 @@ from farflung.numerics.devices import pick
 from farflung.ops.older_engine import OlderEngine
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.numerics import Dtype, Numerics
+from farflung.protocol.seeds import SEED_BITS
 from farflung.protocol.shown import one_line
 from farflung.tasks.create_run import Model
 from farflung.tasks.model_check import refuse_long
@@ -50,7 +52,7 @@ PROMPTS = 1024
 REPLAYED_AT_LEAST = 16
 CHEAT_PART = 0.25
 CHEATS: dict[str, Callable[[Request], Request]] = {
-    "unseeded": lambda request: replace(request, seed=secrets.randbits(64)),
+    "unseeded": lambda request: replace(request, seed=secrets.randbits(SEED_BITS)),
     "temperature 0.9": lambda request: replace(request, temperature=0.9 * request.temperature),
     "temperature 1.1": lambda request: replace(request, temperature=1.1 * request.temperature),
 }
@@ -266,7 +268,7 @@ def _published(model: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _served(model: Model, url: str, folder: Path) -> VllmEngine:
-    engine = VllmEngine(url, folder, eos_ids=model.eos_ids)
+    engine = VllmEngine(url, folder, eos_ids=model.eos_ids, vocab=model.vocab)
     engine.load(_published(model.path))
     return engine
 
@@ -288,7 +290,7 @@ def _play(
     seen, said, threads = 0, time.monotonic(), torch.get_num_threads()
     while seen < tokens:
         requests = [
-            Request(prompt, secrets.randbits(64), under.temperature, max_new_tokens)
+            Request(prompt, secrets.randbits(SEED_BITS), under.temperature, max_new_tokens)
             for prompt, max_new_tokens in itertools.islice(endless, chunk)
         ]
         torch.set_num_threads(kind.threads)

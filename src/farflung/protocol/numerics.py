@@ -1,8 +1,13 @@
 """Numerics of a node: what computes, on which kind of device, in which arithmetic. A profile is for one of these."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
+
+NOISE: Final = "vllm-murmur3"
+"""The noise of every run (`engine/noise.py`), sealed in its descriptor: a node that has another does not start.
+
+One for a run, never one for each node: two nodes with two noises could choose between two texts of a sample."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """What a verifier can compute in."""

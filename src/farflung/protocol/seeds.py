@@ -23,7 +23,8 @@ from farflung.protocol.errors import ConfigError
 
 SECRET_BYTES: Final = 32
 """Length of every secret and key here. HMAC pads short keys with zeros, so that of two lengths two could collide."""
-SEED_BITS: Final = 64
+SEED_BITS: Final = 53
+"""Of a seed: not negative in 64 bits with a sign, which engines take, and exact as a JavaScript number."""
 
 
 def derive(key: bytes, label: str, *parts: bytes | str | int) -> bytes:
@@ -64,12 +65,13 @@ def commitment(step_secret: bytes) -> bytes:
 
 
 def sample_seed(step_secret: bytes, task_id: str, sample: int) -> int:
-    """The 64-bit seed of one sample, the same for every node and unknowable before the lease.
+    """The seed of one sample, of 53 bits, the same for every node and unknowable before the lease."""
+    return number(derive(step_secret, "sample seed", task_id, sample))
 
-    Unsigned: it may exceed what an SQL integer (signed 64-bit) or a JavaScript number (2⁵³) holds, so it is
-    derived where it is needed and never stored.
-    """
-    return int.from_bytes(derive(step_secret, "sample seed", task_id, sample)[: SEED_BITS // 8], "big")
+
+def number(derived: bytes) -> int:
+    """The first 53 bits of derived bytes as a number."""
+    return int.from_bytes(derived[:8], "big") >> (64 - SEED_BITS)
 
 
 def task_key(step_secret: bytes) -> bytes:

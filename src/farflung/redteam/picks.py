@@ -33,7 +33,7 @@ def steer(model: Any, requests: Sequence[Request], ends: Callable[[list[int]], b
         logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
         logits_BV = logits_BTV[torch.arange(len(rows)), last_B].float().cpu()
         temperature_B1 = torch.tensor([max(requests[i].temperature, 1e-6) for i in live])[:, None]
-        seeds, places = [requests[i].seed for i in live], [len(said[i]) for i in live]
+        seeds, places = [requests[i].seed for i in live], [requests[i].first_position + len(said[i]) for i in live]
         scores_BV = logits_BV / temperature_B1 + gumbel(seeds, places, logits_BV.shape[1])
         for i, token in zip(live, pick(logits_BV, scores_BV).tolist(), strict=True):
             said[i].append(token)

@@ -37,6 +37,7 @@ RUNS = Table(
     Column("created_at", Float, nullable=False),
     Column("breaker", Text, nullable=False, default=""),
     Column("breaker_after", Integer, nullable=False, default=0),
+    Column("noise", Text, nullable=False, server_default=sa.text("'farflung'")),
 )
 NODES = Table(
     "nodes",

@@ -26,6 +26,7 @@ from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, seal
 from farflung.protocol.messages import VERSION, AdmittedProfile, File, Run, RunInfo
+from farflung.protocol.numerics import NOISE
 from farflung.protocol.stops import STOPS, Stops
 from farflung.store.blobs import Blobs
 from farflung.store.db import Database
@@ -128,6 +129,7 @@ async def seal_descriptor(
         model_files=[await _store(blobs, name, data) for name, data in files.items() if data is not None],
         max_staleness=config.learn.max_staleness,
         heartbeat_s=config.lease.heartbeat_s,
+        noise=NOISE,
         longest_prompt=longest_prompt,
         max_new_tokens=config.generate.max_new_tokens,
     )
@@ -252,6 +254,7 @@ def _write(connection: Connection, config: Config, tasks: list[dict[str, Any]], 
             config=config.model_dump_json(),
             secret=secret,
             created_at=now,
+            noise=NOISE,
         )
     )
     connection.execute(TASKS.insert(), tasks)
@@ -292,9 +295,16 @@ def _last_part(value: Any) -> Any:
 def _resume(connection: Connection, config: Config, now: float) -> None:
     """A run that is given more steps goes on, also one that was about to end; one with fewer than it has done ends."""
     run = config.run.name
-    founded = connection.execute(sa.select(RUNS.c.config).where(RUNS.c.run == run)).scalar_one()
+    founded, status, noise = connection.execute(
+        sa.select(RUNS.c.config, RUNS.c.status, RUNS.c.noise).where(RUNS.c.run == run)
+    ).one()
+    if noise != NOISE:
+        raise ConfigError(
+            f"run {run!r} samples with the noise {noise!r}, this version of farflung with {NOISE!r}, by which honest "
+            "work of before would look forged; end it with the version that began it, or begin a new run from its "
+            "weights: `farflung export`, then name that folder in model.path"
+        )
     refuse_another(json.loads(founded), config)
-    status = connection.execute(sa.select(RUNS.c.status).where(RUNS.c.run == run)).scalar_one()
     done = connection.execute(
         sa.select(sa.func.max(STEPS.c.step)).where(STEPS.c.run == run, STEPS.c.status == "committed")
     ).scalar()

@@ -113,6 +113,8 @@ class _Sampler:
 
     def __init__(self) -> None:
         self._seeds: list[int] = []
+        self._first_B = torch.empty(0, dtype=torch.long)
+        """The position of each row's first token."""
         self._temperature_B = np.empty(0, np.float32)
         self._noise_KBV: torch.Tensor | None = None
         self._used = 0
@@ -123,24 +125,27 @@ class _Sampler:
     def join(self, requests: Sequence[Request]) -> None:
         """Rows of these requests come behind those that are here."""
         self._seeds = [*self._seeds, *(request.seed for request in requests)]
+        first = torch.tensor([request.first_position for request in requests])
+        self._first_B = torch.cat([self._first_B, first])
         temperatures = np.array([request.temperature for request in requests], np.float32)
         self._temperature_B, self._noise_KBV = np.concatenate([self._temperature_B, temperatures]), None
 
-    def pick(self, logits_BV: torch.Tensor, position_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token of each row and its log-probability at the sampling temperature (1 where greedy)."""
+    def pick(self, logits_BV: torch.Tensor, said_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token of each row that comes after `said_B` ones, and its log-probability (1 where greedy)."""
         score_BV = policy_scores(logits_BV, self._temperature_B)
         if self._buffers_2BV is None or self._buffers_2BV.shape[1] < len(score_BV):
             self._buffers_2BV = torch.empty(2, *score_BV.shape, device=score_BV.device)
         made_BV, buffer_BV = self._buffers_2BV[:, : len(score_BV)]
         chance_BV = torch.softmax(score_BV, -1, out=buffer_BV)
         if (self._temperature_B > 0).any():
-            score_BV = torch.div(chance_BV, self._noise(position_B, made_BV), out=made_BV)
+            score_BV = torch.div(chance_BV, self._noise(self._first_B + said_B, made_BV), out=made_BV)
         token_B = best(score_BV)
         return token_B, chance_BV.gather(-1, token_B[:, None])[:, 0].log()
 
     def keep(self, live_B: torch.Tensor) -> None:
         live = live_B.tolist()
         self._seeds, self._temperature_B = [self._seeds[row] for row in live], self._temperature_B[live]
+        self._first_B = self._first_B[live_B]
         if self._noise_KBV is not None:
             self._noise_KBV = self._noise_KBV[:, live_B]
 

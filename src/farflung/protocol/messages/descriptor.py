@@ -60,6 +60,8 @@ class RunInfo(Message, frozen=True):
     model_files: Annotated[list[File], Meta(max_length=64)]
     max_staleness: Count
     heartbeat_s: Seconds
+    noise: Name
+    """The function of seed, position and token that every node of the run samples with, by name."""
     longest_prompt: Count = 0
     """Tokens of the longest prompt; 0 if it is not told."""
     max_new_tokens: Count = 0

@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-VERSION = 4
+from farflung.protocol.seeds import SEED_BITS
+
+VERSION = 5
 """Spoken protocol version; a node with another is told what to do."""
 
 MAX_TOKENS = 131_072
@@ -31,8 +33,7 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Step = Annotated[int, Meta(ge=0, le=10**9)]
-Seed = Annotated[int, Meta(ge=0)]
-"""Unsigned 64-bit; more than SQL or JavaScript numbers hold."""
+Seed = Annotated[int, Meta(ge=0, lt=2**SEED_BITS)]
 Temperature = Annotated[float, Meta(ge=0, le=10)]
 TokenLimit = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 """Most new tokens of a rollout."""
