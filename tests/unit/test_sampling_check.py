@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 
 from farflung.engine.base import Request
 from farflung.engine.noise import bits_numpy, gumbel_numpy
-from farflung.engine.sampling_check import TOP, Forced, Place, fault, forced, kept, texts, withheld
+from farflung.engine.sampling_check import TOP, Forced, Place, fault, forced, stale_prefixes, texts, withheld
 
 
 class Server:
@@ -79,8 +79,8 @@ def test_forced_tokens_have_more_noise_than_chance_gives_one() -> None:
 def test_a_prefix_of_before_shows_beyond_rounding() -> None:
     place = Place(3, np.array([1, 3, 5]), np.array([-1.0, -2.0, -0.7]))
     close, far = (place._replace(logp_K=place.logp_K + change) for change in (0.004, 0.3))
-    assert not kept([place], [close], [place])
-    assert "prefixes" in kept([place], [far], [close])
-    assert not kept([place], [far], [place._replace(logp_K=place.logp_K - 0.2)]), (
+    assert not stale_prefixes([place], [close], [place])
+    assert "prefixes" in stale_prefixes([place], [far], [close])
+    assert not stale_prefixes([place], [far], [place._replace(logp_K=place.logp_K - 0.2)]), (
         "where rounding is as wide, none can tell"
     )

@@ -123,7 +123,7 @@ def withheld(asked: Sequence[Forced], sent: Sequence[int], places: Sequence[Plac
     return _MEND["likeliest"] + _CHANGES if np.prod(missed) < _SURE else ""
 
 
-def kept(fresh: Sequence[Place], again: Sequence[Place], noise: Sequence[Place]) -> str:
+def stale_prefixes(fresh: Sequence[Place], again: Sequence[Place], noise: Sequence[Place]) -> str:
     """Whether a prompt that was there before the load is read with the weights of before: a sentence, or nothing.
 
     `fresh` and `noise` read it under two names of which nothing can be kept; their distance is that of rounding.

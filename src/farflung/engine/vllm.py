@@ -99,7 +99,7 @@ class VllmEngine:
         """
         self._label = ""
         self._write(tensors)
-        self._ask([self._prefix()])  # with the weights of before
+        self._answers([self._prefix()])  # with the weights of before
         self._tell("/pause?mode=keep")
         try:
             self._tell("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self._folder)}})
@@ -146,7 +146,7 @@ class VllmEngine:
         bodies = [self._reading(request, ids) for request, ids in items]
         return [
             replay_of(request, prompt_places(answer, len(request.prompt_ids)))
-            for (request, _), answer in zip(items, self._ask(bodies), strict=True)
+            for (request, _), answer in zip(items, self._answers(bodies), strict=True)
         ]
 
     # --- trying the server -------------------------------------------------------------------------------------------
@@ -157,10 +157,10 @@ class VllmEngine:
         All of it at the first load and after the server was away; at others the shorter part.
         """
         asked = sampling_check.texts(self._vocab, is_first=not self._is_tried)
-        told = self._ask([*(self._probe(one, logprobs=TOP) for one in asked), *self._prefixes()])
+        told = self._answers([*(self._probe(one, logprobs=TOP) for one in asked), *self._prefixes()])
         prefixes, texts = told[len(asked) :], told[: len(asked)]
         wrong = sampling_check.fault(list(zip(asked, map(places, texts), strict=True)), self._known_fault(texts))
-        wrong = wrong or sampling_check.kept(*map(places, prefixes))
+        wrong = wrong or sampling_check.stale_prefixes(*map(places, prefixes))
         if not wrong and not self._is_tried:
             wrong = self._withheld()
         if wrong:
@@ -169,7 +169,7 @@ class VllmEngine:
 
     def _withheld(self) -> str:
         asked = sampling_check.forced(self._vocab)
-        told = self._ask(
+        told = self._answers(
             [
                 *(self._probe(one.request) for one in asked),
                 *(self._reading(one.request, [one.token]) for one in asked),
@@ -203,17 +203,17 @@ class VllmEngine:
         one, other = ({"cache_salt": secrets.token_hex(8)} for _ in range(2))
         return [self._prefix() | one, self._prefix(), self._prefix() | other]
 
-    def _ask(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _answers(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answers to a few short requests, all at once."""
 
-        async def ask() -> list[dict[str, Any]]:
+        async def gather() -> list[dict[str, Any]]:
             limits = httpx2.Limits(max_connections=self.max_rows)
             async with httpx2.AsyncClient(
                 base_url=self.url, limits=limits, timeout=TIMEOUT_S, trust_env=False
             ) as client:
                 return await asyncio.gather(*(self._answer(client, body) for body in bodies))
 
-        return asyncio.run(ask())
+        return asyncio.run(gather())
 
     def _reading(self, request: Request, ids: Sequence[int]) -> dict[str, Any]:
         """A request for the log-probabilities of a text that is there."""
