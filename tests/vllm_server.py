@@ -24,8 +24,8 @@ class StandIn(ThreadingHTTPServer):
     request_queue_size = 128
     daemon_threads = False  # one that computes while the interpreter ends would abort it; closing waits for all
 
-    def __init__(self, engine: LocalEngine) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, engine: LocalEngine, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.engine, self.lock = engine, threading.Lock()
         self.sampler = Sampler(engine.model)
         self.label, self.is_developing, self.longest, self.delay_s = "default", True, 99, 0.0

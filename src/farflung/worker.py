@@ -11,12 +11,13 @@ import torch
 from farflung.audits import self_test
 from farflung.config import WorkerSection
 from farflung.config.tree import WAVES
-from farflung.engine.arithmetic import PUBLISHED, Own, choose, dtype_of
+from farflung.engine.arithmetic import BITS, PUBLISHED, Own, choose, dtype_of
 from farflung.engine.base import Completion, Engine
-from farflung.engine.fit import node_slots
+from farflung.engine.fit import cache_bytes, longest, node_slots
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import server_numerics
+from farflung.engine.vllm_process import ManagedVllmEngine, Room, VllmProcess
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
@@ -72,6 +73,8 @@ async def own_numerics(settings: WorkerSection) -> Own:
     """The numerics of a node, as far as they are known before it has a profile. Raises ConfigError, Unreachable."""
     if settings.engine == "torch":
         return Own("torch", pick(settings.device).type)
+    if not settings.is_elsewhere:
+        return Own("vllm", pick(settings.device).type, "bfloat16", BITS["bfloat16"])
     found = await asyncio.to_thread(server_numerics, settings.engine_url)
     kind = settings.device.partition(":")[0].replace("auto", "")
     return found._replace(device=found.device or kind)
@@ -117,6 +120,7 @@ class Worker:
         self.loaded: Loaded
         self._paced_at = time.monotonic()
         self._idle_because, self._is_tried, self._away_s = "", False, AWAY_S
+        self._process: VllmProcess | None = None
 
     async def run(self) -> None:
         """Work until the run ends, the node is ejected, or the worker is told to stop."""
@@ -131,11 +135,13 @@ class Worker:
                 log.error("leaving because=%s", error)
             finally:
                 await self.weights.close()
+                if self._process is not None:
+                    await asyncio.to_thread(self._process.stop)
 
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""
-        self.device = pick("cpu" if self.settings.engine == "vllm" else self.settings.device)
-        if self.settings.engine == "torch":
+        self.device = pick("cpu" if self.settings.is_elsewhere else self.settings.device)
+        if not self.settings.is_elsewhere:
             say("worker", self.device, self.settings.device)
         self.own = await self._own()
         self.session = await Session.open(
@@ -159,7 +165,9 @@ class Worker:
         info, settings = self.session.info, self.settings
         self.slots = await asyncio.to_thread(node_slots, settings, info, self.device, config, dtype)
         log.info("room for slots=%d", self.slots)
-        self.engine = self.wrap(self._engine(config, dtype, await fetch_stops(self.session)))
+        stops = await fetch_stops(self.session)
+        self.session.stats.phase = f"starting {self.settings.engine}"
+        self.engine = self.wrap(await asyncio.to_thread(self._engine, config, dtype, stops))
         self.weights = Versions(
             self.session,
             self.folder / "weights",
@@ -188,9 +196,13 @@ class Worker:
     def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         settings, eos_ids = self.settings, self.session.info.eos_ids
         if settings.engine == "vllm":
-            folder = self.folder / "vllm"
+            folder = self.folder / "vllm" / str(self._part or 0)
             vocab, rows = self.session.info.vocab, self.slots
-            return VllmEngine(settings.engine_url, folder, eos_ids=eos_ids, vocab=vocab, stops=stops, max_rows=rows)
+            options = {"eos_ids": eos_ids, "vocab": vocab, "stops": stops, "max_rows": rows}
+            if settings.is_elsewhere:
+                return VllmEngine(settings.engine_url, folder, **options)
+            self._process = VllmProcess(Path(settings.engine_home), folder, config, self._room(config))
+            return ManagedVllmEngine(self._process, folder, **options)
         return LocalEngine.from_folder(
             config,
             dtype=dtype,
@@ -200,6 +212,12 @@ class Worker:
             stops=stops,
             max_rows=self.slots,
         )
+
+    def _room(self, config: bytes) -> Room:
+        """What a server of this node's own is given."""
+        text, settings = longest(self.session.info, self.settings.context), self.settings
+        cached = cache_bytes(config, torch.bfloat16, text, self.slots)
+        return Room(self.device, text.tokens, self.slots, cached, settings.memory_gb, settings.threads)
 
     async def _prepare(self) -> None:
         """Load what the first lease will ask for, and try this machine's arithmetic on it. Raises ConfigError."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,8 @@ from farflung.launch.logs import start_logging
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key
 from farflung.store import owner
+
+ENGINE = Path(WorkerSection().engine_home)
 
 
 @app.command(group=ROLES)
@@ -120,7 +123,7 @@ class Generating:
     engine
         The engine that generates: torch in this process, or a vLLM server.
     engine_url
-        Where the vLLM server is; it must read this node's files.
+        Where a vLLM server is that runs, on this machine; empty for one that this node starts.
     profile
         Numerics profile to compute in and be judged by, one that the run admits; empty for one that fits.
     ignore_self_test
@@ -134,7 +137,7 @@ class Generating:
     device: str = "auto"
     processes: int = 0
     engine: Literal["torch", "vllm"] = "torch"
-    engine_url: str = WorkerSection().engine_url
+    engine_url: str = ""
     profile: str = ""
     ignore_self_test: bool = False
     metrics_port: int = 0
@@ -193,6 +196,24 @@ def worker(
             address = stack.enter_context(relay_beside(url, folder, own, **options))
             settings = settings.model_copy(update={"upstream": (address,)})
         asyncio.run(run_node(url, key, folder, settings, {"patience_s": patience_s} | options, is_json=json))
+
+
+@app.command(group=JOIN)
+def engine(action: Literal["install"], name: Literal["vllm"], *, folder: Path = ENGINE) -> None:
+    """Install an engine that is not ours, in an environment of its own: `farflung engine install vllm`.
+
+    Parameters
+    ----------
+    action
+        What to do.
+    name
+        Which engine.
+    folder
+        Where it goes; `--engine vllm` starts it from there.
+    """
+    from farflung.ops.engine_install import install
+
+    sys.stdout.write(install(expanded(folder)) + "\n")
 
 
 def _enter(settings: Config, role: str = "") -> None:

@@ -79,6 +79,7 @@ def calibrate(
     device: str = "auto",
     arithmetic: Literal["", "float32", "bfloat16", "float16", "fp8"] = "",
     bits: int = 0,
+    engine: Literal["torch", "vllm"] = "torch",
     engine_url: str = "",
 ) -> None:
     """Measure numerical noise on this trusted machine, and write a numerics profile.
@@ -110,8 +111,10 @@ def calibrate(
         What nodes generate in; empty for float32 on a CPU and bfloat16 elsewhere, or what the vLLM server says.
     bits
         Of a weight, if nodes round them to fewer than their arithmetic has; 0 for as many.
+    engine
+        The engine that generates: torch in this process, or a vLLM server.
     engine_url
-        A vLLM server that generates, whose arithmetic the profile then is; empty for this process.
+        Where that server is; empty for one that is started for it.
     """
     from farflung.ops.calibrate import write_profile
 
@@ -126,6 +129,7 @@ def calibrate(
         device=device,
         arithmetic=arithmetic,
         bits=bits,
+        engine="vllm" if engine_url else engine,
         engine_url=engine_url,
         temperature=temperature,
         max_new_tokens=max_new_tokens,

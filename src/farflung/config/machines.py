@@ -21,7 +21,12 @@ class RelaySection(Section):
 
 class WorkerSection(Section):
     engine: Literal["torch", "vllm"] = setting("torch", "The engine that generates: torch here, or a vLLM server.")
-    engine_url: str = setting("http://127.0.0.1:8000", "Where the vLLM server is; it must read this node's files.")
+    engine_url: str = setting(
+        "", "Where a vLLM server is that runs, such as http://127.0.0.1:8000; empty for one that this node starts."
+    )
+    engine_home: str = setting(
+        "~/.farflung/engines/vllm", "Where `farflung engine install vllm` put it.", is_advanced=True
+    )
     profile: str = setting(
         "", "Numerics profile to compute in, one that the run admits; empty for one that fits.", is_advanced=True
     )
@@ -55,6 +60,11 @@ class WorkerSection(Section):
         False, "Work even if this machine's arithmetic is noisier than its profile allows.", is_advanced=True
     )
     metrics_port: int = setting(0, "Port on 127.0.0.1 for Prometheus; 0 for none.", ge=0, le=65_535, is_advanced=True)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a server generates that somebody else started, on a device of its own."""
+        return self.engine == "vllm" and bool(self.engine_url)
 
 
 class ValidatorSection(Section):

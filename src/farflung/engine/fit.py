@@ -197,6 +197,11 @@ def needed_bytes(size: Size, kind: str, text: Text, rows: int) -> int:
     return held_bytes(size, kind) + beside
 
 
+def cache_bytes(config: Path | str | bytes, dtype: torch.dtype, text: Text, rows: int) -> int:
+    """Of keys and values of so many texts."""
+    return rows * measure(config, dtype).cached_values(text.tokens) * dtype.itemsize
+
+
 def host_bytes(size: Size) -> int:
     """Of this machine's memory where the model is elsewhere: a tensor in parts and joined, and shards on their way."""
     return HOST_BYTES + 2 * size.largest_bytes
@@ -303,7 +308,7 @@ def node_slots(settings: WorkerSection, info: RunInfo, device: torch.device, con
 
     A vLLM server has its room already, and lets wait what it has none for: then only this machine's memory is asked.
     """
-    if settings.engine == "vllm":
+    if settings.is_elsewhere:
         refuse_host(measure(config, dtype), psutil.virtual_memory().available)
         return settings.slots or MOST_ROWS_ELSEWHERE
     text = longest(info, settings.context)

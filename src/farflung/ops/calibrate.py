@@ -6,6 +6,7 @@ is also replayed in float32. Temperature, length of completions and prompts are 
 1 ÷ temperature, and a profile says what it is for.
 """
 
+import contextlib
 import itertools
 import logging
 import math
@@ -25,9 +26,11 @@ import torch
 from farflung.config import Config, load
 from farflung.engine.arithmetic import BITS, PUBLISHED, Own, rounded
 from farflung.engine.base import Completion, Replay, Request
+from farflung.engine.fit import Text, cache_bytes
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import server_numerics
+from farflung.engine.vllm_process import HOME, Room, serving
 from farflung.envs.base import Env
 from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
@@ -129,6 +132,7 @@ def write_profile(
     device: str = "auto",
     arithmetic: str = "",
     bits: int = 0,
+    engine: str = "torch",
     engine_url: str = "",
     temperature: float = 1.0,
     max_new_tokens: int = 32,
@@ -146,11 +150,24 @@ def write_profile(
     found = Model(model)
     under = Conditions(found, _prompt_ids(found, prompts), temperature, max_new_tokens)
     where = pick(device)
-    numerics = numerics_of(where.type, arithmetic, bits, engine_url)
-    options = {"tokens": tokens, "threads": threads, "device": where, "engine_url": engine_url}
-    profile = make_profile(under, name or name_of(numerics), numerics, **options)
+    with contextlib.ExitStack() as stack:
+        if engine == "vllm" and not engine_url:
+            engine_url = stack.enter_context(_own_server(under, where, threads))
+        numerics = numerics_of(where.type, arithmetic, bits, engine_url)
+        options = {"tokens": tokens, "threads": threads, "device": where, "engine_url": engine_url}
+        profile = make_profile(under, name or name_of(numerics), numerics, **options)
     out.write_bytes(to_json(profile) + b"\n")
     return profile
+
+
+@contextlib.contextmanager
+def _own_server(under: Conditions, device: torch.device, threads: int) -> Iterator[str]:
+    """The URL of a vLLM server of this machine's own, as large as calibration needs it."""
+    config, rows = Path(under.model.path, "config.json").read_bytes(), KINDS[0].rows
+    text = Text(max(map(len, under.prompts)), under.max_new_tokens)
+    room = Room(device, text.tokens, rows, cache_bytes(config, torch.bfloat16, text, rows), 0.0, threads)
+    with tempfile.TemporaryDirectory() as folder, serving(HOME, Path(folder), config, room) as url:
+        yield url
 
 
 def numerics_of(device: str, arithmetic: str = "", bits: int = 0, engine_url: str = "") -> Numerics:
@@ -256,11 +273,11 @@ def engine_of(
     engine = LocalEngine.from_folder(
         model.path, dtype=getattr(torch, dtype), threads=threads, eos_ids=model.eos_ids, device=device
     )
-    engine.load(rounded(_published(model.path), bits))
+    engine.load(rounded(published(model.path), bits))
     return engine
 
 
-def _published(model: str) -> Iterator[tuple[str, torch.Tensor]]:
+def published(model: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights as they are published, in bfloat16 whatever the arithmetic."""
     from farflung.learner.policy import Policy
 
@@ -269,7 +286,7 @@ def _published(model: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _served(model: Model, url: str, folder: Path) -> VllmEngine:
     engine = VllmEngine(url, folder, eos_ids=model.eos_ids, vocab=model.vocab)
-    engine.load(_published(model.path))
+    engine.load(published(model.path))
     return engine
 
 

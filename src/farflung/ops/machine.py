@@ -23,7 +23,7 @@ MOST_S = 10.0
 
 def device(settings: WorkerSection) -> str:
     """The device that a node with these settings computes on, in words. Raises ConfigError."""
-    if settings.engine == "vllm":
+    if settings.is_elsewhere:
         return f"the vLLM server at {settings.engine_url} has its own"
     chosen = pick(settings.device)
     name, memory_bytes, driver, precision = accelerator(chosen)
@@ -43,11 +43,11 @@ class Machine:
     async def capacity(self) -> str:
         """The room for the run, in words. Raises WeightsError, which says what would fit, ConfigError, Unreachable."""
         info, settings = self._session.info, self._settings
-        device = pick("cpu" if settings.engine == "vllm" else settings.device)
+        device = pick("cpu" if settings.is_elsewhere else settings.device)
         profile = info.profiles[choose(info, await own_numerics(settings), settings.profile)]
         self._dtype, self._config = held_in(profile)[0], await fetch_model_config(self._session)
         self._slots = await asyncio.to_thread(node_slots, settings, info, device, self._config, self._dtype)
-        where = "the vLLM server" if settings.engine == "vllm" else str(device)
+        where = "the vLLM server" if settings.is_elsewhere else str(device)
         return f"{self._slots} rollouts of {longest(info, settings.context).tokens:,} tokens at once on {where}"
 
     async def expected_tokens_per_s(self) -> float:

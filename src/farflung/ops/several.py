@@ -46,7 +46,7 @@ def devices(settings: WorkerSection) -> list[str]:
     """The device of each process: as many as are asked for, else one on each accelerator. Raises ConfigError."""
     from farflung.numerics.devices import best, pick, present
 
-    if settings.engine == "vllm" or settings.device not in ("auto", best()):
+    if settings.is_elsewhere or settings.device not in ("auto", best()):
         found = [settings.device]
     else:
         kind = best()
