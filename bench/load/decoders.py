@@ -18,6 +18,7 @@ from farflung.protocol import wire
 from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import BadSignature, ConfigError, Malformed, OutOfRange, Rejected, WeightsError
 from farflung.protocol.identity import Key, Signed, seal, sign_request, unseal, verify_request
+from farflung.protocol.numerics import NOISE
 from farflung.rollouts import validate
 from farflung.tasks import keyring
 from farflung.trust.diagnose import diagnose
@@ -58,7 +59,7 @@ def decoders(folder: Path) -> list[Decoder]:
         Decoder("sealed evidence", _sealed_evidence, (BadSignature,), 4.0),
         Decoder("evidence", _evidence(load_profile("torch-cpu-fp32")), (Malformed,), 4.0),
         Decoder("submission", _submission(), (Malformed, Rejected), 5.0),
-        Decoder("run descriptor", _descriptor(), (Malformed, BadSignature), 2.0),
+        Decoder("run descriptor", _descriptor(), (Malformed, BadSignature, ConfigError), 2.0),
         Decoder("manifest", _manifest, (BadSignature, WeightsError), 4.0),
         Decoder("difference", _difference(), (WeightsError,), 10.0),
         Decoder("shard", _shard(folder), (WeightsError,), 0.5),
@@ -139,7 +140,7 @@ def _submission() -> Callable[[Chance], object]:
 
 def _descriptor() -> Callable[[Chance], object]:
     delegations = [delegate(KEY, "a1", purpose, KEY.public, time.time() + 1e6) for purpose in PURPOSES]
-    info = example(m.RunInfo)
+    info = example(m.RunInfo) | {"noise": NOISE}
     honest = m.Run(root=KEY.public, delegations=delegations, info=_resealed("run", msgspec.msgpack.encode(info)))
 
     def attempt(chance: Chance) -> object:

@@ -200,7 +200,7 @@ WRONG = {
     "temperature of generation_config": ({"temperature": 0.6}, "another temperature than asked"),
     "top-k": ({"top_k": 5}, "likeliest tokens only"),
     "top-p": ({"top_p": 0.8}, "likeliest tokens only"),
-    "penalty": ({"penalty": 3.0}, "penalises tokens that came before"),
+    "penalty": ({"penalty": 30.0}, "penalises tokens that came before"),
     "16-bit head": ({"head": torch.bfloat16}, "head_dtype"),
     "prefixes kept": ({"keeps_prefixes": True}, "prefixes of the weights before"),
 }

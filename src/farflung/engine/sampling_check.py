@@ -17,16 +17,16 @@ from farflung.engine.noise import bits_at, gumbel_numpy
 
 TOP: Final = 20
 """How many of the likeliest tokens an engine is asked for; stock servers give no more."""
-_FREE: Final = tuple((temperature, 16) for temperature in (1.0, 2.0, 0.7, 1.5, 2.0, 1.0))
+_FREE: Final = tuple((temperature, 16) for temperature in (1.0, 2.0, 0.7, 1.5, 0.5, 2.0))
 _SHORT: Final = ((1.0, 8), (2.0, 8))
 """Temperature and tokens of each text, at the first load and at later ones."""
-_FORCED, _FORCED_T, _SEEDS = 16, 2.0, 1 << 14
+_FORCED, _FORCED_T, _SEEDS = 24, 2.0, 1 << 14
 _SEED: Final = 4_807_526_976
 _TOLERANCE: Final = 1e-3
 """Between the scores of a server and those from what it reports, which is rounded."""
 _UNSEEN: Final = 0.03
 """A share of tokens that may stay unexplained: the winner may be none of those reported."""
-_SURE: Final = 1e-6 / 2**_FORCED
+_SURE: Final = 1e-6 / 2 ** (_FORCED // 2)
 """How improbable it must be, for any choice of the forced tokens, that a right engine leaves them out."""
 _MEND = {
     "seeds": "ignores the seeds of requests; use vLLM 0.31 or later with its second model runner",
@@ -75,11 +75,15 @@ def texts(vocab: int, *, is_first: bool) -> list[Request]:
 
 
 def forced(vocab: int) -> list[Forced]:
-    """Requests of one token each: of many seeds and some tokens all over the vocabulary, those with the most noise."""
-    token_C = np.unique(np.linspace(0, vocab - 1, 64).astype(np.int64))
+    """Requests of one token each: of many seeds and some tokens all over the vocabulary, those with the most noise.
+
+    In every second one the token is one of the prompt's.
+    """
+    everywhere = np.linspace(0, vocab - 1, 64).astype(np.int64)
     found: list[Forced] = []
     for i in range(_FORCED):
-        prompt = _prompt(vocab, 6 + 2 * i)
+        prompt = _prompt(vocab, 25 + 2 * i)
+        token_C = np.unique(prompt if i % 2 else everywhere)
         seed_S = np.arange(_SEEDS, dtype=np.uint64) + np.uint64(_SEED + (i + 1 << 20))
         hash_SC = bits_at(np.repeat(seed_S, len(token_C)), len(prompt) - 1, np.tile(token_C, len(seed_S)))
         seed, token = divmod(int(hash_SC.argmin()), len(token_C))
@@ -88,7 +92,8 @@ def forced(vocab: int) -> list[Forced]:
 
 
 def _prompt(vocab: int, length: int) -> tuple[int, ...]:
-    return tuple((7919 * (k + 1) + 31 * length) % vocab for k in range(length))
+    """Tokens from all over; where the length is even, three of them again and again, so that a penalty shows."""
+    return tuple((7919 * ((k if length % 2 else k % 3) + 1) + 31 * length) % vocab for k in range(length))
 
 
 def fault(told: Sequence[Text], is_known: str = "") -> str:
@@ -114,13 +119,17 @@ def fault(told: Sequence[Text], is_known: str = "") -> str:
 
 
 def withheld(asked: Sequence[Forced], sent: Sequence[int], places: Sequence[Place], vocab: int) -> str:
-    """Whether unlikely tokens are never chosen: a sentence, or nothing. `places` tell of the forced tokens."""
-    missed = [
-        1 - _chance(one, place, vocab)
-        for one, token, place in zip(asked, sent, places, strict=True)
-        if token != one.token
-    ]
-    return _MEND["likeliest"] + _CHANGES if np.prod(missed) < _SURE else ""
+    """Whether unlikely tokens, or those that came before, are never chosen: a sentence, or nothing.
+
+    `places` tell of the forced tokens.
+    """
+    missed: dict[bool, list[float]] = {False: [], True: []}
+    for one, token, place in zip(asked, sent, places, strict=True):
+        if token != one.token:
+            missed[one.token in one.request.prompt_ids].append(1 - _chance(one, place, vocab))
+    if np.prod(missed[False]) < _SURE:
+        return _MEND["likeliest"] + _CHANGES
+    return _MEND["penalty"] + _CHANGES if np.prod(missed[True]) < _SURE else ""
 
 
 def stale_prefixes(fresh: Sequence[Place], again: Sequence[Place], noise: Sequence[Place]) -> str:
