@@ -28,14 +28,14 @@ from safetensors.torch import load_file, save_file
 
 from farflung.audits.tripwire import tripped
 from farflung.engine.argmax import policy_scores
-from farflung.engine.arithmetic import rounded
 from farflung.engine.base import Request
 from farflung.engine.cpu import decode
 from farflung.engine.loading import build
 from farflung.engine.local import LocalEngine
 from farflung.envs.sums import Sums
 from farflung.learner import checkpoint
-from farflung.protocol.numerics import Numerics
+from farflung.numerics.quantise import is_quantised, quantised
+from farflung.protocol.numerics import Numerics, Quantiser
 from farflung.tasks.create_run import Model
 from farflung.trust import bounds, evidence
 from farflung.trust.audit_policy import audit_probability
@@ -49,10 +49,8 @@ SIZE = 16
 SMOL_ROLLOUTS = 2000
 SETTINGS = TrustSettings()
 Tensors = dict[str, torch.Tensor]
-ARITHMETIC = {"torch-cpu-fp32": (torch.float32, 32), "torch-cpu-bf16": (torch.bfloat16, 16)} | {
-    "torch-cpu-int8": (torch.float32, 8)
-}
-"""What each kind of node computes in, and bits of its weights."""
+DTYPES = {"torch-cpu-fp32": torch.float32, "torch-cpu-bf16": torch.bfloat16}
+"""What each kind of arithmetic is computed in."""
 BF16 = Numerics(engine="torch", device="cpu", arithmetic="bfloat16", bits=16)
 
 
@@ -65,15 +63,17 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a node computes: the kind of arithmetic, rows at once, threads."""
+    """How a node computes: the kind of arithmetic, what its weights go through, rows at once, threads."""
 
     profile: str
     rows: int = 64
     threads: int = 1
+    quantiser: Quantiser = ""
 
     @property
     def name(self) -> str:
-        return f"{self.profile} x{self.rows}" + (f" {self.threads} threads" if self.threads > 1 else "")
+        made = f"{self.profile}-{self.quantiser}" if self.quantiser else self.profile
+        return f"{made} x{self.rows}" + (f" {self.threads} threads" if self.threads > 1 else "")
 
 
 def tensors(folder: Path) -> Tensors:
@@ -82,9 +82,9 @@ def tensors(folder: Path) -> Tensors:
 
 
 def engine(folder: Path, weights: Tensors, kind: Kind, eos: Sequence[int]) -> LocalEngine:
-    dtype, bits = ARITHMETIC[kind.profile]
+    dtype = DTYPES[kind.profile]
     found = LocalEngine.from_folder(folder, dtype=dtype, threads=1, eos_ids=eos, max_rows=kind.rows)
-    found.load(rounded(weights.items(), bits))
+    found.load(quantised(weights.items(), kind.quantiser))
     return found
 
 
@@ -157,11 +157,14 @@ def toy_prompts(model: Model, part: slice) -> list[tuple[int, ...]]:
 PAIRS = (
     (Kind("torch-cpu-bf16"), "torch-cpu-fp32", 1.0),
     (Kind("torch-cpu-fp32"), "torch-cpu-bf16", 1.0),
-    (Kind("torch-cpu-int8"), "torch-cpu-fp32", 1.0),
+    (Kind("torch-cpu-bf16", quantiser="int8"), "torch-cpu-fp32", 0.45),
+    (Kind("torch-cpu-bf16", quantiser="fp8"), "torch-cpu-fp32", 0.45),
+    (Kind("torch-cpu-bf16", quantiser="int4"), "torch-cpu-fp32", 0.45),
     (Kind("torch-cpu-bf16", rows=7), "torch-cpu-fp32", 0.2),
     (Kind("torch-cpu-bf16", threads=2), "torch-cpu-fp32", 0.15),
 )
-"""Generator, the arithmetic of its verifier (never the same), and how many rollouts of it, few rows being slow."""
+"""Generator, the arithmetic of its verifier (never the same), which quantises as it does, and how many rollouts of it,
+few rows being slow."""
 
 
 def honest(folder: Path, first: Tensors, last: Tensors, shapes: dict[str, Any], rng: np.random.Generator) -> dict:
@@ -171,7 +174,8 @@ def honest(folder: Path, first: Tensors, last: Tensors, shapes: dict[str, Any], 
     e_values: list[np.ndarray] = []
     ejected = rollouts = tokens = 0
     for kind, against, share in shapes["pairs"]:
-        verifier_of = {id(w): engine(folder, w, Kind(against), eos) for w in (first, last)}
+        judge = Kind(against, quantiser=kind.quantiser)
+        verifier_of = {id(w): engine(folder, w, judge, eos) for w in (first, last)}
         generator_of = {id(w): engine(folder, w, kind, eos) for w in (first, last)}
         max_new_tokens, t = shapes["max_new_tokens"], shapes["temperature"]
         asked = requests(rng, shapes["easy"], int(shapes["calibrate"] * share), t, max_new_tokens)
@@ -296,13 +300,13 @@ def cheats(weights: Tensors, vocab: int, rng: np.random.Generator) -> dict[str, 
     stale = {name: (t.float() - 1e-5 * t.float().sign()).bfloat16() for name, t in weights.items()}
     return {
         "unseeded": other,
-        "int4 weights": {"weights": dict(rounded(weights.items(), 4))},
+        "int4 weights": {"weights": dict(quantised(weights.items(), "int4"))},
         "temperature 0.9": {"sent": tempered(0.9)},
         "temperature 1.1": {"sent": tempered(1.1)},
         "1 % of tokens edited": {"edit": edited},
         "weights with 1 % noise": {"weights": shaken(0.01)},
         "one layer with 10 % noise": {"weights": shaken(0.1, ".layers.14.mlp.down_proj")},
-        "int8 undeclared, in bf16": {"weights": dict(rounded(weights.items(), 8))},
+        "int8 undeclared, in bf16": {"weights": dict(quantised(weights.items(), "int8"))},
         "stale by a step of 1e-5": {"weights": stale},
     }
 
@@ -332,6 +336,51 @@ def until_caught(submissions: Callable[[], list[Finding]], most: int = 400) -> t
             if outcome.kind == "eject":
                 return number, tokens
     return None
+
+
+def truncated(weights: Tensors) -> Tensors:
+    """As int8, but rounded towards zero: a quantiser that is not the one declared."""
+    found = dict(weights)
+    for name, tensor in weights.items():
+        if is_quantised(name, tensor):
+            scale_R1 = tensor.float().abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127
+            found[name] = ((tensor.float() / scale_R1).trunc() * scale_R1).bfloat16()
+    return found
+
+
+def posing(folder: Path, honest_ones: Sequence[Request], asked: Sequence[Request], rng: np.random.Generator, runs: int):
+    """Nodes that declare one quantiser and compute with weights of another, until they are ejected."""
+    weights, eos = tensors(folder), sorted(Model(str(folder)).eos_ids)
+    declared: dict[Quantiser, dict[str, Tensors]] = {
+        "int8": {"int4": dict(quantised(weights.items(), "int4")), "int8 towards zero": truncated(weights)},
+        "fp8": {"int8": dict(quantised(weights.items(), "int8")), "int4": dict(quantised(weights.items(), "int4"))},
+        "": {"int8": dict(quantised(weights.items(), "int8"))},
+    }
+    rows: list[dict[str, Any]] = []
+    for quantiser, others in declared.items():
+        node, judge = (Kind(kind, quantiser=quantiser) for kind in ("torch-cpu-bf16", "torch-cpu-fp32"))
+        verifier = engine(folder, weights, judge, eos)
+        profile, _ = calibrated(node.name, engine(folder, weights, node, eos), verifier, honest_ones)
+        for what, made in others.items():
+            found = findings(profile, list(play(engine(folder, made, Kind("torch-cpu-bf16"), eos), verifier, asked)))
+            rows.append({"name": f"declares {quantiser or 'bf16'}, is {what}", **_lasts(profile, found, rng, runs)})
+            say(f"posing {folder.name}: {rows[-1]}")
+    return rows
+
+
+def _lasts(profile: Profile, found: Sequence[Finding], rng: np.random.Generator, runs: int) -> dict[str, Any]:
+    """How long a node with such rollouts lasts, in medians of lives resampled from them."""
+    pool = np.array(found, dtype=object)
+    ends = [until_caught(lambda: list(rng.choice(pool, SIZE))) for _ in range(runs)]
+    caught = [end for end in ends if end is not None]
+    is_caught = len(caught) == runs
+    return {
+        "outcome": "caught" if is_caught else "worthless",
+        "submissions_until_caught": statistics.median(end[0] for end in caught) if is_caught else None,
+        "tokens_until_caught": statistics.median(end[1] for end in caught) if is_caught else None,
+        "caught": len(caught) / runs,
+        "flipped": round(sum(one.flips for one in found) / sum(one.tokens for one in found), 4),
+    }
 
 
 QUICK_CHEATS = ("unseeded", "int4 weights", "temperature 0.9")
@@ -459,7 +508,7 @@ def main() -> None:
     model = Model(str(TOY))
     first, last = policies_of(TOY, arguments.run)
     shapes = {
-        "pairs": PAIRS[:3], "max_new_tokens": 32, "temperature": 2.0,
+        "pairs": PAIRS[:5], "max_new_tokens": 32, "temperature": 2.0,
         "calibrate": int(2000 * part), "judge": int(3000 * part),
         "eos": sorted(model.eos_ids),
         "easy": toy_prompts(model, slice(0, 1024)), "hard": toy_prompts(model, slice(1024, None)),
@@ -509,6 +558,7 @@ def _smol(rng: np.random.Generator, prompts: Sequence[tuple[int, ...]], is_quick
     honest_ones = requests(rng, prompts, 48 if is_quick else 512, 1.0, 24)
     profile, known = calibrated("torch-cpu-bf16", maker, verifier, honest_ones)
     attacks = power(SMOL, profile, asked, "torch-cpu-fp32", rng, 100, QUICK_CHEATS if is_quick else ())
+    attacks += posing(SMOL, honest_ones, asked, rng, 20 if is_quick else 100)
     if not is_quick:  # an audit takes whole rollouts, so short ones come nearer to the bound
         brief = power(SMOL, profile, requests(rng, prompts, 288, 1.0, 8), "torch-cpu-fp32", rng, 100)
         attacks += [row | {"name": f"{row['name']}, at most 8 tokens"} for row in brief]

@@ -31,10 +31,11 @@ def save(model: PreTrainedModel, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def tiny_run(folder: Path, model: Path, **changes: dict[str, Any]) -> Iterator[Served]:
+def tiny_run(folder: Path, model: Path, /, **changes: dict[str, Any]) -> Iterator[Served]:
     """A coordinator with a run of this model."""
     trust = {"canaries": 0, "self_test": 0} | changes.pop("trust", {})
-    config = settings(folder, model={"path": str(model)}, eval={"tasks": 0}, trust=trust, **changes)
+    more = changes.pop("model", {})
+    config = settings(folder, model={"path": str(model)} | more, eval={"tasks": 0}, trust=trust, **changes)
     config.folder.mkdir()
     migrate(config.database_url)
     site = Served(asyncio.run(House.open(config)))

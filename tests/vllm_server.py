@@ -63,6 +63,8 @@ class StandIn(ThreadingHTTPServer):
         match path:
             case "/inference/v1/generate":
                 return self._generate(body["token_ids"], body["sampling_params"], body.get("cache_salt"))
+            case "/collective_rpc" if body["method"] == "update_config":
+                return 200, {"results": [None]}
             case "/collective_rpc":
                 folder = Path(body["kwargs"]["weights_path"])
                 if not self.flaws.keeps_weights:

@@ -5,21 +5,23 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from farflung.audits import replay_audits
 from farflung.config import ValidatorSection
-from farflung.engine.arithmetic import rounded
 from farflung.engine.base import Completion, Engine
 from farflung.engine.fit import longest, slots_on
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
+from farflung.numerics.quantise import quantised
 from farflung.protocol.errors import FailedCanary, LeaseGone, Malformed, NotFound, WeightsError, WrongWeights
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import AuditJob, Evidence, Lease, LeaseAnswer, LeaseRequest
+from farflung.protocol.numerics import COARSER
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.engines import Engines
@@ -116,7 +118,7 @@ class Validator:
     def _replay(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
         figures = self.session.stats
         with figures.working() as used:
-            found = [one for part in replay_audits.by_arithmetic(jobs) for one in self._replay_in(part)]
+            found = [one for part in replay_audits.alike(jobs) for one in self._replay_in(part)]
             tokens = sum(len(one.gap) // 4 for evidence in found for one in evidence.rollouts)
             self._recent.append((*used(), tokens))
             cpu_s, device_s, tokens_ = (sum(column) for column in zip(*self._recent, strict=True))
@@ -125,23 +127,28 @@ class Validator:
             return [self._explain(suspects[e.audit], e) if e.audit in suspects else e for e in found]
 
     def _replay_in(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
-        """Evidence on audits that are all to be replayed in one arithmetic."""
+        """Evidence on audits that are all to be replayed in one arithmetic, with weights quantised alike."""
         arithmetic, loaded = self.engines.loaded_in(jobs[0].verify_in)
-        loaded.ensure(jobs[0].manifest)
+        loaded.ensure(jobs[0].manifest, quantiser=replay_audits.quantiser_of(jobs[0]))
         return replay_audits.replay(loaded.engine, jobs, self.session.run, arithmetic, loaded.possession)
 
     def _explain(self, job: AuditJob, evidence: Evidence) -> Evidence:
         """Try what else could have made a suspect's rollouts; the engine ends with other weights than the leased."""
         _, loaded = self.engines.loaded_in((evidence.arithmetic,))
         engine = loaded.engine
-        loaded.ensure(job.manifest)
+        own = replay_audits.quantiser_of(job)
+        loaded.ensure(job.manifest, quantiser=own)
         loaded.invalidate()
         named = list(tensors(self.weights, job.manifest))
-        loads = [("weights rounded to int8", lambda: engine.load(rounded(named, 8)))]
+        loads = [
+            (f"weights quantised to {kind}", lambda kind=kind: engine.load(quantised(named, kind)))
+            for kind in COARSER[own]
+        ]
         if job.manifest_before and self.weights.has(job.manifest_before):
             before = self.weights.known(job.manifest_before)
             name = f"the weights of step {before.step}: a weight update was missed"
-            loads.append((name, lambda: engine.load(tensors(self.weights, job.manifest_before))))
+            before_it = partial(tensors, self.weights, job.manifest_before)
+            loads.append((name, lambda: engine.load(quantised(before_it(), own))))
         return replay_audits.explain(engine, evidence, job, loads)
 
     async def _fetch_earlier(self, digest: str) -> None:

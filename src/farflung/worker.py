@@ -11,7 +11,7 @@ import torch
 from farflung.audits import self_test
 from farflung.config import WorkerSection
 from farflung.config.tree import WAVES
-from farflung.engine.arithmetic import BITS, PUBLISHED, Own, choose, dtype_of
+from farflung.engine.arithmetic import BITS, Own, choose, dtype_of
 from farflung.engine.base import Completion, Engine
 from farflung.engine.fit import cache_bytes, longest, node_slots
 from farflung.engine.local import LocalEngine
@@ -80,9 +80,9 @@ async def own_numerics(settings: WorkerSection) -> Own:
     return found._replace(device=found.device or kind)
 
 
-def held_in(numerics: Numerics) -> tuple[torch.dtype, int]:
-    """What this process holds weights in, and bits that it rounds them to; a server sees to both itself."""
-    return (torch.bfloat16, PUBLISHED) if numerics.engine == "vllm" else (dtype_of(numerics), numerics.bits)
+def held_in(numerics: Numerics) -> torch.dtype:
+    """What this process holds weights in; a server sees to its own arithmetic."""
+    return torch.bfloat16 if numerics.engine == "vllm" else dtype_of(numerics)
 
 
 class Worker:
@@ -158,9 +158,10 @@ class Worker:
         )
         self.session.device = self._part or 0
         self.profile = self._profile(self.session.info)
-        dtype, bits = held_in(self.session.info.profiles[self.profile])
-        self._count(self.session.info.profiles[self.profile])
-        log.info("judged by profile=%s for=%s", self.profile, self.session.info.profiles[self.profile].text)
+        numerics = self.session.info.profiles[self.profile]
+        dtype, self._quantiser = held_in(numerics), numerics.quantiser
+        self._count(numerics)
+        log.info("judged by profile=%s for=%s", self.profile, numerics.text)
         config = await fetch_model_config(self.session)
         info, settings = self.session.info, self.settings
         self.slots = await asyncio.to_thread(node_slots, settings, info, self.device, config, dtype)
@@ -177,7 +178,7 @@ class Worker:
             patch=patch,
             share=self._part,
         )
-        self.loaded = Loaded(self.engine, self.weights, bits=bits, stats=self.session.stats)
+        self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
         self._receipts = Receipts(self.folder, self._part)
         await self.session.heartbeat()
 
@@ -236,8 +237,8 @@ class Worker:
     async def try_numerics(self, manifest: str) -> None:
         """Once, with the first version that has a self-test. Raises ConfigError where the noise is not forgiven."""
         test = None if self._is_tried else await self_test.fetch_or_none(self.session, manifest)
-        profile = self_test.profile_in(self.session, test, self.profile) if test else None
-        if test is None or profile is None:
+        profile = self_test.profile_in(self.session, test, self.profile) if test and not self._quantiser else None
+        if test is None or profile is None:  # it is made with the weights as they are published
             return
         self._is_tried, self.session.stats.phase = True, "self-test"
         tried = await asyncio.to_thread(self._attempt, test, profile)
@@ -322,7 +323,7 @@ class Worker:
         await self.weights.fetch(manifest_digest)
         if not self.loaded.has(manifest_digest):
             before = time.monotonic()
-            await asyncio.to_thread(self.loaded.ensure, manifest_digest)
+            await asyncio.to_thread(self.loaded.ensure, manifest_digest, quantiser=self._quantiser)
             figures.sync_pause_s = time.monotonic() - before
 
     async def _hand_in(self, lease: Lease) -> None:

@@ -18,6 +18,7 @@ from farflung.protocol.identity import Signed, seal, sign_request
 from farflung.rollouts.validate import inspect
 from farflung.store import ledger
 from farflung.store.tables import AUDITS, LEASES, NODES, ROLLOUTS, SUBMISSIONS
+from farflung.trust.evidence import Profiles
 
 BATCH_ROUTE = "/v1/runs/test/leases"
 
@@ -631,6 +632,26 @@ def test_changing_its_role_gets_a_granted_key_no_unaudited_training(house) -> No
         await turncoat.post("/v1/nodes", back, m.Welcome)
         assert house.statuses(AUDITS) == {"open": 1}
         assert house.statuses(ROLLOUTS, lease=lease.lease) == {"held": 4}
+
+    house.run(scenario)
+
+
+def test_a_node_does_not_choose_between_two_profiles_once_it_has_seen_both_texts(house) -> None:
+    """A sample has one text under each quantiser: who may change while it holds a lease hands in the better one."""
+    other = msgspec.structs.replace(house.ctx.profiles.run, name="small", bits=8, quantiser="int8")
+    house.ctx.profiles = Profiles(house.ctx.profiles.run, (other,))
+
+    async def scenario(house) -> None:
+        await house.step(0)
+        eve = await house.client("eve")
+        lease = await house.lease("eve")
+        small = m.Register(version=m.VERSION, profile="small")
+        with pytest.raises(errors.Conflict, match="before you change"):
+            await eve.post("/v1/nodes", small, m.Welcome)
+        await house.submit("eve", lease)
+        await eve.post("/v1/nodes", small, m.Welcome)
+        (kept,) = house.rows(sa.select(SUBMISSIONS.c.profile).where(SUBMISSIONS.c.node == house.named("eve").id))
+        assert kept.profile in ("", house.ctx.profiles.run.name)
 
     house.run(scenario)
 

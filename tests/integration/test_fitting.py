@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.conftest import CPU
 
@@ -14,7 +15,9 @@ from farflung.launch import profile_fit
 from farflung.numerics.devices import best
 from farflung.ops import calibrate
 from farflung.protocol.errors import ConfigError
-from farflung.tasks.create_run import Model
+from farflung.protocol.numerics import Quantiser
+from farflung.tasks.create_run import Model, refuse_blind
+from farflung.trust.evidence import WEIGHTS_OF
 from farflung.trust.profiles import load_profile, names
 
 BASE = Path(__file__).parents[2] / "examples" / "base"
@@ -89,16 +92,16 @@ def test_torch_says_which_device_is_the_best_where_a_driver_is(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("numerics", "name"),
     [
-        (("cpu", "", 0), "torch-cpu-fp32"),
-        (("cuda", "", 0), "torch-cuda-bf16"),
-        (("cuda", "float16", 0), "torch-cuda-fp16"),
-        (("cpu", "float32", 8), "torch-cpu-fp32-w8"),
+        (("cpu", "", ""), "torch-cpu-fp32"),
+        (("cuda", "", ""), "torch-cuda-bf16"),
+        (("cuda", "float16", ""), "torch-cuda-fp16"),
+        (("cpu", "float32", "int8"), "torch-cpu-fp32-int8"),
     ],
 )
-def test_a_profile_is_named_after_what_it_is_of(numerics: tuple[str, str, int], name: str) -> None:
+def test_a_profile_is_named_after_what_it_is_of(numerics: tuple[str, str, Quantiser], name: str) -> None:
     found = calibrate.numerics_of(*numerics)
     assert calibrate.name_of(found) == name
-    assert found.bits == (numerics[2] or (32 if found.arithmetic == "float32" else 16))
+    assert found.bits == (8 if numerics[2] else 32 if found.arithmetic == "float32" else 16)
 
 
 def test_what_torch_cannot_compute_in_is_not_measured() -> None:
@@ -110,13 +113,17 @@ def test_a_profile_says_whose_it_is_and_what_it_was_verified_in() -> None:
     model = Model(str(BASE))
     asked = [tuple(model.prompt_ids(Sums().prompt(task))) for task in itertools.islice(Sums().tasks("train"), 64)]
     under = calibrate.Conditions(model, asked, temperature=1.0, max_new_tokens=16)
-    numerics = calibrate.numerics_of("cpu", "float32", 4)
-    options = {"tokens": 300, "threads": 1, "kinds": calibrate.KINDS[:1], "cheats": ()}
+    numerics = calibrate.numerics_of("cpu", "float32", "int8")
+    options = {"tokens": 1000, "threads": 1, "kinds": calibrate.KINDS[:1], "cheats": ("unseeded",)}
     found = calibrate.make_profile(under, "small", numerics, **options)
     assert found.fields == numerics.fields
     assert found.verified_in == ("float32",)
-    plain = calibrate.make_profile(under, "plain", calibrate.numerics_of("cpu"), **options)
-    assert found.noise > 100 * plain.noise, "its weights are rounded to 4 bits, the verifiers' are not"
+    assert found.noise < 1e-5, "the verifiers quantise as well"
+    assert found.power[f"{WEIGHTS_OF}int4"] > 0
+    refuse_blind(found)
+    blind = msgspec.structs.replace(found, power={f"{WEIGHTS_OF}int4": 1e-6})
+    with pytest.raises(ConfigError, match="does not tell weights of int4 from its own int8 within 200,000 tokens"):
+        refuse_blind(blind)
 
 
 def test_a_profile_counts_processors_with_older_instructions() -> None:

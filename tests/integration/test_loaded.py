@@ -12,9 +12,9 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import save  # noqa: E402
 
-from farflung.engine.arithmetic import rounded  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.net.session import NodeStats  # noqa: E402
+from farflung.numerics.quantise import quantised  # noqa: E402
 from farflung.protocol import probe  # noqa: E402
 from farflung.protocol.digest import digest_of  # noqa: E402
 from farflung.protocol.errors import WeightsError  # noqa: E402
@@ -174,11 +174,20 @@ def test_weights_of_its_maker_need_no_file(play) -> None:
     play(scene)
 
 
-def test_matrices_are_rounded_on_their_way(play) -> None:
+def test_matrices_are_quantised_on_their_way_and_possession_is_of_what_was_published(play) -> None:
     async def scene(world: World) -> None:
-        Loaded(world.engine, world.versions, bits=8).ensure(world.digests[0])
+        digest, key = world.digests[0], "11" * 32
+        world.loaded.ensure(digest)
+        shown = world.loaded.possession("00" * 32, key)
+        world.loaded.ensure(digest, quantiser="int8")
+        assert not world.loaded.has(digest, "")
+        assert world.loaded.has(digest)
         held = world.engine.model.state_dict()
-        assert all(torch.equal(held[name], one.to(held[name])) for name, one in rounded(world.weights[0].items(), 8))
+        expected = dict(quantised(world.weights[0].items(), "int8"))
+        assert all(torch.equal(held[name], one.to(held[name])) for name, one in expected.items())
         assert not world.holds(world.weights[0])
+        assert world.loaded.possession("00" * 32, key) == shown
+        world.loaded.ensure(digest)
+        assert world.holds(world.weights[0])
 
     play(scene)

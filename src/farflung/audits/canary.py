@@ -149,7 +149,7 @@ def _jobs(
             max_new_tokens=kept.canary.max_new_tokens,
             nonce=audit_nonce(name),
             probe=probe,
-            profile=to_json(_judged_by(profiles, arithmetics)),
+            profile=to_json(_as_published(_judged_by(profiles, arithmetics))),
             verify_in=arithmetics,
             cap=0.0,
             rollouts=[
@@ -165,6 +165,11 @@ def _jobs(
             _canaries_of(connection, run_ctx, step), run_ctx, validator, step, arithmetics
         )
     ]
+
+
+def _as_published(profile: Profile) -> Profile:
+    """The same for the weights that the trainer answers a canary with."""
+    return msgspec.structs.replace(profile, quantiser="")
 
 
 def _judged_by(profiles: Profiles, arithmetics: Arithmetics) -> Profile:

@@ -19,7 +19,7 @@ from farflung.protocol.messages import (
     Explanation,
     RolloutEvidence,
 )
-from farflung.protocol.numerics import Dtype
+from farflung.protocol.numerics import Dtype, Quantiser
 from farflung.trust.diagnose import AS_LEASED
 from farflung.trust.evidence import Seen, from_json, further, log_ratios, submission_log_ratios
 
@@ -36,12 +36,17 @@ async def claim(session: Session, limit: int, wait_s: float, linger_s: float) ->
     return jobs.jobs
 
 
-def by_arithmetic(jobs: Sequence[AuditJob]) -> list[list[AuditJob]]:
+def alike(jobs: Sequence[AuditJob]) -> list[list[AuditJob]]:
     """Audits that are to be replayed in the same way, together; those that came first lead."""
-    found: dict[Sequence[Dtype], list[AuditJob]] = {}
+    found: dict[tuple[Sequence[Dtype], Quantiser], list[AuditJob]] = {}
     for job in jobs:
-        found.setdefault(job.verify_in, []).append(job)
+        found.setdefault((job.verify_in, quantiser_of(job)), []).append(job)
     return list(found.values())
+
+
+def quantiser_of(job: AuditJob) -> Quantiser:
+    """What the weights of an audit's node went through."""
+    return from_json(job.profile).quantiser
 
 
 def replay(

@@ -78,7 +78,7 @@ def calibrate(
     threads: int = 1,
     device: str = "auto",
     arithmetic: Literal["", "float32", "bfloat16", "float16", "fp8"] = "",
-    bits: int = 0,
+    quantiser: Literal["", "int8", "fp8", "int4"] = "",
     engine: Literal["torch", "vllm"] = "torch",
     engine_url: str = "",
 ) -> None:
@@ -109,8 +109,8 @@ def calibrate(
         What verifiers, and the generator of this process, compute on: auto for the best there is, cpu, cuda:N, mps.
     arithmetic
         What nodes generate in; empty for float32 on a CPU and bfloat16 elsewhere, or what the vLLM server says.
-    bits
-        Of a weight, if nodes round them to fewer than their arithmetic has; 0 for as many.
+    quantiser
+        What nodes make of the published weights before they compute, and verifiers of theirs; empty for nothing.
     engine
         The engine that generates: torch in this process, or a vLLM server.
     engine_url
@@ -128,7 +128,7 @@ def calibrate(
         threads=threads,
         device=device,
         arithmetic=arithmetic,
-        bits=bits,
+        quantiser=quantiser,
         engine="vllm" if engine_url else engine,
         engine_url=engine_url,
         temperature=temperature,

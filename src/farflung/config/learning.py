@@ -117,6 +117,14 @@ class LearnSection(Section):
     divide_by_std: bool = setting(True, "Divide advantages by the group's standard deviation.", is_advanced=True)
     kl: float = setting(0.0, "Weight of the KL to the base model, which is then held in memory too.", ge=0)
     entropy: float = setting(0.0, "Weight of the entropy that is rewarded.", ge=0, is_advanced=True)
+    quantised_share: float = setting(
+        1.0,
+        "Largest share of the rollouts under way that nodes with quantised weights may have, if profiles of such are "
+        "admitted.",
+        ge=0,
+        le=1,
+        is_advanced=True,
+    )
     importance_cap: float = setting(
         2.0,
         "Most that a stale token counts by its importance weight; 0 to take stale tokens as they are.",

@@ -26,7 +26,15 @@ from farflung.store.db import Database, migrate
 from farflung.store.metrics import Metrics
 from farflung.tasks import keyring
 from farflung.tasks.admit import refuse_forgotten
-from farflung.tasks.create_run import Model, create_run, local_grants, refuse_misfit, seal_descriptor, weights_key
+from farflung.tasks.create_run import (
+    Model,
+    create_run,
+    local_grants,
+    refuse_blind,
+    refuse_misfit,
+    seal_descriptor,
+    weights_key,
+)
 from farflung.trust import profiles as trust_profiles
 from farflung.trust.evidence import Profiles
 
@@ -44,6 +52,7 @@ def load_profiles(config: Config) -> Profiles:
     found = trust_profiles.load_profiles(config.model)
     for profile in found.every:
         refuse_misfit(config, profile)
+        refuse_blind(profile)
     return found
 
 

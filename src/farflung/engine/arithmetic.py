@@ -1,6 +1,5 @@
 """Arithmetic of numerics profiles: the one that is a node's own, and how torch computes in it."""
 
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple, get_args
 
 import torch
@@ -10,9 +9,9 @@ from farflung.protocol.messages import RunInfo
 from farflung.protocol.numerics import Dtype, Numerics
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8}
-"""Of a weight, by arithmetic, where it is not rounded to fewer."""
-PUBLISHED = 16
-"""Bits of a weight as it is published; fewer have to be rounded to."""
+"""Of a weight, by arithmetic, where it is not quantised."""
+QUANTISED = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
+"""The same by quantiser."""
 
 
 class Own(NamedTuple):
@@ -37,7 +36,8 @@ class Own(NamedTuple):
     def fits(self, numerics: Numerics) -> bool:
         """Whether this node computes, or can compute, so."""
         can = numerics.engine != "torch" or numerics.arithmetic in get_args(Dtype)
-        said = zip(self, (numerics.engine, numerics.device, numerics.arithmetic, numerics.bits), strict=True)
+        bits = self.bits if numerics.quantiser else numerics.bits  # what is quantised is quantised before it gets there
+        said = zip(self, (numerics.engine, numerics.device, numerics.arithmetic, bits), strict=True)
         return can and all(own in ("", 0, other) for own, other in said)
 
     @property
@@ -49,11 +49,15 @@ class Own(NamedTuple):
 def choose(info: RunInfo, own: Own, named: str = "") -> str:
     """The profile of a run that a node computes in: the one named, else the run's own or the first that fits.
 
+    One with a quantiser is taken where it is named, or where there is no other.
+
     Raises ConfigError where that is not its own: judged by it, an honest node would be ejected.
     """
     if named and named not in info.profiles:
         raise ConfigError(f"this run admits no numerics profile {named!r}; choose one of {', '.join(info.profiles)}")
     fitting = [name for name, one in info.profiles.items() if own.fits(one)]
+    whole = [name for name in fitting if not info.profiles[name].quantiser]
+    fitting = fitting if named or not whole else whole
     fitting.sort(key=lambda name: name != info.profile)
     if named and named not in fitting:
         others = f"choose one of {', '.join(fitting)}, or " if fitting else ""
@@ -82,18 +86,3 @@ def dtype_of(numerics: Numerics) -> torch.dtype:
     if numerics.arithmetic not in get_args(Dtype):
         raise ConfigError(f"torch cannot compute in {numerics.arithmetic}; it can do {', '.join(get_args(Dtype))}")
     return getattr(torch, numerics.arithmetic)
-
-
-def rounded(tensors: Iterable[tuple[str, torch.Tensor]], bits: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Matrices rounded to signed integers of so many bits with one scale a row, given back as float32.
-
-    Embeddings and everything that is no matrix stay as they are, as usual; so does all of it at the bits published.
-    """
-    for name, tensor in tensors:
-        is_rounded = bits < PUBLISHED and tensor.ndim == 2 and "embed" not in name
-        yield name, _round(tensor.float(), bits) if is_rounded else tensor
-
-
-def _round(weight_RC: torch.Tensor, bits: int) -> torch.Tensor:
-    scale_R1 = weight_RC.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
-    return (weight_RC / scale_R1).round_().mul_(scale_R1)

@@ -82,7 +82,7 @@ def forced(vocab: int) -> list[Forced]:
     everywhere = np.linspace(0, vocab - 1, 64).astype(np.int64)
     found: list[Forced] = []
     for i in range(_FORCED):
-        prompt = _prompt(vocab, 25 + 2 * i)
+        prompt = _prompt(vocab, 25 + 2 * (i % 4))
         token_C = np.unique(prompt if i % 2 else everywhere)
         seed_S = np.arange(_SEEDS, dtype=np.uint64) + np.uint64(_SEED + (i + 1 << 20))
         hash_SC = bits_at(np.repeat(seed_S, len(token_C)), len(prompt) - 1, np.tile(token_C, len(seed_S)))

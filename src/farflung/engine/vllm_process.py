@@ -21,6 +21,7 @@ import torch
 
 import farflung
 from farflung.engine.vllm import VllmEngine
+from farflung.engine.vllm_answers import TIMEOUT_S
 from farflung.numerics.devices import room_bytes
 from farflung.protocol.errors import ConfigError, EngineAway
 
@@ -34,6 +35,11 @@ MADE_FOR_OTHERS: Final = ("torchvision", "torchaudio", "torchcodec")
 """Text needs none of them, and beside the CPU build of torch they keep vLLM from starting."""
 START_S, TELL_S, LOOK_S = 900.0, 3.0, 0.2
 _GRACE_S = 20.0
+_FROM_FILES: Final = {
+    "method": "update_config",
+    "kwargs": {"overrides": {"load_config": {"load_format": "safetensors"}}},
+}
+"""It began without weights, which it would else hold to for ever."""
 # Ends the server once nobody holds the other end of its input, so that a killed worker leaves none behind.
 _GUARD = (
     'exec 3<&0; "$@" </dev/null 3<&- & child=$!; '
@@ -100,6 +106,7 @@ class VllmProcess:
                 told_at = time.monotonic()
                 log.info("vLLM starts since_s=%.0f: %s", told_at - since, _last_line(self._log))
             time.sleep(LOOK_S)
+        httpx2.post(f"{self.url}/collective_rpc", json=_FROM_FILES, timeout=TIMEOUT_S).raise_for_status()
         self.starts += 1
         log.info("vLLM serves url=%s after_s=%.0f log=%s", self.url, time.monotonic() - since, self._log)
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from farflung.config import Config, load
-from farflung.engine.arithmetic import BITS, PUBLISHED, Own, rounded
+from farflung.engine.arithmetic import BITS, QUANTISED, Own
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.fit import Text, cache_bytes
 from farflung.engine.local import LocalEngine
@@ -37,15 +37,16 @@ from farflung.envs.sums import Sums
 from farflung.launch.logs import start_logging
 from farflung.launch.restarts import REFUSED
 from farflung.numerics.devices import pick
+from farflung.numerics.quantise import quantised
 from farflung.ops.older_engine import OlderEngine
 from farflung.protocol.errors import ConfigError
-from farflung.protocol.numerics import Dtype, Numerics
+from farflung.protocol.numerics import COARSER, Dtype, Numerics, Quantiser
 from farflung.protocol.seeds import SEED_BITS
 from farflung.protocol.shown import one_line
 from farflung.tasks.create_run import Model
 from farflung.tasks.model_check import refuse_long
 from farflung.trust.bounds import calibrate, growth
-from farflung.trust.evidence import ALPHA, Profile, Scope, Seen, flips, to_json
+from farflung.trust.evidence import ALPHA, WEIGHTS_OF, Profile, Scope, Seen, flips, to_json
 from farflung.trust.profiles import load_profile
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def write_profile(
     threads: int,
     device: str = "auto",
     arithmetic: str = "",
-    bits: int = 0,
+    quantiser: Quantiser = "",
     engine: str = "torch",
     engine_url: str = "",
     temperature: float = 1.0,
@@ -139,7 +140,7 @@ def write_profile(
 ) -> Profile:
     """Generate, replay, calibrate, write. `tokens` are generated at the largest batch, parts of it in other ways.
 
-    Empty for name, arithmetic and bits is what follows from the device, or what a vLLM server says of itself.
+    Empty for name and arithmetic is what follows from the device, or what a vLLM server says of itself.
 
     `prompts` may be the TOML of a run: then temperature and max_new_tokens are that run's. With the URL of a vLLM
     server that generates; it no longer holds the values that were published.
@@ -153,7 +154,7 @@ def write_profile(
     with contextlib.ExitStack() as stack:
         if engine == "vllm" and not engine_url:
             engine_url = stack.enter_context(_own_server(under, where, threads))
-        numerics = numerics_of(where.type, arithmetic, bits, engine_url)
+        numerics = numerics_of(where.type, arithmetic, quantiser, engine_url)
         options = {"tokens": tokens, "threads": threads, "device": where, "engine_url": engine_url}
         profile = make_profile(under, name or name_of(numerics), numerics, **options)
     out.write_bytes(to_json(profile) + b"\n")
@@ -170,24 +171,24 @@ def _own_server(under: Conditions, device: torch.device, threads: int) -> Iterat
         yield url
 
 
-def numerics_of(device: str, arithmetic: str = "", bits: int = 0, engine_url: str = "") -> Numerics:
+def numerics_of(device: str, arithmetic: str = "", quantiser: Quantiser = "", engine_url: str = "") -> Numerics:
     """The numerics that are meant. Raises ConfigError for what torch cannot do, or a server says it does not."""
     own = server_numerics(engine_url) if engine_url else Own("torch", device)
     device, natural = own.device or device, own.arithmetic or ("float32" if device == "cpu" else "bfloat16")
     fields = {"engine": own.engine, "device": device, "arithmetic": arithmetic or natural}
     if fields["arithmetic"] not in BITS:
         raise ConfigError(f"there is no arithmetic {arithmetic!r}; choose one of {', '.join(BITS)}")
-    found = msgspec.convert(fields | {"bits": bits or own.bits or BITS[fields["arithmetic"]]}, Numerics)
+    bits = QUANTISED[quantiser] or own.bits or BITS[fields["arithmetic"]]
+    found = msgspec.convert(fields | {"bits": bits, "quantiser": quantiser}, Numerics)
     if not own.fits(found):
-        raise ConfigError(f"asked to measure {found.text}, but this is {own.text}; leave out --arithmetic and --bits")
+        raise ConfigError(f"asked to measure {found.text}, but this is {own.text}; leave out --arithmetic")
     return found
 
 
 def name_of(numerics: Numerics) -> str:
     """A name for a profile, such as torch-cuda-bf16."""
-    own_bits = BITS[numerics.arithmetic]
     short = SHORT_NAMES.get(numerics.arithmetic, numerics.arithmetic)
-    return f"{numerics.engine}-{numerics.device}-{short}" + ("" if numerics.bits == own_bits else f"-w{numerics.bits}")
+    return f"{numerics.engine}-{numerics.device}-{short}" + (f"-{numerics.quantiser}" if numerics.quantiser else "")
 
 
 def profile_of_run(config: Config, name: str, tokens: int) -> Profile:
@@ -196,7 +197,7 @@ def profile_of_run(config: Config, name: str, tokens: int) -> Profile:
     In seconds, so of few kinds. Its arithmetic is that of the one named, its device that of the run's own nodes.
     """
     device = pick(config.worker.device)
-    numerics = numerics_of(device.type, load_profile(name).arithmetic, load_profile(name).bits)
+    numerics = numerics_of(device.type, load_profile(name).arithmetic, load_profile(name).quantiser)
     model, env = Model(config.model.path), load_env(config.env.name, config.env.args)
     prompts = [env.prompt(task) for task in itertools.islice(env.tasks("train"), PROMPTS)]
     asked = [tuple(model.prompt_ids(prompt)) for prompt in prompts]
@@ -219,16 +220,14 @@ def make_profile(
     cheats: Sequence[str] = tuple(CHEATS),
 ) -> Profile:
     """The profile of one kind of arithmetic under some conditions."""
-    arithmetic, bits, verified_in = numerics.arithmetic, numerics.bits, VERIFIERS[numerics.arithmetic]
-    verifiers = [engine_of(under.model, kind, threads, device) for kind in verified_in]
+    arithmetic, quantiser, verified_in = numerics.arithmetic, numerics.quantiser, VERIFIERS[numerics.arithmetic]
+    verifiers = [engine_of(under.model, kind, threads, device, quantiser) for kind in verified_in]
     kinds = [kind for kind in kinds if not kind.is_older or (numerics.engine, numerics.device) == ("torch", "cpu")]
     with tempfile.TemporaryDirectory() as folder:
-        served = _served(under.model, engine_url, Path(folder)) if engine_url else None
-        is_own = not served and bits < PUBLISHED
-        own = engine_of(under.model, arithmetic, threads, device, bits) if is_own else verifiers[0]
-        generator = served or own
+        generator = _served(under.model, engine_url, Path(folder), quantiser) if engine_url else verifiers[0]
         of_kind = [
-            (OlderEngine(under.model.path, arithmetic, bits) if kind.is_older else generator, kind) for kind in kinds
+            (OlderEngine(under.model.path, arithmetic, quantiser) if kind.is_older else generator, kind)
+            for kind in kinds
         ]
         honest = [
             one for made_by, kind in of_kind for one in _play(made_by, verifiers, under, kind, tokens * kind.share)
@@ -239,10 +238,15 @@ def make_profile(
             ]
             for cheat in cheats
         }
+        for kind in COARSER[quantiser] if quantiser and cheats else ():
+            other = generator if engine_url else engine_of(under.model, arithmetic, threads, device)
+            other.load(quantised(published(under.model.path), kind))
+            of_it = _play(other, verifiers[:1], under, KINDS[0], tokens * CHEAT_PART)
+            tried[f"{WEIGHTS_OF}{kind}"] = [one.seen for one in of_it]
     seen, noise = [one.seen for one in honest], np.concatenate([one.noise for one in honest])
     about = {"numerics": numerics, "verified_in": verified_in, "scope": under.scope}
     profile = calibrate(name, seen, tried, noise=noise, tolerance=TOLERANCE[arithmetic] / under.temperature, **about)
-    profile = msgspec.structs.replace(profile, holds_published=not engine_url)
+    profile = msgspec.structs.replace(profile, holds_published=bool(quantiser) or not engine_url)
     _report(profile, {"honest": seen, **tried})
     return profile
 
@@ -267,13 +271,13 @@ def _env(config: Path | None) -> Env:
 
 
 def engine_of(
-    model: Model, dtype: str, threads: int, device: torch.device | str = "cpu", bits: int = PUBLISHED
+    model: Model, dtype: str, threads: int, device: torch.device | str = "cpu", quantiser: Quantiser = ""
 ) -> LocalEngine:
-    """The model with its weights as they are published, rounded to fewer bits if asked."""
+    """The model with its weights as they are published, quantised if asked."""
     engine = LocalEngine.from_folder(
         model.path, dtype=getattr(torch, dtype), threads=threads, eos_ids=model.eos_ids, device=device
     )
-    engine.load(rounded(published(model.path), bits))
+    engine.load(quantised(published(model.path), quantiser))
     return engine
 
 
@@ -284,9 +288,9 @@ def published(model: str) -> Iterator[tuple[str, torch.Tensor]]:
     return Policy.from_pretrained(model).tensors()
 
 
-def _served(model: Model, url: str, folder: Path) -> VllmEngine:
+def _served(model: Model, url: str, folder: Path, quantiser: Quantiser) -> VllmEngine:
     engine = VllmEngine(url, folder, eos_ids=model.eos_ids, vocab=model.vocab)
-    engine.load(published(model.path))
+    engine.load(quantised(published(model.path), quantiser))
     return engine
 
 

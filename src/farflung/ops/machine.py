@@ -45,7 +45,7 @@ class Machine:
         info, settings = self._session.info, self._settings
         device = pick("cpu" if settings.is_elsewhere else settings.device)
         profile = info.profiles[choose(info, await own_numerics(settings), settings.profile)]
-        self._dtype, self._config = held_in(profile)[0], await fetch_model_config(self._session)
+        self._dtype, self._config = held_in(profile), await fetch_model_config(self._session)
         self._slots = await asyncio.to_thread(node_slots, settings, info, device, self._config, self._dtype)
         where = "the vLLM server" if settings.is_elsewhere else str(device)
         return f"{self._slots} rollouts of {longest(info, settings.context).tokens:,} tokens at once on {where}"

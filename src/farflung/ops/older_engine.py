@@ -14,6 +14,7 @@ import msgspec
 
 from farflung.engine.base import Completion, Request
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.numerics import Quantiser
 
 OLDER = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 TIMEOUT_S = 1800.0
@@ -24,7 +25,7 @@ class Job(msgspec.Struct):
 
     model: str
     dtype: str
-    bits: int
+    quantiser: Quantiser
     rows: int
     requests: list[Request]
 
@@ -32,12 +33,13 @@ class Job(msgspec.Struct):
 class OlderEngine:
     """Generates only."""
 
-    def __init__(self, model: str, dtype: str, bits: int) -> None:
-        self.model, self.dtype, self.bits, self.max_rows = model, dtype, bits, 16
+    def __init__(self, model: str, dtype: str, quantiser: Quantiser = "") -> None:
+        self.model, self.dtype, self.max_rows = model, dtype, 16
+        self.quantiser: Quantiser = quantiser
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Generate every request, in order. Raises ConfigError where such a process ends in an error."""
-        job = msgspec.msgpack.encode(Job(self.model, self.dtype, self.bits, self.max_rows, list(requests)))
+        job = msgspec.msgpack.encode(Job(self.model, self.dtype, self.quantiser, self.max_rows, list(requests)))
         command = [sys.executable, "-m", "farflung.ops.older_engine"]
         done = subprocess.run(command, input=job, capture_output=True, env=os.environ | OLDER, timeout=TIMEOUT_S)
         if done.returncode:
@@ -52,7 +54,7 @@ def _main() -> None:
     from farflung.tasks.create_run import Model
 
     job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job)
-    engine = engine_of(Model(job.model), job.dtype, threads=1, bits=job.bits)
+    engine = engine_of(Model(job.model), job.dtype, threads=1, quantiser=job.quantiser)
     engine.max_rows = job.rows
     sys.stdout.buffer.write(msgspec.msgpack.encode(engine.generate(job.requests)))
 

@@ -17,6 +17,17 @@ DeviceKind = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9]{0,15}(?!\n)$")]
 """As torch calls it: cpu, cuda, xpu, mps."""
 
 
+Quantiser = Literal["", "int8", "fp8", "int4"]
+"""What published weights go through before a node computes with them (`numerics/quantise.py`); empty for nothing."""
+COARSER: Final[dict[Quantiser, tuple[Quantiser, ...]]] = {
+    "": ("int8", "int4"),
+    "int8": ("int4",),
+    "fp8": ("int4",),
+    "int4": (),
+}
+"""What saves more than each: a node that declares one could gain by another."""
+
+
 class Numerics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What generates, on which kind of device, in which arithmetic, with weights of how many bits."""
 
@@ -25,6 +36,8 @@ class Numerics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     arithmetic: Literal["float32", "bfloat16", "float16", "fp8"]
     bits: Annotated[int, Meta(ge=2, le=32)]
     """Of a weight in its matrices."""
+    quantiser: Quantiser = ""
+    """What made them of the published ones, for the verifier to do the same; empty for none, or an engine's own."""
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -34,4 +47,5 @@ class Numerics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     @property
     def text(self) -> str:
         """All of it in words."""
-        return f"{self.engine} on {self.device} in {self.arithmetic} with weights of {self.bits} bits"
+        by = f" by {self.quantiser}" if self.quantiser else ""
+        return f"{self.engine} on {self.device} in {self.arithmetic} with weights of {self.bits} bits{by}"

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from farflung.engine.arithmetic import rounded
 from farflung.engine.base import Request
+from farflung.numerics.quantise import quantised
+from farflung.protocol.numerics import Quantiser
 from farflung.redteam.adversary import Attack, Made, Stop
 
 
@@ -30,14 +31,14 @@ class OtherWeights(Attack):
         return self.own.generate(requests, should_stop)
 
 
-class Bits(OtherWeights):
+class Quantised(OtherWeights):
     """Cheaper arithmetic: weights of a few bits under a profile that promises more; replay, int8 slowly."""
 
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
+    def __init__(self, quantiser: Quantiser) -> None:
+        self.quantiser: Quantiser = quantiser
 
     def bent(self, tensors: Sequence[tuple[str, Any]]) -> Sequence[tuple[str, Any]]:
-        return list(rounded(tensors, self.bits))
+        return list(quantised(tensors, self.quantiser))
 
 
 class Stale(OtherWeights):

@@ -19,6 +19,7 @@ from farflung.learner.pack import Rollout
 from farflung.net.session import Session
 from farflung.protocol import wire
 from farflung.protocol.messages import Batch, RolloutLook
+from farflung.protocol.numerics import Quantiser
 from farflung.rollouts import stale
 from farflung.rollouts.agreement import Agreement, agree
 from farflung.rollouts.batch import Bodies, Suspect, suspects, trip
@@ -39,8 +40,8 @@ class Held(Protocol):
         """Have a version on disk, unless the engine holds it."""
         ...
 
-    def ensure(self, digest: str) -> None:
-        """Have a version that was fetched in the engine."""
+    def ensure(self, digest: str, *, quantiser: Quantiser = "") -> None:
+        """Have a version that was fetched in the engine, quantised so."""
         ...
 
     def invalidate(self) -> None:
@@ -56,6 +57,8 @@ class Checker:
         self._learn, self._max_new_tokens = config.learn, config.generate.max_new_tokens
         self._folder = config.folder / "checkpoints" / "behaviour"
         self._profiles = load_profiles(config.model)
+        self._is_mixed = any(one.quantiser for one in self._profiles.every)
+        """Whether some nodes may generate with other weights than are published."""
         self._seen: dict[str, torch.Tensor] = {}
         """By rollout of the batch looked at last, what its tokens were worth, float32 (N,)."""
 
@@ -69,14 +72,15 @@ class Checker:
     async def trip(self, batch: Batch) -> int:
         """Replay a batch, and have what is not what its seeds give taken out; gives 0 if the batch stays as it is.
 
-        Several updates need to know what every rollout was worth before the first, so then none is left out.
+        Several updates need to know what every rollout was worth before the first, so then none is left out; nor where
+        some were generated with quantised weights, under which they are replayed too.
         """
-        every = await suspects(self._bodies, batch, is_all=self._learn.minibatches > 1)
+        every = await suspects(self._bodies, batch, is_all=self._needs_all)
         found: list[Looked] = []
-        for digest in sorted({one.manifest for one in every}):
+        for digest, quantiser in sorted({(one.manifest, self._quantiser(one.profile)) for one in every}):
             await self._fetch(digest)
-            part = [one for one in every if one.manifest == digest]
-            found += await asyncio.to_thread(self._inspect, digest, part, batch.temperature)
+            part = [one for one in every if (one.manifest, self._quantiser(one.profile)) == (digest, quantiser)]
+            found += await asyncio.to_thread(self._inspect, digest, quantiser, part, batch.temperature)
         self._seen = {one.rollout: one.logp for one in found}
         looked = [RolloutLook(rollout=one.rollout, **one.flips._asdict()) for one in found]
         if caught := tripped((one.submission, one.log_ratios) for one in found if not one.is_audited):
@@ -90,7 +94,7 @@ class Checker:
         leaves out what was audited, chance decides what is replayed together, and so would it decide the last bits.
         """
         by_step = stale.stale(rollouts, batch.step - 1)
-        if self._learn.minibatches == 1 and not (by_step and self._learn.importance_cap):
+        if not self._needs_all and not (by_step and self._learn.importance_cap):
             return {}
         if batch.committed:
             return stale.stored(self._folder, batch.step)
@@ -115,14 +119,22 @@ class Checker:
 
     def _known(self, batch: Batch) -> stale.Logp:
         """The tripwire's log-probabilities of a batch's rollouts, which several updates may use."""
-        if self._learn.minibatches == 1:
+        if not self._needs_all:
             return {}
         names = [rollout.rollout for group in batch.groups for rollout in group.rollouts]
         return {index: self._seen[name] for index, name in enumerate(names) if name in self._seen}
 
-    def _inspect(self, digest: str, part: list[Suspect], temperature: float) -> list[Looked]:
+    @property
+    def _needs_all(self) -> bool:
+        """Whether the learner needs what every rollout was worth, and not stale ones alone."""
+        return self._learn.minibatches > 1 or self._is_mixed
+
+    def _quantiser(self, profile: str) -> Quantiser:
+        return self._profiles.of(profile).quantiser
+
+    def _inspect(self, digest: str, quantiser: Quantiser, part: list[Suspect], temperature: float) -> list[Looked]:
         with self._session.stats.working():
-            self._held.ensure(digest)
+            self._held.ensure(digest, quantiser=quantiser)
             return inspect(self._held.engine, part, temperature, self._max_new_tokens, self._profiles)
 
     def _replayed(self, digest: str, rollouts: Sequence[Rollout], which: list[int]) -> stale.Logp:

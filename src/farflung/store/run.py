@@ -38,6 +38,8 @@ class RunContext:
     """The key that verdicts are signed with."""
     stops: Stops | None = None
     """With which token a stop string is complete, in a run that has some."""
+    quantised: frozenset[str] = frozenset()
+    """Numerics profiles of nodes that quantise the published weights."""
     task_orders: dict[int, Any] = field(default_factory=dict[int, Any], compare=False, repr=False)
     """How far the tasks of recent steps are opened, so that no lease needs a look from the beginning."""
 

@@ -99,7 +99,10 @@ def admit(connection: Connection, node: str, public: bytes, ask: Register, now: 
     if row is not None and row.status == "ejected":
         raise ejected(node)
     if row is not None:
-        if row.role != ask.role:
+        if (row.role, row.profile) != (
+            ask.role,
+            ask.profile,
+        ):  # of two profiles it could choose after seeing both texts
             _check_idle(connection, row)
         connection.execute(NODES.update().where(NODES.c.node == node).values(said))
         return _restart(connection, row, ask, now) if row.profile != ask.profile else row.status
@@ -116,7 +119,8 @@ def _check_idle(connection: Connection, row: Row[Any]) -> None:
     lease = connection.execute(sa.select(LEASES.c.lease).where(mine)).scalar()
     if lease is not None:
         raise Conflict(
-            f"node {row.node} holds lease {lease} as a {row.role}; submit it or hand it back before you change"
+            f"node {row.node} holds lease {lease} as a {row.role} with profile {row.profile!r}; submit it or hand it "
+            "back before you change"
         )
 
 

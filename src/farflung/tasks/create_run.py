@@ -26,7 +26,7 @@ from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key, seal
 from farflung.protocol.messages import VERSION, AdmittedProfile, File, Run, RunInfo
-from farflung.protocol.numerics import NOISE
+from farflung.protocol.numerics import COARSER, NOISE
 from farflung.protocol.stops import STOPS, Stops
 from farflung.store.blobs import Blobs
 from farflung.store.db import Database
@@ -38,10 +38,13 @@ from farflung.tasks.keyring import Keyring
 from farflung.tasks.model import Model
 from farflung.tasks.model_check import refuse_long, refuse_unfit
 from farflung.tasks.stop_table import stops_of
-from farflung.trust.evidence import Profile, Profiles, to_json
+from farflung.trust.evidence import ALPHA, WEIGHTS_OF, Profile, Profiles, to_json
+from farflung.trust.profiles import load_profiles
 
 MODEL_FILES = ("config.json", "generation_config.json")
 MOST_PROMPT_TOKENS = 131_072
+MOST_COARSER = 200_000
+"""Audited tokens within which an admitted profile must tell weights of fewer bits than it says."""
 
 
 def refuse_misfit(config: Config, profile: Profile) -> None:
@@ -52,6 +55,18 @@ def refuse_misfit(config: Config, profile: Profile) -> None:
             f"calibrate {config.model.path} --device {profile.device} --arithmetic {profile.arithmetic} "
             "--prompts RUN.toml --out FILE.json` and name the file in model.profile or model.profiles"
         )
+
+
+def refuse_blind(profile: Profile) -> None:
+    """Raise ConfigError for a profile of quantised weights that hardly tells those of fewer bits."""
+    for kind in COARSER[profile.quantiser] if profile.quantiser else ():
+        nats = profile.power.get(WEIGHTS_OF + kind, 0.0)
+        if nats * MOST_COARSER < math.log(1 / ALPHA):
+            raise ConfigError(
+                f"numerics profile {profile.name!r} does not tell weights of {kind} from its own {profile.quantiser} "
+                f"within {MOST_COARSER:,} tokens ({nats:.1e} nats a token); calibrate it on this run's prompts and on "
+                "more tokens, or leave it out of model.profiles"
+            )
 
 
 def misfit(config: Config, profile: Profile) -> str:
@@ -99,8 +114,20 @@ async def create_run(
         secret = row.secret
         await database.write(lambda c: _resume(c, config, now))
     tasks = await database.read(lambda c: train_tasks(c, config.run.name))
-    vocabulary = model.vocab, model.eos_ids
-    return RunContext(config.run.name, config, secret, key, *vocabulary, tasks, receipts or key, verdicts or key, stops)
+    quantised = frozenset(one.name for one in load_profiles(config.model).every if one.quantiser)
+    return RunContext(
+        config.run.name,
+        config,
+        secret,
+        key,
+        model.vocab,
+        model.eos_ids,
+        tasks,
+        receipts or key,
+        verdicts or key,
+        stops,
+        quantised,
+    )
 
 
 async def seal_descriptor(

@@ -28,6 +28,7 @@ from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.candidates import Samples, groups_now, next_tasks, open_groups, open_samples, owners
 from farflung.tasks.issue import Asking, write
 from farflung.tasks.probation import Probation
+from farflung.tasks.tiers import Quantised
 
 ANY_CONTEXT = 1 << 40
 LOOK_AHEAD = 4
@@ -167,7 +168,10 @@ def _issue_train(
     )
     is_any_new = any(ask.node.status == "probation" for ask in asks)
     probation = Probation(connection, run_ctx, settings.groups_ahead, now) if is_any_new else None
-    found = {ask.asking: _plan(allocator, probation, ask, restored or 0, now) for ask in asks}
+    is_shared = run_ctx.quantised and run_ctx.config.learn.quantised_share < 1
+    oldest = latest - settings.max_staleness
+    quantised = Quantised(connection, run_ctx, settings.groups_ahead, oldest) if is_shared else None
+    found = {ask.asking: _plan(allocator, probation, quantised, ask, restored or 0, now) for ask in asks}
     plans = {one: plan for one, plan in found.items() if isinstance(plan, Plan)}
     waits = {one: wait for one, wait in found.items() if isinstance(wait, Wait)}
     return waits | write(connection, run_ctx, plans, "train", now, had.reopened)
@@ -178,14 +182,26 @@ _RESTORED = sa.select(sa.func.max(STEPS.c.step)).where(
 )
 
 
-def _plan(allocator: Allocator, probation: Probation | None, ask: WorkRequest, oldest: int, now: float) -> Plan | Wait:
+def _plan(
+    allocator: Allocator,
+    probation: Probation | None,
+    quantised: Quantised | None,
+    ask: WorkRequest,
+    oldest: int,
+    now: float,
+) -> Plan | Wait:
     node, wish = ask.node, ask.wish
     is_new = probation is not None and node.status == "probation"
     if is_new and (why := probation.why_not(node.node)):
         return Wait(why)
     loaded = wish.loaded_step if wish.loaded_step >= oldest else None
-    asker = Asker(loaded, wish.slots, wish.context or ANY_CONTEXT, node.node)
+    slots = wish.slots if quantised is None else quantised.slots(node.profile, wish.slots)
+    if quantised is not None and slots < min(wish.slots, allocator.settings.lease_minimum):
+        return Wait(quantised.why_not)
+    asker = Asker(loaded, slots, wish.context or ANY_CONTEXT, node.node)
     plan = allocator.take(asker, now)
+    if quantised is not None and isinstance(plan, Plan):
+        quantised.take(node.profile, plan.rollouts)
     if is_new and isinstance(plan, Plan):
         probation.take(node.node, plan)
     return plan

@@ -173,6 +173,10 @@ class Profile(Numerics, frozen=True):
             raise ValueError(f"profile {self.name} must have 0 < q0 <= {CEILING} in every bin, or the test is unsound")
 
 
+WEIGHTS_OF: Final = "weights of "
+"""Begins the names in a profile's `power` of weights with fewer bits than it has."""
+
+
 class Profiles(NamedTuple):
     """The profiles that a run admits. A node picks one of their names, and is judged by it."""
 

@@ -5,15 +5,18 @@ validator damn the honest. So a version counts as loaded only once it is whole, 
 engine outlives the weights it was read from.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from farflung.engine.arithmetic import PUBLISHED, rounded
 from farflung.engine.base import Engine
+from farflung.engine.loading import read_slices
 from farflung.net.session import NodeStats
+from farflung.numerics.quantise import quantised
 from farflung.protocol import probe
 from farflung.protocol.errors import WeightsError
+from farflung.protocol.numerics import Quantiser
+from farflung.protocol.probe import Slice
 from farflung.weights.cache import Versions
 from farflung.weights.parts import whole_shapes
 from farflung.weights.tensors import tensors
@@ -24,41 +27,39 @@ Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 
 
 class Loaded:
-    """The version of the weights in one engine, by the digest of its manifest.
+    """The version of the weights in one engine, by the digest of its manifest and the quantiser it went through.
 
-    Matrices are rounded to `bits` on their way there if these are fewer than published (`engine/arithmetic.py`). The
-    `stats` of a session are told which step it is, -1 for none, as the node's heartbeats say it.
+    The `stats` of a session are told which step it is, -1 for none, as the node's heartbeats say it.
     """
 
-    def __init__(
-        self, engine: Engine, versions: Versions, *, bits: int = PUBLISHED, stats: NodeStats | None = None
-    ) -> None:
-        self.engine, self._versions, self._bits, self._stats = engine, versions, bits, stats
-        self._digest = NOTHING
+    def __init__(self, engine: Engine, versions: Versions, *, stats: NodeStats | None = None) -> None:
+        self.engine, self._versions, self._stats = engine, versions, stats
+        self._digest, self._quantiser = NOTHING, ""
         self._values: dict[str, bytes] = {}
         """By probe key, the values of its slices in the engine."""
 
-    def has(self, digest: str) -> bool:
-        """Whether the engine holds this version, whole."""
-        return digest == self._digest != NOTHING
+    def has(self, digest: str, quantiser: Quantiser | None = None) -> bool:
+        """Whether the engine holds this version, whole; quantised so, if that is said."""
+        return digest == self._digest != NOTHING and quantiser in (None, self._quantiser)
 
     async def fetch(self, digest: str) -> None:
         """Have a version on disk, unless the engine holds it. Raises WeightsError, BadSignature, NotFound."""
-        if not self.has(digest):
+        if not self.has(digest, ""):
             await self._versions.fetch(digest)
 
-    def ensure(self, digest: str, own: Weights | None = None) -> None:
+    def ensure(self, digest: str, own: Weights | None = None, *, quantiser: Quantiser = "") -> None:
         """Have a version in the engine: one that was fetched, or the weights that its maker has in memory, `own`.
 
         Does nothing where it is there. Raises WeightsError. After a fault of any kind nothing counts as loaded, and
         the next call loads anew.
         """
-        if self.has(digest):
+        if self.has(digest, quantiser):
             return
         step = self._versions.known(digest).step if own is None else -1
         self.invalidate()
-        self.engine.load(rounded(tensors(self._versions, digest), self._bits) if own is None else own())
+        self.engine.load(quantised(tensors(self._versions, digest) if own is None else own(), quantiser))
         self._count_as(digest, step)
+        self._quantiser = quantiser
 
     def stored(self, digest: str) -> Iterable[tuple[str, torch.Tensor]]:
         """The tensors of a version that was fetched. Raises WeightsError."""
@@ -72,14 +73,20 @@ class Loaded:
     def possession(self, nonce: str, key: str) -> str:
         """The answer to a probe: SHA-256 in hex over the nonce and the slices of the engine's weights that it chooses.
 
-        Nonce and probe key are in hex. The slices are read once after each load. Raises WeightsError if none is whole.
+        Nonce and probe key are in hex. The slices are read once after each load; of a quantised version from what it
+        was made of. Raises WeightsError if none is whole.
         """
         if self._digest == NOTHING:
             raise WeightsError("the engine holds no whole version, so none can be shown; load one first")
         if key not in self._values:
             shapes = whole_shapes((one.name, one.shape) for one in self._versions.known(self._digest).tensors)
-            self._values[key] = self.engine.values(probe.slices(shapes, bytes.fromhex(key)))
+            slices = probe.slices(shapes, bytes.fromhex(key))
+            self._values[key] = self._stored_values(slices) if self._quantiser else self.engine.values(slices)
         return probe.answer(nonce, self._values[key])
+
+    def _stored_values(self, slices: Sequence[Slice]) -> bytes:
+        names = {one.name for one in slices}
+        return read_slices({name: one for name, one in self.stored(self._digest) if name in names}, slices)
 
     def _count_as(self, digest: str, step: int) -> None:
         self._digest = digest

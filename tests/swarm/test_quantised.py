@@ -1,0 +1,84 @@
+"""Nodes with quantised weights beside others: the honest are trusted, one with fewer bits than it declares is not."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(900)]
+torch = pytest.importorskip("torch")
+import sqlalchemy as sa  # noqa: E402
+from tests import conftest  # noqa: E402
+from tests.conftest import named  # noqa: E402
+from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+from farflung.config import WorkerSection  # noqa: E402
+from farflung.redteam.adversary import Cheating  # noqa: E402
+from farflung.redteam.other_weights import Quantised  # noqa: E402
+from farflung.store.tables import NODES, ROLLOUTS  # noqa: E402
+from farflung.trust.evidence import WEIGHTS_OF, Profiles, to_json  # noqa: E402
+from farflung.worker import Worker  # noqa: E402
+from tiny_run import IDS, play, save, tiny_run  # noqa: E402
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+MORE = {"num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
+
+
+@pytest.fixture
+def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The run's own profile, and one for int8: the same bounds, for its verifiers quantise too."""
+    power = {f"{WEIGHTS_OF}int4": 0.1}
+    int8 = msgspec.structs.replace(conftest.PROFILE.run, name="small", bits=8, quantiser="int8", power=power)
+    monkeypatch.setattr(conftest, "PROFILE", Profiles(conftest.PROFILE.run, (int8,)))
+    path = tmp_path / "small.json"
+    path.write_bytes(to_json(int8))
+    return [str(path)]
+
+
+def node(site, folder: Path, name: str, profile: str = "", **options) -> Worker:
+    return Worker(site.url, named(name), folder / name, WorkerSection(slots=4, profile=profile), name=name, **options)
+
+
+def test_an_honest_one_is_trusted_and_trained_on_and_a_coarser_one_is_ejected(
+    tmp_path: Path, profiles: list[str]
+) -> None:
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE, **IDS))
+    changes = {
+        "run": {"steps": 12},
+        "model": {"profiles": profiles},
+        "generate": {"samples": 4, "max_new_tokens": 32},
+        "learn": {"groups": 2, "lr": 1e-5, "oversample": 2.0},
+        "lease": {"rollouts": 4, "lease_s": 100.0, "heartbeat_s": 0.5},
+        "trust": {"probation_rollouts": 8},
+    }
+    with tiny_run(tmp_path, save(model, tmp_path / "model"), **changes) as site:
+        small = node(site, tmp_path, "bob", "small")
+        posing = node(site, tmp_path, "mallory", "small", wrap=lambda engine: Cheating(engine, Quantised("int4")))
+        play(site, tmp_path, node(site, tmp_path, "ada"), small, posing)
+        statuses = {name: site.house.row(NODES, named(name).id).status for name in ("ada", "bob", "mallory")}
+        assert statuses == {"ada": "trusted", "bob": "trusted", "mallory": "ejected"}
+        trained = sa.select(ROLLOUTS.c.node, sa.func.count()).where(ROLLOUTS.c.status == "trained")
+        counts = dict(site.house.rows(trained.group_by(ROLLOUTS.c.node)))
+        assert counts[named("bob").id] > 0
+        assert counts[named("ada").id] > 0
+        bad = site.house.rows(sa.select(ROLLOUTS.c.node).where(ROLLOUTS.c.status == "void").distinct())
+        assert {row.node for row in bad} <= {named("mallory").id}
+
+
+def test_their_share_of_the_work_is_kept_to(tmp_path: Path, profiles: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE, **IDS))
+    changes = {
+        "run": {"steps": 4},
+        "model": {"profiles": profiles},
+        "generate": {"samples": 4, "max_new_tokens": 8},
+        "learn": {"groups": 4, "lr": 1e-5, "quantised_share": 0.25},
+        "lease": {"rollouts": 4, "lease_s": 100.0, "heartbeat_s": 0.5, "ahead": 1.0},
+        "trust": {"probation_rollouts": 4},
+    }
+    with tiny_run(tmp_path, save(model, tmp_path / "model"), **changes) as site:
+        play(site, tmp_path, node(site, tmp_path, "ada"), node(site, tmp_path, "bob", "small"))
+        trained = sa.select(ROLLOUTS.c.node, sa.func.count()).where(ROLLOUTS.c.status == "trained")
+        counts = dict(site.house.rows(trained.group_by(ROLLOUTS.c.node)))
+        assert 0 < counts.get(named("bob").id, 0) <= 0.5 * sum(counts.values())
