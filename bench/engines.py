@@ -34,6 +34,7 @@ from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.protocol.errors import Unreachable
 from farflung.protocol.numerics import Numerics
+from farflung.protocol.seeds import SEED_BITS
 from farflung.tasks.create_run import Model
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import Profile, Seen
@@ -81,7 +82,7 @@ def prompts(model: Model) -> list[tuple[int, ...]]:
 
 
 def asked(known: Sequence[tuple[int, ...]], count: int) -> list[Request]:
-    return [Request(random.choice(known), secrets.randbits(64), 1.0, BUDGET) for _ in range(count)]
+    return [Request(random.choice(known), secrets.randbits(SEED_BITS), 1.0, BUDGET) for _ in range(count)]
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ class Views(NamedTuple):
 def look(made: Sequence[Made], verifiers: Mapping[str, LocalEngine]) -> Views:
     fp32 = {kind: list(_seen(verifiers["fp32"], [m for m in made if m.kind == kind])) for kind in KINDS}
     honest = [m for m in made if m.kind == "honest"]
-    other = [m._replace(request=replace(m.request, seed=secrets.randbits(64))) for m in honest[1::8]]
+    other = [m._replace(request=replace(m.request, seed=secrets.randbits(SEED_BITS))) for m in honest[1::8]]
     fp32["unseeded"] = list(_seen(verifiers["fp32"], other))
     return Views(fp32, list(_seen(verifiers["bf16"], honest[::4])))
 
@@ -310,7 +311,7 @@ def _serve(url: str, folder: Path, eos: Sequence[int]) -> tuple[VllmEngine | Non
     if not url:
         return None, "no --vllm-url"
     try:
-        return VllmEngine(url, folder, eos_ids=eos, max_rows=ROWS), ""
+        return VllmEngine(url, folder, eos_ids=eos, vocab=Model(str(SMOL)).vocab, max_rows=ROWS), ""
     except Unreachable as error:
         return None, str(error)
 

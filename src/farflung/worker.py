@@ -47,7 +47,7 @@ from farflung.protocol.messages import (
     SelfTest,
     Submission,
 )
-from farflung.protocol.numerics import Numerics
+from farflung.protocol.numerics import Numerics, Quantiser
 from farflung.protocol.stops import Stops
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
@@ -121,6 +121,7 @@ class Worker:
         self._paced_at = time.monotonic()
         self._idle_because, self._is_tried, self._away_s = "", False, AWAY_S
         self._process: VllmProcess | None = None
+        self._quantiser: Quantiser = ""
 
     async def run(self) -> None:
         """Work until the run ends, the node is ejected, or the worker is told to stop."""
@@ -232,22 +233,35 @@ class Worker:
         except FarflungError as error:  # a lease will ask for it again
             log.warning("not loaded yet manifest=%s because=%s", manifest[:12], error)
             return
-        await self.try_numerics(manifest)
+        if other := await self.try_numerics(manifest):
+            await self._declare(other)
 
-    async def try_numerics(self, manifest: str) -> None:
-        """Once, with the first version that has a self-test. Raises ConfigError where the noise is not forgiven."""
+    async def _declare(self, profile: str) -> None:
+        """Be judged by another profile, under which this machine's noise is forgiven; it computes as before."""
+        await self.session.declare(profile)
+        log.warning("judged by profile=%s instead of=%s because=its noise is forgiven there", profile, self.profile)
+        self.profile = profile
+
+    async def try_numerics(self, manifest: str) -> str:
+        """Once, with the first version that has a self-test: the profile to be judged by instead, if any.
+
+        That is where the noise is not forgiven under the present one. Raises ConfigError where none admitted forgives.
+        """
         test = None if self._is_tried else await self_test.fetch_or_none(self.session, manifest)
         profile = self_test.profile_in(self.session, test, self.profile) if test and not self._quantiser else None
         if test is None or profile is None:  # it is made with the weights as they are published
-            return
+            return ""
         self._is_tried, self.session.stats.phase = True, "self-test"
         tried = await asyncio.to_thread(self._attempt, test, profile)
         if tried is None:
             log.info("no self-test because=%s cannot tell gaps", self.settings.engine)
-            return
+            return ""
         log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.text)
-        if not tried.is_forgiven and not self.settings.ignore_self_test:
-            raise ConfigError(f"{tried.text}, or work all the same with --ignore-self-test")
+        if tried.is_forgiven or self.settings.ignore_self_test:
+            return ""
+        if other := self_test.nearest(self.session, test, self.profile, tried):
+            return other
+        raise ConfigError(f"{tried.text}, or work all the same with --ignore-self-test")
 
     def _attempt(self, test: SelfTest, profile: Profile) -> self_test.Tried | None:
         with self.session.stats.working("proof"):
@@ -289,7 +303,10 @@ class Worker:
     async def _work(self, lease: Lease) -> None:
         try:
             await self.load(lease.manifest)
-            await self.try_numerics(lease.manifest)
+            if other := await self.try_numerics(lease.manifest):
+                await self._return(lease)
+                await self._declare(other)
+                return
             await self._hand_in(lease)
             self._away_s = AWAY_S
         except ConfigError:

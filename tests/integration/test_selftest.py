@@ -95,6 +95,91 @@ def test_a_worker_refuses_to_start_where_it_would_be_ejected_unless_told_otherwi
     asyncio.run(worker_with(broken, tmp_path, test, ignore_self_test=True).try_numerics("0" * 64))
 
 
+HALF = load_profile("torch-cpu-bf16")
+
+
+def tensor_float(model):
+    """Products whose inputs keep ten bits behind the point, as on a card that uses TF32."""
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return (x.view(torch.int32) + (1 << 12) & -(1 << 13)).view(torch.float32)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = cut(module.weight.data)
+            module.register_forward_pre_hook(lambda _, inputs: (cut(inputs[0].contiguous()),))
+    return model
+
+
+def half_sums(model):
+    """Products that are summed in bfloat16 a part at a time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = zip(x.split(16, -1), self.weight.split(16, -1), strict=True)
+        total = torch.zeros((), dtype=torch.bfloat16)
+        for one, weight in parts:
+            total = total + torch.nn.functional.linear(one, weight).bfloat16()
+        return total.float()
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = forward.__get__(module)
+    return model
+
+
+def other_order(model):
+    """The same products, summed from the other end: another library."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x.flip(-1), self.weight.flip(-1))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = forward.__get__(module)
+    return model
+
+
+def unknown_card(model):
+    """Beyond what float32 forgives."""
+    return noisy(model, 0.003)
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [(tensor_float, ""), (half_sums, ""), (other_order, ""), (unknown_card, HALF.name)],
+)
+def test_a_class_of_machine_that_was_never_calibrated_is_put_under_a_profile_that_forgives_it(
+    tiny_qwen, tmp_path, machine, expected: str
+) -> None:
+    test = made_by(LocalEngine(tiny_qwen().eval()))
+    test = msgspec.structs.replace(test, profiles={one.name: to_json(one) for one in (PROFILE, HALF)})
+    worker = worker_with(LocalEngine(machine(tiny_qwen().eval())), tmp_path, test)
+    worker.session.info.profiles = {one.name: admitted(one) for one in (PROFILE, HALF)}
+    assert asyncio.run(worker.try_numerics("0" * 64)) == expected
+
+
+def test_a_machine_beyond_every_admitted_profile_is_refused_in_a_sentence(tiny_qwen, tmp_path) -> None:
+    test = made_by(LocalEngine(tiny_qwen().eval()))
+    test = msgspec.structs.replace(test, profiles={one.name: to_json(one) for one in (PROFILE, HALF)})
+    worker = worker_with(LocalEngine(noisy(tiny_qwen().eval(), 0.3)), tmp_path, test)
+    worker.session.info.profiles = {one.name: admitted(one) for one in (PROFILE, HALF)}
+    with pytest.raises(errors.ConfigError, match="would be ejected, honest or not"):
+        asyncio.run(worker.try_numerics("0" * 64))
+
+
+def test_a_profile_of_another_device_or_of_quantised_weights_is_none_of_its_own(tiny_qwen, tmp_path) -> None:
+    test = made_by(LocalEngine(tiny_qwen().eval()))
+    wide = [
+        msgspec.structs.replace(HALF, name="card", device="cuda"),
+        msgspec.structs.replace(HALF, name="small", bits=8, quantiser="int8"),
+    ]
+    test = msgspec.structs.replace(test, profiles={one.name: to_json(one) for one in (PROFILE, *wide)})
+    worker = worker_with(LocalEngine(unknown_card(tiny_qwen().eval())), tmp_path, test)
+    worker.session.info.profiles = {one.name: admitted(one) for one in (PROFILE, *wide)}
+    with pytest.raises(errors.ConfigError, match="would be ejected"):
+        asyncio.run(worker.try_numerics("0" * 64))
+
+
 def test_without_a_self_test_or_with_a_profile_that_the_papers_do_not_name_it_works(tiny_qwen, tmp_path) -> None:
     engine, test = LocalEngine(noisy(tiny_qwen(), 0.3)), made_by(LocalEngine(tiny_qwen()))
     asyncio.run(worker_with(engine, tmp_path, None).try_numerics("0" * 64))

@@ -28,7 +28,7 @@ TOKENS = 32
 
 
 class Tried(NamedTuple):
-    """The result of a self-test."""
+    """The result of a self-test, by one profile."""
 
     factor: float
     """Noise as a multiple of what the profile was calibrated on."""
@@ -36,6 +36,8 @@ class Tried(NamedTuple):
     """Whether the profile's margin is as wide."""
     tokens: int
     text: str
+    seen: tuple[Seen, ...] = ()
+    """What it is of, for another profile to judge."""
 
 
 # --- coordinator -----------------------------------------------------------------------------------------------------
@@ -97,9 +99,29 @@ def attempt(engine: Engine, test: SelfTest, profile: Profile) -> Tried | None:
     for done, ids, gap in zip(made, known, gaps, strict=True):
         own = [] if done is None else list(done.ids)
         seen.append(compared(own, ids, np.asarray(gap.gap), np.asarray(gap.pick)))
+    return judged(seen, profile)
+
+
+def judged(seen: Sequence[Seen], profile: Profile) -> Tried:
+    """What a profile says of a machine that differs so."""
     factor = noise_factor(profile, seen)
     tokens = sum(len(one.gap) for one in seen)
-    return Tried(factor, factor <= profile.margin, tokens, expectation(factor, profile))
+    return Tried(factor, factor <= profile.margin, tokens, expectation(factor, profile), tuple(seen))
+
+
+def nearest(session: Session, test: SelfTest, own: str, tried: Tried) -> str:
+    """The admitted profile of the same engine and device, for weights as published, that forgives the least of those
+    that forgive this machine; empty for none.
+    """
+    mine = session.info.profiles[own]
+    alike = [
+        name
+        for name, one in session.info.profiles.items()
+        if name != own and (one.engine, one.device, one.quantiser) == (mine.engine, mine.device, "")
+    ]
+    found = {name: profile for name in alike if (profile := profile_in(session, test, name)) is not None}
+    forgiving = [name for name, profile in found.items() if judged(tried.seen, profile).is_forgiven]
+    return min(forgiving, key=lambda name: found[name].noise, default="")
 
 
 async def fetch_or_none(session: Session, manifest: str) -> SelfTest | None:

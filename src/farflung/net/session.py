@@ -154,8 +154,11 @@ class NodeStats:
 class Session:
     """One node in one run."""
 
-    def __init__(self, client: Client, run: str, root: bytes, run_keys: "RunKeys") -> None:
+    def __init__(
+        self, client: Client, run: str, root: bytes, run_keys: "RunKeys", register: Register | None = None
+    ) -> None:
         self.client, self.run, self.root, self.run_keys, self.stats = client, run, root, run_keys, NodeStats()
+        self._register = register
         info = run_keys.info
         self.latest = Latest(status=info.status, step=-1, manifest="")
         self.lost: set[str] = set()
@@ -206,7 +209,13 @@ class Session:
         )
         await client.post("/v1/nodes", register, Welcome)
         client.patience_s = max(client.patience_s, AWAY_S)
-        return cls(client, run, answer.root, run_keys)
+        return cls(client, run, answer.root, run_keys, register)
+
+    async def declare(self, profile: str) -> None:
+        """Be judged by another numerics profile from now on. Raises Conflict while a lease is held, or Refusal."""
+        assert self._register is not None
+        self._register = msgspec.structs.replace(self._register, profile=profile)
+        await self.client.post("/v1/nodes", self._register, Welcome)
 
     @property
     def info(self) -> RunInfo:

@@ -110,8 +110,9 @@ class Adversary(Worker):
     async def _prepare(self) -> None:
         """No self-test: it would try the attack, and a lease loads the weights."""
 
-    async def try_numerics(self, manifest: str) -> None:
+    async def try_numerics(self, manifest: str) -> str:
         """The same."""
+        return ""
 
     async def _work(self, lease: Lease) -> None:
         if not await self.attack.wants(self, lease):
