@@ -17,7 +17,7 @@ from farflung.engine.fit import cache_bytes, longest, node_slots
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import server_numerics
-from farflung.engine.vllm_process import ManagedVllmEngine, Room, VllmProcess
+from farflung.engine.vllm_process import ManagedVllmEngine, Room, VllmProcess, refuse_missing
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
@@ -74,6 +74,7 @@ async def own_numerics(settings: WorkerSection) -> Own:
     if settings.engine == "torch":
         return Own("torch", pick(settings.device).type)
     if not settings.is_elsewhere:
+        refuse_missing(Path(settings.engine_home))
         return Own("vllm", pick(settings.device).type, "bfloat16", BITS["bfloat16"])
     found = await asyncio.to_thread(server_numerics, settings.engine_url)
     kind = settings.device.partition(":")[0].replace("auto", "")

@@ -1,5 +1,6 @@
 """A vLLM server of a node's own is started, watched, started again and ended, however the node ends."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
+from farflung.config import WorkerSection
 from farflung.engine import vllm_process
 from farflung.engine.base import Request
 from farflung.engine.vllm_process import (
@@ -26,7 +28,10 @@ from farflung.engine.vllm_process import (
     arguments,
     environment,
 )
+from farflung.ops import engine_install
 from farflung.protocol.errors import ConfigError, EngineAway
+from farflung.protocol.identity import Key
+from farflung.worker import Worker
 
 TESTS = Path(__file__).parents[1]
 ROOM = Room(torch.device("cpu"), 60, 4, 1 << 20, 0.0, 2)
@@ -146,3 +151,22 @@ def test_a_server_is_for_this_machine_alone_and_sized(monkeypatch) -> None:
     assert environment(on_third)["CUDA_VISIBLE_DEVICES"] == "5"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert environment(on_third)["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_an_installation_that_fails_is_told_with_pips_last_words_and_counts_as_none(
+    tmp_path: Path, monkeypatch, capfd
+) -> None:
+    monkeypatch.setattr(engine_install, "PINS", {"cpu": (str(tmp_path / "nothing"),), "else": ()})
+    monkeypatch.setattr(engine_install, "best", lambda: "cpu")
+    with pytest.raises(ConfigError, match=r"pip install .*ended with 1: .*nothing"):
+        engine_install.install(tmp_path / "engine")
+    assert "$ " in capfd.readouterr().err, "it tells what it does"
+    with pytest.raises(ConfigError, match="farflung engine install vllm"):
+        vllm_process.refuse_missing(tmp_path / "engine")
+
+
+def test_a_worker_without_an_installation_ends_before_it_joins(tmp_path: Path) -> None:
+    settings = WorkerSection(engine="vllm", engine_home=str(tmp_path / "none"))
+    worker = Worker("http://127.0.0.1:1", Key.make(), tmp_path, settings)
+    with pytest.raises(ConfigError, match="farflung engine install vllm"):
+        asyncio.run(worker.open())

@@ -68,8 +68,7 @@ class VllmProcess:
     def __init__(self, home: Path, folder: Path, config: bytes, room: Room) -> None:
         """Raises ConfigError where no vLLM was installed. `folder` holds its log and the model's settings."""
         self._python = home.expanduser() / "bin" / "python"
-        if not (home.expanduser() / READY).exists():
-            raise ConfigError(f"no vLLM is in {home}; run `farflung engine install vllm`, or give --engine-url")
+        refuse_missing(home)
         self._folder, self._room = folder.resolve(), room
         self._model = self._folder / "model"
         self._model.mkdir(parents=True, exist_ok=True)
@@ -175,6 +174,12 @@ def serving(home: Path, folder: Path, config: bytes, room: Room) -> Iterator[str
         yield process.url
     finally:
         process.stop()
+
+
+def refuse_missing(home: Path) -> None:
+    """Raise ConfigError where no vLLM was installed."""
+    if not (home.expanduser() / READY).exists():
+        raise ConfigError(f"no vLLM is in {home}; run `farflung engine install vllm`, or give --engine-url")
 
 
 def arguments(model: Path, port: int, room: Room) -> list[str]:
