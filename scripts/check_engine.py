@@ -33,7 +33,7 @@ from farflung.engine.fit import Text, cache_bytes
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import TIMEOUT_S, server_numerics
-from farflung.engine.vllm_process import HOME, Room, serving
+from farflung.engine.vllm_process import HOME, ServerSize, serving
 from farflung.numerics.devices import pick
 from farflung.ops.calibrate import published
 from farflung.tasks.model import Model
@@ -274,9 +274,9 @@ def main() -> int:
     text = Text(64, NEW)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="farflung-engine-")))
-        room = Room(device, text.tokens, ROWS, cache_bytes(config, torch.bfloat16, text, ROWS), 0.0, 2)
+        size = ServerSize(device, text.tokens, ROWS, cache_bytes(config, torch.bfloat16, text, ROWS), 0.0, 2)
         say("starting vLLM" if not asked.url else f"asking {asked.url}")
-        url = asked.url or stack.enter_context(serving(asked.home, folder, config, room))
+        url = asked.url or stack.enter_context(serving(asked.home, folder, config, size))
         engine = VllmEngine(url, folder, eos_ids=model.eos_ids, vocab=model.vocab, max_rows=ROWS)
         setup = Setup(model, engine, url, device, asked.tokens, dict(published(model.path)), server_numerics(url))
         facts, rows = facts_of(setup), list[Row]()

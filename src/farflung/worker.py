@@ -17,7 +17,7 @@ from farflung.engine.fit import cache_bytes, longest, node_slots
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import server_numerics
-from farflung.engine.vllm_process import ManagedVllmEngine, Room, VllmProcess, refuse_missing
+from farflung.engine.vllm_process import ManagedVllmEngine, ServerSize, VllmProcess, refuse_missing
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
@@ -204,7 +204,7 @@ class Worker:
             options = {"eos_ids": eos_ids, "vocab": vocab, "stops": stops, "max_rows": rows}
             if settings.is_elsewhere:
                 return VllmEngine(settings.engine_url, folder, **options)
-            self._process = VllmProcess(Path(settings.engine_home), folder, config, self._room(config))
+            self._process = VllmProcess(Path(settings.engine_home), folder, config, self._server_size(config))
             return ManagedVllmEngine(self._process, folder, **options)
         return LocalEngine.from_folder(
             config,
@@ -216,11 +216,11 @@ class Worker:
             max_rows=self.slots,
         )
 
-    def _room(self, config: bytes) -> Room:
+    def _server_size(self, config: bytes) -> ServerSize:
         """What a server of this node's own is given."""
         text, settings = longest(self.session.info, self.settings.context), self.settings
         cached = cache_bytes(config, torch.bfloat16, text, self.slots)
-        return Room(self.device, text.tokens, self.slots, cached, settings.memory_gb, settings.threads)
+        return ServerSize(self.device, text.tokens, self.slots, cached, settings.memory_gb, settings.threads)
 
     async def _prepare(self) -> None:
         """Load what the first lease will ask for, and try this machine's arithmetic on it. Raises ConfigError."""

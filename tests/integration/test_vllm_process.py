@@ -23,7 +23,7 @@ from farflung.engine.base import Request
 from farflung.engine.vllm_process import (
     READY,
     ManagedVllmEngine,
-    Room,
+    ServerSize,
     VllmProcess,
     arguments,
     environment,
@@ -34,7 +34,7 @@ from farflung.protocol.identity import Key
 from farflung.worker import Worker
 
 TESTS = Path(__file__).parents[1]
-ROOM = Room(torch.device("cpu"), 60, 4, 1 << 20, 0.0, 2)
+SIZE = ServerSize(torch.device("cpu"), 60, 4, 1 << 20, 0.0, 2)
 VOCAB = 32
 
 
@@ -58,7 +58,7 @@ def config(tiny_qwen) -> bytes:
 
 @pytest.fixture
 def process(home: Path, config: bytes, tmp_path: Path) -> Iterator[VllmProcess]:
-    found = VllmProcess(home, tmp_path / "node", config, ROOM)
+    found = VllmProcess(home, tmp_path / "node", config, SIZE)
     yield found
     found.stop()
 
@@ -105,9 +105,9 @@ def test_a_server_goes_with_a_node_that_is_killed(home: Path, config: bytes, tmp
     script = textwrap.dedent(f"""
         import os, signal, torch
         from pathlib import Path
-        from farflung.engine.vllm_process import Room, VllmProcess
-        room = Room(torch.device("cpu"), 60, 4, 1 << 20, 0.0, 2)
-        process = VllmProcess(Path({str(home)!r}), Path("node"), Path("config.json").read_bytes(), room)
+        from farflung.engine.vllm_process import ServerSize, VllmProcess
+        size = ServerSize(torch.device("cpu"), 60, 4, 1 << 20, 0.0, 2)
+        process = VllmProcess(Path({str(home)!r}), Path("node"), Path("config.json").read_bytes(), size)
         process.ensure()
         print(process.url, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -135,18 +135,18 @@ def test_a_server_that_hangs_is_given_up_and_ended(process: VllmProcess, home: P
 
 def test_without_an_installation_the_way_to_one_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="farflung engine install vllm"):
-        VllmProcess(tmp_path / "none", tmp_path / "node", b"{}", ROOM)
+        VllmProcess(tmp_path / "none", tmp_path / "node", b"{}", SIZE)
 
 
 def test_a_server_is_for_this_machine_alone_and_sized(monkeypatch) -> None:
-    found = arguments(Path("/m"), 7, ROOM)
+    found = arguments(Path("/m"), 7, SIZE)
     assert found[found.index("--host") + 1] == "127.0.0.1"
     assert found[found.index("--max-model-len") + 1] == "64"
     assert found[found.index("--max-num-seqs") + 1] == "4"
     assert "--trust-remote-code" not in found
-    assert environment(ROOM)["VLLM_CPU_KVCACHE_SPACE"] == "1"
-    assert environment(ROOM)["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
-    on_third = Room(torch.device("cuda", 1), 60, 4, 1 << 20, 0.0, 2)
+    assert environment(SIZE)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert environment(SIZE)["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    on_third = ServerSize(torch.device("cuda", 1), 60, 4, 1 << 20, 0.0, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert environment(on_third)["CUDA_VISIBLE_DEVICES"] == "5"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

@@ -123,7 +123,7 @@ class Generating:
     engine
         The engine that generates: torch in this process, or a vLLM server.
     engine_url
-        Where a vLLM server is that runs, on this machine; empty for one that this node starts.
+        Where a vLLM server is that runs, on this machine; empty where this node starts one.
     profile
         Numerics profile to compute in and be judged by, one that the run admits; empty for one that fits.
     ignore_self_test

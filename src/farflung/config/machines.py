@@ -22,7 +22,7 @@ class RelaySection(Section):
 class WorkerSection(Section):
     engine: Literal["torch", "vllm"] = setting("torch", "The engine that generates: torch here, or a vLLM server.")
     engine_url: str = setting(
-        "", "Where a vLLM server is that runs, such as http://127.0.0.1:8000; empty for one that this node starts."
+        "", "Where a vLLM server runs, such as http://127.0.0.1:8000; empty where this node starts one."
     )
     engine_home: str = setting(
         "~/.farflung/engines/vllm", "Where `farflung engine install vllm` put it.", is_advanced=True
@@ -63,7 +63,7 @@ class WorkerSection(Section):
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether a server generates that somebody else started, on a device of its own."""
+        """Whether a server generates that this node did not start, on a device of its own."""
         return self.engine == "vllm" and bool(self.engine_url)
 
 

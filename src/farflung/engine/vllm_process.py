@@ -48,7 +48,7 @@ _GUARD = (
 
 
 @dataclass(frozen=True)
-class Room:
+class ServerSize:
     """What a server is given."""
 
     device: torch.device
@@ -65,11 +65,11 @@ class Room:
 class VllmProcess:
     """One server over a model's `config.json`, without weights until they are loaded."""
 
-    def __init__(self, home: Path, folder: Path, config: bytes, room: Room) -> None:
+    def __init__(self, home: Path, folder: Path, config: bytes, size: ServerSize) -> None:
         """Raises ConfigError where no vLLM was installed. `folder` holds its log and the model's settings."""
         self._python = home.expanduser() / "bin" / "python"
         refuse_missing(home)
-        self._folder, self._room = folder.resolve(), room
+        self._folder, self._size = folder.resolve(), size
         self._model = self._folder / "model"
         self._model.mkdir(parents=True, exist_ok=True)
         (self._model / "config.json").write_bytes(config)
@@ -129,9 +129,9 @@ class VllmProcess:
     def _start(self) -> None:
         self.stop()
         give_processor(self._python)
-        command = ["sh", "-c", _GUARD, "sh", str(self._python), *arguments(self._model, self._port, self._room)]
+        command = ["sh", "-c", _GUARD, "sh", str(self._python), *arguments(self._model, self._port, self._size)]
         with self._log.open("ab") as out:
-            self._process = _spawn(command, environment(self._room), out)
+            self._process = _spawn(command, environment(self._size), out)
 
     def _is_ready(self) -> bool:
         try:
@@ -166,9 +166,9 @@ class ManagedVllmEngine(VllmEngine):
 
 
 @contextlib.contextmanager
-def serving(home: Path, folder: Path, config: bytes, room: Room) -> Iterator[str]:
+def serving(home: Path, folder: Path, config: bytes, size: ServerSize) -> Iterator[str]:
     """A server's URL while it is needed."""
-    process = VllmProcess(home, folder, config, room)
+    process = VllmProcess(home, folder, config, size)
     try:
         process.ensure()
         yield process.url
@@ -182,7 +182,7 @@ def refuse_missing(home: Path) -> None:
         raise ConfigError(f"no vLLM is in {home}; run `farflung engine install vllm`, or give --engine-url")
 
 
-def arguments(model: Path, port: int, room: Room) -> list[str]:
+def arguments(model: Path, port: int, size: ServerSize) -> list[str]:
     """The arguments of Python that start a server."""
     flags = {
         "--model": model,
@@ -190,37 +190,37 @@ def arguments(model: Path, port: int, room: Room) -> list[str]:
         "--dtype": "bfloat16",
         "--hf-overrides": '{"head_dtype": "float32"}',
         "--generation-config": "vllm",
-        "--max-model-len": max(64, room.tokens + 1),
-        "--max-num-seqs": room.rows,
+        "--max-model-len": max(64, size.tokens + 1),
+        "--max-num-seqs": size.rows,
         "--host": "127.0.0.1",
         "--port": port,
     }
-    if room.device.type == "cpu":
+    if size.device.type == "cpu":
         flags["--logits-processors"] = "farflung.engine.vllm_noise:SeededNoise"
     else:
-        flags["--gpu-memory-utilization"] = f"{share(room):.3f}"
-    bare = ["--tokens-only", *(["--enforce-eager"] if room.device.type == "cpu" else [])]
+        flags["--gpu-memory-utilization"] = f"{share(size):.3f}"
+    bare = ["--tokens-only", *(["--enforce-eager"] if size.device.type == "cpu" else [])]
     return ["-m", "vllm.entrypoints.openai.api_server", *bare, *(str(x) for pair in flags.items() for x in pair)]
 
 
-def share(room: Room) -> float:
+def share(size: ServerSize) -> float:
     """The part of a device's memory that a server may take, between 0 and 1."""
-    module = torch.get_device_module(room.device)
-    total = module.get_device_properties(room.device).total_memory
-    return min(1.0, room_bytes(room.device, room.memory_gb) / total)
+    module = torch.get_device_module(size.device)
+    total = module.get_device_properties(size.device).total_memory
+    return min(1.0, room_bytes(size.device, size.memory_gb) / total)
 
 
-def environment(room: Room) -> dict[str, str]:
+def environment(size: ServerSize) -> dict[str, str]:
     """The environment of a server: routes that load weights, no look at any hub, one device."""
     found = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     found |= {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    if room.device.type == "cuda":
+    if size.device.type == "cuda":
         visible = found.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        index = room.device.index or 0
+        index = size.device.index or 0
         found["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) and visible[index] else str(index)
-    if room.device.type == "cpu":
-        gib = -(-room.cached_bytes // 2**30)
-        found |= {"VLLM_CPU_KVCACHE_SPACE": str(max(1, gib)), "VLLM_CPU_OMP_THREADS_BIND": f"0-{room.threads - 1}"}
+    if size.device.type == "cpu":
+        gib = -(-size.cached_bytes // 2**30)
+        found |= {"VLLM_CPU_KVCACHE_SPACE": str(max(1, gib)), "VLLM_CPU_OMP_THREADS_BIND": f"0-{size.threads - 1}"}
     return found
 
 

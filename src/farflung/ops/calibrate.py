@@ -30,7 +30,7 @@ from farflung.engine.fit import Text, cache_bytes
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import server_numerics
-from farflung.engine.vllm_process import HOME, Room, serving
+from farflung.engine.vllm_process import HOME, ServerSize, serving
 from farflung.envs.base import Env
 from farflung.envs.load import load_env
 from farflung.envs.sums import Sums
@@ -166,8 +166,8 @@ def _own_server(under: Conditions, device: torch.device, threads: int) -> Iterat
     """The URL of a vLLM server of this machine's own, as large as calibration needs it."""
     config, rows = Path(under.model.path, "config.json").read_bytes(), KINDS[0].rows
     text = Text(max(map(len, under.prompts)), under.max_new_tokens)
-    room = Room(device, text.tokens, rows, cache_bytes(config, torch.bfloat16, text, rows), 0.0, threads)
-    with tempfile.TemporaryDirectory() as folder, serving(HOME, Path(folder), config, room) as url:
+    size = ServerSize(device, text.tokens, rows, cache_bytes(config, torch.bfloat16, text, rows), 0.0, threads)
+    with tempfile.TemporaryDirectory() as folder, serving(HOME, Path(folder), config, size) as url:
         yield url
 
 
