@@ -294,7 +294,7 @@ class Trainer:
             now=time.time(),
             adapted=adapted,
         )
-        canaries = await asyncio.to_thread(self._answer, batch, manifest_digest(signed)) if batch.canaries else []
+        answers = await asyncio.to_thread(self._answer, batch, manifest_digest(signed)) if batch.canaries else ([], [])
         metrics = self._metrics(batch, trained) | {"train_s": train_s, "publish_s": time.monotonic() - before}
         commit = Commit(
             manifest=signed,
@@ -302,7 +302,8 @@ class Trainer:
             checkpoint=f"step-{batch.step:06d}",
             probe=self._show(batch),
             probe_before=held if batch.step else b"",
-            canaries=canaries,
+            canaries=answers[0],
+            canary_logp=answers[1],
             restores=batch.restores,
         )
         await self.client.post(self.session.path(f"steps/{batch.step}/commit"), commit, Done)
@@ -318,7 +319,7 @@ class Trainer:
         is_alone = self.config.learn.is_adapters_alone
         return Adapted(self.distributed.base, self.distributed.factors()) if is_alone else None
 
-    def _answer(self, batch: Batch, digest: str) -> list[bytes]:
+    def _answer(self, batch: Batch, digest: str) -> tuple[list[bytes], list[bytes]]:
         """The present weights' completions of the batch's canaries; the tripwire finds those weights loaded."""
         self._hold_own(digest)
         return self.checker.answer(batch)

@@ -17,7 +17,7 @@ from farflung.audits.audit import audit_nonce, profile_of, verify_in
 from farflung.audits.possession import warn
 from farflung.protocol import seeds, wire
 from farflung.protocol.errors import Malformed, NotFound
-from farflung.protocol.messages import AuditJob, AuditRollout, Canary, Evidence, Ids, SelfTest, SelfTestItem
+from farflung.protocol.messages import AuditJob, AuditRollout, Canary, Evidence, Floats, Ids, SelfTest, SelfTestItem
 from farflung.protocol.numerics import Dtype
 from farflung.store.run import RunContext
 from farflung.store.tables import CHECKS, STEPS, TASKS
@@ -44,6 +44,7 @@ class StoredCanary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     canary: Canary
     ids: Ids
+    logp: Floats = b""
 
 
 def requests(connection: Connection, run_ctx: RunContext, step: int) -> list[Canary]:
@@ -76,7 +77,9 @@ def _number(key: bytes, label: str, *parts: int) -> int:
     return seeds.number(seeds.derive(key, f"canary {label}", *parts))
 
 
-def keep(connection: Connection, run_ctx: RunContext, step: int, answers: Sequence[bytes]) -> bytes | None:
+def keep(
+    connection: Connection, run_ctx: RunContext, step: int, answers: Sequence[bytes], logp: Sequence[bytes] = ()
+) -> bytes | None:
     """The document stored of a step's canaries; none if the trainer made none. Raises Malformed."""
     if not answers:
         return None
@@ -84,7 +87,11 @@ def keep(connection: Connection, run_ctx: RunContext, step: int, answers: Sequen
     sizes = [(len(ids), 4 * one.max_new_tokens) for one, ids in zip(asked, answers, strict=False)]
     if len(answers) != len(asked) or not all(0 < size <= most for size, most in sizes):
         raise Malformed(f"step {step} asks for {len(asked)} canaries within their budgets, not for {len(answers)}")
-    kept, split = [StoredCanary(*pair) for pair in zip(asked, answers, strict=True)], run_ctx.config.trust.canaries
+    if logp and [len(wire.unpack_floats(one)) for one in logp] != [len(ids) // 4 for ids in answers]:
+        raise Malformed(f"step {step} has log-probabilities of other canaries than it generated")
+    told = logp or [b""] * len(asked)
+    kept = [StoredCanary(*one) for one in zip(asked, answers, told, strict=True)]
+    split = run_ctx.config.trust.canaries
     return msgspec.msgpack.encode(Made(kept[:split], kept[split:]) if kept[split:] else kept)
 
 
@@ -109,7 +116,11 @@ def self_test(connection: Connection, run_ctx: RunContext, profiles: Profiles, d
         profiles={one.name: to_json(one) for one in profiles.every},
         items=[
             SelfTestItem(
-                prompt_ids=k.canary.prompt_ids, seed=k.canary.seed, max_new_tokens=k.canary.max_new_tokens, ids=k.ids
+                prompt_ids=k.canary.prompt_ids,
+                seed=k.canary.seed,
+                max_new_tokens=k.canary.max_new_tokens,
+                ids=k.ids,
+                logp=k.logp,
             )
             for k in kept
         ],

@@ -18,7 +18,7 @@ from farflung.protocol.errors import ConfigError, FarflungError, NotFound
 from farflung.protocol.messages import Canary, SelfTest
 from farflung.store.run import RunContext
 from farflung.trust.evidence import Profile, Seen, from_json
-from farflung.trust.machine_noise import compared, expectation, noise_factor
+from farflung.trust.machine_noise import calibrated_noise, compared, expectation, noise_factor, scale_of
 
 log = logging.getLogger(__name__)
 EVERY = 4
@@ -37,7 +37,8 @@ class Tried(NamedTuple):
     tokens: int
     text: str
     seen: tuple[Seen, ...] = ()
-    """What it is of, for another profile to judge."""
+    noise: float = 0.0
+    """What it is of, for another profile to judge: tokens, and by what log-probabilities differ."""
 
 
 # --- coordinator -----------------------------------------------------------------------------------------------------
@@ -95,18 +96,20 @@ def attempt(engine: Engine, test: SelfTest, profile: Profile) -> Tried | None:
     except ConfigError:
         return None
     made = engine.generate(asked)
+    told = [wire.unpack_floats(one.logp) for one in test.items]
+    apart = [gap.logp - logp for gap, logp in zip(gaps, told, strict=True) if len(logp) == len(gap.logp)]
     seen: list[Seen] = []
     for done, ids, gap in zip(made, known, gaps, strict=True):
         own = [] if done is None else list(done.ids)
         seen.append(compared(own, ids, np.asarray(gap.gap), np.asarray(gap.pick)))
-    return judged(seen, profile)
+    return judged(seen, scale_of(apart), profile)
 
 
-def judged(seen: Sequence[Seen], profile: Profile) -> Tried:
-    """What a profile says of a machine that differs so."""
-    factor = noise_factor(profile, seen)
+def judged(seen: Sequence[Seen], noise: float, profile: Profile) -> Tried:
+    """What a profile says of a machine whose tokens differ so, and whose log-probabilities are off by so much."""
+    factor = max(noise_factor(profile, seen), noise / calibrated_noise(profile))
     tokens = sum(len(one.gap) for one in seen)
-    return Tried(factor, factor <= profile.margin, tokens, expectation(factor, profile), tuple(seen))
+    return Tried(factor, factor <= profile.margin, tokens, expectation(factor, profile), tuple(seen), noise)
 
 
 def nearest(session: Session, test: SelfTest, own: str, tried: Tried) -> str:
@@ -120,7 +123,7 @@ def nearest(session: Session, test: SelfTest, own: str, tried: Tried) -> str:
         if name != own and (one.engine, one.device, one.quantiser) == (mine.engine, mine.device, "")
     ]
     found = {name: profile for name in alike if (profile := profile_in(session, test, name)) is not None}
-    forgiving = [name for name, profile in found.items() if judged(tried.seen, profile).is_forgiven]
+    forgiving = [name for name, profile in found.items() if judged(tried.seen, tried.noise, profile).is_forgiven]
     return min(forgiving, key=lambda name: found[name].noise, default="")
 
 

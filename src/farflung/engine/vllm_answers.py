@@ -54,13 +54,14 @@ def _compared(request: Request, at: int, place: Place) -> tuple[float, float, fl
     divisor = request.temperature or 1.0
     policy_K = place.logp_K / divisor
     if divisor != 1:
-        policy_K = policy_K - np.log(np.exp(policy_K).sum())
+        policy_K = policy_K - np.log(np.exp(policy_K).sum())  # up to the tokens that are not told of
     score_K = sampling_check.scores(request, at, place) if request.temperature else policy_K
     second, first = np.argsort(score_K)[-2:]
     sent = int(np.flatnonzero(place.ids_K == place.token)[0])
     pick = float(np.exp(policy_K[first])) if request.temperature else 1.0
     lead = policy_K[second] - policy_K[first]
-    return score_K[first] - score_K[second], score_K[first] - score_K[sent], pick, lead, policy_K[sent]
+    logp = policy_K[sent] if divisor == 1 else np.nan
+    return score_K[first] - score_K[second], score_K[first] - score_K[sent], pick, lead, logp
 
 
 def tokens_made(metrics: str) -> float:

@@ -45,7 +45,7 @@ from farflung.protocol.seeds import SEED_BITS
 from farflung.protocol.shown import one_line
 from farflung.tasks.create_run import Model
 from farflung.tasks.model_check import refuse_long
-from farflung.trust.bounds import calibrate, growth
+from farflung.trust.bounds import TOLERANCE, calibrate, growth
 from farflung.trust.evidence import ALPHA, WEIGHTS_OF, Profile, Scope, Seen, flips, to_json
 from farflung.trust.profiles import load_profile
 
@@ -61,8 +61,6 @@ CHEATS: dict[str, Callable[[Request], Request]] = {
     "temperature 1.1": lambda request: replace(request, temperature=1.1 * request.temperature),
 }
 """Cheats that a profile must still tell from honest work: it widens with the noise that it forgives."""
-TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-3, "float16": 2e-3, "fp8": 2e-3}
-"""Score noise, in nats at temperature 1, that is forgiven on the best of machines."""
 VERIFIERS: dict[str, tuple[Dtype, ...]] = {
     "float32": ("float32",),
     "bfloat16": ("bfloat16", "float32"),

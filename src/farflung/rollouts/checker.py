@@ -109,13 +109,14 @@ class Checker:
         await self._retry("what rollouts were worth before", keep)
         return logp
 
-    def answer(self, batch: Batch) -> list[bytes]:
-        """Ids that the weights in the engine give to the batch's canaries, packed."""
+    def answer(self, batch: Batch) -> tuple[list[bytes], list[bytes]]:
+        """Ids that the weights in the engine give to the batch's canaries, and their log-probabilities, packed."""
         asked = [
             Request(tuple(wire.unpack_ids(one.prompt_ids).tolist()), one.seed, batch.temperature, one.max_new_tokens)
             for one in batch.canaries
         ]
-        return [wire.pack_ids(done.ids) for done in self._held.engine.generate(asked) if done is not None]
+        made = [done for done in self._held.engine.generate(asked) if done is not None]
+        return [wire.pack_ids(done.ids) for done in made], [wire.pack_floats(done.logp) for done in made]
 
     def _known(self, batch: Batch) -> stale.Logp:
         """The tripwire's log-probabilities of a batch's rollouts, which several updates may use."""

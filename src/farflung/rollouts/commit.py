@@ -53,7 +53,7 @@ def commit_step(
             metrics=json.dumps(commit.metrics),
             probe=commit.probe,
             probe_before=commit.probe_before,
-            canaries=canary.keep(connection, run_ctx, manifest.step, commit.canaries),
+            canaries=canary.keep(connection, run_ctx, manifest.step, commit.canaries, commit.canary_logp),
         )
     )
     move(connection, "step", [row.id], "open", "committed", now, weights=manifest.digest)

@@ -50,6 +50,8 @@ EDGES: Final = tuple(round(1e-4 * 2 ** (i / 3), 10) for i in range(52))
 """Inner edges of the gap bins, three to an octave up to 13 nats; the last bin has no end."""
 STRIDE: Final = 3
 """Windows grow by a bin up to so many, an octave of `EDGES`, and by so many beyond."""
+TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-3, "float16": 2e-3, "fp8": 2e-3}
+"""Score noise, in nats at temperature 1, that is forgiven on the best of machines, by arithmetic."""
 MARGIN: Final = 3.0
 """How many times the calibrated noise an honest node may have."""
 

@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from farflung.trust.bounds import TOLERANCE
 from farflung.trust.evidence import Profile, Seen, check, honest_odds
 
 GRID: Final = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
@@ -34,6 +35,21 @@ def compared(own: Sequence[int], known: Sequence[int], gap: np.ndarray, pick: np
 def noise_factor(profile: Profile, seen: Sequence[Seen]) -> float:
     """The least multiple of the calibrated noise that explains these flips; a profile forgives up to its margin."""
     return next((k for k in GRID if _is_explained(profile, seen, k / profile.margin)), BEYOND)
+
+
+def scale_of(apart: Sequence[np.ndarray]) -> float:
+    """Standard deviation of differences of log-probabilities, in nats, by the nine tenths that are smallest: those of
+    unlikely tokens may be far off and matter to no pick. 0 where none is known.
+    """
+    known = [np.abs(one[np.isfinite(one)]) for one in apart]
+    found = np.concatenate(known) if known else np.empty(0)
+    return float(np.quantile(found, 0.9)) / 1.645 if len(found) else 0.0
+
+
+def calibrated_noise(profile: Profile) -> float:
+    """What a profile was calibrated to forgive `margin` times: the noise seen, or what is forgiven the best machine."""
+    temperature = profile.scope.temperature if profile.scope else 1.0
+    return max(profile.noise, TOLERANCE[profile.arithmetic] / temperature)
 
 
 def _is_explained(profile: Profile, seen: Sequence[Seen], k: float) -> bool:
@@ -64,7 +80,8 @@ def expectation(factor: float, profile: Profile) -> str:
     text = f"this machine's noise is {_times(factor)} that of profile {profile.name}: "
     if factor <= profile.margin:
         return text + f"its work will pass, up to {profile.margin:g}× is forgiven"
-    return text + "it would be ejected, honest or not; choose another --profile, or float32"
+    held = "its engine may hold other weights than the run's; " if factor >= BEYOND else ""
+    return text + f"it would be ejected, honest or not; {held}choose another --profile, or float32"
 
 
 def _times(factor: float) -> str:

@@ -9,6 +9,7 @@ from farflung.protocol.messages.limits import (
     MAX_SAMPLES,
     Count,
     Digest,
+    Floats,
     Id,
     Ids,
     Line,
@@ -62,6 +63,8 @@ class SelfTestItem(Message, frozen=True):
     seed: Seed
     max_new_tokens: Annotated[int, Meta(ge=1, le=1024)]
     ids: Ids
+    logp: Floats = b""
+    """What the trainer's engine says of each token, at the run's temperature; empty if it did not tell."""
 
 
 class SelfTest(Message, frozen=True):
@@ -144,6 +147,8 @@ class Commit(Message, frozen=True):
     """The same slices of the step before, so that a node that still holds it can be told so."""
     canaries: Annotated[list[Ids], Meta(max_length=128)] = []
     """The new weights' completions of the batch's canaries."""
+    canary_logp: Annotated[list[Floats], Meta(max_length=128)] = []
+    """Their log-probabilities, or none of them."""
     restores: Annotated[int, Meta(ge=-1, le=10**9)] = -1
     """As in the batch; a batch that was rolled back meanwhile cannot be committed."""
 
