@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import httpx2
+import msgspec
 import pytest
 import sqlalchemy as sa
 from starlette.routing import Route
@@ -22,8 +23,9 @@ from farflung.protocol import messages as m
 from farflung.protocol.errors import ConfigError
 from farflung.queries import browse
 from farflung.queries.redact import Redaction
-from farflung.store.tables import GROUPS, LEASES, ROLLOUTS
+from farflung.store.tables import GROUPS, LEASES, NODES, ROLLOUTS
 from farflung.tasks import keyring
+from farflung.trust.record import NodeRecord, Watched
 
 PAGES = ("/", "/nodes", "/rollouts", "/weights", "/ledger", "/story/test", "/story/test-step-1", "/story/nothing")
 
@@ -61,6 +63,26 @@ def test_every_page_is_sent_with_its_guards(house) -> None:
         assert answer.headers["x-frame-options"] == "DENY"
         assert not re.search(r"""(src|href)=["']?(https?:)?//""", answer.text), f"{path} asks another host"
         assert not re.search(r"<script(?![^>]* src=)|\son\w+=|\sstyle=|javascript:", answer.text), path
+
+
+def replayed(house) -> None:
+    """Both nodes have replays behind them."""
+    house.run(some_steps)
+    record = NodeRecord(watched=Watched(groups=1, rollouts=8, flips=2, allowed=4.0))
+    with house.ctx.database.engine.begin() as connection:
+        connection.execute(sa.update(NODES).values(record=msgspec.msgpack.encode(record)))
+
+
+def test_replays_are_shown_by_numerics_profile_unless_they_are_not_to_be_told(house, make_house) -> None:
+    replayed(house)
+    (answer,) = get(house.coordinator.app(), "/nodes")
+    found = re.search(r"By numerics profile.*?<tbody>(.*?)</tbody>", answer.text, re.DOTALL)
+    assert found is not None
+    cells = re.findall(r"<td[^>]*>(?:<bdi>)?(.*?)(?:</bdi>)?</td>", found[1])
+    assert cells == ["the run&#39;s own", "2", "0", "16", "4", "8.0", "0.50"]
+    hidden = make_house(coordinator={"redact": True})
+    replayed(hidden)
+    assert "By numerics profile" not in get(hidden.coordinator.app(), "/nodes")[0].text
 
 
 def test_the_weights_page_says_what_went_wrong_in_the_nodes_own_words(house) -> None:

@@ -28,7 +28,7 @@ from farflung.protocol.states import statuses
 from farflung.queries import browse, params
 from farflung.queries import story as stories
 from farflung.queries.cost import Meter
-from farflung.queries.node_views import DESCENDING, SORTS, ordered
+from farflung.queries.node_views import DESCENDING, SORTS, by_profile, ordered
 from farflung.queries.redact import redaction_of
 from farflung.queries.shared import Shared
 from farflung.queries.snapshot import Snapshot, take
@@ -276,7 +276,7 @@ def _table(s: Snapshot, request: Request) -> dict[str, Any]:
     page = min(pages, max(1, _page_number(wish.get("page", ""))))
     rows = ordered(s.nodes, sort, is_down)[(page - 1) * NODES_A_PAGE : page * NODES_A_PAGE]
     return {"rows": rows, "sort": sort, "is_down": is_down, "page": page, "pages": pages, "total": len(s.nodes),
-            "first_down": DESCENDING}  # fmt: skip
+            "first_down": DESCENDING, "profiles": by_profile(s.nodes)}  # fmt: skip
 
 
 def _page_number(text: str) -> int:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,6 +162,41 @@ def _audited(connection: Connection, run: str, redaction: Redaction) -> Counter[
     found = Counter({row[0]: row[1] for row in connection.execute(done)})
     found.subtract({row[0]: row[1] for row in connection.execute(hidden)} if redaction.is_on else {})
     return found
+
+
+@dataclass(frozen=True)
+class ProfileLine:
+    """All nodes of one numerics profile, as far as their replays may be told of."""
+
+    profile: str
+    nodes: int
+    ejected: int
+    rollouts: int
+    flips: int
+    allowed: float
+    """Flips that honest arithmetic would have made at most, on average."""
+
+    @property
+    def share(self) -> float:
+        """Flips as a multiple of those; a class that drifts nears 1 before any of it is ejected."""
+        return self.flips / self.allowed if self.allowed else 0.0
+
+
+def by_profile(nodes: Sequence[NodeLine]) -> list[ProfileLine]:
+    """Replays by numerics profile, those with the most first; none of profiles whose nodes were not replayed yet."""
+    found: dict[str, list[NodeLine]] = defaultdict(list)
+    for node in nodes:
+        if node.is_worker and node.record.watched.rollouts:
+            found[node.profile].append(node)
+    lines = [_profile_line(profile, some) for profile, some in found.items()]
+    return sorted(lines, key=lambda line: (-line.rollouts, line.profile))
+
+
+def _profile_line(profile: str, nodes: Sequence[NodeLine]) -> ProfileLine:
+    watched = [node.record.watched for node in nodes]
+    ejected = sum(node.status == "ejected" for node in nodes)
+    rollouts, flips = (sum(getattr(one, name) for one in watched) for name in ("rollouts", "flips"))
+    return ProfileLine(profile, len(nodes), ejected, rollouts, flips, sum(one.allowed for one in watched))
 
 
 def describe(hardware: str) -> str:
