@@ -19,8 +19,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file  # noqa: E402
+from tests.integration.test_selftest import made_by  # noqa: E402
 from tests.standin import INFO  # noqa: E402
 
+from farflung.audits import self_test  # noqa: E402
 from farflung.config import WorkerSection  # noqa: E402
 from farflung.engine.base import Replay, Request  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
@@ -235,6 +237,25 @@ def test_a_right_server_passes_at_every_load(wordy: StandIn, tmp_path: Path) -> 
     for factor in (1.0, 1.01, 0.5, 2.0, 1.0):
         engine.load((name, value * factor) for name, value in held.items())
     assert all(engine.generate(ASKED))
+
+
+def test_a_server_with_another_model_or_its_old_weights_is_told_by_the_self_test(
+    server: StandIn, engine: VllmEngine, tiny_qwen
+) -> None:
+    """It samples as it should, from the wrong policy."""
+    test = made_by(LocalEngine(tiny_qwen(seed=1).eval()))
+    right = {name: value.clone() for name, value in tensors(tiny_qwen(seed=1)).items()}
+    server.flaws.keeps_weights = True
+    engine.load(right.items())
+    tried = self_test.attempt(engine, test, load_profile("torch-cpu-bf16"))
+    assert tried is not None
+    assert not tried.is_forgiven
+    assert "may hold other weights" in tried.text
+    server.flaws.keeps_weights = False
+    engine.load(right.items())
+    tried = self_test.attempt(engine, test, load_profile("torch-cpu-bf16"))
+    assert tried is not None
+    assert tried.is_forgiven
 
 
 def test_a_fault_that_comes_with_a_restart_is_told_too(wordy: StandIn, tmp_path: Path) -> None:
