@@ -244,11 +244,13 @@ class Worker:
         self.profile = profile
 
     async def try_numerics(self, manifest: str) -> str:
-        """Once, with the first version that has a self-test: the profile to be judged by instead, if any.
+        """With the first version that has a self-test: the profile to be judged by instead, if any.
 
         That is where the noise is not forgiven under the present one. Raises ConfigError where none admitted forgives.
+        A server is tried with every version that has one: it may say that it loads, and keep part of what it had.
         """
-        test = None if self._is_tried else await self_test.fetch_or_none(self.session, manifest)
+        is_enough = self._is_tried and self.settings.engine == "torch"
+        test = None if is_enough else await self_test.fetch_or_none(self.session, manifest)
         profile = self_test.profile_in(self.session, test, self.profile) if test and not self._quantiser else None
         if test is None or profile is None:  # it is made with the weights as they are published
             return ""

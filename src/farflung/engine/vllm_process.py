@@ -190,7 +190,7 @@ def arguments(model: Path, port: int, size: ServerSize) -> list[str]:
         "--dtype": "bfloat16",
         "--hf-overrides": '{"head_dtype": "float32"}',
         "--generation-config": "vllm",
-        "--max-model-len": max(64, size.tokens + 1),
+        "--max-model-len": max(64, size.tokens),
         "--max-num-seqs": size.rows,
         "--host": "127.0.0.1",
         "--port": port,
