@@ -112,9 +112,9 @@ def test_what_torch_cannot_compute_in_is_not_measured() -> None:
 def test_a_profile_says_whose_it_is_and_what_it_was_verified_in() -> None:
     model = Model(str(BASE))
     asked = [tuple(model.prompt_ids(Sums().prompt(task))) for task in itertools.islice(Sums().tasks("train"), 64)]
-    under = calibrate.Conditions(model, asked, temperature=1.0, max_new_tokens=16)
+    under = calibrate.Conditions(model, asked, temperature=2.0, max_new_tokens=16)
     numerics = calibrate.numerics_of("cpu", "float32", "int8")
-    options = {"tokens": 1000, "threads": 1, "kinds": calibrate.KINDS[:1], "cheats": ("unseeded",)}
+    options = {"tokens": 6000, "threads": 1, "kinds": calibrate.KINDS[:1], "cheats": ("unseeded",)}
     found = calibrate.make_profile(under, "small", numerics, **options)
     assert found.fields == numerics.fields
     assert found.verified_in == ("float32",)

@@ -119,8 +119,8 @@ def _check_idle(connection: Connection, row: Row[Any]) -> None:
     lease = connection.execute(sa.select(LEASES.c.lease).where(mine)).scalar()
     if lease is not None:
         raise Conflict(
-            f"node {row.node} holds lease {lease} as a {row.role} with profile {row.profile!r}; submit it or hand it "
-            "back before you change"
+            f"node {row.node} holds lease {lease} as a {row.role}; submit it or hand it back before you change role or "
+            "profile"
         )
 
 
