@@ -105,7 +105,7 @@ class Validator:
         for job in jobs:
             if job.manifest_before:
                 await self._fetch_earlier(job.manifest_before)
-        for evidence in await asyncio.to_thread(self._replay, jobs):
+        for evidence in await self._evidence(jobs):
             try:
                 await replay_audits.testify(self.session, self.key, evidence)
             except (WrongWeights, FailedCanary) as error:
@@ -114,6 +114,16 @@ class Validator:
             except (Malformed, NotFound) as error:  # one odd audit must not stop the others
                 log.error("evidence refused audit=%s because=%s", evidence.audit, error)
         log.info("audited step=%d audits=%d", jobs[0].step, len(jobs))
+
+    async def _evidence(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
+        """Evidence on audits; their version may be let go of as newer ones come, and is then fetched again."""
+        try:
+            return await asyncio.to_thread(self._replay, jobs)
+        except WeightsError as error:
+            log.warning("fetching the weights again because=%s", error)
+            self.engines.invalidate()
+            await self.weights.fetch(jobs[0].manifest)
+            return await asyncio.to_thread(self._replay, jobs)
 
     def _replay(self, jobs: Sequence[AuditJob]) -> list[Evidence]:
         figures = self.session.stats

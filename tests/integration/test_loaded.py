@@ -174,6 +174,22 @@ def test_weights_of_its_maker_need_no_file(play) -> None:
     play(scene)
 
 
+def test_a_version_that_its_maker_holds_is_fetched_to_be_quantised(play) -> None:
+    """A trainer has its own weights in the engine and none of them on disk."""
+
+    async def scene(world: World) -> None:
+        digest = world.digests[0]
+        world.loaded.ensure(digest, world.weights[0].items)
+        world.versions.discard(digest)
+        await world.loaded.fetch(digest)
+        assert not world.versions.has(digest), "as it is, it is there"
+        await world.loaded.fetch(digest, "int8")
+        world.loaded.ensure(digest, quantiser="int8")
+        assert not world.holds(world.weights[0])
+
+    play(scene)
+
+
 def test_matrices_are_quantised_on_their_way_and_possession_is_of_what_was_published(play) -> None:
     async def scene(world: World) -> None:
         digest, key = world.digests[0], "11" * 32

@@ -1,6 +1,8 @@
 """Nodes with quantised weights beside others: the honest are trusted, one with fewer bits than it declares is not."""
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -12,11 +14,13 @@ from tests import conftest  # noqa: E402
 from tests.conftest import named  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-from farflung.config import WorkerSection  # noqa: E402
+from farflung.config import ValidatorSection, WorkerSection  # noqa: E402
+from farflung.protocol.errors import WeightsError  # noqa: E402
 from farflung.redteam.adversary import Cheating  # noqa: E402
 from farflung.redteam.other_weights import Quantised  # noqa: E402
 from farflung.store.tables import NODES, ROLLOUTS  # noqa: E402
 from farflung.trust.evidence import WEIGHTS_OF, Profiles, to_json  # noqa: E402
+from farflung.validator import Validator  # noqa: E402
 from farflung.worker import Worker  # noqa: E402
 from tiny_run import IDS, play, save, tiny_run  # noqa: E402
 
@@ -64,6 +68,44 @@ def test_an_honest_one_is_trusted_and_trained_on_and_a_coarser_one_is_ejected(
         assert counts[named("ada").id] > 0
         bad = site.house.rows(sa.select(ROLLOUTS.c.node).where(ROLLOUTS.c.status == "void").distinct())
         assert {row.node for row in bad} <= {named("mallory").id}
+
+
+def test_in_lockstep_a_trainer_that_holds_its_own_weights_replays_them_quantised(
+    tmp_path: Path, profiles: list[str]
+) -> None:
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE, **IDS))
+    changes = {
+        "run": {"steps": 3},
+        "model": {"profiles": profiles},
+        "generate": {"samples": 4, "max_new_tokens": 8},
+        "learn": {"groups": 2, "lr": 1e-5, "lockstep": True, "max_staleness": 0, "oversample": 1.0, "minibatches": 2},
+        "lease": {"rollouts": 4, "lease_s": 100.0, "heartbeat_s": 0.5},
+        "trust": {"probation_rollouts": 4},
+    }
+    with tiny_run(tmp_path, save(model, tmp_path / "model"), **changes) as site:
+        play(site, tmp_path, node(site, tmp_path, "bob", "small"))
+        assert site.house.statuses(ROLLOUTS)["trained"] > 0
+        assert site.house.row(NODES, named("bob").id).status == "trusted"
+
+
+def test_a_version_that_a_validator_let_go_of_is_fetched_again(tmp_path: Path) -> None:
+    validator = Validator("http://127.0.0.1:1", named("val-1"), tmp_path / "v", ValidatorSection())
+    asked: list[str] = []
+
+    async def fetch(digest: str) -> None:
+        asked.append(digest)
+
+    def replay(jobs: list) -> list:
+        if not asked:
+            raise WeightsError("its patched copy is gone")
+        return ["evidence"]
+
+    validator.weights = SimpleNamespace(fetch=fetch)
+    validator.engines = SimpleNamespace(invalidate=lambda: None)
+    validator._replay = replay
+    assert asyncio.run(validator._evidence([SimpleNamespace(manifest="m")])) == ["evidence"]
+    assert asked == ["m"]
 
 
 def test_their_share_of_the_work_is_kept_to(tmp_path: Path, profiles: list[str]) -> None:

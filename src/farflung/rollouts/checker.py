@@ -36,8 +36,8 @@ class Held(Protocol):
 
     engine: LocalEngine
 
-    async def fetch(self, digest: str) -> None:
-        """Have a version on disk, unless the engine holds it."""
+    async def fetch(self, digest: str, quantiser: Quantiser = "") -> None:
+        """Have a version on disk, unless the engine holds it, quantised so."""
         ...
 
     def ensure(self, digest: str, *, quantiser: Quantiser = "") -> None:
@@ -78,7 +78,7 @@ class Checker:
         every = await suspects(self._bodies, batch, is_all=self._needs_all)
         found: list[Looked] = []
         for digest, quantiser in sorted({(one.manifest, self._quantiser(one.profile)) for one in every}):
-            await self._fetch(digest)
+            await self._fetch(digest, quantiser)
             part = [one for one in every if (one.manifest, self._quantiser(one.profile)) == (digest, quantiser)]
             found += await asyncio.to_thread(self._inspect, digest, quantiser, part, batch.temperature)
         self._seen = {one.rollout: one.logp for one in found}
@@ -143,5 +143,5 @@ class Checker:
             self._held.ensure(digest)
             return behaviour(self._held.engine, rollouts, which, self._learn.microbatch_tokens)
 
-    async def _fetch(self, digest: str) -> None:
-        await self._retry("weights", lambda: self._held.fetch(digest))
+    async def _fetch(self, digest: str, quantiser: Quantiser = "") -> None:
+        await self._retry("weights", lambda: self._held.fetch(digest, quantiser))

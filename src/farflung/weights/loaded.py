@@ -42,9 +42,9 @@ class Loaded:
         """Whether the engine holds this version, whole; quantised so, if that is said."""
         return digest == self._digest != NOTHING and quantiser in (None, self._quantiser)
 
-    async def fetch(self, digest: str) -> None:
-        """Have a version on disk, unless the engine holds it. Raises WeightsError, BadSignature, NotFound."""
-        if not self.has(digest, ""):
+    async def fetch(self, digest: str, quantiser: Quantiser = "") -> None:
+        """Have a version on disk, unless the engine holds it so. Raises WeightsError, BadSignature, NotFound."""
+        if not self.has(digest, quantiser):
             await self._versions.fetch(digest)
 
     def ensure(self, digest: str, own: Weights | None = None, *, quantiser: Quantiser = "") -> None:
