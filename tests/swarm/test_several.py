@@ -43,7 +43,7 @@ def test_two_processes_of_one_node_share_key_and_weights(start, tmp_path) -> Non
         node.wait()
     fetched = re.findall(r"fetching step=(\d+) from=\d+ held=\w+ bytes=([1-9]\d*)", log.read_text())
     steps = [step for step, _ in fetched]
-    assert len(steps) == len(set(steps)), "no version was fetched by both"
+    assert len(steps) <= len(set(steps)) + 1, "no version was fetched by both, but one that a killed process was at"
     pair = next(one for one in running.status()["nodes"] if one["name"] == "pair")
     assert (pair["status"], pair["rejected"]) == ("trusted", 0)
 
