@@ -136,11 +136,11 @@ def test_alone_and_in_a_batch_the_same_tokens(tiny_qwen, device) -> None:
     assert [c.ids for c in narrow] == [c.ids for c in together]
 
 
-def test_a_row_ends_with_the_token_that_completes_a_stop_string_and_nobody_else_does(tiny_qwen) -> None:
+def test_a_row_ends_with_the_token_that_completes_a_stop_string_and_nobody_else_does(tiny_qwen, device) -> None:
     moves = np.zeros((2, 32), np.uint8)
     moves[0, 4:12], moves[1, 4:12], moves[:, 20] = 1, DONE, DONE  # two of eight in a row, or one
     stops, asked = Stops(moves), requests(24, max_new_tokens=40)
-    free = LocalEngine(tiny_qwen(), eos_ids=[1])
+    free = LocalEngine(tiny_qwen().to(device), eos_ids=[1])
     kept = LocalEngine(free.model, eos_ids=[1], stops=stops, max_rows=5)
     whole = [one.ids for one in free.generate(asked)]
     said = kept.generate(asked)
@@ -349,9 +349,9 @@ def test_replay_does_not_depend_on_its_chunks_and_takes_empty_rows(tiny_qwen, de
         np.testing.assert_allclose(one.margin, other.margin, atol=1e-4)
 
 
-def test_replay_refuses_ids_that_the_model_does_not_have(tiny_qwen) -> None:
+def test_replay_refuses_ids_that_the_model_does_not_have(tiny_qwen, device) -> None:
     with pytest.raises(ValueError, match="item 0"):
-        LocalEngine(tiny_qwen()).replay([(requests(1)[0], (3, 32))])
+        LocalEngine(tiny_qwen().to(device)).replay([(requests(1)[0], (3, 32))])
 
 
 def test_stopping_early_gives_only_what_is_complete(tiny_qwen, device) -> None:
@@ -363,18 +363,18 @@ def test_stopping_early_gives_only_what_is_complete(tiny_qwen, device) -> None:
     assert engine.generate(asked, should_stop=lambda: True) == [None, None, None]
 
 
-def test_a_request_without_prompt_or_budget_is_refused(tiny_qwen) -> None:
-    engine = LocalEngine(tiny_qwen())
+def test_a_request_without_prompt_or_budget_is_refused(tiny_qwen, device) -> None:
+    engine = LocalEngine(tiny_qwen().to(device))
     for request in (Request((), 1, 1.0, 5), Request((3,), 1, 1.0, 0)):
         with pytest.raises(ValueError, match="request 0"):
             engine.generate([request])
     assert engine.generate([]) == []
 
 
-def test_end_tokens_come_from_the_configuration(tiny_qwen) -> None:
-    assert LocalEngine(tiny_qwen()).eos_ids == {1}
-    assert LocalEngine(tiny_qwen(eos_token_id=[1, 5])).eos_ids == {1, 5}
-    assert LocalEngine(tiny_qwen(), eos_ids=[9]).eos_ids == {9}
+def test_end_tokens_come_from_the_configuration(tiny_qwen, device) -> None:
+    assert LocalEngine(tiny_qwen().to(device)).eos_ids == {1}
+    assert LocalEngine(tiny_qwen(eos_token_id=[1, 5]).to(device)).eos_ids == {1, 5}
+    assert LocalEngine(tiny_qwen().to(device), eos_ids=[9]).eos_ids == {9}
 
 
 def test_an_engine_built_from_its_configuration_speaks_like_the_original(tiny_qwen, device, tmp_path) -> None:

@@ -94,11 +94,11 @@ def test_logp_and_entropy_are_those_of_the_whole_softmax(
 
 
 @pytest.mark.parametrize("entropy", [0.0, 0.01])
-def test_a_shared_prompt_changes_neither_loss_nor_gradient(tiny_qwen, monkeypatch, entropy: float) -> None:
+def test_a_shared_prompt_changes_neither_loss_nor_gradient(tiny_qwen, monkeypatch, device, entropy: float) -> None:
     def found(*, is_shared: bool, kept: int = 1 << 26, is_checkpointed: bool = False) -> tuple[float, torch.Tensor]:
         monkeypatch.setattr(chunked_logp, "_PROBABILITIES_KEPT", kept)
         learner = Learner(
-            Policy(tiny_qwen(), is_checkpointed=is_checkpointed),
+            Policy(tiny_qwen().to(device), is_checkpointed=is_checkpointed),
             Optimisation(lr=1e-9, max_grad_norm=1e9, objective=Objective(entropy=entropy)),
         )
         metrics = learner.step(pack(in_groups(), 200, is_shared=is_shared))
@@ -194,9 +194,9 @@ def test_an_operation_without_a_deterministic_kernel_stops_no_run(tiny_qwen, cap
     assert caplog.text.count("may give other weights: put_ does not have") == 1
 
 
-def test_what_workers_claim_changes_no_weight(tiny_qwen) -> None:
+def test_what_workers_claim_changes_no_weight(tiny_qwen, device) -> None:
     def run(claim) -> tuple[str, float]:
-        learner = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3, minibatches=2))
+        learner = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-3, minibatches=2))
         metrics = [learner.step(pack(rollouts(claim=claim), 64)) for _ in range(2)]
         return digest(learner), metrics[0].mismatch_kl
 
@@ -210,45 +210,45 @@ def test_what_workers_claim_changes_no_weight(tiny_qwen) -> None:
     assert math.isfinite(hostile_kl)
 
 
-def test_the_first_update_has_ratio_one_and_later_ones_keep_the_old_logp(tiny_qwen) -> None:
-    learner = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3))
+def test_the_first_update_has_ratio_one_and_later_ones_keep_the_old_logp(tiny_qwen, device) -> None:
+    learner = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-3))
     first = learner.step(pack(rollouts(), 64))
     assert (first.ratio_mean, first.ratio_max, first.clip_fraction) == (1.0, 1.0, 0.0)
     assert first.tokens == sum(int(micro.mask_BT.sum()) for micro in pack(rollouts(), 64))
-    several = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-2, minibatches=3))
+    several = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-2, minibatches=3))
     later = several.step(pack(rollouts(), 40))
     assert several.updates == 3
     assert later.ratio_max > 1.0
     assert 0 < later.clip_fraction < 1
 
 
-def test_behaviour_logp_may_come_from_retained_weights(tiny_qwen) -> None:
+def test_behaviour_logp_may_come_from_retained_weights(tiny_qwen, device) -> None:
     packed = pack(rollouts(), 64)
     with torch.no_grad():
         behaviour = [Policy(tiny_qwen(seed=1)).logp_BT(micro) for micro in packed]
-    stale = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3, importance_cap=1.5))
+    stale = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-3, importance_cap=1.5))
     metrics = stale.step(packed, behaviour)
     assert 0 < metrics.importance < 1.5
     assert metrics.ratio_max == 1.0
-    fresh = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3))
+    fresh = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-3))
     assert fresh.step(packed).importance == 1.0
     assert digest(fresh) != digest(stale)
     with torch.no_grad():
-        own = [Policy(tiny_qwen()).logp_BT(micro) for micro in packed]
-    same = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3))
+        own = [Policy(tiny_qwen().to(device)).logp_BT(micro) for micro in packed]
+    same = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-3))
     same.step(packed, own)
     assert digest(same) == digest(fresh)
 
 
-def test_what_is_known_from_before_the_step_is_not_found_again(tiny_qwen) -> None:
+def test_what_is_known_from_before_the_step_is_not_found_again(tiny_qwen, device) -> None:
     packed = pack(rollouts(), 40)
     with torch.no_grad():
-        known = [Policy(tiny_qwen()).logp_BT(micro) for micro in packed]
+        known = [Policy(tiny_qwen().to(device)).logp_BT(micro).cpu() for micro in packed]
     other = [logp_BT - 0.5 for logp_BT in known]
     holed = [known[0].masked_fill(packed[0].mask_BT, math.nan), *other[1:]]
     found = []
     for before in (None, known, other, holed):
-        learner = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-2, minibatches=3))
+        learner = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-2, minibatches=3))
         learner.step(packed, before=before)
         found.append(digest(learner))
     assert found[1] == found[0]
@@ -256,19 +256,21 @@ def test_what_is_known_from_before_the_step_is_not_found_again(tiny_qwen) -> Non
     assert found[3] == found[0], "where one is missing, all are found"
 
 
-def test_a_reference_holds_the_policy_back(tiny_qwen) -> None:
+def test_a_reference_holds_the_policy_back(tiny_qwen, device) -> None:
     def moved(weight: float) -> float:
         learner = Learner(
-            Policy(tiny_qwen()), Optimisation(lr=1e-3, objective=Objective(kl=weight)), reference=Policy(tiny_qwen())
+            Policy(tiny_qwen().to(device)),
+            Optimisation(lr=1e-3, objective=Objective(kl=weight)),
+            reference=Policy(tiny_qwen().to(device)),
         )
         return [learner.step(pack(rollouts(), 200)) for _ in range(6)][-1].kl
 
     assert moved(0.0) > 2 * moved(10.0) > 0
 
 
-def test_microbatches_do_not_change_the_step(tiny_qwen) -> None:
+def test_microbatches_do_not_change_the_step(tiny_qwen, device) -> None:
     def gradient(tokens: int) -> tuple[float, float]:
-        metrics = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3)).step(pack(rollouts(), tokens))
+        metrics = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-3)).step(pack(rollouts(), tokens))
         return metrics.loss, metrics.grad_norm
 
     assert gradient(40) == pytest.approx(gradient(10_000), rel=1e-4)
@@ -288,8 +290,8 @@ def test_rewarded_tokens_become_likelier(tiny_qwen, device) -> None:
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3])
 
 
-def test_nothing_to_train_on_leaves_the_weights_alone(tiny_qwen) -> None:
-    learner = Learner(Policy(tiny_qwen()))
+def test_nothing_to_train_on_leaves_the_weights_alone(tiny_qwen, device) -> None:
+    learner = Learner(Policy(tiny_qwen().to(device)))
     before = digest(learner)
     assert learner.step([]).tokens == 0
     assert digest(learner) == before
@@ -307,15 +309,15 @@ def test_what_is_published_is_what_an_engine_loads(tiny_qwen, device) -> None:
     assert engine.generate([request]) == direct
 
 
-def test_bfloat16_compute_keeps_float32_masters(tiny_qwen) -> None:
-    learner = Learner(Policy(tiny_qwen(), compute_dtype=torch.bfloat16), Optimisation(lr=1e-3))
-    exact = Learner(Policy(tiny_qwen()), Optimisation(lr=1e-3))
+def test_bfloat16_compute_keeps_float32_masters(tiny_qwen, device) -> None:
+    learner = Learner(Policy(tiny_qwen().to(device), compute_dtype=torch.bfloat16), Optimisation(lr=1e-3))
+    exact = Learner(Policy(tiny_qwen().to(device)), Optimisation(lr=1e-3))
     packed = pack(rollouts(), 64)
     assert learner.step(packed).grad_norm == pytest.approx(exact.step(packed).grad_norm, rel=0.1)
     assert {parameter.dtype for parameter in learner.policy.model.parameters()} == {torch.float32}
 
 
-def test_bfloat16_compute_sees_the_weights_that_are_published(tiny_qwen) -> None:
+def test_bfloat16_compute_sees_the_weights_that_are_published(tiny_qwen, device) -> None:
     packed = pack(rollouts(), 64)
 
     def moved(*, is_dithered: bool) -> tuple[float, float]:
