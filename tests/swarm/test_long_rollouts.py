@@ -4,6 +4,7 @@ FARFLUNG_LONG_TOKENS=32768 makes them as long as that, which takes a core for so
 """
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,23 @@ SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 MORE = {"num_key_value_heads": 1, "tie_word_embeddings": False, "max_position_embeddings": 2 * TOKENS}
 
 
+class Slow:
+    """An engine that takes longer than a lease, however fast the machine: it is asked at every token."""
+
+    def __init__(self, engine) -> None:
+        self.engine = engine
+
+    def __getattr__(self, name: str):
+        return getattr(self.engine, name)
+
+    def generate(self, requests, should_stop=None):
+        def asked() -> bool:
+            time.sleep(1.3 * LEASE_S / TOKENS)
+            return should_stop is not None and should_stop()
+
+        return self.engine.generate(requests, asked)
+
+
 def test_long_rollouts_are_made_replayed_and_trained_on(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE, **IDS))
@@ -37,7 +55,8 @@ def test_long_rollouts_are_made_replayed_and_trained_on(tmp_path: Path) -> None:
         "trust": {"probation_rollouts": 2},
     }
     with tiny_run(tmp_path, save(model, tmp_path / "model"), **changes) as site:
-        play(site, tmp_path, Worker(site.url, named("ada"), tmp_path / "ada", WorkerSection(slots=4), name="ada"))
+        about = site.url, named("ada"), tmp_path / "ada", WorkerSection(slots=4)
+        play(site, tmp_path, Worker(*about, name="ada", wrap=Slow))
         rows = site.house.rows(sa.select(ROLLOUTS.c.tokens).where(ROLLOUTS.c.status == "trained"))
         assert [row.tokens for row in rows] == [TOKENS, TOKENS]
         first = site.house.rows(sa.select(LEASES).order_by(LEASES.c.opened_at))[0]
