@@ -407,20 +407,14 @@ def power(
         tricks = {key: change[key] for key in ("sent", "edit") if key in change}
         seen = list(play(maker, verifier, asked, **tricks))
         found = findings(profile, seen)
-        pool = np.array(found, dtype=object)
-        ends = [until_caught(lambda pool=pool: list(rng.choice(pool, SIZE))) for _ in range(runs)]
-        caught = [end for end in ends if end is not None]
+        lasts = _lasts(profile, found, rng, runs)
+        tokens = lasts["tokens_until_caught"]
         kl = bounds.growth(profile, seen)
-        is_caught = len(caught) == runs
-        tokens = statistics.median(end[1] for end in caught) if is_caught else None
         bound = math.log(1 / SETTINGS.false_ejection_probability) / kl if kl else None
         rows.append({
-            "name": name, "outcome": "caught" if is_caught else "worthless", "layer": "replay",
-            "submissions_until_caught": statistics.median(end[0] for end in caught) if is_caught else None,
-            "tokens_until_caught": tokens, "nats_per_token": round(kl, 5),
+            "name": name, "layer": "replay", **lasts, "nats_per_token": round(kl, 5),
             "tokens_over_bound": round(tokens / bound, 2) if tokens and bound else None,
-            "flipped": round(sum(one.flips for one in found) / sum(one.tokens for one in found), 4),
-            "gain": None if is_caught else "not told from honest numerics by its tokens",
+            "gain": None if lasts["outcome"] == "caught" else "not told from honest numerics by its tokens",
         })  # fmt: skip
         say(f"power {folder.name}: {rows[-1]}")
     return rows

@@ -251,8 +251,8 @@ class Worker:
         """
         is_enough = self._is_tried and self.settings.engine == "torch"
         test = None if is_enough else await self_test.fetch_or_none(self.session, manifest)
-        profile = self_test.profile_in(self.session, test, self.profile) if test and not self._quantiser else None
-        if test is None or profile is None:  # it is made with the weights as they are published
+        profile = self_test.profile_in(self.session, test, self.profile) if test else None
+        if test is None or profile is None:
             return ""
         self._is_tried, self.session.stats.phase = True, "self-test"
         tried = await asyncio.to_thread(self._attempt, test, profile)

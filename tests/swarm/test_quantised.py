@@ -39,6 +39,18 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [str(path)]
 
 
+def changed(profiles: list[str], max_new_tokens: int, **more: dict) -> dict[str, dict]:
+    """The settings that the runs here share, and what one of them has besides."""
+    settings = {
+        "model": {"profiles": profiles},
+        "generate": {"samples": 4, "max_new_tokens": max_new_tokens},
+        "lease": {"rollouts": 4, "lease_s": 100.0, "heartbeat_s": 0.5},
+        "trust": {"probation_rollouts": 4},
+        "run": {"steps": 4},
+    }
+    return {name: settings.get(name, {}) | more.get(name, {}) for name in settings | more}
+
+
 def node(site, folder: Path, name: str, profile: str = "", **options) -> Worker:
     return Worker(site.url, named(name), folder / name, WorkerSection(slots=4, profile=profile), name=name, **options)
 
@@ -48,14 +60,8 @@ def test_an_honest_one_is_trusted_and_trained_on_and_a_coarser_one_is_ejected(
 ) -> None:
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE, **IDS))
-    changes = {
-        "run": {"steps": 12},
-        "model": {"profiles": profiles},
-        "generate": {"samples": 4, "max_new_tokens": 32},
-        "learn": {"groups": 2, "lr": 1e-5, "oversample": 2.0},
-        "lease": {"rollouts": 4, "lease_s": 100.0, "heartbeat_s": 0.5},
-        "trust": {"probation_rollouts": 8},
-    }
+    learn = {"groups": 2, "lr": 1e-5, "oversample": 2.0}
+    changes = changed(profiles, 32, run={"steps": 12}, learn=learn, trust={"probation_rollouts": 8})
     with tiny_run(tmp_path, save(model, tmp_path / "model"), **changes) as site:
         small = node(site, tmp_path, "bob", "small")
         posing = node(site, tmp_path, "mallory", "small", wrap=lambda engine: Cheating(engine, Quantised("int4")))
@@ -75,14 +81,8 @@ def test_in_lockstep_a_trainer_that_holds_its_own_weights_replays_them_quantised
 ) -> None:
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE, **IDS))
-    changes = {
-        "run": {"steps": 3},
-        "model": {"profiles": profiles},
-        "generate": {"samples": 4, "max_new_tokens": 8},
-        "learn": {"groups": 2, "lr": 1e-5, "lockstep": True, "max_staleness": 0, "oversample": 1.0, "minibatches": 2},
-        "lease": {"rollouts": 4, "lease_s": 100.0, "heartbeat_s": 0.5},
-        "trust": {"probation_rollouts": 4},
-    }
+    learn = {"groups": 2, "lr": 1e-5, "lockstep": True, "max_staleness": 0, "oversample": 1.0, "minibatches": 2}
+    changes = changed(profiles, 8, run={"steps": 3}, learn=learn)
     with tiny_run(tmp_path, save(model, tmp_path / "model"), **changes) as site:
         play(site, tmp_path, node(site, tmp_path, "bob", "small"))
         assert site.house.statuses(ROLLOUTS)["trained"] > 0
@@ -111,14 +111,8 @@ def test_a_version_that_a_validator_let_go_of_is_fetched_again(tmp_path: Path) -
 def test_their_share_of_the_work_is_kept_to(tmp_path: Path, profiles: list[str]) -> None:
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, **MORE, **IDS))
-    changes = {
-        "run": {"steps": 4},
-        "model": {"profiles": profiles},
-        "generate": {"samples": 4, "max_new_tokens": 8},
-        "learn": {"groups": 4, "lr": 1e-5, "quantised_share": 0.25},
-        "lease": {"rollouts": 4, "lease_s": 100.0, "heartbeat_s": 0.5, "ahead": 1.0},
-        "trust": {"probation_rollouts": 4},
-    }
+    learn = {"groups": 4, "lr": 1e-5, "quantised_share": 0.25}
+    changes = changed(profiles, 8, learn=learn, lease={"ahead": 1.0})
     with tiny_run(tmp_path, save(model, tmp_path / "model"), **changes) as site:
         play(site, tmp_path, node(site, tmp_path, "ada"), node(site, tmp_path, "bob", "small"))
         trained = sa.select(ROLLOUTS.c.node, sa.func.count()).where(ROLLOUTS.c.status == "trained")

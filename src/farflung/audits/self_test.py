@@ -76,12 +76,15 @@ async def fetch(session: Session, manifest: str) -> SelfTest | None:
 
 
 def profile_in(session: Session, test: SelfTest, name: str) -> Profile | None:
-    """A profile that comes with a self-test, if its bytes are those of the run's sealed descriptor."""
+    """A profile that comes with a self-test, if its bytes are those of the run's sealed descriptor.
+
+    None for one of quantised weights: a self-test is made with the weights as they are published.
+    """
     data, sealed = test.profiles.get(name, b""), session.info.profiles.get(name)
     if sealed is None or hashlib.sha256(data).hexdigest() != sealed.digest:
         log.warning("no self-test because=the run's descriptor does not name the profile %r that comes with it", name)
         return None
-    return from_json(data)
+    return None if sealed.quantiser else from_json(data)
 
 
 def attempt(engine: Engine, test: SelfTest, profile: Profile) -> Tried | None:
@@ -113,14 +116,14 @@ def judged(seen: Sequence[Seen], noise: float, profile: Profile) -> Tried:
 
 
 def nearest(session: Session, test: SelfTest, own: str, tried: Tried) -> str:
-    """The admitted profile of the same engine and device, for weights as published, that forgives the least of those
-    that forgive this machine; empty for none.
+    """The admitted profile of the same engine and device that forgives the least of those that forgive this machine;
+    empty for none.
     """
     mine = session.info.profiles[own]
     alike = [
         name
         for name, one in session.info.profiles.items()
-        if name != own and (one.engine, one.device, one.quantiser) == (mine.engine, mine.device, "")
+        if name != own and (one.engine, one.device) == (mine.engine, mine.device)
     ]
     found = {name: profile for name in alike if (profile := profile_in(session, test, name)) is not None}
     forgiving = [name for name, profile in found.items() if judged(tried.seen, tried.noise, profile).is_forgiven]

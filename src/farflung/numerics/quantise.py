@@ -1,9 +1,9 @@
 """Canonical quantisers: published weights with fewer bits, the same values on every machine.
 
-A node whose profile names one computes with what it makes of the published weights, and whoever replays that node's
-text does the same to a copy; so an honest node of few bits looks honest, and one of still fewer does not. Matrices are
-quantised along their rows (output channels); embeddings, the output head and everything that is no matrix stay as they
-are. Each value is q·scale in float32, rounded to bfloat16, so that every engine can hold it.
+A node whose profile names one computes with what it makes of the published weights, and validators and trainer do the
+same to their copy before they replay its text; so an honest node of few bits looks honest, one of still fewer does not.
+Matrices are quantised along their rows (output channels); embeddings, the output head and everything that is no matrix
+stay as they are. Each value is q·scale in float32, rounded to bfloat16, so that every engine can hold it.
 
     int8   a row: scale = max|w| / 127, q = w / scale rounded to even, between -127 and 127
     fp8    a row: scale = max|w| / 448, q = w / scale as e4m3 (no infinities), rounded to even

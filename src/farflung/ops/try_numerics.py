@@ -33,7 +33,7 @@ async def attempt(session: Session, folder: Path, manifest: str) -> self_test.Tr
         slots_on(device, config, dtype, longest(session.info))
         ending = {"eos_ids": session.info.eos_ids, "stops": await fetch_stops(session)}
         engine = LocalEngine.from_folder(config, dtype=dtype, device=device, **ending)
-        Loaded(engine, versions).ensure(manifest, quantiser=profile.quantiser)
+        Loaded(engine, versions).ensure(manifest)
         return self_test.attempt(engine, test, profile)
     finally:
         await versions.close()
