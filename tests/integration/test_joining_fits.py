@@ -54,6 +54,7 @@ def test_doctor_tells_the_room_or_what_would_fit(served, tmp_path) -> None:
 
     found = asyncio.run(findings(device="cpu"))
     assert "computes in" in found["device"].text
+    assert "speed" in found, [one.text for one in found.values() if not one.is_well]
     assert found["speed"].figure > 0
     assert "expected, as measured" in found["speed"].text
     enough, little = found["room"], asyncio.run(findings(memory_gb=1e-4))["room"]

@@ -24,6 +24,8 @@ from farflung.protocol.messages import VERSION, Run, Status
 from farflung.weights.manifest import open_manifest
 
 SPARE_BYTES = 1 << 30
+PATIENCE_S = 2.0
+"""For a coordinator that is busy for a moment; a fault would be said of one."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _ports() -> Finding:
 async def _remote(
     url: str, folder: Path, root: bytes | None, settings: WorkerSection, *, is_joining: bool
 ) -> AsyncIterator[Finding]:
-    client = Client(url, Key.make(), patience_s=0.0)
+    client = Client(url, Key.make(), patience_s=PATIENCE_S)
     try:
         index = await client.get("/v1", Index)
         yield _protocol(url, index)
