@@ -6,18 +6,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from farflung.audits import self_test
 from farflung.config import WorkerSection
 from farflung.config.tree import WAVES
-from farflung.engine.arithmetic import BITS, Own, choose, dtype_of
+from farflung.engine.arithmetic import Own, choose
 from farflung.engine.base import Completion, Engine
-from farflung.engine.fit import cache_bytes, longest, node_slots
-from farflung.engine.local import LocalEngine
-from farflung.engine.vllm import VllmEngine
-from farflung.engine.vllm_answers import server_numerics
-from farflung.engine.vllm_process import ManagedVllmEngine, ServerSize, VllmProcess, refuse_missing
+from farflung.engine.fit import node_slots
+from farflung.engine.of_node import Place, held_in, make, own_numerics
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
@@ -48,7 +43,6 @@ from farflung.protocol.messages import (
     Submission,
 )
 from farflung.protocol.numerics import Numerics, Quantiser
-from farflung.protocol.stops import Stops
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.trust.evidence import Profile
@@ -67,23 +61,6 @@ AWAY_S, MOST_AWAY_S = 2.0, 60.0
 CATCH_UP_S = 10.0
 """How far a paced worker may have fallen behind its pace, by faults not its own, and still make up for it."""
 Wrap = Callable[[Engine], Engine]
-
-
-async def own_numerics(settings: WorkerSection) -> Own:
-    """The numerics of a node, as far as they are known before it has a profile. Raises ConfigError, Unreachable."""
-    if settings.engine == "torch":
-        return Own("torch", pick(settings.device).type)
-    if not settings.is_elsewhere:
-        refuse_missing(Path(settings.engine_home))
-        return Own("vllm", pick(settings.device).type, "bfloat16", BITS["bfloat16"])
-    found = await asyncio.to_thread(server_numerics, settings.engine_url)
-    kind = settings.device.partition(":")[0].replace("auto", "")
-    return found._replace(device=found.device or kind)
-
-
-def held_in(numerics: Numerics) -> torch.dtype:
-    """What this process holds weights in; a server sees to its own arithmetic."""
-    return torch.bfloat16 if numerics.engine == "vllm" else dtype_of(numerics)
 
 
 class Worker:
@@ -121,7 +98,6 @@ class Worker:
         self.loaded: Loaded
         self._paced_at = time.monotonic()
         self._idle_because, self._is_tried, self._away_s = "", False, AWAY_S
-        self._process: VllmProcess | None = None
         self._quantiser: Quantiser = ""
 
     async def run(self) -> None:
@@ -137,8 +113,7 @@ class Worker:
                 log.error("leaving because=%s", error)
             finally:
                 await self.weights.close()
-                if self._process is not None:
-                    await asyncio.to_thread(self._process.stop)
+                await asyncio.to_thread(self._made.close)
 
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""
@@ -170,7 +145,9 @@ class Worker:
         log.info("room for slots=%d", self.slots)
         stops = await fetch_stops(self.session)
         self.session.stats.phase = f"starting {self.settings.engine}"
-        self.engine = self.wrap(await asyncio.to_thread(self._engine, config, dtype, stops))
+        place = Place(settings, info, self.device, self.folder / settings.engine / str(self._part or 0), self.slots)
+        self._made = await asyncio.to_thread(make, place, config, dtype, stops)
+        self.engine = self.wrap(self._made)
         self.weights = Versions(
             self.session,
             self.folder / "weights",
@@ -195,32 +172,6 @@ class Worker:
         """Have the seconds of what computes counted."""
         self.session.stats.accelerators = int(numerics.device != "cpu")
         self.session.stats.is_served = (numerics.engine, numerics.device) == ("vllm", "cpu")
-
-    def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
-        settings, eos_ids = self.settings, self.session.info.eos_ids
-        if settings.engine == "vllm":
-            folder = self.folder / "vllm" / str(self._part or 0)
-            vocab, rows = self.session.info.vocab, self.slots
-            options = {"eos_ids": eos_ids, "vocab": vocab, "stops": stops, "max_rows": rows}
-            if settings.is_elsewhere:
-                return VllmEngine(settings.engine_url, folder, **options)
-            self._process = VllmProcess(Path(settings.engine_home), folder, config, self._server_size(config))
-            return ManagedVllmEngine(self._process, folder, **options)
-        return LocalEngine.from_folder(
-            config,
-            dtype=dtype,
-            threads=settings.threads,
-            device=self.device,
-            eos_ids=eos_ids,
-            stops=stops,
-            max_rows=self.slots,
-        )
-
-    def _server_size(self, config: bytes) -> ServerSize:
-        """What a server of this node's own is given."""
-        text, settings = longest(self.session.info, self.settings.context), self.settings
-        cached = cache_bytes(config, torch.bfloat16, text, self.slots)
-        return ServerSize(self.device, text.tokens, self.slots, cached, settings.memory_gb, settings.threads)
 
     async def _prepare(self) -> None:
         """Load what the first lease will ask for, and try this machine's arithmetic on it. Raises ConfigError."""

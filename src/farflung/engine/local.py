@@ -116,6 +116,9 @@ class LocalEngine:
         self._refuse_unloaded()
         return replay(self.model, items, self.replay_tokens, "alone" if alone else self.ways.reading)
 
+    def close(self) -> None:
+        """Nothing of it runs elsewhere."""
+
     def _count(self, should_stop: Callable[[], bool] | None) -> bool:
         self.made += 1
         return should_stop is not None and should_stop()

@@ -151,6 +151,9 @@ class VllmEngine:
 
     # --- trying the server -------------------------------------------------------------------------------------------
 
+    def close(self) -> None:
+        """The server is not this node's own."""
+
     def _refuse_wrong_sampling(self) -> None:
         """Raise ConfigError for a server that does not sample as the run asks, or has weights of before in its cache.
 

@@ -11,10 +11,10 @@ from farflung.engine.arithmetic import choose
 from farflung.engine.base import Request
 from farflung.engine.fit import longest, node_slots
 from farflung.engine.local import LocalEngine
+from farflung.engine.of_node import held_in, own_numerics
 from farflung.net.session import Session
 from farflung.numerics.devices import accelerator, pick
 from farflung.weights.tensors import fetch_model_config
-from farflung.worker import held_in, own_numerics
 
 PROMPT, NEW = 32, 32
 """Tokens of the texts by which speed is measured."""
