@@ -40,7 +40,7 @@ from farflung.store.run import RunContext
 from farflung.store.tables import ENTRIES, EVENTS, GROUPS, LEASES, LIVE_ROLLOUT, NODES, ROLLOUTS, STEPS, TABLE_OF
 from farflung.tasks.create_run import Model, create_run, seal_descriptor, weights_key
 from farflung.tasks.keyring import Keyring
-from farflung.trust.evidence import Profile, Profiles, Tally
+from farflung.trust.evidence import Profile, Profiles, Tally, from_json
 from farflung.weights.manifest import target_digest
 
 settings.register_profile("farflung", deadline=None)  # shared cores pause for half a second now and then
@@ -182,7 +182,8 @@ def evidence(job: m.AuditJob, bad: Callable[[str], bool], **changes: Any) -> m.E
             "lead": wire.pack_floats(np.full(size, -1.0)),
         }
         seen.append(m.RolloutEvidence(rollout=rollout.rollout, **floats))
-    fields = {"run": RUN, "audit": job.audit, "manifest": job.manifest, "profile": "torch-cpu-fp32", "rollouts": seen}
+    fields = {"run": RUN, "audit": job.audit, "manifest": job.manifest, "profile": from_json(job.profile).name}
+    fields |= {"rollouts": seen}
     return m.Evidence(**fields | {"arithmetic": job.verify_in[0]} | changes)
 
 

@@ -1,7 +1,9 @@
 """Who can stop a run: verifiers that disagree, or that fail everybody; no number of keys that cheat together."""
 
+import json
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import sqlalchemy as sa
@@ -9,7 +11,9 @@ from tests.conftest import PROFILE, VOCAB, tokens_of
 
 from farflung.protocol import messages as m
 from farflung.protocol import wire
+from farflung.queries import views
 from farflung.store.tables import AUDITS, NODES, ROLLOUTS, RUNS, VERDICTS
+from farflung.trust.evidence import Profiles
 
 GARBAGE = 3
 """What keys that have turned fill their rollouts with."""
@@ -261,3 +265,87 @@ def test_work_counts_by_what_passed(watched) -> None:
         assert before[ids[0]] > VOCAB // 4
 
     watched.run(scenario)
+
+
+# --- machines of one kind whose arithmetic has changed -----------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(watched):
+    """The same run, that admits another profile too."""
+    own = watched.ctx.profiles.run
+    watched.ctx.profiles = Profiles(own, (msgspec.structs.replace(own, name="gpu"),))
+    return watched
+
+
+async def trusted_under(house, profile: str, names) -> None:
+    for name in names:
+        house.clients[name] = house.line(name)
+        await house.clients[name].post(
+            "/v1/nodes", m.Register(version=m.VERSION, name=name, profile=profile), m.Welcome
+        )
+    await trusted(house, names)
+
+
+def suspects_of(house) -> dict[str, str]:
+    return json.loads(house.rows(sa.select(RUNS.c.breaker_profiles))[0][0])
+
+
+async def drift(house, gpus) -> None:
+    """All machines under one profile make text that no verifier gives, whatever they do."""
+    for name in gpus:
+        lease = await house.lease(name)
+        await house.submit(name, lease, garbage(lease))
+    await replay(house)
+
+
+def test_a_profile_whose_machines_all_fail_is_suspect_and_nobody_of_it_is_ejected(mixed) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        cpus, gpus = [f"ada-{i}" for i in range(8)], [f"gpu-{i}" for i in range(4)]
+        await trusted(house, cpus)
+        await trusted_under(house, "gpu", gpus)
+        waiting = await house.lease(gpus[3])
+        for _ in range(3):
+            await drift(house, gpus[:3])
+            for name in cpus:
+                await house.work(name)
+            await replay(house)
+        assert suspects_of(house) == {}, "one of them is there and was not looked at yet"
+        assert house.statuses(AUDITS, kind="confirm")["open"] == 3, "others of its kind are to pass first"
+        await house.submit(gpus[3], waiting, garbage(waiting))
+        await replay(house)
+        assert "4 nodes that did 100% of the work" in suspects_of(house)["gpu"]
+        assert opened(house) == "", "the others go on"
+        assert await house.ask(gpus[3]) is None
+        assert await house.ask(cpus[0]) is not None
+        assert house.statuses(NODES, role="worker")["ejected"] == 0
+        said = await house.ctx.database.read(lambda c: views.status(c, house.ctx.run_ctx, house.clock()))
+        assert "gpu" in said.breaker_profiles
+
+        await house.client("val-2")
+        operator = house.line("coordinator")
+        assert (await operator.post(f"{house.admin_path}/breaker/close", m.Empty(), m.Done)).changed == 1
+        await operator.close()
+        assert suspects_of(house) == {}
+        await replay(house, "val-2")
+        assert house.statuses(NODES, role="worker")["ejected"] == 3
+
+    mixed.run(scenario)
+
+
+def test_cheats_of_one_kind_are_ejected_once_one_of_it_passes(mixed) -> None:
+    async def scenario(house) -> None:
+        await house.step(0)
+        gpus = [f"gpu-{i}" for i in range(4)]
+        await trusted(house, [f"ada-{i}" for i in range(8)])
+        await trusted_under(house, "gpu", gpus)
+        for _ in range(3):
+            await drift(house, gpus[:3])
+        assert house.statuses(NODES, role="worker")["quarantined"] == 3
+        await house.work(gpus[3])
+        await replay(house)
+        assert house.statuses(NODES, role="worker")["ejected"] == 3
+        assert suspects_of(house) == {}
+
+    mixed.run(scenario)

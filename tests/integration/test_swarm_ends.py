@@ -105,7 +105,7 @@ def status(*nodes: NodeView, verdicts: tuple[Verdict, ...] = (), **changes: Any)
     values |= dict.fromkeys(("steps_total", "started_at", "now", "leases_open", "leases_reissued"), 0)
     values |= dict.fromkeys(("accepted", "accepted_tokens"), 0)
     values |= {"status": "running", "latest": Latest(status="running", step=0, manifest="")}
-    values |= {"rollouts": {}, "groups": {}, "audits": {}, "catch": {}}
+    values |= {"rollouts": {}, "groups": {}, "audits": {}, "catch": {}, "breaker_profiles": {}}
     values |= {"steps": [], "evals": [], "warnings": [], "nodes": list(nodes), "verdicts": list(verdicts)}
     return Status(**(values | changes))
 

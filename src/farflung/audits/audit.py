@@ -94,8 +94,8 @@ def claim_audits(
     _release(connection, run_ctx, now, AUDITS.c.claimed_until < now, why="the validator's claim lapsed")
     _release(connection, run_ctx, now, AUDITS.c.claimed_by == validator, why="the validator asks again")
     is_open = sa.and_(AUDITS.c.run == run_ctx.run, AUDITS.c.status == "open", _may_answer(run_ctx, validator, now))
-    if breaker.is_in_doubt(connection, run_ctx, now):
-        is_open = sa.and_(is_open, AUDITS.c.kind != "confirm")  # no node is ejected before others have passed
+    if (spared := breaker.spares(connection, run_ctx, now)) is not None:
+        is_open = sa.and_(is_open, ~sa.and_(AUDITS.c.kind == "confirm", spared))  # others are to pass first
     since = sa.case((AUDITS.c.claimed_until > AUDITS.c.opened_at, AUDITS.c.claimed_until), else_=AUDITS.c.opened_at)
     if not _is_worth_claiming(connection, run_ctx, is_open, limit, now - linger_s):
         return []

@@ -17,10 +17,10 @@ from farflung.trust.audit_policy import affordable, audit_probability
 from farflung.trust.record import NodeRecord
 
 
-def probability(connection: Connection, run_ctx: RunContext, record: NodeRecord, now: float) -> float:
-    """The audit probability of a submission of a node with this record, now: 1 for all while the verifier is in doubt,
-    so that good nodes vouch for it soon, or fail as well."""
-    if breaker.is_in_doubt(connection, run_ctx, now):
+def probability(connection: Connection, run_ctx: RunContext, record: NodeRecord, profile: str, now: float) -> float:
+    """The audit probability of a submission of a node with this record and numerics profile, now: 1 while the verifier
+    is in doubt about such nodes, so that good ones vouch for it soon, or fail as well."""
+    if breaker.doubt(connection, run_ctx, now).is_of(profile):
         return 1.0
     affordable_ = memo(connection, "afford", lambda: afford(connection, run_ctx))
     return audit_probability(record, node_record.settings(run_ctx), affordable_)

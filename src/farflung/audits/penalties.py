@@ -70,6 +70,12 @@ def hold(
     return len(by_submission)
 
 
+def hold_alike(connection: Connection, run_ctx: RunContext, profile: str, now: float) -> None:
+    """Hold what was sent under a numerics profile that has become suspect."""
+    sent = sa.select(SUBMISSIONS.c.submission).where(SUBMISSIONS.c.profile == profile)
+    hold(connection, run_ctx, ROLLOUTS.c.submission.in_(sent), f"profile {profile} is suspect", now)
+
+
 def _still_untrained(live: Sequence[str]) -> Any:
     """Rollouts that are not trained on, or dropped and paid for but lately, and under no audit yet."""
     looked_at = sa.or_(AUDITS.c.status.in_(("open", "claimed")), AUDITS.c.kind == "suspicion")

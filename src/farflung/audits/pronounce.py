@@ -20,10 +20,12 @@ def pronounce(
     submissions: int,
     *,
     step: int = -1,
+    profile: str = "",
     was_trusted: bool = False,
 ) -> None:
-    """Keep a verdict on a node that had so many submissions, with the step of its evidence if there is one."""
+    """Keep a verdict on a node that had so many submissions, with the step and profile of its evidence, if any."""
     document = msgspec.msgpack.encode(seal(run_ctx.verdicts, "verdict", verdict))
     values = {"run": run_ctx.run, "node": verdict.node, "outcome": verdict.outcome, "step": step, "document": document}
-    connection.execute(VERDICTS.insert().values(values | {"submissions": submissions, "was_trusted": was_trusted}))
+    values |= {"profile": profile, "submissions": submissions, "was_trusted": was_trusted}
+    connection.execute(VERDICTS.insert().values(values))
     log.info("verdict node=%s outcome=%s reason=%s", verdict.node, verdict.outcome, verdict.reason)

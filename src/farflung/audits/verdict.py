@@ -149,7 +149,8 @@ def _decide(connection: Connection, run_ctx: RunContext, profile: Profile, audit
         _pronounce(connection, run_ctx, audit, before, after, outcome, _diagnosis(profile, evidence), now)
         if outcome.kind == "release" and _is_contradicted(connection, run_ctx, profile, audit, findings):
             breaker.disagree(connection, run_ctx, audit.step, now)
-        breaker.check(connection, run_ctx, audit.step, now)
+        if breaker.check(connection, run_ctx, audit.step, audit.profile, now):
+            penalties.hold_alike(connection, run_ctx, audit.profile, now)
 
 
 def _is_news(connection: Connection, audit: Row[Any], findings: Sequence[Finding]) -> bool:
@@ -261,4 +262,5 @@ def _pronounce(
         decided_at=now,
     )
     was_trusted = before.status == "trusted"
-    pronounce(connection, run_ctx, verdict, record.submissions, step=audit.step, was_trusted=was_trusted)
+    about = {"step": audit.step, "profile": audit.profile, "was_trusted": was_trusted}
+    pronounce(connection, run_ctx, verdict, record.submissions, **about)

@@ -123,6 +123,7 @@ def breaker(config: RunConfig, *flags: Flags, close: bool = False, url: Url = ""
     """Show whether the circuit breaker is open, or close it.
 
     While it is open, because too many trusted nodes failed audits at once, no verdict is given and no step trained.
+    Where only those under one numerics profile failed, it is open for them: they get no work and are not ejected.
 
     Parameters
     ----------

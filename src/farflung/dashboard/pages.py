@@ -276,7 +276,7 @@ def _table(s: Snapshot, request: Request) -> dict[str, Any]:
     page = min(pages, max(1, _page_number(wish.get("page", ""))))
     rows = ordered(s.nodes, sort, is_down)[(page - 1) * NODES_A_PAGE : page * NODES_A_PAGE]
     return {"rows": rows, "sort": sort, "is_down": is_down, "page": page, "pages": pages, "total": len(s.nodes),
-            "first_down": DESCENDING, "profiles": by_profile(s.nodes)}  # fmt: skip
+            "first_down": DESCENDING, "profiles": by_profile(s.nodes), "suspect": s.breaker_profiles}  # fmt: skip
 
 
 def _page_number(text: str) -> int:

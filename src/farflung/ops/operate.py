@@ -12,6 +12,7 @@ from farflung.protocol.messages import Done, Empty, Rollback, Status
 from farflung.protocol.shown import visible
 
 ADMIN = "/v1/admin"
+CLOSED = "the circuit breaker is closed"
 
 
 async def close_breaker(url: str, config: Config) -> None:
@@ -25,10 +26,11 @@ async def close_breaker(url: str, config: Config) -> None:
 
 
 async def show_breaker(url: str, config: Config) -> None:
-    """Say whether the circuit breaker is open, and why."""
+    """Say whether the circuit breaker is open, for all or for some numerics profiles, and why."""
 
     async def send(client: Client, path: str) -> str:
-        return (await client.get(f"/v1{path}/status", Status)).breaker or "the circuit breaker is closed"
+        status = await client.get(f"/v1{path}/status", Status)
+        return "\n".join(filter(None, [status.breaker, *status.breaker_profiles.values()])) or CLOSED
 
     await _tell(url, config, send)
 

@@ -1,5 +1,6 @@
 """Everything the home page shows, read in one go. Read only."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,8 @@ class Snapshot:
     """None where that is hidden."""
     breaker: str
     """Why verdicts and training are held, empty if they are not."""
+    breaker_profiles: dict[str, str]
+    """Why nodes under some numerics profiles get no work, by profile."""
     catch: dict[int, float]
     """P(caught within n submissions) of the cheat of `views.catch`."""
     accepted_per_hour: float
@@ -139,6 +142,7 @@ def take(connection: Connection, config: Config, meter: Meter, now: float) -> Sn
         groups_wanted=config.learn.groups,
         audits_waiting=None if redaction.is_on else connection.execute(waiting).scalar_one(),
         breaker=row.breaker,
+        breaker_profiles=json.loads(row.breaker_profiles),
         catch=views.catch(connection, config),
         accepted_per_hour=_accepted(connection, None if since == row.created_at else since)
         * 3600

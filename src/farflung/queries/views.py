@@ -97,6 +97,7 @@ def status(connection: Connection, run_ctx: RunContext, now: float) -> Status:
         nodes=[_view(line) for line in found],
         verdicts=verdicts(connection, run_ctx.run),
         breaker=connection.execute(sa.select(RUNS.c.breaker).where(RUNS.c.run == run_ctx.run)).scalar_one(),
+        breaker_profiles=run_ctx.suspect_profiles(connection),
         catch={str(n): p for n, p in catch(connection, config).items()},
         warnings=warnings(connection),
     )

@@ -202,7 +202,7 @@ def _entries(
     for stored in stored_ones:
         valid, sender, left = stored.valid, senders[stored.node], waiting[stored.lease]
         rollouts = [rollout for rollout in valid.tokens if rollout in left]
-        probability = budget.probability(connection, run_ctx, node_record.read(sender), now)
+        probability = budget.probability(connection, run_ctx, node_record.read(sender), sender.profile, now)
         accepted = AcceptedSubmission(
             stored=stored,
             sender=sender,

@@ -1,5 +1,6 @@
 """One run as the coordinator keeps it: the values that never change, and the few questions every hop asks of it."""
 
+import json
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -55,6 +56,11 @@ class RunContext:
     def granted(self) -> dict[str, str]:
         """Node → the role that the operator granted its key."""
         return {node_id(bytes.fromhex(key)): role for key, role in self.config.coordinator.grants.items()}
+
+    def suspect_profiles(self, connection: Connection) -> dict[str, str]:
+        """Numerics profiles for which alone the circuit breaker is open, and why."""
+        query = sa.select(RUNS.c.breaker_profiles).where(RUNS.c.run == self.run)
+        return json.loads(connection.execute(query).scalar_one())
 
     def step_secret(self, step: int) -> bytes:
         """The secret that everything drawn at a step derives from."""

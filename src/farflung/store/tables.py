@@ -36,6 +36,7 @@ RUNS = Table(
     Column("secret", LargeBinary, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("breaker", Text, nullable=False, default=""),
+    Column("breaker_profiles", Text, nullable=False, server_default=sa.text("'{}'")),
     Column("breaker_after", Integer, nullable=False, default=0),
     Column("noise", Text, nullable=False, server_default=sa.text("'farflung'")),
 )
@@ -277,6 +278,7 @@ VERDICTS = Table(
     Column("node", Text, nullable=False),
     Column("outcome", Text, nullable=False),
     Column("step", Integer, nullable=False, default=-1),
+    Column("profile", Text, nullable=False, server_default=sa.text("''")),
     Column("was_trusted", sa.Boolean, nullable=False, default=False),
     Column("submissions", Integer, nullable=False),
     Column("document", LargeBinary, nullable=False),

@@ -78,11 +78,15 @@ class _NodeFacts:
         self.held = {(row.node, row.device): row.document for row in held}
         self._busy, self._most = {node for node, _ in self.held}, run_ctx.config.lease.devices
         since = now - 2 * self._most_s
+        self._suspect = run_ctx.suspect_profiles(connection)
         self._given_up = {row[0]: row[1:] for row in connection.execute(_ABANDONED, {"ids": nodes, "since": since})}
 
     def refuse(self, ask: WorkRequest) -> Answer | None:
-        """The answer to a device that is to have no lease: one too many, or of a node on probation that has one."""
+        """The answer to a device that is to have no lease: one too many, of a node on probation that has one, or of
+        one under a profile that has become suspect."""
         node, device = ask.asking
+        if (why := self._suspect.get(ask.node.profile)) is not None:
+            return Wait(f"no work under profile {ask.node.profile or 'of the run'!r}: {why}")
         most = min(self._most, json.loads(ask.node.hardware or "{}").get("devices", 1))
         if device >= most:
             return Forbidden(

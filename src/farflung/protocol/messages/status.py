@@ -81,6 +81,8 @@ class Status(Message, frozen=True):
     verdicts: list[Verdict]
     breaker: str
     """Why verdicts and training are held, empty if they are not."""
+    breaker_profiles: dict[str, str]
+    """Why nodes under some numerics profiles get no work and are not ejected, by profile."""
     catch: dict[str, float]
     """P(a trusted node that cheats on 10 % of its rollouts is found within n submissions), by n, at the floor."""
     warnings: list[str]
