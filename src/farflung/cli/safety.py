@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from farflung.cli.app import BREAK, HOME, JOIN, RUN, SAFE, Flags, RunConfig, app, expanded, settings_of
+from farflung.cli.app import BREAK, HOME, JOIN, RUN, SAFE, Flags, RunConfig, RunFolder, app, expanded, settings_of
 from farflung.launch.logs import start_logging
 
 
@@ -134,6 +134,30 @@ def calibrate(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
     )
+
+
+@app.command(group=RUN)
+def recalibrate(folder: RunFolder, profile: str, *, out: Path, nodes: tuple[str, ...] = (), name: str = "") -> None:
+    """Make a numerics profile anew from a run's audits.
+
+    For machines whose arithmetic has changed, a renewed driver say: what they sent was replayed by your validators.
+    A node that flips as the others do not is left out.
+
+    Parameters
+    ----------
+    profile
+        Name of the profile that no longer fits them.
+    out
+        JSON file to write.
+    nodes
+        A node that you vouch for; may be given again. Without any, all that worked under the profile.
+    name
+        Name of the new profile; empty for that of the old one.
+    """
+    from farflung.ops.recalibrate import recalibrate as recalibrate_from
+
+    start_logging()
+    recalibrate_from(folder, profile, out, nodes, name)
 
 
 @app.command(group=BREAK)
