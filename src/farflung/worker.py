@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from farflung.audits import self_test
 from farflung.config import WorkerSection
 from farflung.config.tree import WAVES
@@ -43,6 +45,7 @@ from farflung.protocol.messages import (
     Submission,
 )
 from farflung.protocol.numerics import Numerics, Quantiser
+from farflung.protocol.stops import Stops
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.trust.evidence import Profile
@@ -146,7 +149,7 @@ class Worker:
         stops = await fetch_stops(self.session)
         self.session.stats.phase = f"starting {self.settings.engine}"
         place = Place(settings, info, self.device, self.folder / settings.engine / str(self._part or 0), self.slots)
-        self._made = await asyncio.to_thread(make, place, config, dtype, stops)
+        self._made = await asyncio.to_thread(self._engine, place, config, dtype, stops)
         self.engine = self.wrap(self._made)
         self.weights = Versions(
             self.session,
@@ -160,6 +163,9 @@ class Worker:
         self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
         self._receipts = Receipts(self.folder, self._part)
         await self.session.heartbeat()
+
+    def _engine(self, place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
+        return make(place, config, dtype, stops)
 
     async def _own(self) -> Own:
         return await own_numerics(self.settings)

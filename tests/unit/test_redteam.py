@@ -1,6 +1,7 @@
 """The gallery of adversaries and the table of a trial: nothing about an outcome is decided beforehand."""
 
 import gzip
+import inspect
 
 import pytest
 import sqlalchemy as sa
@@ -12,9 +13,10 @@ from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError, Malformed
 from farflung.protocol.messages import Submission, SubmittedRollout
 from farflung.redteam import GALLERY, noises, senders
-from farflung.redteam.adversary import Attack, Cheating
+from farflung.redteam.adversary import Adversary, Attack, Cheating
 from farflung.store import ledger
 from farflung.store.tables import metadata
+from farflung.worker import Worker
 
 SENT = Submission(rollouts=[SubmittedRollout(rollout="r1", ids=wire.pack_ids([1, 2, 3]))])
 
@@ -109,3 +111,11 @@ def test_a_swarm_has_the_adversaries_asked_for() -> None:
     settings = _with(Config(), (Cheat(name="nan", attack="nan"), Cheat(name="bomb-2", attack="bomb")), "x-1")
     assert settings.run.name == "x-1"
     assert [(cheat.name, cheat.attack) for cheat in settings.swarm.cheats] == [("nan", "nan"), ("bomb-2", "bomb")]
+
+
+def test_whatever_an_adversary_changes_of_a_worker_is_a_workers() -> None:
+    """A method that no worker has any more would never be called, and the attack would be none."""
+    own = {name: value for name, value in vars(Adversary).items() if inspect.isfunction(value)}
+    changed = {name for name, value in own.items() if "super()." in inspect.getsource(value)}
+    assert "_engine" in changed
+    assert changed <= set(dir(Worker))

@@ -13,6 +13,7 @@ import torch
 
 from farflung.engine.arithmetic import Own
 from farflung.engine.base import Completion, Engine, Request
+from farflung.engine.of_node import Place
 from farflung.protocol import wire
 from farflung.protocol.errors import Ejected, FarflungError, LeaseGone, Unreachable
 from farflung.protocol.messages import Lease, Submission
@@ -104,8 +105,8 @@ class Adversary(Worker):
         own = await super()._own()
         return own._replace(arithmetic=self.attack.declares) if self.attack.declares else own
 
-    def _engine(self, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
-        return super()._engine(config, torch.float32 if self.attack.declares else dtype, stops)
+    def _engine(self, place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
+        return super()._engine(place, config, torch.float32 if self.attack.declares else dtype, stops)
 
     async def _prepare(self) -> None:
         """No self-test: it would try the attack, and a lease loads the weights."""
