@@ -89,7 +89,7 @@ def settings(folder: Path, **changes: dict[str, Any]) -> Config:
         "env": {"name": "sums", "train_tasks": 64, "eval_tasks": 4},
         "generate": {"samples": SAMPLES, "max_new_tokens": BUDGET},
         "learn": {"groups": 2, "max_staleness": 2},
-        "lease": {"rollouts": 4, "lease_s": 100.0, "lost_s": 40.0, "heartbeat_s": 5.0},
+        "lease": {"rollouts": 4, "target_s": 0.0, "lease_s": 100.0, "lost_s": 40.0, "heartbeat_s": 5.0},
         "trust": {"probation_rollouts": 4, "probation_waiting": 99},
         "eval": {"tasks": 2, "every": 0, "samples": 0},
         "coordinator": {"grants": {named(name).public.hex(): role for name, role in GRANTS.items()}, "redact": False},

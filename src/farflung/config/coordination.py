@@ -8,7 +8,15 @@ Role = Literal["trainer", "validator", "scorer"]
 
 
 class LeaseSection(Section):
-    rollouts: int = setting(16, "Rollouts per lease.", ge=1, le=4096)
+    rollouts: int = setting(
+        16, "Rollouts in a lease of a node on probation or of unknown speed; of no other fewer.", ge=1, le=4096
+    )
+    target_s: float = setting(
+        30.0,
+        "Seconds for which a lease has work, by its node's measured speed; a quarter of a step if that is shorter. 0 "
+        "gives all leases `lease.rollouts`.",
+        ge=0,
+    )
     lease_s: float = setting(300.0, "Seconds that a lease lasts at least, and after a sign of progress.", gt=0)
     slowest_tokens_per_s: float = setting(
         5.0,

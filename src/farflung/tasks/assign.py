@@ -30,7 +30,7 @@ class AssignSettings:
     max_lag: int = 1
     """A node may go on opening groups at its loaded step while the latest is at most this many ahead."""
     lease_rollouts: int = 16
-    """Most rollouts in one lease."""
+    """Most rollouts in one lease of a node of which nothing else is known."""
     lease_minimum: int = 4
     """A node with fewer free slots than this is still leased so many; it does them one after the other."""
     group_size: int = 16
@@ -49,6 +49,8 @@ class Asker:
     max_context: int
     """Tokens that prompt and completion together may have."""
     node: str = ""
+    most: int = 0
+    """Rollouts in a lease of it; 0 for `lease_rollouts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def assign(
     `next_tasks(step)` yields the tasks not yet opened at a step in the order of `task_order`; one that does not fit
     this node is skipped and left for another.
     """
-    size = min(settings.lease_rollouts, max(node.free_slots, settings.lease_minimum))
+    size = min(node.most or settings.lease_rollouts, max(node.free_slots, settings.lease_minimum))
     if node.free_slots < 1 or size < 1:
         return Wait("the node has no free slot")
     candidates = [candidate for candidate in open_samples if _is_candidate(candidate, now, latest, node, settings)]

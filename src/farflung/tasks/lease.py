@@ -27,6 +27,7 @@ from farflung.tasks.allocator import Allocator
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
 from farflung.tasks.candidates import Samples, groups_now, next_tasks, open_groups, open_samples, owners
 from farflung.tasks.issue import Asking, write
+from farflung.tasks.lease_size import LeaseSize, lease_size
 from farflung.tasks.probation import Probation
 from farflung.tasks.tiers import Quantised
 
@@ -175,7 +176,8 @@ def _issue_train(
     is_shared = run_ctx.quantised and run_ctx.config.learn.quantised_share < 1
     oldest = latest - settings.max_staleness
     quantised = Quantised(connection, run_ctx, settings.groups_ahead, oldest) if is_shared else None
-    found = {ask.asking: _plan(allocator, probation, quantised, ask, restored or 0, now) for ask in asks}
+    size = lease_size(connection, run_ctx, settings)
+    found = {ask.asking: _plan(allocator, probation, quantised, size, ask, restored or 0, now) for ask in asks}
     plans = {one: plan for one, plan in found.items() if isinstance(plan, Plan)}
     waits = {one: wait for one, wait in found.items() if isinstance(wait, Wait)}
     return waits | write(connection, run_ctx, plans, "train", now, had.reopened)
@@ -190,6 +192,7 @@ def _plan(
     allocator: Allocator,
     probation: Probation | None,
     quantised: Quantised | None,
+    size: LeaseSize,
     ask: WorkRequest,
     oldest: int,
     now: float,
@@ -202,7 +205,8 @@ def _plan(
     slots = wish.slots if quantised is None else quantised.slots(node.profile, wish.slots)
     if quantised is not None and slots < min(wish.slots, allocator.settings.lease_minimum):
         return Wait(quantised.why_not)
-    asker = Asker(loaded, slots, wish.context or ANY_CONTEXT, node.node)
+    most = size.rollouts(node.tokens_per_s, is_new=node.status == "probation")
+    asker = Asker(loaded, slots, wish.context or ANY_CONTEXT, node.node, most)
     plan = allocator.take(asker, now)
     if quantised is not None and isinstance(plan, Plan):
         quantised.take(node.profile, plan.rollouts)
