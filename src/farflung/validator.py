@@ -181,7 +181,8 @@ class Validator:
     def _generate(self, lease: Lease, engine: Engine) -> list[tuple[str, Completion]]:
         figures = self.session.stats
         with figures.working("made"):
-            done = generate(engine, lease, lambda: False, figures)
+            self.session.held[lease.lease].follow(lambda: engine.made)
+            done = generate(engine, lease, lambda: False)
         figures.made_tokens += sum(len(completion.ids) for _, completion in done)
         return done
 

@@ -1,4 +1,8 @@
-"""Worker: lease → fetch weights → generate → submit. Untrusted, dials out only, may leave at any moment."""
+"""Worker: lease → fetch weights → generate → submit. Untrusted, dials out only, may leave at any moment.
+
+One with a server has two lanes, each at a lease of its own: once the requests of one leave the server room, the other
+asks for the next, so that the server's batch never drains.
+"""
 
 import asyncio
 import logging
@@ -15,7 +19,9 @@ from farflung.engine.arithmetic import Own, choose
 from farflung.engine.base import Completion, Engine
 from farflung.engine.fit import node_slots
 from farflung.engine.of_node import Place, held_in, make, own_numerics
+from farflung.engine.vllm import VllmEngine
 from farflung.net.client import Client
+from farflung.net.node_stats import Held
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
 from farflung.protocol.errors import (
@@ -24,6 +30,7 @@ from farflung.protocol.errors import (
     Ejected,
     EngineAway,
     FarflungError,
+    Forbidden,
     LeaseGone,
     Malformed,
     NotFound,
@@ -32,9 +39,11 @@ from farflung.protocol.errors import (
     WeightsError,
     WrongWeights,
 )
-from farflung.protocol.identity import Key
+from farflung.protocol.identity import Key, Signed
 from farflung.protocol.messages import (
+    LANES,
     MAX_SAMPLES,
+    MOST_DEVICES,
     Done,
     Empty,
     Lease,
@@ -59,6 +68,8 @@ WAIT_S = 5.0
 SPARED, LONG_S = 0.05, 60.0
 """This share of a lease's first time is left at its end to hand in complete rollouts; of a short one none, for clocks
 differ."""
+LOOK_S = 0.05
+"""Seconds between two looks at what the other lane does."""
 AWAY_S, MOST_AWAY_S = 2.0, 60.0
 """Waits for an engine that does not answer, at first and at most."""
 CATCH_UP_S = 10.0
@@ -100,7 +111,11 @@ class Worker:
         self.weights: Versions
         self.loaded: Loaded
         self._paced_at = time.monotonic()
-        self._idle_because, self._is_tried, self._away_s = "", False, AWAY_S
+        self._idle_because, self._is_untried = "", True
+        self._away_s, self._away_until = AWAY_S, 0.0
+        self._starting: int | None = None
+        """The lane that is at a lease it does not generate yet: one at a time."""
+        self._generating = 0
         self._quantiser: Quantiser = ""
 
     async def run(self) -> None:
@@ -110,13 +125,32 @@ class Worker:
         async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=self.weights.prefetch):
             try:
                 await self._prepare()
-                while not self.is_stopping and not self.session.is_over:
-                    await self.step()
+                ended = await asyncio.gather(*map(self._keep_working, self._lanes()), return_exceptions=True)
+                for error in filter(None, ended):
+                    raise error
             except Ejected as error:
                 log.error("leaving because=%s", error)
             finally:
                 await self.weights.close()
                 await asyncio.to_thread(self._made.close)
+
+    def _lanes(self) -> range:
+        """The numbers under which leases are asked for: the device's own, and for a server that beyond all devices."""
+        lanes = range(self.session.device, MOST_DEVICES, self._devices)
+        return lanes[: LANES if isinstance(self._made, VllmEngine) else 1]
+
+    async def _keep_working(self, lane: int) -> None:
+        """Lease after lease. Where one lane fails for good, the other hands in what it has."""
+        try:
+            while not self.is_stopping and not self.session.is_over:
+                await self.step(lane)
+        except Forbidden as error:
+            if lane == self.session.device:
+                raise
+            log.warning("one lease at a time because=%s", error)
+        except BaseException:
+            self.drain()
+            raise
 
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""
@@ -204,14 +238,15 @@ class Worker:
         """With the first version that has a self-test: the profile to be judged by instead, if any.
 
         That is where the noise is not forgiven under the present one. Raises ConfigError where none admitted forgives.
-        A server is tried with every version that has one: it may say that it loads, and keep part of what it had.
+        A server is tried with every version that has one, once it is loaded: it may say so, and keep part of what it
+        had.
         """
-        is_enough = self._is_tried and self.settings.engine == "torch"
-        test = None if is_enough else await self_test.fetch_or_none(self.session, manifest)
+        test = await self_test.fetch_or_none(self.session, manifest) if self._is_untried else None
         profile = self_test.profile_in(self.session, test, self.profile) if test else None
         if test is None or profile is None:
             return ""
-        self._is_tried, self.session.stats.phase = True, "self-test"
+        self._is_untried = False
+        self._tell("self-test")
         tried = await asyncio.to_thread(self._attempt, test, profile)
         if tried is None:
             log.info("no self-test because=%s cannot tell gaps", self.settings.engine)
@@ -233,23 +268,53 @@ class Worker:
         self.is_stopping = True
         self.session.shorten_patience()
 
-    async def step(self) -> None:
-        """One lease, from asking to handing in."""
-        self.session.stats.phase = "waiting"
-        figures = self.session.stats
+    async def step(self, lane: int | None = None) -> None:
+        """One lease, from asking to handing in; at first it waits until the server has room for more."""
+        lane = self.session.device if lane is None else lane
+        await self._until(lambda: self._starting is None and self._has_room())
+        if self.is_stopping:
+            return
+        self._starting = lane
+        try:
+            answer = await self._ask(lane)
+            if answer.lease is not None:
+                await self._take(answer.lease, lane)
+        finally:
+            self._has_started(lane)
+        if answer.lease is None:
+            self._say_why(answer.reason)
+            await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
+
+    def _has_room(self) -> bool:
+        return not isinstance(self._made, VllmEngine) or self._made.under_way < self.slots
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        """Wait until it is so, or this worker is told to stop."""
+        while not is_so() and not self.is_stopping:
+            await asyncio.sleep(LOOK_S)
+
+    def _has_started(self, lane: int) -> None:
+        """Let the other lane ask."""
+        self._starting = None if self._starting == lane else self._starting
+
+    def _tell(self, phase: str) -> None:
+        """What this worker is at; while one lane generates, that."""
+        self.session.stats.phase = "generating" if self._generating else phase
+
+    async def _ask(self, lane: int) -> LeaseAnswer:
+        self._tell("waiting")
         slots = min(WAVES * self.slots, MAX_SAMPLES)
-        fields = {"loaded_step": figures.loaded_step, "slots": slots, "device": self.session.device}
+        fields = {"loaded_step": self.session.stats.loaded_step, "slots": slots, "device": lane}
         ask = LeaseRequest(**fields, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
         self.weights.prefetch()
-        if answer.lease is None:
-            self._say_why(answer.reason)
-            await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
-            return
+        return answer
+
+    async def _take(self, signed: Signed, lane: int) -> None:
         self._idle_because = ""
-        lease = await open_lease(self.session, answer.lease)
-        with self.session.holding(lease):
+        lease = await open_lease(self.session, signed)
+        with self.session.holding(lease, lane):
             if lease.expires_at < self.client.clock():  # given again after a crash: it was extended since
                 await self.session.heartbeat()
             await self._work(lease)
@@ -262,8 +327,9 @@ class Worker:
 
     async def _work(self, lease: Lease) -> None:
         try:
-            await self.load(lease.manifest)
+            await self.load(lease.manifest, self.session.held[lease.lease])
             if other := await self.try_numerics(lease.manifest):
+                await self._until_alone()
                 await self._return(lease)
                 await self._declare(other)
                 return
@@ -287,26 +353,42 @@ class Worker:
             await self._return(lease)
 
     async def _wait_for_engine(self) -> None:
-        """Longer each time, until it has worked again."""
-        until = self.client.clock() + self._away_s
-        self.session.stats.phase, self._away_s = "waiting for its engine", min(2 * self._away_s, MOST_AWAY_S)
+        """Longer each time, until it has worked again; a lane that finds the other waiting waits as long."""
+        if self._away_until <= self.client.clock():
+            self._away_until = self.client.clock() + self._away_s
+            self._away_s = min(2 * self._away_s, MOST_AWAY_S)
+        self._tell("waiting for its engine")
+        until = self._away_until
         while self.client.clock() < until and not self.is_stopping:
             await asyncio.sleep(0.1)
 
-    async def load(self, manifest_digest: str) -> None:
-        """Have these weights in the engine; the pause is only the swap when they were fetched before."""
+    async def load(self, manifest_digest: str, held: Held | None = None) -> None:
+        """Have these weights in the engine; the pause is only the swap when they were fetched before.
+
+        What is generated with others comes to its end first, which counts as progress of the lease that waits.
+        """
         figures = self.session.stats
-        figures.phase = "fetching"
+        self._tell("fetching")
         await self.weights.fetch(manifest_digest)
+        if held is not None:
+            held.follow(lambda: self.engine.made)
         if not self.loaded.has(manifest_digest):
+            await self._until_alone()
             before = time.monotonic()
             await asyncio.to_thread(self.loaded.ensure, manifest_digest, quantiser=self._quantiser)
             figures.sync_pause_s = time.monotonic() - before
+            self._is_untried |= self.settings.engine != "torch"
+
+    async def _until_alone(self) -> None:
+        """Until the other lane has handed its lease in."""
+        while len(self.session.held) > 1:
+            await asyncio.sleep(LOOK_S)
 
     async def _hand_in(self, lease: Lease) -> None:
-        self.session.stats.phase = "generating"
+        with self.session.stats.working("proof"):
+            shown = self.loaded.possession(lease.nonce, lease.probe)
         before = time.monotonic()
-        done = await asyncio.to_thread(self._generate, lease)
+        done = await self._generated(lease)
         await self._keep_pace(done)
         if lease.lease in self.session.lost:
             raise LeaseGone(f"lease {lease.lease} was given to another")
@@ -315,13 +397,20 @@ class Worker:
             return
         assigned = sum(len(group.samples) for group in lease.groups)
         taken_s = time.monotonic() - before
-        with self.session.stats.working("proof"):
-            shown = self.loaded.possession(lease.nonce, lease.probe)
         submission = submission_of(done, assigned=assigned, generate_s=taken_s, possession=shown)
-        self.session.stats.phase = "submitting"
+        self._tell("submitting")
         await self.send(lease, submission)
         fields = lease.lease, lease.step, len(done), str(self.session.node_status)
         log.info("submitted lease=%s step=%d rollouts=%d status=%r", *fields)
+
+    async def _generated(self, lease: Lease) -> list[tuple[str, Completion]]:
+        self._generating += 1
+        self._tell("generating")
+        self._has_started(self.session.held[lease.lease].lane)
+        try:
+            return await asyncio.to_thread(self._generate, lease)
+        finally:
+            self._generating -= 1
 
     async def _keep_pace(self, done: list[tuple[str, Completion]]) -> None:
         """Be no faster than was asked for, over the last few seconds."""
@@ -339,15 +428,15 @@ class Worker:
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
         with self.session.stats.working():
-            began = self.client.clock()
-            spared_s = SPARED * (self.session.lapses_at - began)
-            return generate(self.engine, lease, lambda: self._is_over(lease, began, spared_s), self.session.stats)
+            began, held = self.client.clock(), self.session.held[lease.lease]
+            spared_s = SPARED * (held.lapses_at - began)
+            return generate(self.engine, lease, lambda: self._is_over(held, began, spared_s))
 
-    def _is_over(self, lease: Lease, began: float, spared_s: float) -> bool:
+    def _is_over(self, held: Held, began: float, spared_s: float) -> bool:
         """Whether what is complete is to be handed in, the rest left to others."""
-        until = self.session.lapses_at
+        until = held.lapses_at
         is_late = until - began > LONG_S and self.client.clock() > until - spared_s
-        return self.is_stopping or is_late or self.session.is_over or lease.lease in self.session.lost
+        return self.is_stopping or is_late or self.session.is_over or held.lease in self.session.lost
 
     async def _return(self, lease: Lease) -> None:
         await self.session.client.post(self.session.path(f"leases/{lease.lease}/return"), Empty(), Done)

@@ -65,14 +65,16 @@ def test_devices_that_ask_at_once_are_told_apart(house) -> None:
     house.run(scenario)
 
 
-@pytest.mark.parametrize(("said", "allowed"), [(2, 16), (64, 2)])
-def test_a_device_beyond_what_was_declared_or_allowed_gets_none(make_house, said, allowed) -> None:
+@pytest.mark.parametrize(("said", "allowed", "fits"), [(1, 16, 1), (64, 2, 2), (1, 1, 1)])
+def test_two_leases_a_device_up_to_what_is_allowed_and_no_third(make_house, said, allowed, fits) -> None:
+    most = min(allowed, 2)
+
     async def scenario(house) -> None:
         await trusted(house, "w1", said)
-        for device in (0, 1):
-            assert await house.ask("w1", device=device)
-        with pytest.raises(Forbidden, match="join with --processes 2"):
-            await house.ask("w1", device=2)
+        found = [await house.lease("w1", device=number) for number in range(most)]
+        assert len({lease.lease for lease in found}) == most
+        with pytest.raises(Forbidden, match=f"may hold {most}; join with --processes {fits}"):
+            await house.ask("w1", device=most)
 
     make_house(lease={"devices": allowed, "rollouts": 4}).run(scenario)
 

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from farflung.engine.local import LocalEngine  # noqa: E402
-from farflung.net.session import NodeStats  # noqa: E402
+from farflung.net.node_stats import NodeStats  # noqa: E402
 from farflung.weights import engines  # noqa: E402
 from farflung.weights.engines import Engines  # noqa: E402
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import save  # noqa: E402
 
 from farflung.engine.local import LocalEngine  # noqa: E402
-from farflung.net.session import NodeStats  # noqa: E402
+from farflung.net.node_stats import NodeStats  # noqa: E402
 from farflung.numerics.quantise import quantised  # noqa: E402
 from farflung.protocol import probe  # noqa: E402
 from farflung.protocol.digest import digest_of  # noqa: E402

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 
-from farflung.net.session import NodeStats
+from farflung.net.node_stats import NodeStats
 from farflung.protocol import errors, wire
 from farflung.protocol import messages as m
 from farflung.protocol.digest import digest_of

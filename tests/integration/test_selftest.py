@@ -14,7 +14,7 @@ from farflung.audits import self_test
 from farflung.config import WorkerSection
 from farflung.engine.base import Request
 from farflung.engine.local import LocalEngine
-from farflung.net.session import NodeStats
+from farflung.net.node_stats import NodeStats
 from farflung.protocol import errors, seeds, wire
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Key

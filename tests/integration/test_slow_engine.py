@@ -68,7 +68,9 @@ class Site(Served):
     def _waits_for_time(self, turned_at: float) -> bool:
         session, is_slow = self.worker.session, self.server.rollout_s and not self.server.is_dead
         if session.stats.phase == "generating" and is_slow:
-            return session.lapses_at > turned_at + 0.7 * LEASE_S  # it has heard since of a lease that lasts on
+            return (
+                min(one.lapses_at for one in session.held.values()) > turned_at + 0.7 * LEASE_S
+            )  # it has heard since of a lease that lasts on
         has_lease = self.house.statuses(LEASES)["open"] > 0
         return session.stats.phase in ("waiting for its engine", "gone") or not has_lease
 

@@ -5,7 +5,7 @@ import sqlalchemy as sa
 
 from farflung.config import Config, PricesSection
 from farflung.launch.summary import first_and_last, steady
-from farflung.net import session
+from farflung.net import node_stats
 from farflung.queries.cost import overhead, used
 from farflung.store.tables import EVENTS, metadata
 
@@ -46,8 +46,8 @@ def test_overhead_is_in_what_was_used():
 @pytest.mark.parametrize("accelerators", [0, 1, 4])
 def test_a_role_counts_the_time_of_each_accelerator_and_its_own_of_the_processor(accelerators, monkeypatch):
     clock = iter([100.0, 103.0, 107.0])
-    monkeypatch.setattr(session.time, "monotonic", lambda: next(clock))
-    stats = session.NodeStats(accelerators=accelerators)
+    monkeypatch.setattr(node_stats.time, "monotonic", lambda: next(clock))
+    stats = node_stats.NodeStats(accelerators=accelerators)
     with stats.working("made") as so_far:
         assert so_far()[1] == 3.0 * accelerators
     assert stats.made_device_s == 7.0 * accelerators
@@ -57,11 +57,27 @@ def test_a_role_counts_the_time_of_each_accelerator_and_its_own_of_the_processor
 
 def test_a_server_on_the_processor_costs_a_core_while_it_computes(monkeypatch):
     clock = iter([100.0, 107.0])
-    monkeypatch.setattr(session.time, "monotonic", lambda: next(clock))
-    stats = session.NodeStats(is_served=True)
+    monkeypatch.setattr(node_stats.time, "monotonic", lambda: next(clock))
+    stats = node_stats.NodeStats(is_served=True)
     with stats.working():
         pass
     assert (stats.work_cpu_s, stats.work_device_s) == (7.0, 0.0)
+
+
+def test_what_two_leases_of_one_server_share_is_counted_once(monkeypatch):
+    """The first from 100 to 110, the second from 105 to 120 and, after a pause, one from 130 to 131."""
+    clock = iter([100.0, 105.0, 110.0, 120.0, 130.0, 131.0])
+    monkeypatch.setattr(node_stats.time, "monotonic", lambda: next(clock))
+    stats = node_stats.NodeStats(is_served=True, accelerators=2)
+    first, second, third = (stats.working() for _ in range(3))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert stats.work_cpu_s == 10.0
+    second.__exit__(None, None, None)
+    with third:
+        pass
+    assert (stats.work_cpu_s, stats.work_device_s) == (21.0, 42.0)
 
 
 def move(at, subject, after):

@@ -26,7 +26,7 @@ class LeaseSection(Section):
     )
     heartbeat_s: float = setting(5.0, "Seconds between heartbeats.", gt=0, is_advanced=True)
     devices: int = setting(
-        16, "Most devices of one node that hold a lease each, if it has so many.", ge=1, le=64, is_advanced=True
+        16, "Most leases that one node holds: two for each of its devices.", ge=1, le=64, is_advanced=True
     )
     lost_s: float = setting(
         20.0, "Seconds without a heartbeat until a node's leases go to others.", gt=0, is_advanced=True

@@ -81,11 +81,13 @@ class VllmEngine:
     ) -> None:
         """Take a server that runs, and a folder that it can read. Raises Unreachable, or ConfigError for its settings.
 
-        At most `max_rows` requests are under way at once; the server queues what is more than its --max-num-seqs.
+        At most `max_rows` requests of one call are under way at once; the server queues what is more than its
+        --max-num-seqs. Several threads may generate at once.
         """
         self.url, self.eos_ids, self.max_rows = url.rstrip("/"), frozenset(eos_ids), max_rows
         self.stops, self._enders = stops, sorted(self.eos_ids.union(stops.at_once() if stops else ()))
         self._folder, self._label, self.made, self._vocab = folder.resolve(), "", 0, vocab
+        self._calls: list[list[asyncio.Task[Completion]]] = []
         self._folder.mkdir(parents=True, exist_ok=True)
         self._has_processor = self._asked_for_processor()
         self._settings, self._is_tried = server_settings(self.url), False
@@ -124,6 +126,11 @@ class VllmEngine:
         with safe_open(self._folder / _FILE, "pt") as file:
             names = {part.name for part in slices} & set(file.keys())
             return read_slices({name: file.get_tensor(name) for name in names}, slices)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that were asked for and have no end yet, over all calls."""
+        return sum(not task.done() for tasks in list(self._calls) for task in tasks)
 
     def generate(
         self, requests: Sequence[Request], should_stop: Callable[[], bool] | None = None
@@ -233,9 +240,11 @@ class VllmEngine:
         async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=timeout, trust_env=False) as client:
             tasks = [asyncio.create_task(self._complete(client, request)) for request in requests]
             counting = asyncio.create_task(self._count())
+            self._calls.append(tasks)
             try:
                 await _until(tasks, should_stop)
             finally:
+                self._calls.remove(tasks)
                 for task in (*tasks, counting):
                     task.cancel()
                 await asyncio.gather(*tasks, counting, return_exceptions=True)

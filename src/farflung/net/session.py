@@ -7,15 +7,15 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass
 
 import msgspec
 import psutil
 
 from farflung.net.client import Client
 from farflung.net.metrics_server import expose
+from farflung.net.node_stats import Held, NodeStats
 from farflung.protocol.errors import BadSignature, ConfigError, FarflungError, TooOld
 from farflung.protocol.identity import Key, Signed, node_id, seal, unseal
 from farflung.protocol.messages import (
@@ -101,56 +101,6 @@ def cpu_s() -> float:
     return total
 
 
-@dataclass
-class NodeStats:
-    """Figures that a role gives of itself in heartbeats: metrics, which no other role believes."""
-
-    phase: str = "starting"
-    loaded_step: int = -1
-    work_cpu_s: float = 0.0
-    recent_cpu_s: float = 0.0
-    recent_tokens: int = 0
-    made_cpu_s: float = 0.0
-    made_tokens: int = 0
-    proof_cpu_s: float = 0.0
-    sync_pause_s: float = 0.0
-    lease: str = ""
-    """The lease at work."""
-    made: int = 0
-    """Rises while it is generated."""
-    fetched_bytes: int = 0
-    work_device_s: float = 0.0
-    recent_device_s: float = 0.0
-    made_device_s: float = 0.0
-    proof_device_s: float = 0.0
-    accelerators: int = 0
-    """Accelerators that this role computes on; their seconds are counted beside the processor's."""
-    is_served: bool = False
-    """Whether a server on the processor computes for it: the thread that waits uses no CPU-seconds, the server does."""
-    last_error: str = ""
-    """The last fault with weights."""
-    started_at: float = field(default_factory=time.time)
-
-    @contextlib.contextmanager
-    def working(self, kind: Literal["work", "made", "proof"] = "work") -> Iterator[Callable[[], tuple[float, float]]]:
-        """Count what the block uses as work, or as generation or proof beside it; gives what it has used so far.
-
-        That is CPU-seconds of this thread, of a server at least one core's; and device-seconds, the time it takes on
-        each accelerator.
-        """
-        cpu_s, began_s = time.thread_time(), time.monotonic()
-
-        def used() -> tuple[float, float]:
-            taken_s = time.monotonic() - began_s
-            return taken_s if self.is_served else time.thread_time() - cpu_s, taken_s * self.accelerators
-
-        try:
-            yield used
-        finally:
-            for clock, seconds in zip(("cpu_s", "device_s"), used(), strict=True):
-                setattr(self, f"{kind}_{clock}", getattr(self, f"{kind}_{clock}") + seconds)
-
-
 class Session:
     """One node in one run."""
 
@@ -163,8 +113,8 @@ class Session:
         self.latest = Latest(status=info.status, step=-1, manifest="")
         self.lost: set[str] = set()
         """Leases that the coordinator has given to others."""
-        self.lapses_at = 0.0
-        """When the lease at work lapses, by this machine's clock."""
+        self.held: dict[str, Held] = {}
+        """The leases at work, by their ids."""
         self.node_status = NodeStatus()
         self.device = 0
         """Which of the node's devices this process works on."""
@@ -246,7 +196,11 @@ class Session:
             log.warning("no answer because=%s", error)
 
     async def heartbeat(self) -> None:
-        """One heartbeat."""
+        """One heartbeat, or one for each lease at work."""
+        for held in list(self.held.values()) or [Held("", self.device)]:
+            await self._heartbeat(held)
+
+    async def _heartbeat(self, held: Held) -> None:
         stats = self.stats
         message = Heartbeat(
             phase=stats.phase,
@@ -264,27 +218,27 @@ class Session:
             proof_device_s=stats.proof_device_s,
             sync_pause_s=stats.sync_pause_s,
             started_at=stats.started_at,
-            device=self.device,
-            lease=stats.lease,
-            made=stats.made,
+            device=held.lane,
+            lease=held.lease,
+            made=held.made,
             fetched_bytes=stats.fetched_bytes,
             last_error=stats.last_error[:ERROR_CHARS],
         )
         reply = await self.client.post(self.path("heartbeat"), message, HeartbeatReply)
         self.latest = reply.latest
         self.lost.update(reply.lost_leases)
-        if reply.lease_left_s and message.lease == stats.lease:
-            self.lapses_at = self.client.clock() + reply.lease_left_s
+        if reply.lease_left_s:
+            held.lapses_at = self.client.clock() + reply.lease_left_s
         self.node_status.hear(reply)
 
     @contextlib.contextmanager
-    def holding(self, lease: Lease) -> Generator[None]:
+    def holding(self, lease: Lease, lane: int = 0) -> Generator[Held]:
         """While this lease is worked on: heartbeats tell of progress, and their answers when it lapses."""
-        self.stats.lease, self.stats.made, self.lapses_at = lease.lease, 0, lease.expires_at
+        held = self.held[lease.lease] = Held(lease.lease, lane, lease.expires_at)
         try:
-            yield
+            yield held
         finally:
-            self.stats.lease = ""
+            del self.held[lease.lease]
 
     async def keep_heartbeats(self, on_heartbeat: Callable[[], None] = lambda: None) -> None:
         """Heartbeats until cancelled; a coordinator that is away is waited for."""

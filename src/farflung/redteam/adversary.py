@@ -108,6 +108,10 @@ class Adversary(Worker):
     def _engine(self, place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         return super()._engine(place, config, torch.float32 if self.attack.declares else dtype, stops)
 
+    def _lanes(self) -> range:
+        """One, for the books are of a lease at a time."""
+        return super()._lanes()[:1]
+
     async def _prepare(self) -> None:
         """No self-test: it would try the attack, and a lease loads the weights."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from farflung.engine.base import Completion, Engine, Request
-from farflung.net.session import NodeStats, Session
+from farflung.net.session import Session
 from farflung.protocol import wire
 from farflung.protocol.errors import BadSignature
 from farflung.protocol.identity import Signed, unseal
@@ -35,21 +35,10 @@ def requests_of(lease: Lease) -> list[tuple[str, Request]]:
     ]
 
 
-def generate(
-    engine: Engine, lease: Lease, should_stop: Callable[[], bool], stats: NodeStats | None = None
-) -> list[tuple[str, Completion]]:
-    """Every completed sample of a lease; fewer only if `should_stop` said yes or requests failed.
-
-    `stats` are told of progress while it goes on.
-    """
-    asked, before = requests_of(lease), engine.made
-
-    def watched() -> bool:
-        if stats is not None:
-            stats.made = engine.made - before
-        return should_stop()
-
-    found = engine.generate([request for _, request in asked], watched)
+def generate(engine: Engine, lease: Lease, should_stop: Callable[[], bool]) -> list[tuple[str, Completion]]:
+    """Every completed sample of a lease; fewer only if `should_stop` said yes or requests failed."""
+    asked = requests_of(lease)
+    found = engine.generate([request for _, request in asked], should_stop)
     return [(rollout, done) for (rollout, _), done in zip(asked, found, strict=True) if done is not None]
 
 

@@ -1,7 +1,7 @@
 """Coordinator: lease samples to nodes, take lapsed ones back. `assign.py` chooses; here the choice becomes rows.
 
-A node has at most one open lease for each of its devices, and on probation one in all. Asking again, after a lost
-answer or a crash, gives the same one.
+A node has at most two open leases for each of its devices, each with a number of its own, and on probation one in
+all. Asking again under a number, after a lost answer or a crash, gives the same one.
 """
 
 import json
@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row
 
 from farflung.protocol.errors import Forbidden, Refusal
 from farflung.protocol.identity import Signed
-from farflung.protocol.messages import Latest, LeaseRequest
+from farflung.protocol.messages import LANES, Latest, LeaseRequest
 from farflung.store import evaluations
 from farflung.store.evaluations import HeldOutPart
 from farflung.store.run import RunContext, ejected, new_id
@@ -85,13 +85,15 @@ class _NodeFacts:
     def refuse(self, ask: WorkRequest) -> Answer | None:
         """The answer to a device that is to have no lease: one too many, of a node on probation that has one, or of
         one under a profile that has become suspect."""
-        node, device = ask.asking
+        node, number = ask.asking
         if (why := self._suspect.get(ask.node.profile)) is not None:
             return Wait(f"no work under profile {ask.node.profile or 'of the run'!r}: {why}")
-        most = min(self._most, json.loads(ask.node.hardware or "{}").get("devices", 1))
-        if device >= most:
+        devices = json.loads(ask.node.hardware or "{}").get("devices", 1)
+        most = min(self._most, LANES * devices)
+        if number >= most:
             return Forbidden(
-                f"device {device} of node {node} gets no lease: it has {most} that may; join with --processes {most}"
+                f"node {node} gets no lease under number {number}: with {devices} devices it may hold {most}; "
+                f"join with --processes {min(self._most, devices)}"
             )
         if ask.node.status == "probation":
             if node in self._busy:

@@ -7,7 +7,7 @@ import torch
 
 from farflung.engine.fit import held_bytes, measure
 from farflung.engine.local import LocalEngine
-from farflung.net.session import NodeStats
+from farflung.net.node_stats import NodeStats
 from farflung.numerics.devices import free_bytes
 from farflung.protocol.numerics import Dtype
 from farflung.weights.cache import Versions

@@ -11,7 +11,7 @@ import torch
 
 from farflung.engine.base import Engine
 from farflung.engine.loading import read_slices
-from farflung.net.session import NodeStats
+from farflung.net.node_stats import NodeStats
 from farflung.numerics.quantise import quantised
 from farflung.protocol import probe
 from farflung.protocol.errors import WeightsError

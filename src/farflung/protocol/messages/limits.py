@@ -18,6 +18,8 @@ MAX_TOKENS = 131_072
 MAX_SAMPLES = 4_096
 MOST_END_TOKENS = 64
 MOST_DEVICES = 64
+LANES = 2
+"""Leases that each device of a node may hold, so that a server is given the next before it has ended the one before."""
 TRANSCRIPT_CHARS = 8 * MAX_TOKENS
 
 Id = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}(?!\n)$")]
@@ -38,7 +40,7 @@ Temperature = Annotated[float, Meta(ge=0, le=10)]
 TokenLimit = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 """Most new tokens of a rollout."""
 Device = Annotated[int, Meta(ge=0, lt=MOST_DEVICES)]
-"""Which of a node's devices, counted from 0."""
+"""Which of a node's devices, counted from 0; and beyond their number once more, for the second lease of each."""
 Purpose = Literal["train", "eval", "data"]
 Role = Literal["worker", "relay", "trainer", "validator", "scorer"]
 Url = Annotated[
