@@ -36,6 +36,10 @@ class StandIn(ThreadingHTTPServer):
         """How long a rollout takes by that clock; it counts a token whenever that moves on."""
         self.made, self.finished, self.under_way, self.is_dead = 0, 0, 0, False
         """Tokens and rollouts that it counts, and whether it hangs up on everybody, in the middle of a rollout too."""
+        self.begun, self.idle_moments = 0, 0
+        """Rollouts that were asked for, and how often the last one under way ended."""
+        self.stuck: set[int] = set()
+        """Numbers of rollouts, as they are asked for, that do not end while they are here."""
         self.breaks: set[tuple[int, ...]] = set()
         """Prompts at which it answers with an error."""
         self.settings: Any = None
@@ -84,14 +88,16 @@ class StandIn(ThreadingHTTPServer):
     def _take_time(self) -> None:
         began = before = self.clock()
         with self.lock:
+            number, self.begun = self.begun, self.begun + 1
             self.under_way += 1
-        while self.clock() < began + self.rollout_s and not self.is_dead:
+        while (self.clock() < began + self.rollout_s or number in self.stuck) and not self.is_dead:
             time.sleep(LOOK_S)
             now = self.clock()
             self.made += now > before
             before = now
         with self.lock:
             self.under_way -= 1
+            self.idle_moments += not self.under_way
             self.finished += not self.is_dead
 
     def _generate(self, prompt: list[int], sampling: dict[str, Any], salt: str | None) -> tuple[int, Any]:

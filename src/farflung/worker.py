@@ -1,7 +1,7 @@
 """Worker: lease → fetch weights → generate → submit. Untrusted, dials out only, may leave at any moment.
 
-One with a server has two lanes, each at a lease of its own: once the requests of one leave the server room, the other
-asks for the next, so that the server's batch never drains.
+One with a server has two lanes, each at a lease of its own: once all requests of one are in the server, the other asks
+for the next, so that the server's batch never drains.
 """
 
 import asyncio
@@ -269,7 +269,7 @@ class Worker:
         self.session.shorten_patience()
 
     async def step(self, lane: int | None = None) -> None:
-        """One lease, from asking to handing in; at first it waits until the server has room for more."""
+        """One lease, from asking to handing in, once the server has all that was asked for before."""
         lane = self.session.device if lane is None else lane
         await self._until(lambda: self._starting is None and self._has_room())
         if self.is_stopping:
@@ -286,7 +286,8 @@ class Worker:
             await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
 
     def _has_room(self) -> bool:
-        return not isinstance(self._made, VllmEngine) or self._made.under_way < self.slots
+        """Whether no request waits for a slot: the last ones may end all at once, too late to ask for more."""
+        return not isinstance(self._made, VllmEngine) or self._made.under_way <= self.slots
 
     async def _until(self, is_so: Callable[[], bool]) -> None:
         """Wait until it is so, or this worker is told to stop."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from farflung.config import WorkerSection
+from farflung.config.tree import WAVES
 from farflung.engine.arithmetic import BITS, Own, dtype_of
 from farflung.engine.base import Engine
 from farflung.engine.fit import cache_bytes, longest
@@ -54,7 +55,8 @@ def make(place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -
     """The empty engine. Raises ConfigError, WeightsError, Unreachable."""
     settings, info = place.settings, place.info
     if settings.engine == "vllm":
-        options = {"eos_ids": info.eos_ids, "vocab": info.vocab, "stops": stops, "max_rows": place.slots}
+        waves = WAVES * place.slots  # those that the server has no slot for wait there, nearer than here
+        options = {"eos_ids": info.eos_ids, "vocab": info.vocab, "stops": stops, "max_rows": waves}
         if settings.is_elsewhere:
             return VllmEngine(settings.engine_url, place.folder, **options)
         process = VllmProcess(Path(settings.engine_home), place.folder, config, _server_size(place, config))
