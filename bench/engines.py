@@ -1,11 +1,15 @@
 """Engines side by side: how fast each generates, and whether vLLM's text passes for what the seeds say.
 
+`--beside` measures each engine beside its own benchmark instead: vLLM's `bench throughput` and the same number of
+requests of the same lengths through farflung to a server that it manages (`--home`); and for vLLM and torch a worker
+under a coordinator beside the same requests to its engine alone. Rounds alternate; medians and ratios are printed.
+
 Prints one JSON object as its last line. Without a vLLM server (`--vllm-url`, started as docs/run.md says, on
 models/smollm2-135m) its part is skipped. `--vllm-pid` is the server's process, for CPU-seconds. Rollouts go to the file
 of `--rollouts` as they come and are taken from it first, so that a slow machine need not make them again. Every rollout
 is replayed in float32, and one in four in bfloat16 too. `--profile` writes the profile that all of them give.
-`--quick` takes a twentieth of the rollouts; the full command is
-`python bench/engines.py --vllm-url URL`.
+`--quick` takes a twentieth of the rollouts, or one short round; the full commands are
+`python bench/engines.py --vllm-url URL` and `python bench/engines.py --beside`.
 """
 
 import argparse
@@ -26,18 +30,24 @@ import msgspec
 import numpy as np
 import psutil
 import torch
+from load.beside import Lengths, Pace, paces, vllm_throughput
 from transformers import AutoModelForCausalLM
 from verification import SETTINGS, SIZE, SMOL, Kind, Tensors, engine, findings, say, tensors, until_caught
 
+from farflung.config import WorkerSection
+from farflung.config.tree import WAVES
 from farflung.engine.base import Completion, Request
+from farflung.engine.fit import Text, cache_bytes
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
+from farflung.engine.vllm_process import HOME, READY, ServerSize, serving
 from farflung.protocol.errors import Unreachable
 from farflung.protocol.numerics import Numerics
 from farflung.protocol.seeds import SEED_BITS
 from farflung.tasks.create_run import Model
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import Profile, Seen
+from farflung.trust.profiles import load_profile
 
 NAME = "vllm-cpu-bf16"
 BF16 = Numerics(engine="vllm", device="cpu", arithmetic="bfloat16", bits=16)
@@ -154,6 +164,65 @@ def _transformers(model: Any, work: Sequence[Request], eos: list[int]) -> int:
     out_BT = model.generate(ids_BT, attention_mask=mask_BT, **options)[:, width:]
     ends = [(row == eos[0]) | (row == eos[1]) for row in out_BT]
     return sum(int(end.int().argmax()) + 1 if end.any() else len(end) for end in ends)
+
+
+# --- beside each engine's own benchmark ------------------------------------------------------------------------------
+
+
+def beside(home: Path, folder: Path, *, is_quick: bool) -> dict[str, Any]:
+    """Medians and ratios of each engine under farflung and by its own benchmark; vLLM where it is installed."""
+    weights, rounds = tensors(SMOL), 1 if is_quick else 3
+    common: dict[str, Any] = {"rounds": rounds, "leases": 2 if is_quick else 4, "new": BUDGET}
+    local = WorkerSection(engine="torch", device="cpu", slots=ROWS, threads=1, profile="torch-cpu-bf16")
+    found = {"torch": _told(paces(SMOL, weights, local, profiles=["torch-cpu-bf16"], **common))}
+    say(f"beside: {found}")
+    if not (home / READY).exists():
+        return found | {"vllm": f"skipped: no vLLM in {home}"}
+    lengths = Lengths(2 * ROWS, 32, QUICK_BUDGET if is_quick else 64)
+    text, config = Text(lengths.prompt, lengths.new), (SMOL / "config.json").read_bytes()
+    room = Text(128, 2 * BUDGET)
+    cached = cache_bytes(config, torch.bfloat16, room, ROWS)
+    size = ServerSize(torch.device("cpu"), max(text.tokens, room.tokens), ROWS, cached, 0.0, 2)
+    with serving(home, folder / "server", config, size) as url:
+        found["vllm bench throughput"] = _beside_vllm(home, url, folder, weights, size, lengths, rounds)
+        say(f"beside: {found}")
+        served = WorkerSection(engine="vllm", engine_url=url, slots=ROWS)
+        found["vllm"] = _told(paces(SMOL, weights, served, profiles=[_pretended(folder)], **common))
+    return found
+
+
+def _beside_vllm(
+    home: Path, url: str, folder: Path, weights: Tensors, size: ServerSize, lengths: Lengths, rounds: int
+) -> dict[str, Any]:
+    model = Model(str(SMOL))
+    served = VllmEngine(url, folder / "weights", eos_ids=(), vocab=model.vocab, max_rows=WAVES * ROWS)
+    served.load(weights.items())
+    own, ours = list[float](), list[float]()
+    for _ in range(rounds):
+        own.append(vllm_throughput(home, SMOL, size, lengths))
+        work = [
+            Request(tuple(random.choices(range(3, model.vocab), k=lengths.prompt)), secrets.randbits(SEED_BITS), 1.0,
+                    lengths.new)
+            for _ in range(lengths.count)
+        ]  # fmt: skip
+        before = time.monotonic()
+        ours.append(_count(served.generate(work)) / (time.monotonic() - before))
+        say(f"vLLM: {own[-1]:.1f} tokens/s by itself, {ours[-1]:.1f} under farflung")
+    return {"own": own, "farflung": ours, "ratio": statistics.median(ours) / statistics.median(own)}
+
+
+def _told(found: Sequence[Pace]) -> dict[str, Any]:
+    medians = {name: statistics.median(getattr(one, name) for one in found) for name in Pace._fields}
+    ratios = {f"{name}_ratio": medians[name] / medians["alone"] for name in ("working", "generating")}
+    return medians | ratios | {"rounds": found}
+
+
+def _pretended(folder: Path) -> str:
+    """A profile that lets a vLLM server work; nobody judges by it here."""
+    path = folder / f"{NAME}.json"
+    own = msgspec.structs.replace(load_profile("torch-cpu-bf16"), name=NAME, engine="vllm")
+    path.write_bytes(evidence.to_json(own))
+    return str(path)
 
 
 # --- rollouts --------------------------------------------------------------------------------------------------------
@@ -275,6 +344,8 @@ def main() -> None:
     parser.add_argument("--rollouts", type=Path, help="file that keeps vLLM's rollouts")
     parser.add_argument("--tokens", type=int, default=30_000, help="honest tokens at batch 64")
     parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--beside", action="store_true", help="each engine beside its own benchmark, nothing else")
+    parser.add_argument("--home", type=Path, default=HOME, help="where `farflung engine install` put vLLM")
     parser.add_argument("--profile", type=Path, help="where to write the profile")
     arguments = parser.parse_args()
     if not SMOL.exists():
@@ -282,6 +353,10 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.beside:
+            found = beside(arguments.home.expanduser(), Path(folder), is_quick=arguments.quick)
+            sys.stdout.write(json.dumps(found) + "\n")
+            return
         sys.stdout.write(json.dumps(measure(arguments, Path(folder))) + "\n")
 
 
