@@ -47,7 +47,6 @@ from farflung.protocol.seeds import SEED_BITS
 from farflung.tasks.create_run import Model
 from farflung.trust import bounds, evidence
 from farflung.trust.evidence import Profile, Seen
-from farflung.trust.profiles import load_profile
 
 NAME = "vllm-cpu-bf16"
 BF16 = Numerics(engine="vllm", device="cpu", arithmetic="bfloat16", bits=16)
@@ -173,8 +172,8 @@ def beside(home: Path, folder: Path, *, is_quick: bool) -> dict[str, Any]:
     """Medians and ratios of each engine under farflung and by its own benchmark; vLLM where it is installed."""
     weights, rounds = tensors(SMOL), 1 if is_quick else 3
     common: dict[str, Any] = {"rounds": rounds, "leases": 2 if is_quick else 4, "new": BUDGET}
-    local = WorkerSection(engine="torch", device="cpu", slots=ROWS, threads=1, profile="torch-cpu-bf16")
-    found = {"torch": _told(paces(SMOL, weights, local, profiles=["torch-cpu-bf16"], **common))}
+    local = WorkerSection(engine="torch", device="cpu", slots=ROWS, threads=1)
+    found = {"torch": _told(paces(SMOL, weights, local, **common))}
     say(f"beside: {found}")
     if not (home / READY).exists():
         return found | {"vllm": f"skipped: no vLLM in {home}"}
@@ -187,7 +186,7 @@ def beside(home: Path, folder: Path, *, is_quick: bool) -> dict[str, Any]:
         found["vllm bench throughput"] = _beside_vllm(home, url, folder, weights, size, lengths, rounds)
         say(f"beside: {found}")
         served = WorkerSection(engine="vllm", engine_url=url, slots=ROWS)
-        found["vllm"] = _told(paces(SMOL, weights, served, profiles=[_pretended(folder)], **common))
+        found["vllm"] = _told(paces(SMOL, weights, served, **common))
     return found
 
 
@@ -215,14 +214,6 @@ def _told(found: Sequence[Pace]) -> dict[str, Any]:
     medians = {name: statistics.median(getattr(one, name) for one in found) for name in Pace._fields}
     ratios = {f"{name}_ratio": medians[name] / medians["alone"] for name in ("working", "generating")}
     return medians | ratios | {"rounds": found}
-
-
-def _pretended(folder: Path) -> str:
-    """A profile that lets a vLLM server work; nobody judges by it here."""
-    path = folder / f"{NAME}.json"
-    own = msgspec.structs.replace(load_profile("torch-cpu-bf16"), name=NAME, engine="vllm")
-    path.write_bytes(evidence.to_json(own))
-    return str(path)
 
 
 # --- rollouts --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""An engine beside its own benchmark: a server's, and what an engine makes alone beside its pace under a coordinator."""
+"""An engine beside its own benchmark: a server's, and what it makes alone beside its pace under a coordinator."""
 
 import asyncio
 import contextlib
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from coordinator import Coordinators, trust_all
 
 from farflung.config import Config, WorkerSection
@@ -22,7 +23,9 @@ from farflung.net.session import Session
 from farflung.protocol.identity import Key
 from farflung.protocol.messages import Commit, Done
 from farflung.rollouts.batch import claim
-from farflung.tasks.create_run import local_grants
+from farflung.tasks.create_run import Model, local_grants
+from farflung.trust.evidence import to_json
+from farflung.trust.profiles import load_profile
 from farflung.weights.publish import Publisher
 from farflung.worker import Worker
 from load.clients import coordinator_id
@@ -113,21 +116,32 @@ class Pace(NamedTuple):
     """By the same engine, lease after lease, with nobody else."""
 
 
-def configuration(folder: Path, model: Path, rows: int, new: int, profiles: Sequence[str]) -> Config:
+def configuration(folder: Path, model: Path, settings: WorkerSection, new: int) -> Config:
     """A run that never lacks work, nor waits for a validator."""
     tree = {
         "run": {"name": RUN, "dir": str(folder)},
-        "model": {"path": str(model), "profiles": list(profiles)},
+        "model": {"path": str(model), "profile": _pretended(folder, model, settings.engine, new)},
         "env": {"name": "sums", "train_tasks": 4096, "eval_tasks": 0},
         "generate": {"samples": 8, "max_new_tokens": new},
         "learn": {"groups": 16},
-        "lease": {"rollouts": rows, "ahead": 1e4},
+        "lease": {"rollouts": settings.slots, "ahead": 1e4},
         "trust": {"canaries": 0, "self_test": 0, "probation_waiting": 10_000},
         "eval": {"tasks": 0},
     }
     config = Config.model_validate(tree)
     config.folder.mkdir(parents=True)
     return local_grants(config)
+
+
+def _pretended(folder: Path, model: Path, engine: str, new: int) -> str:
+    """A profile that lets an engine work with this model in bfloat16; nobody judges by it here."""
+    own = load_profile("torch-cpu-bf16")
+    assert own.scope is not None
+    scope = msgspec.structs.replace(own.scope, model=Model(str(model)).digest, tokens=new)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "profile.json"
+    path.write_bytes(to_json(msgspec.structs.replace(own, name=f"{engine}-beside", engine=engine, scope=scope)))
+    return str(path)
 
 
 @contextlib.asynccontextmanager
@@ -152,20 +166,21 @@ async def coordinator_of(config: Config, weights: dict[str, Any]) -> AsyncIterat
 
 
 async def worked(config: Config, url: str, folder: Path, settings: WorkerSection, leases: int) -> Recorder:
-    """What a worker did until it had made so many leases."""
+    """What a worker did until it had made so many leases and one before them, at which the engine warms up."""
     recorders: list[Recorder] = []
 
     def wrap(engine: Engine) -> Engine:
         recorders.append(Recorder(engine))
         return recorders[0]  # type: ignore[return-value]
 
+    folder.mkdir(exist_ok=True)
     worker = Worker(url, Key.load_or_make(folder / "key"), folder, settings, name="beside", wrap=wrap)
     running = asyncio.create_task(worker.run())
     while not recorders and not running.done():
         await asyncio.sleep(0.01)
     trust_all(config)
     until = time.monotonic() + LIMIT_S
-    while not running.done() and time.monotonic() < until and len(recorders[0].calls) < leases:
+    while not running.done() and time.monotonic() < until and len(recorders[0].calls) <= leases:
         await asyncio.sleep(0.05)
     worker.drain()
     await running
@@ -174,7 +189,7 @@ async def worked(config: Config, url: str, folder: Path, settings: WorkerSection
 
 def pace(recorder: Recorder, leases: int) -> Pace:
     """What a worker's engine made, and the same requests made by it alone."""
-    calls = recorder.calls[:leases]
+    calls = recorder.calls[1 : 1 + leases]
     tokens = sum(call.tokens for call in calls)
     working_s = max(call.ended for call in calls) - calls[0].began
     generating_s = sum(call.ended - call.began for call in calls)
@@ -188,13 +203,12 @@ def pace(recorder: Recorder, leases: int) -> Pace:
 
 
 def paces(
-    model: Path, weights: dict[str, Any], settings: WorkerSection, *, rounds: int, leases: int, new: int,
-    profiles: Sequence[str] = (),
-) -> list[Pace]:  # fmt: skip
+    model: Path, weights: dict[str, Any], settings: WorkerSection, *, rounds: int, leases: int, new: int
+) -> list[Pace]:
     """Rounds of a worker's leases, each followed by the same requests to its engine alone."""
 
     async def play(folder: Path) -> list[Pace]:
-        config = configuration(folder / "run", model, settings.slots, new, profiles)
+        config = configuration(folder / "run", model, settings, new)
         found: list[Pace] = []
         async with coordinator_of(config, weights) as url:
             for _ in range(rounds):
