@@ -171,17 +171,17 @@ def _transformers(model: Any, work: Sequence[Request], eos: list[int]) -> int:
 def beside(home: Path, folder: Path, *, is_quick: bool) -> dict[str, Any]:
     """Medians and ratios of each engine under farflung and by its own benchmark; vLLM where it is installed."""
     weights, rounds = tensors(SMOL), 1 if is_quick else 3
-    common: dict[str, Any] = {"rounds": rounds, "leases": 2 if is_quick else 4, "new": BUDGET}
+    common: dict[str, Any] = {"rounds": rounds, "leases": 1 if is_quick else 2, "new": BUDGET}
     local = WorkerSection(engine="torch", device="cpu", slots=ROWS, threads=1)
     found = {"torch": _told(paces(SMOL, weights, local, **common))}
     say(f"beside: {found}")
     if not (home / READY).exists():
         return found | {"vllm": f"skipped: no vLLM in {home}"}
-    lengths = Lengths(2 * ROWS, 32, QUICK_BUDGET if is_quick else 64)
+    lengths = Lengths(2 * ROWS, 32, QUICK_BUDGET if is_quick else BUDGET)
     text, config = Text(lengths.prompt, lengths.new), (SMOL / "config.json").read_bytes()
     room = Text(128, 2 * BUDGET)
     cached = cache_bytes(config, torch.bfloat16, room, ROWS)
-    size = ServerSize(torch.device("cpu"), max(text.tokens, room.tokens), ROWS, cached, 0.0, 2)
+    size = ServerSize(torch.device("cpu"), max(text.tokens, room.tokens), ROWS, cached, 0.0, 1)
     with serving(home, folder / "server", config, size) as url:
         found["vllm bench throughput"] = _beside_vllm(home, url, folder, weights, size, lengths, rounds)
         say(f"beside: {found}")
@@ -207,12 +207,17 @@ def _beside_vllm(
         before = time.monotonic()
         ours.append(_count(served.generate(work)) / (time.monotonic() - before))
         say(f"vLLM: {own[-1]:.1f} tokens/s by itself, {ours[-1]:.1f} under farflung")
-    return {"own": own, "farflung": ours, "ratio": statistics.median(ours) / statistics.median(own)}
+    ratio = statistics.median(one / other for one, other in zip(ours, own, strict=True))
+    medians = {"own_median": statistics.median(own), "farflung_median": statistics.median(ours), "ratio": ratio}
+    return medians | {"own": own, "farflung": ours}
 
 
 def _told(found: Sequence[Pace]) -> dict[str, Any]:
     medians = {name: statistics.median(getattr(one, name) for one in found) for name in Pace._fields}
-    ratios = {f"{name}_ratio": medians[name] / medians["alone"] for name in ("working", "generating")}
+    ratios = {
+        f"{name}_ratio": statistics.median(getattr(one, name) / one.alone for one in found)
+        for name in ("working", "generating")
+    }
     return medians | ratios | {"rounds": found}
 
 

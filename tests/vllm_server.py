@@ -36,6 +36,8 @@ class StandIn(ThreadingHTTPServer):
         """How long a rollout takes by that clock; it counts a token whenever that moves on."""
         self.made, self.finished, self.under_way, self.is_dead = 0, 0, 0, False
         """Tokens and rollouts that it counts, and whether it hangs up on everybody, in the middle of a rollout too."""
+        self.seats = threading.Semaphore(1 << 20)
+        """Rollouts that it makes at once; the others wait, and are under way too."""
         self.begun, self.idle_moments = 0, 0
         """Rollouts that were asked for, and how often the last one under way ended."""
         self.stuck: set[int] = set()
@@ -86,15 +88,16 @@ class StandIn(ThreadingHTTPServer):
         return 200, {"weight_version": self.label}
 
     def _take_time(self) -> None:
-        began = before = self.clock()
         with self.lock:
             number, self.begun = self.begun, self.begun + 1
             self.under_way += 1
-        while (self.clock() < began + self.rollout_s or number in self.stuck) and not self.is_dead:
-            time.sleep(LOOK_S)
-            now = self.clock()
-            self.made += now > before
-            before = now
+        with self.seats:
+            began = before = self.clock()
+            while (self.clock() < began + self.rollout_s or number in self.stuck) and not self.is_dead:
+                time.sleep(LOOK_S)
+                now = self.clock()
+                self.made += now > before
+                before = now
         with self.lock:
             self.under_way -= 1
             self.idle_moments += not self.under_way

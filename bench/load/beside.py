@@ -56,7 +56,7 @@ def vllm_throughput(home: Path, model: Path, size: ServerSize, lengths: Lengths)
     flags.remove("--tokens-only")
     pairs = [flags[0], *(x for k in range(1, len(flags), 2) if flags[k] not in OF_A_SERVER for x in flags[k : k + 2])]
     asked = {"--dataset-name": "random", "--random-input-len": lengths.prompt, "--random-output-len": lengths.new,
-             "--num-prompts": lengths.count, "--num-warmups": size.rows}  # fmt: skip
+             "--num-prompts": lengths.count, "--num-warmups": 8}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         options = [str(x) for pair in asked.items() for x in pair]

@@ -19,7 +19,6 @@ from farflung.engine.arithmetic import Own, choose
 from farflung.engine.base import Completion, Engine
 from farflung.engine.fit import node_slots
 from farflung.engine.of_node import Place, held_in, make, own_numerics
-from farflung.engine.vllm import VllmEngine
 from farflung.net.client import Client
 from farflung.net.node_stats import Held
 from farflung.net.session import Session, hardware
@@ -41,9 +40,7 @@ from farflung.protocol.errors import (
 )
 from farflung.protocol.identity import Key, Signed
 from farflung.protocol.messages import (
-    LANES,
     MAX_SAMPLES,
-    MOST_DEVICES,
     Done,
     Empty,
     Lease,
@@ -55,6 +52,8 @@ from farflung.protocol.messages import (
 )
 from farflung.protocol.numerics import Numerics, Quantiser
 from farflung.protocol.stops import Stops
+from farflung.rollouts.lanes import AWAY_S, LOOK_S, Lanes
+from farflung.rollouts.pace import Pace
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.trust.evidence import Profile
@@ -68,12 +67,6 @@ WAIT_S = 5.0
 SPARED, LONG_S = 0.05, 60.0
 """This share of a lease's first time is left at its end to hand in complete rollouts; of a short one none, for clocks
 differ."""
-LOOK_S = 0.05
-"""Seconds between two looks at what the other lane does."""
-AWAY_S, MOST_AWAY_S = 2.0, 60.0
-"""Waits for an engine that does not answer, at first and at most."""
-CATCH_UP_S = 10.0
-"""How far a paced worker may have fallen behind its pace, by faults not its own, and still make up for it."""
 Wrap = Callable[[Engine], Engine]
 
 
@@ -110,12 +103,8 @@ class Worker:
         self.engine: Engine
         self.weights: Versions
         self.loaded: Loaded
-        self._paced_at = time.monotonic()
+        self._pace = Pace(settings.pace_tokens_per_s)
         self._idle_because, self._is_untried = "", True
-        self._away_s, self._away_until = AWAY_S, 0.0
-        self._starting: int | None = None
-        """The lane that is at a lease it does not generate yet: one at a time."""
-        self._generating = 0
         self._quantiser: Quantiser = ""
 
     async def run(self) -> None:
@@ -125,7 +114,7 @@ class Worker:
         async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=self.weights.prefetch):
             try:
                 await self._prepare()
-                ended = await asyncio.gather(*map(self._keep_working, self._lanes()), return_exceptions=True)
+                ended = await asyncio.gather(*map(self._keep_working, self.lanes.numbers), return_exceptions=True)
                 for error in filter(None, ended):
                     raise error
             except Ejected as error:
@@ -133,11 +122,6 @@ class Worker:
             finally:
                 await self.weights.close()
                 await asyncio.to_thread(self._made.close)
-
-    def _lanes(self) -> range:
-        """The numbers under which leases are asked for: the device's own, and for a server that beyond all devices."""
-        lanes = range(self.session.device, MOST_DEVICES, self._devices)
-        return lanes[: LANES if isinstance(self._made, VllmEngine) else 1]
 
     async def _keep_working(self, lane: int) -> None:
         """Lease after lease. Where one lane fails for good, the other hands in what it has."""
@@ -184,6 +168,7 @@ class Worker:
         self.session.stats.phase = f"starting {self.settings.engine}"
         place = Place(settings, info, self.device, self.folder / settings.engine / str(self._part or 0), self.slots)
         self._made = await asyncio.to_thread(self._engine, place, config, dtype, stops)
+        self.lanes = self._new_lanes()
         self.engine = self.wrap(self._made)
         self.weights = Versions(
             self.session,
@@ -200,6 +185,9 @@ class Worker:
 
     def _engine(self, place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         return make(place, config, dtype, stops)
+
+    def _new_lanes(self) -> Lanes:
+        return Lanes(self._made, self.slots, self.session.device, self._devices, lambda: self.is_stopping)
 
     async def _own(self) -> Own:
         return await own_numerics(self.settings)
@@ -271,36 +259,21 @@ class Worker:
     async def step(self, lane: int | None = None) -> None:
         """One lease, from asking to handing in, once the server has all that was asked for before."""
         lane = self.session.device if lane is None else lane
-        await self._until(lambda: self._starting is None and self._has_room())
-        if self.is_stopping:
+        if not await self.lanes.turn(lane):
             return
-        self._starting = lane
         try:
             answer = await self._ask(lane)
             if answer.lease is not None:
                 await self._take(answer.lease, lane)
         finally:
-            self._has_started(lane)
+            self.lanes.end_turn(lane)
         if answer.lease is None:
             self._say_why(answer.reason)
             await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
 
-    def _has_room(self) -> bool:
-        """Whether no request waits for a slot: the last ones may end all at once, too late to ask for more."""
-        return not isinstance(self._made, VllmEngine) or self._made.under_way <= self.slots
-
-    async def _until(self, is_so: Callable[[], bool]) -> None:
-        """Wait until it is so, or this worker is told to stop."""
-        while not is_so() and not self.is_stopping:
-            await asyncio.sleep(LOOK_S)
-
-    def _has_started(self, lane: int) -> None:
-        """Let the other lane ask."""
-        self._starting = None if self._starting == lane else self._starting
-
     def _tell(self, phase: str) -> None:
         """What this worker is at; while one lane generates, that."""
-        self.session.stats.phase = "generating" if self._generating else phase
+        self.session.stats.phase = "generating" if self.lanes.generating else phase
 
     async def _ask(self, lane: int) -> LeaseAnswer:
         self._tell("waiting")
@@ -335,15 +308,16 @@ class Worker:
                 await self._declare(other)
                 return
             await self._hand_in(lease)
-            self._away_s = AWAY_S
+            self.lanes.away_s = AWAY_S
         except ConfigError:
             await self._return(lease)
             raise
         except EngineAway as error:
-            log.error("returning lease=%s waiting_s=%.0f because=%s", lease.lease, self._away_s, error)
+            log.error("returning lease=%s waiting_s=%.0f because=%s", lease.lease, self.lanes.away_s, error)
             self.loaded.invalidate()
             await self._return(lease)
-            await self._wait_for_engine()
+            self._tell("waiting for its engine")
+            await self.lanes.wait_for_engine(self.client.clock)
         except WrongWeights as error:
             log.error("loading the weights anew because=%s", error)
             self.loaded.invalidate()
@@ -352,16 +326,6 @@ class Worker:
         except (WeightsError, BadSignature, NotFound, Malformed, TooLarge) as error:
             log.error("refusing lease=%s because=%s", lease.lease, error)
             await self._return(lease)
-
-    async def _wait_for_engine(self) -> None:
-        """Longer each time, until it has worked again; a lane that finds the other waiting waits as long."""
-        if self._away_until <= self.client.clock():
-            self._away_until = self.client.clock() + self._away_s
-            self._away_s = min(2 * self._away_s, MOST_AWAY_S)
-        self._tell("waiting for its engine")
-        until = self._away_until
-        while self.client.clock() < until and not self.is_stopping:
-            await asyncio.sleep(0.1)
 
     async def load(self, manifest_digest: str, held: Held | None = None) -> None:
         """Have these weights in the engine; the pause is only the swap when they were fetched before.
@@ -390,7 +354,7 @@ class Worker:
             shown = self.loaded.possession(lease.nonce, lease.probe)
         before = time.monotonic()
         done = await self._generated(lease)
-        await self._keep_pace(done)
+        await self._pace.keep(sum(len(completion.ids) for _, completion in done), lambda: self.is_stopping)
         if lease.lease in self.session.lost:
             raise LeaseGone(f"lease {lease.lease} was given to another")
         if not done:
@@ -405,22 +369,13 @@ class Worker:
         log.info("submitted lease=%s step=%d rollouts=%d status=%r", *fields)
 
     async def _generated(self, lease: Lease) -> list[tuple[str, Completion]]:
-        self._generating += 1
+        self.lanes.generating += 1
         self._tell("generating")
-        self._has_started(self.session.held[lease.lease].lane)
+        self.lanes.end_turn(self.session.held[lease.lease].lane)
         try:
             return await asyncio.to_thread(self._generate, lease)
         finally:
-            self._generating -= 1
-
-    async def _keep_pace(self, done: list[tuple[str, Completion]]) -> None:
-        """Be no faster than was asked for, over the last few seconds."""
-        pace = self.settings.pace_tokens_per_s
-        if pace:
-            self._paced_at = max(self._paced_at, time.monotonic() - CATCH_UP_S)
-            self._paced_at += sum(len(completion.ids) for _, completion in done) / pace
-            while (left_s := self._paced_at - time.monotonic()) > 0 and not self.is_stopping:
-                await asyncio.sleep(min(left_s, 0.1))
+            self.lanes.generating -= 1
 
     async def send(self, lease: Lease, submission: Submission) -> None:
         """Hand a submission in, and keep the receipt."""

@@ -1,6 +1,7 @@
 """A worker whose vLLM server is slow, dies or is away: half an hour goes by as fast as a test turns the clock."""
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -20,9 +21,10 @@ from farflung.config import WorkerSection
 from farflung.engine import vllm
 from farflung.engine.local import LocalEngine
 from farflung.protocol.errors import ConfigError
+from farflung.rollouts.lanes import AWAY_S
 from farflung.store.tables import LEASES, ROLLOUTS
 from farflung.trust.evidence import Profiles
-from farflung.worker import AWAY_S, Worker
+from farflung.worker import Worker
 from publishing import publish_base
 from vllm_server import StandIn, vllm_server
 
@@ -36,6 +38,7 @@ class Site(Served):
     def __init__(self, house: House, server: StandIn, folder: Path) -> None:
         super().__init__(house)
         self.server, server.clock = server, house.clock
+        server.seats = threading.Semaphore(SLOTS)
         settings = WorkerSection(engine="vllm", engine_url=server.url, slots=SLOTS)
         self.worker = Worker(self.url, named("ada"), folder, settings, name="ada")
         self.worker.client.clock = house.clock
@@ -87,6 +90,7 @@ def site(make_house, tmp_path: Path, monkeypatch) -> Iterator[Site]:
     monkeypatch.setattr(vllm, "_COUNT_S", 0.02)
     monkeypatch.setattr(conftest, "PROFILE", Profiles(msgspec.structs.replace(conftest.PROFILE.run, engine="vllm")))
     lease = {"lease_s": LEASE_S, "slowest_tokens_per_s": 0.002, "heartbeat_s": 0.05, "lost_s": 4 * TURN_S}
+    lease |= {"devices": 1}  # one lease at a time, so that nothing is asked while the clock is turned
     house = make_house(lease=lease, trust={"self_test": 0, "canaries": 0})
     with vllm_server(LocalEngine.from_folder(BASE)) as server:
         found = Site(house, server, tmp_path / "ada")
@@ -156,7 +160,7 @@ def test_an_engine_that_is_away_is_waited_for_and_costs_no_lease(site: Site) -> 
             waits = set[float]()
 
             def is_waiting() -> bool:
-                waits.add(site.worker._away_s)
+                waits.add(site.worker.lanes.away_s)
                 return len(waits) > 3
 
             await site.until(is_waiting)
@@ -168,6 +172,6 @@ def test_an_engine_that_is_away_is_waited_for_and_costs_no_lease(site: Site) -> 
             site.server.start_again()
             before = house.statuses(LEASES)["submitted"]
             await site.until(lambda: house.statuses(LEASES)["submitted"] > before)
-            await site.until(lambda: site.worker._away_s == AWAY_S)
+            await site.until(lambda: site.worker.lanes.away_s == AWAY_S)
 
     site.house.run(scenario)

@@ -18,6 +18,7 @@ from farflung.protocol import wire
 from farflung.protocol.errors import Ejected, FarflungError, LeaseGone, Unreachable
 from farflung.protocol.messages import Lease, Submission
 from farflung.protocol.stops import Stops
+from farflung.rollouts.lanes import Lanes
 from farflung.rollouts.submit import generate, submit
 from farflung.trust.evidence import Profile
 from farflung.trust.record import TrustSettings
@@ -108,9 +109,10 @@ class Adversary(Worker):
     def _engine(self, place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         return super()._engine(place, config, torch.float32 if self.attack.declares else dtype, stops)
 
-    def _lanes(self) -> range:
-        """One, for the books are of a lease at a time."""
-        return super()._lanes()[:1]
+    def _new_lanes(self) -> Lanes:
+        lanes = super()._new_lanes()
+        lanes.numbers = lanes.numbers[:1]  # the books are of a lease at a time
+        return lanes
 
     async def _prepare(self) -> None:
         """No self-test: it would try the attack, and a lease loads the weights."""
