@@ -193,23 +193,28 @@ def beside(home: Path, folder: Path, *, is_quick: bool) -> dict[str, Any]:
 def _beside_vllm(
     home: Path, url: str, folder: Path, weights: Tensors, size: ServerSize, lengths: Lengths, rounds: int
 ) -> dict[str, Any]:
-    model = Model(str(SMOL))
-    served = VllmEngine(url, folder / "weights", eos_ids=(), vocab=model.vocab, max_rows=WAVES * ROWS)
+    """By itself, under farflung, and under farflung with the server's own sampling, which nobody could verify."""
+    vocab = Model(str(SMOL)).vocab
+    options: dict[str, Any] = {"eos_ids": (), "vocab": vocab, "max_rows": WAVES * ROWS}
+    served, plain = (kind(url, folder / "weights", **options) for kind in (VllmEngine, Unseeded))
     served.load(weights.items())
-    own, ours = list[float](), list[float]()
+    plain._label = served._label
+    found: dict[str, list[float]] = {"own": [], "farflung": [], "farflung, own sampling": []}
     for _ in range(rounds):
-        own.append(vllm_throughput(home, SMOL, size, lengths))
         work = [
-            Request(tuple(random.choices(range(3, model.vocab), k=lengths.prompt)), secrets.randbits(SEED_BITS), 1.0,
+            Request(tuple(random.choices(range(3, vocab), k=lengths.prompt)), secrets.randbits(SEED_BITS), 1.0,
                     lengths.new)
             for _ in range(lengths.count)
         ]  # fmt: skip
-        before = time.monotonic()
-        ours.append(_count(served.generate(work)) / (time.monotonic() - before))
-        say(f"vLLM: {own[-1]:.1f} tokens/s by itself, {ours[-1]:.1f} under farflung")
-    ratio = statistics.median(one / other for one, other in zip(ours, own, strict=True))
-    medians = {"own_median": statistics.median(own), "farflung_median": statistics.median(ours), "ratio": ratio}
-    return medians | {"own": own, "farflung": ours}
+        found["own"].append(vllm_throughput(home, SMOL, size, lengths))
+        for name, one in (("farflung", served), ("farflung, own sampling", plain)):
+            before = time.monotonic()
+            found[name].append(_count(one.generate(work)) / (time.monotonic() - before))
+        say(f"vLLM: {', '.join(f'{name} {speeds[-1]:.1f}' for name, speeds in found.items())} tokens/s")
+    medians = {f"{name}, median": statistics.median(speeds) for name, speeds in found.items()}
+    pairs = {name: zip(found[name], found["own"], strict=True) for name in found if name != "own"}
+    ratios = {f"{name}, ratio": statistics.median(a / b for a, b in some) for name, some in pairs.items()}
+    return medians | ratios | {"rounds": found}
 
 
 def _told(found: Sequence[Pace]) -> dict[str, Any]:
