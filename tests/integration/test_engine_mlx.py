@@ -124,8 +124,8 @@ def test_text_and_log_probabilities_are_those_of_the_embedded_engine(kind: str) 
     made = engine.generate(requests)
     items = [(request, one.ids) for request, one in zip(requests, made, strict=True)]
     assert agree(made, local.generate(requests), local.replay(items)) > 200
-    alone = [engine.generate([request])[0] for request in requests]
-    assert [one.ids for one in alone] == [one.ids for one in made]
+    alone = [engine.generate([request])[0] for request in requests[::4]]
+    assert [one.ids for one in alone] == [one.ids for one in made[::4]]
     for own, theirs in zip(engine.replay(items), local.replay(items), strict=True):
         for name in ("gap", "margin", "pick", "lead", "logp"):
             np.testing.assert_allclose(getattr(own, name), getattr(theirs, name), atol=NEAR, rtol=0)
@@ -210,7 +210,7 @@ def test_values_are_those_of_the_embedded_engine(tiny_qwen, dtype) -> None:
     slices += [Slice("model.embed_tokens.weight", 100, 164), Slice("model.norm.weight", 0, 64)]
     engine = mlx_of(model, dtype)
     assert engine.values(slices) == LocalEngine(model).values(slices)
-    with pytest.raises(WeightsError, match="no tensor model.other"):
+    with pytest.raises(WeightsError, match=r"no tensor model\.other"):
         engine.values([Slice("model.other", 0, 1)])
 
 
@@ -248,7 +248,7 @@ def test_requests_and_ids_that_the_model_does_not_have_are_refused(tiny_qwen) ->
         Request((3, 32), 1, 1.0, 4),
         Request((-1,), 1, 1.0, 4),
     ):
-        with pytest.raises(ValueError, match="needs a prompt|no prompt or token ids outside"):
+        with pytest.raises(ValueError, match=r"needs a prompt|no prompt or token ids outside"):
             engine.generate([wrong])
     with pytest.raises(ValueError, match="token ids outside"):
         engine.replay([(Request((3,), 1, 1.0, 4), [99])])

@@ -12,7 +12,7 @@ from farflung.engine.arithmetic import choose
 from farflung.engine.base import Request
 from farflung.engine.fit import longest, node_slots
 from farflung.engine.local import LocalEngine
-from farflung.engine.of_node import held_in, mlx_engine, own_numerics
+from farflung.engine.of_node import held_in, mlx_engine, mlx_numerics, own_numerics
 from farflung.net.session import Session
 from farflung.numerics.devices import accelerator, pick
 from farflung.weights.tensors import fetch_model_config
@@ -30,6 +30,8 @@ def device(settings: WorkerSection) -> str:
     if settings.is_elsewhere:
         return f"the vLLM server at {settings.engine_url} has its own"
     chosen = pick(settings.device)
+    if settings.engine == "mlx":
+        mlx_numerics(chosen)
     name, memory_bytes, driver, precision = accelerator(chosen)
     memory = f"{memory_bytes / 1e9:.1f} GB" if memory_bytes else ""
     return ", ".join(part for part in (name or str(chosen), memory, driver, f"computes in {precision}") if part)
