@@ -342,7 +342,7 @@ class Worker:
             before = time.monotonic()
             await asyncio.to_thread(self.loaded.ensure, manifest_digest, quantiser=self._quantiser)
             figures.sync_pause_s = time.monotonic() - before
-            self._is_untried |= self.settings.engine != "torch"
+            self._is_untried |= self.settings.engine == "vllm"
 
     async def _until_alone(self) -> None:
         """Until the other lane has handed its lease in."""

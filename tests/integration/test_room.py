@@ -23,6 +23,7 @@ from farflung.engine.fit import (  # noqa: E402
     needed_bytes,
     refuse_host,
     shortened,
+    with_whole_head,
 )
 from farflung.engine.loading import build  # noqa: E402
 from farflung.engine.vllm import save_one_by_one  # noqa: E402
@@ -146,6 +147,12 @@ def test_a_machine_beside_an_accelerator_needs_memory_for_tensors_not_for_the_mo
     refuse_host(size, int(20e9))
     with pytest.raises(WeightsError, match="close other programs"):
         refuse_host(size, int(1e9))
+
+
+def test_an_output_head_in_float32_is_counted() -> None:
+    half, whole = (size_of("Qwen2.5-3B", dtype) for dtype in (BF16, FP32))
+    assert with_whole_head(half).weights_bytes - half.weights_bytes == 151_936 * 2048 * 2
+    assert with_whole_head(whole) == whole
 
 
 def test_texts_are_as_long_as_the_run_says_and_the_node_allows() -> None:

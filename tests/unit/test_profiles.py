@@ -24,6 +24,8 @@ HALF = profile("b", arithmetic="bfloat16", bits=16, verified_in=("bfloat16", "fl
 CUDA = profile("any name-int8", device="cuda", arithmetic="bfloat16", bits=16, verified_in=("bfloat16", "float32"))
 VLLM = profile("v", engine="vllm", device="cuda", arithmetic="bfloat16", bits=16, verified_in=("bfloat16", "float32"))
 FP8 = profile("v8", engine="vllm", device="cuda", arithmetic="fp8", bits=8, verified_in=("bfloat16", "float32"))
+MLX = profile("m", engine="mlx")
+MLX_HALF = profile("m16", engine="mlx", device="mps", arithmetic="bfloat16", bits=16, verified_in=("bfloat16",))
 
 
 def run(*profiles: Profile) -> RunInfo:
@@ -41,10 +43,12 @@ def run(*profiles: Profile) -> RunInfo:
         (Own("vllm", "cuda", "fp8", 8), "", "v8"),
         (Own("vllm", "cuda", "bfloat16", 16), "", "v"),
         (Own("vllm", ""), "v8", "v8"),
+        (Own("mlx", "cpu"), "", "m"),
+        (Own("mlx", "mps"), "", "m16"),
     ],
 )
 def test_a_node_picks_the_profile_of_its_own_numerics_whatever_it_is_called(own: Own, named: str, chosen: str) -> None:
-    assert choose(run(MINE, HALF, CUDA, VLLM, FP8), own, named) == chosen
+    assert choose(run(MINE, HALF, CUDA, VLLM, FP8, MLX, MLX_HALF), own, named) == chosen
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,7 @@ def test_a_node_picks_the_profile_of_its_own_numerics_whatever_it_is_called(own:
         (Own("vllm", "cuda"), "plain", "'plain' is for torch on cpu in float32.*this node is vllm on cuda"),
         (Own("vllm", "cuda", "bfloat16", 16), "v8", "in fp8 with weights of 8 bits.*choose one of v"),
         (Own("vllm", "cuda"), "", "may be any of v, v8; name the right one with --profile"),
+        (Own("mlx", "mps"), "", "no numerics profile for mlx on mps .*--device mps --engine mlx"),
         (Own("torch", "cpu"), "other", "admits no numerics profile 'other'; choose one of plain"),
     ],
 )

@@ -14,6 +14,10 @@ QUANTISED = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 """The same by quantiser."""
 
 
+AS_ASKED = ("torch", "mlx")
+"""Engines of a node's own process, which compute in whichever arithmetic torch has too."""
+
+
 class Own(NamedTuple):
     """What a node can say of its numerics before it picks a profile."""
 
@@ -21,7 +25,7 @@ class Own(NamedTuple):
     device: str
     """Empty for a server that does not say; so is the next."""
     arithmetic: str = ""
-    """Empty as well for torch, which computes in whichever is asked."""
+    """Empty as well for an engine that computes in whichever is asked."""
     bits: int = 0
     """Of a weight; 0 as well."""
 
@@ -35,7 +39,7 @@ class Own(NamedTuple):
 
     def fits(self, numerics: Numerics) -> bool:
         """Whether this node computes, or can compute, so."""
-        can = numerics.engine != "torch" or numerics.arithmetic in get_args(Dtype)
+        can = numerics.engine not in AS_ASKED or numerics.arithmetic in get_args(Dtype)
         bits = self.bits if numerics.quantiser else numerics.bits  # what is quantised is quantised before it gets there
         said = zip(self, (numerics.engine, numerics.device, numerics.arithmetic, bits), strict=True)
         return can and all(own in ("", 0, other) for own, other in said)
@@ -43,7 +47,7 @@ class Own(NamedTuple):
     @property
     def is_vague(self) -> bool:
         """Whether it may be other than the first profile that fits."""
-        return self.engine != "torch" and not all(self)
+        return self.engine not in AS_ASKED and not all(self)
 
 
 def choose(info: RunInfo, own: Own, named: str = "") -> str:
@@ -74,7 +78,7 @@ def choose(info: RunInfo, own: Own, named: str = "") -> str:
 
 
 def _how(own: Own) -> str:
-    device = (own.device or "cuda") + (" --engine-url URL" if own.engine == "vllm" else "")
+    device = (own.device or "cuda") + {"vllm": " --engine-url URL", "mlx": " --engine mlx"}.get(own.engine, "")
     return (
         f"compute on another --device, or measure this one: `farflung calibrate MODEL --device {device} "
         "--prompts RUN.toml --out FILE.json`, and have the run's operator name FILE.json in model.profiles"

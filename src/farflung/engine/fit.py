@@ -7,7 +7,7 @@ tensor once more, not the model. This machine's own memory is asked for the mode
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -246,9 +246,15 @@ def slots_on(
     *,
     memory_gb: float = 0.0,
     most: int = 0,
+    is_head_whole: bool = False,
 ) -> int:
-    """How many rollouts an engine of this machine makes at once. Raises WeightsError where none, ConfigError."""
+    """How many rollouts an engine of this machine makes at once. Raises WeightsError where none, ConfigError.
+
+    `is_head_whole` says that the output head is held in float32.
+    """
     size = measure(config, dtype)
+    if is_head_whole:
+        size = with_whole_head(size)
     if device.type != "cpu":
         refuse_host(size, psutil.virtual_memory().available)
     return fit(size, place(device, memory_gb), text, slots, most=most, others=elsewhere(device))
@@ -279,6 +285,12 @@ def halved(size: Size) -> Size:
     """The same model in bfloat16, if it is in float32."""
     halves = {"weights_bytes": size.weights_bytes // 2, "largest_bytes": size.largest_bytes // 2}
     return Size(**(vars(size) | halves | {"dtype": torch.bfloat16}))
+
+
+def with_whole_head(size: Size) -> Size:
+    """The same with an output head in float32, which is no larger than the largest tensor."""
+    more_bytes = size.largest_bytes * (4 - size.dtype.itemsize) // size.dtype.itemsize
+    return replace(size, weights_bytes=size.weights_bytes + more_bytes)
 
 
 def shortened(text: Text, tokens: int) -> Text:
@@ -312,4 +324,5 @@ def node_slots(settings: WorkerSection, info: RunInfo, device: torch.device, con
         refuse_host(measure(config, dtype), psutil.virtual_memory().available)
         return settings.slots or MOST_ROWS_ELSEWHERE
     text = longest(info, settings.context)
-    return slots_on(device, config, dtype, text, settings.slots, memory_gb=settings.memory_gb)
+    options = {"memory_gb": settings.memory_gb, "is_head_whole": settings.engine == "mlx"}
+    return slots_on(device, config, dtype, text, settings.slots, **options)

@@ -100,7 +100,7 @@ class LocalEngine:
         for texts in which the model's rotations would depend on their length.
         """
         self._refuse_unloaded()
-        _refuse_empty(requests)
+        refuse_empty(requests)
         if not requests:
             return []
         ways = self.ways
@@ -128,7 +128,8 @@ class LocalEngine:
             raise WeightsError("the engine holds no complete weights; load all tensors of one step first")
 
 
-def _refuse_empty(requests: Sequence[Request]) -> None:
+def refuse_empty(requests: Sequence[Request]) -> None:
+    """Raise ValueError for a request with nothing to read or nothing to say."""
     for index, request in enumerate(requests):
         if not request.prompt_ids or request.max_new_tokens < 1:
             raise ValueError(f"request {index} needs a prompt and max_new_tokens of at least 1: {request}")

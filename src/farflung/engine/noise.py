@@ -25,9 +25,9 @@ from farflung.numerics.devices import blocks
 
 Integers = Sequence[int] | np.ndarray | torch.Tensor
 
-_WORD, _MIXED = (0xCC9E2D51, 0x1B873593), (0x85EBCA6B, 0xC2B2AE35)
-_ADDED, _LENGTH = 0xE6546B64, 16
-_LARGEST = 1 - 2.0**-24
+_WORD, MIXED = (0xCC9E2D51, 0x1B873593), (0x85EBCA6B, 0xC2B2AE35)
+ADDED, LENGTH = 0xE6546B64, 16
+LARGEST = 1 - 2.0**-24
 """Of u, after it is rounded: the logarithm of 0 is not finite."""
 
 
@@ -36,7 +36,7 @@ def row_states(seed_B: Integers, position_B: Integers | int) -> np.ndarray:
     seed, position = _uint64(seed_B), _uint64(position_B)
     state_B = np.zeros(np.broadcast_shapes(seed.shape, position.shape), np.uint32)
     for word in (seed, seed >> np.uint64(32), position):
-        state_B = _absorbed(state_B, _scrambled(word.astype(np.uint32)))
+        state_B = _absorbed(state_B, scrambled(word.astype(np.uint32)))
     return state_B
 
 
@@ -87,7 +87,7 @@ def gumbel_numpy(hash_: np.ndarray) -> np.ndarray:
     """Gumbel noise of uint32 hash bits, float32 of the same shape; equals torch's to 1e-6 relative."""
     high, low = (hash_ >> np.uint32(16)).astype(np.float32), (hash_ & np.uint32(0xFFFF)).astype(np.float32)
     uniform = high * np.float32(2.0**-16) + (low + np.float32(0.5)) * np.float32(2.0**-32)
-    return -np.log(-np.log1p(-np.minimum(uniform, np.float32(_LARGEST))))
+    return -np.log(-np.log1p(-np.minimum(uniform, np.float32(LARGEST))))
 
 
 def _uint64(values: Integers | int) -> np.ndarray:
@@ -105,26 +105,26 @@ def _rotated(x: np.ndarray, count: int) -> np.ndarray:
     return x << np.uint32(count) | x >> np.uint32(32 - count)
 
 
-def _scrambled(word: np.ndarray) -> np.ndarray:
+def scrambled(word: np.ndarray) -> np.ndarray:
     """A word of uint32 as the hash takes it in."""
     return _rotated(word * np.uint32(_WORD[0]), 15) * np.uint32(_WORD[1])
 
 
 def _absorbed(state: np.ndarray, scrambled: np.ndarray) -> np.ndarray:
-    return _rotated(state ^ scrambled, 13) * np.uint32(5) + np.uint32(_ADDED)
+    return _rotated(state ^ scrambled, 13) * np.uint32(5) + np.uint32(ADDED)
 
 
 def _finished(state: np.ndarray, token: np.ndarray) -> np.ndarray:
-    x = _absorbed(state, _scrambled(token)) ^ np.uint32(_LENGTH)
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(_MIXED[0])
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(_MIXED[1])
+    x = _absorbed(state, scrambled(token)) ^ np.uint32(LENGTH)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(MIXED[0])
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(MIXED[1])
     return x ^ (x >> np.uint32(16))
 
 
 @lru_cache(maxsize=8)
 def _tokens(vocab: int, device: torch.device) -> torch.Tensor:
     """Every token id as the hash takes it in, int32 (V,): the same for all rows."""
-    return torch.from_numpy(_scrambled(np.arange(vocab, dtype=np.uint32)).view(np.int32)).to(device)
+    return torch.from_numpy(scrambled(np.arange(vocab, dtype=np.uint32)).view(np.int32)).to(device)
 
 
 def _hashed_blocks(
@@ -150,8 +150,8 @@ def _hashed_blocks(
 def _finish_(x: torch.Tensor, spare: torch.Tensor) -> None:
     """From state ^ scrambled token to the hash, in place on int32."""
     _shifted_(x, 19, spare)
-    x.bitwise_left_shift_(13).bitwise_or_(spare).mul_(5).add_(_signed(_ADDED)).bitwise_xor_(_LENGTH)
-    for shift, multiplier in ((16, _MIXED[0]), (13, _MIXED[1]), (16, 1)):
+    x.bitwise_left_shift_(13).bitwise_or_(spare).mul_(5).add_(_signed(ADDED)).bitwise_xor_(LENGTH)
+    for shift, multiplier in ((16, MIXED[0]), (13, MIXED[1]), (16, 1)):
         x.bitwise_xor_(_shifted_(x, shift, spare))
         if multiplier != 1:
             x.mul_(_signed(multiplier))
@@ -170,4 +170,4 @@ def _to_exponential_(out: torch.Tensor, hash_: torch.Tensor, spare: torch.Tensor
     """-log1p(-u) of int32 hash bits, which are lost; `spare` is of their shape."""
     low = spare.view(torch.float32).copy_(hash_.bitwise_and(0xFFFF)).add_(0.5).mul_(-(2.0**-32))
     out.copy_(hash_.bitwise_right_shift_(16).bitwise_and_(0xFFFF)).mul_(-(2.0**-16)).add_(low)
-    return out.clamp_(min=-_LARGEST).log1p_().neg_()
+    return out.clamp_(min=-LARGEST).log1p_().neg_()

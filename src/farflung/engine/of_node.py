@@ -2,7 +2,9 @@
 
 import asyncio
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,21 +18,43 @@ from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import server_numerics
 from farflung.engine.vllm_process import ManagedVllmEngine, ServerSize, VllmProcess, refuse_missing
 from farflung.numerics.devices import pick
+from farflung.protocol.errors import ConfigError
 from farflung.protocol.messages import RunInfo
 from farflung.protocol.numerics import Numerics
 from farflung.protocol.stops import Stops
+
+if TYPE_CHECKING:
+    from farflung.engine.mlx import MlxEngine
 
 
 async def own_numerics(settings: WorkerSection) -> Own:
     """The numerics of a node, as far as they are known before it has a profile. Raises ConfigError, Unreachable."""
     if settings.engine == "torch":
         return Own("torch", pick(settings.device).type)
+    if settings.engine == "mlx":
+        return mlx_numerics(pick(settings.device))
     if not settings.is_elsewhere:
         refuse_missing(Path(settings.engine_home))
         return Own("vllm", pick(settings.device).type, "bfloat16", BITS["bfloat16"])
     found = await asyncio.to_thread(server_numerics, settings.engine_url)
     kind = settings.device.partition(":")[0].replace("auto", "")
     return found._replace(device=found.device or kind)
+
+
+def mlx_numerics(device: torch.device) -> Own:
+    """Those of MLX in this process. Raises ConfigError where it is missing, or has no such device."""
+    if not (find_spec("mlx") and find_spec("mlx_lm")):
+        raise ConfigError("MLX is not installed here; get it with: pip install 'farflung[mlx]'")
+    if device.type not in ("cpu", "mps"):
+        raise ConfigError(f"MLX computes on a Mac's GPU (mps) or on a processor, not on {device}; add --device cpu")
+    return Own("mlx", device.type)
+
+
+def mlx_engine(config: Path | str | bytes, **options: Any) -> "MlxEngine":
+    """The empty engine of MLX, which is imported for nobody else. Raises ConfigError."""
+    from farflung.engine.mlx import MlxEngine
+
+    return MlxEngine(config, **options)
 
 
 def held_in(numerics: Numerics) -> torch.dtype:
@@ -61,15 +85,10 @@ def make(place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -
             return VllmEngine(settings.engine_url, place.folder, **options)
         process = VllmProcess(Path(settings.engine_home), place.folder, config, _server_size(place, config))
         return ManagedVllmEngine(process, place.folder, **options)
-    return LocalEngine.from_folder(
-        config,
-        dtype=dtype,
-        threads=settings.threads,
-        device=place.device,
-        eos_ids=info.eos_ids,
-        stops=stops,
-        max_rows=place.slots,
-    )
+    own = {"dtype": dtype, "device": place.device, "eos_ids": info.eos_ids, "stops": stops, "max_rows": place.slots}
+    if settings.engine == "mlx":
+        return mlx_engine(config, **own)
+    return LocalEngine.from_folder(config, threads=settings.threads, **own)
 
 
 def _server_size(place: Place, config: bytes) -> ServerSize:

@@ -7,9 +7,10 @@ Legend: B rows, T positions, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache as once
+from functools import partial
 from inspect import signature
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,18 @@ from farflung.protocol.stops import DONE, Stops
 Batching = Literal["padded", "level", "alone", "whole"]
 """Prompts of all lengths in one batch, of one length each, one row at a time; or one row at a time that is read whole
 for every token, for models that have no use for a cache."""
+
+
+class Rows(Protocol):
+    """Rows that decode together, whatever computes them."""
+
+    def pick(self, requests: Sequence[Request], said: int) -> tuple[list[int], list[float]]:
+        """The token of each row that comes after `said` ones, and its log-probability at the sampling temperature."""
+        ...
+
+    def go_on(self, going: Sequence[int]) -> None:
+        """Feed what was picked to these rows; the others end."""
+        ...
 
 
 class PlainBatch:
@@ -57,6 +70,21 @@ class PlainBatch:
         if self._cache is not None and len(live_B):
             self._cache.reorder_cache(live_B)
 
+    def pick(self, requests: Sequence[Request], said: int) -> tuple[list[int], list[float]]:
+        """The token of each row that comes after `said` ones, and its log-probability at the sampling temperature."""
+        self._picked_B, logp_B = pick(self.logits_BV, requests, said)
+        return _brought(self._picked_B, logp_B)
+
+    def go_on(self, going: Sequence[int]) -> None:
+        """Feed what was picked to these rows; the others end."""
+        token_B = self._picked_B
+        if len(going) < len(token_B):
+            going_B = torch.tensor(going, dtype=torch.long, device=self.device)
+            token_B = token_B[going_B]
+            self.keep(going_B)
+        if going:
+            self.advance(token_B)
+
     def _read(self, fed_BT: torch.Tensor) -> None:
         options: dict[str, Any] = {"use_cache": False}
         if self._cache_name:
@@ -82,12 +110,26 @@ def decode(
 
     Each token is argmax(logits / T + Gumbel noise), or argmax(logits) where T = 0; finished rows leave the batch.
     """
+    read = partial(PlainBatch, model, is_cached=batching != "whole")
+    return complete(read, requests, eos_ids, should_stop, slots, batching, stops)
+
+
+def complete(
+    read: Callable[[Sequence[Request]], Rows],
+    requests: Sequence[Request],
+    eos_ids: frozenset[int],
+    should_stop: Callable[[], bool] | None = None,
+    slots: int = 64,
+    batching: Batching = "padded",
+    stops: Stops | None = None,
+) -> list[Completion | None]:
+    """The same for rows of any kind: `read` makes a batch of them from its requests."""
     found: list[Completion | None] = [None] * len(requests)
     for batch in batches(requests, batching, slots):
         for start in range(0, len(batch), slots):
             some = batch[start : start + slots]
-            done = _complete(model, [requests[i] for i in some], eos_ids, should_stop, batching != "whole", stops)
-            for index, completion in zip(some, done, strict=True):
+            asked = [requests[index] for index in some]
+            for index, completion in zip(some, _complete(read(asked), asked, eos_ids, should_stop, stops), strict=True):
                 found[index] = completion
     return found
 
@@ -106,32 +148,26 @@ def batches(requests: Sequence[Request], batching: Batching, slots: int) -> Iter
 
 
 def _complete(
-    model: PreTrainedModel,
+    rows: Rows,
     requests: Sequence[Request],
     eos_ids: frozenset[int],
     should_stop: Callable[[], bool] | None,
-    is_cached: bool,
     stops: Stops | None,
 ) -> list[Completion | None]:
-    rows = PlainBatch(model, requests, is_cached=is_cached)
     said: list[list[tuple[int, float]]] = [[] for _ in requests]
     state, live = [0] * len(requests), list(range(len(requests)))
     done: list[Completion | None] = [None] * len(requests)
     while live and not (should_stop is not None and should_stop()):
-        token_B, logp_B = pick(rows.logits_BV, [requests[index] for index in live], len(said[live[0]]))
-        for index, token, logp in zip(live, *_brought(token_B, logp_B), strict=True):
+        picked = rows.pick([requests[index] for index in live], len(said[live[0]]))
+        for index, token, logp in zip(live, *picked, strict=True):
             said[index].append((token, logp))
             state[index] = 0 if stops is None else int(stops.moves_SV[state[index], token])
             is_full = len(said[index]) == requests[index].max_new_tokens
             if token in eos_ids or state[index] == DONE or is_full:
                 done[index] = Completion(*zip(*said[index], strict=True))
         going = [row for row, index in enumerate(live) if done[index] is None]
-        if len(going) < len(live):
-            going_B = torch.tensor(going, dtype=torch.long, device=rows.device)
-            live, token_B = [live[row] for row in going], token_B[going_B]
-            rows.keep(going_B)
-        if live:
-            rows.advance(token_B)
+        live = [live[row] for row in going]
+        rows.go_on(going)
     return done
 
 

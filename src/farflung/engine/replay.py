@@ -106,11 +106,10 @@ def _replay_chunk(
     model: PreTrainedModel, chunk: Sequence[Tree], items: Sequence[Item], reading: Reading
 ) -> list[Replay]:
     chosen = [items[index] for tree in chunk for index in tree.members]
-    sizes, rows = [len(ids) for _, ids in chosen], _rows(chunk, items)
+    rows = _rows(chunk, items)
     logits_KV, which_N = _kept_logits(model, rows, reading)
     logits_NV = logits_KV if rows.is_plain else logits_KV[which_N]
-    seen_5N = _compare(logits_NV, chosen, sizes)
-    return [Replay(*part_5R) for part_5R in np.split(seen_5N, np.cumsum(sizes)[:-1], axis=1)]
+    return judge(logits_NV, chosen)
 
 
 def _kept_logits(model: PreTrainedModel, rows: PackedRows, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,6 +129,13 @@ def _kept_logits(model: PreTrainedModel, rows: PackedRows, reading: Reading) -> 
         logits_to_keep=is_kept_BT,
     )
     return out.logits.view(-1, out.logits.shape[-1]), which_N
+
+
+def judge(logits_NV: torch.Tensor, items: Sequence[Item]) -> list[Replay]:
+    """What each item's tokens look like under the logits before each of them, one item after the other."""
+    sizes = [len(ids) for _, ids in items]
+    seen_5N = _compare(logits_NV, items, sizes)
+    return [Replay(*part_5R) for part_5R in np.split(seen_5N, np.cumsum(sizes)[:-1], axis=1)]
 
 
 def _compare(logits_NV: torch.Tensor, items: Sequence[Item], sizes: Sequence[int]) -> np.ndarray:

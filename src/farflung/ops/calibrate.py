@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ from farflung.engine.arithmetic import BITS, QUANTISED, Own
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.fit import Text, cache_bytes
 from farflung.engine.local import LocalEngine
+from farflung.engine.of_node import mlx_engine, mlx_numerics
 from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import server_numerics
 from farflung.engine.vllm_process import HOME, ServerSize, serving
@@ -48,6 +49,9 @@ from farflung.tasks.model_check import refuse_long
 from farflung.trust.bounds import TOLERANCE, calibrate, growth
 from farflung.trust.evidence import ALPHA, WEIGHTS_OF, Profile, Scope, Seen, flips, to_json
 from farflung.trust.profiles import load_profile
+
+if TYPE_CHECKING:
+    from farflung.engine.mlx import MlxEngine
 
 log = logging.getLogger(__name__)
 SHORT = (1, 2, 4, 8)
@@ -152,7 +156,7 @@ def write_profile(
     with contextlib.ExitStack() as stack:
         if engine == "vllm" and not engine_url:
             engine_url = stack.enter_context(_own_server(under, where, threads))
-        numerics = numerics_of(where.type, arithmetic, quantiser, engine_url)
+        numerics = numerics_of(where.type, arithmetic, quantiser, engine_url, engine=engine)
         options = {"tokens": tokens, "threads": threads, "device": where, "engine_url": engine_url}
         profile = make_profile(under, name or name_of(numerics), numerics, **options)
     out.write_bytes(to_json(profile) + b"\n")
@@ -169,9 +173,12 @@ def _own_server(under: Conditions, device: torch.device, threads: int) -> Iterat
         yield url
 
 
-def numerics_of(device: str, arithmetic: str = "", quantiser: Quantiser = "", engine_url: str = "") -> Numerics:
-    """The numerics that are meant. Raises ConfigError for what torch cannot do, or a server says it does not."""
+def numerics_of(
+    device: str, arithmetic: str = "", quantiser: Quantiser = "", engine_url: str = "", *, engine: str = "torch"
+) -> Numerics:
+    """The numerics that are meant. Raises ConfigError for what an engine cannot do, or a server says it does not."""
     own = server_numerics(engine_url) if engine_url else Own("torch", device)
+    own = mlx_numerics(torch.device(device)) if engine == "mlx" else own
     device, natural = own.device or device, own.arithmetic or ("float32" if device == "cpu" else "bfloat16")
     fields = {"engine": own.engine, "device": device, "arithmetic": arithmetic or natural}
     if fields["arithmetic"] not in BITS:
@@ -222,7 +229,11 @@ def make_profile(
     verifiers = [engine_of(under.model, kind, threads, device, quantiser) for kind in verified_in]
     kinds = [kind for kind in kinds if not kind.is_older or (numerics.engine, numerics.device) == ("torch", "cpu")]
     with tempfile.TemporaryDirectory() as folder:
-        generator = _served(under.model, engine_url, Path(folder), quantiser) if engine_url else verifiers[0]
+        generator = verifiers[0]
+        if engine_url:
+            generator = _served(under.model, engine_url, Path(folder), quantiser)
+        elif numerics.engine == "mlx":
+            generator = _in_mlx(under.model, arithmetic, device, quantiser)
         of_kind = [
             (OlderEngine(under.model.path, arithmetic, quantiser) if kind.is_older else generator, kind)
             for kind in kinds
@@ -237,7 +248,8 @@ def make_profile(
             for cheat in cheats
         }
         for kind in COARSER[quantiser] if quantiser and cheats else ():
-            other = generator if engine_url else engine_of(under.model, arithmetic, threads, device)
+            is_own = generator is verifiers[0]
+            other = engine_of(under.model, arithmetic, threads, device) if is_own else generator
             other.load(quantised(published(under.model.path), kind))
             of_it = _play(other, verifiers[:1], under, KINDS[0], tokens * CHEAT_PART)
             tried[f"{WEIGHTS_OF}{kind}"] = [one.seen for one in of_it]
@@ -292,8 +304,14 @@ def _served(model: Model, url: str, folder: Path, quantiser: Quantiser) -> VllmE
     return engine
 
 
+def _in_mlx(model: Model, dtype: str, device: torch.device | str, quantiser: Quantiser) -> "MlxEngine":
+    engine = mlx_engine(model.path, dtype=getattr(torch, dtype), eos_ids=model.eos_ids, device=device)
+    engine.load(quantised(published(model.path), quantiser))
+    return engine
+
+
 def _play(
-    generator: LocalEngine | VllmEngine | OlderEngine,
+    generator: "LocalEngine | VllmEngine | OlderEngine | MlxEngine",
     verifiers: Sequence[LocalEngine],
     under: Conditions,
     kind: Kind,

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,10 +12,13 @@ from farflung.engine.arithmetic import choose
 from farflung.engine.base import Request
 from farflung.engine.fit import longest, node_slots
 from farflung.engine.local import LocalEngine
-from farflung.engine.of_node import held_in, own_numerics
+from farflung.engine.of_node import held_in, mlx_engine, mlx_numerics, own_numerics
 from farflung.net.session import Session
 from farflung.numerics.devices import accelerator, pick
 from farflung.weights.tensors import fetch_model_config
+
+if TYPE_CHECKING:
+    from farflung.engine.mlx import MlxEngine
 
 PROMPT, NEW = 32, 32
 """Tokens of the texts by which speed is measured."""
@@ -26,6 +30,8 @@ def device(settings: WorkerSection) -> str:
     if settings.is_elsewhere:
         return f"the vLLM server at {settings.engine_url} has its own"
     chosen = pick(settings.device)
+    if settings.engine == "mlx":
+        mlx_numerics(chosen)
     name, memory_bytes, driver, precision = accelerator(chosen)
     memory = f"{memory_bytes / 1e9:.1f} GB" if memory_bytes else ""
     return ", ".join(part for part in (name or str(chosen), memory, driver, f"computes in {precision}") if part)
@@ -56,19 +62,23 @@ class Machine:
 
     def _measured(self) -> float:
         chosen, threads = pick(self._settings.device), self._settings.threads
-        options = {"threads": threads, "device": chosen, "eos_ids": (), "max_rows": self._slots}
-        found = measured(LocalEngine.from_folder(self._config, dtype=self._dtype, **options), self._slots)
+        options = {"dtype": self._dtype, "device": chosen, "eos_ids": (), "max_rows": self._slots}
+        if self._settings.engine == "mlx":
+            return measured(mlx_engine(self._config, **options), self._slots)
+        found = measured(LocalEngine.from_folder(self._config, threads=threads, **options), self._slots)
         gc.collect()
         if chosen.type not in ("cpu", "mps"):
             torch.get_device_module(chosen).empty_cache()  # the worker measures what is free
         return found
 
 
-def measured(engine: LocalEngine, rows: int) -> float:
+def measured(engine: "LocalEngine | MlxEngine", rows: int) -> float:
     """Tokens a second of a batch of rows, by an engine whose weights are yet to come: they are made up."""
-    engine.load((name, torch.full_like(tensor, 0.01)) for name, tensor in engine.model.state_dict().items())
+    for_meta = {"device": "cpu"} if engine.model.device.type == "meta" else {}
+    engine.load((name, torch.full_like(one, 0.01, **for_meta)) for name, one in engine.model.state_dict().items())
     prompt, steps = (1,) * PROMPT, list[float]()
-    engine.find_ways()
+    if isinstance(engine, LocalEngine):
+        engine.find_ways()
 
     def is_over() -> bool:
         steps.append(time.monotonic())

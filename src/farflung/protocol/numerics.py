@@ -14,7 +14,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Verifiers = Annotated[tuple[Dtype, ...], Meta(min_length=1, max_length=3)]
 """Arithmetics of a verifier, the one to take first in front."""
 DeviceKind = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9]{0,15}(?!\n)$")]
-"""As torch calls it: cpu, cuda, xpu, mps."""
+"""As torch calls it, whatever computes there: cpu, cuda, xpu, mps."""
 
 
 Quantiser = Literal["", "int8", "fp8", "int4"]
@@ -31,7 +31,7 @@ COARSER: Final[dict[Quantiser, tuple[Quantiser, ...]]] = {
 class Numerics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What generates, on which kind of device, in which arithmetic, with weights of how many bits."""
 
-    engine: Literal["torch", "vllm"]
+    engine: Literal["torch", "vllm", "mlx"]
     device: DeviceKind
     arithmetic: Literal["float32", "bfloat16", "float16", "fp8"]
     bits: Annotated[int, Meta(ge=2, le=32)]
