@@ -206,7 +206,7 @@ class Worker:
         That is where the noise is not forgiven under the present one. Raises ConfigError where none admitted forgives.
         A server is tried with every version that has one: it may say that it loads, and keep part of what it had.
         """
-        is_enough = self._is_tried and self.settings.engine == "torch"
+        is_enough = self._is_tried and self.settings.engine != "vllm"
         test = None if is_enough else await self_test.fetch_or_none(self.session, manifest)
         profile = self_test.profile_in(self.session, test, self.profile) if test else None
         if test is None or profile is None:

@@ -121,7 +121,7 @@ class Generating:
     processes
         Processes under one key, each on a device; 0 for one on each accelerator of the machine.
     engine
-        The engine that generates: torch in this process, or a vLLM server.
+        The engine that generates: torch or llama.cpp in this process, or a vLLM server.
     engine_url
         Where a vLLM server is that runs, on this machine; empty where this node starts one.
     profile
@@ -136,7 +136,7 @@ class Generating:
     threads: int = 1
     device: str = "auto"
     processes: int = 0
-    engine: Literal["torch", "vllm"] = "torch"
+    engine: Literal["torch", "vllm", "llama.cpp"] = "torch"
     engine_url: str = ""
     profile: str = ""
     ignore_self_test: bool = False

@@ -79,7 +79,7 @@ def calibrate(
     device: str = "auto",
     arithmetic: Literal["", "float32", "bfloat16", "float16", "fp8"] = "",
     quantiser: Literal["", "int8", "fp8", "int4"] = "",
-    engine: Literal["torch", "vllm"] = "torch",
+    engine: Literal["torch", "vllm", "llama.cpp"] = "torch",
     engine_url: str = "",
 ) -> None:
     """Measure numerical noise on this trusted machine, and write a numerics profile.
@@ -112,7 +112,7 @@ def calibrate(
     quantiser
         What nodes make of the published weights before they compute, and verifiers of theirs; empty for nothing.
     engine
-        The engine that generates: torch in this process, or a vLLM server.
+        The engine that generates: torch or llama.cpp in this process, or a vLLM server.
     engine_url
         Where that server is; empty for one that is started for it.
     """

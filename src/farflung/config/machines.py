@@ -20,7 +20,9 @@ class RelaySection(Section):
 
 
 class WorkerSection(Section):
-    engine: Literal["torch", "vllm"] = setting("torch", "The engine that generates: torch here, or a vLLM server.")
+    engine: Literal["torch", "vllm", "llama.cpp"] = setting(
+        "torch", "The engine that generates: torch or llama.cpp here, or a vLLM server."
+    )
     engine_url: str = setting(
         "", "Where a vLLM server runs, such as http://127.0.0.1:8000; empty where this node starts one."
     )

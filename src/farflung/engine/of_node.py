@@ -10,6 +10,7 @@ from farflung.config import WorkerSection
 from farflung.engine.arithmetic import BITS, Own, dtype_of
 from farflung.engine.base import Engine
 from farflung.engine.fit import cache_bytes, longest
+from farflung.engine.llama_cpp import LlamaCppEngine, own_llama_cpp
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import server_numerics
@@ -24,6 +25,8 @@ async def own_numerics(settings: WorkerSection) -> Own:
     """The numerics of a node, as far as they are known before it has a profile. Raises ConfigError, Unreachable."""
     if settings.engine == "torch":
         return Own("torch", pick(settings.device).type)
+    if settings.engine == "llama.cpp":
+        return own_llama_cpp(settings.device)
     if not settings.is_elsewhere:
         refuse_missing(Path(settings.engine_home))
         return Own("vllm", pick(settings.device).type, "bfloat16", BITS["bfloat16"])
@@ -33,8 +36,8 @@ async def own_numerics(settings: WorkerSection) -> Own:
 
 
 def held_in(numerics: Numerics) -> torch.dtype:
-    """What this process holds weights in; a server sees to its own arithmetic."""
-    return torch.bfloat16 if numerics.engine == "vllm" else dtype_of(numerics)
+    """What this process holds weights in; engines that are not torch see to their own arithmetic."""
+    return dtype_of(numerics) if numerics.engine == "torch" else torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,17 @@ class Place:
 def make(place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
     """The empty engine. Raises ConfigError, WeightsError, Unreachable."""
     settings, info = place.settings, place.info
+    options = {"eos_ids": info.eos_ids, "stops": stops, "max_rows": place.slots}
+    if settings.engine == "llama.cpp":
+        return LlamaCppEngine(place.folder, config, device=settings.device, threads=settings.threads, **options)
     if settings.engine == "vllm":
-        options = {"eos_ids": info.eos_ids, "vocab": info.vocab, "stops": stops, "max_rows": place.slots}
+        options |= {"vocab": info.vocab}
         if settings.is_elsewhere:
             return VllmEngine(settings.engine_url, place.folder, **options)
         process = VllmProcess(Path(settings.engine_home), place.folder, config, _server_size(place, config))
         return ManagedVllmEngine(process, place.folder, **options)
     return LocalEngine.from_folder(
-        config,
-        dtype=dtype,
-        threads=settings.threads,
-        device=place.device,
-        eos_ids=info.eos_ids,
-        stops=stops,
-        max_rows=place.slots,
+        config, dtype=dtype, threads=settings.threads, device=place.device, **options
     )
 
 

@@ -51,8 +51,8 @@ class Machine:
         return f"{self._slots} rollouts of {longest(info, settings.context).tokens:,} tokens at once on {where}"
 
     async def expected_tokens_per_s(self) -> float:
-        """Tokens a second for which there was `capacity`, in short answers; 0 where a server generates."""
-        return 0.0 if self._settings.engine == "vllm" else await asyncio.to_thread(self._measured)
+        """Tokens a second for which there was `capacity`, in short answers; 0 where torch does not generate."""
+        return 0.0 if self._settings.engine != "torch" else await asyncio.to_thread(self._measured)
 
     def _measured(self) -> float:
         chosen, threads = pick(self._settings.device), self._settings.threads

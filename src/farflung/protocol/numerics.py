@@ -31,7 +31,7 @@ COARSER: Final[dict[Quantiser, tuple[Quantiser, ...]]] = {
 class Numerics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What generates, on which kind of device, in which arithmetic, with weights of how many bits."""
 
-    engine: Literal["torch", "vllm"]
+    engine: Literal["torch", "vllm", "llama.cpp"]
     device: DeviceKind
     arithmetic: Literal["float32", "bfloat16", "float16", "fp8"]
     bits: Annotated[int, Meta(ge=2, le=32)]
