@@ -24,6 +24,7 @@ NAMES: Final = ("llama", "qwen2", "qwen3")
 """Architectures that are written here; GGUF has them by the same names."""
 INTERLEAVED: Final = ("llama",)
 """Those whose heads llama.cpp turns by pairs of neighbours, where transformers turns the halves."""
+_RANGES: Final = {"rms_norm_eps": (0, 1), "max_position_embeddings": (1, 1 << 30), "rope_theta": (1, 1e12)}
 INSTALL: Final = "pip install 'farflung[llama-cpp]'"
 
 
@@ -61,7 +62,7 @@ class GgufFile:
             raise ConfigError(f"cannot write {path}: {error.strerror}; free some space there") from error
 
     def fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Write every tensor to its place; each must come once. Raises WeightsError, also for what int4 did not make."""
+        """Write every tensor to its place; each must come once. Raises WeightsError, also for what is not int4's."""
         try:
             with self.path.open("r+b") as file:
                 self._file = file
@@ -106,6 +107,11 @@ def refuse_unknown(settings: PretrainedConfig) -> None:
                 f"the engine llama.cpp computes {kind} with {name} = {only!r} alone, this model has {found!r}; "
                 "join with --engine torch"
             )
+    numbers = {name: getattr(settings, name) for name in _RANGES if name != "rope_theta"}
+    for name, number in (numbers | {"rope_theta": rope.get("rope_theta")}).items():
+        low, high = _RANGES[name]
+        if not isinstance(number, int | float) or not low <= number <= high:  # llama.cpp ends the process
+            raise ConfigError(f"config.json says {name} = {str(number)[:20]}; llama.cpp takes {low} to {high:g}")
 
 
 def refuse_missing() -> None:

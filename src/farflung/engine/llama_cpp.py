@@ -9,7 +9,6 @@ Legend: B rows under way, V vocabulary.
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -177,10 +176,11 @@ class _Batch:
         text = len(self._live)
         while self._waiting and text < self._rows:
             prompt = self._waiting[0][1].prompt_ids
-            alike = len(list(takewhile(lambda one: one[1].prompt_ids == prompt, self._waiting)))
-            size = min(alike, self._rows - text)
-            groups.append([_Row(*self._waiting.popleft(), text + place) for place in range(size)])
-            text += size
+            rows: list[_Row] = []
+            while self._waiting and text < self._rows and self._waiting[0][1].prompt_ids == prompt:
+                rows.append(_Row(*self._waiting.popleft(), text))
+                text += 1
+            groups.append(rows)
         return groups
 
     def _say(self, logits_BV: torch.Tensor) -> None:

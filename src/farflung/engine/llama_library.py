@@ -131,7 +131,7 @@ class LlamaModel:
             if not self._context:
                 self._texts = self._tokens = 0
                 raise EngineAway(
-                    f"llama.cpp has no room for {texts} texts of {tokens:,} tokens: {_last_error[0]}; give fewer --slots"
+                    f"llama.cpp has no room for {texts} texts of {tokens:,} tokens: {_last_error[0]}; lower --slots"
                 )
             self._batch = self._lib.llama_batch_init(_AT_ONCE, 0, 1)
         self._lib.llama_memory_clear(self._memory, False)

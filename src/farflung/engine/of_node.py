@@ -65,9 +65,7 @@ def make(place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -
             return VllmEngine(settings.engine_url, place.folder, **options)
         process = VllmProcess(Path(settings.engine_home), place.folder, config, _server_size(place, config))
         return ManagedVllmEngine(process, place.folder, **options)
-    return LocalEngine.from_folder(
-        config, dtype=dtype, threads=settings.threads, device=place.device, **options
-    )
+    return LocalEngine.from_folder(config, dtype=dtype, threads=settings.threads, device=place.device, **options)
 
 
 def _server_size(place: Place, config: bytes) -> ServerSize:

@@ -118,7 +118,9 @@ def _complete(
     state, live = [0] * len(requests), list(range(len(requests)))
     done: list[Completion | None] = [None] * len(requests)
     while live and not (should_stop is not None and should_stop()):
-        token_B, logp_B = pick(rows.logits_BV, [requests[index] for index in live], [len(said[index]) for index in live])
+        token_B, logp_B = pick(
+            rows.logits_BV, [requests[index] for index in live], [len(said[index]) for index in live]
+        )
         for index, token, logp in zip(live, *_brought(token_B, logp_B), strict=True):
             said[index].append((token, logp))
             state[index] = 0 if stops is None else int(stops.moves_SV[state[index], token])

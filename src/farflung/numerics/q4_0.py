@@ -28,7 +28,9 @@ def packed(weight_RC: torch.Tensor, name: str = "a matrix") -> np.ndarray:
     whole_G32 = _whole(group_G32)
     scale_G = _scales(group_G32, whole_G32)
     if scale_G is None:
-        raise WeightsError(f"{name} holds values that the quantiser int4 does not make; quantise the weights by it first")
+        raise WeightsError(
+            f"{name} holds values that the quantiser int4 does not make; quantise the weights by it first"
+        )
     nibble_G32 = (whole_G32 + 8).to(torch.uint8)
     pair_G16 = nibble_G32[:, :16] | nibble_G32[:, 16:] << 4
     block_GB = torch.cat([scale_G.view(torch.uint8).view(-1, 2), pair_G16], dim=1)
