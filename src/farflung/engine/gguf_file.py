@@ -4,6 +4,7 @@ It is laid out once, from the run's `config.json`, and filled again with each ve
 as transformers does is refused before. No tokenizer is in it: ids go in and come out.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -24,6 +25,7 @@ NAMES: Final = ("llama", "qwen2", "qwen3")
 """Architectures that are written here; GGUF has them by the same names."""
 INTERLEAVED: Final = ("llama",)
 """Those whose heads llama.cpp turns by pairs of neighbours, where transformers turns the halves."""
+logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells each file that it writes
 _RANGES: Final = {"rms_norm_eps": (0, 1), "max_position_embeddings": (1, 1 << 30), "rope_theta": (1, 1e12)}
 INSTALL: Final = "pip install 'farflung[llama-cpp]'"
 
