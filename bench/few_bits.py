@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from farflung.engine.base import Request
-from farflung.engine.llama_cpp import LlamaCppEngine, own_llama_cpp
+from farflung.engine.llama_cpp import LlamaCppEngine
 from farflung.engine.local import LocalEngine
 from farflung.envs.sums import Sums
 from farflung.numerics.quantise import is_quantised, quantised
@@ -97,7 +97,7 @@ def main() -> None:
 
 def measured(folder: Path, model: Model, temperature: float, tokens: int) -> dict:
     prompts = [tuple(model.prompt_ids(Sums().prompt(task))) for task in itertools.islice(Sums().tasks("train"), 256)]
-    numerics = numerics_of("", own=own_llama_cpp("cpu"))
+    numerics = numerics_of("cpu", engine="llama.cpp")
     weights: Tensors = list(published(model.path))
     verifier = engine_of(model, "float32", 1, "cpu", "int4")
     config = Path(model.path, "config.json").read_bytes()

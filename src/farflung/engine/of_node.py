@@ -36,8 +36,8 @@ async def own_numerics(settings: WorkerSection) -> Own:
 
 
 def held_in(numerics: Numerics) -> torch.dtype:
-    """What this process holds weights in; engines that are not torch see to their own arithmetic."""
-    return dtype_of(numerics) if numerics.engine == "torch" else torch.bfloat16
+    """What this process holds weights in; these two see to their own arithmetic."""
+    return torch.bfloat16 if numerics.engine in ("vllm", "llama.cpp") else dtype_of(numerics)
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,7 @@ def _complete(
     state, live = [0] * len(requests), list(range(len(requests)))
     done: list[Completion | None] = [None] * len(requests)
     while live and not (should_stop is not None and should_stop()):
-        token_B, logp_B = pick(
-            rows.logits_BV, [requests[index] for index in live], [len(said[index]) for index in live]
-        )
+        token_B, logp_B = pick(rows.logits_BV, [requests[index] for index in live], len(said[live[0]]))
         for index, token, logp in zip(live, *_brought(token_B, logp_B), strict=True):
             said[index].append((token, logp))
             state[index] = 0 if stops is None else int(stops.moves_SV[state[index], token])
@@ -138,12 +136,13 @@ def _complete(
 
 
 def pick(
-    logits_BV: torch.Tensor, requests: Sequence[Request], said_B: Sequence[int]
+    logits_BV: torch.Tensor, requests: Sequence[Request], said: int | Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token of each row that comes after so many, and its log-probability at the sampling temperature."""
+    """The token of each row that comes after `said` ones, and its log-probability at the sampling temperature."""
+    said_B = [said] * len(requests) if isinstance(said, int) else said
     temperature_B = np.array([one.temperature for one in requests], np.float32)
     policy_BV = policy_scores(logits_BV, temperature_B)
-    position_B = [one.first_position + said for one, said in zip(requests, said_B, strict=True)]
+    position_B = [one.first_position + count for one, count in zip(requests, said_B, strict=True)]
     noise_BV = gumbel([one.seed for one in requests], position_B, policy_BV.shape[1], policy_BV.device)
     token_B = best(with_noise(noise_BV, policy_BV, temperature_B))
     return token_B, policy_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]

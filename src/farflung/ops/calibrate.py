@@ -153,10 +153,8 @@ def write_profile(
     with contextlib.ExitStack() as stack:
         if engine == "vllm" and not engine_url:
             engine_url = stack.enter_context(_own_server(under, where, threads))
-        if engine == "llama.cpp":
-            numerics = numerics_of("", arithmetic, quantiser, own=own_llama_cpp(device))
-        else:
-            numerics = numerics_of(where.type, arithmetic, quantiser, engine_url)
+        kind = device if engine == "llama.cpp" else where.type
+        numerics = numerics_of(kind, arithmetic, quantiser, engine_url, engine=engine)
         options = {"tokens": tokens, "threads": threads, "device": where, "engine_url": engine_url}
         profile = make_profile(under, name or name_of(numerics), numerics, **options)
     out.write_bytes(to_json(profile) + b"\n")
@@ -174,10 +172,11 @@ def _own_server(under: Conditions, device: torch.device, threads: int) -> Iterat
 
 
 def numerics_of(
-    device: str, arithmetic: str = "", quantiser: str = "", engine_url: str = "", own: Own | None = None
+    device: str, arithmetic: str = "", quantiser: str = "", engine_url: str = "", *, engine: str = "torch"
 ) -> Numerics:
     """The numerics that are meant. Raises ConfigError for what torch cannot do, or an engine says it does not."""
-    own = own or (server_numerics(engine_url) if engine_url else Own("torch", device))
+    own = server_numerics(engine_url) if engine_url else Own("torch", device)
+    own = own_llama_cpp(device) if engine == "llama.cpp" else own
     quantiser = quantiser or HOLDS.get(own.engine, ("",))[0]
     device, natural = own.device or device, own.arithmetic or ("float32" if device == "cpu" else "bfloat16")
     fields = {"engine": own.engine, "device": device, "arithmetic": arithmetic or natural}

@@ -66,7 +66,8 @@ async def examine(
     A node that joins tries its arithmetic as a worker, and not here.
     """
     settings = settings or WorkerSection()
-    checks = (_python, _torch, lambda: _device(settings), lambda: _key(folder), lambda: _disk(folder, 0), _ports)
+    engines = (_torch, _llama_cpp) if settings.engine == "llama.cpp" else (_torch,)
+    checks = (_python, *engines, lambda: _device(settings), lambda: _key(folder), lambda: _disk(folder, 0), _ports)
     for check in checks:
         yield check()
     if url:
@@ -86,6 +87,14 @@ def _torch() -> Finding:
     except PackageNotFoundError as error:
         return Finding("torch", False, f"{error.name} is missing", "pip install 'farflung[learn]'")
     return Finding("torch", True, found)
+
+
+def _llama_cpp() -> Finding:
+    try:
+        found = f"{version('llama-cpp-python')}, gguf {version('gguf')}"
+    except PackageNotFoundError as error:
+        return Finding("llama.cpp", False, f"{error.name} is missing", "pip install 'farflung[llama-cpp]'")
+    return Finding("llama.cpp", True, found)
 
 
 def _device(settings: WorkerSection) -> Finding:

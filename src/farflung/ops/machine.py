@@ -10,6 +10,7 @@ from farflung.config import WorkerSection
 from farflung.engine.arithmetic import choose
 from farflung.engine.base import Request
 from farflung.engine.fit import longest, node_slots
+from farflung.engine.llama_library import device_kind
 from farflung.engine.local import LocalEngine
 from farflung.engine.of_node import held_in, own_numerics
 from farflung.net.session import Session
@@ -26,6 +27,8 @@ def device(settings: WorkerSection) -> str:
     if settings.is_elsewhere:
         return f"the vLLM server at {settings.engine_url} has its own"
     chosen = pick(settings.device)
+    if settings.engine == "llama.cpp" and (kind := device_kind(settings.device)) != "cpu":
+        return f"{kind}, as llama.cpp calls it"
     name, memory_bytes, driver, precision = accelerator(chosen)
     memory = f"{memory_bytes / 1e9:.1f} GB" if memory_bytes else ""
     return ", ".join(part for part in (name or str(chosen), memory, driver, f"computes in {precision}") if part)
@@ -51,8 +54,10 @@ class Machine:
         return f"{self._slots} rollouts of {longest(info, settings.context).tokens:,} tokens at once on {where}"
 
     async def expected_tokens_per_s(self) -> float:
-        """Tokens a second for which there was `capacity`, in short answers; 0 where torch does not generate."""
-        return 0.0 if self._settings.engine != "torch" else await asyncio.to_thread(self._measured)
+        """Tokens a second for which there was `capacity`, in short answers; 0 where that is not measured."""
+        if self._settings.engine in ("vllm", "llama.cpp"):
+            return 0.0
+        return await asyncio.to_thread(self._measured)
 
     def _measured(self) -> float:
         chosen, threads = pick(self._settings.device), self._settings.threads
