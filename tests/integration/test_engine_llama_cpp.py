@@ -3,16 +3,21 @@
 What needs the file alone runs everywhere; what needs llama.cpp is skipped where `llama-cpp-python` is not installed.
 """
 
+import asyncio
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
+from tests.conftest import BASE  # noqa: E402
 from transformers import (  # noqa: E402
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -25,13 +30,18 @@ from transformers import (  # noqa: E402
     Qwen3ForCausalLM,
 )
 
+from farflung.config import WorkerSection  # noqa: E402
+from farflung.engine.arithmetic import Own, choose  # noqa: E402
 from farflung.engine.base import Completion, Request  # noqa: E402
 from farflung.engine.gguf_file import GgufFile  # noqa: E402
 from farflung.engine.llama_cpp import FILE, LlamaCppEngine, own_llama_cpp  # noqa: E402
 from farflung.engine.local import LocalEngine  # noqa: E402
 from farflung.numerics.q4_0 import packed, unpacked  # noqa: E402
 from farflung.numerics.quantise import is_quantised, quantise, quantised  # noqa: E402
+from farflung.ops import doctor  # noqa: E402
+from farflung.ops.calibrate import name_of, numerics_of, write_profile  # noqa: E402
 from farflung.protocol.errors import ConfigError, WeightsError  # noqa: E402
+from farflung.protocol.numerics import Numerics  # noqa: E402
 from farflung.protocol.probe import Slice  # noqa: E402
 from farflung.protocol.stops import DONE, Stops  # noqa: E402
 
@@ -285,3 +295,64 @@ def test_long_prompts_are_read_in_parts(make) -> None:
     engine = make(model)
     assert_seeded(model, asked, engine.generate(asked))
     engine.close()
+
+
+# --- its profile -----------------------------------------------------------------------------------------------------
+
+
+def numerics(**changes: object) -> Numerics:
+    fields = {"engine": "llama.cpp", "device": "cpu", "arithmetic": "float32", "bits": 4, "quantiser": "int4"}
+    return Numerics(**fields | changes)
+
+
+OWN = Own("llama.cpp", "cpu", "float32", 4)
+
+
+def test_a_node_takes_the_profile_that_was_measured_with_it_and_no_other() -> None:
+    torch_int4, whole = numerics(engine="torch"), numerics(bits=32, quantiser="")
+    run = SimpleNamespace(profiles={"a": torch_int4, "b": whole, "c": numerics()}, profile="a")
+    assert choose(run, OWN) == "c"
+    for others in ({"a": torch_int4}, {"b": whole}, {"d": numerics(quantiser="int8", bits=8)}):
+        with pytest.raises(ConfigError, match=r"calibrate MODEL --device cpu --engine llama\.cpp --quantiser int4"):
+            choose(SimpleNamespace(profiles=others, profile="a"), OWN)
+    assert choose(run, Own("torch", "cpu"), "a") == "a"
+
+
+@needs_llama_cpp
+def test_calibration_measures_int4_alone_on_the_processor() -> None:
+    assert numerics_of("cpu", engine="llama.cpp") == numerics()
+    assert name_of(numerics()) == "llama.cpp-cpu-fp32-int4"
+    with pytest.raises(ConfigError, match="leave out --arithmetic and --quantiser"):
+        numerics_of("cpu", quantiser="int8", engine="llama.cpp")
+    with pytest.raises(ConfigError, match="has the processor alone"):
+        own_llama_cpp("cuda:1")
+
+
+@needs_llama_cpp
+def test_a_profile_is_made_with_it(tmp_path: Path) -> None:
+    model = made("llama", vocab_size=32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, tmp_path)
+    model.save_pretrained(tmp_path)
+    profile = write_profile(str(tmp_path), "", tmp_path / "few.json", None, tokens=600, threads=1, engine="llama.cpp")
+    assert profile.fields == numerics().fields
+    assert profile.verified_in == ("float32",)
+    assert profile.honest.tokens > 600
+    assert sum(profile.honest.flips) < 0.1 * profile.honest.tokens
+    assert profile.noise > 1e-4
+    assert profile.power["unseeded"] > 0.05
+
+
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def version(name: str) -> str:
+        if name == "llama-cpp-python":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(doctor, "version", version)
+
+    async def found() -> list[doctor.Finding]:
+        return [one async for one in doctor.examine("", tmp_path, None, WorkerSection(engine="llama.cpp"))]
+
+    (one,) = [one for one in asyncio.run(found()) if one.what == "llama.cpp"]
+    assert (one.is_well, one.mend) == (False, "pip install 'farflung[llama-cpp]'")
