@@ -30,6 +30,7 @@ from farflung.launch import role_makers
 from farflung.launch.logs import start_logging
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import Key
+from farflung.protocol.numerics import EngineKind
 from farflung.store import owner
 
 ENGINE = Path(WorkerSection().engine_home)
@@ -121,7 +122,7 @@ class Generating:
     processes
         Processes under one key, each on a device; 0 for one on each accelerator of the machine.
     engine
-        The engine that generates: torch or MLX in this process, or a vLLM server.
+        The engine that generates: torch, MLX or llama.cpp in this process, or a vLLM server.
     engine_url
         Where a vLLM server is that runs, on this machine; empty where this node starts one.
     profile
@@ -136,7 +137,7 @@ class Generating:
     threads: int = 1
     device: str = "auto"
     processes: int = 0
-    engine: Literal["torch", "vllm", "mlx"] = "torch"
+    engine: EngineKind = "torch"
     engine_url: str = ""
     profile: str = ""
     ignore_self_test: bool = False

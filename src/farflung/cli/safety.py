@@ -7,6 +7,7 @@ from typing import Literal
 
 from farflung.cli.app import BREAK, HOME, JOIN, RUN, SAFE, Flags, RunConfig, RunFolder, app, expanded, settings_of
 from farflung.launch.logs import start_logging
+from farflung.protocol.numerics import EngineKind
 
 
 @app.command(group=SAFE)
@@ -79,7 +80,7 @@ def calibrate(
     device: str = "auto",
     arithmetic: Literal["", "float32", "bfloat16", "float16", "fp8"] = "",
     quantiser: Literal["", "int8", "fp8", "int4"] = "",
-    engine: Literal["torch", "vllm", "mlx"] = "torch",
+    engine: EngineKind = "torch",
     engine_url: str = "",
 ) -> None:
     """Measure numerical noise on this trusted machine, and write a numerics profile.
@@ -112,7 +113,7 @@ def calibrate(
     quantiser
         What nodes make of the published weights before they compute, and verifiers of theirs; empty for nothing.
     engine
-        The engine that generates: torch or MLX in this process, or a vLLM server.
+        The engine that generates: torch, MLX or llama.cpp in this process, or a vLLM server.
     engine_url
         Where that server is; empty for one that is started for it.
     """

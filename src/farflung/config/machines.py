@@ -1,8 +1,7 @@
 """Roles on machines of their own: relay, worker, validator, scorer."""
 
-from typing import Literal
-
 from farflung.config.section import DEVICE, Section, setting
+from farflung.protocol.numerics import EngineKind
 
 
 class RelaySection(Section):
@@ -20,8 +19,8 @@ class RelaySection(Section):
 
 
 class WorkerSection(Section):
-    engine: Literal["torch", "vllm", "mlx"] = setting(
-        "torch", "The engine that generates: torch here, MLX here (for a Mac), or a vLLM server."
+    engine: EngineKind = setting(
+        "torch", "The engine that generates: torch, MLX (for a Mac) or llama.cpp here, or a vLLM server."
     )
     engine_url: str = setting(
         "", "Where a vLLM server runs, such as http://127.0.0.1:8000; empty where this node starts one."

@@ -12,6 +12,8 @@ BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8}
 """Of a weight, by arithmetic, where it is not quantised."""
 QUANTISED = {"": 0, "int8": 8, "fp8": 8, "int4": 4}
 """The same by quantiser."""
+HOLDS: dict[str, tuple[str, ...]] = {"llama.cpp": ("int4",)}
+"""Quantisers of engines that hold nothing but what these made; others hold whatever they are given."""
 
 
 AS_ASKED = ("torch", "mlx")
@@ -40,6 +42,7 @@ class Own(NamedTuple):
     def fits(self, numerics: Numerics) -> bool:
         """Whether this node computes, or can compute, so."""
         can = numerics.engine not in AS_ASKED or numerics.arithmetic in get_args(Dtype)
+        can &= numerics.quantiser in HOLDS.get(self.engine, (numerics.quantiser,))
         bits = self.bits if numerics.quantiser else numerics.bits  # what is quantised is quantised before it gets there
         said = zip(self, (numerics.engine, numerics.device, numerics.arithmetic, bits), strict=True)
         return can and all(own in ("", 0, other) for own, other in said)
@@ -79,6 +82,8 @@ def choose(info: RunInfo, own: Own, named: str = "") -> str:
 
 def _how(own: Own) -> str:
     device = (own.device or "cuda") + {"vllm": " --engine-url URL", "mlx": " --engine mlx"}.get(own.engine, "")
+    if own.engine in HOLDS:
+        device += f" --engine {own.engine} --quantiser {HOLDS[own.engine][0]}"
     return (
         f"compute on another --device, or measure this one: `farflung calibrate MODEL --device {device} "
         "--prompts RUN.toml --out FILE.json`, and have the run's operator name FILE.json in model.profiles"

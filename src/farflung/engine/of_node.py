@@ -13,6 +13,7 @@ from farflung.config.tree import WAVES
 from farflung.engine.arithmetic import BITS, Own, dtype_of
 from farflung.engine.base import Engine
 from farflung.engine.fit import cache_bytes, longest
+from farflung.engine.llama_cpp import LlamaCppEngine, own_llama_cpp
 from farflung.engine.local import LocalEngine
 from farflung.engine.vllm import VllmEngine
 from farflung.engine.vllm_answers import server_numerics
@@ -33,6 +34,8 @@ async def own_numerics(settings: WorkerSection) -> Own:
         return Own("torch", pick(settings.device).type)
     if settings.engine == "mlx":
         return mlx_numerics(pick(settings.device))
+    if settings.engine == "llama.cpp":
+        return own_llama_cpp(settings.device)
     if not settings.is_elsewhere:
         refuse_missing(Path(settings.engine_home))
         return Own("vllm", pick(settings.device).type, "bfloat16", BITS["bfloat16"])
@@ -58,8 +61,8 @@ def mlx_engine(config: Path | str | bytes, **options: Any) -> "MlxEngine":
 
 
 def held_in(numerics: Numerics) -> torch.dtype:
-    """What this process holds weights in; a server sees to its own arithmetic."""
-    return torch.bfloat16 if numerics.engine == "vllm" else dtype_of(numerics)
+    """What this process holds weights in; these two see to their own arithmetic."""
+    return torch.bfloat16 if numerics.engine in ("vllm", "llama.cpp") else dtype_of(numerics)
 
 
 @dataclass(frozen=True)
@@ -78,17 +81,20 @@ class Place:
 def make(place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
     """The empty engine. Raises ConfigError, WeightsError, Unreachable."""
     settings, info = place.settings, place.info
+    options = {"eos_ids": info.eos_ids, "stops": stops, "max_rows": place.slots}
+    if settings.engine == "llama.cpp":
+        return LlamaCppEngine(place.folder, config, device=settings.device, threads=settings.threads, **options)
     if settings.engine == "vllm":
         waves = WAVES * place.slots  # those that the server has no slot for wait there, nearer than here
-        options = {"eos_ids": info.eos_ids, "vocab": info.vocab, "stops": stops, "max_rows": waves}
+        options |= {"vocab": info.vocab, "max_rows": waves}
         if settings.is_elsewhere:
             return VllmEngine(settings.engine_url, place.folder, **options)
         process = VllmProcess(Path(settings.engine_home), place.folder, config, _server_size(place, config))
         return ManagedVllmEngine(process, place.folder, **options)
-    own = {"dtype": dtype, "device": place.device, "eos_ids": info.eos_ids, "stops": stops, "max_rows": place.slots}
+    options |= {"dtype": dtype, "device": place.device}
     if settings.engine == "mlx":
-        return mlx_engine(config, **own)
-    return LocalEngine.from_folder(config, threads=settings.threads, **own)
+        return mlx_engine(config, **options)
+    return LocalEngine.from_folder(config, threads=settings.threads, **options)
 
 
 def _server_size(place: Place, config: bytes) -> ServerSize:

@@ -171,11 +171,14 @@ def _complete(
     return done
 
 
-def pick(logits_BV: torch.Tensor, requests: Sequence[Request], said: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pick(
+    logits_BV: torch.Tensor, requests: Sequence[Request], said: int | Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The token of each row that comes after `said` ones, and its log-probability at the sampling temperature."""
+    said_B = [said] * len(requests) if isinstance(said, int) else said
     temperature_B = np.array([one.temperature for one in requests], np.float32)
     policy_BV = policy_scores(logits_BV, temperature_B)
-    position_B = [one.first_position + said for one in requests]
+    position_B = [one.first_position + count for one, count in zip(requests, said_B, strict=True)]
     noise_BV = gumbel([one.seed for one in requests], position_B, policy_BV.shape[1], policy_BV.device)
     token_B = best(with_noise(noise_BV, policy_BV, temperature_B))
     return token_B, policy_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]

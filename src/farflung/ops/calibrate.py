@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from farflung.config import Config, load
-from farflung.engine.arithmetic import BITS, QUANTISED, Own
+from farflung.engine.arithmetic import BITS, HOLDS, QUANTISED, Own
 from farflung.engine.base import Completion, Replay, Request
 from farflung.engine.fit import Text, cache_bytes
+from farflung.engine.llama_cpp import LlamaCppEngine, own_llama_cpp
 from farflung.engine.local import LocalEngine
 from farflung.engine.of_node import mlx_engine, mlx_numerics
 from farflung.engine.vllm import VllmEngine
@@ -156,7 +157,8 @@ def write_profile(
     with contextlib.ExitStack() as stack:
         if engine == "vllm" and not engine_url:
             engine_url = stack.enter_context(_own_server(under, where, threads))
-        numerics = numerics_of(where.type, arithmetic, quantiser, engine_url, engine=engine)
+        kind = device if engine == "llama.cpp" else where.type
+        numerics = numerics_of(kind, arithmetic, quantiser, engine_url, engine=engine)
         options = {"tokens": tokens, "threads": threads, "device": where, "engine_url": engine_url}
         profile = make_profile(under, name or name_of(numerics), numerics, **options)
     out.write_bytes(to_json(profile) + b"\n")
@@ -174,11 +176,13 @@ def _own_server(under: Conditions, device: torch.device, threads: int) -> Iterat
 
 
 def numerics_of(
-    device: str, arithmetic: str = "", quantiser: Quantiser = "", engine_url: str = "", *, engine: str = "torch"
+    device: str, arithmetic: str = "", quantiser: str = "", engine_url: str = "", *, engine: str = "torch"
 ) -> Numerics:
     """The numerics that are meant. Raises ConfigError for what an engine cannot do, or a server says it does not."""
     own = server_numerics(engine_url) if engine_url else Own("torch", device)
     own = mlx_numerics(torch.device(device)) if engine == "mlx" else own
+    own = own_llama_cpp(device) if engine == "llama.cpp" else own
+    quantiser = quantiser or HOLDS.get(own.engine, ("",))[0]
     device, natural = own.device or device, own.arithmetic or ("float32" if device == "cpu" else "bfloat16")
     fields = {"engine": own.engine, "device": device, "arithmetic": arithmetic or natural}
     if fields["arithmetic"] not in BITS:
@@ -186,7 +190,9 @@ def numerics_of(
     bits = QUANTISED[quantiser] or own.bits or BITS[fields["arithmetic"]]
     found = msgspec.convert(fields | {"bits": bits, "quantiser": quantiser}, Numerics)
     if not own.fits(found):
-        raise ConfigError(f"asked to measure {found.text}, but this is {own.text}; leave out --arithmetic")
+        raise ConfigError(
+            f"asked to measure {found.text}, but this is {own.text}; leave out --arithmetic and --quantiser"
+        )
     return found
 
 
@@ -228,12 +234,14 @@ def make_profile(
     arithmetic, quantiser, verified_in = numerics.arithmetic, numerics.quantiser, VERIFIERS[numerics.arithmetic]
     verifiers = [engine_of(under.model, kind, threads, device, quantiser) for kind in verified_in]
     kinds = [kind for kind in kinds if not kind.is_older or (numerics.engine, numerics.device) == ("torch", "cpu")]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         generator = verifiers[0]
         if engine_url:
             generator = _served(under.model, engine_url, Path(folder), quantiser)
         elif numerics.engine == "mlx":
             generator = _in_mlx(under.model, arithmetic, device, quantiser)
+        elif numerics.engine == "llama.cpp":
+            generator = stack.enter_context(_in_llama_cpp(under.model, numerics.device, Path(folder), threads))
         of_kind = [
             (OlderEngine(under.model.path, arithmetic, quantiser) if kind.is_older else generator, kind)
             for kind in kinds
@@ -310,8 +318,19 @@ def _in_mlx(model: Model, dtype: str, device: torch.device | str, quantiser: Qua
     return engine
 
 
+@contextlib.contextmanager
+def _in_llama_cpp(model: Model, device: str, folder: Path, threads: int) -> Iterator[LlamaCppEngine]:
+    config, where = Path(model.path, "config.json").read_bytes(), "cpu" if device == "cpu" else "auto"
+    engine = LlamaCppEngine(folder, config, eos_ids=model.eos_ids, device=where, threads=threads)
+    engine.load(quantised(published(model.path), "int4"))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
 def _play(
-    generator: "LocalEngine | VllmEngine | OlderEngine | MlxEngine",
+    generator: "LocalEngine | LlamaCppEngine | VllmEngine | OlderEngine | MlxEngine",
     verifiers: Sequence[LocalEngine],
     under: Conditions,
     kind: Kind,

@@ -66,7 +66,8 @@ async def examine(
     A node that joins tries its arithmetic as a worker, and not here.
     """
     settings = settings or WorkerSection()
-    engines = (_torch, _mlx) if settings.engine == "mlx" else (_torch,)
+    more = {"mlx": (_mlx,), "llama.cpp": (_llama_cpp,)}.get(settings.engine, ())
+    engines = (_torch, *more)
     checks = (_python, *engines, lambda: _device(settings), lambda: _key(folder), lambda: _disk(folder, 0), _ports)
     for check in checks:
         yield check()
@@ -95,6 +96,14 @@ def _mlx() -> Finding:
     except PackageNotFoundError as error:
         return Finding("mlx", False, f"{error.name} is missing", "pip install 'farflung[mlx]'")
     return Finding("mlx", True, found)
+
+
+def _llama_cpp() -> Finding:
+    try:
+        found = f"{version('llama-cpp-python')}, gguf {version('gguf')}"
+    except PackageNotFoundError as error:
+        return Finding("llama.cpp", False, f"{error.name} is missing", "pip install 'farflung[llama-cpp]'")
+    return Finding("llama.cpp", True, found)
 
 
 def _device(settings: WorkerSection) -> Finding:

@@ -11,6 +11,7 @@ from farflung.config import WorkerSection
 from farflung.engine.arithmetic import choose
 from farflung.engine.base import Request
 from farflung.engine.fit import longest, node_slots
+from farflung.engine.llama_library import device_kind
 from farflung.engine.local import LocalEngine
 from farflung.engine.of_node import held_in, mlx_engine, mlx_numerics, own_numerics
 from farflung.net.session import Session
@@ -32,6 +33,8 @@ def device(settings: WorkerSection) -> str:
     chosen = pick(settings.device)
     if settings.engine == "mlx":
         mlx_numerics(chosen)
+    if settings.engine == "llama.cpp" and (kind := device_kind(settings.device)) != "cpu":
+        return f"{kind}, as llama.cpp calls it"
     name, memory_bytes, driver, precision = accelerator(chosen)
     memory = f"{memory_bytes / 1e9:.1f} GB" if memory_bytes else ""
     return ", ".join(part for part in (name or str(chosen), memory, driver, f"computes in {precision}") if part)
@@ -57,8 +60,10 @@ class Machine:
         return f"{self._slots} rollouts of {longest(info, settings.context).tokens:,} tokens at once on {where}"
 
     async def expected_tokens_per_s(self) -> float:
-        """Tokens a second for which there was `capacity`, in short answers; 0 where a server generates."""
-        return 0.0 if self._settings.engine == "vllm" else await asyncio.to_thread(self._measured)
+        """Tokens a second for which there was `capacity`, in short answers; 0 where that is not measured."""
+        if self._settings.engine in ("vllm", "llama.cpp"):
+            return 0.0
+        return await asyncio.to_thread(self._measured)
 
     def _measured(self) -> float:
         chosen, threads = pick(self._settings.device), self._settings.threads

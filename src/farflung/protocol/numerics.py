@@ -17,6 +17,8 @@ DeviceKind = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9]{0,15}(?!\n)$")]
 """As torch calls it, whatever computes there: cpu, cuda, xpu, mps."""
 
 
+EngineKind = Literal["torch", "vllm", "mlx", "llama.cpp"]
+"""What generates."""
 Quantiser = Literal["", "int8", "fp8", "int4"]
 """What published weights go through before a node computes with them (`numerics/quantise.py`); empty for nothing."""
 COARSER: Final[dict[Quantiser, tuple[Quantiser, ...]]] = {
@@ -31,7 +33,7 @@ COARSER: Final[dict[Quantiser, tuple[Quantiser, ...]]] = {
 class Numerics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What generates, on which kind of device, in which arithmetic, with weights of how many bits."""
 
-    engine: Literal["torch", "vllm", "mlx"]
+    engine: EngineKind
     device: DeviceKind
     arithmetic: Literal["float32", "bfloat16", "float16", "fp8"]
     bits: Annotated[int, Meta(ge=2, le=32)]
