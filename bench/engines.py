@@ -8,8 +8,8 @@ Prints one JSON object as its last line. Without a vLLM server (`--vllm-url`, st
 models/smollm2-135m) its part is skipped. `--vllm-pid` is the server's process, for CPU-seconds. Rollouts go to the file
 of `--rollouts` as they come and are taken from it first, so that a slow machine need not make them again. Every rollout
 is replayed in float32, and one in four in bfloat16 too. `--profile` writes the profile that all of them give.
-`--quick` takes a twentieth of the rollouts, or one short round; the full commands are
-`python bench/engines.py --vllm-url URL` and `python bench/engines.py --beside`.
+`--quick` takes a twentieth of the rollouts, or one short round; the full command is
+`python bench/engines.py --vllm-url URL`, and then with `--beside` alone.
 """
 
 import argparse
