@@ -18,6 +18,7 @@ from farflung.net.node_stats import NodeStats
 from farflung.protocol import errors, seeds, wire
 from farflung.protocol import messages as m
 from farflung.protocol.identity import Key
+from farflung.rollouts.lanes import Lanes
 from farflung.tasks.create_run import admitted
 from farflung.trust.evidence import to_json
 from farflung.trust.profiles import load_profile
@@ -77,6 +78,7 @@ def worker_with(engine, tmp_path, test: m.SelfTest | None, **settings) -> Worker
         stats=NodeStats(),
     )  # fmt: skip
     worker.engine, worker.profile = engine, PROFILE.name
+    worker.lanes = Lanes(engine, 1, 0, 1, lambda: False)
     return worker
 
 
