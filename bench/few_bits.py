@@ -1,10 +1,10 @@
 """Nodes on llama.cpp as a verifier sees them: their rounding, and what tells weights coarser than int4.
 
-    python bench/few_bits.py models/smollm2-135m [--temperature T] [--tokens N]
-
 llama.cpp generates, torch replays in float32 under the canonical int4. One half of the honest rollouts calibrates a
 profile, the other is judged by it, and so are cheats: text of llama.cpp too, from other noise, another temperature or
-other weights that its format holds. Needs `pip install 'farflung[llama-cpp]'`.
+other weights that its format holds. Needs `pip install 'farflung[llama-cpp]'` and models/smollm2-135m
+(scripts/get_smollm2.py). `--quick` measures the demo's model at temperature 2 on 4,000 tokens; the full command is
+`python bench/few_bits.py`, with `MODEL --temperature T --tokens N` for others.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,15 +23,17 @@ import numpy as np
 import torch
 
 from farflung.engine.base import Request
-from farflung.engine.llama_cpp import LlamaCppEngine
+from farflung.engine.llama_cpp import LlamaCppEngine, own_llama_cpp
 from farflung.engine.local import LocalEngine
 from farflung.envs.sums import Sums
 from farflung.numerics.quantise import is_quantised, quantised
 from farflung.ops.calibrate import CHEATS, engine_of, name_of, numerics_of, published
+from farflung.protocol.errors import ConfigError
 from farflung.tasks.create_run import Model
 from farflung.trust import bounds
 from farflung.trust.evidence import ALPHA, Profile, Seen, flips
 
+ROOT = Path(__file__).parents[1]
 ROWS, NEW = 48, 32
 CHEAT_PART = 0.25
 Tensors = list[tuple[str, torch.Tensor]]
@@ -86,11 +89,18 @@ def play(
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default=str(ROOT / "models" / "smollm2-135m"))
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--tokens", type=int, default=6000)
+    parser.add_argument("--tokens", type=int, default=5500)
+    parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args()
+    if asked.quick:
+        asked.model, asked.temperature, asked.tokens = str(ROOT / "examples" / "base"), 2.0, 4000
     torch.set_num_threads(1)
+    try:
+        own_llama_cpp("cpu")
+    except ConfigError as error:
+        sys.exit(str(error))
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measured(Path(folder), Model(asked.model), asked.temperature, asked.tokens), indent=1))
 

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from farflung.engine.config_check import metered
 from farflung.engine.fit import MOST_BYTES
+from farflung.engine.llama_library import INSTALL
 from farflung.engine.loading import build, load_strictly, read_slices
 from farflung.numerics.q4_0 import BLOCK, BLOCK_BYTES, packed, unpacked
 from farflung.numerics.quantise import is_quantised
@@ -27,7 +28,6 @@ INTERLEAVED: Final = ("llama",)
 """Those whose heads llama.cpp turns by pairs of neighbours, where transformers turns the halves."""
 logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells each file that it writes
 _RANGES: Final = {"rms_norm_eps": (0, 1), "max_position_embeddings": (1, 1 << 30), "rope_theta": (1, 1e12)}
-INSTALL: Final = "pip install 'farflung[llama-cpp]'"
 
 
 class _Place(NamedTuple):

@@ -156,11 +156,10 @@ class _Batch:
     def advance(self) -> None:
         """A token of every row, and of those that join."""
         groups = self._join()
-        leads = [rows[0] for rows in groups]
-        prompts = [Fed(token, at, row.text, False) for row in leads for at, token in enumerate(row.request.prompt_ids)]
-        ends = {(row.text, row.request.first_position) for row in leads}
-        prompts = [one._replace(is_wanted=(one.text, one.position) in ends) for one in prompts]
-        fed = [*(row.next_fed for row in self._live), *prompts]
+        fed = [row.next_fed for row in self._live]
+        for lead, *_ in groups:
+            last, prompt = lead.request.first_position, lead.request.prompt_ids
+            fed += [Fed(token, at, lead.text, at == last) for at, token in enumerate(prompt)]
         logits_BV = self._model.read(fed)
         which = list(range(len(self._live)))
         for place, rows in enumerate(groups, len(self._live)):
