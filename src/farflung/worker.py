@@ -262,7 +262,7 @@ class Worker:
         if not await self.lanes.turn(lane):
             return
         try:
-            answer = await self._ask(lane)
+            answer = await self._request(lane)
             if answer.lease is not None:
                 await self._take(answer.lease, lane)
         finally:
@@ -275,7 +275,7 @@ class Worker:
         """What this worker is at; while one lane generates, that."""
         self.session.stats.phase = "generating" if self.lanes.generating else phase
 
-    async def _ask(self, lane: int) -> LeaseAnswer:
+    async def _request(self, lane: int) -> LeaseAnswer:
         self._tell("waiting")
         slots = min(WAVES * self.slots, MAX_SAMPLES)
         fields = {"loaded_step": self.session.stats.loaded_step, "slots": slots, "device": lane}

@@ -111,7 +111,7 @@ class LlamaCppEngine:
         return batch.done
 
     def replay(self, items: Sequence[tuple[Request, Sequence[int]]], *, alone: bool = False) -> list[Replay]:
-        """Raises ConfigError: what this engine says of a text nobody may go by."""
+        """Raises ConfigError: what this engine says of a text is not to be gone by."""
         raise ConfigError(
             "llama.cpp generates and does not replay: validators replay its texts with torch, under the same quantised "
             "weights; use --engine torch where a replay is wanted"

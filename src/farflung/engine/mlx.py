@@ -23,7 +23,7 @@ from farflung.engine.loading import end_tokens
 from farflung.engine.local import refuse_empty
 from farflung.engine.mlx_model import MlxModel, in_torch
 from farflung.engine.plain import complete
-from farflung.engine.replay import judge, refuse_strangers
+from farflung.engine.replay import refuse_strangers, views
 from farflung.protocol.errors import WeightsError
 from farflung.protocol.probe import Slice
 from farflung.protocol.stops import Stops
@@ -108,7 +108,7 @@ class MlxEngine:
             return Replay(*np.zeros((5, 0), np.float32))
         text, first = (*request.prompt_ids, *ids[:-1]), request.first_position
         logits_NV = self._model.compute(mx.array([text]))[0, first:].astype(mx.float32)
-        return judge(in_torch(logits_NV), [(request, ids)])[0]
+        return views(in_torch(logits_NV), [(request, ids)])[0]
 
     def _count(self, should_stop: Callable[[], bool] | None) -> bool:
         self.made += 1
@@ -151,7 +151,7 @@ class MlxRows:
         self._logits_BV = self._model(token_B[:, None], cache=self._cache)[:, -1]
 
     def _read(self, prompt: tuple[int, ...]) -> list[Any]:
-        """A cache of all of a prompt but its last token; without its logits, which nobody asks for."""
+        """A cache of all of a prompt but its last token; without its logits, which are not asked for."""
         cache = make_prompt_cache(self._model)
         for start in range(0, len(prompt) - 1, PREFILL):
             self._model(mx.array([prompt[start : min(start + PREFILL, len(prompt) - 1)]]), cache=cache)

@@ -174,11 +174,11 @@ def _hold_head_apart(model: Any, path: list[str], dtype: mx.Dtype) -> None:
     head = model[path[-1]]
     size, width = head.weight.shape
     model[path[-1]] = (
-        TiedHead(size, width, dtype) if isinstance(head, nn.Embedding) else Head(width, size, "bias" in head)
+        TiedHead(size, width, dtype) if isinstance(head, nn.Embedding) else OutputHead(width, size, "bias" in head)
     )
 
 
-class Head(nn.Linear):
+class OutputHead(nn.Linear):
     """An output head that computes in float32 whatever comes: its weights are so, and rounded logits change picks."""
 
     def __call__(self, x: mx.array) -> mx.array:

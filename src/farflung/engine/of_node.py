@@ -54,7 +54,7 @@ def mlx_numerics(device: torch.device) -> Own:
 
 
 def mlx_engine(config: Path | str | bytes, **options: Any) -> "MlxEngine":
-    """The empty engine of MLX, which is imported for nobody else. Raises ConfigError."""
+    """The empty engine of MLX, which no other engine imports. Raises ConfigError."""
     from farflung.engine.mlx import MlxEngine
 
     return MlxEngine(config, **options)

@@ -109,7 +109,7 @@ def _replay_chunk(
     rows = _rows(chunk, items)
     logits_KV, which_N = _kept_logits(model, rows, reading)
     logits_NV = logits_KV if rows.is_plain else logits_KV[which_N]
-    return judge(logits_NV, chosen)
+    return views(logits_NV, chosen)
 
 
 def _kept_logits(model: PreTrainedModel, rows: PackedRows, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +131,7 @@ def _kept_logits(model: PreTrainedModel, rows: PackedRows, reading: Reading) -> 
     return out.logits.view(-1, out.logits.shape[-1]), which_N
 
 
-def judge(logits_NV: torch.Tensor, items: Sequence[Item]) -> list[Replay]:
+def views(logits_NV: torch.Tensor, items: Sequence[Item]) -> list[Replay]:
     """What each item's tokens look like under the logits before each of them, one item after the other."""
     sizes = [len(ids) for _, ids in items]
     seen_5N = _compare(logits_NV, items, sizes)
