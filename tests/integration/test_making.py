@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from farflung.engine.config_check import metered  # noqa: E402
 from farflung.engine.loading import build  # noqa: E402
 
 PATCHED = (
@@ -42,3 +43,19 @@ def test_models_made_at_once_leave_the_process_as_it_was(tiny_qwen, put_back) ->
         thread.join()
     assert [getattr(where, name) for where, name in PATCHED] == put_back
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_tensors_are_counted_for_one_model_at_a_time() -> None:
+    """The hooks that count are the whole process's: one that came while another thread calls them broke its model."""
+    has_begun = threading.Event()
+
+    def count() -> None:
+        with metered(1e9):
+            has_begun.set()
+
+    other = threading.Thread(target=count)
+    with metered(1e9):
+        other.start()
+        assert not has_begun.wait(0.2)
+    assert has_begun.wait(10)
+    other.join()

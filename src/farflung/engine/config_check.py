@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch.nn.modules import module
 
+from farflung.numerics.making import ONE_AT_A_TIME
 from farflung.protocol.errors import ConfigError, WeightsError
 
 DEPTH, FIELDS = 16, 20_000
@@ -87,12 +88,13 @@ def metered(limit_bytes: float) -> Iterator[Meter]:
                 "join another run"
             )
 
-    handles = [
-        module.register_module_parameter_registration_hook(count),
-        module.register_module_buffer_registration_hook(count),
-    ]
-    try:
-        yield meter
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ONE_AT_A_TIME:  # the hooks are the whole process's
+        handles = [
+            module.register_module_parameter_registration_hook(count),
+            module.register_module_buffer_registration_hook(count),
+        ]
+        try:
+            yield meter
+        finally:
+            for handle in handles:
+                handle.remove()

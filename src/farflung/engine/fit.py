@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from torch.nn.modules import module
 from transformers import PreTrainedModel
 
 from farflung.config import WorkerSection
@@ -158,12 +157,10 @@ def _read_one(model: PreTrainedModel) -> Sequence[Any]:
         if time.thread_time() > until:
             raise WeightsError(f"the run's model is not read within {BUILD_S:.0f} s; join another run")
 
-    handle = module.register_module_forward_pre_hook(check)
-    try:
-        token_11 = torch.zeros(1, 1, dtype=torch.long, device="meta")
-        return model(input_ids=token_11, use_cache=True).past_key_values.layers
-    finally:
-        handle.remove()
+    for part in model.modules():  # a hook for all modules of the process would be other threads' too
+        part.register_forward_pre_hook(check)
+    token_11 = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    return model(input_ids=token_11, use_cache=True).past_key_values.layers
 
 
 # --- what it takes ---------------------------------------------------------------------------------------------------
