@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from farflung.audits import self_test
-from farflung.config import WorkerSection
+from farflung.config import IdleSection, WorkerSection
 from farflung.config.tree import WAVES
 from farflung.engine.arithmetic import Own, choose
 from farflung.engine.base import Completion, Engine
 from farflung.engine.fit import node_slots
 from farflung.engine.of_node import Place, held_in, make, own_numerics
+from farflung.idle.loan import Loan
 from farflung.net.client import Client
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
@@ -87,12 +88,14 @@ class Worker:
         invite: str = "",
         expected_tokens_per_s: float = 0.0,
         part: int | None = None,
+        idle: IdleSection | None = None,
     ) -> None:
         self.client = Client(url, key, patience_s=patience_s)
         self.key, self.folder, self.settings, self.name, self.wrap = key, folder, settings, name, wrap
         self._run, self._root, self._invite = run, root, invite
         self._expected, self._part = expected_tokens_per_s, part
         self._devices = 1 if part is None else max(1, settings.processes)
+        self.loan = Loan(idle or IdleSection(), folder, settings)
         self.is_stopping = False
         self.slots = 0
         self.session: Session
@@ -107,16 +110,18 @@ class Worker:
         """Work until the run ends, the node is ejected, or the worker is told to stop."""
         await self.open()
         port = self.settings.metrics_port
-        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=self.weights.prefetch):
+        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=self._prefetch):
             try:
-                await self._prepare()
-                while not self.is_stopping and not self.session.is_over:
-                    await self.step()
+                with self.loan.watching():
+                    await self._wait_for_owner()
+                    await self._prepare()
+                    while not self.is_stopping and not self.session.is_over:
+                        await self.step()
             except Ejected as error:
                 log.error("leaving because=%s", error)
             finally:
                 await self.weights.close()
-                await asyncio.to_thread(self._made.close)
+                await self._end_engine()
 
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""
@@ -147,10 +152,8 @@ class Worker:
         self.slots = await asyncio.to_thread(node_slots, settings, info, self.device, config, dtype)
         log.info("room for slots=%d", self.slots)
         stops = await fetch_stops(self.session)
-        self.session.stats.phase = f"starting {self.settings.engine}"
         place = Place(settings, info, self.device, self.folder / settings.engine / str(self._part or 0), self.slots)
-        self._made = await asyncio.to_thread(self._engine, place, config, dtype, stops)
-        self.engine = self.wrap(self._made)
+        self._make = lambda: self._engine(place, config, dtype, stops)
         self.weights = Versions(
             self.session,
             self.folder / "weights",
@@ -160,12 +163,38 @@ class Worker:
             patch=patch,
             share=self._part,
         )
-        self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
+        await self._start_engine()
         self._receipts = Receipts(self.folder, self._part)
         await self.session.heartbeat()
 
     def _engine(self, place: Place, config: bytes, dtype: torch.dtype, stops: Stops | None) -> Engine:
         return make(place, config, dtype, stops)
+
+    async def _start_engine(self) -> None:
+        self.session.stats.phase = f"starting {self.settings.engine}"
+        self._made = await asyncio.to_thread(self._make)
+        self.engine = self.wrap(self._made)
+        self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
+
+    async def _end_engine(self) -> None:
+        """End it with all that it holds; nothing of it may be named anywhere after."""
+        if self._made is not None:
+            self.loaded.invalidate()
+            await asyncio.to_thread(self._made.close)
+            self._made = None
+            del self.engine, self.loaded
+
+    async def _wait_for_owner(self) -> None:
+        """Until the owner does not need this machine."""
+        engine = self._end_engine, self._start_engine
+        await self.loan.wait(self.session, *engine, leave=self.drain, is_over=self._is_done)
+
+    def _is_done(self) -> bool:
+        return self.is_stopping or self.session.is_over
+
+    def _prefetch(self) -> None:
+        if not self.loan.is_recalled:
+            self.weights.prefetch()
 
     async def _own(self) -> Own:
         return await own_numerics(self.settings)
@@ -234,7 +263,10 @@ class Worker:
         self.session.shorten_patience()
 
     async def step(self) -> None:
-        """One lease, from asking to handing in."""
+        """One lease, from asking to handing in, once the machine's owner has no need of it."""
+        await self._wait_for_owner()
+        if self._is_done():
+            return
         self.session.stats.phase = "waiting"
         figures = self.session.stats
         slots = min(WAVES * self.slots, MAX_SAMPLES)
@@ -242,7 +274,7 @@ class Worker:
         ask = LeaseRequest(**fields, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
-        self.weights.prefetch()
+        self._prefetch()
         if answer.lease is None:
             self._say_why(answer.reason)
             await asyncio.sleep(answer.retry_after_s if not self.is_stopping else 0)
@@ -261,6 +293,9 @@ class Worker:
             log.info("no lease because=%s status=%r", reason, str(self.session.node_status))
 
     async def _work(self, lease: Lease) -> None:
+        if self.loan.is_recalled:
+            await self._return(lease)
+            return
         try:
             await self.load(lease.manifest)
             if other := await self.try_numerics(lease.manifest):
@@ -341,13 +376,18 @@ class Worker:
         with self.session.stats.working():
             began = self.client.clock()
             spared_s = SPARED * (self.session.lapses_at - began)
-            return generate(self.engine, lease, lambda: self._is_over(lease, began, spared_s), self.session.stats)
+            self.loan.begin()
+            try:
+                return generate(self.engine, lease, lambda: self._is_over(lease, began, spared_s), self.session.stats)
+            finally:
+                self.loan.end()
 
     def _is_over(self, lease: Lease, began: float, spared_s: float) -> bool:
         """Whether what is complete is to be handed in, the rest left to others."""
         until = self.session.lapses_at
         is_late = until - began > LONG_S and self.client.clock() > until - spared_s
-        return self.is_stopping or is_late or self.session.is_over or lease.lease in self.session.lost
+        is_recalled = not self.loan.may_go_on()
+        return self._is_done() or is_recalled or is_late or lease.lease in self.session.lost
 
     async def _return(self, lease: Lease) -> None:
         await self.session.client.post(self.session.path(f"leases/{lease.lease}/return"), Empty(), Done)
