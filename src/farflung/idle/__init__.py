@@ -1,1 +1,1 @@
-"""A machine on loan: it works while its owner does not need it. Facts, a decision, and what a node does then."""
+"""Work while the owner is away. Facts about a machine, a decision, and what a node does then."""
