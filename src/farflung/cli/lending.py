@@ -101,7 +101,7 @@ def service(
 
 
 def _refuse_wrong(address: str, flags: tuple[str, ...]) -> None:
-    """Raise ConfigError for options that `farflung join` would refuse at the next login, when nobody looks."""
+    """Raise ConfigError for options that `farflung join` would refuse only at the next login."""
     try:
         app.parse_args(["join", address, *flags], exit_on_error=False, print_error=False)
     except CycloptsError as error:

@@ -24,7 +24,7 @@ class IdleSection(Section):
     when_idle: bool = setting(False, "Work only while the owner does not need the machine.")
     is_paused: bool = setting(False, "Do not work until this is false again.")
     user_idle_s: float = setting(
-        180.0, "Seconds without a key or the mouse after which nobody is there; 0 to work beside a person.", ge=0
+        180.0, "Seconds without a key or the mouse after which the owner is away; 0 to work beside a person.", ge=0
     )
     cpu_percent: float = setting(
         25.0,

@@ -31,7 +31,7 @@ class Loan:
     def __init__(self, given: IdleSection, folder: Path, settings: WorkerSection) -> None:
         """With what was given beside the preferences in the node's folder. Raises ConfigError."""
         self._sensors = Sensors(is_elsewhere=settings.is_elsewhere)
-        self._watch = Watch(given, preferences_in(folder), self._sensors.look)
+        self._watch = Watch(given, preferences_in(folder), self._sensors.read)
         self._throttle, self._is_server = Throttle(), settings.engine == "vllm"
         self._is_vacated = False
         self._telling: asyncio.Task[None] | None = None
@@ -62,6 +62,8 @@ class Loan:
 
     def end(self) -> None:
         """Generation ends; of a server all of it is work to rest for."""
+        if self.is_recalled:
+            log.info("stopped generating because=%s", self._watch.decision.reason)
         if self._watch.rules.share < 1 and self._is_server:
             self._throttle.owe(self._watch.rules.share)
 

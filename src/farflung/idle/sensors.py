@@ -44,9 +44,9 @@ class Sensors:
         self.missing: dict[str, Missing] = {}
         """By name, the sources that told nothing at the last look."""
 
-    def look(self, rules: IdleSection) -> Facts:
+    def read(self, rules: IdleSection) -> Facts:
         """The facts of this moment."""
-        told = {name: self._read(name) for name in self._sources} if rules.when_idle else {}
+        told = {name: self._reading(name) for name in self._sources} if rules.when_idle else {}
         celsius = [found for name in ("temperature_c", "gpu_temperature_c") if (found := told.get(name)) is not None]
         return Facts(
             at_s=time.monotonic(),
@@ -65,7 +65,7 @@ class Sensors:
         """Let go of what is open."""
         self._bus.close()
 
-    def _read(self, name: str) -> float | None:
+    def _reading(self, name: str) -> float | None:
         found = self._sources[name]()
         if not isinstance(found, Missing):
             self.missing.pop(name, None)

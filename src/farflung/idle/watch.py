@@ -11,15 +11,15 @@ from farflung.idle.decide import Decision, Facts, State, step
 from farflung.protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
-Look = Callable[[IdleSection], Facts]
+Read = Callable[[IdleSection], Facts]
 
 
 class Watch:
     """The decision of this moment, by the owner's preferences as they are now and what this node was told beside."""
 
-    def __init__(self, given: IdleSection, preferences: Path, look: Look) -> None:
+    def __init__(self, given: IdleSection, preferences: Path, read: Read) -> None:
         """Raises ConfigError for a file of preferences that cannot be read."""
-        self._given, self._path, self._look = given, preferences, look
+        self._given, self._path, self._read = given, preferences, read
         self._stamp = self._stat()
         self.rules = given.over(read_preferences(preferences))
         self._state = State()
@@ -50,7 +50,7 @@ class Watch:
     def poll(self) -> None:
         """Look once."""
         self._read_again()
-        before, self._state = self.decision, step(self.rules, self._state, self._look(self.rules))
+        before, self._state = self.decision, step(self.rules, self._state, self._read(self.rules))
         if (before.action, before.reason) != (self.decision.action, self.decision.reason):
             log.info("idle action=%s because=%s", self.decision.action, self.decision.reason or "nothing is in the way")
             for listener in self.listeners:

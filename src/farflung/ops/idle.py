@@ -81,7 +81,7 @@ def observe(rules: IdleSection) -> Iterator[str]:
     sensors = Sensors()
     at_once = rules.model_copy(update={"when_idle": True, "busy_s": 0.0})
     time.sleep(SPAN_S)
-    facts = sensors.look(at_once)
+    facts = sensors.read(at_once)
     sensors.close()
     yield f"now: {', '.join(_facts(facts)) or 'nothing is told here'}"
     for name, one in sensors.missing.items():

@@ -110,7 +110,7 @@ def status(platform: str = sys.platform) -> str:
 
 
 def remove(platform: str = sys.platform) -> str:
-    """Stop it where it runs, and take it away. Raises ConfigError for a file of somebody else's."""
+    """Stop it where it runs, and take it away. Raises ConfigError for a file of another program."""
     path = path_of_service(platform)
     if not path.exists():
         return f"{path} is not there; nothing to remove"

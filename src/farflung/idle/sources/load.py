@@ -35,17 +35,17 @@ class CpuOfOthers:
 
     def __init__(self, root: int) -> None:
         self._root, self._cores = root, psutil.cpu_count() or 1
-        self._before = self._look()
+        self._before = self._count()
 
     def __call__(self) -> float:
         """Between 0 and 100."""
-        (at_s, used_s, own), (before_s, used_before_s, own_before) = self._look(), self._before
+        (at_s, used_s, own), (before_s, used_before_s, own_before) = self._count(), self._before
         self._before = at_s, used_s, own
         own_s = sum(seconds - own_before.get(process, 0.0) for process, seconds in own.items())
         span_s = max(1e-3, at_s - before_s) * self._cores
         return min(100.0, max(0.0, 100 * (used_s - used_before_s - own_s) / span_s))
 
-    def _look(self) -> tuple[float, float, dict[tuple[int, float], float]]:
+    def _count(self) -> tuple[float, float, dict[tuple[int, float], float]]:
         """The time, all use, and that of each own process."""
         times = psutil.cpu_times()
         own = dict(one for process in own_tree(self._root) for one in _use(process))

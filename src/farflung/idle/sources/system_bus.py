@@ -53,7 +53,7 @@ def _value(body: Any, kind: str, service: str) -> Any | Missing:
 
 
 class Logind:
-    """Seconds since somebody was at any session, as systemd-logind says it."""
+    """Seconds since the last input of any session, as systemd-logind says it."""
 
     ABOUT = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
 

@@ -1,4 +1,4 @@
-"""Seconds since somebody touched a key or the mouse: X11, terminals, macOS, Windows."""
+"""Seconds since a key or the mouse was touched: X11, terminals, macOS, Windows."""
 
 import contextlib
 import ctypes
@@ -44,12 +44,12 @@ class X11:
 
 
 def terminals() -> float | Missing:
-    """The terminal that was typed at last, of those where somebody is logged in."""
+    """The terminal that was typed at last, of those with a login."""
     try:
         times = [path.stat().st_atime for path in map(_device, psutil.users()) if path and path.exists()]
     except OSError as error:
         return Missing(f"terminals cannot be looked at: {error.strerror}")
-    return max(0.0, time.time() - max(times)) if times else Missing("nobody is logged in at a terminal")
+    return max(0.0, time.time() - max(times)) if times else Missing("no terminal has a login")
 
 
 def _device(user: Any) -> Path | None:
