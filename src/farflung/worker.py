@@ -386,7 +386,7 @@ class Worker:
         """Whether what is complete is to be handed in, the rest left to others."""
         until = self.session.lapses_at
         is_late = until - began > LONG_S and self.client.clock() > until - spared_s
-        is_recalled = not self.loan.may_go_on()
+        is_recalled = not self.loan.may_go_on(self._is_done)
         return self._is_done() or is_recalled or is_late or lease.lease in self.session.lost
 
     async def _return(self, lease: Lease) -> None:

@@ -54,10 +54,10 @@ class Loan:
         """Generation begins."""
         self._throttle.begin()
 
-    def may_go_on(self) -> bool:
+    def may_go_on(self, is_over: Callable[[], bool]) -> bool:
         """Between two tokens: rest as the owner's share has it; whether to make the next."""
         if self._watch.rules.share < 1 and not self._is_server:
-            self._throttle.rest(self._watch.rules.share)
+            self._throttle.rest(self._watch.rules.share, lambda: self.is_recalled or is_over())
         return not self.is_recalled
 
     def end(self) -> None:

@@ -28,9 +28,9 @@ class Sensors:
 
     def __init__(self, *, is_elsewhere: bool = False) -> None:
         root, self._bus = own_root(), SystemBus()
-        gpu = GpuOfOthers(root)
+        gpu, self._user = GpuOfOthers(root), UserIdle(Logind(self._bus))
         self._sources: dict[str, Source] = {
-            "user_idle_s": UserIdle(Logind(self._bus)),
+            "user_idle_s": self._user,
             "cpu_percent": CpuOfOthers(root),
             "gpu_percent": gpu,
             "is_on_battery": on_battery,
@@ -64,6 +64,7 @@ class Sensors:
     def close(self) -> None:
         """Let go of what is open."""
         self._bus.close()
+        self._user.close()
 
     def _reading(self, name: str) -> float | None:
         found = self._sources[name]()

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 MOST_S = 0.2
-"""One rest; more is owed to the next ones, so that no stop waits for it."""
+"""A longer rest is made of several, so that no stop waits for its end."""
 MOST_OWED_S = 60.0
 
 
@@ -28,10 +28,10 @@ class Throttle:
         self.owed_s = min(MOST_OWED_S, self.owed_s + (now_s - self._at_s) * (1 / share - 1))
         self._at_s = now_s
 
-    def rest(self, share: float) -> None:
-        """Between two tokens."""
+    def rest(self, share: float, is_over: Callable[[], bool]) -> None:
+        """Between two tokens, until a stop is asked for."""
         self.owe(share)
-        if self.owed_s > 0:
+        while self.owed_s > 0 and not is_over():
             self.pay(min(self.owed_s, MOST_S))
 
     def pay(self, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ import psutil
 
 from farflung.idle.sources import WITH_EXTRA, Missing, Source
 
-PATIENCE_S = 2.0
+PATIENCE_S, AGAIN_S = 2.0, 60.0
+DEV = Path("/dev")
 HID_IDLE = re.compile(rb'"HIDIdleTime" = (\d{1,20})\b')
 
 
@@ -23,11 +25,20 @@ class X11:
 
     def __init__(self) -> None:
         self._display: Any = None
+        self._failure, self._failed_at_s = Missing(""), -math.inf
 
     def __call__(self) -> float | Missing:
-        """Seconds by the server's own count."""
+        """Seconds by the server's own count; one that failed is tried again after a while."""
         if not os.environ.get("DISPLAY"):
             return Missing("DISPLAY is not set")
+        if time.monotonic() - self._failed_at_s < AGAIN_S:
+            return self._failure
+        found = self._ask_server()
+        if isinstance(found, Missing):
+            self._failure, self._failed_at_s = found, time.monotonic()
+        return found
+
+    def _ask_server(self) -> float | Missing:
         try:
             from Xlib.display import Display
             from Xlib.ext import screensaver  # noqa: F401 (it comes with the library; the server may lack it)
@@ -37,10 +48,14 @@ class X11:
             self._display = self._display or Display()
             return self._display.screen().root.screensaver_query_info().idle / 1000
         except Exception as error:  # noqa: BLE001 (whatever this library meets: no server, none of our rights)
-            display, self._display = self._display, None
-            with contextlib.suppress(Exception):
-                display.close()
+            self.close()
             return Missing(f"the X server at {os.environ['DISPLAY']} does not tell: {error!r}"[:200])
+
+    def close(self) -> None:
+        """Let go of the server, which may have gone itself."""
+        display, self._display = self._display, None
+        with contextlib.suppress(Exception):
+            display.close()
 
 
 def terminals() -> float | Missing:
@@ -54,7 +69,7 @@ def terminals() -> float | Missing:
 
 def _device(user: Any) -> Path | None:
     name = user.terminal or ""
-    return Path("/dev") / name if re.fullmatch(r"(pts/|tty)\w+", name) else None
+    return DEV / name if re.fullmatch(r"(pts/|tty)\w+", name) else None
 
 
 def macos() -> float | Missing:
@@ -90,6 +105,10 @@ class UserIdle:
 
     def __init__(self, logind: Source) -> None:
         self._logind, self._x11 = logind, X11()
+
+    def close(self) -> None:
+        """Let go of what is open."""
+        self._x11.close()
 
     def each(self) -> dict[str, float | Missing]:
         """What each of them says."""
