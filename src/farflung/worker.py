@@ -212,7 +212,7 @@ class Worker:
         """Load what the first lease will ask for, and try this machine's arithmetic on it. Raises ConfigError."""
         manifest = self.session.latest.manifest
         try:
-            if not manifest:
+            if not manifest or self._is_done():
                 return
             await self.load(manifest)
         except ConfigError:

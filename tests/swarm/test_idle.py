@@ -247,4 +247,5 @@ def test_a_signal_ends_a_suspended_node_at_once(lend, system_bus: FakeBus) -> No
     node = lend("vacate_s=0")
     node.until(lambda: "vacated (user_active)" in node.log, "the owner to be seen")
     node.process.send_signal(signal.SIGTERM)
-    assert node.process.wait(15) == 0, node.log[-3000:]
+    assert node.process.wait(30) == 0, node.log[-3000:]
+    assert "fetching step=" not in node.log
