@@ -21,8 +21,8 @@ from farflung.protocol.errors import FarflungError
 
 log = logging.getLogger(__name__)
 WORDS = {"suspend": "suspended", "vacate": "vacated"}
-LOOK_S = 0.1
-"""How soon the end of a wait is seen."""
+LOOK_S, AGAIN_S = 0.1, 30.0
+"""How soon the end of a wait is seen; until an engine is tried again that could not be made."""
 
 
 class Loan:
@@ -80,6 +80,20 @@ class Loan:
 
         `end` ends the engine where memory is to be given back, `start` makes it again, `leave` is for the end of time.
         """
+        await self._stand_by(session, end, leave, is_over)
+        while self._is_vacated and not is_over():
+            await self._start(session, start, is_over)
+            await self._stand_by(session, end, leave, is_over)
+        await self._rest(session, is_over)
+
+    async def _stand_by(
+        self,
+        session: Session,
+        end: Callable[[], Awaitable[None]],
+        leave: Callable[[], None],
+        is_over: Callable[[], bool],
+    ) -> None:
+        """Until the owner is gone."""
         told, since_s = None, time.monotonic()
         while self.is_recalled and not is_over():
             decision = self._watch.decision
@@ -92,14 +106,19 @@ class Loan:
             if decision.action == "vacate":
                 await self._vacate(end)
             await asyncio.sleep(LOOK_S)
-        if is_over():
-            return
-        if told is not None:
+        if told is not None and not is_over():
             log.info("resuming after_s=%.1f", time.monotonic() - since_s)
-        if self._is_vacated:
+
+    async def _start(self, session: Session, start: Callable[[], Awaitable[None]], is_over: Callable[[], bool]) -> None:
+        """Make the engine again; where others took its room meanwhile, later."""
+        try:
             await start()
             self._is_vacated = False
-        await self._rest(session, is_over)
+        except (FarflungError, RuntimeError) as error:  # torch has no room on a device by a RuntimeError
+            log.error("no engine because=%s trying_again_in_s=%.0f", error, AGAIN_S)
+            session.stats.phase, until_s = "waiting for its engine", time.monotonic() + AGAIN_S
+            while time.monotonic() < until_s and not self.is_recalled and not is_over():
+                await asyncio.sleep(LOOK_S)
 
     async def _vacate(self, end: Callable[[], Awaitable[None]]) -> None:
         if not self._is_vacated:
