@@ -13,50 +13,26 @@ from pathlib import Path
 import torch
 
 from farflung.audits import self_test
-from farflung.config import WorkerSection
+from farflung.config import IdleSection, WorkerSection
 from farflung.config.tree import WAVES
 from farflung.engine.arithmetic import Own, choose
 from farflung.engine.base import Completion, Engine
 from farflung.engine.fit import node_slots
 from farflung.engine.of_node import Place, held_in, make, own_numerics
+from farflung.idle.loan import Loan
 from farflung.net.client import Client
 from farflung.net.node_stats import Held
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
-from farflung.protocol.errors import (
-    BadSignature,
-    ConfigError,
-    Ejected,
-    EngineAway,
-    FarflungError,
-    Forbidden,
-    LeaseGone,
-    Malformed,
-    NotFound,
-    Rejected,
-    TooLarge,
-    WeightsError,
-    WrongWeights,
-)
+from farflung.protocol import errors
 from farflung.protocol.identity import Key, Signed
-from farflung.protocol.messages import (
-    MAX_SAMPLES,
-    Done,
-    Empty,
-    Lease,
-    LeaseAnswer,
-    LeaseRequest,
-    RunInfo,
-    SelfTest,
-    Submission,
-)
+from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, RunInfo, Submission
 from farflung.protocol.numerics import Numerics, Quantiser
 from farflung.protocol.stops import Stops
 from farflung.rollouts.lanes import AWAY_S, LOOK_S, Lanes
 from farflung.rollouts.pace import Pace
 from farflung.rollouts.receipts import Receipts
-from farflung.rollouts.submit import generate, open_lease, submission_of, submit
-from farflung.trust.evidence import Profile
+from farflung.rollouts.submit import Deadline, generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
@@ -64,9 +40,6 @@ from farflung.weights.tensors import fetch_model_config, fetch_stops
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
-SPARED, LONG_S = 0.05, 60.0
-"""This share of a lease's first time is left at its end to hand in complete rollouts; of a short one none, for clocks
-differ."""
 Wrap = Callable[[Engine], Engine]
 
 
@@ -91,12 +64,14 @@ class Worker:
         invite: str = "",
         expected_tokens_per_s: float = 0.0,
         part: int | None = None,
+        idle: IdleSection | None = None,
     ) -> None:
         self.client = Client(url, key, patience_s=patience_s)
         self.key, self.folder, self.settings, self.name, self.wrap = key, folder, settings, name, wrap
         self._run, self._root, self._invite = run, root, invite
         self._expected, self._part = expected_tokens_per_s, part
         self._devices = 1 if part is None else max(1, settings.processes)
+        self.loan = Loan(idle or IdleSection(), folder, settings)
         self.is_stopping = False
         self.slots = 0
         self.session: Session
@@ -111,24 +86,26 @@ class Worker:
         """Work until the run ends, the node is ejected, or the worker is told to stop."""
         await self.open()
         port = self.settings.metrics_port
-        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=self.weights.prefetch):
+        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=self._prefetch):
             try:
-                await self._prepare()
-                ended = await asyncio.gather(*map(self._keep_working, self.lanes.numbers), return_exceptions=True)
+                with self.loan.watching():
+                    await self._wait_for_owner()
+                    await self._prepare()
+                    ended = await asyncio.gather(*map(self._keep_working, self.lanes.numbers), return_exceptions=True)
                 for error in filter(None, ended):
                     raise error
-            except Ejected as error:
+            except errors.Ejected as error:
                 log.error("leaving because=%s", error)
             finally:
                 await self.weights.close()
-                await asyncio.to_thread(self._made.close)
+                await self._end_engine()
 
     async def _keep_working(self, lane: int) -> None:
         """Lease after lease. Where one lane fails for good, the other hands in what it has."""
         try:
             while not self.is_stopping and not self.session.is_over:
                 await self.step(lane)
-        except Forbidden as error:
+        except errors.Forbidden as error:
             if lane == self.session.device:
                 raise
             log.warning("one lease at a time because=%s", error)
@@ -165,11 +142,8 @@ class Worker:
         self.slots = await asyncio.to_thread(node_slots, settings, info, self.device, config, dtype)
         log.info("room for slots=%d", self.slots)
         stops = await fetch_stops(self.session)
-        self.session.stats.phase = f"starting {self.settings.engine}"
         place = Place(settings, info, self.device, self.folder / settings.engine / str(self._part or 0), self.slots)
-        self._made = await asyncio.to_thread(self._engine, place, config, dtype, stops)
-        self.lanes = self._new_lanes()
-        self.engine = self.wrap(self._made)
+        self._make = lambda: self._engine(place, config, dtype, stops)
         self.weights = Versions(
             self.session,
             self.folder / "weights",
@@ -179,7 +153,8 @@ class Worker:
             patch=patch,
             share=self._part,
         )
-        self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
+        await self._start_engine()
+        self.lanes = self._new_lanes()
         self._receipts = Receipts(self.folder, self._part)
         await self.session.heartbeat()
 
@@ -187,7 +162,35 @@ class Worker:
         return make(place, config, dtype, stops)
 
     def _new_lanes(self) -> Lanes:
-        return Lanes(self._made, self.slots, self.session.device, self._devices, lambda: self.is_stopping)
+        return Lanes(lambda: self._made, self.slots, self.session.device, self._devices, lambda: self.is_stopping)
+
+    async def _start_engine(self) -> None:
+        self.session.stats.phase = f"starting {self.settings.engine}"
+        self._made = await asyncio.to_thread(self._make)
+        self.engine = self.wrap(self._made)
+        self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
+
+    async def _end_engine(self) -> None:
+        """End it with all that it holds; nothing of it may be named anywhere after."""
+        while self.session.held:  # the other lane hands its lease in
+            await asyncio.sleep(LOOK_S)
+        if self._made is not None:
+            self.loaded.invalidate()
+            await asyncio.to_thread(self._made.close)
+            self._made = None
+            del self.engine, self.loaded
+
+    async def _wait_for_owner(self) -> None:
+        """Until the owner does not need this machine."""
+        engine = self._end_engine, self._start_engine
+        await self.loan.wait(self.session, *engine, leave=self.drain, is_over=self._is_done)
+
+    def _is_done(self) -> bool:
+        return self.is_stopping or self.session.is_over
+
+    def _prefetch(self) -> None:
+        if not self.loan.is_recalled:
+            self.weights.prefetch()
 
     async def _own(self) -> Own:
         return await own_numerics(self.settings)
@@ -205,12 +208,12 @@ class Worker:
         """Load what the first lease will ask for, and try this machine's arithmetic on it. Raises ConfigError."""
         manifest = self.session.latest.manifest
         try:
-            if not manifest:
+            if not manifest or self._is_done():
                 return
             await self.load(manifest)
-        except ConfigError:
+        except errors.ConfigError:
             raise
-        except FarflungError as error:  # a lease will ask for it again
+        except errors.FarflungError as error:  # a lease will ask for it again
             log.warning("not loaded yet manifest=%s because=%s", manifest[:12], error)
             return
         if other := await self.try_numerics(manifest):
@@ -225,30 +228,16 @@ class Worker:
     async def try_numerics(self, manifest: str) -> str:
         """With the first version that has a self-test: the profile to be judged by instead, if any.
 
-        That is where the noise is not forgiven under the present one. Raises ConfigError where none admitted forgives.
         A server is tried with every version that has one, once it is loaded: it may say so, and keep part of what it
-        had.
+        had. Raises ConfigError where no admitted profile forgives this machine's noise.
         """
-        test = await self_test.fetch_or_none(self.session, manifest) if self._is_untried else None
-        profile = self_test.profile_in(self.session, test, self.profile) if test else None
-        if test is None or profile is None:
+        if not self._is_untried:
             return ""
-        self._is_untried = False
         self._tell("self-test")
-        tried = await asyncio.to_thread(self._attempt, test, profile)
-        if tried is None:
-            log.info("no self-test because=%s cannot tell gaps", self.settings.engine)
-            return ""
-        log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.text)
-        if tried.is_forgiven or self.settings.ignore_self_test:
-            return ""
-        if other := self_test.nearest(self.session, test, self.profile, tried):
-            return other
-        raise ConfigError(f"{tried.text}, or work all the same with --ignore-self-test")
-
-    def _attempt(self, test: SelfTest, profile: Profile) -> self_test.Tried | None:
-        with self.session.stats.working("proof"):
-            return self_test.attempt(self.engine, test, profile)
+        is_ignored = self.settings.ignore_self_test
+        found = await self_test.outcome(self.session, self.engine, manifest, self.profile, is_ignored=is_ignored)
+        self._is_untried = found is None
+        return found or ""
 
     def drain(self) -> None:
         """Stop soon: complete rollouts are handed in, the rest goes back."""
@@ -257,11 +246,16 @@ class Worker:
         self.session.shorten_patience()
 
     async def step(self, lane: int | None = None) -> None:
-        """One lease, from asking to handing in, once the server has all that was asked for before."""
+        """One lease, from asking to handing in, once the server has all that was asked for before, and the machine's
+        owner has no need of it.
+        """
         lane = self.session.device if lane is None else lane
         if not await self.lanes.turn(lane):
             return
         try:
+            await self._wait_for_owner()
+            if self._is_done():
+                return
             answer = await self._request(lane)
             if answer.lease is not None:
                 await self._take(answer.lease, lane)
@@ -282,7 +276,7 @@ class Worker:
         ask = LeaseRequest(**fields, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
-        self.weights.prefetch()
+        self._prefetch()
         return answer
 
     async def _take(self, signed: Signed, lane: int) -> None:
@@ -300,6 +294,9 @@ class Worker:
             log.info("no lease because=%s status=%r", reason, str(self.session.node_status))
 
     async def _work(self, lease: Lease) -> None:
+        if self.loan.is_recalled:
+            await self._return(lease)
+            return
         try:
             await self.load(lease.manifest, self.session.held[lease.lease])
             if other := await self.try_numerics(lease.manifest):
@@ -309,21 +306,21 @@ class Worker:
                 return
             await self._hand_in(lease)
             self.lanes.away_s = AWAY_S
-        except ConfigError:
+        except errors.ConfigError:
             await self._return(lease)
             raise
-        except EngineAway as error:
+        except errors.EngineAway as error:
             log.error("returning lease=%s waiting_s=%.0f because=%s", lease.lease, self.lanes.away_s, error)
             self.loaded.invalidate()
             await self._return(lease)
             self._tell("waiting for its engine")
             await self.lanes.wait_for_engine(self.client.clock)
-        except WrongWeights as error:
+        except errors.WrongWeights as error:
             log.error("loading the weights anew because=%s", error)
             self.loaded.invalidate()
-        except (LeaseGone, Rejected) as error:
+        except (errors.LeaseGone, errors.Rejected) as error:
             log.warning("lost lease=%s because=%s", lease.lease, error)
-        except (WeightsError, BadSignature, NotFound, Malformed, TooLarge) as error:
+        except (errors.WeightsError, errors.BadSignature, errors.NotFound, errors.Malformed, errors.TooLarge) as error:
             log.error("refusing lease=%s because=%s", lease.lease, error)
             await self._return(lease)
 
@@ -356,7 +353,7 @@ class Worker:
         done = await self._generated(lease)
         await self._pace.keep(sum(len(completion.ids) for _, completion in done), lambda: self.is_stopping)
         if lease.lease in self.session.lost:
-            raise LeaseGone(f"lease {lease.lease} was given to another")
+            raise errors.LeaseGone(f"lease {lease.lease} was given to another")
         if not done:
             await self._return(lease)
             return
@@ -384,15 +381,17 @@ class Worker:
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
         with self.session.stats.working():
-            began, held = self.client.clock(), self.session.held[lease.lease]
-            spared_s = SPARED * (held.lapses_at - began)
-            return generate(self.engine, lease, lambda: self._is_over(held, began, spared_s))
+            deadline = Deadline(self.session.held[lease.lease], self.client.clock)
+            self.loan.begin()
+            try:
+                return generate(self.engine, lease, lambda: self._is_over(lease, deadline))
+            finally:
+                self.loan.end()
 
-    def _is_over(self, held: Held, began: float, spared_s: float) -> bool:
+    def _is_over(self, lease: Lease, deadline: Deadline) -> bool:
         """Whether what is complete is to be handed in, the rest left to others."""
-        until = held.lapses_at
-        is_late = until - began > LONG_S and self.client.clock() > until - spared_s
-        return self.is_stopping or is_late or self.session.is_over or held.lease in self.session.lost
+        is_recalled = not self.loan.may_go_on(self._is_done)
+        return self._is_done() or is_recalled or deadline.is_near() or lease.lease in self.session.lost
 
     async def _return(self, lease: Lease) -> None:
         await self.session.client.post(self.session.path(f"leases/{lease.lease}/return"), Empty(), Done)

@@ -19,10 +19,18 @@ AWAY_S, MOST_AWAY_S = 2.0, 60.0
 class Lanes:
     """What the lanes of one worker know of each other."""
 
-    def __init__(self, engine: Engine, slots: int, device: int, devices: int, is_stopping: Callable[[], bool]) -> None:
-        self._server = engine if isinstance(engine, VllmEngine) else None
-        self._slots, self._is_stopping = slots, is_stopping
-        self.numbers = range(device, MOST_DEVICES, devices)[: LANES if self._server else 1]
+    def __init__(
+        self,
+        engine: Callable[[], Engine | None],
+        slots: int,
+        device: int,
+        devices: int,
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        """`engine` gives the one that the worker has now, of one kind always."""
+        self._engine, self._slots, self._is_stopping = engine, slots, is_stopping
+        is_server = isinstance(engine(), VllmEngine)
+        self.numbers = range(device, MOST_DEVICES, devices)[: LANES if is_server else 1]
         """The numbers under which leases are asked for: the device's own, and one beyond all devices."""
         self._starting: int | None = None
         self.generating = 0
@@ -47,7 +55,8 @@ class Lanes:
         self._starting = None if self._starting == lane else self._starting
 
     def _has_room(self) -> bool:
-        return self._server is None or self._server.under_way <= self._slots
+        engine = self._engine()
+        return not isinstance(engine, VllmEngine) or engine.under_way <= self._slots
 
     async def wait_for_engine(self, clock: Callable[[], float]) -> None:
         """Longer each time, until it has worked again; a lane that finds the other waiting waits as long."""
