@@ -142,7 +142,9 @@ def test_a_node_that_drains_hands_in_what_it_has(house) -> None:
     house.run(scenario)
 
 
-def test_groups_without_variance_are_paid_and_dropped(house) -> None:
+def test_groups_without_variance_are_paid_and_dropped(make_house) -> None:
+    house = make_house(learn={"groups": 2, "oversample": 2.0})
+
     async def scenario(house) -> None:
         await house.step(0)
         await house.work("ada", 4)

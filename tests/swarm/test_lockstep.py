@@ -37,6 +37,6 @@ def test_a_killed_trainer_ends_with_the_digest_of_one_that_was_not(start, tmp_pa
     assert output.count("trainer ended with -9") == len(KILL_AFTER_S)
     assert len(digests(whole.folder)) == 6
     assert digests(killed.folder) == digests(whole.folder)
-    assert all(groups == 4 for step, _, groups in digests(whole.folder) if step)
+    assert all(groups >= 4 for step, _, groups in digests(whole.folder) if step)
     log = (killed.folder / "logs" / "trainer.log").read_text()
     assert "replayed step=" in log

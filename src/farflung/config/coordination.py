@@ -34,7 +34,7 @@ class LeaseSection(Section):
     max_lag: int = setting(1, "Steps that a node may work behind the latest while it fetches.", ge=0, is_advanced=True)
     ahead: float = setting(
         2.0,
-        "Groups open or waiting before work is held, as a multiple of `learn.groups`; at least `learn.oversample`.",
+        "Groups open, or waiting and with variance, before work is held, as a multiple of `learn.groups`; at least 1.",
         gt=0,
         is_advanced=True,
     )

@@ -87,8 +87,15 @@ class GenerateSection(Section):
 
 class LearnSection(Section):
     groups: int = setting(16, "Groups with variance in reward that make a step.", ge=1)
+    curriculum: Literal["thompson", "uniform"] = setting(
+        "thompson",
+        "How a step's tasks are drawn: those likely to have variance in reward first, or all alike.",
+    )
     oversample: float = setting(
-        2.0, "A step also closes at this multiple of `groups` complete ones.", ge=1, is_advanced=True
+        4.0,
+        "A group without variance is replaced until a step has this multiple of `groups`; then it closes with fewer.",
+        ge=1,
+        is_advanced=True,
     )
     max_staleness: int = setting(2, "Most steps between the policy that generated and the one trained.", ge=0)
     lockstep: bool = setting(

@@ -1,5 +1,6 @@
 """The whole tree of settings, and the values that follow from several of them together."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -56,6 +57,20 @@ class Config(Section):
     def lockstep_groups(self, policy: int) -> int:
         """Groups that are generated with the policy of a step, in lockstep: the first ones train on the base model."""
         return self.learn.groups * (self.learn.max_staleness + 1 if policy == 0 else 1)
+
+    def wanted_groups(self, policy: int) -> int:
+        """Groups that are generated ahead, those without variance not counted; in lockstep, with the policy."""
+        ahead = int(self.learn.groups * max(1, self.lease.ahead))
+        return self.lockstep_groups(policy) if self.learn.lockstep else ahead
+
+    def most_groups(self, policy: int) -> int:
+        """Groups that may be open or wait for training at a time, with variance or without; in lockstep, of a policy.
+
+        A step closes with fewer informative groups than it wants rather than ask for more.
+        """
+        if self.learn.lockstep:
+            return math.ceil(self.lockstep_groups(policy) * self.learn.oversample)
+        return math.ceil(self.learn.groups * max(1, self.lease.ahead, self.learn.oversample))
 
     @property
     def folder(self) -> Path:

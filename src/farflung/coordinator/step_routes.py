@@ -17,6 +17,8 @@ from farflung.protocol.digest import digest_of
 from farflung.protocol.errors import Conflict, Malformed, NotFound, WeightsError
 from farflung.queries import views
 from farflung.rollouts import commit, select
+from farflung.tasks import draw
+from farflung.tasks.curriculum import Drawn
 from farflung.weights import shard_gc
 from farflung.weights.manifest import check_follows, manifest_digest, open_manifest
 
@@ -96,13 +98,16 @@ async def commit_step(ctx: Context, call: Call) -> m.Done:
         if await ctx.blobs.size(shard.digest) != shard.size_bytes:
             raise Malformed(f"shard {shard.digest[:12]} is stored with another size than the manifest's")
     figures = {name: value for name, value in said.metrics.items() if math.isfinite(value)}  # JSON has no others
-    changed = await ctx.write(
-        lambda c: commit.commit_step(
-            c, ctx.run_ctx, digest, manifest, msgspec.structs.replace(said, metrics=figures), ctx.clock()
-        )
-    )
+    said = msgspec.structs.replace(said, metrics=figures)
+
+    def settle(c: Connection) -> tuple[int, list[Drawn]]:
+        changed = commit.commit_step(c, ctx.run_ctx, digest, manifest, said, ctx.clock())
+        return changed, draw.settle(c, ctx.run_ctx, manifest.step) if changed else []
+
+    changed, drawn = await ctx.write(settle)
     if changed:
         ctx.metrics.note_step(manifest, figures, ctx.clock())
+        ctx.metrics.note_drawn(manifest.step, drawn, ctx.clock())
         await _delete_unneeded(ctx)
     return m.Done(changed=changed)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 WINDOW = 64.0
 """Samples that the counts of a task stand for at most."""
+HALF_LIFE = 32.0
+"""Steps of the policy after which a count stands for half as many samples."""
 RIGHT = 0.99
 """Reward from which an answer counts as right: environments may give part of it for part of an answer."""
 
@@ -20,7 +22,7 @@ class Count:
     tokens: float = 0.0
 
 
-def add(count: Count, tried: int, right: int, tokens: int) -> Count:
+def add(count: Count, tried: int, right: float, tokens: int) -> Count:
     """The count with some samples more. Raises ValueError for numbers that no group has."""
     if not 0 <= right <= tried or tokens < 0:
         raise ValueError(f"{right} right of {tried} samples with {tokens} tokens: no group has that")
@@ -30,6 +32,12 @@ def add(count: Count, tried: int, right: int, tokens: int) -> Count:
     whole = Count(kept * count.tried + tried, kept * count.right + right, kept * count.tokens + tokens)
     share = min(1.0, WINDOW / whole.tried)  # a group larger than the window
     return Count(share * whole.tried, share * whole.right, share * whole.tokens)
+
+
+def faded(count: Count, steps: float) -> Count:
+    """The count as it stands so many steps of the policy later."""
+    kept = 0.5 ** (steps / HALF_LIFE)
+    return Count(kept * count.tried, kept * count.right, kept * count.tokens)
 
 
 def pass_rate(count: Count) -> float:

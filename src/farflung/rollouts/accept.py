@@ -1,7 +1,6 @@
 """Coordinator: hand transcripts to scorers, take their rewards, pay for accepted tokens, complete groups."""
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from farflung.audits.audit import open_audit
 from farflung.audits.penalties import complete
 from farflung.audits.unused import drop_groups
 from farflung.envs.length import penalty
-from farflung.learner.difficulty import RIGHT, Count, add
 from farflung.protocol.messages import ScoreResult
 from farflung.rollouts import unscorable
 from farflung.store import payment
@@ -85,7 +83,6 @@ def _accept(
         .values(reward=sa.bindparam("r"), parts=sa.bindparam("p"), answer=sa.bindparam("a")),
         [_score_values(row, given[row.rollout], run_ctx.config.env.length_weight) for row in rows],
     )
-    _learn_difficulty(connection, [row for row in rows if row.purpose == "train"], given)
     payment.pay(connection, run_ctx, [row for row in rows if row.purpose not in HELD_OUT], now)
     for group in dict.fromkeys(row.group for row in rows):
         complete(connection, group, now)
@@ -98,31 +95,6 @@ def _score_values(row: Row[Any], result: ScoreResult, weight: float) -> dict[str
     parts = result.parts | ({"task": result.reward, "length": -off} if row.target else {})
     reward = result.reward if row.purpose in HELD_OUT else result.reward - off
     return {"id": result.rollout, "r": reward, "p": json.dumps(parts), "a": answer}
-
-
-_TASKS_OF = sa.select(TASKS.c.task, TASKS.c.tried, TASKS.c.right, TASKS.c.tokens).where(
-    TASKS.c.task.in_(sa.bindparam("of", expanding=True))
-)
-_COUNTED = (
-    TASKS.update()
-    .where(TASKS.c.task == sa.bindparam("id"))
-    .values(tried=sa.bindparam("t"), right=sa.bindparam("r"), tokens=sa.bindparam("k"))
-)
-
-
-def _learn_difficulty(connection: Connection, rows: Sequence[Row[Any]], given: dict[str, ScoreResult]) -> None:
-    """Keep the running count of each task, for the choice of what to lease."""
-    if not rows:
-        return
-    seen: dict[str, list[tuple[bool, int]]] = defaultdict(list)
-    for row in rows:
-        seen[row.task].append((given[row.rollout].reward >= RIGHT, row.tokens))
-    counts = {row.task: Count(*row[1:]) for row in connection.execute(_TASKS_OF, {"of": list(seen)})}
-    for task, found in seen.items():
-        tokens = sum(length for _, length in found)
-        counts[task] = add(counts[task], len(found), sum(is_right for is_right, _ in found), tokens)
-    written = [{"id": task, "t": c.tried, "r": c.right, "k": c.tokens} for task, c in sorted(counts.items())]
-    connection.execute(_COUNTED, written)
 
 
 def _fault(connection: Connection, run_ctx: RunContext, row: Row[Any], error: str, now: float) -> None:

@@ -101,18 +101,23 @@ def _lockstep(
 ) -> tuple[Sequence[Row[Any]], list[Row[Any]] | None]:
     """The complete groups of those that this step is bound to, and the step's share of them once all are.
 
-    They are those of one policy; the base model's are dealt out to the first steps in the order of their tasks. A group
-    that was dropped leaves the step smaller: none takes its place.
+    They are those of one policy, and whole once enough have variance or no more are asked for; the base model's are
+    dealt out to the first steps in the order of their tasks.
     """
     config = run_ctx.config
     policy = max(0, step - 1 - config.learn.max_staleness)
     query = sa.select(GROUPS).where(GROUPS.c.run == run_ctx.run, GROUPS.c.purpose == "train", GROUPS.c.step == policy)
     rows = connection.execute(query.order_by(GROUPS.c.task)).all()
     ready = [row for row in rows if row.status == "complete"]
-    is_whole = len(rows) >= config.lockstep_groups(policy) and all(row.status != "open" for row in rows)
-    first = (step - 1) * config.learn.groups if policy == 0 else 0
-    share = rows[first : first + config.learn.groups]
-    return ready, [row for row in share if row.status == "complete"] if is_whole else None
+    most = min(config.most_groups(policy), len(run_ctx.tasks))
+    useful = [row for row in rows if row.is_informative]
+    is_enough = len(useful) >= config.lockstep_groups(policy) or len(rows) >= most
+    if not is_enough or any(row.status == "open" for row in rows):
+        return ready, None
+    steps, own = (config.learn.max_staleness + 1, step - 1) if policy == 0 else (1, 0)
+    alike = [row for row in rows if row.is_informative is False]
+    share = sorted([*useful[own::steps], *alike[own::steps]], key=lambda row: row.task)
+    return ready, [row for row in share if row.status == "complete"]
 
 
 def choose(ready: Sequence[Any], groups: int, oversample: float) -> list[Any] | None:

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -27,6 +27,7 @@ WORDS = ("kind", "node", "role", "name")
 NEEDED = {
     "node": ("node", "role", "started_at", "heard_at", "cpu_s", "work_cpu_s", "proof_cpu_s", "sync_pause_s"),
     "step": ("step", "weights_bytes"),
+    "drawn": ("step",),
     "eval": ("step",),
     "sent": ("size_bytes",),
     "kill": ("name", "node"),
@@ -157,6 +158,11 @@ class Metrics:
         """A committed step."""
         sizes = {"weights_bytes": manifest.full_bytes, "delta_bytes": manifest.delta_bytes}
         self.write("step", now, step=manifest.step, **sizes, **metrics)
+
+    def note_drawn(self, step: int, drawn: Sequence[Any], now: float) -> None:
+        """The tasks that were drawn for a policy: position, pool, estimated pass rate, the one that was drawn."""
+        if drawn:
+            self.write("drawn", now, step=step, tasks=msgspec.to_builtins(drawn))
 
     def note_evals(self, views: Iterable[EvalView], now: float) -> None:
         """Evaluations that are through; those that have a line are passed over."""

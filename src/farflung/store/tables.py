@@ -15,6 +15,9 @@ GIVEN_UP = "(status IN ('returned', 'expired') OR is_partial)"
 UNDECIDED = "outcome IS NULL AND status != 'cancelled'"
 """Of an audit: a verdict may come of it yet."""
 
+SEEN = "seen_step >= 0"
+"""Of a task: a committed step took a group of it."""
+
 STAYED = """"before" = "after" AND noun IN ('node', 'run')"""
 """Of an event: nothing changed its status, so it is a remark, perhaps a warning."""
 
@@ -76,7 +79,14 @@ TASKS = Table(
     Column("tried", Float, nullable=False, default=0.0),
     Column("right", Float, nullable=False, default=0.0),
     Column("tokens", Float, nullable=False, default=0.0),
+    Column("seen_step", Integer, nullable=False, default=-1, server_default=sa.text("-1")),
     Index("task_position", "run", "split", "position", unique=True),
+    Index(
+        "task_seen",
+        *("run", "seen_step", "position", "tried", "right", "tokens"),
+        sqlite_where=sa.text(SEEN),
+        postgresql_where=sa.text(SEEN),
+    ),
 )
 STEPS = Table(
     "steps",
@@ -99,6 +109,7 @@ STEPS = Table(
     Column("canaries", LargeBinary),
     Column("restores", Integer),
     Column("open_groups", Integer, nullable=False, default=0),
+    Column("drawn", LargeBinary),  # the tasks that the curriculum drew for this policy, and why
     Index("step_of_run", "run", "step", unique=True),
 )
 GROUPS = Table(

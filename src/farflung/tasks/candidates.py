@@ -15,6 +15,7 @@ from farflung.store.run import RunContext
 from farflung.store.tables import GROUPS, ROLLOUTS, STEPS, TASKS
 from farflung.store.transitions import slices
 from farflung.tasks.assign import NextTask, OpenSamples, task_order
+from farflung.tasks.draw import drawn_for
 
 ORDERS_KEPT = 8
 MOST_LOOK_AHEAD = 256
@@ -79,32 +80,46 @@ def owners(connection: Connection, groups: Sequence[str]) -> Owners:
     return found
 
 
-_GROUPS_NOW = sa.select(
-    sa.select(sa.func.count())
-    .select_from(GROUPS)
-    .where(GROUPS.c.run == sa.bindparam("of"), GROUPS.c.purpose == "train", GROUPS.c.status == "complete")
-    .scalar_subquery()
-    + sa.select(sa.func.coalesce(sa.func.sum(STEPS.c.open_groups), 0))
-    .where(STEPS.c.run == sa.bindparam("of"), STEPS.c.step >= sa.bindparam("oldest"))
-    .scalar_subquery()
+_USEFUL = sa.case((GROUPS.c.is_informative, 1), else_=0)
+_COMPLETE = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(_USEFUL), 0)).where(
+    GROUPS.c.run == sa.bindparam("of"), GROUPS.c.purpose == "train", GROUPS.c.status == "complete"
 )
+_OPEN = sa.select(sa.func.coalesce(sa.func.sum(STEPS.c.open_groups), 0)).where(
+    STEPS.c.run == sa.bindparam("of"), STEPS.c.step >= sa.bindparam("oldest")
+)
+_OF_POLICY = sa.select(
+    sa.func.count(),
+    sa.func.coalesce(sa.func.sum(sa.case((GROUPS.c.status == "open", 1), else_=_USEFUL)), 0),
+).where(GROUPS.c.run == sa.bindparam("of"), GROUPS.c.purpose == "train", GROUPS.c.step == sa.bindparam("at"))
 
 
 def groups_now(connection: Connection, run_ctx: RunContext, latest: int) -> int:
-    """Groups in progress or waiting for the trainer; in lockstep, all that were ever opened at the latest policy.
+    """Groups in progress, or waiting for the trainer and with variance; in lockstep, those ever opened at the policy.
 
-    Open ones too old to be leased do not count: enough of them, each short of a sample, would end all leasing.
+    A group without variance makes room for another, unless there would be more than a step looks at. Open ones too old
+    to be leased do not count: enough of them, each short of a sample, would end all leasing.
     """
     if run_ctx.config.learn.lockstep:
-        of_latest = sa.and_(GROUPS.c.run == run_ctx.run, GROUPS.c.purpose == "train", GROUPS.c.step == latest)
-        return connection.execute(sa.select(sa.func.count()).where(of_latest)).scalar_one()
+        of_policy = connection.execute(_OF_POLICY, {"of": run_ctx.run, "at": latest}).one()
+        return room_taken(run_ctx, latest, *map(int, of_policy))
     oldest = latest - max(1, run_ctx.config.learn.max_staleness) + 1
-    return int(connection.execute(_GROUPS_NOW, {"of": run_ctx.run, "oldest": oldest}).scalar_one())
+    complete, useful = connection.execute(_COMPLETE, {"of": run_ctx.run}).one()
+    opened = int(connection.execute(_OPEN, {"of": run_ctx.run, "oldest": oldest}).scalar_one())
+    return room_taken(run_ctx, latest, opened + complete, opened + int(useful))
+
+
+def room_taken(run_ctx: RunContext, policy: int, known: int, hopeful: int) -> int:
+    """How much of the room for groups is taken: by those that have variance or may come to, or by all of them."""
+    config = run_ctx.config
+    return max(hopeful, known - config.most_groups(policy) + config.wanted_groups(policy))
 
 
 def next_tasks(connection: Connection, run_ctx: RunContext, step: int, size: int) -> Iterator[NextTask]:
-    """Tasks not opened at this step yet, in the order that its secret draws; `size` are looked up at first."""
-    order = _task_order(run_ctx, step)
+    """Tasks not opened at this step yet, drawn ones first, then in the order that its secret shuffles.
+
+    `size` are looked up at first.
+    """
+    order = _task_order(connection, run_ctx, step)
     start = order.begin
     while positions := order.from_(start, size):
         opened = _opened(connection, run_ctx, step, [run_ctx.tasks[position][0] for position in positions])
@@ -147,10 +162,13 @@ class _TaskOrder:
         self.begin = max(self.begin, begin)
 
 
-def _task_order(run_ctx: RunContext, step: int) -> _TaskOrder:
+def _task_order(connection: Connection, run_ctx: RunContext, step: int) -> _TaskOrder:
     """Kept with the run's context, for two databases may have opened different tasks of one order."""
     if step not in run_ctx.task_orders:
         for old in sorted(run_ctx.task_orders)[: 1 - ORDERS_KEPT]:
             del run_ctx.task_orders[old]
-        run_ctx.task_orders[step] = _TaskOrder(task_order(run_ctx.step_secret(step), step, len(run_ctx.tasks)))
+        first = {one.position: None for one in drawn_for(connection, run_ctx, step)}
+        shuffled = task_order(run_ctx.step_secret(step), step, len(run_ctx.tasks))
+        others = (position for position in shuffled if position not in first)
+        run_ctx.task_orders[step] = _TaskOrder(itertools.chain(first, others))
     return run_ctx.task_orders[step]

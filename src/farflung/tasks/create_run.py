@@ -201,20 +201,14 @@ async def _tasks(config: Config, model: Model) -> list[dict[str, Any]]:
     rows = [*_rows(config, "train", train, model, only), *_rows(config, "eval", held_out, model, {})]
     refuse_long(model, (len(wire.unpack_ids(row["prompt_ids"])) for row in rows), config.generate.max_new_tokens)
     count = sum(row["split"] == "train" for row in rows)
-    need = math.ceil(config.learn.groups * config.learn.oversample)
-    if config.learn.lockstep:
-        need = config.lockstep_groups(0)
+    need = config.lockstep_groups(0) if config.learn.lockstep else config.learn.groups
     if count < need:
         raise ConfigError(
-            f"environment {env.name!r} has {count} training tasks{_of(env.keep)}; a step may need {need}, each once, "
-            f"so give it more, or lower learn.groups = {config.learn.groups}{_or(config)}"
+            f"environment {env.name!r} has {count} training tasks{_of(env.keep)}; a step needs {need}, each once, "
+            f"so give it more, or lower learn.groups = {config.learn.groups}"
+            + (" or learn.max_staleness" if config.learn.lockstep else "")
         )
     return rows
-
-
-def _or(config: Config) -> str:
-    """The other setting that makes a step need fewer tasks."""
-    return " or learn.max_staleness" if config.learn.lockstep else " or learn.oversample"
 
 
 def _of(keep: str) -> str:

@@ -21,7 +21,7 @@ from farflung.protocol.messages import LANES, Latest, LeaseRequest
 from farflung.store import evaluations
 from farflung.store.evaluations import HeldOutPart
 from farflung.store.run import RunContext, ejected, new_id
-from farflung.store.tables import GIVEN_UP, GROUP_COUNTS, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
+from farflung.store.tables import GIVEN_UP, GROUPS, LEASES, NODES, ROLLOUTS, STEPS, TASKS
 from farflung.store.transitions import end_leases
 from farflung.tasks.allocator import Allocator
 from farflung.tasks.assign import Asker, AssignSettings, Plan, Share, Wait
@@ -232,13 +232,12 @@ def assign_settings(run_ctx: RunContext, latest: int, *, is_last_taken: bool = F
     """
     config = run_ctx.config
     is_lockstep = config.learn.lockstep
-    ahead = 0 if is_last_taken else int(config.learn.groups * max(config.lease.ahead, config.learn.oversample))
     return AssignSettings(
         max_staleness=config.learn.max_staleness + is_lockstep,
         max_lag=0 if is_lockstep else config.lease.max_lag,
         lease_rollouts=config.lease.rollouts,
         group_size=config.generate.samples,
-        groups_ahead=config.lockstep_groups(latest) if is_lockstep else ahead,
+        groups_ahead=0 if is_last_taken and not is_lockstep else config.wanted_groups(latest),
     )
 
 
@@ -247,12 +246,9 @@ def _unfilled(connection: Connection, run_ctx: RunContext, latest: int) -> int:
 
     The next step may be committed before all groups of this one are opened: they are opened none the less.
     """
-    policies = range(max(0, latest - run_ctx.config.learn.max_staleness), latest + 1)
-    kept = GROUP_COUNTS.c
-    mine = sa.and_(kept.run == run_ctx.run, kept.purpose == "train", kept.step >= policies.start)
-    query = sa.select(kept.step, sa.func.sum(kept.count)).where(mine).group_by(kept.step)
-    opened: dict[int, int] = {row[0]: int(row[1]) for row in connection.execute(query)}
-    return next((p for p in policies if opened.get(p, 0) < run_ctx.config.lockstep_groups(p)), latest)
+    config = run_ctx.config
+    policies = range(max(0, latest - config.learn.max_staleness), latest + 1)
+    return next((p for p in policies if groups_now(connection, run_ctx, p) < config.wanted_groups(p)), latest)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
