@@ -85,6 +85,25 @@ def test_replays_are_shown_by_numerics_profile_unless_they_are_not_to_be_told(ho
     assert "By numerics profile" not in get(hidden.coordinator.app(), "/nodes")[0].text
 
 
+def test_tasks_are_shown_in_pools_and_what_is_drawn_for_a_step_once_that_is_over(make_house) -> None:
+    for redact, drawn, told in ((False, 4, [True, True, True]), (True, 0, [False, False, False])):
+        house = make_house(coordinator={"redact": redact})
+        house.run(some_steps)
+        home, *steps = get(house.coordinator.app(), "/", *(f"/story/test-step-{step}" for step in range(3)))
+        shown = dict(re.findall(r'<tr><td>(\w+)</td><td class="num">(\d+)</td>', home.text))
+        assert (shown["sometimes"], shown["unseen"], shown["always"]) == ("4", "60", "0")
+        lately = re.findall(r'<tr><td>\w+</td><td class="num">\d+</td><td class="num">(\d+)</td>', home.text)
+        assert sum(map(int, lately)) == drawn
+        assert ["Drawn for its policy" in step.text for step in steps] == told
+
+
+def test_what_was_drawn_is_told_when_no_step_can_train_on_it(make_house) -> None:
+    house = make_house(coordinator={"redact": True}, learn={"max_staleness": 0})
+    house.run(some_steps)
+    told = get(house.coordinator.app(), *(f"/story/test-step-{step}" for step in range(3)))
+    assert ["Drawn for its policy" in step.text for step in told] == [True, True, False]
+
+
 def test_the_weights_page_says_what_went_wrong_in_the_nodes_own_words(house) -> None:
     said = "relay http://<b>liar</b>:7000: shard 1234 hashes to 5678"
 
@@ -241,7 +260,7 @@ def test_events_carry_what_changed(house) -> None:
 
     _, first = asyncio.run(listen())
     names = re.findall(rb"^event: (\w+)$", first, re.M)
-    assert names == [b"head", b"strip", b"verdicts", b"curves"]
+    assert names == [b"head", b"strip", b"pools", b"verdicts", b"curves"]
     (curves,) = re.findall(rb"^event: curves\ndata: (.*)$", first, re.M)
     assert [x for x, _ in json.loads(curves)["reward"]] == [1, 2]
     assert all(line == b"" or line.startswith((b"event: ", b"data: ")) for line in first.split(b"\n"))

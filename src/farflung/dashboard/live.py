@@ -95,7 +95,7 @@ class Live:
         return self._frames[1]
 
     def _draw(self, snapshot: Snapshot) -> Frames:
-        frames = {name: self._render(f"{name}.html", snapshot) for name in ("head", "strip", "verdicts")}
+        frames = {name: self._render(f"{name}.html", snapshot) for name in ("head", "strip", "pools", "verdicts")}
         return frames | {
             "curves": json.dumps(curves(snapshot.steps, snapshot.evals) | {"until": snapshot.steps_total}),
             "nodes": str(int(snapshot.now / NODES_EVERY_S)),

@@ -13,6 +13,7 @@ from farflung.queries import evals as heldout
 from farflung.queries import views
 from farflung.queries.cost import Meter
 from farflung.queries.node_views import NodeLine, Tally, lines, tally
+from farflung.queries.pools import Pool, pools
 from farflung.queries.redact import pathless, redaction_of
 from farflung.store.ledger import ISSUED
 from farflung.store.tables import AUDITS, BALANCES, ENTRIES, GROUP_COUNTS, RUNS, STEPS
@@ -42,6 +43,8 @@ class Snapshot:
     counts: Tally
     groups: dict[str, int]
     groups_wanted: int
+    pools: list[Pool]
+    """Training tasks by pass rate."""
     audits_waiting: int | None
     """None where that is hidden."""
     breaker: str
@@ -140,6 +143,7 @@ def take(connection: Connection, config: Config, meter: Meter, now: float) -> Sn
         counts=replace(counts, statuses=redaction.counts(counts.statuses)),
         groups=views.counts_of(connection, GROUP_COUNTS, run, GROUP_COUNTS.c.purpose == "train"),
         groups_wanted=config.learn.groups,
+        pools=pools(connection, config, latest, redaction),
         audits_waiting=None if redaction.is_on else connection.execute(waiting).scalar_one(),
         breaker=row.breaker,
         breaker_profiles=json.loads(row.breaker_profiles),

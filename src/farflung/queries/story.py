@@ -30,6 +30,7 @@ from farflung.store.tables import (
     TASKS,
     VERDICTS,
 )
+from farflung.tasks.draw import drawn_from
 from farflung.trust.record import NodeRecord, Watched
 
 EVENTS_SHOWN = 500
@@ -186,7 +187,16 @@ def _step(connection: Connection, run: str, subject: str, redaction: Redaction) 
     query = query.where(GROUPS.c.run == run, GROUPS.c.batch_step == row.step, ROLLOUTS.c.status == "trained")
     submissions = [tuple(found) for found in connection.execute(query.limit(RELATED_SHOWN))]
     related = [Related("Trained by", columns, people), Related("Submissions", ("submission",), submissions)]
-    return facts, [*related, Related("Metrics", ("name", "value"), metrics)], []
+    return facts, [*related, *_drawn(row, redaction), Related("Metrics", ("name", "value"), metrics)], []
+
+
+def _drawn(row: Row[Any], redaction: Redaction) -> list[Related]:
+    """The tasks drawn for a policy, once no step can train on them."""
+    if row.drawn is None or (redaction.since is not None and row.step >= redaction.since):
+        return []
+    columns = ("task at position", "pool", "estimated pass rate", "drawn from the estimate")
+    rows = [(one.position, one.pool, one.rate, one.draw if one.draw >= 0 else "any") for one in drawn_from(row.drawn)]
+    return [Related("Drawn for its policy", columns, rows[:RELATED_SHOWN])]
 
 
 def _node(connection: Connection, run: str, subject: str, redaction: Redaction) -> Found | None:

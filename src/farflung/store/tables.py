@@ -127,7 +127,7 @@ GROUPS = Table(
     Column("batch_step", Integer),
     Column("reward", Float),
     Column("is_informative", sa.Boolean),
-    Index("group_of_run", "run", "purpose", "status", "step"),
+    Index("group_of_run", "run", "purpose", "status", "step", "is_informative"),
     Index("group_batch", "run", "batch_step"),
     Index(
         "group_free",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
-from farflung.protocol.states import REOPENING
+from farflung.protocol.states import REOPENING, statuses
 from farflung.store.db import after_commit
 from farflung.store.run import RunContext
 from farflung.store.tables import GROUPS, ROLLOUTS, STEPS, TASKS
@@ -90,7 +90,12 @@ _OPEN = sa.select(sa.func.coalesce(sa.func.sum(STEPS.c.open_groups), 0)).where(
 _OF_POLICY = sa.select(
     sa.func.count(),
     sa.func.coalesce(sa.func.sum(sa.case((GROUPS.c.status == "open", 1), else_=_USEFUL)), 0),
-).where(GROUPS.c.run == sa.bindparam("of"), GROUPS.c.purpose == "train", GROUPS.c.step == sa.bindparam("at"))
+).where(
+    GROUPS.c.run == sa.bindparam("of"),
+    GROUPS.c.purpose == "train",
+    GROUPS.c.status.in_(statuses("group")),  # any, but so that the index finds the step
+    GROUPS.c.step == sa.bindparam("at"),
+)
 
 
 def groups_now(connection: Connection, run_ctx: RunContext, latest: int) -> int:

@@ -22,6 +22,8 @@ from farflung.tasks.curriculum import Candidate, Drawn, draw
 
 LATELY = 128
 """Steps after which a task counts among the untried again; four half-lives leave a sixteenth of its count."""
+MOST_DRAWN = 1024
+"""Tasks drawn for a step; any beyond come in shuffled order."""
 MOST_SEEN = 4096
 """Candidates among the tasks that steps have tried, those tried last first."""
 
@@ -52,7 +54,7 @@ def places(run_ctx: RunContext, step: int) -> int:
     """As many tasks as are opened at a policy, unless much of what is generated is lost."""
     config, groups = run_ctx.config, run_ctx.config.learn.groups
     most = config.most_groups(step) if config.learn.lockstep else config.most_groups(step) + groups
-    return min(len(run_ctx.tasks), most)
+    return min(len(run_ctx.tasks), most, MOST_DRAWN)
 
 
 # --- what groups tell of their tasks ---------------------------------------------------------------------------------

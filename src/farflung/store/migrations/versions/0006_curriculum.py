@@ -13,9 +13,13 @@ def upgrade() -> None:
     op.add_column("steps", sa.Column("drawn", sa.LargeBinary()))
     columns = ["run", "seen_step", "position", "tried", "right", "tokens"]
     op.create_index("task_seen", "tasks", columns, sqlite_where=SEEN, postgresql_where=SEEN)
+    op.drop_index("group_of_run", "groups")
+    op.create_index("group_of_run", "groups", ["run", "purpose", "status", "step", "is_informative"])
 
 
 def downgrade() -> None:
+    op.drop_index("group_of_run", "groups")
+    op.create_index("group_of_run", "groups", ["run", "purpose", "status", "step"])
     op.drop_index("task_seen", "tasks")
     op.drop_column("steps", "drawn")
     op.drop_column("tasks", "seen_step")
