@@ -137,7 +137,7 @@ def summary(ratios: Sequence[float]) -> dict[str, Any]:
 def timed(tasks: int = 100_000) -> float:
     """Milliseconds of the draw for one step, from as many known tasks as it ever looks at."""
     order = list(itertools.islice(task_order(bytes(32), 1, tasks), 128))
-    known = [Candidate(task, Count(16, task % 17, 160), 1) for task in range(4096)]
+    known = [Candidate(task, Count(16, task % 17, 160), 1) for task in range(2048)]
     fresh = [Candidate(task, Count(), -1) for task in order]
     began = time.perf_counter()
     for step in range(10):

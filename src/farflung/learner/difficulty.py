@@ -4,6 +4,7 @@ Old samples fade, for the policy that gave them is gone: the counts never stand 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 WINDOW = 64.0
 """Samples that the counts of a task stand for at most."""
@@ -34,9 +35,14 @@ def add(count: Count, tried: int, right: float, tokens: int) -> Count:
     return Count(share * whole.tried, share * whole.right, share * whole.tokens)
 
 
+def fade(steps: Any) -> Any:
+    """The share of a count that is left so many steps of the policy later; of an array of steps, an array."""
+    return 0.5 ** (steps / HALF_LIFE)
+
+
 def faded(count: Count, steps: float) -> Count:
     """The count as it stands so many steps of the policy later."""
-    kept = 0.5 ** (steps / HALF_LIFE)
+    kept = fade(steps)
     return Count(kept * count.tried, kept * count.right, kept * count.tokens)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from farflung.learner.difficulty import Count, faded
+from farflung.learner.difficulty import Count, fade
 from farflung.protocol.seeds import derive, task_key
 
 EXPLORE = 8
@@ -83,8 +83,9 @@ def _shown(share: float) -> float:
 
 def _posteriors(pool: Sequence[Candidate], step: int) -> tuple[np.ndarray, np.ndarray]:
     """The two parameters of each candidate's Beta posterior."""
-    counts = [faded(one.count, step - one.seen_step) if one.seen_step >= 0 else one.count for one in pool]
-    tried, right = np.array([one.tried for one in counts]), np.array([one.right for one in counts])
+    found = np.array([(one.count.tried, one.count.right, one.seen_step) for one in pool])
+    steps = np.where(found[:, 2] >= 0, step - found[:, 2], 0)
+    tried, right = found[:, :2].T * fade(steps)
     mean = (right.sum() + 1.0) / (tried.sum() + 2.0)
     return PRIOR_SAMPLES * mean + right, PRIOR_SAMPLES * (1.0 - mean) + np.maximum(0.0, tried - right)
 

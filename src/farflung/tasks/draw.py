@@ -24,7 +24,7 @@ LATELY = 128
 """Steps after which a task counts among the untried again; four half-lives leave a sixteenth of its count."""
 MOST_DRAWN = 1024
 """Tasks drawn for a step; any beyond come in shuffled order."""
-MOST_SEEN = 4096
+MOST_SEEN = 2048
 """Candidates among the tasks that steps have tried, those tried last first."""
 
 
@@ -86,12 +86,6 @@ def _right(row: Row[Any]) -> float:
 
 
 _CLIPPED = sa.case((ROLLOUTS.c.reward < 0.0, 0.0), (ROLLOUTS.c.reward > 1.0, 1.0), else_=ROLLOUTS.c.reward)
-_IN_DISGRACE = sa.exists().where(
-    ROLLOUTS.c.group == GROUPS.c.group,
-    ROLLOUTS.c.status.in_(("trained", "dropped")),
-    NODES.c.node == ROLLOUTS.c.node,
-    NODES.c.status.in_(("quarantined", "ejected")),
-)
 _TAKEN = (
     sa.select(
         GROUPS.c.group,
@@ -107,13 +101,14 @@ _TAKEN = (
     )
     .join(TASKS, TASKS.c.task == GROUPS.c.task)
     .join(ROLLOUTS, ROLLOUTS.c.group == GROUPS.c.group)
+    .join(NODES, NODES.c.node == ROLLOUTS.c.node)
     .where(
         GROUPS.c.run == sa.bindparam("of"),
         GROUPS.c.batch_step == sa.bindparam("step"),
         GROUPS.c.status.in_(("trained", "dropped")),
         ROLLOUTS.c.status.in_(("trained", "dropped")),
         ROLLOUTS.c.reward.is_not(None),
-        ~_IN_DISGRACE,
+        NODES.c.status.in_(("probation", "trusted")),
     )
     .group_by(GROUPS.c.group, TASKS.c.task)
     .order_by(GROUPS.c.step, GROUPS.c.task)
