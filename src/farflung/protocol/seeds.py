@@ -1,7 +1,8 @@
 """Every secret-derived number, each by HMAC-SHA256 under its own label.
 
     run secret ─▶ step secret ─┬─▶ seed of a sample          (what noise a rollout is generated with)
-                               ├─▶ task key ─▶ task order    (which tasks the step opens)
+                               ├─▶ task key ─┬─▶ task order  (which tasks the step opens)
+                               │             └─▶ curriculum  (which of them it opens first)
                                ├─▶ audit key ─▶ audit draws  (which rollouts are replayed)
                                ├─▶ probe key ─▶ probe        (which slices of the weights an engine is asked for)
                                ├─▶ canary key ─▶ canaries    (what validators are tried on)
