@@ -50,6 +50,9 @@ def say(text: str) -> None:
 MOST_STEPS, LEARNS, OWN, GOAL = 400, 0.08, 0.3, 0.7
 """`LEARNS`: what a step of full variance adds to a policy's skill, in logits. `OWN`: what a group adds to its own task
 alone, as a share of that."""
+STALE, FORGETS = 0.7, 0.9
+"""What a task that comes again teaches beyond itself: this share of the last time, and of what is missing a tenth comes
+back each step."""
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Pupil:
     skill: float = -1.0
 
     def __post_init__(self) -> None:
-        self._own = np.zeros(len(self.difficulty))
+        self._own, self._known = np.zeros(len(self.difficulty)), np.zeros(len(self.difficulty))
 
     def rate(self, task: int) -> float:
         return 1 / (1 + math.exp(self.difficulty[task] - self.skill - self._own[task]))
@@ -69,8 +72,10 @@ class Pupil:
         """From groups of (task, right answers); a group's gradient goes with the deviation of its rewards."""
         for task, right in groups:
             signal = 2 * math.sqrt(right / samples * (1 - right / samples)) * LEARNS
-            self.skill += signal / 16
+            self.skill += signal / 16 * STALE ** self._known[task]
             self._own[task] += OWN * signal
+            self._known[task] += 1
+        self._known *= FORGETS
 
     def held_out(self) -> float:
         """The mean pass rate on what can be learned at all."""

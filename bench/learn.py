@@ -127,6 +127,7 @@ def ours(folder: Path, seed: int, most_steps: int, until: float, threads: int, m
         "learn": {
             "groups": GROUPS,
             "oversample": 1.0,
+            "curriculum": "uniform",  # as the peer does
             "lockstep": True,
             "max_staleness": 0,
             "lr": LR,

@@ -2,10 +2,10 @@
 
 Of each task a Beta posterior of its pass rate is kept: what its groups earned, which fades while the policy goes on
 without it. A pass rate p is drawn from each posterior (Thompson 1933), and the tasks whose draws promise the most
-variance of reward, p (1 - p), come first. A task that no step has tried has the prior, the mean over all that were; of
-those few are candidates, or the luckiest of a hundred thousand draws would always win. One place in `EXPLORE`, which
-one differs from step to step, goes to the next task of the step's shuffled order whatever is known of it: so none is
-starved.
+variance of reward, p (1 - p), come first; one that was just taken rests, or a few would come at every step. A task that
+no step has tried has the prior, the mean over all that were; of those few are candidates, or the luckiest of a hundred
+thousand draws would always win. One place in `EXPLORE`, which one differs from step to step, goes to the next task of
+the step's shuffled order whatever is known of it: so none is starved.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ from farflung.learner.difficulty import Count, fade
 from farflung.protocol.seeds import derive, task_key
 
 EXPLORE = 8
+REST = 4.0
+"""Steps after which a task that was taken counts for half of its worth again: what comes at once again teaches less."""
 PRIOR_SAMPLES = 1.0
 """Samples that the prior counts for: pass rates differ much from task to task, so half a group tells more."""
 
@@ -57,7 +59,7 @@ def draw(
     generator, (a, b) = _generator(step_secret, step), _posteriors(pool, step)
     offset, drawn = int(generator.integers(EXPLORE)), generator.beta(a, b)
     index = {one.position: place for place, one in enumerate(pool)}
-    best = np.argsort(-drawn * (1.0 - drawn), kind="stable").tolist()
+    best = np.argsort(-drawn * (1.0 - drawn) * _rested(pool, step), kind="stable").tolist()
     merged = _merge(best, [index[one.position] for one in fresh], min(places, len(pool)), offset)
     rate = a / (a + b)
     return [
@@ -79,6 +81,12 @@ def _merge(best: Sequence[int], shuffled: Sequence[int], places: int, offset: in
 
 def _shown(share: float) -> float:
     return round(float(share), 4)
+
+
+def _rested(pool: Sequence[Candidate], step: int) -> np.ndarray:
+    """How far each candidate is rested, from 0 for one that the policy has just trained on to 1."""
+    ages = np.array([step - one.seen_step if one.seen_step >= 0 else np.inf for one in pool])
+    return 1.0 - 0.5 ** (ages / REST)
 
 
 def _posteriors(pool: Sequence[Candidate], step: int) -> tuple[np.ndarray, np.ndarray]:
