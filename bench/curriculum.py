@@ -50,7 +50,7 @@ def say(text: str) -> None:
 MOST_STEPS, LEARNS, OWN, GOAL = 400, 0.08, 0.3, 0.7
 """`LEARNS`: what a step of full variance adds to a policy's skill, in logits. `OWN`: what a group adds to its own task
 alone, as a share of that."""
-STALE, FORGETS = 0.7, 0.9
+STALE, FORGETS = 0.9, 0.9
 """What a task that comes again teaches beyond itself: this share of the last time, and of what is missing a tenth comes
 back each step."""
 
@@ -112,8 +112,8 @@ def simulate(kind: str, how: str, tasks: int, seed: int, groups: int = 16, sampl
                 break
         spent += len(found)
         for task, right in found:
-            before = faded(counts[task], step - seen[task]) if seen[task] >= 0 else counts[task]
-            counts[task], seen[task] = add(before, samples, right, 0), step
+            before = faded(counts[task], step + 1 - seen[task]) if seen[task] >= 0 else counts[task]
+            counts[task], seen[task] = add(before, samples, right, 0), step + 1  # the step that takes the group
         pupil.learn(found, samples)
         if pupil.held_out() >= GOAL:
             break

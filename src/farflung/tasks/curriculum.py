@@ -18,8 +18,8 @@ from farflung.learner.difficulty import Count, fade
 from farflung.protocol.seeds import derive, task_key
 
 EXPLORE = 8
-REST = 4.0
-"""Steps after which a task that was taken counts for half of its worth again: what comes at once again teaches less."""
+REST = 0.5
+"""Steps after which a task that was taken counts for half of its worth again; one that the last step took, for none."""
 PRIOR_SAMPLES = 1.0
 """Samples that the prior counts for: pass rates differ much from task to task, so half a group tells more."""
 
