@@ -63,12 +63,14 @@ def test_a_file_that_is_none_is_refused(tmp_path, text, words) -> None:
         rows_of(settings(tmp_path, run={"name": "bad"}, env={"keep": str(tmp_path / "kept.jsonl")}))
 
 
-def test_difficulty_is_counted_as_rewards_come(house) -> None:
+def test_difficulty_is_counted_once_a_step_has_taken_the_groups(house) -> None:
     async def scenario(house) -> None:
         await house.step(0)
         await house.work("ada", 2)
         await house.audit()
         await house.score()
+        assert not house.rows(sa.select(TASKS.c.tried).where(TASKS.c.tried > 0))
+        await house.step(1)
         lengths = {row.task: row.tokens for row in house.rows(sa.select(TASKS).where(TASKS.c.tried > 0))}
         tried = house.rows(sa.select(TASKS.c.tried, TASKS.c.right).where(TASKS.c.tried > 0))
         assert [tuple(row) for row in tried] == [(4, 2), (4, 2)], "every second sample is right"
