@@ -95,6 +95,8 @@ SECTIONS = {
     "eval": "Evaluation on held-out tasks by the validators, greedily and by samples for pass@k.",
     "coordinator": "Where the coordinator listens and keeps its state, and whom it trusts with which role.",
     "worker": "Workers of `farflung run`. A worker that is started by hand takes flags of its own.",
+    "idle": "When a machine works, as its owner wishes: workers of `farflung run`. `farflung join` has flags,\n"
+    "and `farflung idle` keeps the same settings in `idle.toml` beside a node's key.",
     "validator": "Validators.",
     "relay": "Relays of `farflung run`. A relay that is started by hand takes flags of its own.",
     "scorer": "The scorer and its child processes.",

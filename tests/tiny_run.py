@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import BASE, House, named, settings
-from tests.served import Served
+from tests.served import Now, Served
 from transformers import PreTrainedModel
 
 from farflung.config import ValidatorSection
@@ -38,7 +38,7 @@ def tiny_run(folder: Path, model: Path, /, **changes: dict[str, Any]) -> Iterato
     config = settings(folder, model={"path": str(model)} | more, eval={"tasks": 0}, trust=trust, **changes)
     config.folder.mkdir()
     migrate(config.database_url)
-    site = Served(asyncio.run(House.open(config)))
+    site = Served(asyncio.run(House.open(config, Now())))
     try:
         yield site
     finally:

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from farflung.audits import self_test
-from farflung.config import WorkerSection
+from farflung.config import IdleSection, WorkerSection
 from farflung.config.tree import WAVES
 from farflung.engine.arithmetic import Own, choose
 from farflung.engine.base import Completion, Engine
 from farflung.engine.fit import node_slots
 from farflung.engine.of_node import Place, held_in, make, own_numerics
+from farflung.idle.loan import Loan
 from farflung.net.client import Client
 from farflung.net.node_stats import Held
 from farflung.net.session import Session, hardware
@@ -29,7 +30,6 @@ from farflung.protocol.errors import (
     Ejected,
     EngineAway,
     FarflungError,
-    Forbidden,
     LeaseGone,
     Malformed,
     NotFound,
@@ -47,7 +47,6 @@ from farflung.protocol.messages import (
     LeaseAnswer,
     LeaseRequest,
     RunInfo,
-    SelfTest,
     Submission,
 )
 from farflung.protocol.numerics import Numerics, Quantiser
@@ -56,7 +55,6 @@ from farflung.rollouts.lanes import AWAY_S, LOOK_S, Lanes
 from farflung.rollouts.pace import Pace
 from farflung.rollouts.receipts import Receipts
 from farflung.rollouts.submit import generate, open_lease, submission_of, submit
-from farflung.trust.evidence import Profile
 from farflung.weights.cache import Versions
 from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
@@ -91,12 +89,14 @@ class Worker:
         invite: str = "",
         expected_tokens_per_s: float = 0.0,
         part: int | None = None,
+        idle: IdleSection | None = None,
     ) -> None:
         self.client = Client(url, key, patience_s=patience_s)
         self.key, self.folder, self.settings, self.name, self.wrap = key, folder, settings, name, wrap
         self._run, self._root, self._invite = run, root, invite
         self._expected, self._part = expected_tokens_per_s, part
         self._devices = 1 if part is None else max(1, settings.processes)
+        self.loan = Loan(idle or IdleSection(), folder, settings)
         self.is_stopping = False
         self.slots = 0
         self.session: Session
@@ -111,30 +111,18 @@ class Worker:
         """Work until the run ends, the node is ejected, or the worker is told to stop."""
         await self.open()
         port = self.settings.metrics_port
-        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=self.weights.prefetch):
+        prefetch = self.loan.unless_recalled(self.weights.prefetch)
+        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=prefetch):
             try:
-                await self._prepare()
-                ended = await asyncio.gather(*map(self._keep_working, self.lanes.numbers), return_exceptions=True)
-                for error in filter(None, ended):
-                    raise error
+                with self.loan.watching():
+                    await self.loan.wait()
+                    await self._prepare()
+                    await self.lanes.work(self.step, self.drain, self._is_done)
             except Ejected as error:
                 log.error("leaving because=%s", error)
             finally:
                 await self.weights.close()
-                await asyncio.to_thread(self._made.close)
-
-    async def _keep_working(self, lane: int) -> None:
-        """Lease after lease. Where one lane fails for good, the other hands in what it has."""
-        try:
-            while not self.is_stopping and not self.session.is_over:
-                await self.step(lane)
-        except Forbidden as error:
-            if lane == self.session.device:
-                raise
-            log.warning("one lease at a time because=%s", error)
-        except BaseException:
-            self.drain()
-            raise
+                await self._end_engine()
 
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""
@@ -165,11 +153,8 @@ class Worker:
         self.slots = await asyncio.to_thread(node_slots, settings, info, self.device, config, dtype)
         log.info("room for slots=%d", self.slots)
         stops = await fetch_stops(self.session)
-        self.session.stats.phase = f"starting {self.settings.engine}"
         place = Place(settings, info, self.device, self.folder / settings.engine / str(self._part or 0), self.slots)
-        self._made = await asyncio.to_thread(self._engine, place, config, dtype, stops)
-        self.lanes = self._new_lanes()
-        self.engine = self.wrap(self._made)
+        self._make = lambda: self._engine(place, config, dtype, stops)
         self.weights = Versions(
             self.session,
             self.folder / "weights",
@@ -179,7 +164,9 @@ class Worker:
             patch=patch,
             share=self._part,
         )
-        self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
+        await self._start_engine()
+        self.lanes = self._new_lanes()
+        self.loan.bind(self.session, self._end_engine, self._start_engine, self.drain, self._is_done)
         self._receipts = Receipts(self.folder, self._part)
         await self.session.heartbeat()
 
@@ -187,7 +174,24 @@ class Worker:
         return make(place, config, dtype, stops)
 
     def _new_lanes(self) -> Lanes:
-        return Lanes(self._made, self.slots, self.session.device, self._devices, lambda: self.is_stopping)
+        return Lanes(lambda: self._made, self.slots, self.session.device, self._devices, lambda: self.is_stopping)
+
+    async def _start_engine(self) -> None:
+        self.session.stats.phase = f"starting {self.settings.engine}"
+        self._made = await asyncio.to_thread(self._make)
+        self.engine = self.wrap(self._made)
+        self.loaded = Loaded(self.engine, self.weights, stats=self.session.stats)
+
+    async def _end_engine(self) -> None:
+        """End it with all that it holds; nothing of it may be named anywhere after."""
+        if self._made is not None:
+            self.loaded.invalidate()
+            await asyncio.to_thread(self._made.close)
+            self._made = None
+            del self.engine, self.loaded
+
+    def _is_done(self) -> bool:
+        return self.is_stopping or self.session.is_over
 
     async def _own(self) -> Own:
         return await own_numerics(self.settings)
@@ -205,7 +209,7 @@ class Worker:
         """Load what the first lease will ask for, and try this machine's arithmetic on it. Raises ConfigError."""
         manifest = self.session.latest.manifest
         try:
-            if not manifest:
+            if not manifest or self._is_done():
                 return
             await self.load(manifest)
         except ConfigError:
@@ -235,20 +239,8 @@ class Worker:
             return ""
         self._is_untried = False
         self._tell("self-test")
-        tried = await asyncio.to_thread(self._attempt, test, profile)
-        if tried is None:
-            log.info("no self-test because=%s cannot tell gaps", self.settings.engine)
-            return ""
-        log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.text)
-        if tried.is_forgiven or self.settings.ignore_self_test:
-            return ""
-        if other := self_test.nearest(self.session, test, self.profile, tried):
-            return other
-        raise ConfigError(f"{tried.text}, or work all the same with --ignore-self-test")
-
-    def _attempt(self, test: SelfTest, profile: Profile) -> self_test.Tried | None:
-        with self.session.stats.working("proof"):
-            return self_test.attempt(self.engine, test, profile)
+        about = self.session, self.engine, test, self.profile, profile
+        return await self_test.elsewhere(*about, is_ignored=self.settings.ignore_self_test)
 
     def drain(self) -> None:
         """Stop soon: complete rollouts are handed in, the rest goes back."""
@@ -257,11 +249,14 @@ class Worker:
         self.session.shorten_patience()
 
     async def step(self, lane: int | None = None) -> None:
-        """One lease, from asking to handing in, once the server has all that was asked for before."""
+        """One lease, from asking to handing in, once server and owner are ready for it."""
         lane = self.session.device if lane is None else lane
         if not await self.lanes.turn(lane):
             return
         try:
+            await self.loan.wait()
+            if self._is_done():
+                return
             answer = await self._request(lane)
             if answer.lease is not None:
                 await self._take(answer.lease, lane)
@@ -282,7 +277,7 @@ class Worker:
         ask = LeaseRequest(**fields, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
-        self.weights.prefetch()
+        self.loan.unless_recalled(self.weights.prefetch)()
         return answer
 
     async def _take(self, signed: Signed, lane: int) -> None:
@@ -300,6 +295,9 @@ class Worker:
             log.info("no lease because=%s status=%r", reason, str(self.session.node_status))
 
     async def _work(self, lease: Lease) -> None:
+        if self.loan.is_recalled:
+            await self._return(lease)
+            return
         try:
             await self.load(lease.manifest, self.session.held[lease.lease])
             if other := await self.try_numerics(lease.manifest):
@@ -386,13 +384,15 @@ class Worker:
         with self.session.stats.working():
             began, held = self.client.clock(), self.session.held[lease.lease]
             spared_s = SPARED * (held.lapses_at - began)
-            return generate(self.engine, lease, lambda: self._is_over(held, began, spared_s))
+            with self.loan.generating():
+                return generate(self.engine, lease, lambda: self._is_over(held, began, spared_s))
 
     def _is_over(self, held: Held, began: float, spared_s: float) -> bool:
         """Whether what is complete is to be handed in, the rest left to others."""
         until = held.lapses_at
         is_late = until - began > LONG_S and self.client.clock() > until - spared_s
-        return self.is_stopping or is_late or self.session.is_over or held.lease in self.session.lost
+        is_recalled = not self.loan.may_go_on()
+        return self._is_done() or is_recalled or is_late or held.lease in self.session.lost
 
     async def _return(self, lease: Lease) -> None:
         await self.session.client.post(self.session.path(f"leases/{lease.lease}/return"), Empty(), Done)

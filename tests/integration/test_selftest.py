@@ -78,7 +78,7 @@ def worker_with(engine, tmp_path, test: m.SelfTest | None, **settings) -> Worker
         stats=NodeStats(),
     )  # fmt: skip
     worker.engine, worker.profile = engine, PROFILE.name
-    worker.lanes = Lanes(engine, 1, 0, 1, lambda: False)
+    worker.lanes = Lanes(lambda: engine, 1, 0, 1, lambda: False)
     return worker
 
 

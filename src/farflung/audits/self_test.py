@@ -4,6 +4,7 @@ The trainer makes a few rollouts with every EVERY-th version from seeds that any
 secret, so they give nothing away and can be told at once.
 """
 
+import asyncio
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -137,3 +138,27 @@ async def fetch_or_none(session: Session, manifest: str) -> SelfTest | None:
     except FarflungError as error:
         log.warning("no self-test because=%s", error)
         return None
+
+
+async def elsewhere(
+    session: Session, engine: Engine, test: SelfTest, own: str, profile: Profile, *, is_ignored: bool
+) -> str:
+    """Try an engine: the profile to be judged by instead of its own, if any.
+
+    Raises ConfigError where its noise is not forgiven under any that is admitted.
+    """
+    tried = await asyncio.to_thread(_attempt, session, engine, test, profile)
+    if tried is None:
+        log.info("no self-test because=%s cannot tell gaps", profile.engine)
+        return ""
+    log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.text)
+    if tried.is_forgiven or is_ignored:
+        return ""
+    if other := nearest(session, test, own, tried):
+        return other
+    raise ConfigError(f"{tried.text}, or work all the same with --ignore-self-test")
+
+
+def _attempt(session: Session, engine: Engine, test: SelfTest, profile: Profile) -> Tried | None:
+    with session.stats.working("proof"):
+        return attempt(engine, test, profile)

@@ -5,7 +5,7 @@ import locale
 import os
 import sys
 
-from farflung.cli import look, roles, runs, safety  # noqa: F401 (they register their commands)
+from farflung.cli import lending, look, roles, runs, safety  # noqa: F401 (they register their commands)
 from farflung.cli.app import app, complain
 from farflung.config import renamed
 from farflung.protocol.errors import ConfigError, FarflungError

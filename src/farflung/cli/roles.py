@@ -25,6 +25,7 @@ from farflung.cli.app import (
     start_computing,
     url_of,
 )
+from farflung.cli.lending import UNSAID, Lending
 from farflung.config import Config, RelaySection, WorkerSection
 from farflung.launch import role_makers
 from farflung.launch.logs import start_logging
@@ -253,6 +254,7 @@ def join(
     run: str = "",
     invite: str = "",
     how: Generating = Generating(),
+    when: Lending = UNSAID,
     disk_gb: float = 0.0,
     memory_gb: float = 0.0,
     context: int = 0,
@@ -277,6 +279,8 @@ def join(
         Token, for runs that admit invited nodes only.
     how
         How it generates.
+    when
+        When it works.
     disk_gb
         Most disk for weights; 0 for no bound but what is free.
     memory_gb
@@ -286,14 +290,14 @@ def join(
     unchecked
         Join even if checks fail.
     """
-    folder = expanded(folder)
+    folder, idle = expanded(folder), when.settings()
     _key_in(folder)
     from farflung.ops.join import join as join_run
 
     start_computing(json)
     settings = WorkerSection(**asdict(how), disk_gb=disk_gb, memory_gb=memory_gb, context=context)
     options = {"name": name, "run": run, "invite": invite, "is_json": json}
-    asyncio.run(join_run(address, folder, settings, **options, is_checked=not unchecked))
+    asyncio.run(join_run(address, folder, settings, **options, idle=idle, is_checked=not unchecked))
 
 
 @app.command(group=ROLES)

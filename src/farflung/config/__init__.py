@@ -8,6 +8,7 @@ Environment variables are FARFLUNG_SECTION__KEY. Every field says what it does; 
 from farflung.config.coordination import *
 from farflung.config.embedded import *
 from farflung.config.files import *
+from farflung.config.idle import IdleSection as IdleSection
 from farflung.config.learning import *
 from farflung.config.machines import *
 from farflung.config.section import *

@@ -9,6 +9,7 @@ from pydantic import PrivateAttr, model_validator
 
 from farflung.config.coordination import CoordinatorSection, LeaseSection, TrustSection
 from farflung.config.embedded import ChaosSection, PricesSection, SinksSection, SwarmSection
+from farflung.config.idle import IdleSection
 from farflung.config.learning import EnvSection, EvalSection, GenerateSection, LearnSection, ModelSection, RunSection
 from farflung.config.machines import RelaySection, ScorerSection, ValidatorSection, WorkerSection
 from farflung.config.section import Section
@@ -30,6 +31,7 @@ class Config(Section):
     eval: EvalSection = EvalSection()
     coordinator: CoordinatorSection = CoordinatorSection()
     worker: WorkerSection = WorkerSection()
+    idle: IdleSection = IdleSection()
     validator: ValidatorSection = ValidatorSection()
     relay: RelaySection = RelaySection()
     scorer: ScorerSection = ScorerSection()

@@ -21,7 +21,7 @@ ID = re.compile(
 )
 STATES = (
     *("joined", "starting", "waiting", "fetching", "generating", "submitting", "training", "publishing"),
-    *("auditing", "evaluating", "scoring", "mirroring", "serving"),
+    *("auditing", "evaluating", "scoring", "mirroring", "serving", "suspended", "vacated"),
 )
 """Phases that have a colour; a node may say anything."""
 TEXT_SHOWN = 20_000

@@ -55,7 +55,7 @@ def worker(url: str, config: Config, name: str, attack: str = "") -> "Worker":
 
     folder = folder_of(config, name)
     about = (url, Key.load_or_make(folder / "key"), folder, config.worker)
-    options = {"run": config.run.name, "root": _root(config), "name": name}
+    options = {"run": config.run.name, "root": _root(config), "name": name, "idle": config.idle}
     if not attack:
         return Worker(*about, **options)
 

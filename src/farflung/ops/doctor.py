@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.text import Text
 
 from farflung.config import WorkerSection
+from farflung.config.idle import preferences_in, read_preferences
 from farflung.launch.terminal import Terminal
 from farflung.net.client import Client
 from farflung.net.server import listen
 from farflung.net.session import Index, Session, check_run
+from farflung.ops.idle import observe
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import CLOCK_SKEW_S, Key, Signed, node_id, readable_name
 from farflung.protocol.messages import VERSION, Run, Status
@@ -71,6 +73,8 @@ async def examine(
     checks = (_python, *engines, lambda: _device(settings), lambda: _key(folder), lambda: _disk(folder, 0), _ports)
     for check in checks:
         yield check()
+    if not is_joining:
+        yield _owner(folder)
     if url:
         async for finding in _remote(url, folder, root, settings, is_joining=is_joining):
             yield finding
@@ -144,6 +148,15 @@ def _ports() -> Finding:
     except ConfigError as error:
         return Finding("ports", False, str(error), "close the programs that hold all ports; a relay needs one")
     return Finding("ports", True, "a worker needs none, a relay could open one")
+
+
+def _owner(folder: Path) -> Finding:
+    """What would be seen of the machine's owner, for `--when-idle`."""
+    try:
+        rules = read_preferences(preferences_in(folder))
+    except ConfigError as error:
+        return Finding("idle", False, str(error), "see `farflung idle --help`")
+    return Finding("idle", True, "\n               ".join(observe(rules)))
 
 
 # --- the coordinator and its run -------------------------------------------------------------------------------------

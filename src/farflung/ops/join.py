@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.text import Text
 
-from farflung.config import WorkerSection
+from farflung.config import IdleSection, WorkerSection
 from farflung.launch.terminal import Terminal
 from farflung.net.client import Client
 from farflung.net.session import Index, hardware
@@ -51,6 +51,7 @@ async def join(
     invite: str,
     is_checked: bool,
     is_json: bool = False,
+    idle: IdleSection | None = None,
 ) -> None:
     """Check, work, and tell what came of it. Raises ConfigError if the machine cannot take part."""
     url, root = parse(address)
@@ -65,6 +66,7 @@ async def join(
     )
     expected = await _preflight(console, url, folder, root, settings) if is_checked else 0.0
     options = {"run": run, "root": root, "name": name, "invite": invite, "expected_tokens_per_s": expected}
+    options |= {"idle": idle}
     try:
         await run_node(url, key, folder, settings, options, is_json=is_json)
     finally:

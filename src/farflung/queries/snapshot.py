@@ -187,6 +187,9 @@ def _trainer_waits(s: Snapshot) -> str:
     text = (
         f"The trainer waits for workers: {ready} complete groups of the {s.groups_wanted} with variance that it needs"
     )
+    states = dict(s.worker_states)
+    lent = states.get("suspended", 0) + states.get("vacated", 0)
     behind = [f"{held} rollouts wait for an audit" if held else "", f"{received} for a score" if received else ""]
+    behind += [f"{lent} of {s.online} workers stopped for the owners of their machines" if lent else ""]
     reasons = " and ".join(part for part in behind if part)
     return f"{text}; {reasons}." if reasons else f"{text}."

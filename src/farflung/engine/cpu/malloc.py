@@ -8,9 +8,11 @@ where to find half a million small pages has to be looked up as well.
 """
 
 import ctypes
+import gc
 import mmap
 import os
 import platform
+import sys
 from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -28,6 +30,17 @@ def keep_freed_memory() -> None:
         for parameter, value in ((_TRIM_THRESHOLD, -1), (_MMAP_MAX, 0), (_ARENA_MAX, 1)):
             libc.mallopt(parameter, value)
         _ask_for_large_pages(libc)
+
+
+def return_freed_memory() -> None:
+    """Give the kernel, and the driver of an accelerator, what this process has freed after all."""
+    gc.collect()
+    for kind in ("cuda", "xpu", "mps"):
+        module = getattr(sys.modules.get("torch"), kind, None)
+        if module is not None and module.is_available():
+            module.empty_cache()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
