@@ -24,15 +24,37 @@ from farflung.net.client import Client
 from farflung.net.node_stats import Held
 from farflung.net.session import Session, hardware
 from farflung.numerics.devices import accelerator, pick, say
-from farflung.protocol import errors
+from farflung.protocol.errors import (
+    BadSignature,
+    ConfigError,
+    Ejected,
+    EngineAway,
+    FarflungError,
+    LeaseGone,
+    Malformed,
+    NotFound,
+    Rejected,
+    TooLarge,
+    WeightsError,
+    WrongWeights,
+)
 from farflung.protocol.identity import Key, Signed
-from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, RunInfo, Submission
+from farflung.protocol.messages import (
+    MAX_SAMPLES,
+    Done,
+    Empty,
+    Lease,
+    LeaseAnswer,
+    LeaseRequest,
+    RunInfo,
+    Submission,
+)
 from farflung.protocol.numerics import Numerics, Quantiser
 from farflung.protocol.stops import Stops
 from farflung.rollouts.lanes import AWAY_S, LOOK_S, Lanes
 from farflung.rollouts.pace import Pace
 from farflung.rollouts.receipts import Receipts
-from farflung.rollouts.submit import Deadline, generate, open_lease, submission_of, submit
+from farflung.rollouts.submit import generate, open_lease, submission_of, submit
 from farflung.weights.cache import Versions
 from farflung.weights.loaded import Loaded
 from farflung.weights.patch import patch
@@ -40,6 +62,9 @@ from farflung.weights.tensors import fetch_model_config, fetch_stops
 
 log = logging.getLogger(__name__)
 WAIT_S = 5.0
+SPARED, LONG_S = 0.05, 60.0
+"""This share of a lease's first time is left at its end to hand in complete rollouts; of a short one none, for clocks
+differ."""
 Wrap = Callable[[Engine], Engine]
 
 
@@ -86,32 +111,18 @@ class Worker:
         """Work until the run ends, the node is ejected, or the worker is told to stop."""
         await self.open()
         port = self.settings.metrics_port
-        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=self._prefetch):
+        prefetch = self.loan.unless_recalled(self.weights.prefetch)
+        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=prefetch):
             try:
                 with self.loan.watching():
-                    await self._wait_for_owner()
+                    await self.loan.wait()
                     await self._prepare()
-                    ended = await asyncio.gather(*map(self._keep_working, self.lanes.numbers), return_exceptions=True)
-                for error in filter(None, ended):
-                    raise error
-            except errors.Ejected as error:
+                    await self.lanes.work(self.step, self.drain, self._is_done)
+            except Ejected as error:
                 log.error("leaving because=%s", error)
             finally:
                 await self.weights.close()
                 await self._end_engine()
-
-    async def _keep_working(self, lane: int) -> None:
-        """Lease after lease. Where one lane fails for good, the other hands in what it has."""
-        try:
-            while not self.is_stopping and not self.session.is_over:
-                await self.step(lane)
-        except errors.Forbidden as error:
-            if lane == self.session.device:
-                raise
-            log.warning("one lease at a time because=%s", error)
-        except BaseException:
-            self.drain()
-            raise
 
     async def open(self) -> None:
         """Join: register, check the run's descriptor, build the empty model."""
@@ -155,6 +166,7 @@ class Worker:
         )
         await self._start_engine()
         self.lanes = self._new_lanes()
+        self.loan.bind(self.session, self._end_engine, self._start_engine, self.drain, self._is_done)
         self._receipts = Receipts(self.folder, self._part)
         await self.session.heartbeat()
 
@@ -172,25 +184,14 @@ class Worker:
 
     async def _end_engine(self) -> None:
         """End it with all that it holds; nothing of it may be named anywhere after."""
-        while self.session.held:  # the other lane hands its lease in
-            await asyncio.sleep(LOOK_S)
         if self._made is not None:
             self.loaded.invalidate()
             await asyncio.to_thread(self._made.close)
             self._made = None
             del self.engine, self.loaded
 
-    async def _wait_for_owner(self) -> None:
-        """Until the owner does not need this machine."""
-        engine = self._end_engine, self._start_engine
-        await self.loan.wait(self.session, *engine, leave=self.drain, is_over=self._is_done)
-
     def _is_done(self) -> bool:
         return self.is_stopping or self.session.is_over
-
-    def _prefetch(self) -> None:
-        if not self.loan.is_recalled:
-            self.weights.prefetch()
 
     async def _own(self) -> Own:
         return await own_numerics(self.settings)
@@ -211,9 +212,9 @@ class Worker:
             if not manifest or self._is_done():
                 return
             await self.load(manifest)
-        except errors.ConfigError:
+        except ConfigError:
             raise
-        except errors.FarflungError as error:  # a lease will ask for it again
+        except FarflungError as error:  # a lease will ask for it again
             log.warning("not loaded yet manifest=%s because=%s", manifest[:12], error)
             return
         if other := await self.try_numerics(manifest):
@@ -228,16 +229,18 @@ class Worker:
     async def try_numerics(self, manifest: str) -> str:
         """With the first version that has a self-test: the profile to be judged by instead, if any.
 
+        That is where the noise is not forgiven under the present one. Raises ConfigError where none admitted forgives.
         A server is tried with every version that has one, once it is loaded: it may say so, and keep part of what it
-        had. Raises ConfigError where no admitted profile forgives this machine's noise.
+        had.
         """
-        if not self._is_untried:
+        test = await self_test.fetch_or_none(self.session, manifest) if self._is_untried else None
+        profile = self_test.profile_in(self.session, test, self.profile) if test else None
+        if test is None or profile is None:
             return ""
+        self._is_untried = False
         self._tell("self-test")
-        is_ignored = self.settings.ignore_self_test
-        found = await self_test.outcome(self.session, self.engine, manifest, self.profile, is_ignored=is_ignored)
-        self._is_untried = found is None
-        return found or ""
+        about = self.session, self.engine, test, self.profile, profile
+        return await self_test.elsewhere(*about, is_ignored=self.settings.ignore_self_test)
 
     def drain(self) -> None:
         """Stop soon: complete rollouts are handed in, the rest goes back."""
@@ -246,14 +249,12 @@ class Worker:
         self.session.shorten_patience()
 
     async def step(self, lane: int | None = None) -> None:
-        """One lease, from asking to handing in, once the server has all that was asked for before, and the machine's
-        owner has no need of it.
-        """
+        """One lease, from asking to handing in, once server and owner are ready for it."""
         lane = self.session.device if lane is None else lane
         if not await self.lanes.turn(lane):
             return
         try:
-            await self._wait_for_owner()
+            await self.loan.wait()
             if self._is_done():
                 return
             answer = await self._request(lane)
@@ -276,7 +277,7 @@ class Worker:
         ask = LeaseRequest(**fields, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
-        self._prefetch()
+        self.loan.unless_recalled(self.weights.prefetch)()
         return answer
 
     async def _take(self, signed: Signed, lane: int) -> None:
@@ -306,21 +307,21 @@ class Worker:
                 return
             await self._hand_in(lease)
             self.lanes.away_s = AWAY_S
-        except errors.ConfigError:
+        except ConfigError:
             await self._return(lease)
             raise
-        except errors.EngineAway as error:
+        except EngineAway as error:
             log.error("returning lease=%s waiting_s=%.0f because=%s", lease.lease, self.lanes.away_s, error)
             self.loaded.invalidate()
             await self._return(lease)
             self._tell("waiting for its engine")
             await self.lanes.wait_for_engine(self.client.clock)
-        except errors.WrongWeights as error:
+        except WrongWeights as error:
             log.error("loading the weights anew because=%s", error)
             self.loaded.invalidate()
-        except (errors.LeaseGone, errors.Rejected) as error:
+        except (LeaseGone, Rejected) as error:
             log.warning("lost lease=%s because=%s", lease.lease, error)
-        except (errors.WeightsError, errors.BadSignature, errors.NotFound, errors.Malformed, errors.TooLarge) as error:
+        except (WeightsError, BadSignature, NotFound, Malformed, TooLarge) as error:
             log.error("refusing lease=%s because=%s", lease.lease, error)
             await self._return(lease)
 
@@ -353,7 +354,7 @@ class Worker:
         done = await self._generated(lease)
         await self._pace.keep(sum(len(completion.ids) for _, completion in done), lambda: self.is_stopping)
         if lease.lease in self.session.lost:
-            raise errors.LeaseGone(f"lease {lease.lease} was given to another")
+            raise LeaseGone(f"lease {lease.lease} was given to another")
         if not done:
             await self._return(lease)
             return
@@ -381,17 +382,17 @@ class Worker:
 
     def _generate(self, lease: Lease) -> list[tuple[str, Completion]]:
         with self.session.stats.working():
-            deadline = Deadline(self.session.held[lease.lease], self.client.clock)
-            self.loan.begin()
-            try:
-                return generate(self.engine, lease, lambda: self._is_over(lease, deadline))
-            finally:
-                self.loan.end()
+            began, held = self.client.clock(), self.session.held[lease.lease]
+            spared_s = SPARED * (held.lapses_at - began)
+            with self.loan.generating():
+                return generate(self.engine, lease, lambda: self._is_over(held, began, spared_s))
 
-    def _is_over(self, lease: Lease, deadline: Deadline) -> bool:
+    def _is_over(self, held: Held, began: float, spared_s: float) -> bool:
         """Whether what is complete is to be handed in, the rest left to others."""
-        is_recalled = not self.loan.may_go_on(self._is_done)
-        return self._is_done() or is_recalled or deadline.is_near() or lease.lease in self.session.lost
+        until = held.lapses_at
+        is_late = until - began > LONG_S and self.client.clock() > until - spared_s
+        is_recalled = not self.loan.may_go_on()
+        return self._is_done() or is_recalled or is_late or held.lease in self.session.lost
 
     async def _return(self, lease: Lease) -> None:
         await self.session.client.post(self.session.path(f"leases/{lease.lease}/return"), Empty(), Done)

@@ -22,6 +22,7 @@ class Coordinator:
     """That of a session: what it is told, where it is there."""
 
     stats: NodeStats = field(default_factory=NodeStats)
+    held: dict[str, str] = field(default_factory=dict[str, str])
     told: list[str] = field(default_factory=list[str])
     is_away: bool = False
 
@@ -64,8 +65,8 @@ class Machine:
         self.is_over = True
 
     def waiting(self) -> "asyncio.Task[None]":
-        wait = self.loan.wait(self.session, self.end, self.start, leave=self.leave, is_over=lambda: self.is_over)
-        return asyncio.create_task(wait)
+        self.loan.bind(self.session, self.end, self.start, self.leave, lambda: self.is_over)
+        return asyncio.create_task(self.loan.wait())
 
 
 @pytest.fixture(autouse=True)
@@ -126,5 +127,23 @@ def test_when_time_is_up_the_node_leaves(tmp_path: Path) -> None:
         machine.owner(is_there=False)
         await asyncio.wait_for(machine.waiting(), 5)
         assert machine.did == ["leave"]
+
+    asyncio.run(scenario())
+
+
+def test_memory_is_given_back_once_the_other_lane_has_handed_in(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        machine = Machine(tmp_path, vacate_s=0)
+        machine.session.held["l1"] = "the other lane's"
+        machine.owner(is_there=True)
+        waiting = machine.waiting()
+        await asyncio.sleep(0.02)
+        assert machine.did == []
+        machine.session.held.clear()
+        machine.session.stats.phase = "submitting"
+        await asyncio.sleep(0.02)
+        assert (machine.did, machine.session.stats.phase) == (["end"], "vacated (user_active)")
+        machine.owner(is_there=False)
+        await asyncio.wait_for(waiting, 5)
 
     asyncio.run(scenario())

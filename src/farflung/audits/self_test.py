@@ -88,33 +88,6 @@ def profile_in(session: Session, test: SelfTest, name: str) -> Profile | None:
     return None if sealed.quantiser else from_json(data)
 
 
-async def outcome(session: Session, engine: Engine, manifest: str, own: str, *, is_ignored: bool) -> str | None:
-    """Try a machine with a version: the profile to be judged by instead of its own where that does not forgive its
-    noise, empty for none; None where nothing could be tried.
-
-    Raises ConfigError where none admitted forgives it, unless that is to be ignored.
-    """
-    test = await fetch_or_none(session, manifest)
-    profile = profile_in(session, test, own) if test else None
-    if test is None or profile is None:
-        return None
-    tried = await asyncio.to_thread(_attempt, session, engine, test, profile)
-    if tried is None:
-        log.info("no self-test because=%s cannot tell gaps", profile.engine)
-        return ""
-    log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.text)
-    if tried.is_forgiven or is_ignored:
-        return ""
-    if other := nearest(session, test, own, tried):
-        return other
-    raise ConfigError(f"{tried.text}, or work all the same with --ignore-self-test")
-
-
-def _attempt(session: Session, engine: Engine, test: SelfTest, profile: Profile) -> Tried | None:
-    with session.stats.working("proof"):
-        return attempt(engine, test, profile)
-
-
 def attempt(engine: Engine, test: SelfTest, profile: Profile) -> Tried | None:
     """Generate what was generated before and compare; None for an engine that cannot tell gaps."""
     asked = [
@@ -165,3 +138,27 @@ async def fetch_or_none(session: Session, manifest: str) -> SelfTest | None:
     except FarflungError as error:
         log.warning("no self-test because=%s", error)
         return None
+
+
+async def elsewhere(
+    session: Session, engine: Engine, test: SelfTest, own: str, profile: Profile, *, is_ignored: bool
+) -> str:
+    """Try an engine: the profile to be judged by instead of its own, if any.
+
+    Raises ConfigError where its noise is not forgiven under any that is admitted.
+    """
+    tried = await asyncio.to_thread(_attempt, session, engine, test, profile)
+    if tried is None:
+        log.info("no self-test because=%s cannot tell gaps", profile.engine)
+        return ""
+    log.info("self-test step=%d tokens=%d %s", test.step, tried.tokens, tried.text)
+    if tried.is_forgiven or is_ignored:
+        return ""
+    if other := nearest(session, test, own, tried):
+        return other
+    raise ConfigError(f"{tried.text}, or work all the same with --ignore-self-test")
+
+
+def _attempt(session: Session, engine: Engine, test: SelfTest, profile: Profile) -> Tried | None:
+    with session.stats.working("proof"):
+        return attempt(engine, test, profile)

@@ -3,16 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from farflung.engine.base import Completion, Engine, Request
-from farflung.net.node_stats import Held
 from farflung.net.session import Session
 from farflung.protocol import wire
 from farflung.protocol.errors import BadSignature
 from farflung.protocol.identity import Signed, unseal
 from farflung.protocol.messages import Lease, Submission, SubmittedRollout
-
-SPARED, LONG_S = 0.05, 60.0
-"""This share of a lease's first time is left at its end to hand in complete rollouts; of a short one none, for clocks
-differ."""
 
 
 async def open_lease(session: Session, signed: Signed) -> Lease:
@@ -38,20 +33,6 @@ def requests_of(lease: Lease) -> list[tuple[str, Request]]:
         for group in lease.groups
         for sample in group.samples
     ]
-
-
-class Deadline:
-    """When complete rollouts of a lease are handed in and the rest is left to others."""
-
-    def __init__(self, held: Held, clock: Callable[[], float]) -> None:
-        """From now on, by this machine's clock."""
-        self._held, self._clock, self._began = held, clock, clock()
-        self._spared_s = SPARED * (held.lapses_at - self._began)
-
-    def is_near(self) -> bool:
-        """Whether it is time to."""
-        until = self._held.lapses_at
-        return until - self._began > LONG_S and self._clock() > until - self._spared_s
 
 
 def generate(engine: Engine, lease: Lease, should_stop: Callable[[], bool]) -> list[tuple[str, Completion]]:
