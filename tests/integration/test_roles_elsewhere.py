@@ -78,6 +78,8 @@ def test_every_role_computes_where_its_setting_says(served, tmp_path, place, lea
     validator = Validator(site.url, named("val-1"), tmp_path / "val-1", ValidatorSection(device=place))
     trainers = [Trainer(site.url, named("trainer"), ends_at(site.house.config, steps)) for steps in ends]
 
+    of_worker: list[Any] = []
+
     async def scenario(house: House) -> None:
         others: list[asyncio.Task[None]] = []
         async with asyncio.timeout(WAIT_S):
@@ -89,13 +91,14 @@ def test_every_role_computes_where_its_setting_says(served, tmp_path, place, lea
                     await house.score()
                     await asyncio.sleep(0.05)
                 await running
+            of_worker.append(worker.engine)  # it lets go of it when it leaves
             worker.drain()
             validator.stop()
             await asyncio.gather(*others)
 
     site.house.run(scenario)
     judges = [loaded.engine for loaded in validator.engines._held.values()]
-    engines = [worker.engine, *judges, *(trainer.checker._held.engine for trainer in trainers)]
+    engines = [*of_worker, *judges, *(trainer.checker._held.engine for trainer in trainers)]
     models = [*(engine.model for engine in engines), *(one.distributed.learner.policy.model for one in trainers)]
     assert {tensor.device.type for model in models for tensor in model.state_dict().values()} == {
         torch.device(place).type
