@@ -171,7 +171,7 @@ def test_input_suspends_within_a_second_hands_in_what_is_whole_and_work_goes_on(
     assert len(node.leases()) == taken, "and none was taken while it waited"
     system_bus.set_idle(60.0)
     gone_at = time.time()
-    node.until(lambda: len(node.leases()) > before, "work to go on")
+    node.until(lambda: len(node.leases()) > taken, "work to go on")
     print(f"a new lease {time.time() - gone_at:.2f} s after the owner had gone")
 
 
