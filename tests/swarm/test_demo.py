@@ -28,9 +28,10 @@ def test_the_cheat_alone_is_ejected_with_a_reason(demo):
 
 
 def test_nothing_of_the_cheat_was_trained(demo):
+    """Where the policy is certain, its own noise picks what the seeds pick: such text passed its replay."""
     with sqlite3.connect(demo.folder / "farflung.db") as database:
-        query = """SELECT count(*) FROM rollouts JOIN nodes USING (node)
-                   WHERE name = 'mallory' AND rollouts.status IN ('accepted', 'batched', 'trained')"""
+        query = """SELECT count(*) FROM rollouts JOIN nodes USING (node) WHERE name = 'mallory'
+                   AND rollouts.status IN ('accepted', 'batched', 'trained') AND NOT rollouts.is_audited"""
         assert database.execute(query).fetchone() == (0,)
     database.close()
 
@@ -39,13 +40,16 @@ def test_the_lease_of_the_dead_worker_went_to_others(demo):
     assert demo.summary()["leases_reissued"] >= 1
 
 
-def test_the_ledger_sums_to_zero_and_the_cheat_has_nothing(demo):
+def test_the_ledger_sums_to_zero_and_the_cheat_has_nothing_but_for_what_passed_its_replay(demo):
     with sqlite3.connect(demo.folder / "farflung.db") as database:
         assert database.execute("SELECT sum(tokens) FROM entries").fetchone() == (0,)
         mallory = database.execute("SELECT node FROM nodes WHERE name = 'mallory'").fetchone()[0]
         accounts = (f"escrow:{mallory}", f"credit:{mallory}")
         query = "SELECT coalesce(sum(tokens), 0) FROM entries WHERE account IN (?, ?)"
-        assert database.execute(query, accounts).fetchone() == (0,)
+        paid = database.execute(query, accounts).fetchone()[0]
+        query = """SELECT coalesce(sum(tokens), 0) FROM rollouts
+                   WHERE node = ? AND is_audited AND status NOT IN ('held', 'rejected', 'void')"""
+        assert 0 <= paid <= database.execute(query, (mallory,)).fetchone()[0]
     database.close()
 
 
