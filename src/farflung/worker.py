@@ -39,16 +39,7 @@ from farflung.protocol.errors import (
     WrongWeights,
 )
 from farflung.protocol.identity import Key, Signed
-from farflung.protocol.messages import (
-    MAX_SAMPLES,
-    Done,
-    Empty,
-    Lease,
-    LeaseAnswer,
-    LeaseRequest,
-    RunInfo,
-    Submission,
-)
+from farflung.protocol.messages import MAX_SAMPLES, Done, Empty, Lease, LeaseAnswer, LeaseRequest, RunInfo, Submission
 from farflung.protocol.numerics import Numerics, Quantiser
 from farflung.protocol.stops import Stops
 from farflung.rollouts.lanes import AWAY_S, LOOK_S, Lanes
@@ -111,8 +102,7 @@ class Worker:
         """Work until the run ends, the node is ejected, or the worker is told to stop."""
         await self.open()
         port = self.settings.metrics_port
-        prefetch = self.loan.unless_recalled(self.weights.prefetch)
-        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=prefetch):
+        async with self.session.running("worker", self.drain, metrics_port=port, on_heartbeat=self._prefetch):
             try:
                 with self.loan.watching():
                     await self.loan.wait()
@@ -189,6 +179,10 @@ class Worker:
             await asyncio.to_thread(self._made.close)
             self._made = None
             del self.engine, self.loaded
+
+    def _prefetch(self) -> None:
+        if not self.loan.is_recalled:
+            self.weights.prefetch()
 
     def _is_done(self) -> bool:
         return self.is_stopping or self.session.is_over
@@ -277,7 +271,7 @@ class Worker:
         ask = LeaseRequest(**fields, context=self.settings.context, wait_s=WAIT_S)
         answer = await self.session.client.post(self.session.path("leases"), ask, LeaseAnswer)
         self.session.latest = answer.latest
-        self.loan.unless_recalled(self.weights.prefetch)()
+        self._prefetch()
         return answer
 
     async def _take(self, signed: Signed, lane: int) -> None:

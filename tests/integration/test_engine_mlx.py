@@ -326,10 +326,10 @@ def test_a_profile_is_measured_for_it(quantiser: str) -> None:
 
 
 def test_the_doctor_says_what_is_there_or_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._mlx().text == f"{version('mlx')}, mlx-lm {version('mlx-lm')}"
+    assert doctor.EXTRAS["mlx"]().text == f"{version('mlx')}, mlx-lm {version('mlx-lm')}"
     assert device(WorkerSection(engine="mlx", device="cpu"))
     monkeypatch.setattr(doctor, "version", missing)
-    assert (doctor._mlx().is_well, doctor._mlx().mend) == (False, "pip install 'farflung[mlx]'")
+    assert (doctor.EXTRAS["mlx"]().is_well, doctor.EXTRAS["mlx"]().mend) == (False, "pip install 'farflung[mlx]'")
 
 
 def missing(name: str) -> str:

@@ -16,7 +16,7 @@ pytest.importorskip("jeepney")
 from farflung.config.idle import IdleSection
 from farflung.idle.sensors import Sensors
 from farflung.idle.sources import Missing
-from farflung.idle.sources.load import CpuOfOthers, own_root, running
+from farflung.idle.sources.others import CpuOfOthers, own_root, running
 from farflung.idle.sources.system_bus import Logind, MeteredNetwork, SystemBus
 from farflung.idle.sources.user import X11, UserIdle
 from system_bus import FakeBus

@@ -12,9 +12,9 @@ from farflung.config.hours import duration_s, parse
 from farflung.config.idle import IdleSection, changed, preferences_in, read_preferences, write_preferences
 from farflung.idle.decide import Decision, Facts, Reason
 from farflung.idle.loan import phase
+from farflung.idle.lookout import Watch
 from farflung.idle.throttle import MOST_S, Throttle
-from farflung.idle.watch import Watch
-from farflung.ops.idle import edit, given
+from farflung.ops.preferences import edit, given
 from farflung.protocol import wire
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.messages import Heartbeat

@@ -12,7 +12,7 @@ from farflung.config.idle import preferences_in
 from farflung.idle import loan as loans
 from farflung.idle.decide import Facts
 from farflung.idle.loan import Loan
-from farflung.idle.watch import Watch
+from farflung.idle.lookout import Watch
 from farflung.net.session import NodeStats
 from farflung.protocol.errors import ConfigError, Unreachable
 

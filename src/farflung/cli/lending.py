@@ -40,7 +40,7 @@ class Lending:
 
     def settings(self) -> IdleSection:
         """What was said. Raises ConfigError."""
-        from farflung.ops.idle import given
+        from farflung.ops.preferences import given
 
         return given(**vars(self), now_s=time.time())
 
@@ -61,7 +61,7 @@ def idle(action: Literal["show", "set"] = "show", *settings: str, folder: Path =
     folder
         Where the node keeps its key and its owner's preferences.
     """
-    from farflung.ops.idle import edit, show
+    from farflung.ops.preferences import edit, show
 
     if action == "show" and settings:
         raise ConfigError(f"`farflung idle show` takes no settings such as {settings[0]!r}; use `farflung idle set`")

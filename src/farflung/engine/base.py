@@ -5,13 +5,14 @@ An engine holds one policy and does two things with it: it *generates* completio
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from farflung.protocol.errors import WeightsError
 from farflung.protocol.probe import Slice
-from farflung.protocol.stops import Stops
+from farflung.protocol.stops import DONE, Stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,25 @@ class Completion:
     ids: tuple[int, ...]
     logp: tuple[float, ...]
     """Log-probability of each token at the sampling temperature; a metric, believed by no role."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """A completion under way, token by token."""
+
+    request: Request
+    said: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    """Its tokens so far, each with its log-probability."""
+    _state: int = field(default=0, init=False)
+    """Progress in the stop strings."""
+
+    def add(self, token: int, logp: float, eos_ids: frozenset[int], stops: Stops | None) -> Completion | None:
+        """Say one token more; gives the completion if that ends it."""
+        self.said.append((token, logp))
+        self._state = 0 if stops is None else int(stops.moves_SV[self._state, token])
+        is_full = len(self.said) == self.request.max_new_tokens
+        is_over = token in eos_ids or self._state == DONE or is_full
+        return Completion(*zip(*self.said, strict=True)) if is_over else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +115,15 @@ class Engine(Protocol):
         With `alone` each is read by itself, sharing and padding nothing: slow, and another path than the usual one.
         """
         ...
+
+
+def refuse_empty(requests: Sequence[Request]) -> None:
+    """Raise ValueError for a request with nothing to read or nothing to say."""
+    for index, request in enumerate(requests):
+        if not request.prompt_ids or request.max_new_tokens < 1:
+            raise ValueError(f"request {index} needs a prompt and max_new_tokens of at least 1: {request}")
+
+
+def unloaded() -> WeightsError:
+    """The error of an engine that is asked before its weights are there."""
+    return WeightsError("the engine holds no complete weights; load all tensors of one step first")

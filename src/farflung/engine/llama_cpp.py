@@ -8,19 +8,19 @@ Legend: B rows under way, V vocabulary.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from farflung.engine.arithmetic import QUANTISED, Own
-from farflung.engine.base import Completion, Replay, Request
+from farflung.engine.base import Answer, Completion, Replay, Request, refuse_empty, unloaded
 from farflung.engine.gguf_file import GgufFile, refuse_missing
 from farflung.engine.llama_library import MOST_TEXTS, Fed, LlamaModel, device_kind
 from farflung.engine.plain import pick
-from farflung.protocol.errors import ConfigError, WeightsError
+from farflung.protocol.errors import ConfigError
 from farflung.protocol.probe import Slice
-from farflung.protocol.stops import DONE, Stops
+from farflung.protocol.stops import Stops
 
 FILE = "weights.gguf"
 
@@ -31,18 +31,20 @@ class _Row:
 
     index: int
     """Of its request."""
-    request: Request
+    answer: Answer
     text: int
     """Its number in llama.cpp."""
-    said: list[tuple[int, float]] = field(default_factory=list)
-    state: int = 0
-    """Progress in the stop strings."""
+
+    @property
+    def request(self) -> Request:
+        """What is answered."""
+        return self.answer.request
 
     @property
     def next_fed(self) -> Fed:
         """Its last token, which is yet to be read."""
-        at = len(self.request.prompt_ids) + len(self.said) - 1
-        return Fed(self.said[-1][0], at, self.text, True)
+        said = self.answer.said
+        return Fed(said[-1][0], len(self.request.prompt_ids) + len(said) - 1, self.text, True)
 
 
 class LlamaCppEngine:
@@ -99,9 +101,7 @@ class LlamaCppEngine:
         where no weights are loaded, EngineAway where llama.cpp fails.
         """
         model = self._loaded()
-        for index, one in enumerate(requests):
-            if not one.prompt_ids or one.max_new_tokens < 1:
-                raise ValueError(f"request {index} needs a prompt and max_new_tokens of at least 1: {one}")
+        refuse_empty(requests)
         if not requests:
             return []
         batch = _Batch(model, requests, min(self.max_rows, MOST_TEXTS, len(requests)), self.eos_ids, self.stops)
@@ -125,7 +125,7 @@ class LlamaCppEngine:
 
     def _loaded(self) -> LlamaModel:
         if self._model is None:
-            raise WeightsError("the engine holds no complete weights; load all tensors of one step first")
+            raise unloaded()
         return self._model
 
 
@@ -144,7 +144,7 @@ class _Batch:
         self._model, self._rows, self._eos_ids, self._stops = model, rows, eos_ids, stops
         self.done: list[Completion | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
-        self._waiting = deque((index, requests[index]) for index in order)
+        self._waiting = deque((index, Answer(requests[index])) for index in order)
         self._live: list[_Row] = []
         model.make_room(rows, max(len(one.prompt_ids) + one.max_new_tokens for one in requests))
 
@@ -174,9 +174,9 @@ class _Batch:
         groups: list[list[_Row]] = []
         text = len(self._live)
         while self._waiting and text < self._rows:
-            prompt = self._waiting[0][1].prompt_ids
+            prompt = self._waiting[0][1].request.prompt_ids
             rows: list[_Row] = []
-            while self._waiting and text < self._rows and self._waiting[0][1].prompt_ids == prompt:
+            while self._waiting and text < self._rows and self._waiting[0][1].request.prompt_ids == prompt:
                 rows.append(_Row(*self._waiting.popleft(), text))
                 text += 1
             groups.append(rows)
@@ -184,13 +184,10 @@ class _Batch:
 
     def _say(self, logits_BV: torch.Tensor) -> None:
         """Pick a token for every row; those that are complete leave."""
-        requests, counts = [row.request for row in self._live], [len(row.said) for row in self._live]
+        requests, counts = [row.request for row in self._live], [len(row.answer.said) for row in self._live]
         token_B, logp_B = pick(logits_BV, requests, counts)
         for row, token, logp in zip(self._live, token_B.tolist(), logp_B.tolist(), strict=True):
-            row.said.append((token, logp))
-            row.state = 0 if self._stops is None else int(self._stops.moves_SV[row.state, token])
-            if token in self._eos_ids or row.state == DONE or len(row.said) == row.request.max_new_tokens:
-                self.done[row.index] = Completion(*zip(*row.said, strict=True))
+            self.done[row.index] = row.answer.add(token, logp, self._eos_ids, self._stops)
         self._close_up()
 
     def _close_up(self) -> None:

@@ -8,14 +8,14 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine import plain
-from farflung.engine.base import Completion, Replay, Request
+from farflung.engine.base import Completion, Replay, Request, refuse_empty, unloaded
 from farflung.engine.cpu import decode as cpu
 from farflung.engine.cpu.matmul import optimise_linears
 from farflung.engine.loading import build, end_tokens, load_strictly, read_slices
 from farflung.engine.replay import REPLAY_TOKENS, replay
 from farflung.engine.ways import Ways, find_ways, is_for_cpu, is_whole_on_cpu
 from farflung.numerics.trying import Trial
-from farflung.protocol.errors import ConfigError, WeightsError
+from farflung.protocol.errors import ConfigError
 from farflung.protocol.probe import Slice
 from farflung.protocol.stops import Stops
 
@@ -125,14 +125,7 @@ class LocalEngine:
 
     def _refuse_unloaded(self) -> None:
         if not self._is_loaded:
-            raise WeightsError("the engine holds no complete weights; load all tensors of one step first")
-
-
-def refuse_empty(requests: Sequence[Request]) -> None:
-    """Raise ValueError for a request with nothing to read or nothing to say."""
-    for index, request in enumerate(requests):
-        if not request.prompt_ids or request.max_new_tokens < 1:
-            raise ValueError(f"request {index} needs a prompt and max_new_tokens of at least 1: {request}")
+            raise unloaded()
 
 
 def refuse_unsteady(most_tokens: int | None, tokens: int) -> None:

@@ -18,13 +18,11 @@ import torch
 from mlx_lm.models.cache import make_prompt_cache
 
 from farflung.engine import mlx_noise
-from farflung.engine.base import Completion, Replay, Request
+from farflung.engine.base import Completion, Replay, Request, refuse_empty, unloaded
 from farflung.engine.loading import end_tokens
-from farflung.engine.local import refuse_empty
 from farflung.engine.mlx_model import MlxModel, in_torch
 from farflung.engine.plain import complete
 from farflung.engine.replay import refuse_strangers, views
-from farflung.protocol.errors import WeightsError
 from farflung.protocol.probe import Slice
 from farflung.protocol.stops import Stops
 
@@ -116,7 +114,7 @@ class MlxEngine:
 
     def _refuse_unloaded(self) -> None:
         if not self._is_loaded:
-            raise WeightsError("the engine holds no complete weights; load all tensors of one step first")
+            raise unloaded()
 
 
 class MlxRows:

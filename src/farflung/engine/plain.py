@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from farflung.engine.argmax import best, policy_scores, with_noise
-from farflung.engine.base import Completion, Request
+from farflung.engine.base import Answer, Completion, Request
 from farflung.engine.noise import gumbel
-from farflung.protocol.stops import DONE, Stops
+from farflung.protocol.stops import Stops
 
 Batching = Literal["padded", "level", "alone", "whole"]
 """Prompts of all lengths in one batch, of one length each, one row at a time; or one row at a time that is read whole
@@ -154,17 +154,12 @@ def _complete(
     should_stop: Callable[[], bool] | None,
     stops: Stops | None,
 ) -> list[Completion | None]:
-    said: list[list[tuple[int, float]]] = [[] for _ in requests]
-    state, live = [0] * len(requests), list(range(len(requests)))
+    answers, live = [Answer(request) for request in requests], list(range(len(requests)))
     done: list[Completion | None] = [None] * len(requests)
     while live and not (should_stop is not None and should_stop()):
-        picked = rows.pick([requests[index] for index in live], len(said[live[0]]))
+        picked = rows.pick([requests[index] for index in live], len(answers[live[0]].said))
         for index, token, logp in zip(live, *picked, strict=True):
-            said[index].append((token, logp))
-            state[index] = 0 if stops is None else int(stops.moves_SV[state[index], token])
-            is_full = len(said[index]) == requests[index].max_new_tokens
-            if token in eos_ids or state[index] == DONE or is_full:
-                done[index] = Completion(*zip(*said[index], strict=True))
+            done[index] = answers[index].add(token, logp, eos_ids, stops)
         going = [row for row, index in enumerate(live) if done[index] is None]
         live = [live[row] for row in going]
         rows.go_on(going)

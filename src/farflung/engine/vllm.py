@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from farflung.engine import sampling_check
-from farflung.engine.base import Completion, Replay, Request
+from farflung.engine.base import Completion, Replay, Request, unloaded
 from farflung.engine.loading import read_slices
 from farflung.engine.sampling_check import TOP
 from farflung.engine.seeded_rows import SEED, TEMPERATURE
@@ -156,10 +156,10 @@ class VllmEngine:
             for (request, _), answer in zip(items, self._answers(bodies), strict=True)
         ]
 
-    # --- trying the server -------------------------------------------------------------------------------------------
-
     def close(self) -> None:
         """The server is not this node's own."""
+
+    # --- trying the server -------------------------------------------------------------------------------------------
 
     def _refuse_wrong_sampling(self) -> None:
         """Raise ConfigError for a server that does not sample as the run asks, or has weights of before in its cache.
@@ -353,7 +353,7 @@ class VllmEngine:
 
     def _refuse_unloaded(self) -> None:
         if not self._label:
-            raise WeightsError("the engine holds no complete weights; load all tensors of one step first")
+            raise unloaded()
 
 
 def save_one_by_one(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

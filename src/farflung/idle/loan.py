@@ -14,9 +14,9 @@ from farflung.config import WorkerSection
 from farflung.config.idle import IdleSection, preferences_in
 from farflung.engine.cpu.malloc import return_freed_memory
 from farflung.idle.decide import Decision, Reason
+from farflung.idle.lookout import Watch
 from farflung.idle.sensors import Sensors
 from farflung.idle.throttle import Throttle
-from farflung.idle.watch import Watch
 from farflung.net.session import Session
 from farflung.protocol.errors import FarflungError
 
@@ -59,10 +59,6 @@ class Loan:
         it is told to `leave` at the end of time.
         """
         self._session, self._end, self._start, self._leave, self._is_over = session, end, start, leave, is_over
-
-    def unless_recalled(self, act: Callable[[], None]) -> Callable[[], None]:
-        """What does that, but nothing while the owner needs the machine."""
-        return lambda: None if self.is_recalled else act()
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import time
 from farflung.config.idle import IdleSection
 from farflung.idle.decide import Facts
 from farflung.idle.sources import Missing, Source
-from farflung.idle.sources.load import CpuOfOthers, GpuOfOthers, own_root, running
+from farflung.idle.sources.others import CpuOfOthers, GpuOfOthers, own_root, running
 from farflung.idle.sources.power import on_battery, temperature_c
 from farflung.idle.sources.system_bus import Logind, MeteredNetwork, SystemBus
 from farflung.idle.sources.user import UserIdle

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from farflung.launch.terminal import Terminal
 from farflung.net.client import Client
 from farflung.net.server import listen
 from farflung.net.session import Index, Session, check_run
-from farflung.ops.idle import observe
+from farflung.ops.preferences import observe
 from farflung.protocol.errors import ConfigError, FarflungError
 from farflung.protocol.identity import CLOCK_SKEW_S, Key, Signed, node_id, readable_name
 from farflung.protocol.messages import VERSION, Run, Status
@@ -68,8 +69,7 @@ async def examine(
     A node that joins tries its arithmetic as a worker, and not here.
     """
     settings = settings or WorkerSection()
-    more = {"mlx": (_mlx,), "llama.cpp": (_llama_cpp,)}.get(settings.engine, ())
-    engines = (_torch, *more)
+    engines = (_torch, *(check for engine, check in EXTRAS.items() if engine == settings.engine))
     checks = (_python, *engines, lambda: _device(settings), lambda: _key(folder), lambda: _disk(folder, 0), _ports)
     for check in checks:
         yield check()
@@ -94,20 +94,20 @@ def _torch() -> Finding:
     return Finding("torch", True, found)
 
 
-def _mlx() -> Finding:
+def _extra(what: str, extra: str, package: str, other: str) -> Finding:
+    """The two packages of an extra, for an engine that needs them."""
     try:
-        found = f"{version('mlx')}, mlx-lm {version('mlx-lm')}"
+        found = f"{version(package)}, {other} {version(other)}"
     except PackageNotFoundError as error:
-        return Finding("mlx", False, f"{error.name} is missing", "pip install 'farflung[mlx]'")
-    return Finding("mlx", True, found)
+        return Finding(what, False, f"{error.name} is missing", f"pip install 'farflung[{extra}]'")
+    return Finding(what, True, found)
 
 
-def _llama_cpp() -> Finding:
-    try:
-        found = f"{version('llama-cpp-python')}, gguf {version('gguf')}"
-    except PackageNotFoundError as error:
-        return Finding("llama.cpp", False, f"{error.name} is missing", "pip install 'farflung[llama-cpp]'")
-    return Finding("llama.cpp", True, found)
+EXTRAS = {
+    "mlx": partial(_extra, "mlx", "mlx", "mlx", "mlx-lm"),
+    "llama.cpp": partial(_extra, "llama.cpp", "llama-cpp", "llama-cpp-python", "gguf"),
+}
+"""By engine, what it needs beside torch."""
 
 
 def _device(settings: WorkerSection) -> Finding:

@@ -57,8 +57,10 @@ def recalibrate(folder: Path, name: str, out: Path, nodes: Collection[str] = (),
     Raises ConfigError where there is too little to go by, or where the nodes flip so much that it would tell nothing.
     """
     config = load_run(folder)
-    old = _profile(load_profiles(config.model), name)
-    audits, arithmetics = _audits(config, old, nodes)
+    known = load_profiles(config.model)
+    old = _profile(known, name)
+    shown = (name, "") if old == known.run else (name,)
+    audits, arithmetics = _audits(config, old, shown, nodes)
     kept = alike(old, audits)
     for node in sorted(audits.keys() - kept.keys()):
         log.warning("left out node=%s because=it flips as the others under profile %s do not", node, old.name)
@@ -82,10 +84,14 @@ def _profile(known: Profiles, name: str) -> Profile:
     return found
 
 
-def _audits(config: Config, profile: Profile, nodes: Collection[str]) -> tuple[dict[str, Audits], tuple[Dtype, ...]]:
-    """Routine audits of these nodes' work under a profile, by node, and the arithmetics that verifiers computed in."""
-    named = (profile.name, "") if profile == load_profiles(config.model).run else (profile.name,)
-    sent = sa.and_(SUBMISSIONS.c.submission == AUDITS.c.submission, SUBMISSIONS.c.profile.in_(named))
+def _audits(
+    config: Config, profile: Profile, shown: Collection[str], nodes: Collection[str]
+) -> tuple[dict[str, Audits], tuple[Dtype, ...]]:
+    """Routine audits of these nodes' work under a profile, by node, and the arithmetics that verifiers computed in.
+
+    `shown` are the profile's names in submissions: a node that picks none has the run's own.
+    """
+    sent = sa.and_(SUBMISSIONS.c.submission == AUDITS.c.submission, SUBMISSIONS.c.profile.in_(shown))
     drawn = sa.and_(AUDITS.c.run == config.run.name, AUDITS.c.kind == "draw", AUDITS.c.evidence.is_not(None))
     query = sa.select(AUDITS.c.node, AUDITS.c.evidence).join(SUBMISSIONS, sent).where(drawn)
     found: dict[str, Audits] = defaultdict(list)
@@ -111,19 +117,33 @@ def alike(old: Profile, audits: Mapping[str, Audits]) -> dict[str, Audits]:
 
 
 def _fits(old: Profile, own: Audits, others: Sequence[Audits]) -> bool:
-    profile = made_of(old, old.name, others, old.verified_in)
+    profile = _calibrated(old, old.name, _rollouts(others), old.verified_in)
     ratios = [submission_log_ratios([log_ratios(profile, one) for one in audit]) for audit in own]
     return sum(map(mean_log_ratio, ratios)) < UNLIKE
 
 
 def made_of(old: Profile, name: str, audits: Sequence[Audits], arithmetics: Sequence[Dtype]) -> Profile:
     """A profile of the same numerics and scope as another one, of what these nodes' rollouts show."""
-    honest = list(chain.from_iterable(chain.from_iterable(audits)))
+    honest = _rollouts(audits)
+    return _calibrated(old, name, honest, arithmetics, {UNSEEDED: [unseeded(*one) for one in enumerate(honest)]})
+
+
+def _rollouts(audits: Sequence[Audits]) -> list[Seen]:
+    return list(chain.from_iterable(chain.from_iterable(audits)))
+
+
+def _calibrated(
+    old: Profile,
+    name: str,
+    honest: Sequence[Seen],
+    arithmetics: Sequence[Dtype],
+    cheats: Mapping[str, Sequence[Seen]] | None = None,
+) -> Profile:
     temperature = old.scope.temperature if old.scope else 1.0
     found = calibrate(
         name,
         honest,
-        {UNSEEDED: [unseeded(one, number) for number, one in enumerate(honest)]},
+        cheats,
         numerics=Numerics(**old.fields),
         verified_in=arithmetics or old.verified_in,
         tolerance=TOLERANCE[old.arithmetic] / temperature,
@@ -139,7 +159,7 @@ def noise_of(old: Profile, audits: Sequence[Audits]) -> float:
     return max(old.noise, calibrated_noise(old) * noise_factor(old, seen))
 
 
-def unseeded(seen: Seen, seed: int) -> Seen:
+def unseeded(seed: int, seen: Seen) -> Seen:
     """The same positions, had the node drawn with noise of its own: another token with probability 1 - pick."""
     is_other = np.random.default_rng(seed).random(len(seen.pick)) > seen.pick
     return seen._replace(margin=np.where(is_other, seen.gap, 0.0))

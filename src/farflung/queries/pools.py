@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from farflung.config import Config
 from farflung.queries.redact import Redaction
 from farflung.store.tables import GROUPS, SEEN, STEPS, TASKS
-from farflung.tasks.curriculum import MOSTLY, POOLS, RARELY
+from farflung.tasks.curriculum import MOSTLY, NEAR, POOLS, RARELY
 from farflung.tasks.draw import drawn_from
 
 LATELY = 8
@@ -39,14 +39,16 @@ def pools(connection: Connection, config: Config, latest: int, redaction: Redact
 _RATE = TASKS.c.right / TASKS.c.tried
 _POOL = sa.case(
     (TASKS.c.tried <= 0, "unseen"),
-    (_RATE < 1e-9, "never"),
-    (_RATE > 1 - 1e-9, "always"),
+    (_RATE < NEAR, "never"),
+    (_RATE > 1 - NEAR, "always"),
     (_RATE < RARELY, "rarely"),
     (_RATE > MOSTLY, "mostly"),
     else_="sometimes",
 )
 _SEEN_TASKS = sa.select(_POOL, sa.func.count()).where(TASKS.c.run == sa.bindparam("of"), sa.text(SEEN)).group_by(_POOL)
-_TRAINING = sa.select(sa.func.count()).where(TASKS.c.run == sa.bindparam("of"), TASKS.c.split == "train")
+_TRAINING = sa.select(sa.func.coalesce(sa.func.max(TASKS.c.position) + 1, 0)).where(  # the index has it at its end
+    TASKS.c.run == sa.bindparam("of"), TASKS.c.split == "train"
+)
 
 
 def _tasks(connection: Connection, run: str) -> Counter[str]:

@@ -59,8 +59,7 @@ class RunContext:
 
     def suspect_profiles(self, connection: Connection) -> dict[str, str]:
         """Numerics profiles for which alone the circuit breaker is open, and why."""
-        query = sa.select(RUNS.c.breaker_profiles).where(RUNS.c.run == self.run)
-        return json.loads(connection.execute(query).scalar_one())
+        return json.loads(connection.execute(_SUSPECT, {"run": self.run}).scalar_one())
 
     def step_secret(self, step: int) -> bytes:
         """The secret that everything drawn at a step derives from."""
@@ -93,6 +92,7 @@ class RunContext:
 
 # asked within nearly every transaction, so built once
 _STATUS = sa.select(RUNS.c.status).where(RUNS.c.run == sa.bindparam("run"))
+_SUSPECT = sa.select(RUNS.c.breaker_profiles).where(RUNS.c.run == sa.bindparam("run"))
 _NEWEST = (
     sa.select(STEPS.c.step, STEPS.c.manifest_digest)
     .where(STEPS.c.run == sa.bindparam("run"), STEPS.c.status == "committed")

@@ -104,7 +104,8 @@ def _generator(step_secret: bytes, step: int) -> np.random.Generator:
 
 
 POOLS = ("unseen", "never", "rarely", "sometimes", "mostly", "always")
-RARELY, MOSTLY = 0.25, 0.75
+RARELY, MOSTLY, NEAR = 0.25, 0.75, 1e-9
+"""Shares of right answers between pools; how near to none or all counts as that."""
 
 
 def pool_of(count: Count) -> str:
@@ -112,8 +113,8 @@ def pool_of(count: Count) -> str:
     if not count.tried:
         return "unseen"
     rate = count.right / count.tried
-    if rate < 1e-9:
+    if rate < NEAR:
         return "never"
-    if rate > 1 - 1e-9:
+    if rate > 1 - NEAR:
         return "always"
     return "rarely" if rate < RARELY else "mostly" if rate > MOSTLY else "sometimes"

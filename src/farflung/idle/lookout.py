@@ -24,8 +24,6 @@ class Watch:
         self.rules = given.over(read_preferences(preferences))
         self._state = State()
         self._ended = threading.Event()
-        self.listeners: list[Callable[[], None]] = []
-        """Called from the thread after each change."""
 
     @property
     def decision(self) -> Decision:
@@ -53,8 +51,6 @@ class Watch:
         before, self._state = self.decision, step(self.rules, self._state, self._read(self.rules))
         if (before.action, before.reason) != (self.decision.action, self.decision.reason):
             log.info("idle action=%s because=%s", self.decision.action, self.decision.reason or "nothing is in the way")
-            for listener in self.listeners:
-                listener()
 
     def _follow(self) -> None:
         while not self._ended.wait(self.rules.poll_s):
